@@ -1,0 +1,176 @@
+"""From scored rows to what offline RL trains on: rewards, reference log-probabilities, values, advantages, a draw.
+
+Everything that the policy's first weights decide is computed before the first step and cached in runs/<run>/cache/.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipeline import evaluate, examples, reference, rewards, rollout, runs, sampling
+from pipeline.data import Draw, Packing
+from pipeline.engine import Engine, Ranks
+from pipeline.records import Example, Item, UserError
+from pipeline.settings import Rl
+from pipeline.text import Encoder
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The frozen start of the policy, as the engine holds it before the first step, and the key of what it says."""
+
+    engine: Engine
+    encoder: Encoder
+    packing: Packing
+    settings: Rl
+    weights: str  # fingerprint
+
+    def cache(self, name: str, **parts: object) -> Path:
+        """Where a result is kept: the name holds everything it depends on."""
+        settings = self.settings
+        key = reference.cache_key(
+            weights=self.weights,
+            precision=settings.train.precision,
+            attention=settings.model.attn_implementation,
+            dropout=settings.model.dropout,
+            device=self.engine.ranks.device.type,
+            **parts,
+        )
+        return runs.run_dir(settings) / "cache" / f"{name}-{key}.pt"
+
+
+def row_rewards(
+    ranks: Ranks, rows: Sequence[Example], judge: rewards.Rewards | None, settings: Rl
+) -> tuple[list[Example], list[float]]:
+    """The rows' rewards: judged if `reward` is set or they bring none, else their own.
+
+    Raises:
+        UserError: there is neither a reward column nor anything to judge with.
+    """
+    own = all(row.reward is not None for row in rows)
+    if own and settings.reward is None:
+        return list(rows), [float(row.reward) for row in rows]
+    if judge is None:
+        missing = next(row for row in rows if row.reward is None)
+        raise UserError(
+            f"{missing.id}: no reward, and nothing to score it with: add a `reward` column, give reward=, "
+            f"or train one with bash run.sh stage=reward run={settings.run}"
+        )
+    scores = evaluate.score_texts(ranks, judge, rows, [row.completion for row in rows])
+    return [replace(row, reward=total) for row, total in zip(rows, scores.total, strict=True)], list(scores.total)
+
+
+def with_ref_logps(ref: Reference, items: list[Item]) -> list[Item]:
+    """The items with the reference's log-probabilities."""
+    path = ref.cache("ref_logps", rows=reference.rows_digest(items))
+    saved = reference.cached(path, ref.engine, lambda: reference.reference_logps(ref.engine, items, ref.packing))
+    return reference.with_reference(items, saved)
+
+
+def with_values(
+    ref: Reference, items: list[Item], held_out: Sequence[Example], judge: rewards.Rewards | None, judge_key: object
+) -> tuple[list[Item], dict[str, float]]:
+    """The items with `value` and `advantage`, and how well the value head predicts on prompts it did not see.
+
+    Raises:
+        UserError: targets are to come from the policy, but nothing can judge its responses.
+    """
+    settings = ref.settings
+    if settings.value.targets == "policy" and judge is None:
+        raise UserError(
+            "value.targets: policy, but nothing can score new responses: give reward=, or value.targets=data"
+        )
+    parts = {
+        "rows": reference.rows_digest(items),
+        "rewards": [item.numbers["reward"] for item in items],
+        "held_out": [example.id for example in held_out],
+        "judge": judge_key,
+        "value": settings.value.model_dump(),
+        "generation": settings.generation.model_dump(),
+        "seed": settings.seed,
+        "world": ref.engine.ranks.world,
+    }
+
+    def compute() -> dict[str, Tensor | dict[str, float]]:
+        targets = value_targets(ref, items, held_out, judge)
+        head, report = reference.fit_value(ref.engine, targets, ref.packing, settings.value, settings.seed)
+        prompts = [replace(item, rows=tuple(replace(r, response_ids=()) for r in item.rows[:1])) for item in items]
+        return {"values": reference.values_of(ref.engine, head, prompts, ref.packing), "report": report}
+
+    saved = reference.cached(ref.cache("values", **parts), ref.engine, compute)
+    values = saved["values"].tolist()
+    gains = [item.numbers["reward"] - v for item, v in zip(items, values, strict=True)]
+    return examples.with_numbers(items, value=values, advantage=gains), saved["report"]
+
+
+def value_targets(
+    ref: Reference, items: Sequence[Item], held_out: Sequence[Example], judge: rewards.Rewards | None
+) -> reference.Targets:
+    """Prompts with the reward to expect: of fresh responses of the reference, or of the logged ones."""
+    settings = ref.settings.value
+    if settings.targets == "policy":
+        prompts = examples.unique_prompts(held_out)[: settings.max_prompts]
+        generation = ref.settings.generation.model_copy(
+            update={"do_sample": True, "num_beams": 1, "num_return_sequences": settings.samples_per_prompt}
+        )
+        answers = rollout.generate(ref.engine, ref.encoder, prompts, generation, ref.settings.seed)
+        totals = evaluate.score_responses(ref.engine.ranks, judge, answers).total
+        n = settings.samples_per_prompt
+        expected = [statistics.fmean(totals[i * n : (i + 1) * n]) for i in range(len(prompts))]
+    else:
+        logged: dict[object, list[float]] = {}
+        for item in items:
+            logged.setdefault(item.example.prompt, []).append(item.numbers["reward"])
+        prompts = examples.unique_prompts([item.example for item in items])[: settings.max_prompts]
+        expected = [statistics.fmean(logged[example.prompt]) for example in prompts]
+    encoded = examples.encode(prompts, ref.encoder, examples.prompt_rows).items
+    low, high = value_range(judge, expected)
+    order = sampling.epoch_rows(len(prompts), len(prompts), 0, ref.settings.seed)
+    mask = torch.zeros(len(prompts), dtype=torch.bool)
+    mask[order[: max(1, round(len(prompts) * settings.held_out_fraction))]] = True
+    return reference.Targets(encoded, torch.tensor(expected), mask, low, high)
+
+
+def value_range(judge: rewards.Rewards | None, targets: Sequence[float]) -> tuple[float, float]:
+    """What the value head can say: the rewards' own bounds, else the targets' range and a tenth of it on each side."""
+    bounds = None if judge is None else rewards.bounds([r for r in judge.rewards if r.weight])
+    if bounds is not None and bounds[0] <= min(targets) and max(targets) <= bounds[1]:
+        return bounds
+    margin = 0.1 * (max(targets) - min(targets)) or 1.0
+    return min(targets) - margin, max(targets) + margin
+
+
+@dataclass(frozen=True)
+class Population:
+    """Which rows are drawn, how, and for how many steps of those asked for."""
+
+    draw: Draw
+    kept_fraction: float  # rows of positive weight over all rows
+
+
+def population(items: Sequence[Item], weight: str, settings: Rl) -> Population:
+    """The draw that `sampling` asks for, by the row weight of the algorithm.
+
+    Args:
+        weight: the number that weighs a row: reward or advantage; "one" weighs all alike.
+
+    Raises:
+        UserError: no row has a positive weight.
+    """
+    size, seed, n = settings.train.batch_size, settings.seed, len(items)
+    weights = [1.0 if weight == "one" else item.numbers[weight] for item in items]
+    kept = [i for i in range(n) if weights[i] > 0] if settings.sampling == "all" else sampling.survivors(weights)
+    if settings.sampling == "priority":
+        return Population(lambda step: sampling.priority_rows(weights, size, step, seed), len(kept) / n)
+    pool = list(range(n)) if settings.sampling == "all" else kept
+
+    def draw(step: int) -> list[int]:
+        return [pool[i] for i in sampling.epoch_rows(len(pool), size, step, seed)]
+
+    return Population(draw, len(kept) / n)

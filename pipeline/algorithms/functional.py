@@ -1,0 +1,151 @@
+"""Tensor mathematics that the algorithms share: log-probabilities, masked sums, ratios, KL estimators, statistics.
+
+Nothing here knows of ranks, files or configuration; everything returns new tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from pipeline.records import Batch, Stat, UserError
+
+Head = Callable[[Tensor], Tensor]  # hidden states (N, H) -> logits (N, V)
+
+K3_LARGEST_LOG_RATIO = 20.0  # e^20 = 5e8: beyond it a single token would drown the batch, and float32 overflows at 88
+
+
+def token_logps(hidden: Tensor, head: Head, targets: Tensor, chunks: int = 1, temperature: float = 1.0) -> Tensor:
+    """(N,) float32: the log-probability of each target, without ever holding (N, V) when `chunks` > 1.
+
+    hidden (N, H), targets (N,) int64. The head is called exactly `chunks` times, on slices that may be empty: under
+    ZeRO-3 every rank must call it equally often. With several chunks the logits are recomputed in backward instead of
+    being kept. N may be 0; the result hangs on `hidden` all the same, so that backward runs on every rank.
+    """
+    assert chunks >= 1, f"chunks is {chunks}"
+
+    def slice_logps(rows: Tensor, ids: Tensor) -> Tensor:
+        logits = head(rows).float() / temperature  # (n, V) float32
+        return logits.gather(-1, ids[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+    slices = zip(hidden.tensor_split(chunks), targets.tensor_split(chunks), strict=True)
+    if chunks > 1 and torch.is_grad_enabled():
+        return torch.cat([checkpoint(slice_logps, rows, ids, use_reentrant=False) for rows, ids in slices])
+    return torch.cat([slice_logps(rows, ids) for rows, ids in slices])
+
+
+@torch.no_grad()
+def token_entropies(hidden: Tensor, head: Head, chunks: int = 1, temperature: float = 1.0) -> Tensor:
+    """(N,) float32: the entropy in nats of each position's distribution, in [0, ln V], without gradient.
+
+    hidden (N, H); slices and calls of the head as in `token_logps`.
+    """
+    assert chunks >= 1, f"chunks is {chunks}"
+    return torch.cat([_entropies(head(rows), temperature) for rows in hidden.tensor_split(chunks)])
+
+
+def _entropies(logits: Tensor, temperature: float) -> Tensor:
+    probabilities = (logits.float() / temperature).softmax(-1)  # (n, V) float32
+    return torch.special.entr(probabilities).sum(-1)  # entr(p) = -p ln p, and 0 for p = 0
+
+
+def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """The sum of x where the mask is True, over `dim` or over everything; the mask broadcasts to x.
+
+    Selected, not multiplied: a NaN or infinity under the mask changes neither the value nor the gradient with respect
+    to x, which is exactly 0 there. It does not heal what comes before x: if x was itself computed from a masked NaN by
+    a function with a non-constant derivative (exp, square, a ratio), 0 * NaN returns in that function's backward. So
+    mask a quantity first and compute with it afterwards.
+    """
+    return torch.where(mask, x, 0.0).sum(dim)
+
+
+def sequence_logp(logp: Tensor, mask: Tensor) -> Tensor:
+    """(B,) the log-probability of each whole response: the sum of logp (B, T) over its tokens."""
+    return masked_sum(logp, mask, dim=1)
+
+
+def clip_ratio(log_ratio: Tensor, clip: float | None) -> Tensor:
+    """exp(log_ratio) limited to [1 - clip, 1 + clip]; clip in [0, 1), or None for no limit.
+
+    The limit is set before exp, so that log ratios of any size give the bound and neither inf nor NaN. clip = 0 gives
+    exactly 1. Without a clip float32 overflows to inf beyond a log ratio of 88.
+    """
+    if clip is None:
+        return log_ratio.exp()
+    return log_ratio.clamp(math.log1p(-clip), math.log1p(clip)).exp()
+
+
+def k3(log_ratio: Tensor) -> Tensor:
+    """e^z - 1 - z >= 0 for z = ln p - ln q: unbiased for KL(q, p) where the samples come from q.
+
+    z is limited to 20 from above: the value stays finite, and the gradient is 0 beyond.
+    Source: J. Schulman, "Approximating KL divergence" (2020).
+    """
+    bounded = log_ratio.clamp(max=K3_LARGEST_LOG_RATIO)
+    return torch.expm1(bounded) - bounded
+
+
+def item_numbers(batch: Batch, name: str, like: Tensor) -> Tensor:
+    """`batch.numbers[name]`, one per item, lengthened with 0 for the fillers to the shape (B,) and dtype of `like`.
+
+    Raises UserError where the batch has no such number, or not one per item.
+    """
+    if name not in batch.numbers:
+        raise UserError(
+            f"{name}: the batch has no such number (it has {', '.join(batch.numbers) or 'none'}), "
+            f"wanted one per row: does the data have it?"
+        )
+    values, found = batch.numbers[name], len(batch.items)
+    if values.shape != (found,) or found > len(like):
+        raise UserError(
+            f"{name}: shape is {tuple(values.shape)}, wanted ({found},), one per item, for at most {len(like)} rows"
+        )
+    return F.pad(values.to(like.dtype), (0, len(like) - found))
+
+
+def mean_stat(values: Tensor, mask: Tensor | None = None) -> Stat:
+    """The mean of `values` (any shape) where `mask` is True, as an additive record."""
+    return Stat("mean", _moments(values, mask))
+
+
+def std_stat(values: Tensor, mask: Tensor | None = None) -> Stat:
+    """The population standard deviation of `values` where `mask` is True, as an additive record."""
+    return Stat("std", _moments(values, mask))
+
+
+def ess_stat(weights: Tensor, mask: Tensor | None = None) -> Stat:
+    """The effective sample share (sum w)^2 / (n sum w^2) of `weights` where `mask` is True, as an additive record."""
+    return Stat("ess", _moments(weights, mask))
+
+
+def _moments(values: Tensor, mask: Tensor | None) -> Tensor:
+    """(3,) float64 without gradient: count, sum and sum of squares."""
+    x = values.detach().double()
+    counted = torch.ones_like(x, dtype=torch.bool) if mask is None else mask.expand_as(x)
+    x = torch.where(counted, x, 0.0)
+    return torch.stack([counted.sum().double(), x.sum(), x.square().sum()])
+
+
+def merge(a: Stat, b: Stat) -> Stat:
+    """The statistic of both samples together."""
+    assert a.kind == b.kind, f"a {a.kind} cannot be merged with a {b.kind}"
+    return Stat(a.kind, a.sums + b.sums)
+
+
+def reduce(stat: Stat) -> float:
+    """The statistic's value; NaN where nothing was counted, and for the effective share of weights that are all 0."""
+    n, total, squares = stat.sums.tolist()
+    if n == 0:
+        return math.nan
+    if stat.kind == "mean":
+        return total / n
+    if stat.kind == "std":
+        return math.sqrt(max(squares / n - (total / n) ** 2, 0.0))
+    assert stat.kind == "ess", f"unknown kind of statistic: {stat.kind}"
+    return total**2 / (n * squares) if squares > 0 else math.nan

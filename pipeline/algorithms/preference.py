@@ -1,0 +1,94 @@
+"""Reward-model losses on pairs: which response is better (Bradley-Terry), or how good each one is (regression).
+
+    bradley_terry:  -ln sigmoid(s_c - s_r - margin) + center_coef * (s_c + s_r)^2
+    regression:     ((s_c - chosen_reward)^2 + (s_r - rejected_reward)^2) / 2
+
+Bradley-Terry leaves the scores' origin open; a small center_coef keeps them around 0.
+Sources: Bradley and Terry (1952); margin: Touvron et al., arXiv 2307.09288; centring: Eisenstein et al., arXiv
+2312.09244.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pipeline.algorithms.functional import item_numbers, masked_sum, mean_stat, std_stat
+from pipeline.records import Batch, Needs, Stat
+
+MEAN_OVER = "pairs"
+RESPONSES = "data"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How scores are compared with the data."""
+
+    objective: Literal["bradley_terry", "regression"]
+    use_margin: bool  # bradley_terry: ask for s_c - s_r > margin, from the data's column `margin`
+    center_coef: float  # bradley_terry: weight of (s_c + s_r)^2; 0: off
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective: {self.objective!r}, wanted {', '.join(OBJECTIVES)}")
+        if not self.center_coef >= 0:
+            raise ValueError(f"center_coef: {self.center_coef}, wanted a number >= 0")
+        if self.objective == "regression" and self.center_coef > 0:
+            raise ValueError(f"center_coef: {self.center_coef}, wanted 0 where objective is regression")
+        if self.objective == "regression" and self.use_margin:
+            raise ValueError("use_margin: true, wanted false where objective is regression")
+
+
+def needs(settings: Settings) -> Needs:
+    """Nothing beforehand: margins and rewards of pairs are columns of the data."""
+    return Needs()
+
+
+def loss(scores: Tensor, batch: Batch, settings: Settings) -> tuple[Tensor, dict[str, Stat]]:
+    """The sum of the pairs' losses, and its statistics.
+
+    scores (B,): all chosen responses, then all rejected ones in the same order, B = 2 * pairs with fillers. A tie
+    counts as half right in `accuracy`. Raises UserError naming the margin or reward that the batch lacks.
+    """
+    present = batch.sequence_mask  # (B,)
+    assert scores.shape == present.shape, f"scores: shape is {tuple(scores.shape)}, wanted {tuple(present.shape)}"
+    assert len(scores) % 2 == 0, f"scores: {len(scores)} of them, wanted an even number, chosen then rejected"
+    pairs = len(scores) // 2
+    assert torch.equal(present[:pairs], present[pairs:]), "response_mask: a pair has only one response"
+    chosen, rejected = torch.where(present, scores, 0.0).split(pairs)  # (P,) each
+    counted = present[:pairs]
+    per_pair = OBJECTIVES[settings.objective](chosen, rejected, batch, settings)  # (P,)
+    return masked_sum(per_pair, counted), _statistics(chosen, rejected, counted, per_pair)
+
+
+def _bradley_terry(chosen: Tensor, rejected: Tensor, batch: Batch, settings: Settings) -> Tensor:
+    gap = chosen - rejected
+    if settings.use_margin:
+        gap = gap - item_numbers(batch, "margin", like=chosen)
+    return settings.center_coef * (chosen + rejected).square() - F.logsigmoid(gap)
+
+
+def _regression(chosen: Tensor, rejected: Tensor, batch: Batch, settings: Settings) -> Tensor:
+    chosen_error = chosen - item_numbers(batch, "chosen_reward", like=chosen)
+    rejected_error = rejected - item_numbers(batch, "rejected_reward", like=rejected)
+    return (chosen_error.square() + rejected_error.square()) / 2
+
+
+def _statistics(chosen: Tensor, rejected: Tensor, counted: Tensor, per_pair: Tensor) -> dict[str, Stat]:
+    right = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
+    return {
+        "loss": mean_stat(per_pair, counted),
+        "accuracy": mean_stat(right, counted),
+        "margin": mean_stat(chosen - rejected, counted),
+        "scores/chosen/mean": mean_stat(chosen, counted),
+        "scores/chosen/std": std_stat(chosen, counted),
+        "scores/rejected/mean": mean_stat(rejected, counted),
+        "scores/rejected/std": std_stat(rejected, counted),
+    }
+
+
+OBJECTIVES = {"bradley_terry": _bradley_terry, "regression": _regression}

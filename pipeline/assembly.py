@@ -1,0 +1,186 @@
+"""The pieces every stage puts together, in the order it needs them: ranks, text, model, engine, rewards."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from pipeline import examples, models, plugins, runs
+from pipeline.data import Packing, collate, packing_of
+from pipeline.engine import Engine, Ranks
+from pipeline.loop import Objective
+from pipeline.policy import Policy, RewardModel, check_head
+from pipeline.records import Batch, Item, Row, Stat, UserError
+from pipeline.rewards import Reward, Rewards, parse, resolve
+from pipeline.settings import Algorithm, Common, ModelSettings, RewardSettings, TrainSettings, WithModel
+from pipeline.text import Encoder
+from reward_models import learned
+
+
+def objective_of(algorithm: Algorithm) -> tuple[Any, Any, Objective]:
+    """The algorithm's module, its settings checked by its own rules, and what it minimises.
+
+    Raises:
+        UserError: no such file, or settings it does not take.
+    """
+    names = plugins.available("pipeline.algorithms", "loss")
+    if algorithm.file not in names:
+        raise UserError(f"algorithm.file: {algorithm.file!r}, wanted one of {', '.join(names)}")
+    module = importlib.import_module(f"pipeline.algorithms.{algorithm.file}")
+    settings = checked_settings(module.Settings, algorithm.settings)
+
+    def loss(output: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Stat]]:
+        return module.loss(output, batch, settings)
+
+    return module, settings, Objective(loss, module.MEAN_OVER)
+
+
+def checked_settings(schema: type, values: dict[str, Any]) -> Any:
+    """`values` as the algorithm's own settings record. Raises UserError for a wrong, missing or unknown key."""
+    try:
+        return _validated(schema, values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(["algorithm.settings", *(str(part) for part in first["loc"])])
+        raise UserError(f"{key}: {first['msg'].removeprefix('Value error, ')}") from None
+
+
+def _validated(schema: type, values: dict[str, Any]) -> Any:
+    known = set(schema.__dataclass_fields__)
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise UserError(f"algorithm.settings.{unknown[0]}: no such setting, wanted one of {', '.join(sorted(known))}")
+    return TypeAdapter(schema).validate_python(values)
+
+
+def start_model(settings: WithModel, *stages: str) -> ModelSettings:
+    """The model to start from: the one that is named, else what the first of the run's `stages` left, else a new one."""
+    if settings.model.path is not None:
+        return settings.model
+    found = next((path for stage in stages if (path := runs.model_of(settings, stage))), None)
+    return settings.model.model_copy(update={"path": None if found is None else str(found)})
+
+
+def inputs(settings: WithModel, model: ModelSettings) -> dict[str, str]:
+    """Fingerprints of what a stage starts from: model and data."""
+    found = {"model": "new" if model.path is None else runs.fingerprint(model.path)}
+    if settings.data.task is not None:
+        return {**found, "data": f"task {settings.data.task}"}
+    places = examples.split_places(settings.data)
+    return {**found, **{f"data.{split}": runs.fingerprint(place) for split, place in places.items()}}
+
+
+def encoder_of(settings: WithModel, model: ModelSettings, texts: Callable[[], list[str]]) -> Encoder:
+    """The tokenizer of `model`, or one made from `texts()` for a new model, behind the stage's template and limits."""
+    tokenizer = models.load_tokenizer(model, texts() if model.path is None else [])
+    data = settings.data
+    return Encoder(tokenizer, settings.template, data.max_prompt_length, data.max_response_length)
+
+
+def build_policy(model: ModelSettings, encoder: Encoder, train: TrainSettings, max_response: int, seed: int) -> Policy:
+    """The policy as a module, checked once against the model's own forward."""
+    lm = models.load_policy(model, encoder.tokenizer, seed)
+    limit = train.max_tokens if train.max_tokens is not None else train.micro_batch_size * max_response
+    policy = Policy(lm, limit)
+    row = Row(tuple(encoder.encode_prompt("a")[0]), (encoder.eos_id, encoder.eos_id))
+    apart = Packing(1, None, policy.encoder_decoder, encoder.pad_id)
+    check_head(policy, collate([Item(None, (row,))], [0], apart))
+    enable_checkpointing(lm, train)
+    return policy
+
+
+def build_scalar(model: ModelSettings, encoder: Encoder, train: TrainSettings, seed: int) -> RewardModel:
+    """A reward model to train; a checkpoint without a scalar head gets a fresh one."""
+    scalar = models.load_scalar(model, encoder.tokenizer, seed, new_head=True)
+    enable_checkpointing(scalar, train)
+    return RewardModel(scalar)
+
+
+def enable_checkpointing(model: Any, train: TrainSettings) -> None:
+    """Recompute activations in backward if asked for; under LoRA the inputs must carry gradients for it."""
+    if train.gradient_checkpointing:
+        models.hugging_face(model).gradient_checkpointing_enable({"use_reentrant": False})
+        models.hugging_face(model).enable_input_require_grads()
+
+
+def packing(train: TrainSettings, ranks: Ranks, policy: Policy, encoder: Encoder) -> Packing:
+    return packing_of(train, ranks.world, policy.encoder_decoder, encoder.pad_id)
+
+
+def exporter(engine: Engine, encoder: Encoder, then: Callable[[Path], None] | None = None) -> Callable[[Path], None]:
+    """A function, called by all ranks, that writes the engine's model as a Hugging Face (or PEFT) directory."""
+
+    def export(directory: Path) -> None:
+        weights = engine.state_dict()
+        if engine.ranks.main:
+            own = {name.removeprefix("model."): weight for name, weight in weights.items()}
+            models.save(directory, engine.module.model, own, encoder.tokenizer, then)
+        engine.ranks.barrier()
+
+    return export
+
+
+def build_rewards(
+    settings: WithModel, spec: Any, read: RewardSettings, device: torch.device, monitors: tuple[str, ...] = ()
+) -> Rewards | None:
+    """The rewards that `spec` names; without a spec the run's own reward models, equal weights; None without any.
+
+    `monitors` are rewards of weight 0, raw, that are only watched.
+    """
+    trained = runs.reward_models(settings)
+    pairs = parse(spec) or [(name, 1.0) for name in trained]
+
+    def load_learned(directory: str) -> Any:
+        return learned.load(
+            directory, settings.model, settings.template, read.max_length, read.batch_size, device
+        )
+
+    rewards = [Reward(name, weight, resolve(name, load_learned, trained), read.normalise) for name, weight in pairs]
+    rewards += [Reward(name, 0.0, resolve(name, load_learned, trained), "none") for name in monitors]
+    return Rewards(rewards) if rewards else None
+
+
+@contextmanager
+def inference(settings: Any, model: ModelSettings, ranks: Ranks) -> Iterator[tuple[Engine, Encoder, Packing]]:
+    """A policy that only speaks, with its encoder and packing; sharded where train.zero says stage 3."""
+    encoder = encoder_of(settings, model, list)
+    longest = settings.generation.max_new_tokens
+    policy = build_policy(model, encoder, settings.train, longest, settings.seed)
+    train = settings.train.model_copy(update={"batch_size": ranks.world * (settings.train.micro_batch_size or 1)})
+    yield Engine(policy, ranks, train, None), encoder, packing(train, ranks, policy, encoder)
+
+
+def policy_model(settings: WithModel, place: str | None) -> ModelSettings:
+    """The model called `place`: a stage of the run (sft, rl, rl/name), a directory, or a hub name; None: the newest.
+
+    Raises:
+        UserError: there is no such policy.
+    """
+    names = ["rl", "sft"] if place is None else [place]
+    found = next((path for name in names if (path := runs.model_of(settings, name))), None)
+    if found is not None:
+        return settings.model.model_copy(update={"path": str(found)})
+    if place is None and settings.model.path is not None:
+        return settings.model
+    if place is not None and (Path(place).is_dir() or "/" in place and not place.startswith(("rl/", "sft/"))):
+        return settings.model.model_copy(update={"path": place})
+    stage = (place or "sft").split("/")[0]
+    raise UserError(
+        f"policy {place or 'rl or sft'}: {runs.run_dir(settings)} holds none: make it with "
+        f"bash run.sh stage={stage} run={settings.run}, or name a model directory"
+    )
+
+
+def reward_inputs(settings: Common, spec: Any, own: bool = True) -> dict[str, str]:
+    """Fingerprints of the reward models and files that `spec` stands for; without one, if `own`, those of the run."""
+    trained = runs.reward_models(settings)
+    names = [name for name, _ in parse(spec)] or (list(trained) if own else [])
+    places = {name: trained.get(name, name.split(".py:")[0] + (".py" if ".py:" in name else "")) for name in names}
+    return {f"reward {name}": runs.fingerprint(place) for name, place in places.items()}

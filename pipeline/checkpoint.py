@@ -1,0 +1,110 @@
+"""Step folders and resume state: complete or absent, rotated, `latest` written last.
+
+    checkpoints/step-000200/   DeepSpeed's shards, rng-<rank>.pt, state.json
+    checkpoints/latest         the name of the newest complete one
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from pipeline.engine import Engine, Ranks
+from pipeline.metrics import write_json, write_text
+from pipeline.records import UserError
+
+
+@dataclass(frozen=True)
+class State:
+    """All that a resume needs besides weights, optimizer and RNG. The data position is `step`: draws are functions of it."""
+
+    step: int
+    world: int
+    best: float | None = None  # best value of the watched metric so far
+    best_step: int | None = None
+    best_seen: dict[str, float] = field(default_factory=dict)  # what the evaluation at best_step saw
+    last_seen: dict[str, float] = field(default_factory=dict)  # and the last evaluation
+
+
+class Checkpoints:
+    """The checkpoints of one stage directory."""
+
+    def __init__(self, directory: Path, ranks: Ranks, limit: int):
+        self.directory, self.ranks, self.limit = directory / "checkpoints", ranks, limit
+
+    def save(self, engine: Engine, state: State) -> None:
+        """Write a step folder under another name, rename it, then point `latest` at it and drop the oldest."""
+        name = f"step-{state.step:06d}"
+        part = self.directory / f"part-{name}"
+        if self.ranks.main:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+        self.ranks.barrier()
+        engine.save(part)
+        torch.save(rng_state(), part / f"rng-{self.ranks.rank}.pt")
+        self.ranks.barrier()
+        if self.ranks.main:
+            write_json(part / "state.json", asdict(state))
+            shutil.rmtree(self.directory / name, ignore_errors=True)
+            os.replace(part, self.directory / name)
+            write_text(self.directory / "latest", name + "\n")
+            self._rotate()
+        self.ranks.barrier()
+
+    def _rotate(self) -> None:
+        for old in sorted(self.directory.glob("step-*"))[: -self.limit]:
+            shutil.rmtree(old)
+        for torn in self.directory.glob("part-*"):
+            shutil.rmtree(torn)
+
+    def load(self, engine: Engine) -> State | None:
+        """Restore the newest complete checkpoint; None if there is none.
+
+        Raises:
+            UserError: it was written by another number of ranks.
+        """
+        directory = self.ranks.from_main(self._latest())
+        if directory is None:
+            return None
+        state = State(**json.loads((directory / "state.json").read_text(encoding="utf-8")))
+        if state.world != self.ranks.world:
+            raise UserError(
+                f"{directory}: was written by {state.world} processes, now there are {self.ranks.world}: "
+                f"resume with processes={state.world}"
+            )
+        engine.load(directory)
+        restore_rng(torch.load(directory / f"rng-{self.ranks.rank}.pt", weights_only=True))
+        return state
+
+    def _latest(self) -> Path | None:
+        pointer = self.directory / "latest"
+        if not pointer.is_file():
+            return None
+        directory = self.directory / pointer.read_text(encoding="utf-8").strip()
+        if not (directory / "state.json").is_file():
+            raise UserError(f"{pointer}: names {directory.name}, which is not there whole: remove {self.directory}")
+        return directory
+
+    def clear(self) -> None:
+        """Remove all checkpoints, once the stage's final model is written."""
+        if self.ranks.main:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def rng_state() -> dict[str, torch.Tensor]:
+    """The state of torch's generators on this rank."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_rng(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,218 @@
+"""YAML files and key=value words -> layers of settings that remember where each value was written.
+
+The only importer of yaml. `layers.py` decides which layers make a stage's settings.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from pipeline.aliases import ADVICE, ALIASES, SWITCHES
+from pipeline.records import UserError
+from pipeline.validation import SettingPath, did_you_mean
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMAND_LINE = "command line"
+WHOLE = {("reward",), ("policies",)}  # mappings that a later layer replaces instead of merging into
+
+
+class Leaf(NamedTuple):
+    value: Any
+    place: str  # "command line", "stages/rl.yaml:4"
+
+
+Layer = dict[SettingPath, Leaf]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's core scalars: 1e-5 is a float; yes, no, on, off, dates and 010 are text; keys are unique."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (PyYAML's own attribute)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep=True)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_Loader` would not read back as text."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
+
+
+for _class in (_Loader, _Dumper):
+    for _tag, _pattern, _first in (
+        ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+        ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+        ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
+        ("float", r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+        ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
+    ):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+
+
+def load_yaml(path: str | Path) -> Any:
+    """The content of a YAML file. Raises UserError with file and line."""
+    return _read(Path(path))[0]
+
+
+def dump_yaml(mapping: Mapping[str, Any]) -> str:
+    """YAML text which `load_yaml` reads back as the same mapping."""
+    return yaml.dump(dict(mapping), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def parse_overrides(words: Iterable[str]) -> Layer:
+    """key=value words as a layer. Raises UserError for a word without '=' and for a key given twice."""
+    layer: Layer = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not equals or not name.strip() or name.startswith("-"):
+            raise UserError(f"{COMMAND_LINE}: {word!r}, wanted key=value{_cure(word)}")
+        _add(layer, _layer([(name.strip(), _value(name, text))], lambda path: COMMAND_LINE), COMMAND_LINE)
+    return layer
+
+
+def read_layer(path: Path) -> Layer:
+    """A YAML file of settings as a layer. Raises UserError with file and line."""
+    data, lines = _read(path)
+    return sub_layer(path, data, lines, ())
+
+
+def read_with_lines(path: Path) -> tuple[Any, dict[SettingPath, int]]:
+    """A YAML file, and the line of every key and list item in it. Raises UserError with file and line."""
+    return _read(path)
+
+
+def sub_layer(path: Path, data: Any, lines: Mapping[SettingPath, int], prefix: SettingPath) -> Layer:
+    """The mapping `data`, found under `prefix` in the file `path`, as a layer."""
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise UserError(f"{label(path)}: {'.'.join(prefix) or 'the file'} is {data!r}, wanted a mapping of settings")
+    place = lambda key: f"{label(path)}:{lines[(*prefix, *key)]}"  # noqa: E731
+    layer: Layer = {}
+    for name, value in data.items():
+        _add(layer, _layer([(str(name), value)], place), place((str(name),)))
+    return layer
+
+
+def label(path: Path) -> str:
+    """How messages call a file: relative to the checkout if it is one of ours, else as the user gave it."""
+    absolute = path.resolve()
+    return str(absolute.relative_to(ROOT)) if absolute.is_relative_to(ROOT) else str(path)
+
+
+def first_comment(path: Path) -> str:
+    """The comment on a file's first line, '' without one: the description of a stage, algorithm or recipe."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return lines[0].removeprefix("#").strip() if lines and lines[0].startswith("#") else ""
+
+
+def _add(layer: Layer, more: Layer, place: str) -> None:
+    """Add `more` to the `layer` that is being built; a setting given twice under any of its names is an error."""
+    for path, leaf in more.items():
+        if any(path[: len(other)] == other or other[: len(path)] == path for other in layer):
+            raise UserError(f"{place}: {'.'.join(path)} is given twice; give it once")
+        layer[path] = leaf
+
+
+def _layer(entries: Iterable[tuple[str, Any]], place: Any) -> Layer:
+    """Top-level names and their values as leaves; `place` tells where a path, before aliases, was written."""
+    layer: Layer = {}
+    for name, value in entries:
+        target, value_ = _target(name, value, place((name,)))
+        for path, leaf in _leaves((), value_, target in WHOLE):
+            layer[(*target, *path)] = Leaf(leaf, place((name, *path)))
+    return layer
+
+
+def _leaves(path: SettingPath, value: Any, whole: bool) -> Iterator[tuple[SettingPath, Any]]:
+    if isinstance(value, dict) and value and not whole:
+        for key, inner in value.items():
+            yield from _leaves((*path, str(key)), inner, False)
+    else:
+        yield path, value
+
+
+def _target(name: str, value: Any, place: str) -> tuple[SettingPath, Any]:
+    """The path and the value that a top-level name stands for. `model: {path: x}` is a section, `model: x` an alias."""
+    if name in ADVICE:
+        raise UserError(f"{place}: {name} {ADVICE[name]}")
+    if name in SWITCHES:
+        setting, meaning = SWITCHES[name]
+        if value is not True:
+            raise UserError(f"{place}: {name}: {value!r}, wanted true; say {setting}=... for anything else")
+        return tuple(setting.split(".")), meaning
+    if name in ALIASES and not isinstance(value, dict):
+        return tuple(ALIASES[name].split(".")), value
+    return tuple(name.split(".")), value
+
+
+def _value(name: str, text: str) -> Any:
+    """The value of a word: YAML where it starts with a bracket or a quote, else one scalar, whatever it contains."""
+    loader = _Loader(text)
+    try:
+        if text.lstrip()[:1] in ("[", "{", "'", '"'):
+            return loader.get_single_data()
+        tag = loader.resolve(yaml.ScalarNode, text, (True, False))
+        return loader.construct_object(yaml.ScalarNode(tag, text))
+    except yaml.YAMLError as error:
+        raise UserError(f"{COMMAND_LINE}: {name}: {text!r} is not YAML: {_problem(error)}") from None
+    finally:
+        loader.dispose()
+
+
+def _cure(word: str) -> str:
+    """What may have been meant by a word that is not key=value."""
+    if word.startswith("-"):
+        return "; write settings without dashes, as learning_rate=1e-5"
+    for folder, key in (("stages", "stage"), ("stages/recipes", "recipe"), ("stages/algo", "algo")):
+        if (ROOT / folder / f"{word}.yaml").is_file() and word != "common":
+            return f"; did you mean {key}={word}?"
+    if word in ("test", "help"):
+        return f"; did you mean stage={word}?"
+    return did_you_mean(word, ALIASES) + "; see stage=help"
+
+
+def _read(path: Path) -> tuple[Any, dict[SettingPath, int]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{label(path)}: cannot be read ({error}); wanted a YAML file") from None
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        return (None, {}) if node is None else (loader.construct_document(node), dict(_lines(node, ())))
+    except yaml.YAMLError as error:
+        mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{label(path)}{line}: not YAML: {_problem(error)}") from None
+    finally:
+        loader.dispose()
+
+
+def _lines(node: yaml.Node, path: SettingPath) -> Iterator[tuple[SettingPath, int]]:
+    """(path, line counted from 1) of every key and list item under `node`."""
+    if isinstance(node, yaml.MappingNode):
+        inner = [(key.value, key, value) for key, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        inner = [(str(index), value, value) for index, value in enumerate(node.value)]
+    else:
+        return
+    for name, marked, value in inner:
+        yield (*path, name), marked.start_mark.line + 1
+        yield from _lines(value, (*path, name))
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    text = error.problem if isinstance(error, yaml.MarkedYAMLError) and error.problem else str(error)
+    return " ".join(text.split())

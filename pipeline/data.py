@@ -1,0 +1,172 @@
+"""Items -> seeded, rank-sharded, resumable windows of micro-batches.
+
+A window is what one rank computes in one optimizer step. Every rank plans every window of all ranks from the lengths
+alone, which all ranks know, so that ranks agree on the number of micro-batches without a word. What a step draws is
+a pure function of (seed, step): resuming needs no other state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.records import Batch, Item, UserError
+from pipeline.settings import TrainSettings
+from pipeline.text import pad
+
+Draw = Callable[[int], list[int]]  # step -> indices of the items of that step, the same on every rank
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How items become micro-batches. Exactly one of the two limits is set."""
+
+    micro_batch_size: int | None  # items per call
+    max_tokens: int | None  # padded tokens per call
+    encoder_decoder: bool  # prompts and responses are padded apart
+    pad_id: int
+    whole: bool = False  # put prompt + response into input_ids even for an encoder-decoder (reward models)
+
+    @property
+    def apart(self) -> bool:
+        return self.encoder_decoder and not self.whole
+
+
+def packing_of(train: TrainSettings, world: int, encoder_decoder: bool, pad_id: int, whole: bool = False) -> Packing:
+    """The packing that `train` asks for.
+
+    Raises:
+        UserError: the batch arithmetic leaves a remainder.
+    """
+    per_call = train.micro_batch_size if train.micro_batch_size is not None else 1
+    if train.batch_size % (world * per_call):
+        what = f"processes {world}" + (f" x micro_batch_size {per_call}" if train.micro_batch_size else "")
+        raise UserError(f"train.batch_size: {train.batch_size} is no multiple of {what}, wanted one: change either")
+    return Packing(train.micro_batch_size, train.max_tokens, encoder_decoder, pad_id, whole)
+
+
+def padded_tokens(items: Sequence[Item], apart: bool) -> int:
+    """Tokens, padding included, of one micro-batch made of `items`."""
+    rows = [row for item in items for row in item.rows]
+    if not rows:
+        return 0
+    if not apart:
+        return len(rows) * max(len(row) for row in rows)
+    return len(rows) * (max(len(r.prompt_ids) for r in rows) + max(len(r.response_ids) for r in rows))
+
+
+def longest(item: Item) -> int:
+    return max(len(row) for row in item.rows)
+
+
+def group(items: Sequence[Item], indices: Sequence[int], packing: Packing, world: int) -> list[list[int]]:
+    """Cut `indices` into micro-batches of like length, a multiple of `world` of them.
+
+    Longest first, so that the micro-batches at one place of every rank's window are alike.
+
+    Raises:
+        UserError: one item alone is over max_tokens.
+    """
+    order = sorted(indices, key=lambda i: (-longest(items[i]), i))
+    if packing.micro_batch_size is not None:
+        size = packing.micro_batch_size
+        groups = [order[i : i + size] for i in range(0, len(order), size)]
+    else:
+        groups = by_budget(items, order, packing)
+    while len(groups) % world:
+        largest = max(range(len(groups)), key=lambda g: len(groups[g]))
+        if len(groups[largest]) < 2:
+            groups.append([])  # a filler keeps the ranks in step
+            continue
+        half = len(groups[largest]) // 2
+        groups[largest : largest + 1] = [groups[largest][:half], groups[largest][half:]]
+    return groups
+
+
+def by_budget(items: Sequence[Item], order: Sequence[int], packing: Packing) -> list[list[int]]:
+    """Fill micro-batches greedily up to max_tokens padded tokens."""
+    groups: list[list[int]] = []
+    rows = 0
+    prompt = response = whole = 0
+    for i in order:
+        item = items[i]
+        rows += len(item.rows)
+        prompt = max([prompt, *(len(r.prompt_ids) for r in item.rows)])
+        response = max([response, *(len(r.response_ids) for r in item.rows)])
+        whole = max(whole, longest(item))
+        if groups and rows * (prompt + response if packing.apart else whole) <= packing.max_tokens:
+            groups[-1].append(i)
+            continue
+        groups.append([i])
+        rows = len(item.rows)
+        prompt = max(len(r.prompt_ids) for r in item.rows)
+        response = max(len(r.response_ids) for r in item.rows)
+        whole = longest(item)
+        if (tokens := padded_tokens([item], packing.apart)) > packing.max_tokens:
+            raise UserError(
+                f"train.max_tokens: {packing.max_tokens}, but row {item.example.id} alone has {tokens} tokens: "
+                "raise it, or lower data.max_prompt_length or data.max_response_length"
+            )
+    return groups
+
+
+def window(
+    items: Sequence[Item], indices: Sequence[int], packing: Packing, rank: int, world: int
+) -> list[tuple[int, ...]]:
+    """This rank's micro-batches, as item indices, of the step that draws `indices`. Ranks have equally many."""
+    groups = group(items, indices, packing, world)
+    return [tuple(groups[place + rank]) for place in range(0, len(groups), world)]
+
+
+def collate(items: Sequence[Item], indices: Sequence[int], packing: Packing) -> Batch:
+    """One micro-batch; without indices one filler made from the first item, with all-False masks."""
+    chosen = [items[i] for i in indices] or [items[0]]
+    filler = not indices
+    rows = [item.rows[place] for place in range(len(chosen[0].rows)) for item in chosen]
+    response_ids, response_mask = pad([row.response_ids for row in rows], packing.pad_id)
+    read = [row.prompt_ids if packing.apart else row.prompt_ids + row.response_ids for row in rows]
+    input_ids, input_mask = pad(read, packing.pad_id)
+    numbers = {} if filler else {
+        name: torch.tensor([item.numbers[name] for item in chosen], dtype=torch.float32) for name in chosen[0].numbers
+    }
+    return Batch(
+        items=tuple(indices),
+        input_ids=input_ids,
+        input_mask=input_mask,
+        prompt_lengths=torch.tensor([len(row.prompt_ids) for row in rows]),
+        response_ids=response_ids,
+        response_mask=response_mask & (not filler),
+        numbers=numbers if not filler else {name: torch.zeros(0) for name in chosen[0].numbers},
+        ref_logp=reference(chosen, response_ids.shape[1]),
+    )
+
+
+def reference(items: Sequence[Item], width: int) -> torch.Tensor | None:
+    """(B, width) float32 reference log-probabilities, zero in the padding; None where items carry none."""
+    if not items[0].ref_logp:
+        return None
+    rows = [item.ref_logp[place] for place in range(len(items[0].ref_logp)) for item in items]
+    padded = torch.zeros(len(rows), width)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = row
+    return padded
+
+
+class Windows:
+    """The micro-batches of each step on this rank."""
+
+    def __init__(self, items: Sequence[Item], draw: Draw, packing: Packing, rank: int, world: int):
+        self.items, self.draw, self.packing, self.rank, self.world = items, draw, packing, rank, world
+
+    def at(self, step: int) -> list[Batch]:
+        """The window of `step`, counted from 0."""
+        plan = window(self.items, self.draw(step), self.packing, self.rank, self.world)
+        return [collate(self.items, indices, self.packing) for indices in plan]
+
+
+def once(items: Sequence[Item], packing: Packing, rank: int, world: int) -> list[Batch]:
+    """Every item exactly once over all ranks, for evaluation and scoring; equally many micro-batches per rank."""
+    plan = window(items, range(len(items)), packing, rank, world)
+    return [collate(items, indices, packing) for indices in plan]

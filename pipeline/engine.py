@@ -1,0 +1,290 @@
+"""The one DeepSpeed ZeRO wrapper, and the only file that knows deepspeed and torch.distributed.
+
+Three decisions have their single owner here: the scale that turns sums into one exact mean, the clipping, the precision.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.records import Batch, UserError
+from pipeline.settings import OptimizerSettings, TrainSettings
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+import deepspeed  # noqa: E402  (asks for the accelerator when it is imported)
+import torch.distributed as dist  # noqa: E402
+
+DS_CONFIGS = Path(__file__).parent.parent / "ds_configs"
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# DeepSpeed divides by this number and frees its accumulation buffers when it is 1; the true number of micro-batches
+# varies from step to step, so the boundary is set by hand and the division is undone in `backward`.
+NOMINAL_ACCUMULATION = 2
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of this run and what they say to each other. Every rank must make every call."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this rank writes the files."""
+        return self.rank == 0
+
+    def all_sum(self, value: Tensor) -> Tensor:
+        """The elementwise sum over ranks, as a new tensor where `value` lives."""
+        total = value.detach().clone().to(self.device)
+        dist.all_reduce(total)
+        return total.to(value.device)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's picklable `value`, in rank order, on every rank."""
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_main(self, value: Any) -> Any:
+        """Rank 0's picklable `value`, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    def on_main(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns on rank 0, on every rank; a user's error there is raised on every rank."""
+        result, error = None, None
+        if self.main:
+            try:
+                result = work()
+            except UserError as caught:
+                error = str(caught)
+        result, error = self.from_main((result, error))
+        if error is not None:
+            raise UserError(error)
+        return result
+
+
+def start(timeout_seconds: int) -> Ranks:
+    """Join the process group that the launcher described, or make one of a single process."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    deepspeed.utils.logger.setLevel("WARNING")
+    if not dist.is_initialized():
+        deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds), verbose=False)
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def read_ds_config(name: str) -> dict[str, Any]:
+    """The JSON of ds_configs/ called `name`, or the user's file.
+
+    Raises:
+        UserError: no such file, or it sets what another setting owns.
+    """
+    path = Path(name) if name.endswith(".json") else DS_CONFIGS / f"{name}.json"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in DS_CONFIGS.glob("*.json")))
+        raise UserError(f"train.zero: {name!r} is no file, wanted one of {known}, or the path of a .json")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: {error.msg}, wanted a DeepSpeed configuration in JSON") from None
+    owned = {
+        "train_batch_size": "train.batch_size",
+        "train_micro_batch_size_per_gpu": "train.micro_batch_size or train.max_tokens",
+        "gradient_accumulation_steps": "train.batch_size",
+        "gradient_clipping": "optimizer.max_grad_norm",
+        "optimizer": "optimizer.*",
+        "scheduler": "optimizer.lr_scheduler_type",
+    }
+    for key, owner in owned.items():
+        if key in config:
+            raise UserError(f"{path}: {key} is set there, but {owner} decides it: remove it from the file")
+    return config
+
+
+def full_config(train: TrainSettings, optimizer: OptimizerSettings | None) -> dict[str, Any]:
+    """The whole DeepSpeed configuration: the file's sharding, and ours for batch, clipping, precision, optimizer."""
+    config = read_ds_config(train.zero)
+    config["train_micro_batch_size_per_gpu"] = 1
+    config["gradient_accumulation_steps"] = NOMINAL_ACCUMULATION
+    for name in ("bf16", "fp16"):
+        config[name] = {**config.get(name, {}), "enabled": train.precision == name}
+    if optimizer is None:
+        return config
+    config["gradient_clipping"] = optimizer.max_grad_norm
+    if "offload_optimizer" in config["zero_optimization"]:
+        config["optimizer"] = {"type": "AdamW", "params": adam_arguments(optimizer)}
+    return config
+
+
+def adam_arguments(settings: OptimizerSettings) -> dict[str, Any]:
+    """AdamW's arguments, but for the learning rate, which every step sets anew."""
+    betas = (settings.adam_beta1, settings.adam_beta2)
+    return {"lr": 0.0, "betas": betas, "eps": settings.adam_epsilon, "weight_decay": settings.weight_decay}
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trained parameters in two groups: matrices, which decay, and vectors (norms, biases), which do not."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.dim() > 1]
+    vectors = [p for p in trained if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+class Engine:
+    """A module under DeepSpeed: forward, backward of sums, step, generation, checkpoints, export.
+
+    Without `optimizer` it only runs forward (evaluation, generation), sharded if the ZeRO stage is 3.
+    """
+
+    def __init__(self, module: nn.Module, ranks: Ranks, train: TrainSettings, optimizer: OptimizerSettings | None):
+        config = full_config(train, optimizer)
+        if train.precision == "fp16" and ranks.device.type == "cpu":
+            raise UserError("train.precision: fp16 needs a GPU, and there is none here: use bf16 or fp32")
+        self.ranks, self.module = ranks, module
+        self.stage = config["zero_optimization"]["stage"]
+        self.dtype = PRECISIONS[train.precision]
+        self._twin = hookless_twin(module) if self.stage == 3 else None
+        self._half = train.precision != "fp32"
+        if optimizer is None and self.stage < 3:
+            self._engine = module.to(device=ranks.device, dtype=self.dtype)
+            return
+        client = None
+        groups = None
+        if optimizer is not None:
+            groups = parameter_groups(module, optimizer.weight_decay)
+            if "optimizer" not in config:
+                client = torch.optim.AdamW(groups, fused=True, **adam_arguments(optimizer))
+                groups = None
+        self._engine = deepspeed.initialize(
+            model=module, optimizer=client, model_parameters=groups, config=config, dist_init_required=False
+        )[0]
+
+    def __call__(self, batch: Batch, **options: Any) -> Tensor:
+        """The module's output for `batch`, which is moved to this rank's device."""
+        return self._engine(batch.to(self.ranks.device), **options)
+
+    def train(self, mode: bool = True) -> None:
+        """Dropout on or off."""
+        self._engine.train(mode)
+
+    def backward(self, total: Tensor, n_terms: float, last: bool) -> None:
+        """Accumulate the gradient of (sum of `total` over ranks and micro-batches) / `n_terms`.
+
+        Args:
+            total: scalar, this rank's sum over this micro-batch.
+            n_terms: the global count over all ranks and all micro-batches of the step.
+            last: whether this is the step's last micro-batch; ranks must agree.
+        """
+        self._engine.set_gradient_accumulation_boundary(last)
+        # undoes DeepSpeed's two hidden averages: over accumulation steps and over ranks
+        self._engine.backward(total * (self.ranks.world * NOMINAL_ACCUMULATION / n_terms))
+
+    def step(self, learning_rate: float) -> float:
+        """One clipped optimizer step; the global gradient norm before clipping."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        norm = None if self.stage else self._plain_norm()
+        self._engine.step()
+        return float(norm if norm is not None else self._engine.get_global_grad_norm())
+
+    def _plain_norm(self) -> Tensor | None:
+        """The norm under ZeRO-0 in fp32, where DeepSpeed has no optimizer of its own to compute it."""
+        if self._half:
+            return None
+        return nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+
+    @contextmanager
+    def generating(self) -> Iterator[nn.Module]:
+        """The module with whole weights for many forwards: under ZeRO-3 gathered once, not once per token."""
+        self.train(False)
+        if self._twin is None:
+            yield self.module
+            return
+        with deepspeed.zero.GatheredParameters(list(self.module.parameters())):
+            link_tensors(self._twin, self.module)
+            yield self._twin.eval()
+            unlink_tensors(self._twin)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All weights and saved buffers, whole, on the CPU of rank 0, tied weights once; empty on the other ranks."""
+        weights = {}
+        for name, parameter in self.module.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
+                if self.ranks.main:
+                    weights[name] = parameter.detach().cpu().clone()
+        if not self.ranks.main:
+            return {}
+        buffers = {name: buffer.detach().cpu() for name, buffer in self.module.named_buffers()}
+        saved = self.module.state_dict().keys()
+        return weights | {name: buffer for name, buffer in buffers.items() if name in saved}
+
+    def save(self, directory: Path) -> None:
+        """Weights, optimizer and loss-scale state, each rank its part, into `directory`."""
+        self._engine.save_checkpoint(str(directory.parent), tag=directory.name, save_latest=False)
+
+    def load(self, directory: Path) -> None:
+        """What `save` wrote, bit for bit."""
+        path, _ = self._engine.load_checkpoint(str(directory.parent), tag=directory.name)
+        if path is None:
+            raise UserError(f"{directory}: no checkpoint to resume from, wanted one of this run: remove the directory")
+
+
+def hookless_twin(module: nn.Module) -> nn.Module:
+    """The same modules on the meta device, sharing no tensor and, made before DeepSpeed, free of its hooks."""
+    tensors = [*module.parameters(), *module.buffers()]
+    memo = {}
+    for tensor in tensors:
+        empty = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(module, memo)
+
+
+def link_tensors(twin: nn.Module, module: nn.Module) -> None:
+    """Let every tensor of `twin` be the memory of its namesake in `module`."""
+    for (path, ours), (_, theirs) in zip(twin.named_modules(), module.named_modules(), strict=True):
+        for name, parameter in theirs.named_parameters(recurse=False, remove_duplicate=False):
+            ours.register_parameter(name, nn.Parameter(parameter.data, requires_grad=False))
+        for name, buffer in theirs.named_buffers(recurse=False):
+            assert name in dict(ours.named_buffers(recurse=False)), f"{path}: {name} appeared after construction"
+            setattr(ours, name, buffer)
+
+
+def unlink_tensors(twin: nn.Module) -> None:
+    """Forget the memory lent by `link_tensors`."""
+    for module in twin.modules():
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            module.register_parameter(name, nn.Parameter(torch.empty_like(parameter, device="meta"), False))

@@ -1,0 +1,57 @@
+"""What the files of stages/ end with: words -> settings -> main, and user errors in one line with exit code 2."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from pipeline.launch import rank_environment
+from pipeline.layers import resolve
+from pipeline.records import UserError
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+def run(main: Callable[[Any, list[str]], None], stage: str) -> NoReturn:
+    """Call `main(settings, words)` with the settings that the process's words mean for `stage`, then exit."""
+    words = sys.argv[1:]
+    if not any(word.startswith("stage=") for word in words):
+        words = [f"stage={stage}", *words]
+    leave(lambda: _call(main, stage, words))
+
+
+def leave(work: Callable[[], int]) -> NoReturn:
+    """Exit with what `work` returns; with 2 and one line on stderr for a UserError; with 130 when interrupted."""
+    try:
+        code = work()
+    except UserError as error:
+        complain(error)
+        code = USER_ERROR
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except BrokenPipeError:  # the reader of our output left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(code)
+
+
+def complain(error: UserError) -> None:
+    """One line on stderr, from one rank per machine: all ranks of a machine meet the same error."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        rank = os.environ.get("RANK", "0")
+        where = "" if rank == "0" else f"rank {rank}: "
+        print(f"tiffin: {where}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
+
+
+def _call(main: Callable[[Any, list[str]], None], stage: str, words: Sequence[str]) -> int:
+    resolved = resolve(words)
+    if resolved.stage != stage:
+        raise UserError(f"command line: stage={resolved.stage}, but this is stages/{stage}.py")
+    os.environ.update(rank_environment(resolved.settings.launch, os.environ))
+    main(resolved.settings, list(words))
+    return 0

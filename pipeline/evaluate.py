@@ -1,0 +1,176 @@
+"""What held-out data say: losses, decoded responses judged by rewards, distance to the reference."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.data import Packing, once
+from pipeline.engine import Engine, Ranks
+from pipeline.loop import Objective
+from pipeline.metrics import Tally
+from pipeline.records import Example, Item, Response, Row, Scores
+from pipeline.rewards import Rewards, length_correlation
+
+
+@torch.no_grad()
+def held_out_loss(engine: Engine, objective: Objective, items: Sequence[Item], packing: Packing) -> dict[str, float]:
+    """The objective's statistics over all items, as eval/...; the same on every rank."""
+    engine.train(False)
+    tally = Tally()
+    for batch in once(items, packing, engine.ranks.rank, engine.ranks.world):
+        _, stats = objective.loss(engine(batch), batch.to(engine.ranks.device))
+        tally.add({f"eval/{name}": stat for name, stat in stats.items()})
+    return tally.reduce(engine.ranks.all_sum)
+
+
+def score_texts(
+    ranks: Ranks, rewards: Rewards, examples: Sequence[Example], completions: Sequence[str]
+) -> Scores:
+    """Judge one completion per example; ranks share the work and all get the whole result.
+
+    Raises:
+        UserError: a reward fails, by the checks of `rewards`.
+    """
+    mine = list(range(ranks.rank, len(examples), ranks.world))
+    columns = {
+        "id": [examples[i].id for i in mine],
+        "source": [examples[i].source for i in mine],
+        "references": [list(examples[i].references) for i in mine],
+        "raw_prompt": [examples[i].prompt for i in mine],
+    }
+    prompts = [plain_prompt(examples[i]) for i in mine]
+    part = rewards.score(prompts, [completions[i] for i in mine], columns, update=False)
+    parts = ranks.gather((mine, part))
+
+    def merged(values: list[tuple[list[int], Sequence[float]]]) -> list[float]:
+        whole = dict(pair for indices, numbers in values for pair in zip(indices, numbers, strict=True))
+        return [whole[i] for i in range(len(examples))]
+
+    def by_name(field: str) -> dict[str, list[float]]:
+        return {name: merged([(i, getattr(p, field)[name]) for i, p in parts]) for name in getattr(part, field)}
+
+    return Scores(by_name("raw"), by_name("normalised"), merged([(i, p.total) for i, p in parts]))
+
+
+def score_responses(ranks: Ranks, rewards: Rewards, responses: Sequence[Response]) -> Scores:
+    """Judge decoded responses."""
+    return score_texts(ranks, rewards, [r.example for r in responses], [r.text for r in responses])
+
+
+def plain_prompt(example: Example) -> str:
+    """The prompt as rewards see it: the row's own text, or "role: content" paragraphs of a chat."""
+    if isinstance(example.prompt, str):
+        return example.prompt
+    return "\n\n".join(f"{turn.role}: {turn.content}" for turn in example.prompt)
+
+
+def reward_statistics(scores: Scores, texts: Sequence[str]) -> dict[str, float]:
+    """reward/* of the weighted sum; rewards/<name>/* of each normalised score, with its correlation with length."""
+    result = {"reward/mean": statistics.fmean(scores.total), "reward/std": statistics.pstdev(scores.total)}
+    result["reward/se"] = result["reward/std"] / math.sqrt(len(texts))
+    result["reward/length_correlation"] = length_correlation(scores.total, texts)
+    for name, values in scores.normalised.items():
+        result[f"rewards/{name}/mean"] = statistics.fmean(values)
+        result[f"rewards/{name}/std"] = statistics.pstdev(values)
+        result[f"rewards/{name}/raw_mean"] = statistics.fmean(scores.raw[name])
+        result[f"rewards/{name}/length_correlation"] = length_correlation(values, texts)
+    return result
+
+
+def completion_statistics(responses: Sequence[Response]) -> dict[str, float]:
+    """completions/*: words per response, shares that ended by themselves or hit the limit, variety, repetition."""
+    words = [r.text.split() for r in responses]
+    finished = statistics.fmean(float(r.finished) for r in responses)
+    return {
+        "completions/mean_length": statistics.fmean(len(w) for w in words),
+        "completions/mean_tokens": statistics.fmean(len(r.response_ids) for r in responses),
+        "completions/eos_fraction": finished,
+        "completions/clipped_fraction": 1.0 - finished,
+        "completions/distinct_2": distinct(words, 2),
+        "completions/repetition": statistics.fmean(repetition(w) for w in words),
+    }
+
+
+def distinct(texts: Sequence[Sequence[str]], n: int) -> float:
+    """Different n-grams over all n-grams of all texts, lower-cased; NaN without any."""
+    grams = [tuple(w.lower() for w in text[i : i + n]) for text in texts for i in range(len(text) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else math.nan
+
+
+def repetition(words: Sequence[str], n: int = 3) -> float:
+    """The share of a text's n-grams that it has said before; 0 for short texts."""
+    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+@torch.no_grad()
+def response_logps(engine: Engine, responses: Sequence[Response], packing: Packing) -> list[Tensor]:
+    """The log-probability of every token of every response under the engine's policy, in the order given."""
+    items = [Item(r.example, (Row(r.prompt_ids, r.response_ids),)) for r in responses]
+    engine.train(False)
+    mine: dict[int, Tensor] = {}
+    for batch in once(items, packing, engine.ranks.rank, engine.ranks.world):
+        logp = engine(batch).float().cpu()
+        mine |= {index: logp[place][batch.response_mask[place]] for place, index in enumerate(batch.items)}
+    merged = {index: row for part in engine.ranks.gather(mine) for index, row in part.items()}
+    return [merged[i] for i in range(len(responses))]
+
+
+def sampled_kl(policy: Sequence[Tensor], reference: Sequence[Tensor]) -> dict[str, float]:
+    """KL(policy, reference) in nats per response, from responses sampled from the policy at temperature 1.
+
+    objective/kl is k3 = sum_t (e^-d - 1 + d), d = logp - ref_logp, which is never negative and has little variance;
+    objective/kl_k1 is the plain mean of sum_t d. Both are unbiased per token along sampled prefixes (Schulman 2020).
+    """
+    gaps = [p.double() - r.double() for p, r in zip(policy, reference, strict=True)]
+    k3 = [float((torch.exp(-d) - 1 + d).sum()) for d in gaps]
+    k1 = [float(d.sum()) for d in gaps]
+    return {
+        "objective/kl": statistics.fmean(k3),
+        "objective/kl_k1": statistics.fmean(k1),
+        "objective/kl_se": statistics.pstdev(k3) / math.sqrt(len(k3)),
+    }
+
+
+def sample_rows(responses: Sequence[Response], scores: Scores, count: int, **more: Any) -> list[dict[str, Any]]:
+    """The first `count` responses as rows of a sample table."""
+    return [
+        {
+            **more,
+            "id": responses[i].example.id,
+            "prompt": responses[i].prompt_text,
+            "response": responses[i].text,
+            "reward": scores.total[i],
+            "rewards": {name: values[i] for name, values in scores.normalised.items()},
+        }
+        for i in range(min(count, len(responses)))
+    ]
+
+
+def pair_accuracy(chosen: Sequence[float], rejected: Sequence[float]) -> float:
+    """The share of pairs in the right order; a tie counts one half. NaN without pairs."""
+    if not chosen:
+        return math.nan
+    return statistics.fmean(0.5 if c == r else float(c > r) for c, r in zip(chosen, rejected, strict=True))
+
+
+def accuracy_by_source(examples: Sequence[Example], chosen: Sequence[float], rejected: Sequence[float]) -> dict[str, float]:
+    """Pair accuracy overall, by source, and of the length-only baselines ("longer wins", "shorter wins": the better)."""
+    words = [(len(e.chosen.split()), len(e.rejected.split())) for e in examples]
+    groups: Mapping[str, list[int]] = {"": list(range(len(examples)))}
+    for i, example in enumerate(examples):
+        if example.source:
+            groups.setdefault(f"/{example.source}", []).append(i)
+    result = {}
+    for suffix, rows in groups.items():
+        longer = pair_accuracy([words[i][0] for i in rows], [words[i][1] for i in rows])
+        result[f"eval/accuracy{suffix}"] = pair_accuracy([chosen[i] for i in rows], [rejected[i] for i in rows])
+        result[f"eval/length_accuracy{suffix}"] = max(longer, 1.0 - longer)
+        result[f"eval/pairs{suffix}"] = float(len(rows))
+    return result

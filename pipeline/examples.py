@@ -1,0 +1,193 @@
+"""Which examples a stage sees: an embedded task, files or a hub data set; split, filtered, converted, encoded, counted."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from pipeline import plugins
+from pipeline.records import Example, Item, Row, UserError
+from pipeline.settings import DataSettings, TemplateSettings
+from pipeline.tasks import convert, find, readers
+from pipeline.text import Encoder
+
+SPLITS = ("train", "validation", "test")
+Report = Callable[[str], None]
+
+
+def load(data: DataSettings, split: str, seed: int, report: Report = print) -> list[Example]:
+    """The examples of one split, in their order.
+
+    Raises:
+        UserError: no data is named, or what is named cannot be read or holds no such split.
+    """
+    if data.task is not None:
+        examples = _of_task(data, split, seed)
+    else:
+        examples = _of_files(data, split, report)
+    if split == "train" and data.max_rows is not None:
+        examples = examples[: data.max_rows]
+    return examples
+
+
+def _of_task(data: DataSettings, split: str, seed: int) -> list[Example]:
+    make = plugins.load(data.task, "pipeline.tasks", "data.task", "examples")
+    size = data.task_size if split == "train" else None
+    return [e for e in make(split, seed, size) if data.sources is None or e.source in data.sources]
+
+
+def _of_files(data: DataSettings, split: str, report: Report) -> list[Example]:
+    place = split_places(data)
+    if split in place:
+        return _read(place[split], data, report)
+    if split != "validation" or data.validation_fraction == 0:
+        known = ", ".join(place)
+        raise UserError(f"data: there is no {split} split, only {known}: give data.{split}=")
+    return [e for e in _read(place["train"], data, report) if held_out(e, data.validation_fraction)]
+
+
+def _read(place: str, data: DataSettings, report: Report) -> list[Example]:
+    sources = None if data.sources is None else tuple(data.sources)
+    filters = readers.Filters(tuple(data.exclude), data.drop_abrupt, sources)
+    return readers.read(place, data.format, filters, data.max_bad_rows, report).examples
+
+
+def split_places(data: DataSettings) -> dict[str, str]:
+    """split -> file or hub name, from data.path and data.train, data.validation, data.test.
+
+    Raises:
+        UserError: nothing is named.
+    """
+    named = {split: getattr(data, split) for split in SPLITS if getattr(data, split) is not None}
+    if data.path is not None:
+        named = {**find.split_files(data.path), **named}
+    if not named:
+        raise UserError(
+            "data: none is named, wanted rows to learn from: give data.train=FILE, data.path=DIRECTORY "
+            "or data.task=assistant"
+        )
+    return named
+
+
+def held_out(example: Example, fraction: float) -> bool:
+    """Whether a row of train belongs to validation where there is no such split: all rows of a prompt go together."""
+    digest = hashlib.sha256(repr(example.prompt).encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64 < fraction
+
+
+def load_train(data: DataSettings, seed: int, report: Report = print) -> list[Example]:
+    """The training split, without what serves as validation where there is no such split."""
+    examples = load(data, "train", seed, report)
+    if data.task is not None or "validation" in split_places(data):
+        return examples
+    return [e for e in examples if not held_out(e, data.validation_fraction)]
+
+
+def supervised(examples: Sequence[Example]) -> list[Example]:
+    """Rows with a completion to imitate: their own, else the chosen response."""
+    return list(convert.to_supervised(examples))
+
+
+def scored(examples: Sequence[Example], data: DataSettings) -> list[Example]:
+    """Rows with one logged response each: their own, else the chosen or both responses of the pair."""
+    return list(convert.to_scored(examples, data.responses))
+
+
+def paired(examples: Sequence[Example], report: Report = print) -> list[Example]:
+    """Preference pairs: the rows' own, else made of the best and the worst scored row of each prompt."""
+    if all(example.chosen is not None and example.rejected is not None for example in examples):
+        return list(examples)
+    pairing = convert.to_pairs(examples)
+    if not pairing.examples:
+        raise UserError("data: no prompt has two rows of different reward, wanted pairs: give chosen and rejected")
+    report(
+        f"pairs: {len(pairing.examples) - pairing.pairs_given:,} made of scored rows, {pairing.pairs_given:,} given, "
+        f"{pairing.alone:,} rows without a second response, {pairing.tied:,} tied, {pairing.between:,} between"
+    )
+    return pairing.examples
+
+
+def texts(examples: Sequence[Example], template: TemplateSettings) -> list[str]:
+    """What the examples look like to a model, to make a vocabulary of."""
+    found: list[str] = []
+    for example in examples:
+        prompt = example.prompt if isinstance(example.prompt, str) else " ".join(t.content for t in example.prompt)
+        found.append(template.prompt.replace("{prompt}", prompt))
+        answers = (example.completion, example.chosen, example.rejected)
+        found += [template.response.replace("{response}", text) for text in answers if text]
+    return found
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The items of one split and what encoding did to them."""
+
+    items: list[Item]
+    tokens: int
+    response_tokens: int
+    cut_prompts: int
+    cut_responses: int
+    dropped: int = 0
+
+    def summary(self, name: str) -> str:
+        parts = [
+            f"{name}: {len(self.items):,} rows",
+            f"{self.tokens:,} tokens ({self.response_tokens:,} of responses)",
+            f"{self.cut_prompts:,} prompts and {self.cut_responses:,} responses cut",
+        ]
+        if self.dropped:
+            parts.append(f"{self.dropped:,} rows dropped")
+        return ", ".join(parts)
+
+
+def encode(examples: Sequence[Example], encoder: Encoder, rows_of: Callable[[Example, Encoder], tuple[Row, ...]]) -> Encoded:
+    """Items of `examples`, each with the rows that `rows_of` makes of it."""
+    items = [Item(example, rows_of(example, encoder), numbers_of(example)) for example in examples]
+    rows = [row for item in items for row in item.rows]
+    return Encoded(
+        items,
+        tokens=sum(len(row) for row in rows),
+        response_tokens=sum(len(row.response_ids) for row in rows),
+        cut_prompts=sum(row.cut_prompt for row in rows),
+        cut_responses=sum(row.cut_response for row in rows),
+    )
+
+
+def completion_rows(example: Example, encoder: Encoder) -> tuple[Row, ...]:
+    return (encoder.encode(example.prompt, example.completion),)
+
+
+def pair_rows(example: Example, encoder: Encoder) -> tuple[Row, ...]:
+    return (encoder.encode(example.prompt, example.chosen), encoder.encode(example.prompt, example.rejected))
+
+
+def prompt_rows(example: Example, encoder: Encoder) -> tuple[Row, ...]:
+    return (encoder.encode(example.prompt, None),)
+
+
+def numbers_of(example: Example) -> dict[str, float]:
+    """The numbers a row brings along."""
+    named = {
+        "reward": example.reward,
+        "margin": example.margin,
+        "chosen_reward": example.chosen_reward,
+        "rejected_reward": example.rejected_reward,
+    }
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def with_numbers(items: Sequence[Item], **numbers: Sequence[float]) -> list[Item]:
+    """The items with further numbers, one per item in each sequence."""
+    return [
+        replace(item, numbers={**item.numbers, **{name: float(values[i]) for name, values in numbers.items()}})
+        for i, item in enumerate(items)
+    ]
+
+
+def unique_prompts(examples: Sequence[Example]) -> list[Example]:
+    """The first example of each prompt."""
+    first: dict[object, Example] = {}
+    for example in examples:
+        first.setdefault(example.prompt, example)
+    return list(first.values())

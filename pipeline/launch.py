@@ -1,0 +1,208 @@
+"""How a stage is started: one process, the DeepSpeed launcher, torchrun or srun; the exact command and environment.
+
+What the launchers do (DeepSpeed 0.19.8, torch 2.13, two gloo ranks on CPU):
+- DeepSpeed's passes the exit code of the first rank that fails; torchrun always exits 1 and prints a traceback.
+- DeepSpeed's adds --local_rank=N to the words unless told --no_local_rank.
+- SIGTERM to DeepSpeed's outer launcher orphans its children; to the inner one it costs the ranks' exit code (it
+  exits 1). A signal to the ranks alone leaves their code intact, so that is what `run` does.
+- torchrun starts each rank in a session of its own: a signal to the process group misses them.
+- With a hostfile DeepSpeed's launcher tries ssh even for one host; over pdsh it exports only variables that begin
+  with PYTHON, NCCL and a few more.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.records import UserError
+from pipeline.settings import LaunchSettings
+
+DISTRIBUTED = ("sft", "reward", "rl")  # stages that share their work among ranks; the others run as one process
+GPU_FILES = ("nvidia[0-9]*", "dxg", "kfd", "davinci*", "accel*")  # in /dev: CUDA, WSL, ROCm, Ascend, Gaudi
+
+
+def command(settings: LaunchSettings, stage: str, words: Sequence[str], environ: Mapping[str, str]) -> list[str]:
+    """The command that runs `stages/<stage>.py` with `words` on every rank. Raises UserError."""
+    module = [f"stages.{stage}", *words]
+    launcher = choose(settings, stage, environ)
+    if launcher == "deepspeed":
+        options = ["--no_local_rank", "--log_level", "error", "--master_port", str(_port(settings))]
+        return [sys.executable, "-m", "deepspeed.launcher.runner", *_resources(settings), *options, "--module", *module]
+    if launcher == "torchrun":
+        resources = ["--nproc-per-node", str(settings.processes), *_rendezvous(settings)]
+        return [sys.executable, "-m", "torch.distributed.run", *resources, "--module", *module]
+    if launcher == "srun":
+        return ["srun", "--kill-on-bad-exit=1", *_tasks(settings, environ), sys.executable, "-m", *module]
+    return [sys.executable, "-m", *module]
+
+
+def choose(settings: LaunchSettings, stage: str, environ: Mapping[str, str]) -> str:
+    """single | deepspeed | torchrun | srun: what `launch.launcher: auto` means here. Raises UserError."""
+    if stage not in DISTRIBUTED or is_rank(environ):
+        return "single"
+    if settings.launcher == "single" and settings.processes > 1:
+        raise UserError(f"launch: launcher=single with processes={settings.processes}; wanted one process or auto")
+    if settings.hostfile and settings.launcher not in ("auto", "deepspeed"):
+        raise UserError(f"launch.hostfile: only launcher=deepspeed reads it, found launcher={settings.launcher}")
+    if settings.launcher == "srun" and "SLURM_JOB_ID" not in environ:
+        raise UserError("launch.launcher: srun needs a Slurm allocation (sbatch or salloc); none is open here")
+    if settings.launcher != "auto":
+        return settings.launcher
+    many_tasks = int(environ.get("SLURM_NTASKS", "1")) > 1 or int(environ.get("SLURM_NNODES", "1")) > 1
+    if "SLURM_JOB_ID" in environ and many_tasks and not settings.hostfile:
+        return "srun"
+    return "deepspeed" if settings.hostfile or settings.processes > 1 else "single"
+
+
+def is_rank(environ: Mapping[str, str]) -> bool:
+    """Whether someone's launcher (torchrun, mpirun with RANK, srun with several tasks) already started this process."""
+    return {"RANK", "WORLD_SIZE"} <= set(environ) or int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+
+
+def environment(settings: LaunchSettings, stage: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """`environ` with what the ranks need; what is already set is kept."""
+    launcher = choose(settings, stage, environ)
+    processes = 1 if launcher == "single" else settings.processes
+    added = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // processes))}
+    if not any(next(Path("/dev").glob(pattern), None) for pattern in GPU_FILES):
+        added["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed warns that it found no GPU
+    return {**added, **environ}
+
+
+def rank_environment(settings: LaunchSettings, environ: Mapping[str, str]) -> dict[str, str]:
+    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT of a Slurm task; nothing where they are set."""
+    if "RANK" in environ or int(environ.get("SLURM_STEP_NUM_TASKS", "1")) < 2:
+        return {}
+    port = settings.master_port or 20000 + int(environ["SLURM_JOB_ID"]) % 20000  # the same on every node
+    return {
+        "RANK": environ["SLURM_PROCID"],
+        "WORLD_SIZE": environ["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": environ["SLURM_LOCALID"],
+        "MASTER_ADDR": first_host(environ["SLURM_STEP_NODELIST"]),
+        "MASTER_PORT": str(port),
+    }
+
+
+def first_host(nodes: str) -> str:
+    """The first name of a Slurm node list: 'gpu[03-07,9],login1' -> 'gpu03'."""
+    first = re.sub(r"\[([0-9]+)[^]]*\]", r"\1", nodes)
+    return first.split(",")[0]
+
+
+def hosts(path: Path) -> dict[str, int]:
+    """Host -> slots from lines 'host slots=8'. Raises UserError with file and line."""
+    if not path.is_file():
+        raise UserError(f"launch.hostfile: {path} is not a file; wanted lines 'host slots=8'")
+    found: dict[str, int] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        text = line.split("#")[0].strip()
+        match = re.fullmatch(r"(\S+)\s+slots=([1-9][0-9]*)", text)
+        if text and not match:
+            raise UserError(f"{path}:{number}: {text!r}, wanted 'host slots=8'")
+        if match and match[1] in found:
+            raise UserError(f"{path}:{number}: host {match[1]} is given twice")
+        if match:
+            found[match[1]] = int(match[2])
+    if not found:
+        raise UserError(f"{path}: no host in it, wanted lines 'host slots=8'")
+    return found
+
+
+def run(argv: Sequence[str], env: Mapping[str, str]) -> int:
+    """Run `argv` to its end and return its exit code (128 + N when signal N killed it).
+
+    SIGINT, SIGTERM and SIGHUP go to the ranks, who may save and choose the exit code; a second SIGINT kills all.
+    At a terminal the children get a session of their own, else Ctrl-C would reach the launchers too.
+    """
+    process = subprocess.Popen(argv, env=dict(env), start_new_session=sys.stdin.isatty())
+    received: list[int] = []
+
+    def forward(number: int, frame: Any) -> None:
+        received.append(number)
+        kill = received.count(signal.SIGINT) > 1
+        tree = _descendants(process.pid)
+        ranks = [pid for pid in tree if _is_stage(pid)] or [process.pid]
+        for pid in [*tree, process.pid] if kill else ranks:
+            _signal(pid, signal.SIGKILL if kill else number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, forward) for number in numbers}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return code if code >= 0 else 128 - code
+
+
+def _resources(settings: LaunchSettings) -> list[str]:
+    """DeepSpeed's options for the ranks: of this machine, or of a hostfile with several."""
+    if settings.hostfile is None:
+        return ["--num_gpus", str(settings.processes)]
+    found = hosts(Path(settings.hostfile))
+    if len(found) == 1 and next(iter(found)) in ("localhost", "127.0.0.1", socket.gethostname()):
+        return ["--num_gpus", str(next(iter(found.values())))]
+    if not shutil.which("pdsh"):
+        raise UserError("launch.hostfile: several machines need the program pdsh, not found; install it, or use Slurm")
+    per_host = ["--num_gpus", str(settings.processes)] if settings.processes > 1 else []
+    return ["--hostfile", settings.hostfile, *per_host]
+
+
+def _rendezvous(settings: LaunchSettings) -> list[str]:
+    return ["--standalone"] if settings.master_port is None else ["--master-port", str(settings.master_port)]
+
+
+def _tasks(settings: LaunchSettings, environ: Mapping[str, str]) -> list[str]:
+    """srun takes the allocation's tasks; `processes` above 1 are tasks per node."""
+    if settings.processes == 1:
+        return []
+    nodes = int(environ.get("SLURM_NNODES", "1"))
+    return [f"--ntasks={nodes * settings.processes}", f"--ntasks-per-node={settings.processes}"]
+
+
+def _port(settings: LaunchSettings) -> int:
+    """The port of rank 0: the one set, else one that is free now."""
+    if settings.master_port is not None:
+        return settings.master_port
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def _descendants(pid: int) -> list[int]:
+    """The processes below `pid`, from /proc; those that end meanwhile are left out."""
+    parents: dict[int, int] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+    found = [pid]
+    for one in found:  # grows while it is walked
+        found += [child for child, parent in parents.items() if parent == one]
+    return found[1:]
+
+
+def _is_stage(pid: int) -> bool:
+    """Whether a process is a rank: python -m stages.<stage>, not a launcher with that among its options."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return any(one == b"-m" and two.startswith(b"stages.") for one, two in zip(words, words[1:], strict=False))
+
+
+def _signal(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:  # it ended by itself
+        return

@@ -1,0 +1,188 @@
+"""The one training loop of all three stages."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.checkpoint import Checkpoints, State
+from pipeline.data import Windows
+from pipeline.engine import Engine, Ranks
+from pipeline.metrics import RunLog, Tally
+from pipeline.records import Batch, Stat
+from pipeline.settings import OptimizerSettings, TrainSettings
+
+Loss = Callable[[Tensor, Batch], tuple[Tensor, dict[str, Stat]]]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised: the mean over `mean_over` of a loss that returns sums."""
+
+    loss: Loss
+    mean_over: str  # tokens | sequences | pairs
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a look at held-out data gives; the same scalars on every rank."""
+
+    scalars: Mapping[str, float]
+    histograms: Mapping[str, Tensor] = field(default_factory=dict)
+    samples: Sequence[Mapping[str, Any]] = ()
+
+
+@dataclass(frozen=True)
+class Watch:
+    """The evaluation scalar that chooses the best weights."""
+
+    tag: str
+    larger_is_better: bool
+
+    def better(self, value: float, best: float | None) -> bool:
+        if math.isnan(value):
+            return False
+        return best is None or (value > best if self.larger_is_better else value < best)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything one training needs. `evaluate` and `export` are called on all ranks."""
+
+    engine: Engine
+    objective: Objective
+    windows: Windows
+    evaluate: Callable[[int], Evaluation]
+    export: Callable[[Path], None]
+    train: TrainSettings
+    optimizer: OptimizerSettings
+    max_steps: int
+    eval_steps: int | None
+    watch: Watch
+    log: RunLog
+    checkpoints: Checkpoints
+    directory: Path
+
+
+def run(job: Job, state: State) -> State:
+    """Train from `state.step` to the last step; evaluate, log, save and keep the best weights on the way."""
+    tally, started, since = Tally(), time.monotonic(), 0
+    if state.step == 0:
+        state, values = look(job, state)
+        job.log.scalars(0, values)
+    for step in range(state.step, job.max_steps):
+        one_step(job, step, tally)
+        state, since = replace(state, step=step + 1), since + 1
+        values: dict[str, float] = {}
+        if due(state.step, job.train.logging_steps, job.max_steps):
+            values |= summary(job.engine.ranks, tally, (time.monotonic() - started) / since)
+        if due(state.step, job.eval_steps, job.max_steps):
+            state, seen = look(job, state)
+            values |= seen
+        if values:
+            job.log.scalars(state.step, values)
+            started, since = time.monotonic(), 0
+        if job.train.save_steps is not None and due(state.step, job.train.save_steps, job.max_steps):
+            job.checkpoints.save(job.engine, state)
+    return state
+
+
+def one_step(job: Job, step: int, tally: Tally) -> None:
+    """Forward and backward over the window of `step`, then one optimizer step.
+
+    Raises:
+        FloatingPointError: the gradient is not finite; names the rows of this rank's window.
+    """
+    engine, window = job.engine, job.windows.at(step)
+    counts = torch.tensor(float(sum(count_terms(batch, job.objective.mean_over) for batch in window)))
+    n_terms = float(engine.ranks.all_sum(counts))
+    engine.train()
+    for place, batch in enumerate(window):
+        total, stats = job.objective.loss(engine(batch), batch.to(engine.ranks.device))
+        engine.backward(total, n_terms, last=place == len(window) - 1)
+        tally.add({name if "/" in name else f"train/{name}": value for name, value in stats.items()})
+    rate = learning_rate(step, job.max_steps, job.optimizer)
+    norm = engine.step(rate)
+    if not math.isfinite(norm) and job.train.precision != "fp16":  # fp16 skips the step and lowers its loss scale
+        rows = [job.windows.items[i].example.id for batch in window for i in batch.items]
+        raise FloatingPointError(f"step {step + 1}: the gradient norm is {norm} on rows {', '.join(rows)}")
+    tally.add(step_stats(window, norm, rate))
+
+
+def step_stats(window: Sequence[Batch], norm: float, rate: float) -> dict[str, Stat]:
+    """What the loop itself knows of a step."""
+    learned = sum(int(batch.response_mask.sum()) for batch in window)
+    read = sum(int(batch.input_mask.sum()) for batch in window)
+    numbers = {"train/grad_norm": norm, "train/learning_rate": rate, "train/num_tokens": learned, "perf/tokens": read}
+    return {name: Stat("mean", torch.tensor([1.0, x, x * x], dtype=torch.float64)) for name, x in numbers.items()}
+
+
+def summary(ranks: Ranks, tally: Tally, seconds: float) -> dict[str, float]:
+    """The tally over all ranks since the last time, with rates. num_tokens counts learned tokens of one step."""
+    values = tally.reduce(ranks.all_sum)
+    read = values.pop("perf/tokens") * ranks.world
+    values["train/num_tokens"] *= ranks.world
+    values |= {"perf/tokens_per_second": read / seconds, "perf/step_seconds": seconds}
+    if ranks.device.type == "cuda":
+        values["perf/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    return values
+
+
+def look(job: Job, state: State) -> tuple[State, dict[str, float]]:
+    """Evaluate; export the weights to best/ if they are the best so far."""
+    job.engine.train(False)
+    evaluation = job.evaluate(state.step)
+    for tag, values in evaluation.histograms.items():
+        job.log.histogram(tag, values, state.step)
+    job.log.samples(state.step, list(evaluation.samples))
+    seen = dict(evaluation.scalars)
+    state = replace(state, last_seen=seen)
+    if job.watch.better(seen[job.watch.tag], state.best):
+        job.export(job.directory / "best")
+        state = replace(state, best=seen[job.watch.tag], best_step=state.step, best_seen=seen)
+    return state, seen
+
+
+def keep(job: Job, state: State) -> None:
+    """Export the last weights to last/, and let model/ be best/ or last/ as train.keep says."""
+    job.export(job.directory / "last")
+    if job.engine.ranks.main:
+        chosen = job.directory / (job.train.keep if state.best_step is not None else "last")
+        part = job.directory / "model.part"
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(chosen, part, copy_function=os.link)  # no second copy of the weights on the disk
+        shutil.rmtree(job.directory / "model", ignore_errors=True)
+        os.replace(part, job.directory / "model")
+    job.engine.ranks.barrier()
+
+
+def due(step: int, every: int | None, last: int) -> bool:
+    """Whether something that happens `every` so many steps, and at the end, happens at `step`."""
+    return step == last or (every is not None and step % every == 0)
+
+
+def count_terms(batch: Batch, mean_over: str) -> int:
+    """What this micro-batch adds to the divisor of the mean; fillers add nothing."""
+    if mean_over == "tokens":
+        return int(batch.response_mask.sum())
+    sequences = int(batch.sequence_mask.sum())
+    return sequences // 2 if mean_over == "pairs" else sequences
+
+
+def learning_rate(step: int, max_steps: int, settings: OptimizerSettings) -> float:
+    """The rate of `step`, counted from 0: linear warm-up, then constant, or linear or cosine down to 0."""
+    warmup = math.ceil(max_steps * settings.warmup_ratio)
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, max_steps - warmup)
+    factors = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
+    return settings.learning_rate * factors[settings.lr_scheduler_type]

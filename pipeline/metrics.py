@@ -1,0 +1,288 @@
+"""Numbers on their way to paper: additive tallies, one reduction per logged step, metrics.jsonl and TensorBoard.
+
+`metrics.jsonl` is the truth: one JSON object per logged step, {"step": int, "time": seconds, tag: number or null}.
+TensorBoard is a view of it. Files are complete or absent; only the log of rank 0 writes any.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pipeline.algorithms.functional import merge, reduce
+from pipeline.records import Stat, UserError
+
+PACK_ROWS = 64  # packed tallies are padded to a multiple of this, so that differing layouts still meet in one call
+DIGITS = 6  # significant digits in metrics.jsonl
+PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal to draw a bar on
+TABLE_ROWS, TABLE_CHARACTERS = 16, 600  # of a sample table in TensorBoard; the file keeps everything
+SHOWN = {"train/loss": "loss", "reward/mean": "reward", "train/accuracy": "accuracy"}  # beside the progress bar
+
+
+class Tally:
+    """Statistics of one logged step, added up on the device they are born on until `reduce`.
+
+    All ranks must add the same names in the same kinds before a reduction; a rank without rows adds Stats of count 0.
+    """
+
+    def __init__(self) -> None:
+        self._stats: dict[str, Stat] = {}
+
+    def add(self, stats: Mapping[str, Stat]) -> None:
+        """Merge `stats` into the running sums."""
+        for name, stat in stats.items():
+            self._stats[name] = merge(self._stats[name], stat) if name in self._stats else stat
+
+    def sums(self) -> Tensor:
+        """((n + 1) rounded up to PACK_ROWS, 3) float64: a row naming the layout, the sums in name order, zeros."""
+        names = sorted(self._stats)
+        mark = zlib.crc32(repr([(name, self._stats[name].kind) for name in names]).encode()) >> 12  # 20 bits: exact
+        device = self._stats[names[0]].sums.device if names else torch.device("cpu")
+        packed = torch.zeros(-(-(len(names) + 1) // PACK_ROWS) * PACK_ROWS, 3, dtype=torch.float64, device=device)
+        packed[0] = torch.tensor([1.0, mark, mark**2], dtype=torch.float64)
+        if names:
+            packed[1 : len(names) + 1] = torch.stack([self._stats[name].sums for name in names])
+        return packed
+
+    def reduce(self, all_sum: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """The statistics over all ranks, by name; the tally is empty afterwards.
+
+        `all_sum` adds a tensor over ranks (the identity in one process).
+        Raises RuntimeError when ranks hold different names or kinds: adding them up would mix them.
+        """
+        kinds = {name: self._stats[name].kind for name in sorted(self._stats)}
+        total = all_sum(self.sums()).cpu()
+        ranks, marks, squares = (int(x) for x in total[0].tolist())
+        # Cauchy-Schwarz: (sum m)^2 = n sum m^2 holds if and only if all ranks have the same m.
+        if marks**2 != ranks * squares:
+            raise RuntimeError(f"tally: {ranks} ranks hold different statistics; this one has {list(kinds.items())}")
+        self._stats = {}
+        return {name: float(reduce(Stat(kind, row))) for (name, kind), row in zip(kinds.items(), total[1:])}  # noqa: B905
+
+
+class RunLog:
+    """Everything a stage writes while it runs: metrics.jsonl, tensorboard/, samples/, results.json, a progress bar.
+
+    `resume_step` is the step of the checkpoint the run goes on from: what was logged later is removed. 0 is a start
+    from nothing and removes whatever an earlier start logged. With `enabled` False every method does nothing.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        hparams: Mapping[str, object],
+        *,
+        resume_step: int,
+        enabled: bool,
+        total_steps: int,
+        description: str,
+    ) -> None:
+        self.enabled = enabled
+        if not enabled:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._directory = Path(directory)
+        kept = _truncate(self._directory / "metrics.jsonl", resume_step)
+        _drop_samples(self._directory / "samples", resume_step)
+        self._start = time.monotonic() - (kept[-1]["time"] if kept else 0.0)
+        self._rows = open(self._directory / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        purge = resume_step + 1 if resume_step else 0
+        self._board = SummaryWriter(str(self._directory / "tensorboard"), purge_step=purge, flush_secs=30)
+        self._write_hparams(hparams)
+        self._progress = _Progress(resume_step, total_steps, description)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """One row of metrics.jsonl and a point per tag in TensorBoard; what is not finite becomes null and no point."""
+        if not self.enabled:
+            return
+        row = {"step": step, "time": round(time.monotonic() - self._start, 3)}
+        row |= {tag: _rounded(value) for tag, value in values.items()}
+        self._rows.write(json.dumps(row, allow_nan=False) + "\n")
+        for tag, value in values.items():
+            if math.isfinite(value):
+                self._board.add_scalar(tag, value, step)
+        self._progress.show(step, values)
+
+    def histogram(self, tag: str, values: Tensor | Sequence[float], step: int) -> None:
+        """The distribution of `values` (any shape) in TensorBoard; values that are not finite are left out."""
+        if not self.enabled:
+            return
+        flat = torch.as_tensor(values).detach().flatten().double().cpu()
+        flat = flat[flat.isfinite()]
+        if len(flat):
+            self._board.add_histogram(tag, flat.numpy(), step)
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, object]]) -> None:
+        """samples/step-N.jsonl with every row, and the first rows as a table in TensorBoard."""
+        if not self.enabled or not rows:
+            return
+        write_jsonl(self._directory / "samples" / f"step-{step:06d}.jsonl", rows)
+        self._board.add_text("samples", _markdown_table(rows[:TABLE_ROWS]), step)
+
+    def finish(self, results: Mapping[str, object]) -> None:
+        """results.json; the same numbers join the hyper-parameters in TensorBoard as results/<tag>."""
+        if not self.enabled:
+            return
+        write_json(self._directory / "results.json", results)
+        for tag, value in flatten(results).items():
+            if isinstance(value, (int, float)) and math.isfinite(value):
+                self._board.add_scalar(f"results/{tag}", value, self._progress.step)
+
+    def close(self) -> None:
+        """Flush and close the files and the bar. The log cannot be used afterwards."""
+        if not self.enabled:
+            return
+        self._progress.close()
+        self._rows.close()
+        self._board.close()
+
+    def _write_hparams(self, hparams: Mapping[str, object]) -> None:
+        # TensorBoard takes the first Experiment summary it finds for all runs, so one stage would hide another's
+        # settings and results. Without any it gathers both from all runs, which is what we want.
+        from torch.utils.tensorboard.summary import hparams as summaries
+
+        plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in flatten(hparams).items()}
+        _, session_start, _ = summaries(plain, {})
+        self._board.file_writer.add_summary(session_start)
+
+
+class _Progress:
+    """A tqdm bar on a terminal; elsewhere a plain line every PLAIN_SECONDS."""
+
+    def __init__(self, first_step: int, total_steps: int, description: str) -> None:
+        self.step = first_step
+        self._first, self._total, self._description = first_step, total_steps, description
+        self._started = self._last_line = time.monotonic()
+        self._bar = tqdm(
+            desc=description,
+            total=total_steps,
+            initial=first_step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+        )
+
+    def show(self, step: int, values: Mapping[str, float]) -> None:
+        """Move to `step`; the tags of SHOWN stand beside the bar."""
+        now, moved, self.step = time.monotonic(), step > self.step, max(step, self.step)
+        shown = {name: values[tag] for tag, name in SHOWN.items() if tag in values}
+        if not self._bar.disable:
+            self._bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
+            self._bar.update(self.step - self._bar.n)
+        elif now - self._last_line >= PLAIN_SECONDS or (moved and step >= self._total):
+            self._last_line = now
+            meter = tqdm.format_meter(
+                self.step,
+                self._total,
+                now - self._started,
+                prefix=self._description,
+                unit="step",
+                initial=self._first,
+                ncols=0,
+                postfix=", ".join(f"{name}={value:.4g}" for name, value in shown.items()),
+            )
+            print(meter, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float | None]]:
+    """The rows of a metrics.jsonl in file order; none if it is absent.
+
+    A torn last line, which a kill leaves, is dropped. Raises UserError on any other line that is no JSON object.
+    """
+    if not path.is_file():
+        return []
+    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")  # the last is empty, or torn
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{number}: not a JSON object ({error.msg}); remove that line") from error
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise UserError(f"{path}:{number}: wanted a JSON object with a whole number as 'step'; remove that line")
+        rows.append(row)
+    return rows
+
+
+def write_json(path: Path, value: object) -> None:
+    """`value` as indented JSON at `path`, complete or absent; numbers that are not finite become null."""
+    write_text(path, json.dumps(_jsonable(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """`rows` as JSON lines at `path`, complete or absent; numbers that are not finite become null."""
+    write_text(path, "".join(json.dumps(_jsonable(r), ensure_ascii=False, allow_nan=False) + "\n" for r in rows))
+
+
+def flatten(nested: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Mappings within mappings as one with keys joined by '/'."""
+    flat: dict[str, object] = {}
+    for key, value in nested.items():
+        flat |= flatten(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".tmp")
+    with open(draft, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+
+
+def _truncate(path: Path, resume_step: int) -> list[dict[str, float | None]]:
+    """Keep the rows up to `resume_step` (none for 0) and return them; the file is rewritten whole."""
+    rows = [row for row in read_metrics(path) if resume_step and row["step"] <= resume_step]
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def _drop_samples(folder: Path, resume_step: int) -> None:
+    for path in folder.glob("step-*.jsonl"):
+        step = path.stem.removeprefix("step-")
+        if step.isdigit() and (not resume_step or int(step) > resume_step):
+            path.unlink()
+
+
+def _rounded(value: float) -> float | None:
+    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+
+
+def _jsonable(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _markdown_table(rows: Sequence[Mapping[str, object]]) -> str:
+    flat = [flatten(row) for row in rows]
+    names = list(dict.fromkeys(name for row in flat for name in row))
+    lines = [names, ["---"] * len(names)] + [[_markdown(row.get(name, "")) for name in names] for row in flat]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _markdown(value: object) -> str:
+    """One table cell: plain text, whatever marks it holds."""
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    text = text if len(text) <= TABLE_CHARACTERS else text[:TABLE_CHARACTERS] + " ..."
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("|", "&#124;")
+    return re.sub(r"([\\`*_{}\[\]#~])", r"\\\1", text).replace("\r", "").replace("\n", "<br>")

@@ -1,0 +1,143 @@
+"""What a training will need of each GPU, and how its batches divide, before anything is started.
+
+Bytes per weight follow Rajbhandari et al. (2020, ZeRO): with half precision 2 for the weight, 2 for its gradient and 12
+for the optimizer (float32 master, two moments); with float32 4, 4 and 8. Stage 1 shares the optimizer between ranks,
+stage 2 the gradients too, stage 3 the weights too. Activations and logits are estimates.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.records import UserError
+from pipeline.settings import ModelSettings, Plan, Training
+
+GB = 1e9
+DS_CONFIGS = Path(__file__).parent.parent / "ds_configs"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the estimate needs to know of a model."""
+
+    parameters: float
+    trained: float
+    hidden_size: int
+    layers: int
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+
+def memory(shape: Shape, stage: int, world: int, half: bool, offload: bool, tokens: int, checkpointing: bool) -> Memory:
+    """The estimate for `tokens` padded tokens per micro-batch on each of `world` ranks."""
+    element = 2 if half else 4
+    logits = 3 * 4 * min(tokens * shape.vocab_size, 1 << 25)  # one slice of the head: logits, softmax, gradient
+    per_token = shape.hidden_size * element * (2 if checkpointing else 34)  # Korthikanti et al. (2022), flash attention
+    return Memory(
+        weights=shape.parameters * element / (world if stage == 3 else 1),
+        gradients=shape.trained * element / (world if stage >= 2 else 1),
+        optimizer=0.0 if offload else shape.trained * (12 if half else 8) / (world if stage >= 1 else 1),
+        activations=float(tokens * shape.layers * per_token),
+        logits=float(logits),
+    )
+
+
+def estimate(settings: Training) -> str:
+    """A table of the estimate for the configured ZeRO stage beside the others.
+
+    Raises:
+        UserError: the model's configuration or the ZeRO file cannot be read.
+    """
+    shape, train, world = shape_of(settings), settings.train, settings.launch.processes
+    zero = zero_section(train.zero)
+    tokens = train.max_tokens or train.micro_batch_size * (
+        settings.data.max_prompt_length + settings.data.max_response_length
+    )
+    lines = [
+        f"model: {shape.parameters / 1e6:,.1f} M weights, {shape.trained / 1e6:,.1f} M trained, {train.precision}",
+        f"batch: {train.batch_size} rows per step over {world} processes, {tokens:,} padded tokens per forward",
+        f"{'GB per process':16}{'weights':>10}{'gradients':>11}{'optimizer':>11}{'activations':>13}{'logits':>8}{'all':>9}",
+    ]
+    for stage in range(4):
+        offload = stage == zero["stage"] and "offload_optimizer" in zero
+        m = memory(shape, stage, world, train.precision != "fp32", offload, tokens, train.gradient_checkpointing)
+        mark = " <- train.zero" if stage == zero["stage"] else ""
+        lines.append(
+            f"{'ZeRO-' + str(stage):16}{m.weights / GB:10.2f}{m.gradients / GB:11.2f}{m.optimizer / GB:11.2f}"
+            f"{m.activations / GB:13.2f}{m.logits / GB:8.2f}{m.total / GB:9.2f}{mark}"
+        )
+    if isinstance(settings, Plan):
+        lines.append(f"fits in {settings.gpu_memory_gb:g} GB: {fitting(settings, shape, tokens)}")
+    lines.append("one model in memory: a reference is never kept beside the policy")
+    return "\n".join(lines)
+
+
+def fitting(settings: Plan, shape: Shape, tokens: int) -> str:
+    """The ZeRO stages under which the estimate stays below nine tenths of the GPU."""
+    train, world = settings.train, settings.launch.processes
+    half = train.precision != "fp32"
+    limit = 0.9 * settings.gpu_memory_gb * GB
+    stages = [
+        s for s in range(4) if memory(shape, s, world, half, False, tokens, train.gradient_checkpointing).total <= limit
+    ]
+    return ", ".join(f"ZeRO-{s}" for s in stages) or "none: more processes, LoRA, offload or gradient_checkpointing"
+
+
+def zero_section(name: str) -> dict[str, Any]:
+    path = Path(name) if name.endswith(".json") else DS_CONFIGS / f"{name}.json"
+    if not path.is_file():
+        raise UserError(f"train.zero: {name!r} is no file of ds_configs/, wanted zero0 ... zero3 or the path of a .json")
+    return json.loads(path.read_text(encoding="utf-8"))["zero_optimization"]
+
+
+def shape_of(settings: Training) -> Shape:
+    """The model's size from its configuration, built without memory."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    from pipeline.models import load_config, with_lora
+
+    config = load_config(settings.model, Vocabulary(settings.model))
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with torch.device("meta"):
+        model = auto.from_config(config)
+    parameters = float(sum(p.numel() for p in model.parameters()))
+    known = config.get_text_config()
+    layers, vocab = known.num_hidden_layers, known.vocab_size
+    trained = parameters
+    if settings.model.lora.r:
+        lora = with_lora(model, settings.model.lora, "CAUSAL_LM")
+        trained = float(sum(p.numel() for p in lora.parameters() if p.requires_grad))
+    if isinstance(settings, Plan) and settings.parameters is not None:
+        parameters = settings.parameters
+        trained = parameters if not settings.model.lora.r else trained
+    return Shape(parameters, trained, known.hidden_size, layers, vocab)
+
+
+class Vocabulary:
+    """Stands in for a tokenizer where only its size is asked for."""
+
+    pad_token_id, bos_token_id, eos_token_id = 0, 1, 2
+
+    def __init__(self, model: ModelSettings):
+        self.size = model.scratch.vocab_size
+
+    def __len__(self) -> int:
+        return self.size

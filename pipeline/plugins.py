@@ -1,0 +1,155 @@
+"""From a name to the function it means: a module of one of our folders, or a user's own file. The folder is the list.
+
+name                 the function `wanted` of that module of the folder
+name:function        another function of it
+path/to/file.py      the function `wanted` of a file
+path/to/file.py:function
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import pkgutil
+import sys
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import TypeVar
+
+from pipeline.records import UserError
+
+Result = TypeVar("Result")
+
+# Lines of installed libraries do not help the user find a mistake in a file of theirs.
+_LIBRARIES = ("<frozen", *{sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+
+
+def load(name: str, folder: str, what: str, wanted: str) -> Callable:
+    """The function that `name` means in `folder`, a package such as "reward_models"; `what` is the word in messages.
+
+    Raises UserError for a name, a file or a function that is not there or is no function, and for a file that does not
+    load.
+    """
+    source, function = split(name)
+    if source.endswith(".py"):
+        return _function(_module_of(Path(source), what), function or wanted, f"{what} {source}")
+    if source not in available(folder):
+        raise UserError(f"{what} {source!r}: {_unknown(source, folder, wanted)}")
+    place = f"{what} {source!r}"
+    module = guarded(f"{place} does not load", partial(importlib.import_module, f"{folder}.{source}"))
+    return _function(module, function or wanted, place)
+
+
+def split(name: str) -> tuple[str, str]:
+    """`source:function` in two; the function is empty where none is named."""
+    if name.endswith(".py") or ":" not in name:
+        return name, ""
+    source, _, function = name.rpartition(":")
+    return source, function
+
+
+def available(folder: str, wanted: str = "") -> list[str]:
+    """The public modules of a package, sorted; with `wanted`, those that define that name. None of them is imported."""
+    package = importlib.import_module(folder)
+    names = sorted(module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_"))
+    if not wanted:
+        return names
+    paths = {name: Path(package.__path__[0]) / f"{name}.py" for name in names}
+    return [name for name, path in paths.items() if path.exists() and wanted in _defined(path)]
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """'; did you mean ...?', or nothing if no name comes near."""
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def guarded(place: str, call: Callable[[], Result]) -> Result:
+    """The result of `call()`, which is a user's code: whatever it raises, a UserError tells what and where.
+
+    A user's code may raise anything, or call sys.exit, so everything is caught here and nowhere else; nothing is
+    swallowed: the UserError is raised from the original.
+    """
+    try:
+        return call()
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{place}: {_told(error)}") from error
+
+
+def _unknown(name: str, folder: str, wanted: str) -> str:
+    """What to say of a name that is not in the folder."""
+    names = available(folder, wanted)
+    place = folder.replace(".", "/")
+    cure = f"a file of your own is given by its path, as in my/{name.rpartition('/')[2]}.py"
+    return f"not in {place}/, which has {', '.join(names)}{did_you_mean(name, names)}; {cure}"
+
+
+def _module_of(path: Path, what: str) -> ModuleType:
+    """The file as a module, loaded once per process under a name that its whole path decides."""
+    if not path.is_file():
+        siblings = [str(other) for other in path.parent.glob("*.py")]
+        raise UserError(f"{what} {path}: there is no such file{did_you_mean(str(path), siblings)}")
+    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
+    name = f"user_file_{path.stem}_{digest}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # before it runs: dataclasses look their own module up
+        try:
+            guarded(f"{what} {path} does not load", partial(spec.loader.exec_module, module))
+        except UserError:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def _function(module: ModuleType, name: str, place: str) -> Callable:
+    path = Path(str(module.__file__))
+    if name not in vars(module):
+        has = [other for other in _defined(path) if callable(vars(module).get(other)) and not other.startswith("_")]
+        listed = f"it has {', '.join(has) or 'none'}{did_you_mean(name, has)}"
+        raise UserError(f"{place}: no function {name!r} in {_shown(path)}, {listed}")
+    found = vars(module)[name]
+    if not callable(found):
+        raise UserError(
+            f"{place}: {name} in {_shown(path)} is a {type(found).__name__}, wanted a function: def {name}(...)"
+        )
+    return found
+
+
+def _defined(path: Path) -> list[str]:
+    """The functions and classes at the top of a file, and names set there; none for a file that does not parse."""
+    try:
+        body = ast.parse(path.read_bytes()).body
+    except (SyntaxError, ValueError):
+        return []
+    names = [node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    targets = [target for node in body if isinstance(node, ast.Assign) for target in node.targets]
+    return names + [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def _told(error: BaseException) -> str:
+    """Type, message and place of an exception, in one line."""
+    if isinstance(error, SyntaxError) and error.filename and error.lineno:
+        return f"{type(error).__name__}: {error.msg} ({_shown(Path(error.filename))}:{error.lineno})"
+    message = " ".join(str(error).split())
+    shown = f": {message if len(message) <= 300 else message[:297] + '...'}" if message else ""
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is `guarded` itself
+    frames = [frame for frame in frames if not frame.filename.startswith(_LIBRARIES)] or frames
+    where = f" ({_shown(Path(frames[-1].filename))}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}{shown}{where}"
+
+
+def _shown(path: Path) -> str:
+    """The path from the working directory, where it lies below it."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

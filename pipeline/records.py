@@ -1,0 +1,147 @@
+"""The nouns that travel between rooms, each field with its type, shape and meaning.
+
+Shapes: B sequences of a micro-batch, L tokens the model reads, T response tokens, P prompt tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:  # shapes and types only: the command line answers without loading torch
+    import torch
+    from torch import Tensor
+
+
+class UserError(Exception):
+    """Something only the user can mend: one line with the place, what was found, what was wanted, the cure."""
+
+
+class Message(NamedTuple):
+    """One turn of a chat prompt; `role` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of data, whatever the stage. Absent columns are None or empty."""
+
+    id: str
+    prompt: str | tuple[Message, ...]
+    completion: str | None = None
+    references: tuple[str, ...] = ()
+    candidates: tuple[str, ...] = ()  # best first
+    candidate_rewards: tuple[float, ...] = ()
+    chosen: str | None = None
+    rejected: str | None = None
+    chosen_reward: float | None = None
+    rejected_reward: float | None = None
+    margin: float | None = None
+    reward: float | None = None
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence ready for the model: ids only, already truncated; `response_ids` ends with EOS unless cut."""
+
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    cut_prompt: bool = False
+    cut_response: bool = False
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+@dataclass(frozen=True)
+class Item:
+    """What one draw of the sampler yields: one Row, or two (chosen, rejected), and the numbers that go with it."""
+
+    example: Example
+    rows: tuple[Row, ...]
+    numbers: Mapping[str, float] = field(default_factory=dict)  # reward, value, margin ...
+    ref_logp: tuple[Tensor, ...] = ()  # one (T_row,) float32 per row
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one rank. Sequences of pairs come as all first rows, then all second rows.
+
+    Masks are built from lengths. A filler sequence, which keeps ranks in step, has an all-False mask.
+    """
+
+    items: tuple[int, ...]  # index in the data set of each item, fillers excluded
+    input_ids: Tensor  # (B, L) int64: prompt + response for a causal model, the prompt for an encoder-decoder
+    input_mask: Tensor  # (B, L) bool
+    prompt_lengths: Tensor  # (B,) int64
+    response_ids: Tensor  # (B, T) int64
+    response_mask: Tensor  # (B, T) bool, True on response tokens and their EOS
+    numbers: Mapping[str, Tensor] = field(default_factory=dict)  # (items,) float32 each
+    ref_logp: Tensor | None = None  # (B, T) float32, zero where response_mask is False
+
+    @property
+    def sequence_mask(self) -> Tensor:
+        """(B,) bool, False for fillers."""
+        return self.response_mask.any(1)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`."""
+        move = lambda x: x.to(device, non_blocking=True)  # noqa: E731
+        return Batch(
+            self.items,
+            move(self.input_ids),
+            move(self.input_mask),
+            move(self.prompt_lengths),
+            move(self.response_ids),
+            move(self.response_mask),
+            {name: move(value) for name, value in self.numbers.items()},
+            None if self.ref_logp is None else move(self.ref_logp),
+        )
+
+
+class Needs(NamedTuple):
+    """What an algorithm wants computed before training starts."""
+
+    rewards: bool = False
+    values: bool = False
+    ref_logp: bool = False
+
+
+class Stat(NamedTuple):
+    """An additive statistic: micro-batches, ranks and steps are merged by adding `sums`, and reduced only to be written.
+
+    `sums` is (3,) float64: count, sum, sum of squares. `kind` names the reduction: mean; std (population);
+    ess, the effective sample share (sum w)^2 / (n sum w^2) in (0, 1].
+    """
+
+    kind: str
+    sums: Tensor
+
+
+@dataclass(frozen=True)
+class Response:
+    """One sampled or decoded response with what is known of it."""
+
+    example: Example
+    prompt_text: str
+    text: str
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]  # ends with EOS if finished
+    finished: bool  # EOS was generated
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the reward models say of N responses, in the order given."""
+
+    raw: Mapping[str, Sequence[float]]  # by reward name, before normalisation
+    normalised: Mapping[str, Sequence[float]]
+    total: Sequence[float]  # the weighted sum: the reward
+
+
+RewardFunction = Callable[..., list[float]]  # reward(prompts, completions, **columns) -> one float per completion

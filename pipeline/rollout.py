@@ -1,0 +1,98 @@
+"""Where responses come from: here, from the policy.
+
+One generation gathers ZeRO-3's weights once; ranks share the prompts, and all make the same number of steps. What is
+sampled depends on the seed and the prompt's place, never on the rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import GenerationConfig
+
+from pipeline.engine import Engine
+from pipeline.models import hugging_face
+from pipeline.records import Example, Response
+from pipeline.settings import GenerationSettings
+from pipeline.text import Encoder, pad
+
+
+def generate(
+    engine: Engine, encoder: Encoder, examples: Sequence[Example], settings: GenerationSettings, seed: int
+) -> list[Response]:
+    """`num_return_sequences` responses per example, those of one example side by side; the same list on all ranks."""
+    ranks, size = engine.ranks, settings.batch_size
+    prompts = [encoder.encode_prompt(example.prompt)[0] for example in examples]
+    order = sorted(range(len(examples)), key=lambda i: len(prompts[i]))  # like lengths together: little padding
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    config = generation_config(settings, encoder)
+    mine: dict[int, list[list[int]]] = {}
+    with engine.generating() as module, torch.no_grad(), torch.random.fork_rng(devices=_cuda(engine)):
+        for place in range(0, len(batches), ranks.world):
+            number = place + ranks.rank
+            batch = batches[number] if number < len(batches) else batches[0]  # idle ranks keep in step
+            torch.manual_seed(seed * 1_000_003 + number)
+            rows = _generate(module, encoder, [prompts[i] for i in batch], config, engine)
+            if number < len(batches):
+                mine |= dict(zip(batch, rows, strict=True))
+    answers = {i: rows for part in ranks.gather(mine) for i, rows in part.items()}
+    return [
+        _response(encoder, examples[i], prompts[i], ids) for i in range(len(examples)) for ids in answers[i]
+    ]
+
+
+def generation_config(settings: GenerationSettings, encoder: Encoder) -> GenerationConfig:
+    """transformers' configuration, complete, so that nothing is taken over from the checkpoint unseen."""
+    sampling = {}
+    if settings.do_sample:
+        sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
+    return GenerationConfig(
+        max_new_tokens=settings.max_new_tokens,
+        do_sample=settings.do_sample,
+        num_beams=settings.num_beams,
+        repetition_penalty=settings.repetition_penalty,
+        num_return_sequences=settings.num_return_sequences,
+        pad_token_id=encoder.pad_id,
+        eos_token_id=encoder.eos_id,
+        bos_token_id=encoder.tokenizer.bos_token_id,
+        **sampling,
+    )
+
+
+def _generate(module, encoder: Encoder, prompts: Sequence[Sequence[int]], config: GenerationConfig, engine: Engine):
+    """The response ids, up to and with EOS, of each prompt: one list of `num_return_sequences` rows per prompt."""
+    lm = hugging_face(module.model)
+    ids, mask = pad(prompts, encoder.pad_id, side="right" if module.encoder_decoder else "left")
+    device = engine.ranks.device
+    if module.encoder_decoder:
+        config.decoder_start_token_id = module.start_id
+    out = lm.generate(
+        input_ids=ids.to(device),
+        attention_mask=mask.long().to(device),
+        generation_config=config,
+        synced_gpus=engine.stage == 3 and engine.ranks.world > 1,
+    )
+    start = 1 if module.encoder_decoder else ids.shape[1]
+    rows = [_until_eos(row, encoder.eos_id) for row in out[:, start:].tolist()]
+    n = config.num_return_sequences
+    return [rows[i * n : (i + 1) * n] for i in range(len(prompts))]
+
+
+def _until_eos(ids: list[int], eos: int) -> list[int]:
+    return ids[: ids.index(eos) + 1] if eos in ids else ids
+
+
+def _response(encoder: Encoder, example: Example, prompt_ids: tuple[int, ...], ids: list[int]) -> Response:
+    return Response(
+        example=example,
+        prompt_text=encoder.prompt_text(example.prompt),
+        text=encoder.decode(ids),
+        prompt_ids=prompt_ids,
+        response_ids=tuple(ids),
+        finished=bool(ids) and ids[-1] == encoder.eos_id,
+    )
+
+
+def _cuda(engine: Engine) -> list[torch.device]:
+    return [engine.ranks.device] if engine.ranks.device.type == "cuda" else []

@@ -1,0 +1,116 @@
+"""The directory of a run: what earlier stages left, whether a stage is done, and whether it may go on.
+
+Nothing passes between stages but directories. A stage directory tells what made it (config.yaml, inputs.json), so that
+a second start neither redoes what is done nor continues what has become something else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import dump_yaml, load_yaml
+from pipeline.metrics import flatten, write_json, write_text
+from pipeline.records import UserError
+from pipeline.settings import Common
+
+# What may differ between two starts of one stage: nothing here changes a weight or a reported number.
+FREE = ("launch", "runs_dir", "train.logging_steps", "train.save_steps", "train.save_total_limit", "eval.num_samples")
+BLOCK = 1 << 24
+
+
+def run_dir(settings: Common) -> Path:
+    return Path(settings.runs_dir) / settings.run
+
+
+def stage_dir(settings: Common, stage: str) -> Path:
+    """runs/<run>/<stage>, or runs/<run>/<stage>/<name> where a name is given."""
+    base = run_dir(settings) / stage
+    return base if settings.name is None else base / settings.name
+
+
+def finished(directory: Path) -> bool:
+    """Whether a stage's last file is there."""
+    return (directory / "results.json").is_file()
+
+
+def model_of(settings: Common, stage: str) -> Path | None:
+    """The final model that `stage` (or stage/name) of this run left, if it did."""
+    directory = run_dir(settings) / stage
+    return directory / "model" if finished(directory) and (directory / "model").is_dir() else None
+
+
+def reward_models(settings: Common) -> dict[str, str]:
+    """The reward models trained in this run: name -> model directory."""
+    folder = run_dir(settings) / "reward"
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    return {path.name: str(path / "model") for path in found if finished(path) and (path / "model").is_dir()}
+
+
+def fingerprint(path: str | Path) -> str:
+    """sha256 over the names and bytes of a file, or of a model directory's files; the text itself for hub names."""
+    place = Path(path)
+    digest = hashlib.sha256()
+    if not place.exists():
+        digest.update(str(path).encode())
+        return digest.hexdigest()
+    files = sorted(p for p in place.iterdir() if p.is_file()) if place.is_dir() else [place]
+    for file in files:
+        digest.update(file.name.encode())
+        with open(file, "rb") as stream:
+            while block := stream.read(BLOCK):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def open_stage(directory: Path, settings: Common, words: Sequence[str], inputs: Mapping[str, str]) -> bool:
+    """Start or continue a stage: compare with what an earlier start noted, then note what this one is.
+
+    Returns:
+        False where the stage is finished, with the same settings and inputs; nothing is left to do.
+
+    Args:
+        inputs: name -> fingerprint of what the stage starts from (models, data, rewards).
+
+    Raises:
+        UserError: it was started with other settings or inputs.
+    """
+    config, noted = directory / "config.yaml", directory / "inputs.json"
+    if config.is_file() and noted.is_file():
+        refuse_other(directory, settings, load_yaml(config), dict(inputs), json.loads(noted.read_text("utf-8")))
+        if finished(directory):
+            print(f"{directory} is done; remove it to do it again", flush=True)
+            return False
+        return True
+    if directory.exists() and finished(directory):
+        raise UserError(f"{directory}: it has results but not what made them (config.yaml): remove it, or use run=")
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(noted, dict(inputs))
+    write_text(directory / "command.txt", "bash run.sh " + shlex.join(words) + "\n")
+    write_text(config, dump_yaml(settings.model_dump()))
+    return True
+
+
+def refuse_other(
+    directory: Path, settings: Common, old: Mapping[str, Any], inputs: Mapping[str, str], old_inputs: Mapping[str, str]
+) -> None:
+    """Raises UserError naming the first setting or input that changed since the stage was started."""
+    before, now = flatten(old), flatten(settings.model_dump())
+    for key in sorted({*before, *now}):
+        if key.startswith(FREE) or before.get(key) == now.get(key):
+            continue
+        raise UserError(
+            f"{directory}: was started with {key}={before.get(key)}, now it is {now.get(key)}: "
+            "go back, choose another run= or name=, or remove the directory"
+        )
+    for name in sorted({*old_inputs, *inputs}):
+        if old_inputs.get(name) != inputs.get(name):
+            raise UserError(
+                f"{directory}: its {name} has changed since it was started: choose another run= or name=, "
+                "or remove the directory"
+            )
+

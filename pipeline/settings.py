@@ -1,0 +1,259 @@
+"""Every key a user can set, with its type and range; the defaults live in `stages/*.yaml`, nowhere else."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """Unknown keys and wrong types are errors, values never change, and every key must be given."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class LoraSettings(Section):
+    r: Whole
+    alpha: Positive
+    dropout: Fraction
+    target_modules: str | list[str]
+
+
+class ScratchSettings(Section):
+    """The small model that is made when no `model.path` is given."""
+
+    shape: Literal["llama", "t5", "bart"]
+    hidden_size: Count
+    num_layers: Count
+    num_heads: Count
+    vocab_size: Count
+    max_position_embeddings: Count
+
+
+class ModelSettings(Section):
+    path: str | None
+    revision: str | None
+    scratch: ScratchSettings
+    lora: LoraSettings
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"]
+    trust_remote_code: bool
+    dropout: Fraction | None
+
+
+class TemplateSettings(Section):
+    kind: Literal["text", "chat"]
+    prompt: str
+    response: str
+    human: str
+    assistant: str
+    system: str | None
+
+
+class DataSettings(Section):
+    task: str | None
+    task_size: Count | None
+    path: str | None
+    train: str | None
+    validation: str | None
+    test: str | None
+    format: str | None
+    responses: Literal["chosen", "both"]
+    sources: list[str] | None
+    exclude: list[str]
+    drop_abrupt: bool
+    max_rows: Count | None
+    max_bad_rows: Whole
+    validation_fraction: Fraction
+    max_prompt_length: Count
+    max_response_length: Count
+
+
+class TrainSettings(Section):
+    batch_size: Count
+    micro_batch_size: Count | None
+    max_tokens: Count | None
+    num_train_epochs: Positive | None
+    max_steps: Count | None
+    precision: Literal["fp32", "bf16", "fp16"]
+    zero: str
+    gradient_checkpointing: bool
+    logging_steps: Count
+    eval_steps: Count | None
+    save_steps: Count | None
+    save_total_limit: Count
+    keep: Literal["best", "last"]
+
+    @model_validator(mode="after")
+    def one_owner_each(self) -> TrainSettings:
+        if (self.micro_batch_size is None) == (self.max_tokens is None):
+            raise ValueError("wanted one of micro_batch_size and max_tokens, the other null")
+        if (self.num_train_epochs is None) == (self.max_steps is None):
+            raise ValueError("wanted one of num_train_epochs and max_steps, the other null")
+        return self
+
+
+class OptimizerSettings(Section):
+    learning_rate: Positive
+    lr_scheduler_type: Literal["linear", "cosine", "constant"]
+    warmup_ratio: Fraction
+    weight_decay: NotNegative
+    adam_beta1: Fraction
+    adam_beta2: Fraction
+    adam_epsilon: Positive
+    max_grad_norm: NotNegative
+
+
+class EvalSettings(Section):
+    max_rows: Count
+    batch_size: Count
+    num_samples: Whole
+
+
+class GenerationSettings(Section):
+    max_new_tokens: Count
+    do_sample: bool
+    temperature: Positive
+    top_p: Fraction
+    top_k: Whole
+    num_beams: Count
+    repetition_penalty: Positive
+    num_return_sequences: Count
+    batch_size: Count
+
+
+class RewardSettings(Section):
+    """How rewards given in `reward` are read; `reward` itself is a name, a path, or a mapping to weights."""
+
+    normalise: Literal["none", "sigmoid", "standardise"]
+    batch_size: Count
+    max_length: Count
+
+
+class ValueSettings(Section):
+    targets: Literal["policy", "data"]
+    samples_per_prompt: Count
+    max_prompts: Count
+    held_out_fraction: Annotated[float, Field(gt=0, lt=1)]
+    learning_rate: Positive
+    epochs: Count
+    batch_size: Count
+    patience: Count
+    num_heads: Count
+    dropout: Fraction
+
+
+class LaunchSettings(Section):
+    processes: Count
+    hostfile: str | None
+    launcher: Literal["auto", "single", "deepspeed", "torchrun", "srun"]
+    master_port: Count | None
+    ddp_timeout: Count
+
+
+class Algorithm(Section):
+    """The file in `pipeline/algorithms/` and its own settings, which that file checks."""
+
+    file: str
+    settings: dict[str, Any]
+
+
+class Common(Section):
+    """What every stage has."""
+
+    run: str
+    name: str | None
+    runs_dir: str
+    seed: Whole
+    launch: LaunchSettings
+
+
+class WithModel(Common):
+    model: ModelSettings
+    template: TemplateSettings
+    data: DataSettings
+
+
+class Training(WithModel):
+    algorithm: Algorithm
+    train: TrainSettings
+    optimizer: OptimizerSettings
+    eval: EvalSettings
+
+
+class Sft(Training):
+    generation: GenerationSettings
+
+
+class Reward(Training):
+    start_from: Literal["sft", "model"]
+
+
+RewardSpec = str | dict[str, float] | None
+
+
+class Rl(Training):
+    algo: str
+    scored: str | None
+    reward: RewardSpec
+    rewards: RewardSettings
+    sampling: Literal["priority", "positive", "all"]
+    scale_steps: bool
+    ratio_tolerance: Positive
+    value: ValueSettings
+    generation: GenerationSettings
+
+
+class Score(WithModel):
+    splits: list[str]
+    reward: RewardSpec
+    rewards: RewardSettings
+
+
+class Generate(WithModel):
+    policy: str | None
+    split: str
+    max_rows: Count | None
+    train: TrainSettings
+    reward: RewardSpec
+    rewards: RewardSettings
+    generation: GenerationSettings
+
+
+class Evaluate(WithModel):
+    policies: dict[str, str]
+    split: str
+    max_rows: Count
+    num_samples: Whole
+    train: TrainSettings
+    reward: RewardSpec
+    monitors: list[str]
+    rewards: RewardSettings
+    generation: GenerationSettings
+
+
+class Report(Common):
+    pass
+
+
+class Plan(Training):
+    parameters: Positive | None
+    gpu_memory_gb: Positive
+
+
+STAGES: dict[str, type[Common]] = {
+    "sft": Sft,
+    "reward": Reward,
+    "rl": Rl,
+    "score": Score,
+    "generate": Generate,
+    "evaluate": Evaluate,
+    "report": Report,
+    "plan": Plan,
+}

@@ -1,0 +1,153 @@
+"""The columns that rows of several formats share: prompt, response, candidates, and all that an Example can carry."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from pipeline.records import Example, Message
+from pipeline.tasks.fields import (
+    Columns,
+    RowError,
+    checked_list,
+    checked_number,
+    checked_text,
+    described,
+    has,
+    messages,
+    named_numbers,
+    numbers,
+    optional_label,
+    optional_number,
+    text,
+    texts,
+)
+
+COMPLETION = ("completion", "response")
+CHOSEN_REWARD = ("chosen_reward", "chosen_score", "score_chosen", "chosen_gpt_score")
+REJECTED_REWARD = ("rejected_reward", "rejected_score", "score_rejected", "rejected_gpt_score")
+CARRIED = (
+    *("id", "source", "completion", "references", "reference", "candidates", "candidate_rewards", "chosen", "rejected"),
+    *("margin", "reward", "rewards", *CHOSEN_REWARD, *REJECTED_REWARD),
+)
+
+Prompt = str | tuple[Message, ...]
+
+
+def prompt_of(row: Columns) -> Prompt:
+    """The `prompt` column, text or chat messages; else `instruction`, with `input` and `history`, as a chat."""
+    if not has(row, "prompt") and has(row, "instruction"):
+        return _instruction(row)
+    return text(row, "prompt") if not _is_list(row, "prompt") else messages(row["prompt"], "prompt")
+
+
+def response_of(row: Columns, *names: str) -> str:
+    """The first of `names` that has a value: text, or a list of one assistant message."""
+    for name in names:
+        if _is_list(row, name):
+            before, answer = last_answer(row[name], name)
+            if before:
+                raise RowError(f"{name}: {len(before) + 1} messages, wanted one from the assistant")
+            return answer
+        if has(row, name):
+            break
+    return text(row, *names)
+
+
+def last_answer(value: object, place: str) -> tuple[tuple[Message, ...], str]:
+    """Chat messages as (all but the last, the last one's text); the last must be the assistant's."""
+    turns = messages(value, place)
+    if turns[-1].role != "assistant":
+        raise RowError(f"{place}: the last message is from '{turns[-1].role}', wanted one from 'assistant'")
+    return turns[:-1], turns[-1].content
+
+
+def carry(row: Columns, example: Example) -> Example:
+    """`example` with all that it lacks taken from the columns of the same name.
+
+    References default to the completion, or else to the chosen response. An empty list of references stays empty.
+    """
+    completion = example.completion or _optional_response(row, "completion")
+    chosen = example.chosen or _optional_response(row, "chosen")
+    listed = (example.candidates, example.candidate_rewards) if example.candidates else candidate_list(row)
+    references = example.references or texts(row, "references", "reference")
+    if references is None:
+        references = tuple(filter(None, (completion or chosen,)))
+    return replace(
+        example,
+        id=example.id or optional_label(row, "id") or "",
+        source=example.source or optional_label(row, "source") or "",
+        completion=completion,
+        references=references,
+        candidates=listed[0],
+        candidate_rewards=listed[1],
+        chosen=chosen,
+        rejected=example.rejected or _optional_response(row, "rejected"),
+        chosen_reward=_given(example.chosen_reward, row, *CHOSEN_REWARD),
+        rejected_reward=_given(example.rejected_reward, row, *REJECTED_REWARD),
+        margin=_given(example.margin, row, "margin"),
+        reward=_given(example.reward, row, "reward"),
+        rewards=example.rewards or named_numbers(row, "rewards"),
+    )
+
+
+def candidate_list(row: Columns) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """(candidates, their rewards), best first; empty where there is no such column.
+
+    The column is a list of {"text", "score"}, or of text, with or without `candidate_rewards`. With rewards, the
+    candidates are put in the order of their rewards, and equal ones keep theirs; without, the order given counts.
+    """
+    if not has(row, "candidates"):
+        return (), ()
+    values = checked_list(row["candidates"], "candidates", "a list")
+    if not values:
+        raise RowError("candidates: empty, wanted at least one")
+    if not isinstance(values[0], Mapping):
+        return ranked(texts(row, "candidates"), numbers(row, "candidate_rewards"))
+    pairs = [_candidate(value, f"candidates[{i}]") for i, value in enumerate(values)]
+    return ranked(tuple(one for one, _ in pairs), tuple(score for _, score in pairs if score is not None))
+
+
+def ranked(candidates: tuple[str, ...], rewards: tuple[float, ...]) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """Both, ordered by falling reward (stable); as they are where there are no rewards."""
+    if not rewards:
+        return candidates, ()
+    if len(rewards) != len(candidates):
+        raise RowError(f"candidates: {len(rewards)} scores for {len(candidates)} candidates, wanted one each, or none")
+    order = sorted(range(len(rewards)), key=lambda i: -rewards[i])
+    return tuple(candidates[i] for i in order), tuple(rewards[i] for i in order)
+
+
+def _candidate(value: object, place: str) -> tuple[str, float | None]:
+    if not isinstance(value, Mapping):
+        raise RowError(f'{place}: {described(value)}, wanted {{"text": ..., "score": ...}}')
+    score = value.get("score")
+    return checked_text(value.get("text"), f"{place}.text"), (
+        None if score is None else checked_number(score, f"{place}.score")
+    )
+
+
+def _instruction(row: Columns) -> tuple[Message, ...]:
+    """history [[query, response], ...] as turns, then the instruction, with the input on a line of its own."""
+    turns = []
+    history = checked_list(row["history"], "history", "[[query, response], ...]") if has(row, "history") else ()
+    for i, turn in enumerate(history):
+        query, response = checked_list(turn, f"history[{i}]", "[query, response]", 2)
+        turns.append(Message("user", checked_text(query, f"history[{i}][0]")))
+        turns.append(Message("assistant", checked_text(response, f"history[{i}][1]")))
+    request = text(row, "instruction")
+    if row.get("input") not in (None, ""):
+        request = f"{request}\n{text(row, 'input')}"
+    return (*turns, Message("user", request))
+
+
+def _optional_response(row: Columns, name: str) -> str | None:
+    return None if row.get(name) in (None, "") else response_of(row, name)
+
+
+def _given(value: float | None, row: Columns, *names: str) -> float | None:
+    return value if value is not None else optional_number(row, *names)
+
+
+def _is_list(row: Columns, name: str) -> bool:
+    return isinstance(row.get(name), list | tuple)

@@ -1,0 +1,167 @@
+"""Typed access to the columns of one raw row. Every fault is a RowError: "column: found, wanted"."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+
+from pipeline.records import Message
+
+Columns = Mapping[str, object]
+
+ROLES = ("system", "user", "assistant")
+SHOWN_CHARACTERS = 40  # of a wrong value in a message: enough to find it, not enough to fill a log with it
+
+
+class RowError(Exception):
+    """One row that cannot become an Example; the reader adds file and line."""
+
+
+def has(row: Columns, name: str) -> bool:
+    """True if the column is there and not null."""
+    return row.get(name) is not None
+
+
+def first_of(row: Columns, names: Sequence[str]) -> str | None:
+    """The first of several names for one thing that the row has a value for."""
+    return next((name for name in names if has(row, name)), None)
+
+
+def text(row: Columns, *names: str) -> str:
+    """The text of the first column there is of `names`; empty or blank text is refused."""
+    name = _required(row, names, "text")
+    return checked_text(row[name], name)
+
+
+def checked_text(value: object, place: str) -> str:
+    """`value`, which must be text with something in it that UTF-8 can write."""
+    if not isinstance(value, str):
+        raise RowError(f"{place}: {described(value)}, wanted text")
+    if not value.strip():
+        raise RowError(f"{place}: empty, wanted text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RowError(f"{place}: half a surrogate pair at character {error.start + 1}, wanted whole text") from error
+    return value
+
+
+def optional_text(row: Columns, name: str) -> str | None:
+    """The text of a column that may be absent, null or empty (all three give None)."""
+    return None if row.get(name) in (None, "") else checked_text(row[name], name)
+
+
+def optional_label(row: Columns, name: str) -> str | None:
+    """As `optional_text`, and a whole number counts as text: what files use for ids."""
+    value = row.get(name)
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else optional_text(row, name)
+
+
+def number(row: Columns, *names: str) -> float:
+    """The finite number of the first column there is of `names`; numeric text (csv) is read as a number."""
+    name = _required(row, names, "a finite number")
+    return checked_number(row[name], name)
+
+
+def optional_number(row: Columns, *names: str) -> float | None:
+    """As `number`, or None where none of `names` has a value."""
+    name = first_of(row, names)
+    return None if name is None else checked_number(row[name], name)
+
+
+def checked_number(value: object, place: str) -> float:
+    """`value` as a finite float. True and false are no numbers."""
+    wanted = f"{place}: {described(value)}, wanted a finite number"
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise RowError(wanted)
+    try:
+        result = float(value)
+    except (ValueError, OverflowError) as error:
+        raise RowError(wanted) from error
+    if not math.isfinite(result):
+        raise RowError(wanted)
+    return result
+
+
+def texts(row: Columns, *names: str) -> tuple[str, ...] | None:
+    """A list of texts (one text counts as a list of one), or None where no column of `names` has a value."""
+    name = first_of(row, names)
+    if name is None:
+        return None
+    if isinstance(row[name], str):
+        return (checked_text(row[name], name),)
+    values = checked_list(row[name], name, "a list of text")
+    return tuple(checked_text(value, f"{name}[{i}]") for i, value in enumerate(values))
+
+
+def numbers(row: Columns, name: str) -> tuple[float, ...]:
+    """A list of finite numbers, empty where the column has no value."""
+    values = checked_list(row[name], name, "a list of numbers") if has(row, name) else ()
+    return tuple(checked_number(value, f"{name}[{i}]") for i, value in enumerate(values))
+
+
+def named_numbers(row: Columns, name: str) -> dict[str, float]:
+    """A mapping of names to finite numbers, empty where the column has no value; null entries are left out."""
+    if not has(row, name):
+        return {}
+    value = row[name]
+    if not isinstance(value, Mapping):
+        raise RowError(f"{name}: {described(value)}, wanted a mapping of names to finite numbers")
+    return {str(key): checked_number(one, f"{name}.{key}") for key, one in value.items() if one is not None}
+
+
+def checked_list(value: object, place: str, wanted: str, length: int | None = None) -> Sequence[object]:
+    """`value`, which must be a list, of `length` entries where that is given."""
+    if not isinstance(value, list | tuple):
+        raise RowError(f"{place}: {described(value)}, wanted {wanted}")
+    if length is not None and len(value) != length:
+        raise RowError(f"{place}: {len(value)} entries, wanted {wanted}")
+    return value
+
+
+def messages(value: object, place: str) -> tuple[Message, ...]:
+    """Chat messages from a list of {"role": ..., "content": ...}; at least one."""
+    turns = checked_list(value, place, 'a list of {"role": ..., "content": ...}')
+    if not turns:
+        raise RowError(f"{place}: empty, wanted at least one message")
+    return tuple(_message(turn, f"{place}[{i}]") for i, turn in enumerate(turns))
+
+
+def described(value: object) -> str:
+    """What a wrong value is, in words and short: 'high' is text; null; 3 is a number."""
+    if value is None:
+        return "null"
+    kinds = ((bool, "a truth value"), (str, "text"), (int | float, "a number"), (list | tuple, "a list"))
+    kind = next((words for type_, words in kinds if isinstance(value, type_)), None)
+    if kind is None:
+        kind = "a mapping" if isinstance(value, Mapping) else f"a {type(value).__name__}"
+    shown = repr(value)
+    return f"{shown if len(shown) <= SHOWN_CHARACTERS else shown[:SHOWN_CHARACTERS] + '...'} is {kind}"
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """ "; did you mean 'x'?" for the known name nearest to `name`, or nothing."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def _required(row: Columns, names: Sequence[str], wanted: str) -> str:
+    name = first_of(row, names)
+    if name is not None:
+        return name
+    if names[0] in row:
+        raise RowError(f"{names[0]}: null, wanted {wanted}")
+    called = names[0] if len(names) == 1 else f"{names[0]} (or {', '.join(names[1:])})"
+    hint = next(filter(None, (did_you_mean(known, list(row)) for known in names)), "")
+    raise RowError(f"{called}: missing, wanted {wanted}{hint}")
+
+
+def _message(turn: object, place: str) -> Message:
+    if not isinstance(turn, Mapping):
+        raise RowError(f'{place}: {described(turn)}, wanted {{"role": ..., "content": ...}}')
+    role = turn.get("role")
+    if role not in ROLES:
+        hint = did_you_mean(role, ROLES) if isinstance(role, str) else ""
+        raise RowError(f"{place}.role: {described(role)}, wanted one of {', '.join(ROLES)}{hint}")
+    return Message(role, checked_text(turn.get("content"), f"{place}.content"))

@@ -1,0 +1,242 @@
+"""Raw rows from one file or one hub data set: jsonl, json, csv, tsv, txt, parquet, each plain or .gz.
+
+Files are read strictly: UTF-8 or nothing, whole lines, whole gzip streams. A line that is no row (broken JSON, too few
+cells) is handed on as a fault, so that the caller can count it; a file that cannot be read on is a UserError.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import gzip
+import io
+import json
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline.records import UserError
+from pipeline.tasks import hub
+from pipeline.tasks.json_rows import array_rows
+
+CANDIDATE_COLUMNS = ("data_src", "data_gt", "data_kd")  # of the headerless ranked-candidates TSV
+SCORE_MARK = "<#SCORE#>"  # stands in every ranked-candidates cell and in no header
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """One row as the file has it. `line` counts from 1: the text line, or the row where a file has no lines."""
+
+    line: int
+    columns: Mapping[str, object] = field(default_factory=dict)
+    fault: str = ""  # why this line is no row; `columns` is then empty
+
+
+def raw_rows(path: str, header: Sequence[str] | None = None) -> Iterator[RawRow]:
+    """The rows of a local file, or of a hub data set `owner/name[/folder][:split]` where no such file exists.
+
+    `header` names the columns of a csv or tsv file that has no header line.
+    Raises UserError for a file that is absent, of unknown ending, badly encoded, cut short or damaged.
+    """
+    if hub.is_hub_name(path):
+        return (RawRow(number, columns) for number, columns in hub.rows(path))
+    file = Path(path)
+    if not file.exists():
+        raise UserError(f"{path}: no such file, wanted a file or a hub name owner/name{_nearby(file)}")
+    if file.is_dir():
+        raise UserError(f"{path}: a folder, wanted a file; name one with data.train=, or the folder with data.path=")
+    ending = known_ending(file.name)
+    if ending is None:
+        raise UserError(f"{path}: unknown ending, wanted one of {', '.join(READERS)}, plain or .gz; rename the file")
+    return READERS[ending](path, header)
+
+
+def known_ending(name: str) -> str | None:
+    """The ending of a file name that tells how to read it, .gz left off; None if unknown."""
+    suffix = Path(name.removesuffix(".gz")).suffix.lower()
+    return suffix if suffix in READERS else None
+
+
+def is_tab_separated(path: str) -> bool:
+    """True for endings of files that may be tab-separated without a header line."""
+    return known_ending(path) in (".tsv", ".txt")
+
+
+def stem(path: str) -> str:
+    """What row ids begin with: the file's name without endings, or the hub name."""
+    if hub.is_hub_name(path):
+        return path.replace(":", "/")
+    name = Path(path).name.removesuffix(".gz")
+    return Path(name).stem
+
+
+def text_lines(path: str) -> Iterator[tuple[int, str]]:
+    """(line number, line with its newline) of a UTF-8 file. Only the newline character ends a line."""
+    for number, line in _binary_lines(path):
+        try:
+            decoded = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{path}:{number}: byte 0x{line[error.start]:02x} at {error.start + 1} is not UTF-8, wanted UTF-8 "
+                "text; convert the file, for instance with iconv -f LATIN1 -t UTF-8"
+            ) from error
+        yield number, decoded
+
+
+def _binary_lines(path: str) -> Iterator[tuple[int, bytes]]:
+    number = 0
+    try:
+        with _opened(path) as stream:
+            for number, line in enumerate(stream, start=1):
+                yield number, line
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise _damaged_gzip(f"{path}:{number + 1}", error) from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}), wanted a readable file; check it") from error
+
+
+def _opened(path: str) -> io.BufferedIOBase:
+    return gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")
+
+
+def _damaged_gzip(place: str, error: Exception) -> UserError:
+    return UserError(f"{place}: gzip data cut short or damaged ({error}), wanted a whole file; fetch it again")
+
+
+def _nearby(file: Path) -> str:
+    folder = file.parent
+    names = [other.name for other in folder.iterdir()] if folder.is_dir() else []
+    near = difflib.get_close_matches(file.name, names, n=1)
+    return f"; did you mean '{folder / near[0]}'?" if near else f"; look into {folder}"
+
+
+def _json_lines(path: str, header: Sequence[str] | None) -> Iterator[RawRow]:
+    for number, line in text_lines(path):
+        if line.strip():
+            yield _json_line(number, line)
+
+
+def _json_line(number: int, line: str) -> RawRow:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        return RawRow(number, fault=f"no JSON ({error}), wanted one JSON object per line")
+    if not isinstance(value, dict):
+        return RawRow(number, fault=f"JSON of type {type(value).__name__}, wanted an object with named columns")
+    return RawRow(number, value)
+
+
+def _json(path: str, header: Sequence[str] | None) -> Iterator[RawRow]:
+    """An array of objects, {"data": [...]}, or JSON lines in spite of the ending."""
+    lines = [line for _, line in text_lines(path)]
+    if _is_json_lines(lines):
+        yield from _json_lines(path, header)
+        return
+    for line, value in array_rows(path, "".join(lines)):
+        if isinstance(value, dict):
+            yield RawRow(line, value)
+        else:
+            yield RawRow(line, fault=f"JSON of type {type(value).__name__}, wanted an object with named columns")
+
+
+def _is_json_lines(lines: Sequence[str]) -> bool:
+    """True if the first line is an object by itself, and not the wrapper {"data": [...]}."""
+    first = next((line for line in lines if line.strip()), "")
+    try:
+        value = json.loads(first)
+    except ValueError:
+        return False
+    return isinstance(value, dict) and not isinstance(value.get("data"), list)
+
+
+def _csv(path: str, header: Sequence[str] | None) -> Iterator[RawRow]:
+    return _cells(path, header, csv.excel)
+
+
+def _tsv(path: str, header: Sequence[str] | None) -> Iterator[RawRow]:
+    """With a header line, quoted as csv; or the headerless ranked-candidates file, known by its mark and not quoted."""
+    first = next((line for _, line in text_lines(path)), "")
+    if header is None and SCORE_MARK in first:
+        header = CANDIDATE_COLUMNS
+    if header is None:
+        return _cells(path, None, csv.excel_tab)
+    return _plain_cells(path, header)
+
+
+def _plain_cells(path: str, header: Sequence[str]) -> Iterator[RawRow]:
+    for number, line in text_lines(path):
+        if line.strip():
+            yield _row(number, line.rstrip("\r\n").split("\t"), header)
+
+
+def _cells(path: str, header: Sequence[str] | None, dialect: type[csv.Dialect]) -> Iterator[RawRow]:
+    """Rows of a quoted table. An empty cell is no value. `line` is the one on which the row begins."""
+    csv.field_size_limit(sys.maxsize)  # the module's default of 131,072 characters refuses long texts
+    reader = csv.reader((line for _, line in text_lines(path)), dialect, strict=True)
+    start = 1
+    try:
+        for cells in reader:
+            if cells and header is None:
+                header = _checked_header(f"{path}:{start}", cells)
+            elif cells:
+                yield _row(start, cells, header)
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(
+            f"{path}:{start}: {error}, wanted quotes doubled and closed; write it with a csv tool"
+        ) from error
+
+
+def _checked_header(place: str, cells: Sequence[str]) -> Sequence[str]:
+    twice = sorted({name for name in cells if cells.count(name) > 1})
+    if twice:
+        raise UserError(f"{place}: the header names {', '.join(map(repr, twice))} twice; rename one of the columns")
+    return cells
+
+
+def _row(line: int, cells: Sequence[str], header: Sequence[str]) -> RawRow:
+    if len(cells) != len(header):
+        return RawRow(line, fault=f"{len(cells)} cells, wanted {len(header)} ({', '.join(header)})")
+    return RawRow(line, {name: cell or None for name, cell in zip(header, cells, strict=True)})
+
+
+def _txt(path: str, header: Sequence[str] | None) -> Iterator[RawRow]:
+    """Told by the first line: JSON lines, or cells separated by tabs."""
+    first = next((line for _, line in text_lines(path) if line.strip()), "")
+    if not first or first.lstrip().startswith("{"):
+        return _json_lines(path, header)
+    if "\t" in first:
+        return _tsv(path, header)
+    raise UserError(f'{path}:1: plain text, wanted JSON lines or tab-separated cells; write {{"text": ...}} lines')
+
+
+def _parquet(path: str, header: Sequence[str] | None) -> Iterator[RawRow]:
+    import pyarrow
+    from pyarrow import parquet
+
+    number = 0
+    try:
+        with _opened(path) as stream:
+            table = parquet.ParquetFile(io.BytesIO(stream.read()) if path.endswith(".gz") else stream)
+            for batch in table.iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield RawRow(number, row)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise _damaged_gzip(path, error) from error
+    except (pyarrow.ArrowException, OSError) as error:
+        found = str(error).splitlines()[0]
+        raise UserError(f"{path}:{number + 1}: no whole parquet file ({found}); fetch or write it again") from error
+
+
+READERS: Mapping[str, Callable[[str, Sequence[str] | None], Iterator[RawRow]]] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json,
+    ".csv": _csv,
+    ".tsv": _tsv,
+    ".txt": _txt,
+    ".parquet": _parquet,
+}

@@ -1,0 +1,73 @@
+"""Which file of a folder, or which split of a hub data set, is for training, validation and test."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.records import UserError
+from pipeline.tasks import hub
+from pipeline.tasks.files import known_ending, stem
+
+SPLIT_WORDS = {"train": ("train",), "validation": ("validation", "val", "valid", "dev"), "test": ("test",)}
+
+
+def split_files(path: str) -> dict[str, str]:
+    """{"train": file, "validation": file, "test": file}, the latter two where there are any.
+
+    A file belongs to a split if its stem is the split's word, or else begins or ends with it as a word of its own
+    (`pairs_train.jsonl.gz`, `train-00000-of-00001.parquet`). A file as `path` is the training file; a hub name without
+    split is asked for its splits. Raises UserError, listing the folder, where there is no training file or where
+    several would do.
+    """
+    if hub.is_hub_name(path):
+        return _hub_splits(path)
+    folder = Path(path)
+    if folder.is_file():
+        return {"train": path}
+    if not folder.is_dir():
+        raise UserError(f"{path}: no such file or folder, wanted data; name it with data.path= or data.train=")
+    names = sorted(file.name for file in folder.iterdir() if file.is_file() and known_ending(file.name))
+    found = {split: _only(path, split, _matching(names, words), names) for split, words in SPLIT_WORDS.items()}
+    if not found["train"]:
+        raise UserError(
+            f"{path}: no training file among {_listed(names)}, wanted one called train.*; name it with data.train="
+        )
+    return {split: str(folder / name) for split, name in found.items() if name}
+
+
+def _matching(names: Sequence[str], words: Sequence[str]) -> list[str]:
+    """The files of one split: those whose stem is one of `words`, or else those that begin or end with one."""
+    exact = [name for name in names if stem(name).lower() in words]
+    if exact:
+        return exact
+    return [name for name in names if _outer_words(name) & set(words)]
+
+
+def _outer_words(name: str) -> set[str]:
+    parts = [part for part in re.split(r"[^a-z0-9]+", stem(name).lower()) if part]
+    return {parts[0], parts[-1]} if parts else set()
+
+
+def _only(path: str, split: str, matching: Sequence[str], names: Sequence[str]) -> str | None:
+    if len(matching) > 1:
+        raise UserError(
+            f"{path}: {len(matching)} files for {split} ({', '.join(matching)}) among {_listed(names)}, wanted one; "
+            f"name it with data.{split}="
+        )
+    return matching[0] if matching else None
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) or "(no data files)"
+
+
+def _hub_splits(path: str) -> dict[str, str]:
+    if hub.parse(path).split:
+        return {"train": path}
+    names = hub.split_names(path)
+    found = {split: next((w for w in words if w in names), None) for split, words in SPLIT_WORDS.items()}
+    if not found["train"]:
+        raise UserError(f"{path}: no split 'train' among {_listed(names)}; name one with data.train={path}:split")
+    return {split: f"{path}:{name}" for split, name in found.items() if name}

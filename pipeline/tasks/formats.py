@@ -1,0 +1,190 @@
+"""The known shapes of a row, and how each becomes an Example.
+
+A format is found by the columns that have a value in the first row, or named with `data.format=`. Beside its own
+columns, a row of any format may carry every column that an Example has, under the same name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+from pipeline.records import Example
+from pipeline.tasks.columns import (
+    CARRIED,
+    COMPLETION,
+    Prompt,
+    candidate_list,
+    carry,
+    last_answer,
+    prompt_of,
+    response_of,
+)
+from pipeline.tasks.fields import (
+    Columns,
+    RowError,
+    did_you_mean,
+    first_of,
+    has,
+    number,
+    optional_number,
+    optional_text,
+    text,
+)
+from pipeline.tasks.released import candidates_tsv, gen_task, hh, prefix_suffix
+
+REWARD = ("reward", "score")
+PROMPT = ("prompt", "instruction", "input", "history")  # `prompt`, or the other three
+
+
+class Format(NamedTuple):
+    """One shape of a row. `convert` raises RowError; the Example's id is empty where the row names none."""
+
+    wanted: str  # its columns, in words
+    fits: Callable[[Columns], bool]  # asked about the columns of the first row that have a value
+    convert: Callable[[Columns], Example]
+    reads: tuple[str, ...]  # the columns it looks at beside CARRIED
+
+
+def detect(row: Columns) -> str:
+    """The first format that fits `row`. Raises RowError with all formats and the nearest column."""
+    present = {name: value for name, value in row.items() if value is not None}
+    found = next((name for name, form in FORMATS.items() if form.fits(present)), None)
+    if found is not None:
+        return found
+    known = sorted({name for form in FORMATS.values() for name in form.reads} | set(CARRIED))
+    hint = next(filter(None, (did_you_mean(name, known) for name in present if name not in known)), "")
+    wanted = " | ".join(form.wanted for form in FORMATS.values())
+    raise RowError(f"columns {', '.join(present) or '(none)'}: no known format, wanted {wanted}{hint}")
+
+
+def unused_columns(row: Columns, name: str) -> list[str]:
+    """The columns of `row` that format `name` does not look at."""
+    return [column for column in row if column not in FORMATS[name].reads and column not in CARRIED]
+
+
+def scored(row: Columns) -> Example:
+    """A prompt, the response that was given, and what it was worth: `reward`, or `rewards` by name, or both."""
+    example = supervised(row)
+    reward = optional_number(row, *REWARD) if example.rewards else number(row, *REWARD)
+    return replace(example, reward=reward)
+
+
+def supervised(row: Columns) -> Example:
+    """A prompt and its wanted completion: messages, prompt + completion, or instruction + output."""
+    if has(row, "messages"):
+        prompt, completion = last_answer(row["messages"], "messages")
+        if not prompt:
+            raise RowError("messages: one message, wanted a prompt and the assistant's answer to it")
+    else:
+        prompt = prompt_of(row)
+        names = COMPLETION if has(row, "prompt") else ("output", *COMPLETION)
+        completion = response_of(row, *names)
+    return carry(row, Example("", prompt, completion=completion))
+
+
+def preference(row: Columns) -> Example:
+    """A prompt with a better and a worse response; these may be chats, which may hold the prompt."""
+    if isinstance(row.get("chosen"), list):
+        prompt, chosen, rejected = _chat_pair(row)
+    else:
+        prompt, chosen, rejected = prompt_of(row), text(row, "chosen"), text(row, "rejected")
+    return carry(row, Example("", prompt, chosen=chosen, rejected=rejected))
+
+
+def candidates(row: Columns) -> Example:
+    """A prompt with responses to learn from; without `prompt`, the `source` column is the prompt, and no label.
+
+    The completion is the `reference`, where that column and no `completion` is there.
+    """
+    prompt = prompt_of(row) if first_of(row, PROMPT) else text(row, "source")
+    rest = row if first_of(row, PROMPT) else {name: value for name, value in row.items() if name != "source"}
+    listed, rewards = candidate_list(row)
+    if not listed:
+        raise RowError("candidates: missing, wanted a list")
+    completion = None if has(row, "completion") else optional_text(row, "reference")
+    return carry(rest, Example("", prompt, completion, candidates=listed, candidate_rewards=rewards))
+
+
+def plain_text(row: Columns) -> Example:
+    """Text to learn a language from: an empty prompt, and the text as completion."""
+    return carry(row, Example("", "", completion=text(row, "text")))
+
+
+def prompts(row: Columns) -> Example:
+    """Only something to answer."""
+    return carry(row, Example("", prompt_of(row)))
+
+
+def _chat_pair(row: Columns) -> tuple[Prompt, str, str]:
+    """(prompt, chosen, rejected) of two chats. Messages before the answers follow the `prompt` messages, if any."""
+    before, chosen = last_answer(row["chosen"], "chosen")
+    other, rejected = last_answer(row["rejected"], "rejected")
+    if before != other:
+        raise RowError("chosen, rejected: differ before their last message, wanted two answers to one prompt")
+    if not before:
+        return prompt_of(row), chosen, rejected
+    given = prompt_of(row) if isinstance(row.get("prompt"), list) else ()
+    return (before if before[: len(given)] == given else (*given, *before)), chosen, rejected
+
+
+def _has_completion(row: Columns) -> bool:
+    return "messages" in row or (_has_prompt(row) and first_of(row, (*COMPLETION, "output")) is not None)
+
+
+def _has_prompt(row: Columns) -> bool:
+    return first_of(row, ("prompt", "instruction")) is not None
+
+
+def _is_pair(row: Columns) -> bool:
+    return "chosen" in row and "rejected" in row
+
+
+DIALOGUE = (*PROMPT, "messages", *COMPLETION, "output")
+
+# In the order in which they are tried: the special before the general.
+FORMATS = {
+    "prefix_suffix": Format(
+        "prefix + suffix + reward",
+        lambda row: "prefix" in row and "suffix" in row,
+        prefix_suffix,
+        ("prefix", "suffix", "meta"),
+    ),
+    "gen_task": Format(
+        "prompt_or_input_text + references + reward_components",
+        lambda row: "prompt_or_input_text" in row,
+        gen_task,
+        ("prompt_or_input_text", "reward_components"),
+    ),
+    "candidates_tsv": Format(
+        "source, reference and ranked candidates in a tsv without header",
+        lambda row: "data_src" in row and "data_kd" in row,
+        candidates_tsv,
+        ("data_src", "data_gt", "data_kd"),
+    ),
+    "candidates": Format(
+        "prompt or source + candidates",
+        lambda row: "candidates" in row,
+        candidates,
+        PROMPT,
+    ),
+    "preference": Format(
+        "prompt + chosen + rejected",
+        lambda row: _is_pair(row) and (_has_prompt(row) or isinstance(row["chosen"], list)),
+        preference,
+        PROMPT,
+    ),
+    "hh": Format("chosen + rejected as whole transcripts", _is_pair, hh, ()),
+    "scored": Format(
+        "prompt + completion + reward",
+        lambda row: _has_completion(row) and first_of(row, (*REWARD, "rewards")) is not None,
+        scored,
+        (*DIALOGUE, *REWARD),
+    ),
+    "supervised": Format(
+        "prompt + completion, messages, or instruction + output", _has_completion, supervised, DIALOGUE
+    ),
+    "text": Format("text", lambda row: "text" in row, plain_text, ("text",)),
+    "prompts": Format("prompt", _has_prompt, prompts, PROMPT),
+}

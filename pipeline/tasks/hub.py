@@ -1,0 +1,67 @@
+"""Rows of a Hugging Face hub data set, named `owner/name[/folder][:split]`; the split is `train` unless named."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from pipeline.records import UserError
+
+_NAME = re.compile(r"(?P<owner>[\w-][\w.-]*)/(?P<name>[\w.-]+)(?:/(?P<folder>[\w./-]+))?(?::(?P<split>[\w.-]+))?")
+_FILE_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet", ".gz", ".zst", ".zip", ".arrow")
+
+
+class HubName(NamedTuple):
+    """`Anthropic/hh-rlhf/harmless-base:test` in its parts."""
+
+    repository: str
+    folder: str | None
+    split: str | None
+
+
+def is_hub_name(path: str) -> bool:
+    """True if nothing local has this name or its first part, and it is formed like `owner/name`, not like a file."""
+    matched = _NAME.fullmatch(path)
+    if matched is None or path.endswith(_FILE_ENDINGS):
+        return False
+    return not Path(path).exists() and not Path(matched["owner"]).exists()
+
+
+def parse(path: str) -> HubName:
+    """The parts of a hub name."""
+    matched = _NAME.fullmatch(path)
+    assert matched, path
+    return HubName(f"{matched['owner']}/{matched['name']}", matched["folder"], matched["split"])
+
+
+def rows(path: str) -> Iterator[tuple[int, Mapping[str, object]]]:
+    """(row number from 1, columns). Raises UserError when the hub cannot be reached or knows no such data."""
+    import datasets
+
+    name = parse(path)
+    try:
+        table = datasets.load_dataset(name.repository, data_dir=name.folder, split=name.split or "train")
+    except (OSError, ValueError) as error:
+        raise _unreachable(path, error) from error
+    yield from enumerate(table, start=1)
+
+
+def split_names(path: str) -> list[str]:
+    """The splits that a hub data set has. Raises as `rows`."""
+    import datasets
+
+    name = parse(path)
+    try:
+        return datasets.get_dataset_split_names(name.repository, data_dir=name.folder)
+    except (OSError, ValueError) as error:
+        raise _unreachable(path, error) from error
+
+
+def _unreachable(path: str, error: Exception) -> UserError:
+    found = " ".join(str(error).split())
+    return UserError(
+        f"{path}: neither a local file nor readable from the hub ({found}), wanted one of them; "
+        "bring the data as files with data.path= or data.train="
+    )

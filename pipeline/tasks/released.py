@@ -1,0 +1,138 @@
+"""Rows as the methods' own releases ship them: hh-rlhf transcripts, the two A-LOL kinds, the ranked-candidates TSV."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from pipeline.records import Example, Message
+from pipeline.tasks.columns import carry, ranked
+from pipeline.tasks.fields import (
+    Columns,
+    RowError,
+    checked_list,
+    checked_number,
+    checked_text,
+    described,
+    named_numbers,
+    optional_text,
+    text,
+)
+
+HH_MARK = "\n\nAssistant:"  # before each answer of an hh-rlhf transcript
+TURN_TAGS = {"<|prompter|>": "user", "<|assistant|>": "assistant"}
+REFERENCES_MARK, REFERENCE_MARK = "<#REFS#>", "<#REF#>"
+QUERY_MARK, CANDIDATE_MARK, SCORE_MARK = "<#QUERY#>", "<#SEP#>", "<#SCORE#>"
+
+
+def hh(row: Columns) -> Example:
+    """Two whole transcripts; the prompt is what they share, up to and including the last "Assistant:"."""
+    chosen, rejected = text(row, "chosen"), text(row, "rejected")
+    cut = _shared_length(chosen, rejected)
+    if cut == 0:
+        raise RowError(f"chosen, rejected: share no beginning up to {HH_MARK!r}, wanted two answers to one prompt")
+    pair = Example(
+        "",
+        chosen[:cut],
+        chosen=checked_text(chosen[cut:], "chosen, its last answer"),
+        rejected=checked_text(rejected[cut:], "rejected, its last answer"),
+    )
+    return carry(row, pair)
+
+
+def prefix_suffix(row: Columns) -> Example:
+    """prefix: the list of tagged turns, twice; suffix: chosen, rejected; reward: theirs. The source is meta.path."""
+    prefix = checked_list(row.get("prefix"), "prefix", "two lists of turns", 2)
+    suffix = checked_list(row.get("suffix"), "suffix", "two texts: chosen, rejected", 2)
+    reward = checked_list(row.get("reward"), "reward", "two numbers: chosen, rejected", 2)
+    if prefix[0] != prefix[1]:
+        raise RowError("prefix: the two lists of turns differ, wanted one prompt for both suffixes")
+    meta = row.get("meta")
+    pair = Example(
+        "",
+        _tagged_turns(prefix[0]),
+        chosen=checked_text(suffix[0], "suffix[0]"),
+        rejected=checked_text(suffix[1], "suffix[1]"),
+        chosen_reward=checked_number(reward[0], "reward[0]"),
+        rejected_reward=checked_number(reward[1], "reward[1]"),
+    )
+    example = carry({name: value for name, value in row.items() if name != "reward"}, pair)
+    origin = optional_text(meta, "path") if isinstance(meta, Mapping) else None
+    return replace(example, source=example.source or origin or "")
+
+
+def gen_task(row: Columns) -> Example:
+    """`references` is ONE text, the logged response; final_reward is its reward, the other components its rewards."""
+    response = text(row, "references")
+    components = named_numbers(row, "reward_components")
+    if "final_reward" not in components:
+        raise RowError("reward_components: no final_reward, wanted {..., final_reward: a finite number}")
+    parts = {name: value for name, value in components.items() if name != "final_reward"}
+    example = Example(
+        "",
+        text(row, "prompt_or_input_text"),
+        completion=response,
+        references=(response,),
+        reward=components["final_reward"],
+        rewards=parts,
+    )
+    return carry(row, example)
+
+
+def candidates_tsv(row: Columns) -> Example:
+    """Source, reference and ranked candidates. The completion is the reference; candidates are ordered by score."""
+    reference = text(row, "data_gt")
+    rest, others = _split_once(text(row, "data_kd"), REFERENCES_MARK)
+    references = (reference, *(others.split(REFERENCE_MARK) if others is not None else ()))
+    before, after = _split_once(rest, QUERY_MARK)
+    pieces = (before if after is None else after).split(CANDIDATE_MARK)
+    scored = [_candidate(piece, f"data_kd, candidate {i}") for i, piece in enumerate(pieces, start=1)]
+    candidates, rewards = ranked(tuple(one for one, _ in scored), tuple(score for _, score in scored))
+    example = Example(
+        "",
+        text(row, "data_src"),
+        completion=reference,
+        references=tuple(dict.fromkeys(checked_text(one, "data_kd, references") for one in references)),
+        candidates=candidates,
+        candidate_rewards=rewards,
+    )
+    return carry(row, example)
+
+
+def _shared_length(chosen: str, rejected: str) -> int:
+    """How many characters both share up to the end of the last mark they share; 0 if they share no mark."""
+    shared, at = 0, chosen.find(HH_MARK)
+    while at >= 0 and rejected.startswith(chosen[: at + len(HH_MARK)]):
+        shared = at + len(HH_MARK)
+        at = chosen.find(HH_MARK, shared)
+    return shared
+
+
+def _tagged_turns(turns: object) -> tuple[Message, ...]:
+    """Chat messages of `<|prompter|>...`, `<|assistant|>...`; the last turn is a bare `<|assistant|>`."""
+    listed = checked_list(turns, "prefix[0]", "a list of turns")
+    if len(listed) < 2 or listed[-1] != "<|assistant|>":
+        raise RowError("prefix[0]: wanted turns of which the last is a bare '<|assistant|>'")
+    return tuple(_tagged_turn(turn, f"prefix[0][{i}]") for i, turn in enumerate(listed[:-1]))
+
+
+def _tagged_turn(turn: object, place: str) -> Message:
+    tag = next((tag for tag in TURN_TAGS if isinstance(turn, str) and turn.startswith(tag)), None)
+    if tag is None:
+        raise RowError(f"{place}: {described(turn)}, wanted text that begins with {' or '.join(TURN_TAGS)}")
+    return Message(TURN_TAGS[tag], checked_text(turn.removeprefix(tag), place))
+
+
+def _candidate(piece: str, place: str) -> tuple[str, float]:
+    candidate, score = _split_once(piece, SCORE_MARK)
+    if score is None:
+        raise RowError(f"{place}: no {SCORE_MARK}, wanted candidate{SCORE_MARK}score")
+    return checked_text(candidate, place), checked_number(score, f"{place}, score")
+
+
+def _split_once(whole: str, mark: str) -> tuple[str, str | None]:
+    """(before, after) of `mark`; after is None where there is no mark. Twice is an error."""
+    parts = whole.split(mark)
+    if len(parts) > 2:
+        raise RowError(f"data_kd: {mark} stands {len(parts) - 1} times in one place, wanted once")
+    return parts[0], parts[1] if len(parts) == 2 else None

@@ -1,0 +1,59 @@
+"""Examples -> a JSON-lines file that `readers.read` gives back as equal Examples."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from pipeline.records import Example
+
+
+def write_rows(path: str, examples: Iterable[Example]) -> int:
+    """Writes one JSON object per Example, columns named as its fields, and returns how many.
+
+    The file appears complete or not at all: it is written under a temporary name and renamed. A name that ends in .gz
+    is compressed. The folder is made if need be.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+    opener = gzip.open if target.name.endswith(".gz") else open
+    count = 0
+    try:
+        with opener(temporary, "wt", encoding="utf-8", newline="\n") as stream:
+            for example in examples:
+                stream.write(json.dumps(row_of(example), ensure_ascii=False, allow_nan=False) + "\n")
+                count += 1
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return count
+
+
+def row_of(example: Example) -> dict[str, object]:
+    """The columns of one Example. Left out is what has no value, and references that the reader would put there.
+
+    A row with an empty prompt is plain text: its completion is the column `text`.
+    """
+    prompt = example.prompt if isinstance(example.prompt, str) else [turn._asdict() for turn in example.prompt]
+    better = example.completion or example.chosen
+    columns = {
+        "id": example.id,
+        "source": example.source or None,
+        "prompt": prompt or None,
+        "completion" if prompt else "text": example.completion,
+        "chosen": example.chosen,
+        "rejected": example.rejected,
+        "chosen_reward": example.chosen_reward,
+        "rejected_reward": example.rejected_reward,
+        "margin": example.margin,
+        "reward": example.reward,
+        "rewards": dict(example.rewards) or None,
+        "references": None if example.references == ((better,) if better else ()) else list(example.references),
+        "candidates": list(example.candidates) or None,
+        "candidate_rewards": list(example.candidate_rewards) or None,
+    }
+    return {name: value for name, value in columns.items() if value is not None}

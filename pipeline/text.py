@@ -1,0 +1,120 @@
+"""Templates, tokenizing, truncation and padding: the only tokenizing code.
+
+A row is prompt ids followed by response ids, tokenised apart, so that the prompt of training is the prompt of
+generation, token for token. EOS belongs to the response. Masks come from lengths, never from `ids != pad`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.records import Message, Row, UserError
+from pipeline.settings import TemplateSettings
+
+
+class Encoder:
+    """Text -> ids under one tokenizer, template and pair of limits, and back."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: TemplateSettings,
+        max_prompt_length: int,
+        max_response_length: int,
+    ):
+        check_template(template, tokenizer)
+        if tokenizer.eos_token_id is None:
+            raise UserError("model.path: its tokenizer has no EOS token, wanted one to end responses: set eos_token")
+        self.tokenizer, self.template = tokenizer, template
+        self.max_prompt_length, self.max_response_length = max_prompt_length, max_response_length
+        self.eos_id: int = tokenizer.eos_token_id
+        self.pad_id: int = tokenizer.pad_token_id
+
+    def prompt_text(self, prompt: str | Sequence[Message]) -> str:
+        """What the model reads for `prompt`, as text."""
+        template = self.template
+        if template.kind == "chat":
+            turns = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)
+            if template.system is not None:
+                turns = [Message("system", template.system), *turns]
+            messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        system = "" if template.system is None else template.system
+        if isinstance(prompt, str):
+            return system + template.prompt.replace("{prompt}", prompt)
+        return system + "".join(self._turn(turn) for turn in prompt) + template.assistant.rstrip()
+
+    def _turn(self, turn: Message) -> str:
+        heads = {"user": self.template.human, "assistant": self.template.assistant, "system": ""}
+        return heads[turn.role] + turn.content
+
+    def response_text(self, completion: str) -> str:
+        """`completion` as it follows the prompt."""
+        if self.template.kind == "chat":
+            return completion
+        return self.template.response.replace("{response}", completion)
+
+    def encode_prompt(self, prompt: str | Sequence[Message]) -> tuple[tuple[int, ...], bool]:
+        """Ids of a prompt, cut on the left to the limit (BOS stays), and whether it was cut."""
+        text = self.prompt_text(prompt)
+        ids = self.tokenizer(text, add_special_tokens=self.template.kind == "text")["input_ids"]
+        bos = self.tokenizer.bos_token_id
+        if not ids and bos is not None:
+            ids = [bos]
+        if not ids:
+            raise UserError("prompt: it is empty and the tokenizer has no BOS token to start from, wanted some text")
+        if len(ids) <= self.max_prompt_length:
+            return tuple(ids), False
+        head = ids[:1] if ids[0] == bos else []
+        return tuple(head + ids[len(ids) - self.max_prompt_length + len(head) :]), True
+
+    def encode(self, prompt: str | Sequence[Message], completion: str | None) -> Row:
+        """A prompt with its response and EOS, cut on the right to the limit; no response at all where None."""
+        prompt_ids, cut_prompt = self.encode_prompt(prompt)
+        if completion is None:
+            return Row(prompt_ids, (), cut_prompt)
+        text = self.response_text(completion)
+        ids = [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.eos_id]
+        limit = self.max_response_length
+        return Row(prompt_ids, tuple(ids[:limit]), cut_prompt, cut_response=len(ids) > limit)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of response ids without special tokens and surrounding blanks."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+
+
+def check_template(template: TemplateSettings, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UserError when a placeholder or the chat template is missing."""
+    if template.kind == "chat":
+        if tokenizer.chat_template is None:
+            raise UserError(
+                "template.kind: chat, but the tokenizer has no chat template: set template.kind=text, or use a chat model"
+            )
+        return
+    for name, value in (("prompt", template.prompt), ("response", template.response)):
+        if f"{{{name}}}" not in value:
+            raise UserError(f"template.{name}: {value!r} lacks {{{name}}}, wanted it where the text goes")
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> tuple[Tensor, Tensor]:
+    """Ragged ids as (B, T) int64, T >= 1, and the mask (B, T) bool that is True on them."""
+    width = max([1, *(len(row) for row in rows)])
+    ids = torch.full((len(rows), width), value, dtype=torch.int64)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        place = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
+        ids[i, place] = torch.tensor(row, dtype=torch.int64)
+        mask[i, place] = True
+    return ids, mask
+
+
+def coloured(encoder: Encoder, row: Row) -> str:
+    """One row for a terminal: the prompt dim, the response's tokens green with their boundaries, EOS visible."""
+    pieces = encoder.tokenizer.convert_ids_to_tokens(list(row.response_ids))
+    prompt = encoder.tokenizer.decode(list(row.prompt_ids))
+    counts = f"{len(row.prompt_ids)} prompt tokens (not learned) + {len(row.response_ids)} response tokens (learned)"
+    return f"\033[2m{prompt}\033[0m\033[32m{'|'.join(pieces)}\033[0m\n{counts}"

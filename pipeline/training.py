@@ -1,0 +1,101 @@
+"""What the three training stages have in common: from items and an objective to a finished stage directory."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoint import Checkpoints, State
+from pipeline.data import Draw, Packing, Windows
+from pipeline.engine import Engine
+from pipeline.loop import Evaluation, Job, Objective, Watch, keep, run
+from pipeline.metrics import RunLog, flatten
+from pipeline.records import Item
+from pipeline.sampling import epoch_rows
+from pipeline.settings import Training
+
+
+@dataclass(frozen=True)
+class Course:
+    """What is learned, from what, for how long, and how it is looked at."""
+
+    items: list[Item]
+    draw: Draw
+    packing: Packing
+    objective: Objective
+    max_steps: int
+    eval_steps: int | None
+    evaluate: Callable[[int], Evaluation]
+    watch: Watch
+    export: Callable[[Path], None]
+
+
+def steps_for(settings: Training, rows: int) -> int:
+    """Optimizer steps of the run: max_steps, or as many as num_train_epochs of `rows` need, at least 1."""
+    if settings.train.max_steps is not None:
+        return settings.train.max_steps
+    return max(1, math.ceil(rows * settings.train.num_train_epochs / settings.train.batch_size))
+
+
+def epochs(rows: int, batch_size: int, seed: int) -> Draw:
+    """Every row once per epoch, in a new order each; epochs follow one another without a gap."""
+    return lambda step: epoch_rows(rows, batch_size, step, seed)
+
+
+def train(
+    settings: Training, directory: Path, engine: Engine, course: Course, prepare: Callable[[], None] = lambda: None
+) -> None:
+    """Run or resume a course and leave model/ and results.json.
+
+    Args:
+        prepare: called when training starts from nothing, with the untouched weights in the engine.
+    """
+    ranks, started = engine.ranks, time.monotonic()
+    checkpoints = Checkpoints(directory, ranks, settings.train.save_total_limit)
+    state = checkpoints.load(engine)
+    if state is None:
+        prepare()
+        state = State(step=0, world=ranks.world)
+    elif ranks.main:
+        print(f"{directory}: goes on from step {state.step} of {course.max_steps}", flush=True)
+    log = RunLog(
+        directory,
+        flatten(settings.model_dump()),
+        resume_step=state.step,
+        enabled=ranks.main,
+        total_steps=course.max_steps,
+        description="/".join(directory.parts[-2:]),
+    )
+    job = Job(
+        engine=engine,
+        objective=course.objective,
+        windows=Windows(course.items, course.draw, course.packing, ranks.rank, ranks.world),
+        evaluate=course.evaluate,
+        export=course.export,
+        train=settings.train,
+        optimizer=settings.optimizer,
+        max_steps=course.max_steps,
+        eval_steps=course.eval_steps,
+        watch=course.watch,
+        log=log,
+        checkpoints=checkpoints,
+        directory=directory,
+    )
+    state = run(job, state)
+    keep(job, state)
+    log.finish(results(state, settings.train.keep, course.max_steps, time.monotonic() - started))
+    log.close()
+    ranks.barrier()
+    checkpoints.clear()
+
+
+def results(state: State, kept: str, steps: int, seconds: float) -> dict[str, Any]:
+    """The stage's final numbers: those of the weights that became model/."""
+    best = kept == "best" and state.best_step is not None
+    seen: Mapping[str, float] = state.best_seen if best else state.last_seen
+    step = state.best_step if best else state.step
+    return {**seen, "model_step": step, "steps": steps, "seconds": round(seconds, 1)}

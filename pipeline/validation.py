@@ -1,0 +1,143 @@
+"""A settings mapping against its pydantic schema; whatever is wrong becomes one line with the place it came from."""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from pipeline.records import UserError
+
+SettingPath = tuple[str, ...]  # ("optimizer", "learning_rate")
+
+WANTED = {
+    "float_type": "a number",
+    "int_type": "a whole number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+    "none_required": "null",
+}
+LIMITS = {
+    "greater_than": ("gt", "more than"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "less than"),
+    "less_than_equal": ("le", "at most"),
+}
+
+
+def known_paths(schema: type[BaseModel], prefix: SettingPath = ()) -> Iterator[SettingPath]:
+    """Every settable path of `schema`, sections before what they hold."""
+    for name, field in schema.model_fields.items():
+        path = (*prefix, name)
+        yield path
+        for part in (field.annotation, *typing.get_args(field.annotation)):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                yield from known_paths(part, path)
+
+
+def validated(schema: type[BaseModel], mapping: Mapping[str, Any], places: Mapping[SettingPath, str]) -> BaseModel:
+    """`mapping` as an instance of `schema`.
+
+    `places` says for each path where its value was written. Raises UserError for the first error, with a count
+    of the others.
+    """
+    try:
+        return schema.model_validate(mapping)
+    except ValidationError as error:
+        by_path: dict[SettingPath, list[Any]] = {}
+        for one in error.errors(include_url=False):
+            by_path.setdefault(_real_path(one, mapping), []).append(one)
+    path = next(iter(by_path))
+    inside = [other for other in by_path if other[: len(path)] == path]  # of a union, the member that came furthest
+    path = max(inside, key=len)
+    more = len(by_path) - len(inside)
+    others = f" (and {more} more)" if more else ""
+    raise UserError(f"{_place(path, places)}: {'.'.join(path)}: {_complaint(schema, path, by_path[path])}{others}")
+
+
+def did_you_mean(wrong: str, names: Iterable[str]) -> str:
+    """'; did you mean X?', or nothing when no name is near."""
+    near = difflib.get_close_matches(wrong, list(names), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def nearest_path(wrong: SettingPath, known: Iterable[SettingPath]) -> str:
+    """'; did you mean a.b?' for a dotted path: the whole path first, then a setting of the same last name."""
+    known = list(known)
+    by_last_name = {path[-1]: path for path in reversed(known)}
+    whole = did_you_mean(".".join(wrong), [".".join(path) for path in known])
+    if wrong[-1] in by_last_name:
+        return f"; did you mean {'.'.join(by_last_name[wrong[-1]])}?"
+    if whole:
+        return whole
+    near = difflib.get_close_matches(wrong[-1], list(by_last_name), n=1, cutoff=0.7)
+    return f"; did you mean {'.'.join(by_last_name[near[0]])}?" if near else ""
+
+
+def describe(value: Any) -> str:
+    """A value as a user wrote it, cut at 60 characters."""
+    names = {None: "null", True: "true", False: "false"}
+    if value is None or isinstance(value, bool):
+        return names[value]
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _real_path(error: Any, mapping: Mapping[str, Any]) -> SettingPath:
+    """The path of an error without the names that pydantic adds for the members of a union."""
+    path: list[str] = []
+    here: Any = mapping
+    for part in error["loc"]:
+        if (isinstance(here, Mapping) and part in here) or (isinstance(here, list) and isinstance(part, int)):
+            here = here[part]
+        elif not (isinstance(here, Mapping) and error["type"] == "missing"):
+            continue
+        path.append(str(part))
+    return tuple(path)
+
+
+def _place(path: SettingPath, places: Mapping[SettingPath, str]) -> str:
+    """Where `path` was written: its own place, that of what it lies in, or of the first thing that lies in it."""
+    for length in range(len(path), 0, -1):
+        if path[:length] in places:
+            return places[path[:length]]
+    inside = [place for other, place in places.items() if other[: len(path)] == path]
+    return inside[-1] if inside else "settings"
+
+
+def _complaint(schema: type[BaseModel], path: SettingPath, errors: list[Any]) -> str:
+    first = errors[0]
+    if first["type"] == "extra_forbidden":
+        return "no such setting" + nearest_path(path, known_paths(schema))
+    if first["type"] == "missing":
+        return "missing; the defaults in stages/*.yaml should give it"
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    wanted = " or ".join(dict.fromkeys(_wanted(error) for error in errors))
+    value = first["input"]
+    if first["type"] in WANTED and isinstance(value, str):
+        return f"{describe(value)} is text, wanted {wanted}"
+    near = did_you_mean(value, _choices(first)) if isinstance(value, str) else ""
+    return f"{describe(value)}, wanted {wanted}{near}"
+
+
+def _wanted(error: Any) -> str:
+    kind = error["type"]
+    if kind in LIMITS:
+        key, words = LIMITS[kind]
+        return f"{words} {error['ctx'][key]:g}"
+    if kind == "literal_error":
+        return error["ctx"]["expected"].replace("'", "")
+    return WANTED[kind] if kind in WANTED else error["msg"].removeprefix("Input should be ")
+
+
+def _choices(error: Any) -> list[str]:
+    """The words of a literal error: "'llama', 't5' or 'bart'" -> llama, t5, bart."""
+    return error["ctx"]["expected"].split("'")[1::2] if error["type"] == "literal_error" else []

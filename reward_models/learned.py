@@ -1,0 +1,90 @@
+"""A trained reward model as a reward: what `stage=reward` leaves, or any Hugging Face sequence classifier with one label.
+
+The score is read at the last token of prompt + response, found by length, so it depends neither on the batch, nor on
+the padding, nor on the batch mates.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from pipeline.models import load_scalar, load_tokenizer
+from pipeline.policy import RewardModel
+from pipeline.records import RewardFunction
+from pipeline.settings import ModelSettings, TemplateSettings
+from pipeline.text import Encoder, pad
+
+TEMPLATE_FILE = "reward_template.json"
+
+
+def save_template(directory: Path, template: TemplateSettings) -> None:
+    """Keep beside the weights how prompt and response were put together in training."""
+    (directory / TEMPLATE_FILE).write_text(json.dumps(template.model_dump(), indent=2) + "\n", encoding="utf-8")
+
+
+def saved_template(directory: Path) -> TemplateSettings | None:
+    file = directory / TEMPLATE_FILE
+    return TemplateSettings(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+
+def load(
+    directory: str,
+    model: ModelSettings,
+    template: TemplateSettings,
+    max_length: int,
+    batch_size: int,
+    device: torch.device,
+) -> RewardFunction:
+    """A function with the rewards' calling convention that runs the model in `directory`.
+
+    Args:
+        model: how to load it (attention kernel, trust_remote_code); its path and LoRA are not used.
+        template: for classifiers that did not come from `stage=reward`.
+        max_length: tokens read of prompt + response; the prompt loses its beginning first.
+
+    Raises:
+        UserError: no such model, or it has no scalar head.
+    """
+    settings = model.model_copy(update={"path": directory, "revision": None, "dropout": 0.0})
+    settings = settings.model_copy(update={"lora": model.lora.model_copy(update={"r": 0})})
+    tokenizer = load_tokenizer(settings, [])
+    scorer = RewardModel(load_scalar(settings, tokenizer, seed=0, new_head=False)).eval()
+    encoder = Encoder(tokenizer, saved_template(Path(directory)) or template, max_length, max_length)
+
+    def reward(prompts: Sequence[str], completions: Sequence[str], **columns: Sequence) -> list[float]:
+        """`raw_prompt` among the columns, which may be chat messages, goes before `prompts`, which is always text."""
+        asked = columns.get("raw_prompt", prompts)
+        rows = [read(encoder, prompt, text, max_length) for prompt, text in zip(asked, completions, strict=True)]
+        scores = score(scorer.to(device), rows, encoder.pad_id, batch_size, device)
+        scorer.cpu()  # between two scorings the device belongs to the policy
+        return scores
+
+    return reward
+
+
+def read(encoder: Encoder, prompt: str | Sequence, completion: str, max_length: int) -> tuple[int, ...]:
+    """The ids that are scored: all of the response if it fits, and as much of the prompt's end as fits beside it."""
+    row = encoder.encode(prompt, completion)
+    if len(row.response_ids) >= max_length:
+        return row.response_ids[-max_length:]
+    return row.prompt_ids[max(0, len(row) - max_length) :] + row.response_ids
+
+
+@torch.no_grad()
+def score(
+    scorer: RewardModel, rows: Sequence[Sequence[int]], pad_id: int, batch_size: int, device: torch.device
+) -> list[float]:
+    """One float per row, in the order given; rows of like length run together."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    scores = [0.0] * len(rows)
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        ids, mask = pad([rows[i] for i in batch], pad_id)
+        for i, value in zip(batch, scorer.score(ids.to(device), mask.to(device)).tolist(), strict=True):
+            scores[i] = value
+    return scores
+

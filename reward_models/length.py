@@ -1,0 +1,12 @@
+"""How long a response is, in words. A monitor and a baseline, not a goal.
+
+Learned rewards often prefer longer text: give length beside them, or train on it alone, to see how much of their
+gain it explains.
+"""
+
+from __future__ import annotations
+
+
+def reward(prompts: list[str], completions: list[str], **columns: list) -> list[float]:
+    """The number of words between white space, 0 or more."""
+    return [float(len(completion.split())) for completion in completions]

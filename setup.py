@@ -1,0 +1,33 @@
+"""Metadata of tiffin. Ranges are for environments that users bring; run.sh installs the pins of constraints.txt."""
+
+from setuptools import find_packages, setup
+
+REQUIREMENTS = [
+    "torch>=2.6",
+    "deepspeed>=0.18.3",
+    "transformers>=5.0",
+    "peft>=0.17",
+    "datasets>=4.0",
+    "sentencepiece>=0.2",
+    "tensorboard>=2.16",
+    "pyyaml>=6.0",
+    "pydantic>=2.7",
+    "sacrebleu>=2.4",
+    "matplotlib>=3.8",
+    "pyarrow>=15.0",
+    "numpy>=1.26",
+    "tqdm>=4.66",
+]
+DEV = ["pytest>=8.0", "ruff>=0.9", "rouge-score>=0.1.2"]
+
+setup(
+    name="tiffin",
+    version="0.1.0",
+    description="Supervised fine-tuning, reward models and offline reinforcement learning of language models",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    install_requires=REQUIREMENTS,
+    extras_require={"dev": DEV},
+    packages=[*find_packages(include=["pipeline", "pipeline.*", "stages", "reward_models"]), "ds_configs"],
+    package_data={"stages": ["*.yaml", "*/*.yaml"], "ds_configs": ["*.json"]},
+)

@@ -1,0 +1,92 @@
+"""The command line: `python -m stages key=value ...`. Checks every step, then runs each as its own process."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from pipeline.config import ROOT, Layer, dump_yaml, parse_overrides
+from pipeline.entry import leave
+from pipeline.launch import DISTRIBUTED, command, environment, run
+from pipeline.layers import Resolved, resolve_steps
+from pipeline.listing import help_text
+from pipeline.records import UserError
+from pipeline.settings import Training
+
+HELP = ("stage=help", "--help", "-h")
+TEST = "stage=test"
+
+
+def main(words: Sequence[str]) -> int:
+    """Exit code of the first step that fails, 0 if none does. Raises UserError before any step starts."""
+    if any(one in HELP for one in words):
+        print(help_text())
+        return 0
+    if TEST in words:
+        return test([one for one in words if one != TEST])
+    dry = _dry_run(parse_overrides(words))
+    steps = resolve_steps(words)
+    commands = [command(step.settings.launch, step.stage, step.words, os.environ) for step in steps]
+    if dry:
+        print("\n".join(describe(step, argv) for step, argv in zip(steps, commands, strict=True)))
+        return 0
+    for number, step in enumerate(steps, 1):
+        if len(steps) > 1:
+            print(f"[{number}/{len(steps)}] {title(step)}", flush=True)
+        code = start(step)
+        if code != 0:
+            rest = f"; {len(steps) - number} later steps not started" if number < len(steps) else ""
+            if len(steps) > 1:
+                print(f"tiffin: {title(step)} ended with exit code {code}{rest}", file=sys.stderr)
+            return code
+    return 0
+
+
+def start(step: Resolved) -> int:
+    """Run one step to its end and return its exit code. Where this is one rank of many, rank 0 alone runs the steps
+    that do not share their work."""
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    if step.stage not in DISTRIBUTED and rank != "0":
+        return 0
+    launch = step.settings.launch
+    return run(command(launch, step.stage, step.words, os.environ), environment(launch, step.stage, os.environ))
+
+
+def test(arguments: Sequence[str]) -> int:
+    """pytest on tests/ of the checkout, with its own arguments."""
+    if not (ROOT / "tests").is_dir() or importlib.util.find_spec("pytest") is None:
+        raise UserError("stage=test: needs the checkout and pytest; say `bash run.sh stage=test` there")
+    return subprocess.call([sys.executable, "-m", "pytest", *arguments], cwd=ROOT)
+
+
+def title(step: Resolved) -> str:
+    """stage=reward name=helpfulness run=demo"""
+    name = f" name={step.settings.name}" if step.settings.name else ""
+    return f"stage={step.stage}{name} run={step.settings.run}"
+
+
+def describe(step: Resolved, argv: Sequence[str]) -> str:
+    """What dry_run=true shows of a step: command, added environment, settings, memory."""
+    env = environment(step.settings.launch, step.stage, os.environ)
+    added = [f"{name}={value}" for name, value in env.items() if name not in os.environ]
+    lines = [f"# {title(step)}", shlex.join([*added, *argv]), "", dump_yaml(step.settings.model_dump())]
+    if isinstance(step.settings, Training):
+        from pipeline.plan import estimate
+
+        lines.append(estimate(step.settings))
+    return "\n".join(lines)
+
+
+def _dry_run(overrides: Layer) -> bool:
+    value = overrides[("dry_run",)].value if ("dry_run",) in overrides else False
+    if not isinstance(value, bool):
+        raise UserError(f"command line: dry_run={value!r}, wanted true or false")
+    return value
+
+
+if __name__ == "__main__":
+    leave(lambda: main(sys.argv[1:]))

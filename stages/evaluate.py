@@ -1,0 +1,99 @@
+"""Policies side by side on held-out prompts: runs/<run>/evaluate/results.json, {policy: {metric: value}}."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+
+from pipeline import assembly, engine, evaluate, examples, rollout, runs
+from pipeline.engine import Ranks
+from pipeline.entry import run
+from pipeline.metrics import write_json, write_jsonl
+from pipeline.records import Example, Response, UserError
+from pipeline.rewards import Rewards
+from pipeline.settings import Evaluate, ModelSettings
+
+SHOWN = {
+    "reward/mean": "reward",
+    "completions/mean_length": "words",
+    "completions/distinct_2": "distinct-2",
+    "objective/kl": "KL",
+}
+
+
+def main(settings: Evaluate, words: Sequence[str]) -> None:
+    ranks = engine.start(settings.launch.ddp_timeout)
+    directory = runs.stage_dir(settings, "evaluate")
+    models = {name: assembly.policy_model(settings, place) for name, place in settings.policies.items()}
+    inputs = assembly.inputs(settings, settings.model)
+    inputs |= {f"policy {name}": runs.fingerprint(model.path) for name, model in models.items()}
+    inputs |= assembly.reward_inputs(settings, settings.reward)
+    if not ranks.on_main(lambda: runs.open_stage(directory, settings, words, inputs)):
+        return
+    say = print if ranks.main else str
+    monitors = tuple(settings.monitors)
+    judge = assembly.build_rewards(settings, settings.reward, settings.rewards, ranks.device, monitors)
+    if judge is None:
+        raise UserError("stage=evaluate: nothing to judge with: give reward=NAME, or train one with stage=reward")
+    prompts = examples.unique_prompts(examples.load(settings.data, settings.split, settings.seed, say))
+    prompts = prompts[: settings.max_rows]
+
+    results, samples = judged(settings, models, prompts, judge, ranks)
+    if ranks.main:
+        write_jsonl(directory / "samples" / "policies.jsonl", samples)
+        write_json(directory / "results.json", results)
+        print(table(results))
+    ranks.barrier()
+
+
+def judged(
+    settings: Evaluate, models: dict[str, ModelSettings], prompts: list[Example], judge: Rewards, ranks: Ranks
+) -> tuple[dict[str, dict[str, float]], list[dict]]:
+    """What each policy scores, with its distance to the first one; and samples of all, in the policies' order.
+
+    The first policy, the reference, is opened last, so that one model is in memory at a time.
+    """
+    names = list(models)
+    sampled: dict[str, tuple[list[Response], list]] = {}
+    results: dict[str, dict[str, float]] = {}
+    samples: dict[str, list[dict]] = {}
+    for name in [*names[1:], names[0]]:
+        with assembly.inference(settings, models[name], ranks) as (speaker, encoder, packing):
+            answers = rollout.generate(speaker, encoder, prompts, settings.generation, settings.seed)
+            free = settings.generation.model_copy(
+                update={"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "num_beams": 1}
+                | {"repetition_penalty": 1.0}
+            )
+            drawn = rollout.generate(speaker, encoder, prompts, free, settings.seed)
+            sampled[name] = drawn, evaluate.response_logps(speaker, drawn, packing)
+            scores = evaluate.score_responses(ranks, judge, answers)
+            results[name] = evaluate.reward_statistics(scores, [answer.text for answer in answers])
+            results[name] |= evaluate.completion_statistics(answers)
+            samples[name] = evaluate.sample_rows(answers, scores, settings.num_samples, policy=name)
+            if name == names[0]:
+                for other, (responses, logps) in sampled.items():
+                    under = evaluate.response_logps(speaker, responses, packing)
+                    results[other] |= evaluate.sampled_kl(logps, under)
+        del speaker
+        gc.collect()
+    return {name: results[name] for name in names}, [row for name in names for row in samples[name]]
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+    """The headline numbers, one line per policy."""
+    first = next(iter(results.values()))
+    columns = {name: name.removeprefix("rewards/").removesuffix("/mean") for name in first if is_reward_mean(name)}
+    columns |= SHOWN
+    width = max(len(title) for title in columns.values()) + 2
+    lines = ["".join([f"{'policy':10}", *(f"{title:>{width}}" for title in columns.values())])]
+    for policy, values in results.items():
+        lines.append("".join([f"{policy:10}", *(f"{values[name]:>{width}.4f}" for name in columns)]))
+    return "\n".join(lines)
+
+
+def is_reward_mean(name: str) -> bool:
+    return name.startswith("rewards/") and name.endswith("/mean")
+
+
+if __name__ == "__main__":
+    run(main, "evaluate")

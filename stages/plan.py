@@ -1,0 +1,17 @@
+"""Memory and batch arithmetic of a training before it is started."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pipeline import plan
+from pipeline.entry import run
+from pipeline.settings import Plan
+
+
+def main(settings: Plan, words: Sequence[str]) -> None:
+    print(plan.estimate(settings), flush=True)
+
+
+if __name__ == "__main__":
+    run(main, "plan")

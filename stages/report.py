@@ -1,0 +1,17 @@
+"""One page about a run: runs/<run>/report.html."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pipeline import report, runs
+from pipeline.entry import run
+from pipeline.settings import Report
+
+
+def main(settings: Report, words: Sequence[str]) -> None:
+    print(f"report: {report.build(runs.run_dir(settings))}", flush=True)
+
+
+if __name__ == "__main__":
+    run(main, "report")

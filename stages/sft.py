@@ -1,0 +1,62 @@
+"""Supervised fine-tuning: from rows with completions to runs/<run>/sft/model/."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from pipeline import assembly, engine, evaluate, examples, rollout, runs, training
+from pipeline.entry import run
+from pipeline.loop import Evaluation, Watch
+from pipeline.settings import Sft
+from pipeline.text import coloured
+
+
+def main(settings: Sft, words: Sequence[str]) -> None:
+    ranks = engine.start(settings.launch.ddp_timeout)
+    directory = runs.stage_dir(settings, "sft")
+    model = settings.model
+    if not ranks.on_main(lambda: runs.open_stage(directory, settings, words, assembly.inputs(settings, model))):
+        return
+
+    # rows -> tokens
+    say = print if ranks.main else str
+    train = examples.supervised(examples.load_train(settings.data, settings.seed, say))
+    held_out = examples.supervised(examples.load(settings.data, "validation", settings.seed, say))
+    held_out = held_out[: settings.eval.max_rows]
+    encoder = assembly.encoder_of(settings, model, lambda: examples.texts(train, settings.template))
+    encoded = examples.encode(train, encoder, examples.completion_rows)
+    tested = examples.encode(held_out, encoder, examples.completion_rows)
+    say(f"{encoded.summary('train')}\n{tested.summary('validation')}\n{coloured(encoder, encoded.items[0].rows[0])}")
+
+    # tokens -> model
+    _, _, objective = assembly.objective_of(settings.algorithm)
+    policy = assembly.build_policy(model, encoder, settings.train, settings.data.max_response_length, settings.seed)
+    packing = assembly.packing(settings.train, ranks, policy, encoder)
+    trainer = engine.Engine(policy, ranks, settings.train, settings.optimizer)
+
+    def look(step: int) -> Evaluation:
+        scalars = evaluate.held_out_loss(trainer, objective, tested.items, packing)
+        scalars["eval/perplexity"] = math.exp(min(scalars["eval/loss"], 50.0))
+        shown = held_out[: settings.eval.num_samples]
+        generation = settings.generation.model_copy(update={"max_new_tokens": settings.data.max_response_length})
+        answers = rollout.generate(trainer, encoder, shown, generation, settings.seed) if shown else []
+        rows = [{"id": a.example.id, "prompt": a.prompt_text, "response": a.text} for a in answers]
+        return Evaluation(scalars, samples=rows)
+
+    course = training.Course(
+        items=encoded.items,
+        draw=training.epochs(len(encoded.items), settings.train.batch_size, settings.seed),
+        packing=packing,
+        objective=objective,
+        max_steps=training.steps_for(settings, len(encoded.items)),
+        eval_steps=settings.train.eval_steps,
+        evaluate=look,
+        watch=Watch("eval/loss", larger_is_better=False),
+        export=assembly.exporter(trainer, encoder),
+    )
+    training.train(settings, directory, trainer, course)
+
+
+if __name__ == "__main__":
+    run(main, "sft")

@@ -1,0 +1,110 @@
+"""`python -m stages` as a user meets it: help, dry runs, and one line with exit code 2 for each mistake."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline import environment
+from pipeline.config import ROOT
+from pipeline.settings import STAGES
+
+
+def stages(*words: str, cwd: Path, module: str = "stages") -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    argv = [sys.executable, "-m", module, *words]
+    return subprocess.run(argv, cwd=cwd, env=env, capture_output=True, text=True, timeout=120, check=False)
+
+
+MISTAKES = [
+    (["sft"], "did you mean stage=sft?"),
+    (["stage=sfd"], "did you mean sft?"),
+    (["recipe=nothing"], "recipe=nothing: wanted one of"),
+    (["stage=rl", "algo=a_loll"], "did you mean"),
+    (["stage=sft", "learning_rte=1e-5"], "did you mean optimizer.learning_rate?"),
+    (["stage=sft", "learning_rate=fast"], "'fast' is text, wanted a number"),
+    (["stage=sft", "train.batch_size=0"], "train.batch_size: 0, wanted at least 1"),
+    (["stage=sft", "precision=fp8"], "wanted fp32, bf16 or fp16"),
+    (["stage=sft", "lr=1", "learning_rate=2"], "given twice"),
+    (["stage=sft", "config=missing.yaml"], "missing.yaml: cannot be read"),
+    (["stage=sft", "hostfile=missing"], "missing is not a file"),
+    (["stage=sft", "dry_run=yes"], "dry_run='yes', wanted true or false"),
+    (["stage=sft", "max_steps=10", "num_train_epochs=1.0"], "wanted one of num_train_epochs and max_steps"),
+    (["--stage", "sft"], "without dashes"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), MISTAKES, ids=[" ".join(words) for words, _ in MISTAKES])
+def test_mistakes(words: list[str], message: str, tmp_path: Path):
+    done = stages(*words, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("tiffin: ") and done.stderr.count("\n") == 1 and message in done.stderr
+    assert not list(tmp_path.iterdir())  # nothing was begun
+
+
+def test_help_is_quick_and_lists_what_the_folders_hold(tmp_path: Path):
+    start = time.monotonic()
+    done = stages("stage=help", cwd=tmp_path)
+    assert time.monotonic() - start < 5  # below 1 s on an idle machine: torch is not loaded
+    assert done.returncode == 0 and done.stderr == ""
+    for name in [*STAGES, "alol", "a_lol", "oracle", "assistant", "dry_run=true"]:
+        assert name in done.stdout
+
+
+def test_the_command_line_does_not_load_torch(tmp_path: Path):
+    code = (
+        "import sys, stages.__main__ as main\n"
+        "assert main.main(['stage=help']) == 0\n"
+        "main.resolve_steps(['stage=rl'])\n"
+        "assert not {'torch', 'transformers', 'deepspeed'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+
+
+def test_dry_run_of_one_stage_begins_nothing(tmp_path: Path):
+    done = stages("stage=report", "run=x", "dry_run=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "-m stages.report stage=report run=x dry_run=true" in done.stdout and "\nrun: x\n" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_test_words_go_to_pytest(tmp_path: Path):
+    done = stages("stage=test", "tests/test_command_line.py", "-k", "test_mistakes", "--collect-only", cwd=tmp_path)
+    assert done.returncode == 0 and f"{len(MISTAKES)}/" in done.stdout
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_has_its_files(stage: str):
+    assert (ROOT / "stages" / f"{stage}.yaml").is_file() and (ROOT / "stages" / f"{stage}.py").is_file()
+
+
+# The environment of run.sh.
+
+
+def test_release_numbers():
+    assert environment.release("2.13.0+cpu") == (2, 13)
+    assert environment.release("2.6.0a0+git") == (2, 6)
+    assert environment.release("2026.9.0") == (2026, 9)
+
+
+def test_missing_names_what_this_python_lacks():
+    assert environment.missing(["pytest>=1", "pytest>=1,<9999", "torch>=2.6"]) == []
+    assert environment.missing(["pytest>=9999", "pytest<1", "no-such-package>=1"]) == [
+        "pytest>=9999",
+        "pytest<1",
+        "no-such-package>=1",
+    ]
+
+
+def test_this_python_is_within_the_ranges_and_every_range_has_a_pin():
+    ranges = environment.requirements(dev=True)
+    assert environment.missing(ranges) == []
+    pins = {
+        line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().split("\n")
+    }
+    assert {one.split(">=")[0].lower() for one in ranges} <= pins

@@ -1,0 +1,319 @@
+"""YAML, key=value words, layers and the one-line errors of settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipeline.aliases import ALGORITHM_IDS, ALIASES, SWITCHES
+from pipeline.config import ROOT, Leaf, dump_yaml, load_yaml, parse_overrides
+from pipeline.layers import House, merge, nested, resolve, resolve_steps
+from pipeline.records import UserError
+from pipeline.settings import STAGES
+from pipeline.validation import known_paths
+
+
+def values(*words: str) -> dict:
+    return nested(parse_overrides(words))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-5", 1e-5),  # PyYAML alone reads this as text
+        ("1E3", 1000.0),
+        (".5", 0.5),
+        ("-3", -3),
+        ("10", 10),
+        ("010", "010"),  # not octal
+        ("1:30", "1:30"),  # not sexagesimal
+        ("2024-01-01", "2024-01-01"),
+        ("yes", "yes"),
+        ("off", "off"),
+        ("true", True),
+        ("null", None),
+        ("", None),
+        ("a: b # c", "a: b # c"),  # one scalar, whatever it contains
+        ("*x", "*x"),
+        ("[1, 2]", [1, 2]),
+        ("'1'", "1"),
+        ("k=v", "k=v"),
+    ],
+)
+def test_values(text: str, value: object):
+    found = values(f"seed={text}")["seed"]
+    assert found == value and type(found) is type(value)
+
+
+def test_overrides_reach_into_sections_and_keep_dots_of_inner_keys():
+    assert values("optimizer.learning_rate=1e-5", "data.train=hh.jsonl", "x.y.z=null") == {
+        "optimizer": {"learning_rate": 1e-5},
+        "data": {"train": "hh.jsonl"},
+        "x": {"y": {"z": None}},
+    }
+    assert values("reward={helpfulness: 1.0, my/brief.py: 0.2}") == {"reward": {"helpfulness": 1.0, "my/brief.py": 0.2}}
+
+
+def test_aliases_and_switches():
+    assert values("model=gpt2", "lr=0.1", "gpus=8", "bf16=true") == {
+        "model": {"path": "gpt2"},
+        "optimizer": {"learning_rate": 0.1},
+        "launch": {"processes": 8},
+        "train": {"precision": "bf16"},
+    }
+    assert values("model={revision: main}") == {"model": {"revision": "main"}}  # a mapping is the section itself
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sft"], "command line: 'sft', wanted key=value; did you mean stage=sft?"),
+        (["alol"], "command line: 'alol', wanted key=value; did you mean algo=alol?"),
+        (["--lr", "1"], "without dashes"),
+        (["=1"], "wanted key=value"),
+        (["lr=1", "learning_rate=2"], "command line: optimizer.learning_rate is given twice"),
+        (["optimizer={learning_rate: 1}", "lr=2"], "optimizer.learning_rate is given twice"),
+        (["reward={a: "], "command line: reward: '{a: ' is not YAML"),
+        (["reward={a: 1, a: 2}"], "a is given twice"),
+        (["bf16=false"], "bf16: False, wanted true; say train.precision="),
+        (["gradient_accumulation_steps=2"], "is derived, not set"),
+    ],
+)
+def test_bad_words(words: list[str], message: str):
+    with pytest.raises(UserError) as error:
+        parse_overrides(words)
+    assert message in str(error.value)
+
+
+def test_bad_yaml_names_file_and_line(tmp_path: Path):
+    file = tmp_path / "bad.yaml"
+    file.write_text("a: 1\nb: [1,\nc: 2\n")
+    with pytest.raises(UserError, match=r"bad\.yaml:\d: not YAML"):
+        load_yaml(file)
+    file.write_text("a: 1\nb: 2\na: 3\n")
+    with pytest.raises(UserError, match=r"bad\.yaml:3: not YAML: a is given twice"):
+        load_yaml(file)
+
+
+def test_dump_reads_back(tmp_path: Path):
+    mapping = {"rate": 1e-5, "texts": ["1e-5", "yes", "true", "null", "", "010", "12", "\n\nHuman: {x}"], "n": None}
+    file = tmp_path / "x.yaml"
+    file.write_text(dump_yaml(mapping))
+    assert load_yaml(file) == mapping
+
+
+# A small house: two stages, two algorithms, one recipe.
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Optimizer(Section):
+    learning_rate: float = Field(gt=0)
+
+
+class Train(Section):
+    num_train_epochs: float | None
+    max_steps: int | None
+
+
+class Algorithm(Section):
+    file: str
+    settings: dict[str, float]
+
+
+class Base(Section):
+    run: str
+    name: str | None
+
+
+class Learn(Base):
+    optimizer: Optimizer
+    train: Train
+
+
+class Improve(Learn):
+    algo: str
+    algorithm: Algorithm
+    reward: str | dict[str, float] | None
+
+
+class Show(Base):
+    colour: str
+
+
+FILES = {
+    "common.yaml": "run: default\nname: null\noptimizer:\n  learning_rate: 1.0e-4\n"
+    "train: {num_train_epochs: 1.0, max_steps: null}\n",
+    "learn.yaml": "{}\n",
+    "improve.yaml": "algo: alol\nreward: {a: 1.0}\noptimizer: {learning_rate: 1.0e-5}\n",
+    "show.yaml": "colour: red\n",
+    "algo/alol.yaml": "algorithm:\n  file: offline\n  settings: {clip: 0.9}\n",
+    "algo/nll.yaml": "algorithm:\n  file: offline\n  settings: {}\n",
+    "recipes/demo.yaml": "all:\n  run: demo\n  colour: blue\nsteps:\n  - stage: learn\n  - stage: improve\n    name: one\n"
+    "    set: {optimizer: {learning_rate: 0.5}}\n  - {stage: improve, name: two}\n  - stage: show\n",
+}
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> House:
+    for name, text in FILES.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    return House({"learn": Learn, "improve": Improve, "show": Show}, tmp_path)
+
+
+def test_later_layers_win(house: House, tmp_path: Path):
+    rate = lambda *words: resolve(["stage=improve", *words], house).settings.optimizer.learning_rate  # noqa: E731
+    config = tmp_path / "mine.yaml"
+    config.write_text("lr: 0.7\n")
+    assert resolve(["stage=learn"], house).settings.optimizer.learning_rate == 1e-4  # common
+    assert rate() == 1e-5  # the stage
+    assert rate("recipe=demo", "name=two") == 1e-5  # a step that does not say
+    assert rate("recipe=demo", "name=one") == 0.5  # a step that does
+    assert rate("recipe=demo", "name=one", f"config={config}") == 0.7
+    assert rate("recipe=demo", "name=one", f"config={config}", "lr=0.9") == 0.9
+
+
+def test_published_names_and_settings_of_algorithms(house: House):
+    settings = resolve(["stage=improve", "algo=a_lol", "clip=0.5"], house).settings
+    assert (settings.algo, settings.algorithm.settings) == ("alol", {"clip": 0.5})
+    assert resolve(["stage=improve", "algo=nll"], house).settings.algorithm.settings == {}
+
+
+def test_mappings_merge_except_whole_ones(house: House):
+    assert resolve(["stage=improve", "reward={b: 2.0}"], house).settings.reward == {"b": 2.0}
+    one = {("a", "x"): Leaf(1, "p"), ("a", "y"): Leaf(2, "p")}
+    assert nested(merge([one, {("a", "y"): Leaf(3, "q")}])) == {"a": {"x": 1, "y": 3}}
+    assert nested(merge([one, {("a",): Leaf(None, "q")}])) == {"a": None}
+    assert nested(merge([one, {("a",): Leaf({}, "q")}])) == {"a": {"x": 1, "y": 2}}
+    assert nested(merge([{("a",): Leaf(None, "q")}, one])) == {"a": {"x": 1, "y": 2}}
+
+
+def test_max_steps_takes_back_the_default_of_num_train_epochs(house: House):
+    assert resolve(["stage=learn", "max_steps=5"], house).settings.train == Train(num_train_epochs=None, max_steps=5)
+    both = resolve(["stage=learn", "max_steps=5", "num_train_epochs=2.0"], house).settings.train
+    assert both == Train(num_train_epochs=2.0, max_steps=5)  # said together: the real schema complains
+
+
+def test_steps_of_a_recipe(house: House):
+    steps = resolve_steps(["lr=0.9", "clip=0.2", "colour=green"], house)
+    assert [step.words for step in steps] == [
+        ("stage=learn", "recipe=demo", "lr=0.9"),
+        ("stage=improve", "recipe=demo", "name=one", "lr=0.9", "clip=0.2"),
+        ("stage=improve", "recipe=demo", "name=two", "lr=0.9", "clip=0.2"),
+        ("stage=show", "recipe=demo", "colour=green"),
+    ]
+    assert [step.settings.run for step in steps] == ["demo"] * 4
+    assert [step.settings.name for step in steps] == [None, "one", "two", None]
+    assert all(resolve(step.words, house) == step for step in steps)
+    assert len(resolve_steps(["stage=improve", "recipe=demo"], house)) == 2
+    assert len(resolve_steps(["stage=improve", "recipe=demo", "name=two"], house)) == 1
+    assert len(resolve_steps(["stage=learn"], house)) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["stage=learn", "lr=abc"], "command line: optimizer.learning_rate: 'abc' is text, wanted a number"),
+        (["stage=learn", "lr=0"], "command line: optimizer.learning_rate: 0, wanted more than 0"),
+        (["stage=learn", "lr=true"], "command line: optimizer.learning_rate: true, wanted a number"),
+        (["stage=learn", "optimizer=3"], "command line: optimizer: 3, wanted a mapping"),
+        (["stage=learn", "learning_rte=1"], "learning_rte: no such setting; did you mean optimizer.learning_rate?"),
+        (["stage=learn", "optimizer.rate=1"], "command line: optimizer.rate: no such setting"),
+        (["stage=learn", "lr=x", "max_steps=y"], "(and 1 more)"),
+        (["stage=learn", "colour=red"], "command line: colour: stage=learn has no such setting; it belongs to show"),
+        (["stage=improve", "reward={a: b}"], "command line: reward.a: 'b' is text, wanted a number"),
+        (["stage=improve", "algo=alo"], "command line: algo=alo: wanted one of alol, nll, or your own .yaml file; did"),
+        (["stage=improve", "algorithm.settings.clp=1"], "algorithm offline has the settings: clip; did you mean"),
+        (["stage=improve", "algo=nll", "clip=1"], "algorithm offline has the settings: none"),
+        (["stage=lern"], "command line: stage=lern, wanted one of learn, improve, show; did you mean learn?"),
+        (["stage=learn", "recipe=dem"], "command line: recipe=dem: wanted one of demo"),
+        (["stage=improve", "recipe=demo", "name=on"], "has the improve steps one, two; did you mean one?"),
+        (["name=three"], "command line: name=three, but no step of recipe demo has that name"),
+        (["nonsense=1"], "command line: nonsense: no such setting"),
+        (["stage=learn", "config=nix.yaml"], "nix.yaml: cannot be read"),
+        (["stage=3"], "command line: stage=3, wanted a name"),
+    ],
+)
+def test_mistakes_are_one_line_with_place_and_cure(house: House, words: list[str], message: str):
+    with pytest.raises(UserError) as error:
+        resolve_steps(words, house)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lr: 1\noptimizer:\n  learning_rate: x\n", "mine.yaml:2: optimizer.learning_rate is given twice"),
+        ("train:\n  max_steps: 1.5\n", "mine.yaml:2: train.max_steps: 1.5, wanted a whole number"),
+        ("\nlearnin_rate: 3\n", "mine.yaml:2: learnin_rate: no such setting; did you mean optimizer.learning_rate?"),
+        ("- 1\n", "mine.yaml: the file is [1], wanted a mapping"),
+    ],
+)
+def test_mistakes_in_files_name_the_line(house: House, tmp_path: Path, text: str, message: str):
+    config = tmp_path / "mine.yaml"
+    config.write_text(text)
+    with pytest.raises(UserError) as error:
+        resolve(["stage=learn", f"config={config}"], house)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps:\n  - stage: lern\n", r"demo\.yaml:2: stage: 'lern', wanted one of .* did you mean learn\?"),
+        ("steps:\n  - learn\n", r"demo\.yaml:2: 'learn', wanted \{stage: NAME"),
+        ("step: []\n", r"demo\.yaml: wanted a mapping of `steps`"),
+        ("all:\n  rnu: x\nsteps: [{stage: learn}]\n", r"demo\.yaml:2: rnu: no such setting; did you mean run\?"),
+        ("steps:\n  - stage: learn\n    set:\n      lr: x\n", r"demo\.yaml:4: optimizer\.learning_rate: 'x' is text"),
+    ],
+)
+def test_mistakes_in_recipes_name_the_line(house: House, tmp_path: Path, text: str, message: str):
+    (tmp_path / "recipes/demo.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        resolve_steps(["stage=learn", "recipe=demo"], house)
+
+
+# What ships.
+
+
+def test_aliases_lead_to_settings():
+    schema_paths = {".".join(path) for schema in STAGES.values() for path in known_paths(schema)}
+    algorithm_settings = {
+        f"algorithm.settings.{name}"
+        for file in (ROOT / "stages/algo").glob("*.yaml")
+        for name in load_yaml(file)["algorithm"]["settings"]
+    }
+    targets = {*ALIASES.values(), *(setting for setting, _ in SWITCHES.values())}
+    assert targets <= schema_paths | algorithm_settings
+    assert {f"{name}.yaml" for name in ALGORITHM_IDS.values()} <= {p.name for p in (ROOT / "stages/algo").iterdir()}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_resolves_with_its_defaults(stage: str):
+    settings = resolve([f"stage={stage}"]).settings
+    assert type(settings) is STAGES[stage]
+    with pytest.raises(ValueError, match="frozen"):
+        settings.run = "other"
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "stages/algo").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_algorithm_resolves(file: Path):
+    assert resolve(["stage=rl", f"algo={file.stem}"]).settings.algorithm.file
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "stages/recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_resolves(file: Path):
+    assert resolve_steps([f"recipe={file.stem}"])
+
+
+def test_a_resolved_configuration_resolves_to_itself(tmp_path: Path):
+    settings = resolve(["stage=rl", "algo=r_gold", "lr=3e-6", "reward={x: 1.0}"]).settings
+    file = tmp_path / "config.yaml"
+    file.write_text(dump_yaml(settings.model_dump()))
+    assert resolve(["stage=rl", f"config={file}"]).settings == settings

@@ -1,0 +1,191 @@
+"""The exact commands, and what really happens to ranks, exit codes and signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline import launch
+from pipeline.launch import command, environment, first_host, hosts, rank_environment
+from pipeline.records import UserError
+from pipeline.settings import LaunchSettings
+
+PYTHON = sys.executable
+DEEPSPEED = [PYTHON, "-m", "deepspeed.launcher.runner"]
+OPTIONS = ["--no_local_rank", "--log_level", "error", "--master_port", "29999", "--module", "stages.sft", "lr=1"]
+TORCHRUN = [PYTHON, "-m", "torch.distributed.run", "--nproc-per-node"]
+ALLOCATION = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_NNODES": "2"}
+STEP = {
+    "SLURM_JOB_ID": "20007",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NODELIST": "gpu[03-04]",
+}
+
+
+def settings(**given: object) -> LaunchSettings:
+    defaults = {"processes": 1, "hostfile": None, "launcher": "auto", "master_port": None, "ddp_timeout": 60}
+    return LaunchSettings(**{**defaults, **given})
+
+
+@pytest.mark.parametrize(
+    ("given", "environ", "argv"),
+    [
+        ({}, {}, [PYTHON, "-m", "stages.sft", "lr=1"]),
+        ({"processes": 2, "master_port": 29999}, {}, [*DEEPSPEED, "--num_gpus", "2", *OPTIONS]),
+        (
+            {"processes": 2, "launcher": "torchrun"},
+            {},
+            [*TORCHRUN, "2", "--standalone", "--module", "stages.sft", "lr=1"],
+        ),
+        (
+            {"processes": 2, "launcher": "torchrun", "master_port": 29999},
+            {},
+            [*TORCHRUN, "2", "--master-port", "29999", "--module", "stages.sft", "lr=1"],
+        ),
+        ({}, ALLOCATION, ["srun", "--kill-on-bad-exit=1", PYTHON, "-m", "stages.sft", "lr=1"]),
+        (
+            {"processes": 8},  # per node; 2 nodes x 8 = 16
+            ALLOCATION,
+            ["srun", "--kill-on-bad-exit=1", "--ntasks=16", "--ntasks-per-node=8", PYTHON, "-m", "stages.sft", "lr=1"],
+        ),
+        ({}, {**ALLOCATION, **STEP}, [PYTHON, "-m", "stages.sft", "lr=1"]),  # already one of srun's tasks
+        ({"processes": 8}, {"RANK": "0", "WORLD_SIZE": "8"}, [PYTHON, "-m", "stages.sft", "lr=1"]),  # torchrun's
+        ({}, {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1"}, [PYTHON, "-m", "stages.sft", "lr=1"]),
+    ],
+)
+def test_command(given: dict, environ: dict, argv: list[str]):
+    assert command(settings(**given), "sft", ["lr=1"], environ) == argv
+
+
+def test_stages_that_do_not_share_their_work_are_one_process():
+    assert command(settings(processes=8), "report", [], {}) == [PYTHON, "-m", "stages.report"]
+
+
+def test_hostfile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "hosts"
+    file.write_text("# two machines\na slots=4\n\nb slots=2  # older\n")
+    assert hosts(file) == {"a": 4, "b": 2}
+    (tmp_path / "pdsh").write_text("#!/bin/sh\n")
+    (tmp_path / "pdsh").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    argv = command(settings(hostfile=str(file), master_port=29999), "sft", ["lr=1"], {})
+    assert argv == [*DEEPSPEED, "--hostfile", str(file), *OPTIONS]
+    file.write_text("localhost slots=3\n")  # no ssh for this machine alone
+    argv = command(settings(hostfile=str(file), master_port=29999), "sft", ["lr=1"], {})
+    assert argv == [*DEEPSPEED, "--num_gpus", "3", *OPTIONS]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a 4\n", ":1: 'a 4', wanted 'host slots=8'"),
+        ("a slots=4\na slots=4\n", ":2: host a is given twice"),
+        ("# none\n", "no host in it"),
+    ],
+)
+def test_bad_hostfiles(tmp_path: Path, text: str, message: str):
+    (tmp_path / "hosts").write_text(text)
+    with pytest.raises(UserError, match=message):
+        hosts(tmp_path / "hosts")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"launcher": "single", "processes": 2}, "launcher=single with processes=2"),
+        ({"launcher": "srun"}, "needs a Slurm allocation"),
+        ({"launcher": "torchrun", "hostfile": "hosts"}, "only launcher=deepspeed reads it"),
+        ({"hostfile": "nowhere"}, "nowhere is not a file"),
+    ],
+)
+def test_contradictions(given: dict, message: str):
+    with pytest.raises(UserError, match=message):
+        command(settings(**given), "sft", [], {})
+
+
+def test_environment_keeps_what_is_set_and_shares_the_cores(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    assert environment(settings(processes=3), "sft", {})["OMP_NUM_THREADS"] == "2"  # 8 // 3
+    assert environment(settings(processes=16), "sft", {})["OMP_NUM_THREADS"] == "1"
+    assert environment(settings(processes=3), "report", {})["OMP_NUM_THREADS"] == "8"
+    assert environment(settings(), "sft", {"OMP_NUM_THREADS": "5", "HOME": "/h"})["OMP_NUM_THREADS"] == "5"
+
+
+def test_slurm_tasks_become_ranks():
+    assert rank_environment(settings(), STEP) == {
+        "RANK": "3",
+        "WORLD_SIZE": "4",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "gpu03",
+        "MASTER_PORT": "20007",  # 20000 + 20007 % 20000
+    }
+    assert rank_environment(settings(), {}) == {}
+    assert rank_environment(settings(), {**STEP, "RANK": "0"}) == {}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("gpu03", "gpu03"), ("gpu[03-07,9],login1", "gpu03"), ("a1,a2", "a1"), ("n[9,11]-ib", "n9-ib")],
+)
+def test_first_host(nodes: str, first: str):
+    assert first_host(nodes) == first
+
+
+RANKS = """
+import sys
+import torch
+import torch.distributed as dist
+
+dist.init_process_group("gloo")
+total = torch.tensor([dist.get_rank() + 1.0])
+dist.all_reduce(total)
+assert (total.item(), sys.argv[1:]) == (3.0, ["reward={a: 1.0, b/c.py: 0.2}"])  # 1 + 2; words arrive whole
+sys.exit(7 if dist.get_rank() == 1 else 0)
+"""
+
+
+@pytest.mark.parametrize(("launcher", "code"), [("deepspeed", 7), ("torchrun", 1)])
+def test_two_real_ranks(tmp_path: Path, launcher: str, code: int):
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages/sft.py").write_text(RANKS)
+    chosen = settings(processes=2, launcher=launcher)
+    env = {**environment(chosen, "sft", os.environ), "PYTHONPATH": str(tmp_path)}
+    argv = command(chosen, "sft", ["reward={a: 1.0, b/c.py: 0.2}"], env)
+    assert launch.run(argv, env) == code
+
+
+WAITS = """
+import os, pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(75))
+pathlib.Path("ready").touch()
+time.sleep(30)
+"""
+FORWARDS = "import os, sys; from pipeline.launch import run; sys.exit(run(sys.argv[1:], os.environ))"
+OUTER = "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))"  # a launcher which knows no signals
+
+
+@pytest.mark.parametrize("outer", [[], [PYTHON, "-c", OUTER]])
+def test_sigterm_reaches_the_rank_and_its_exit_code_comes_back(tmp_path: Path, outer: list[str]):
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages/sft.py").write_text(WAITS)
+    root = str(Path(launch.__file__).parent.parent)
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{root}"}
+    process = subprocess.Popen(
+        [PYTHON, "-c", FORWARDS, *outer, PYTHON, "-m", "stages.sft"], env=env, cwd=tmp_path, stdin=subprocess.DEVNULL
+    )
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 75
+
+
+def test_a_killed_child_is_128_and_the_signal():
+    assert launch.run([PYTHON, "-c", "import os; os.kill(os.getpid(), 9)"], os.environ) == 137

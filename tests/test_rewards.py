@@ -1,0 +1,358 @@
+"""Several rewards -> one: sums, normalisation, statistics by hand, and every mistake a reward can make."""
+
+from __future__ import annotations
+
+import math
+import threading
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.records import UserError
+from pipeline.rewards import Reward, Rewards, Running, bounds, length_correlation, parse, resolve, shortened
+from reward_models import length, rouge
+
+
+def fixed(values):
+    """A reward that returns `values` whatever it is given."""
+    return lambda prompts, completions, **columns: values
+
+
+def score(rewards: Rewards, completions: list[str], update: bool = True, **columns: list):
+    return rewards.score(["p"] * len(completions), completions, columns, update=update)
+
+
+def words(prompts, completions, **columns):
+    return [float(text) for text in completions]
+
+
+def test_weighted_sum():
+    rewards = Rewards([Reward("a", 1.0, fixed([1.0, 2.0])), Reward("b", -0.5, fixed([4.0, 0.0]))])
+    scores = score(rewards, ["x", "y"])
+    assert scores.raw == {"a": [1.0, 2.0], "b": [4.0, 0.0]}
+    assert scores.normalised == scores.raw
+    assert scores.total == [-1.0, 2.0]  # 1 - 0.5 * 4, 2 - 0.5 * 0
+
+
+def test_sigmoid_values():
+    scores = score(Rewards([Reward("a", 2.0, fixed([-1.5441417694, 0.3059706092]), "sigmoid")]), ["x", "y"])
+    assert scores.raw["a"] == [-1.5441417694, 0.3059706092]
+    assert scores.normalised["a"] == pytest.approx([0.17593399, 0.57590143], abs=1e-8)
+    assert scores.total == pytest.approx([2 * 0.17593399, 2 * 0.57590143], abs=2e-8)
+
+
+def test_sigmoid_far_out():
+    scores = score(Rewards([Reward("a", 1.0, fixed([-1e4, 1e4, 0.0]), "sigmoid")]), ["x", "y", "z"])
+    assert scores.total == [0.0, 1.0, 0.5]
+
+
+def test_standardise_by_hand():
+    rewards = Rewards([Reward("a", 1.0, words, "standardise")])
+    # the first batch has only itself: mean 3, std sqrt((4 + 4) / 2) = 2
+    assert score(rewards, ["1", "5"]).total == pytest.approx([-1.0, 1.0])
+    # the second is seen with the statistics from before it: (9 - 3) / 2
+    assert score(rewards, ["9"]).total == pytest.approx([3.0])
+    # all three: mean 5, squares 16 + 0 + 16 = 32, std sqrt(32 / 3)
+    assert rewards.running["a"] == Running(3.0, pytest.approx(5.0), pytest.approx(32.0))
+    assert score(rewards, ["5", "21"]).total == pytest.approx([0.0, 16 / math.sqrt(32 / 3)])
+
+
+def test_standardise_floor():
+    rewards = Rewards([Reward("a", 1.0, words, "standardise")])
+    assert score(rewards, ["2", "2"]).total == [0.0, 0.0]
+    assert score(rewards, ["2.001"]).total == pytest.approx([10.0])  # 0.001 / 1e-4
+
+
+def test_evaluation_does_not_change_the_statistics():
+    rewards = Rewards([Reward("a", 1.0, words, "standardise")])
+    assert score(rewards, ["7"], update=False).total == [7.0]  # nothing seen: unchanged
+    assert rewards.running["a"] == Running()
+    score(rewards, ["1", "5"])
+    before = rewards.state_dict()
+    assert score(rewards, ["9"], update=False).total == pytest.approx([3.0])
+    assert rewards.state_dict() == before
+
+
+@pytest.mark.parametrize("cuts", [(6,), (1, 2, 3), (2, 2, 2), (5, 1)])
+def test_any_cut_into_batches_ends_with_the_same_statistics(cuts):
+    values = ["1e6", "1000003", "999999.5", "1000000.25", "1000001", "1000010"]
+    rewards = Rewards([Reward("a", 1.0, words, "standardise")])
+    start = 0
+    for cut in cuts:
+        score(rewards, values[start : start + cut])
+        start += cut
+    numbers = np.array([float(value) for value in values])
+    assert rewards.running["a"].mean == pytest.approx(numbers.mean(), rel=1e-14)
+    assert rewards.running["a"].std == pytest.approx(numbers.std(), rel=1e-9)
+
+
+def test_all_ranks_end_with_the_same_statistics():
+    # rank 0 has 1 and 5, rank 1 has 9 and 13, rank 2 nothing: as one batch of four, mean 7, squares 36 + 4 + 4 + 36
+    texts = (["1", "5"], ["9", "13"], [])
+    meeting = threading.Barrier(3)
+    sent: list[torch.Tensor] = [torch.empty(0)] * 3
+    results: list[tuple] = [()] * 3
+
+    def rank(index: int) -> None:
+        def all_sum(sums: torch.Tensor) -> torch.Tensor:
+            sent[index] = sums
+            meeting.wait(timeout=10)
+            total = sent[0] + sent[1] + sent[2]
+            meeting.wait(timeout=10)
+            return total
+
+        rewards = Rewards([Reward("a", 1.0, words, "standardise")])
+        scores = rewards.score([""] * len(texts[index]), texts[index], {}, True, all_sum)
+        results[index] = (scores.total, rewards.running["a"])
+
+    ranks = [threading.Thread(target=rank, args=(index,)) for index in range(3)]
+    for thread in ranks:
+        thread.start()
+    for thread in ranks:
+        thread.join()
+    std = math.sqrt(20)  # sqrt(80 / 4)
+    assert [total for total, _ in results] == [
+        pytest.approx([-6 / std, -2 / std]),
+        pytest.approx([2 / std, 6 / std]),
+        [],
+    ]
+    assert [running for _, running in results] == [Running(4.0, 7.0, 80.0)] * 3
+
+
+def test_a_rank_without_completions_may_come_first():
+    rewards = Rewards([Reward("a", 1.0, words, "standardise")])
+    assert score(rewards, []).total == []
+    assert rewards.running["a"] == Running()
+    assert score(rewards, ["1", "5"]).total == [-1.0, 1.0]
+
+
+def test_statistics_survive_a_checkpoint():
+    rewards = Rewards([Reward("a", 1.0, words, "standardise"), Reward("b", 1.0, words)])
+    score(rewards, ["0.1", "0.7", "3"])
+    resumed = Rewards(rewards.rewards)
+    resumed.load_state_dict(rewards.state_dict())
+    assert resumed.running == rewards.running
+    assert score(resumed, ["2"]).total == score(rewards, ["2"]).total
+
+
+def test_statistics_of_other_rewards_are_refused():
+    with pytest.raises(UserError, match="standardises the rewards b, but the settings say a"):
+        Rewards([Reward("a", 1.0, words, "standardise")]).load_state_dict(
+            {"b": {"count": 1.0, "mean": 0.0, "squares": 0.0}}
+        )
+
+
+def test_all_is_passed_by_keyword():
+    def reward(completions, answer, **others):  # no `prompts`, as many do
+        assert others == {"prompts": ["p", "p"], "source": ["s", "t"]}
+        return [float(text == right) for text, right in zip(completions, answer, strict=True)]
+
+    assert score(Rewards([Reward("a", 1.0, reward)]), ["x", "y"], answer=["x", "z"], source=["s", "t"]).total == [
+        1.0,
+        0.0,
+    ]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [1, 0],
+        (1.0, 0.0),
+        [True, False],
+        np.array([1.0, 0.0], dtype=np.float32),
+        [np.float32(1), np.int64(0)],
+        [np.bool_(True), np.bool_(False)],
+        torch.tensor([1.0, 0.0], dtype=torch.bfloat16, requires_grad=True),
+        [torch.tensor(1.0), torch.tensor(0)],
+        [Fraction(1), Fraction(0)],
+    ],
+)
+def test_kinds_of_numbers(values):
+    total = score(Rewards([Reward("a", 1.0, fixed(values))]), ["x", "y"]).total
+    assert total == [1.0, 0.0]
+    assert [type(value) for value in total] == [float, float]
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (None, "reward mine: it returned a NoneType, wanted a list of one float per completion"),
+        (1.0, "it returned a float, wanted a list"),
+        ("12", "it returned a str, wanted a list"),
+        ({0: 1.0}, "it returned a dict, wanted a list"),
+        (torch.tensor(1.0), "it returned a float, wanted a list"),
+        ([1.0], "reward mine: it returned 1 values for 2 completions"),
+        ([1.0, 2.0, 3.0], "it returned 3 values for 2 completions"),
+        (
+            [1.0, None],
+            r"reward mine: None for completion 1 'second\\ntext', wanted a finite float; a reward that cannot",
+        ),
+        ([math.nan, 1.0], "nan for completion 0 'first'"),
+        ([1.0, -math.inf], "-inf for completion 1"),
+        ([1.0, 10**400], "10000.* for completion 1"),
+        ([1.0, "0.5"], "'0.5' for completion 1"),
+        ([1.0, [2.0]], "a list for completion 1"),
+        ([1.0, 1j], "a complex for completion 1"),
+        (torch.ones(2, 1), "a list for completion 0"),
+        ([torch.ones(1), torch.ones(1)], "a Tensor for completion 0"),
+    ],
+)
+def test_wrong_values(values, said):
+    with pytest.raises(UserError, match=said) as raised:
+        score(Rewards([Reward("mine", 1.0, fixed(values))]), ["first", "second\ntext"])
+    assert "\n" not in str(raised.value)
+
+
+def test_an_exception_names_the_reward_the_line_and_the_cause(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def reward(prompts, completions, **columns):\n    x = len(prompts)\n    return helper(x - 1)\n\n\n"
+    )
+    with file.open("a") as more:
+        more.write("def helper(x):\n    return [1 / x]\n")
+    function = resolve(str(file), learned=no_model, trained={})
+    with pytest.raises(UserError) as raised:
+        score(Rewards([Reward("mine", 1.0, function)]), ["text"], source=["s"], id=["i"])
+    wanted = f"reward mine, called with the columns source, id: ZeroDivisionError: division by zero ({file}:7)"
+    assert str(raised.value) == wanted
+    assert isinstance(raised.value.__cause__, ZeroDivisionError)
+
+
+def test_a_missing_column_is_said():
+    with pytest.raises(
+        UserError, match=r"called with the columns \(none\): TypeError: .* missing 1 required .* 'answer'$"
+    ):
+        score(Rewards([Reward("mine", 1.0, lambda completions, answer, **columns: [])]), ["x"])
+    with pytest.raises(UserError, match=r"reward rouge, .*: ValueError: there is no column `references`"):
+        score(Rewards([Reward("rouge", 1.0, rouge.reward)]), ["x"])
+
+
+def test_long_texts_are_shortened():
+    assert shortened("a\tb\n\x1b[31m") == r"a\tb\n\x1b[31m"
+    assert shortened("x" * 80) == "x" * 80
+    assert shortened("\n" * 60) == "\\n" * 38 + "\\..."
+    assert len(shortened("\n" * 60)) == 80
+
+
+def test_length_correlation():
+    texts = ["a", "a a", "a a a"]
+    assert length_correlation([1.0, 2.0, 3.0], texts) == pytest.approx(1.0)
+    # words 1, 2, 3 (deviations -1, 0, 1), values 0, 3, 0 (-1, 2, -1): covariance 1 + 0 - 1 = 0
+    assert length_correlation([0.0, 3.0, 0.0], texts) == pytest.approx(0.0)
+    # values 3, 1, 2 (1, -1, 0): -1 + 0 + 0 over sqrt(2 * 2)
+    assert length_correlation([3.0, 1.0, 2.0], texts) == pytest.approx(-0.5)
+    for values, completions in (
+        ([0.1] * 3, texts),
+        ([1.0, 2.0], ["a", "b"]),
+        ([1.0], ["a"]),
+        ([], []),
+        ([0, 1e-300, 0], texts),
+    ):
+        assert math.isnan(length_correlation(values, completions))
+
+
+def test_bounds():
+    squashed = [
+        Reward("a", 2.0, words, "sigmoid"),
+        Reward("b", -0.5, words, "sigmoid"),
+        Reward("c", 1.0, words, "sigmoid"),
+    ]
+    assert bounds(squashed) == (-0.5, 3.0)
+    assert bounds([*squashed, Reward("d", 1.0, words)]) is None
+    assert bounds(squashed[:1]) == (0.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("spec", "wanted"),
+    [
+        (None, []),
+        ("helpfulness", [("helpfulness", 1.0)]),
+        (" my/file.py:function ", [("my/file.py:function", 1.0)]),
+        ({"helpfulness": 1, "my/file.py": -0.25}, [("helpfulness", 1.0), ("my/file.py", -0.25)]),
+    ],
+)
+def test_parse(spec, wanted):
+    assert parse(spec) == wanted
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ({}, "reward: {}, wanted a name, a path, or names with weights"),
+        ("", "reward: '', wanted a name"),
+        (["a"], r"reward: \['a'\], wanted a name"),
+        (1.0, "reward: 1.0, wanted a name"),
+        ({"a": 0}, "reward.a: the weight is 0, wanted a finite number other than 0"),
+        ({"a": math.nan}, "reward.a: the weight is nan"),
+        ({"a": math.inf}, "reward.a: the weight is inf"),
+        ({"a": "1e-5"}, "reward.a: the weight is '1e-5'"),
+        ({"a": True}, "reward.a: the weight is True"),
+        ({"a": None}, "reward.a: the weight is None"),
+        ({3: 1.0}, "reward.3: "),
+    ],
+)
+def test_parse_errors(spec, said):
+    with pytest.raises(UserError, match=said):
+        parse(spec)
+
+
+def no_model(directory: str):
+    raise AssertionError(f"asked for the model of {directory}")
+
+
+def test_resolve_in_order(tmp_path, monkeypatch):
+    directories = []
+
+    def learned(directory: str):
+        directories.append(directory)
+        return fixed([0.5])
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("judge", "length", "rouge"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "judge" / "config.json").write_text("{}")
+    (tmp_path / "rouge" / "config.json").write_text("{}")
+    trained = {"helpfulness": "runs/demo/reward/helpfulness/model", "rouge": "runs/demo/reward/rouge/model"}
+    resolve("helpfulness", learned, trained)
+    resolve("rouge", learned, trained)  # trained in this run comes before a directory and before the folder
+    resolve("judge", learned, trained)
+    resolve("rouge", learned, {})
+    assert directories == [trained["helpfulness"], trained["rouge"], "judge", "rouge"]
+    assert resolve("length", no_model, {}) is length.reward  # a directory that holds no model hides nothing
+    assert resolve("rouge:rougeL", no_model, {}) is rouge.rougeL
+
+
+def test_resolve_a_file_and_score(tmp_path):
+    (tmp_path / "brief.py").write_text(
+        "def reward(prompts, completions, **columns):\n    return [-len(x) for x in completions]\n"
+    )
+    function = resolve(f"{tmp_path}/brief.py", no_model, {})
+    assert score(Rewards([Reward("brief", 0.5, function)]), ["four", ""]).total == [-2.0, 0.0]
+
+
+def test_resolve_unknown_name():
+    with pytest.raises(UserError) as raised:
+        resolve("helpfullness", no_model, {"helpfulness": "x", "harmlessness": "y"})
+    said = str(raised.value)
+    assert said.startswith(
+        "reward 'helpfullness': neither a reward model trained in this run (harmlessness, helpfulness) nor"
+    )
+    assert "length" in said and "rouge" in said and "learned" not in said
+    assert "; did you mean 'helpfulness'?" in said
+    assert "`bash run.sh stage=reward name=NAME` trains one" in said
+    with pytest.raises(UserError, match=r"trained in this run \(none yet\)"):
+        resolve("helpfulness", no_model, {})
+
+
+def test_resolve_directory_without_a_model(tmp_path):
+    with pytest.raises(UserError, match=r"this directory has no config.json"):
+        resolve(str(tmp_path), no_model, {})
+
+
+def test_resolve_refuses_functions_that_take_no_columns(tmp_path):
+    (tmp_path / "narrow.py").write_text("def reward(prompts, completions):\n    return []\nbuiltin = max\n")
+    for name in ("narrow.py", "narrow.py:builtin"):
+        with pytest.raises(UserError, match=r"wanted def reward\(prompts, completions, \*\*columns\)"):
+            resolve(f"{tmp_path}/{name}", no_model, {})

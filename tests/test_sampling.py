@@ -1,0 +1,111 @@
+"""Samplers as pure functions of (seed, step), against the specification's golden draws."""
+
+import math
+from collections import Counter
+from itertools import islice
+
+import pytest
+import torch
+
+from pipeline import sampling
+from pipeline.records import UserError
+
+ADVANTAGES = [0.3, -0.2, 0.1, 0.0, 0.6]
+
+
+def test_p12_survivors_and_draws():
+    assert sampling.survivors(ADVANTAGES) == [0, 2, 4]
+    # cdf .3, .4, 1: the first place whose cdf exceeds u
+    assert sampling.draw_by_cdf(ADVANTAGES, [0, 0.1, 0.3, 0.35, 0.4, 0.99]) == [0, 0, 2, 2, 4, 4]
+    assert sampling.draw_by_cdf(torch.tensor(ADVANTAGES, dtype=torch.float64), [1.0]) == [
+        4
+    ]  # u rounded up to the total
+
+
+def test_p12_frequencies():
+    rows = Counter(sampling.priority_rows(ADVANTAGES, 100_000, step=0, seed=901))
+    assert set(rows) == {0, 2, 4}
+    expected = {0: 30_000, 2: 10_000, 4: 60_000}
+    chi2 = sum((rows[row] - n) ** 2 / n for row, n in expected.items())
+    assert chi2 < 13.8  # 2 degrees of freedom, p = .001
+
+
+def test_p12_a_draw_depends_on_seed_and_step_only():
+    steps = [sampling.priority_rows(ADVANTAGES, 8, step, seed=1) for step in range(6)]
+    assert [sampling.priority_rows(ADVANTAGES, 8, step, seed=1) for step in (5, 2)] == [steps[5], steps[2]]
+    assert len({tuple(rows) for rows in steps}) == 6
+    assert sampling.priority_rows(ADVANTAGES, 8, 0, seed=2) != steps[0]
+    state = torch.random.get_rng_state()
+    sampling.priority_rows(ADVANTAGES, 8, 0, seed=1)
+    sampling.epoch_rows(5, 8, 0, seed=1)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_p12_rows_repeat_within_a_batch():
+    assert sampling.priority_rows([0.0, 1.0], 3, step=0, seed=0) == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([-0.2, 0.0, -1.0], r"none of 3 rows is positive \(largest 0\), wanted at least one"),
+        ([], "none of 0 rows is positive, wanted"),
+        ([0.1, math.nan], "row 1 has nan, wanted a finite number"),
+        ([math.inf, 0.1], "row 0 has inf, wanted a finite number"),
+    ],
+)
+def test_p12_nothing_to_draw_is_one_clear_line(weights, message):
+    for draw in (lambda: sampling.survivors(weights), lambda: sampling.priority_rows(weights, 4, 0, 0)):
+        with pytest.raises(UserError, match=message) as error:
+            draw()
+        assert "\n" not in str(error.value)
+
+
+def test_p13_priority_sampling_squares_the_advantage():
+    # A+ = .3, .2, 0: drawn with .6, .4, 0, so E[A+ of each row] = .18, .08, 0; uniformly .1, .0667, 0
+    positive = [0.3, 0.2, 0.0]
+    n = 100_000
+    drawn = Counter(sampling.priority_rows([0.3, 0.2, -0.3], n, 0, 7))
+    assert [drawn[row] / n * positive[row] for row in range(3)] == pytest.approx([0.18, 0.08, 0.0], abs=0.002)
+    uniform = Counter(sampling.epoch_rows(3, 99_999, 0, 7))
+    assert [uniform[row] / 99_999 * positive[row] for row in range(3)] == pytest.approx([0.1, 0.2 / 3, 0.0])
+
+
+def test_small_weights_do_not_lose_the_tail():
+    # 10^6 equal weights of 1e-8 after one of 1: float32 would lose them, float64 does not
+    weights = torch.cat([torch.ones(1, dtype=torch.float64), torch.full((1_000_000,), 1e-8, dtype=torch.float64)])
+    assert sampling.draw_by_cdf(weights, [1.0 + 0.5e-2]) == pytest.approx([500_001], abs=1)
+
+
+def test_every_row_comes_once_per_epoch():
+    chain = [row for step in range(10) for row in sampling.epoch_rows(7, 3, step, seed=4)]  # 30 rows: 4 epochs and 2
+    epochs = [chain[start : start + 7] for start in range(0, 28, 7)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 20])
+def test_the_chain_does_not_depend_on_the_batch_size(batch_size):
+    chain = (row for step in range(100) for row in sampling.epoch_rows(7, batch_size, step, seed=4))
+    assert list(islice(chain, 40)) == sampling.epoch_rows(7, 40, 0, seed=4)
+
+
+def test_neighbouring_seeds_give_other_orders():
+    orders = {tuple(sampling.epoch_rows(50, 50, epoch, seed)) for seed in range(3) for epoch in range(3)}
+    assert len(orders) == 9  # (seed 0, epoch 1) is not (seed 1, epoch 0)
+
+
+def test_no_rows():
+    with pytest.raises(UserError, match="data: 0 rows to draw from"):
+        sampling.epoch_rows(0, 4, 0, 0)
+
+
+def test_p17_step_budget():
+    assert sampling.step_budget(9000, 0.677) == 6093  # 9000 * .677 in floating point may be 6092.999...
+    assert sampling.step_budget(900, 0.677) == 609
+    assert sampling.step_budget(10, 0.55) == 5  # truncated
+    assert sampling.step_budget(9000, 1.0) == 9000
+    assert sampling.step_budget(10, 0.01) == 1
+    assert all(sampling.step_budget(n, k / n) == k for n in range(1, 60) for k in range(1, n + 1))
+    with pytest.raises(AssertionError, match="kept_fraction is 0"):
+        sampling.step_budget(10, 0.0)
