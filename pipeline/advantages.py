@@ -100,7 +100,7 @@ def with_values(
     def compute() -> dict[str, Tensor | dict[str, float]]:
         targets = value_targets(ref, items, held_out, judge)
         head, report = reference.fit_value(ref.engine, targets, ref.packing, settings.value, settings.seed)
-        prompts = [replace(item, rows=tuple(replace(r, response_ids=()) for r in item.rows[:1])) for item in items]
+        prompts = [Item(item.example, (replace(item.rows[0], response_ids=()),)) for item in items]
         return {"values": reference.values_of(ref.engine, head, prompts, ref.packing), "report": report}
 
     saved = reference.cached(ref.cache("values", **parts), ref.engine, compute)

@@ -37,7 +37,9 @@ def leave(work: Callable[[], int]) -> NoReturn:
         code = 0
     sys.stdout.flush()
     sys.stderr.flush()
-    sys.exit(code)
+    if code != 0:  # at once: a rank that tears down a live process group may abort and lose its exit code
+        os._exit(code)
+    sys.exit(0)
 
 
 def complain(error: UserError) -> None:

@@ -29,7 +29,7 @@ COMPARE: dict[str, Callable[[tuple[int, ...], tuple[int, ...]], bool]] = {
 }
 
 
-class EnvironmentFailure(Exception):
+class InstallError(Exception):
     """The environment could not be made; the message is one line."""
 
 
@@ -59,7 +59,7 @@ def release(version: str) -> tuple[int, ...]:
 
 
 def choose(dev: bool) -> Path:
-    """The interpreter to use; makes or completes `.venv` if this Python will not do. Raises EnvironmentFailure."""
+    """The interpreter to use; makes or completes `.venv` if this Python will not do. Raises InstallError."""
     if not missing(requirements(dev)):
         return Path(sys.executable)
     with (ROOT / "constraints.txt").open() as lock:  # ranks of one machine may start together
@@ -116,7 +116,7 @@ def _create(own_torch: bool) -> None:
         venv.create(VENV, clear=True, with_pip=True, system_site_packages=own_torch)
     except (OSError, subprocess.CalledProcessError) as error:
         cure = "install python3-venv, or the packages of setup.py into a Python of your own (PYTHON=/path/to/python)"
-        raise EnvironmentFailure(f"{VENV}: cannot be made ({error}); {cure}") from None
+        raise InstallError(f"{VENV}: cannot be made ({error}); {cure}") from None
 
 
 def _pins(own_torch: bool) -> Path:
@@ -139,7 +139,7 @@ def _install(packages: Sequence[str], pins: Path, what: str) -> None:
     if code != 0:
         for line in log.read_text(errors="replace").splitlines()[-15:]:
             print(f"  {line}", file=sys.stderr)
-        raise EnvironmentFailure(f"pip could not install {what}; its last lines are above, the whole log is {log}")
+        raise InstallError(f"pip could not install {what}; its last lines are above, the whole log is {log}")
 
 
 def _say(text: str) -> None:
@@ -149,6 +149,6 @@ def _say(text: str) -> None:
 if __name__ == "__main__":
     try:
         print(choose(dev="dev" in sys.argv[1:]))
-    except EnvironmentFailure as failure:
+    except InstallError as failure:
         _say(str(failure))
         sys.exit(2)

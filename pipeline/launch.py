@@ -20,13 +20,14 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from pipeline.records import UserError
 from pipeline.settings import LaunchSettings
 
-DISTRIBUTED = ("sft", "reward", "rl")  # stages that share their work among ranks; the others run as one process
+DISTRIBUTED = ("sft", "reward", "rl", "score", "generate", "evaluate")
 GPU_FILES = ("nvidia[0-9]*", "dxg", "kfd", "davinci*", "accel*")  # in /dev: CUDA, WSL, ROCm, Ascend, Gaudi
 
 
@@ -198,7 +199,7 @@ def _is_stage(pid: int) -> bool:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return False
-    return any(one == b"-m" and two.startswith(b"stages.") for one, two in zip(words, words[1:], strict=False))
+    return any(one == b"-m" and two.startswith(b"stages.") for one, two in pairwise(words))
 
 
 def _signal(pid: int, number: int) -> None:

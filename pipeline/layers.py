@@ -235,9 +235,8 @@ def _refuse_foreign(overrides: Layer, stage: str, house: House) -> None:
     for path in overrides:
         owners = [name for name, schema in house.schemas.items() if path[0] in schema.model_fields]
         if owners and stage not in owners:
-            raise UserError(
-                f"{COMMAND_LINE}: {'.'.join(path)}: stage={stage} has no such setting; it belongs to {', '.join(owners)}"
-            )
+            found = f"{'.'.join(path)}: stage={stage} has no such setting"
+            raise UserError(f"{COMMAND_LINE}: {found}; it belongs to {', '.join(owners)}")
 
 
 def _reaches(one: str, head: list[str], free: list[str], house: House) -> bool:

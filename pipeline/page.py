@@ -55,6 +55,8 @@ margin-top:.6rem;padding-top:.6rem;border-top:1px solid var(--line)}
 details{margin:.6rem 0}summary{cursor:pointer;color:var(--blue);font-size:.9rem}
 pre{background:var(--pale);border-radius:5px;padding:.7rem .9rem;overflow-x:auto;font:12.5px/1.5 ui-monospace,
 SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;margin:.5rem 0;white-space:pre-wrap;overflow-wrap:anywhere}
+@media (max-width:640px){th,td{padding-right:.55rem;font-size:.9rem}th:first-child,td:first-child{min-width:6rem}
+.se{display:block}td .note{display:none}td:last-child{white-space:normal}}
 @media print{main{max-width:none;padding:0}h2{break-after:avoid}h3{break-after:avoid}nav{display:none}
 .charts{grid-template-columns:repeat(2,1fr)}body{font-size:11pt}*{print-color-adjust:exact}}
 """

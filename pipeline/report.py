@@ -7,7 +7,6 @@ samples/*.jsonl with rows {"policy", "id", "prompt", "response", "reward", "rewa
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -15,11 +14,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline import page
-from pipeline.charts import MINUS, NOTHING, number
-from pipeline.glossary import Metric, metric_of
-from pipeline.metrics import flatten, read_metrics
+from pipeline.charts import number
+from pipeline.metrics import flatten, read_metrics, write_text
 from pipeline.records import UserError
-from pipeline.report_curves import bounds, series_of, show_curves
+from pipeline.report_curves import series_of, show_curves
+from pipeline.report_results import columns_of, comparison, final_numbers, side_by_side
 
 FILES = ("config.yaml", "metrics.jsonl", "results.json")  # a directory with one of these is a stage's
 SAMPLES = 8
@@ -62,19 +61,19 @@ def build(run_dir: Path) -> Path:
             f"{run_dir}: no stage has left anything to report, wanted at least one of {', '.join(STAGES)} with "
             f"{' or '.join(FILES)}; run a stage first, or name another run with run="
         )
-    comparison, remarks = _comparison(stages)
+    policies = _policies(stages)
+    table, remarks = comparison(policies) if policies else ("", [])
+    table = page.heading(2, "Results", "results") + table if policies else ""
     sections = ""
     for stage in stages:
         html, warnings = _section(stage)
         sections += html
         remarks += [f"{stage.title}. {warning}" for warning in warnings]
-    body = _top(run_dir, stages) + comparison + page.heading(2, "What to look at", "look")
+    body = _top(run_dir, stages) + table + page.heading(2, "What to look at", "look")
     body += page.findings(remarks, "Every curve ended in its healthy range.")
-    body += _samples(run_dir / "evaluate" / "samples", list(_policies(stages))) + sections + _commands(stages)
+    body += _samples(run_dir / "evaluate" / "samples", list(policies)) + sections + _commands(stages)
     path = run_dir / "report.html"
-    draft = path.with_name("report.html.tmp")
-    draft.write_text(page.document(f"Report: {run_dir.resolve().name}", body), encoding="utf-8")
-    os.replace(draft, path)
+    write_text(path, page.document(f"Report: {run_dir.resolve().name}", body))
     return path
 
 
@@ -130,87 +129,7 @@ def _top(run_dir: Path, stages: Sequence[Stage]) -> str:
 def _policies(stages: Sequence[Stage]) -> dict[str, Mapping[str, float]]:
     """Policy -> metric -> value, of the evaluation; the first policy is what the others are compared with."""
     found = [stage.results for stage in stages if stage.name == "evaluate"]
-    return {name: values for name, values in (found[0] if found else {}).items() if isinstance(values, Mapping)}
-
-
-def _comparison(stages: Sequence[Stage]) -> tuple[str, list[str]]:
-    """The headline table, and what must be said about it."""
-    policies = _policies(stages)
-    if not policies:
-        return "", []
-    first, *others = policies
-    tags = [t for t in dict.fromkeys(t for v in policies.values() for t in v) if not t.endswith("_se")]
-    head = ["on held-out prompts", first]
-    for other in others:
-        head += [other, "difference"]
-    rows = [_row(tag, policies) for tag in tags]
-    remarks = [r for other in others for r in _remarks(other, policies[first], policies[other], tags)]
-    words = (
-        f"Differences are against {first}. ± is one standard error over prompts. A change within two standard errors "
-        "of the difference counts as the same; where no error is known, one within 2 % or 0.005."
-    )
-    return page.heading(2, "Results", "results") + page.table(head, rows) + page.paragraph(words, "soft"), remarks
-
-
-def _row(tag: str, policies: Mapping[str, Mapping[str, float]]) -> list[str]:
-    metric, label = metric_of(tag)
-    base, *others = policies.values()
-    largest = max(abs(values.get(tag) or 0.0) for values in policies.values())
-    decimals = 3 if largest < 10 else 1 if largest < 1000 else 0
-    cells = [page.cell(label, metric.note), _value(base, tag, decimals)]
-    for other in others:
-        cells += [_value(other, tag, decimals), _difference(metric, tag, base, other, decimals)]
-    return cells
-
-
-def _value(values: Mapping[str, float], tag: str, decimals: int) -> str:
-    value, error = values.get(tag), values.get(f"{tag}_se")
-    return page.cell(_fixed(value, decimals), error="" if error is None else _fixed(error, decimals))
-
-
-def _fixed(value: float | None, decimals: int) -> str:
-    return NOTHING if value is None else f"{value:,.{decimals}f}".replace("-", MINUS)
-
-
-def _difference(metric: Metric, tag: str, base: Mapping[str, float], other: Mapping[str, float], decimals: int) -> str:
-    """The change against the first policy, with a verdict where the metric has a better direction."""
-    if base.get(tag) is None or other.get(tag) is None:
-        return page.cell(NOTHING)
-    change = other[tag] - base[tag]
-    text = ("+" if change > 0 else "") + _fixed(change, decimals)
-    if not metric.better:
-        return page.cell(text)
-    if abs(change) <= _noise(tag, base, other):
-        return page.cell(f"{text} ≈ same", kind="same")
-    better = change * metric.better > 0
-    return page.cell(f"{text} {'▲ better' if better else '▼ worse'}", kind="better" if better else "worse")
-
-
-def _noise(tag: str, base: Mapping[str, float], other: Mapping[str, float]) -> float:
-    """The change that says nothing: two standard errors of a difference, or 2 % or 0.005 where no error is known."""
-    errors = [values.get(f"{tag}_se") for values in (base, other)]
-    return max(0.02 * abs(base[tag]), 0.005) if None in errors else 2 * math.hypot(*errors)
-
-
-def _remarks(name: str, base: Mapping[str, float], other: Mapping[str, float], tags: Sequence[str]) -> list[str]:
-    remarks = []
-    for tag in tags:
-        metric, label = metric_of(tag)
-        if base.get(tag) is None or other.get(tag) is None:
-            continue
-        low, high = bounds(metric.healthy, [base[tag]])
-        words = f"Results. {label} went from {number(base[tag])} to {number(other[tag])} with {name}"
-        if low is not None and other[tag] < low:
-            remarks.append(f"{words}: {metric.healthy.below}.")
-        if high is not None and other[tag] > high:
-            remarks.append(f"{words}: {metric.healthy.above}.")
-        if tag.startswith("oracle:") and other[tag] < base[tag] and _rose("reward/mean", base, other):
-            remarks.append(f"{words} although the reward rose: the policy exploits the reward models.")
-    return remarks
-
-
-def _rose(tag: str, base: Mapping[str, float], other: Mapping[str, float]) -> bool:
-    return base.get(tag) is not None and other.get(tag) is not None and other[tag] > base[tag]
+    return columns_of(found[0]) if found else {}
 
 
 def _section(stage: Stage) -> tuple[str, list[str]]:
@@ -221,18 +140,13 @@ def _section(stage: Stage) -> tuple[str, list[str]]:
         steps, seconds = stage.rows[-1]["step"], stage.rows[-1].get("time") or 0.0
         html += page.paragraph(f"{steps:,} steps in {_duration(seconds)}", "soft")
     flat = flatten(stage.results)
-    if stage.kind != "evaluate":
-        html += page.tiles([(tag, _plain(value)) for tag, value in flat.items()]) if flat else ""
+    if stage.kind != "evaluate" and stage.results:
+        columns = columns_of(stage.results)
+        html += side_by_side(columns) if columns else final_numbers(flat)
     if stage.config:
         html += page.fold("Settings", stage.config)
     shown = show_curves(stage.kind, series_of(stage.rows), flat)
     return html + shown.html, shown.warnings
-
-
-def _plain(value: object) -> str:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return NOTHING if value is None else str(value)
-    return f"{value:,}" if isinstance(value, int) else number(value)
 
 
 def _duration(seconds: float) -> str:

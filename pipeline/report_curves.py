@@ -6,14 +6,14 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from itertools import groupby
 from typing import NamedTuple
 
+from pipeline.chart_table import REST, Chart, charts_for
 from pipeline.charts import COLOURS, Curve, Picture, Point, line_chart, number
-from pipeline.glossary import Chart, Range, charts_for
-from pipeline.page import Key, figure, folded, grid, heading
+from pipeline.glossary import Range
+from pipeline.page import Key, cell, figure, folded, grid, heading, table
 
-FOLDED = ("Speed",)  # groups behind a line to click on
+FOLDED = ("Speed", REST)  # groups behind a line to click on
 TAIL = 0.1  # share of a curve's points that stands for where it ends, or begins
 
 Series = Mapping[str, Sequence[Point]]  # tag -> points in step order
@@ -38,23 +38,30 @@ def series_of(rows: Sequence[Mapping[str, float | None]]) -> dict[str, list[Poin
 
 def show_curves(kind: str, series: Series, results: Mapping[str, object]) -> Shown:
     """All charts of a stage of this `kind`, grouped; `results` may hold the levels that some are compared with."""
-    html, warnings = "", []
-    drawn = sorted(charts_for(kind, list(series)), key=lambda pair: _group_order(pair[0], kind, series))
-    for group, members in groupby(drawn, key=lambda pair: pair[0].group):
-        figures = []
-        for chart, tags in members:
-            levels = _levels(chart, series, results)
-            said = _warnings(chart, tags, series) + _below(chart, tags, series, levels)
-            figures.append(_figure(chart, {tag: series[tag] for tag in tags}, levels, said))
-            warnings += [f"{chart.title}: {words}" for words in said]
-        html += folded(group, grid(figures)) if group in FOLDED else heading(3, group.capitalize()) + grid(figures)
+    groups: dict[str, list[str]] = {}  # group -> figures
+    once, warnings = [], []
+    for chart, tags in charts_for(kind, list(series)):
+        levels = _levels(chart, series, results)
+        said = _warnings(chart, tags, series) + _below(chart, tags, series, levels)
+        warnings += [f"{chart.title}: {words}" for words in said]
+        curves = {tag: series[tag] for tag in tags if len(series[tag]) > 1}
+        once += [_once(chart, tag, series[tag][0][1]) for tag in tags if tag not in curves]
+        if curves:
+            groups.setdefault(chart.group, []).append(_figure(chart, curves, levels, said))
+    html = table(["measured once", "value", "healthy"], once) if once else ""
+    for group in sorted(groups, key=FOLDED.__contains__):
+        pictures = grid(groups[group])
+        html += folded(group, pictures) if group in FOLDED else heading(3, group) + pictures
     return Shown(html, warnings)
 
 
-def _group_order(chart: Chart, kind: str, series: Series) -> int:
-    """Charts of one group stand together, groups in the order in which the table first names them."""
-    groups = list(dict.fromkeys(c.group for c, _ in charts_for(kind, list(series))))
-    return groups.index(chart.group)
+def _once(chart: Chart, tag: str, value: float) -> list[str]:
+    """A table row for what was measured a single time and so has no curve: its meaning, value and healthy range."""
+    low, high = chart.healthy.low, chart.healthy.high
+    wanted = [f"at least {low:g}" if low is not None else "", f"at most {high:g}" if high is not None else ""]
+    healthy = " and ".join(filter(None, wanted)) if chart.healthy.against == "value" else ""
+    name = tag if chart.group == REST else f"{chart.title}, {tag}"
+    return [cell(name, chart.caption), cell(number(value)), cell(healthy)]
 
 
 def _levels(chart: Chart, series: Series, results: Mapping[str, object]) -> list[tuple[float, str]]:
@@ -103,7 +110,8 @@ def _warnings(chart: Chart, tags: Sequence[str], series: Series) -> list[str]:
         values = [value for _, value in series[tag]]
         wanted, reason = outside(chart.healthy, *bounds(chart.healthy, values), tail(values))
         if reason and fnmatchcase(tag, chart.healthy.judged):
-            found.setdefault(reason, []).append(f"{tag} ends at {number(tail(values))} (healthy: {wanted})")
+            verb = "ends at" if len(values) > 1 else "is"
+            found.setdefault(reason, []).append(f"{tag} {verb} {number(tail(values))} (healthy: {wanted})")
     return [f"{', '.join(facts)}: {reason}." for reason, facts in found.items()]
 
 
@@ -142,13 +150,18 @@ def _base(tag: str) -> str:
 
 def _names(tags: Sequence[str]) -> dict[str, str]:
     """Short names for a legend: the parts in which the tags differ, and whether they are of held-out data."""
-    bases = {tag: re.split("[/:]", _base(tag)) for tag in tags}
-    different = list(dict.fromkeys(tuple(parts) for parts in bases.values()))
+    paths = {tag: re.split("[/:]", _base(tag)) for tag in tags}
+    common = 0  # parts that all tags end with, as in rewards/*/std
+    while len({tuple(path[len(path) - common - 1 :]) for path in paths.values()}) == 1 and common < len(paths[tags[0]]):
+        common += 1
+    heads = {tag: path[: len(path) - common] for tag, path in paths.items()}
+    shared = 0  # parts that all begin with
+    while len({tuple(head[: shared + 1]) for head in heads.values()}) == 1 and shared < len(heads[tags[0]]):
+        shared += 1
     names = {}
-    for tag, parts in bases.items():
-        own = [p for i, p in enumerate(parts) if any(len(o) != len(parts) or o[i] != p for o in different)]
-        name = "/".join(own).replace("_", " ")
-        held_out = tag.startswith("eval/")
+    for tag, parts in heads.items():
+        name = "/".join(parts[shared:]).replace("_", " ")
         alone = "last" if len(tags) == 1 else "training"
-        names[tag] = ", ".join(filter(None, [name, "held-out" if held_out else "" if name else alone]))
+        kind = "held-out" if tag.startswith("eval/") else "" if name else alone
+        names[tag] = ", ".join(filter(None, [name, kind]))
     return names

@@ -153,7 +153,8 @@ FILES = {
     "show.yaml": "colour: red\n",
     "algo/alol.yaml": "algorithm:\n  file: offline\n  settings: {clip: 0.9}\n",
     "algo/nll.yaml": "algorithm:\n  file: offline\n  settings: {}\n",
-    "recipes/demo.yaml": "all:\n  run: demo\n  colour: blue\nsteps:\n  - stage: learn\n  - stage: improve\n    name: one\n"
+    "recipes/demo.yaml": "all:\n  run: demo\n  colour: blue\n"
+    "steps:\n  - stage: learn\n  - stage: improve\n    name: one\n"
     "    set: {optimizer: {learning_rate: 0.5}}\n  - {stage: improve, name: two}\n  - stage: show\n",
 }
 

@@ -28,6 +28,8 @@ ALLOWED = {
     "reward_models": {
         "pipeline.records",
         "pipeline.models",
+        "pipeline.policy",
+        "pipeline.settings",
         "pipeline.text",
         "pipeline.text_overlap",
         "pipeline.tasks",

@@ -139,25 +139,34 @@ def test_first_host(nodes: str, first: str):
     assert first_host(nodes) == first
 
 
+def _stage(folder: Path, code: str) -> None:
+    """A package `stages` of our own with one stage, sft."""
+    (folder / "stages").mkdir()
+    (folder / "stages/__init__.py").touch()
+    (folder / "stages/sft.py").write_text(code)
+
+
 RANKS = """
 import sys
 import torch
 import torch.distributed as dist
+from pipeline.entry import leave
 
 dist.init_process_group("gloo")
 total = torch.tensor([dist.get_rank() + 1.0])
 dist.all_reduce(total)
 assert (total.item(), sys.argv[1:]) == (3.0, ["reward={a: 1.0, b/c.py: 0.2}"])  # 1 + 2; words arrive whole
-sys.exit(7 if dist.get_rank() == 1 else 0)
+dist.barrier()
+leave(lambda: 7 if dist.get_rank() == 1 else 0)
 """
 
 
 @pytest.mark.parametrize(("launcher", "code"), [("deepspeed", 7), ("torchrun", 1)])
-def test_two_real_ranks(tmp_path: Path, launcher: str, code: int):
-    (tmp_path / "stages").mkdir()
-    (tmp_path / "stages/sft.py").write_text(RANKS)
+def test_two_real_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher: str, code: int):
+    _stage(tmp_path, RANKS)
+    monkeypatch.chdir(tmp_path)  # python -m looks there first
     chosen = settings(processes=2, launcher=launcher)
-    env = {**environment(chosen, "sft", os.environ), "PYTHONPATH": str(tmp_path)}
+    env = {**environment(chosen, "sft", os.environ), "PYTHONPATH": f"{tmp_path}:{Path(launch.__file__).parent.parent}"}
     argv = command(chosen, "sft", ["reward={a: 1.0, b/c.py: 0.2}"], env)
     assert launch.run(argv, env) == code
 
@@ -174,14 +183,14 @@ OUTER = "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))"  # a l
 
 @pytest.mark.parametrize("outer", [[], [PYTHON, "-c", OUTER]])
 def test_sigterm_reaches_the_rank_and_its_exit_code_comes_back(tmp_path: Path, outer: list[str]):
-    (tmp_path / "stages").mkdir()
-    (tmp_path / "stages/sft.py").write_text(WAITS)
+    _stage(tmp_path, WAITS)
     root = str(Path(launch.__file__).parent.parent)
     env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{root}"}
     process = subprocess.Popen(
         [PYTHON, "-c", FORWARDS, *outer, PYTHON, "-m", "stages.sft"], env=env, cwd=tmp_path, stdin=subprocess.DEVNULL
     )
     while not (tmp_path / "ready").exists():
+        assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 75

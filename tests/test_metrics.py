@@ -1,0 +1,202 @@
+"""Tallies, and the files of a log: whatever is cut, resumed or disabled, the numbers stay the same."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from pipeline.algorithms.functional import mean_stat, std_stat
+from pipeline.metrics import RunLog, Tally, flatten, read_metrics, write_json
+from pipeline.records import Stat, UserError
+
+VALUES = torch.tensor([1.0, 2.0, 3.0, 6.0])
+
+
+def alone(packed: torch.Tensor) -> torch.Tensor:
+    return packed
+
+
+def tally_of(*parts: torch.Tensor) -> Tally:
+    tally = Tally()
+    for part in parts:
+        tally.add({"a/mean": mean_stat(part), "a/std": std_stat(part)})
+    return tally
+
+
+def log_in(directory, resume_step=0, enabled=True, hparams=None, total_steps=10):
+    return RunLog(
+        directory,
+        hparams or {},
+        resume_step=resume_step,
+        enabled=enabled,
+        total_steps=total_steps,
+        description="test",
+    )
+
+
+def steps(path) -> list[int]:
+    return [row["step"] for row in read_metrics(path)]
+
+
+def board(directory) -> EventAccumulator:
+    return EventAccumulator(str(directory / "tensorboard"), size_guidance={"tensors": 0}).Reload()
+
+
+def test_any_cut_into_micro_batches_and_ranks_gives_the_whole():
+    # mean (1+2+3+6)/4 = 3; population variance (4+1+0+9)/4 = 3.5
+    wanted = {"a/mean": pytest.approx(3.0), "a/std": pytest.approx(math.sqrt(3.5))}
+    assert tally_of(VALUES).reduce(alone) == wanted
+    assert tally_of(VALUES[:1], VALUES[1:]).reduce(alone) == wanted
+    other = tally_of(VALUES[:0], VALUES[3:])  # a rank whose first micro-batch holds no rows
+    assert tally_of(VALUES[:3]).reduce(lambda packed: packed + other.sums()) == wanted
+
+
+def test_a_rank_without_rows_takes_part():
+    empty = tally_of(VALUES[:0])
+    assert tally_of(VALUES).reduce(lambda packed: packed + empty.sums())["a/mean"] == pytest.approx(3.0)
+    assert math.isnan(tally_of(VALUES[:0]).reduce(alone)["a/mean"])
+
+
+def test_a_tally_is_empty_after_a_reduction():
+    tally = tally_of(VALUES)
+    tally.reduce(alone)
+    assert tally.reduce(alone) == {}
+
+
+@pytest.mark.parametrize("name, kind", [("b/mean", "mean"), ("a/mean", "ess")])
+def test_ranks_with_other_names_or_kinds_are_found_out(name, kind):
+    here, there = Tally(), Tally()
+    here.add({"a/mean": mean_stat(VALUES)})
+    there.add({name: Stat(kind, mean_stat(VALUES).sums)})
+    with pytest.raises(RuntimeError, match="2 ranks hold different statistics"):
+        here.reduce(lambda packed: packed + there.sums())
+
+
+def test_ranks_with_more_names_pack_to_the_same_shape():
+    many = Tally()
+    many.add({f"a/{i}": mean_stat(VALUES) for i in range(40)})
+    assert many.sums().shape == tally_of(VALUES).sums().shape == (64, 3)
+
+
+def test_more_statistics_than_one_block_are_all_kept():
+    tally = Tally()
+    tally.add({f"a/{i:03d}": mean_stat(torch.tensor([float(i)])) for i in range(70)})
+    assert tally.sums().shape == (128, 3)  # 71 rows rounded up to a multiple of 64
+    assert tally.reduce(alone) == {f"a/{i:03d}": float(i) for i in range(70)}
+
+
+def test_rows_are_valid_json_with_null_for_what_is_not_finite(tmp_path):
+    log = log_in(tmp_path)
+    log.scalars(1, {"train/loss": 1.23456789, "ratio/mean": math.nan, "perf/x": math.inf})
+    log.close()
+    row = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert row.pop("time") >= 0
+    assert row == {"step": 1, "train/loss": 1.23457, "ratio/mean": None, "perf/x": None}
+
+
+def test_resume_drops_later_rows_and_a_torn_line(tmp_path):
+    log = log_in(tmp_path)
+    for step in (0, 1, 2, 3, 4):
+        log.scalars(step, {"train/loss": float(step)})
+    for step in (2, 4):
+        log.samples(step, [{"prompt": "p", "response": "r"}])
+    log.close()
+    path = tmp_path / "metrics.jsonl"
+    with open(path, "a") as file:
+        file.write('{"step": 5, "train/lo')  # the kill came in the middle of a write
+    log = log_in(tmp_path, resume_step=3)
+    assert steps(path) == [0, 1, 2, 3]
+    log.scalars(4, {"train/loss": 40.0})
+    log.close()
+    assert steps(path) == [0, 1, 2, 3, 4]
+    assert read_metrics(path)[-1]["train/loss"] == 40.0
+    times = [row["time"] for row in read_metrics(path)]
+    assert times == sorted(times)  # the clock goes on
+    assert [p.name for p in (tmp_path / "samples").iterdir()] == ["step-000002.jsonl"]
+    points = [(event.step, event.value) for event in board(tmp_path).Scalars("train/loss")]
+    assert points == [(0, 0.0), (1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+
+
+def test_a_start_from_nothing_forgets_an_attempt_that_left_no_checkpoint(tmp_path):
+    log = log_in(tmp_path)
+    log.scalars(0, {"eval/loss": 9.0})
+    log.close()
+    log = log_in(tmp_path)
+    log.scalars(0, {"eval/loss": 1.0})
+    log.close()
+    assert [row["eval/loss"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1.0]
+    assert [event.value for event in board(tmp_path).Scalars("eval/loss")] == [1.0]
+
+
+def test_a_broken_line_in_the_middle_names_its_place(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2: not a JSON object"):
+        read_metrics(path)
+
+
+def test_tensorboard_holds_scalars_histograms_text_and_hyper_parameters(tmp_path):
+    log = log_in(tmp_path, hparams={"optimizer": {"learning_rate": 1e-4}, "bf16": True, "names": ["a"], "no": None})
+    log.scalars(1, {"train/loss": 2.0})
+    log.histogram("ratio", torch.tensor([[1.0, 2.0], [math.nan, 3.0]]), 1)
+    log.histogram("ratio", [math.inf], 2)
+    log.samples(1, [{"prompt": "a | <b>", "response": "x\ny", "rewards": {"length": 0.5}}])
+    log.finish({"eval/loss": 1.5, "best": None})
+    log.close()
+    events = board(tmp_path)
+    assert events.Scalars("train/loss")[0].value == 2.0
+    assert events.Scalars("results/eval/loss")[0].value == 1.5
+    assert [(event.step, event.histogram_value.num) for event in events.Histograms("ratio")] == [(1, 3.0)]
+    text = events.Tensors("samples/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert text.splitlines()[0] == "| prompt | response | rewards/length |"
+    assert text.splitlines()[2] == "| a &#124; &lt;b&gt; | x<br>y | 0.5 |"
+    session = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    assert b"optimizer/learning_rate" in session and b"names" in session
+    assert json.loads((tmp_path / "results.json").read_text()) == {"eval/loss": 1.5, "best": None}
+
+
+def test_samples_keep_every_row_whole(tmp_path):
+    rows = [{"prompt": "p" * 2000, "response": f"é {i}", "reward": math.nan} for i in range(40)]
+    log = log_in(tmp_path)
+    log.samples(200, rows)
+    log.close()
+    lines = (tmp_path / "samples" / "step-000200.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == [{**row, "reward": None} for row in rows]
+
+
+def test_a_disabled_log_writes_nothing(tmp_path):
+    log = log_in(tmp_path, enabled=False)
+    log.scalars(1, {"a": 1.0})
+    log.histogram("a", VALUES, 1)
+    log.samples(1, [{"prompt": "p"}])
+    log.finish({"a": 1.0})
+    log.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_terminal_the_last_step_gets_one_plain_line(tmp_path, capsys):
+    log = log_in(tmp_path, total_steps=2)
+    log.scalars(1, {"train/loss": 3.0})
+    log.scalars(2, {"train/loss": 2.5})
+    log.scalars(2, {"eval/loss": 2.0})
+    log.close()
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert len(lines) == 1
+    assert lines[0].startswith("test: 100% 2/2") and "loss=2.5" in lines[0] and "\r" not in lines[0]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "results.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_flatten_joins_keys():
+    assert flatten({"a": {"b": {"c": 1}}, "d": 2}) == {"a/b/c": 1, "d": 2}
