@@ -85,12 +85,6 @@ CHARTS = (
     ),
     Chart(
         "Learning",
-        "Perplexity",
-        ("train/perplexity",),
-        "Among how many tokens the model hesitates on average. Lower is better.",
-    ),
-    Chart(
-        "Learning",
         "Gradient norm",
         ("train/grad_norm",),
         "Size of each update before clipping. It should settle; growth or spikes mean that the learning rate is too "
@@ -226,6 +220,7 @@ CHARTS = (
         ("logps/*",),
         "Log-probability of whole responses under the policy and under the fixed reference, in nats. The two "
         "curves start together.",
+        stages=("rl",),
     ),
     Chart(
         "Completions",

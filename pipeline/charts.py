@@ -66,7 +66,7 @@ def number(value: float) -> str:
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else NOTHING
     size = abs(value)
-    if size >= 1e7 or size < 1e-4:
+    if size >= 1e7 or size < 1e-3:
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{mantissa.removesuffix('.0')}e{int(exponent)}".replace("-", MINUS)
     before = math.floor(math.log10(size)) + 1  # digits before the point; negative for leading zeros behind it

@@ -5,6 +5,7 @@ Three decisions have their single owner here: the scale that turns sums into one
 
 from __future__ import annotations
 
+import atexit
 import copy
 import json
 import os
@@ -97,6 +98,7 @@ def start(timeout_seconds: int) -> Ranks:
     deepspeed.utils.logger.setLevel("WARNING")
     if not dist.is_initialized():
         deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds), verbose=False)
+        atexit.register(stop)
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 

@@ -31,9 +31,10 @@ class Metric(NamedTuple):
     healthy: Range = Range()
 
 
+ORACLE = "rewards/oracle:*/mean"  # the tag of the true quality, known in the embedded task only
 METRICS = (
     Metric("reward/mean", "Reward", +1, "what the policy was trained to raise"),
-    Metric("rewards/oracle:*/mean", "True {} (oracle)", +1, "known by construction, never trained on"),
+    Metric(ORACLE, "True {} (oracle)", +1, "known by construction, never trained on"),
     Metric("rewards/*/mean", "Reward: {}", +1, "one part of the reward, before weights"),
     Metric(
         "completions/mean_length",

@@ -238,6 +238,7 @@ def flatten(nested: Mapping[str, object], prefix: str = "") -> dict[str, object]
 
 
 def write_text(path: Path, text: str) -> None:
+    """`text` in UTF-8 at `path`, complete or absent; its folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".tmp")
     with open(draft, "w", encoding="utf-8") as file:
@@ -284,5 +285,6 @@ def _markdown(value: object) -> str:
     """One table cell: plain text, whatever marks it holds."""
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
     text = text if len(text) <= TABLE_CHARACTERS else text[:TABLE_CHARACTERS] + " ..."
+    text = re.sub(r"([\\`*_{}\[\]~])", r"\\\1", text)
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("|", "&#124;")
-    return re.sub(r"([\\`*_{}\[\]#~])", r"\\\1", text).replace("\r", "").replace("\n", "<br>")
+    return text.replace("\r", "").replace("\n", "<br>")

@@ -102,15 +102,18 @@ def _text(path: Path) -> str:
 
 
 def _results(path: Path) -> dict[str, object]:
-    if not path.is_file():
-        return {}
+    return _parsed(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else {}
+
+
+def _parsed(text: str, place: str) -> dict:
+    """The JSON object that `text` is. Raises UserError naming `place` if it is none."""
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg}); run the stage again") from error
-    if not isinstance(results, dict):
-        raise UserError(f"{path}: found {type(results).__name__}, wanted a JSON object; run the stage again")
-    return results
+        raise UserError(f"{place}: not JSON ({error.msg}); run the stage again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{place}: found {type(value).__name__}, wanted a JSON object; run the stage again")
+    return value
 
 
 def _top(run_dir: Path, stages: Sequence[Stage]) -> str:
@@ -174,11 +177,11 @@ def _samples(folder: Path, policies: Sequence[str]) -> str:
 
 def _sample_rows(path: Path) -> list[dict]:
     rows = []
-    for number_, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        row = json.loads(line)
+    for place, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
+        row = _parsed(line, f"{path}:{place}")
         missing = [key for key in ("policy", "id", "prompt", "response") if key not in row]
         if missing:
-            raise UserError(f"{path}:{number_}: no '{missing[0]}' in the row; run stage=evaluate again")
+            raise UserError(f"{path}:{place}: no '{missing[0]}' in the row; run the stage again")
         rows.append(row)
     return rows
 
@@ -189,7 +192,7 @@ def _gain(by_policy: Mapping[str, Mapping]) -> float:
 
 
 def _prompt(by_policy: Mapping[str, Mapping]) -> str:
-    return str(next(iter(by_policy.values()))["prompt"])
+    return str(next(iter(by_policy.values()))["prompt"]).strip()
 
 
 def _response(row: Mapping) -> tuple[str, str, str]:

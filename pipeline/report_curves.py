@@ -131,7 +131,7 @@ def _figure(chart: Chart, series: Series, levels: Sequence[tuple[float, str]], w
     bases = list(dict.fromkeys(_base(tag) for tag in series))
     curves = []
     for tag, points in series.items():
-        dotted = _base(tag) != tag and len(series) > 1
+        dotted = tag.startswith("eval/") and len(series) > 1
         colour = COLOURS[(bases.index(_base(tag)) + (dotted and len(bases) == 1)) % len(COLOURS)]
         curves.append(Curve(names[tag], colour, points, dotted))
     # A range that the first curve is not judged by, or against a curve's lowest point, is no band of the picture.
@@ -145,7 +145,7 @@ def _figure(chart: Chart, series: Series, levels: Sequence[tuple[float, str]], w
 
 def _base(tag: str) -> str:
     """The quantity behind a tag, whether of training or of held-out data."""
-    return "train/" + tag.removeprefix("eval/") if tag in ("eval/loss", "eval/accuracy") else tag.removeprefix("eval/")
+    return tag.removeprefix("eval/").removeprefix("train/")
 
 
 def _names(tags: Sequence[str]) -> dict[str, str]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from pipeline import page
 from pipeline.charts import MINUS, NOTHING, number
-from pipeline.glossary import FINAL, METRICS, Metric, match, metric_of
+from pipeline.glossary import FINAL, METRICS, ORACLE, Metric, match, metric_of
 from pipeline.report_curves import bounds
 
 Columns = Mapping[str, Mapping[str, float | None]]  # policy or split -> metric -> value
@@ -152,7 +152,7 @@ def _remarks(
         if high is not None and other[tag] > high:
             remarks.append(f"{words}: {metric.healthy.above}.")
         fell = base[tag] - other[tag] > _noise(tag, base, other)
-        if "oracle:" in tag and fell and _rose("reward/mean", base, other):
+        if metric.tag == ORACLE and fell and _rose("reward/mean", base, other):
             remarks.append(f"{words} although the reward rose: the policy exploits the reward models.")
     return remarks
 

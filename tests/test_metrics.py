@@ -144,7 +144,7 @@ def test_tensorboard_holds_scalars_histograms_text_and_hyper_parameters(tmp_path
     log.scalars(1, {"train/loss": 2.0})
     log.histogram("ratio", torch.tensor([[1.0, 2.0], [math.nan, 3.0]]), 1)
     log.histogram("ratio", [math.inf], 2)
-    log.samples(1, [{"prompt": "a | <b>", "response": "x\ny", "rewards": {"length": 0.5}}])
+    log.samples(1, [{"prompt": "a | *<b>*", "response": "x\ny", "rewards": {"length": 0.5}}])
     log.finish({"eval/loss": 1.5, "best": None})
     log.close()
     events = board(tmp_path)
@@ -153,7 +153,7 @@ def test_tensorboard_holds_scalars_histograms_text_and_hyper_parameters(tmp_path
     assert [(event.step, event.histogram_value.num) for event in events.Histograms("ratio")] == [(1, 3.0)]
     text = events.Tensors("samples/text_summary")[0].tensor_proto.string_val[0].decode()
     assert text.splitlines()[0] == "| prompt | response | rewards/length |"
-    assert text.splitlines()[2] == "| a &#124; &lt;b&gt; | x<br>y | 0.5 |"
+    assert text.splitlines()[2] == r"| a &#124; \*&lt;b&gt;\* | x<br>y | 0.5 |"
     session = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     assert b"optimizer/learning_rate" in session and b"names" in session
     assert json.loads((tmp_path / "results.json").read_text()) == {"eval/loss": 1.5, "best": None}

@@ -100,7 +100,7 @@ def test_it_holds_the_numbers(run_dir):
     for text in ("trial &amp; error", "0.410", "0.630", "+0.220 ▲ better", "± 0.010", "4,321", "bash run.sh stage=sft"):
         assert text in html
     assert "True helpfulness (oracle)" in html
-    assert html.count("<svg") == 5  # sft loss; reward accuracy, and by source; rl clipped share and ratio
+    assert html.count("<svg") == 6  # sft loss; reward accuracy, by source, and pairs; rl clipped share and ratio
     assert "300 steps in 5 min 0 s" in html
 
 
@@ -139,7 +139,7 @@ def test_what_is_missing_is_left_out(tmp_path):
 @pytest.mark.parametrize("exists", [True, False])
 def test_an_empty_run_is_a_user_error_with_the_cure(tmp_path, exists):
     place = tmp_path if exists else tmp_path / "nowhere"
-    with pytest.raises(UserError, match="no stage has left anything to report, wanted .* run a stage first"):
+    with pytest.raises(UserError, match=r"no stage has left anything to report, wanted .* run a stage first"):
         build(place)
 
 
@@ -147,6 +147,16 @@ def test_an_empty_run_is_a_user_error_with_the_cure(tmp_path, exists):
 def test_a_broken_results_file_names_its_place(run_dir, text, said):
     (run_dir / "evaluate" / "results.json").write_text(text)
     with pytest.raises(UserError, match=f"evaluate/results.json.*{said}"):
+        build(run_dir)
+
+
+def test_a_broken_sample_names_its_line(run_dir):
+    path = run_dir / "evaluate" / "samples" / "policies.jsonl"
+    path.write_text(path.read_text() + '{"policy": "sft"}\n')
+    with pytest.raises(UserError, match=r"policies\.jsonl:3: no 'id' in the row"):
+        build(run_dir)
+    path.write_text('{"policy": \n')
+    with pytest.raises(UserError, match=r"policies\.jsonl:1: not JSON"):
         build(run_dir)
 
 
@@ -179,7 +189,7 @@ def test_a_rising_held_out_loss_is_called_memorising():
 def test_held_out_stands_beside_trained_and_no_tag_is_lost():
     tags = ["train/loss", "eval/loss", "reward/mean", "eval/reward/mean", "my/own", "rewards/a/mean"]
     drawn = charts_for("rl", tags)
-    assert [names for _, names in drawn][0] == ["train/loss", "eval/loss"]
+    assert next(names for _, names in drawn) == ["train/loss", "eval/loss"]
     assert ["reward/mean", "eval/reward/mean"] in [names for _, names in drawn]
     assert sorted(tag for _, names in drawn for tag in names) == sorted(tags)
 
@@ -198,7 +208,7 @@ def test_labels_of_metrics():
 
 
 def test_thin_keeps_mean_and_span():
-    # four points in two runs: (0+1)/2, (1+3)/2, ...
+    # four points in two runs: steps (0+1)/2 and (2+3)/2, values (1+3)/2 and (5+5)/2
     assert charts.thin([(0, 1.0), (1, 3.0), (2, 5.0), (3, 5.0)], limit=2) == [
         (0.5, 2.0, 1.0, 3.0),
         (2.5, 5.0, 5.0, 5.0),
@@ -208,7 +218,16 @@ def test_thin_keeps_mean_and_span():
 
 @pytest.mark.parametrize(
     "value, text",
-    [(0, "0"), (0.5, "0.500"), (12.345, "12.3"), (1234.5, "1,234"), (-0.25, "-0.250"), (3e-5, "3e-5"), (1e9, "1e9")],
+    [
+        (0, "0"),
+        (0.5, "0.500"),
+        (12.345, "12.3"),
+        (1234.5, "1,234"),
+        (-0.25, "-0.250"),
+        (3e-5, "3e-5"),
+        (0.0004, "4e-4"),
+        (1e9, "1e9"),
+    ],
 )
 def test_numbers_for_people(value, text):
     assert charts.number(value) == text.replace("-", charts.MINUS)
@@ -220,3 +239,13 @@ def test_odd_curves_draw_without_nonsense(points):
     svg = charts.line_chart(picture, 'a "quoted" <curve>')
     parsed(svg)
     assert "nan" not in svg and "inf" not in svg
+
+
+def test_curves_are_named_by_what_differs():
+    rows = [
+        {"step": i, "train/margin": 1.0, "eval/margin": 2.0, "scores/a/mean": 0.5, "scores/b/mean": 0.25}
+        for i in (1, 2)
+    ]
+    html = show_curves("reward", series_of(rows), {}).html
+    for name in ("training 1.00", "held-out 2.00", "a 0.500", "b 0.250"):
+        assert f"</i>{name}</span>" in html

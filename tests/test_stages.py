@@ -1,0 +1,234 @@
+"""Every stage for real, on a tiny model: what it leaves, what it refuses, that a second start does nothing."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.layers import resolve
+from pipeline.records import UserError
+from pipeline.tasks import readers
+
+TINY = [
+    "runs_dir=RUNS",
+    "task=assistant",
+    "data.task_size=96",
+    "model.scratch.hidden_size=32",
+    "model.scratch.num_layers=2",
+    "model.scratch.num_heads=2",
+    "data.max_prompt_length=48",
+    "data.max_response_length=48",
+]
+SMALL_TRAIN = ["batch_size=16", "eval.max_rows=12", "eval.num_samples=2", "save_steps=2", "train.logging_steps=1"]
+SHORT = ["generation.max_new_tokens=12"]
+
+
+def run(stage: str, runs: Path, *words: str) -> None:
+    """One stage in this process, with the settings a user's words would give."""
+    mine = [word.replace("RUNS", str(runs)) for word in TINY]
+    given = {word.split("=")[0] for word in words}
+    resolved = resolve([f"stage={stage}", *(w for w in mine if w.split("=")[0] not in given), *words])
+    importlib.import_module(f"stages.{stage}").main(resolved.settings, list(resolved.words))
+
+
+def train(stage: str, runs: Path, *words: str) -> None:
+    run(stage, runs, *SMALL_TRAIN, *words)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A run with an SFT model and two reward models."""
+    folder = tmp_path_factory.mktemp("runs")
+    train("sft", folder, "max_steps=4", "learning_rate=1e-3", *SHORT)
+    train("reward", folder, "name=helpfulness", "max_steps=3", "learning_rate=1e-3")
+    train("reward", folder, "name=harmlessness", "max_steps=3", "learning_rate=1e-3")
+    yield folder / "default"
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_sft_leaves_what_the_design_lists(runs: Path) -> None:
+    sft = runs / "sft"
+    for name in ("config.yaml", "command.txt", "metrics.jsonl", "results.json", "model/config.json"):
+        assert (sft / name).is_file(), name
+    assert not (sft / "checkpoints").exists()  # served their purpose
+    assert [row["step"] for row in rows(sft / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+    assert rows(sft / "samples" / "step-000004.jsonl")[0]["prompt"].startswith("\n\nHuman: ")
+    assert list((sft / "tensorboard").iterdir())
+    results = json.loads((sft / "results.json").read_text())
+    assert results["steps"] == 4 and results["eval/loss"] > 0
+
+
+def test_the_model_is_what_transformers_loads(runs: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(runs / "sft" / "model")
+    tokenizer = AutoTokenizer.from_pretrained(runs / "sft" / "model")
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    ids = tokenizer("\n\nHuman: How do I boil an egg?\n\nAssistant:", return_tensors="pt").input_ids
+    assert torch.isfinite(model(ids).logits).all()
+    scorer = AutoModelForSequenceClassification.from_pretrained(runs / "reward" / "helpfulness" / "model")
+    assert scorer(ids).logits.shape == (1, 1)
+
+
+def test_reward_results_stand_beside_the_length_baseline(runs: Path) -> None:
+    results = json.loads((runs / "reward" / "helpfulness" / "results.json").read_text())
+    assert 0 <= results["eval/accuracy"] <= 1 and 0.5 <= results["eval/length_accuracy"] <= 1
+
+
+def test_a_second_start_does_nothing(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (runs / "sft").rglob("*") if path.is_file()}
+    train("sft", runs.parent, "max_steps=4", "learning_rate=1e-3", *SHORT)
+    assert "is done" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in (runs / "sft").rglob("*") if path.is_file()}
+
+
+def test_other_settings_are_refused_and_destroy_nothing(runs: Path) -> None:
+    with pytest.raises(UserError, match=r"learning_rate=0\.001, now it is 0\.002.*another run="):
+        train("sft", runs.parent, "max_steps=4", "learning_rate=2e-3", *SHORT)
+    assert (runs / "sft" / "model" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("algo", ["alol", "a_lol_ref_free", "a_lol_seq", "a_lol_kl", "nll", "wbc", "r_gold", "r_lol"])
+def test_every_algorithm_trains(runs: Path, algo: str) -> None:
+    words = [f"algo={algo}", f"name={algo}", "max_steps=3", "scale_steps=false", "value.max_prompts=24"]
+    train("rl", runs.parent, *words, "value.epochs=2", *SHORT)
+    lines = rows(runs / "rl" / algo / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert all(line["train/grad_norm"] > 0 for line in lines[1:])
+    if algo in ("alol", "a_lol_seq", "r_lol"):
+        assert lines[0]["eval/ratio/mean"] == pytest.approx(1.0, abs=1e-5)  # the policy starts as its reference
+        assert lines[0]["eval/ratio/clip_fraction_high"] == 0
+        assert lines[3]["ratio/mean"] != pytest.approx(1.0, abs=1e-6)
+    if algo.startswith(("alol", "a_lol")):
+        assert 0 < lines[0]["advantage/kept_fraction"] < 1
+        assert "value/r2" in lines[0]
+    if algo == "nll":
+        assert lines[0]["advantage/kept_fraction"] == 1
+
+
+def test_the_step_budget_counts_kept_rows(runs: Path) -> None:
+    train("rl", runs.parent, "name=budget", "max_steps=10", "value.max_prompts=24", "value.epochs=2", *SHORT)
+    lines = rows(runs / "rl" / "budget" / "metrics.jsonl")
+    assert lines[-1]["step"] == max(1, int(10 * lines[0]["advantage/kept_fraction"] + 1e-9))
+
+
+def test_score_rows_are_what_rl_reads(runs: Path, tmp_path: Path) -> None:
+    run("score", runs.parent, "splits=[train, validation]", "data.task_size=20")
+    read = readers.read(str(runs / "score" / "train.jsonl"))
+    assert read.format == "scored" and len(read.examples) == 20
+    assert set(read.examples[0].rewards) == {"helpfulness", "harmlessness"}
+    total = sum(read.examples[0].rewards.values())
+    assert read.examples[0].reward == pytest.approx(total, abs=1e-6)  # weights 1 and 1
+    results = json.loads((runs / "score" / "results.json").read_text())
+    assert results["train"]["rows"] == 20
+
+
+def test_rl_from_scored_rows_alone(runs: Path, tmp_path: Path) -> None:
+    """The front door: rows with a reward column, no reward model; values are learned from the logged rewards."""
+    lines = [
+        {"prompt": f"How do I boil egg {i % 10}?", "completion": "Put it in water." * (1 + i % 3), "reward": i % 4 / 4}
+        for i in range(40)
+    ]
+    (tmp_path / "logs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = [f"runs_dir={tmp_path}", f"model={runs / 'sft' / 'model'}", "task=null", "data.task_size=null"]
+    words += [f"data.train={tmp_path / 'logs.jsonl'}", "data.validation_fraction=0.3"]
+    train("rl", tmp_path, *words, "value.targets=data", "max_steps=2", "value.epochs=2", *SHORT)
+    assert (tmp_path / "default" / "rl" / "model" / "config.json").is_file()
+    with pytest.raises(UserError, match="nothing can score new responses"):
+        train("rl", tmp_path, *words, "name=two", "value.targets=policy", "max_steps=2", *SHORT)
+
+
+def test_a_reward_of_ones_own(runs: Path, tmp_path: Path) -> None:
+    file = tmp_path / "brief.py"
+    file.write_text("def reward(prompts, completions, **columns):\n    return [-float(len(c)) for c in completions]\n")
+    words = [f"reward={{helpfulness: 1.0, {file}: 0.01}}", "rewards.normalise=none", "name=brief", "max_steps=2"]
+    train("rl", runs.parent, *words, "value.max_prompts=24", "value.epochs=2", *SHORT)
+    row = rows(runs / "rl" / "brief" / "samples" / "step-000002.jsonl")[0]
+    assert set(row["rewards"]) == {"helpfulness", str(file)}
+
+
+def test_generate_ranks_candidates(runs: Path) -> None:
+    words = ["num_return_sequences=3", "do_sample=true", "max_rows=4", "reward=length", "policy=sft"]
+    run("generate", runs.parent, *words, *SHORT)
+    lines = rows(runs / "generate" / "responses.jsonl")
+    assert len(lines) == 4
+    for line in lines:
+        scores = [candidate["score"] for candidate in line["candidates"]]
+        assert len(scores) == 3 and scores == sorted(scores, reverse=True)
+        assert scores == [len(candidate["text"].split()) for candidate in line["candidates"]]
+
+
+def test_evaluate_and_report(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train("rl", runs.parent, "max_steps=3", "value.max_prompts=24", "value.epochs=2", *SHORT)
+    words = ["max_rows=10", "num_samples=3", "monitors=[oracle:helpfulness]"]
+    run("evaluate", runs.parent, *words, *SHORT)
+    results = json.loads((runs / "evaluate" / "results.json").read_text())
+    assert list(results) == ["sft", "rl"]
+    assert results["sft"]["objective/kl"] == pytest.approx(0.0, abs=1e-4)  # the reference against itself
+    assert results["rl"]["objective/kl"] > 0
+    assert "rewards/oracle:helpfulness/mean" in results["rl"]
+    total = sum(results["rl"][f"rewards/{name}/mean"] for name in ("helpfulness", "harmlessness"))
+    assert results["rl"]["reward/mean"] == pytest.approx(total, abs=1e-6)  # monitors have no weight
+    assert "oracle:helpfulness" in capsys.readouterr().out
+    run("report", runs.parent) if False else importlib.import_module("stages.report").main(
+        resolve(["stage=report", f"runs_dir={runs.parent}"]).settings, []
+    )
+    assert "helpfulness" in (runs / "report.html").read_text(encoding="utf-8")
+
+
+def test_rl_in_an_empty_place_says_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no model to start from: make one with bash run\.sh stage=sft"):
+        train("rl", tmp_path, "max_steps=2")
+
+
+@pytest.mark.parametrize("shape", ["t5", "bart"])
+def test_encoder_decoders_go_the_whole_way(tmp_path: Path, shape: str) -> None:
+    new = [f"model.scratch.shape={shape}", "model.scratch.num_layers=1"]
+    train("sft", tmp_path, *new, "max_steps=2", "learning_rate=1e-3", *SHORT)
+    words = ["reward=length", "rewards.normalise=none", "max_steps=2", "value.max_prompts=16", "value.epochs=2"]
+    train("rl", tmp_path, *new, *words, *SHORT)
+    lines = rows(tmp_path / "default" / "rl" / "metrics.jsonl")
+    assert lines[0]["eval/ratio/mean"] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_lora_saves_adapters_only(runs: Path, tmp_path: Path) -> None:
+    words = [f"model={runs / 'sft' / 'model'}", "lora_r=4", f"runs_dir={tmp_path}", "max_steps=2", "learning_rate=1e-2"]
+    train("sft", tmp_path, *words, "gradient_checkpointing=true", *SHORT)
+    model = tmp_path / "default" / "sft" / "model"
+    assert (model / "adapter_config.json").is_file() and not (model / "model.safetensors").exists()
+    from safetensors.torch import load_file
+
+    weights = load_file(model / "adapter_model.safetensors")
+    assert all("lora_" in name for name in weights)
+    moved = [name for name, weight in weights.items() if "lora_B" in name and weight.abs().max() > 0]
+    assert moved  # B starts at zero
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_two_ranks_make_the_model_of_one(tmp_path: Path, launcher: str) -> None:
+    """Both launchers, ZeRO-2 on two ranks against ZeRO-0 on one: the same losses, the same weights."""
+    common = ["stage=sft", *(word.replace("RUNS", str(tmp_path)) for word in TINY), *SMALL_TRAIN, "max_steps=3"]
+    common += ["learning_rate=1e-3", "train.save_steps=null", *SHORT]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for words in (["run=one"], ["run=two", "gpus=2", f"launch.launcher={launcher}", "zero=zero2"]):
+        made = subprocess.run(
+            [sys.executable, "-m", "stages", *common, *words], capture_output=True, text=True, env=environment, check=False
+        )
+        assert made.returncode == 0, made.stderr[-2000:]
+    one, two = (rows(tmp_path / name / "sft" / "metrics.jsonl") for name in ("one", "two"))
+    for first, second in zip(one, two, strict=True):
+        for tag in ("train/loss", "eval/loss", "train/grad_norm"):
+            if tag in first:
+                assert second[tag] == pytest.approx(first[tag], rel=2e-5), (first["step"], tag)
+    assert [line.get("train/num_tokens") for line in one] == [line.get("train/num_tokens") for line in two]
