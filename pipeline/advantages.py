@@ -45,17 +45,17 @@ class Reference:
         return runs.run_dir(settings) / "cache" / f"{name}-{key}.pt"
 
 
-def row_rewards(
-    ranks: Ranks, rows: Sequence[Example], judge: rewards.Rewards | None, settings: Rl
-) -> tuple[list[Example], list[float]]:
-    """The rows' rewards: judged if `reward` is set or they bring none, else their own.
+def with_rewards(
+    ranks: Ranks, rows: list[Example], judge: rewards.Rewards | None, settings: Rl
+) -> list[Example]:
+    """The rows with their reward: judged if `reward` is set or they bring none, else their own.
 
     Raises:
         UserError: there is neither a reward column nor anything to judge with.
     """
     own = all(row.reward is not None for row in rows)
     if own and settings.reward is None:
-        return list(rows), [float(row.reward) for row in rows]
+        return rows
     if judge is None:
         missing = next(row for row in rows if row.reward is None)
         raise UserError(
@@ -63,7 +63,7 @@ def row_rewards(
             f"or train one with bash run.sh stage=reward run={settings.run}"
         )
     scores = evaluate.score_texts(ranks, judge, rows, [row.completion for row in rows])
-    return [replace(row, reward=total) for row, total in zip(rows, scores.total, strict=True)], list(scores.total)
+    return [replace(row, reward=total) for row, total in zip(rows, scores.total, strict=True)]
 
 
 def with_ref_logps(ref: Reference, items: list[Item]) -> list[Item]:
@@ -73,24 +73,32 @@ def with_ref_logps(ref: Reference, items: list[Item]) -> list[Item]:
     return reference.with_reference(items, saved)
 
 
-def with_values(
-    ref: Reference, items: list[Item], held_out: Sequence[Example], judge: rewards.Rewards | None, judge_key: object
-) -> tuple[list[Item], dict[str, float]]:
+@dataclass(frozen=True)
+class ValueData:
+    """What values can be learned from: fresh responses to `prompts`, judged, or the logged rows of training."""
+
+    prompts: list[Example]  # held out
+    logged: list[Item]  # with `reward`
+    judge: rewards.Rewards | None
+    judge_key: object  # names the judge in the cache's key
+
+
+def with_values(ref: Reference, items: list[Item], source: ValueData) -> tuple[list[Item], dict[str, float]]:
     """The items with `value` and `advantage`, and how well the value head predicts on prompts it did not see.
 
     Raises:
         UserError: targets are to come from the policy, but nothing can judge its responses.
     """
     settings = ref.settings
-    if settings.value.targets == "policy" and judge is None:
+    if settings.value.targets == "policy" and source.judge is None:
         raise UserError(
             "value.targets: policy, but nothing can score new responses: give reward=, or value.targets=data"
         )
     parts = {
         "rows": reference.rows_digest(items),
-        "rewards": [item.numbers["reward"] for item in items],
-        "held_out": [example.id for example in held_out],
-        "judge": judge_key,
+        "logged": [item.numbers["reward"] for item in source.logged],
+        "prompts": [str(example.prompt) for example in source.prompts],
+        "judge": source.judge_key,
         "value": settings.value.model_dump(),
         "generation": settings.generation.model_dump(),
         "seed": settings.seed,
@@ -98,7 +106,7 @@ def with_values(
     }
 
     def compute() -> dict[str, Tensor | dict[str, float]]:
-        targets = value_targets(ref, items, held_out, judge)
+        targets = value_targets(ref, source)
         head, report = reference.fit_value(ref.engine, targets, ref.packing, settings.value, settings.seed)
         prompts = [Item(item.example, (replace(item.rows[0], response_ids=()),)) for item in items]
         return {"values": reference.values_of(ref.engine, head, prompts, ref.packing), "report": report}
@@ -109,28 +117,26 @@ def with_values(
     return examples.with_numbers(items, value=values, advantage=gains), saved["report"]
 
 
-def value_targets(
-    ref: Reference, items: Sequence[Item], held_out: Sequence[Example], judge: rewards.Rewards | None
-) -> reference.Targets:
+def value_targets(ref: Reference, source: ValueData) -> reference.Targets:
     """Prompts with the reward to expect: of fresh responses of the reference, or of the logged ones."""
     settings = ref.settings.value
     if settings.targets == "policy":
-        prompts = examples.unique_prompts(held_out)[: settings.max_prompts]
+        prompts = examples.unique_prompts(source.prompts)[: settings.max_prompts]
         generation = ref.settings.generation.model_copy(
             update={"do_sample": True, "num_beams": 1, "num_return_sequences": settings.samples_per_prompt}
         )
         answers = rollout.generate(ref.engine, ref.encoder, prompts, generation, ref.settings.seed)
-        totals = evaluate.score_responses(ref.engine.ranks, judge, answers).total
+        totals = evaluate.score_responses(ref.engine.ranks, source.judge, answers).total
         n = settings.samples_per_prompt
         expected = [statistics.fmean(totals[i * n : (i + 1) * n]) for i in range(len(prompts))]
     else:
         logged: dict[object, list[float]] = {}
-        for item in items:
+        for item in source.logged:
             logged.setdefault(item.example.prompt, []).append(item.numbers["reward"])
-        prompts = examples.unique_prompts([item.example for item in items])[: settings.max_prompts]
+        prompts = examples.unique_prompts([item.example for item in source.logged])[: settings.max_prompts]
         expected = [statistics.fmean(logged[example.prompt]) for example in prompts]
     encoded = examples.encode(prompts, ref.encoder, examples.prompt_rows).items
-    low, high = value_range(judge, expected)
+    low, high = value_range(source.judge, expected)
     order = sampling.epoch_rows(len(prompts), len(prompts), 0, ref.settings.seed)
     mask = torch.zeros(len(prompts), dtype=torch.bool)
     mask[order[: max(1, round(len(prompts) * settings.held_out_fraction))]] = True

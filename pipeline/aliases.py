@@ -23,6 +23,8 @@ ALIASES: dict[str, str] = {
     "max_response_length": "data.max_response_length",
     # training
     "batch_size": "train.batch_size",
+    "micro_batch_size": "train.micro_batch_size",
+    "max_tokens": "train.max_tokens",
     "per_device_train_batch_size": "train.micro_batch_size",
     "num_train_epochs": "train.num_train_epochs",
     "max_steps": "train.max_steps",

@@ -182,7 +182,7 @@ class Engine:
         self._twin = hookless_twin(module) if self.stage == 3 else None
         self._half = train.precision != "fp32"
         if optimizer is None and self.stage < 3:
-            self._engine = module.to(device=ranks.device, dtype=self.dtype)
+            self._engine = with_parameters(module.to(ranks.device), self.dtype)
             return
         client = None
         groups = None
@@ -263,6 +263,13 @@ class Engine:
         path, _ = self._engine.load_checkpoint(str(directory.parent), tag=directory.name)
         if path is None:
             raise UserError(f"{directory}: no checkpoint to resume from, wanted one of this run: remove the directory")
+
+
+def with_parameters(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The module with its parameters in `dtype`; buffers (rotary frequencies) stay exact, as DeepSpeed leaves them."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return module
 
 
 def hookless_twin(module: nn.Module) -> nn.Module:

@@ -78,6 +78,7 @@ def reward_statistics(scores: Scores, texts: Sequence[str]) -> dict[str, float]:
     for name, values in scores.normalised.items():
         result[f"rewards/{name}/mean"] = statistics.fmean(values)
         result[f"rewards/{name}/std"] = statistics.pstdev(values)
+        result[f"rewards/{name}/se"] = statistics.pstdev(values) / math.sqrt(len(texts))
         result[f"rewards/{name}/raw_mean"] = statistics.fmean(scores.raw[name])
         result[f"rewards/{name}/length_correlation"] = length_correlation(values, texts)
     return result
@@ -120,6 +121,17 @@ def response_logps(engine: Engine, responses: Sequence[Response], packing: Packi
         mine |= {index: logp[place][batch.response_mask[place]] for place, index in enumerate(batch.items)}
     merged = {index: row for part in engine.ranks.gather(mine) for index, row in part.items()}
     return [merged[i] for i in range(len(responses))]
+
+
+@torch.no_grad()
+def log_ratios(engine: Engine, items: Sequence[Item], packing: Packing) -> Tensor:
+    """(rows,) ln(policy / reference) of each whole response, in nats; the items carry the reference's ref_logp."""
+    engine.train(False)
+    found: list[float] = []
+    for batch in once(items, packing, engine.ranks.rank, engine.ranks.world):
+        gap = torch.where(batch.response_mask, engine(batch).float().cpu() - batch.ref_logp, 0.0)
+        found += gap.sum(1)[batch.sequence_mask].tolist()
+    return torch.tensor([ratio for part in engine.ranks.gather(found) for ratio in part])
 
 
 def sampled_kl(policy: Sequence[Tensor], reference: Sequence[Tensor]) -> dict[str, float]:

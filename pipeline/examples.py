@@ -91,7 +91,8 @@ def supervised(examples: Sequence[Example]) -> list[Example]:
 
 def scored(examples: Sequence[Example], data: DataSettings) -> list[Example]:
     """Rows with one logged response each: their own, else the chosen or both responses of the pair."""
-    return list(convert.to_scored(examples, data.responses))
+    nothing = {"chosen": None, "rejected": None, "chosen_reward": None, "rejected_reward": None, "margin": None}
+    return [replace(example, **nothing) for example in convert.to_scored(examples, data.responses)]
 
 
 def paired(examples: Sequence[Example], report: Report = print) -> list[Example]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -30,6 +31,7 @@ from pipeline.settings import LoraSettings, ModelSettings
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
+HEADS = ["score", "classifier", "classification_head"]  # what architectures call their scalar head
 PAD_NAMES = ("<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
 
 
@@ -58,6 +60,8 @@ def with_pad(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 def load_config(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
     """The checkpoint's configuration, or that of a small new model."""
+    while (adapter := adapter_of(settings)) is not None:
+        settings = under(settings, adapter)
     if settings.path is None:
         config = small_config(settings.scratch, tokenizer)
     else:
@@ -103,12 +107,60 @@ def _load(auto: type, settings: ModelSettings, config: PretrainedConfig, seed: i
     options = {"attn_implementation": settings.attn_implementation, "dtype": torch.float32}
     torch.manual_seed(seed)
     if settings.path is None:
+        if settings.lora.r:
+            raise UserError("model.lora.r: adapters of a new model's frozen random weights learn little: give model=")
         model = auto.from_config(config, **options)
         zero_head(model)
+    elif (adapter := adapter_of(settings)) is not None:
+        model = _from_adapter(auto, settings, config, adapter, options, allow_new_head)
     else:
         model = _from_checkpoint(auto, settings, config, options, allow_new_head)
     if settings.dropout is not None:
         set_dropout(model, settings.dropout)
+    return model
+
+
+def adapter_of(settings: ModelSettings) -> PeftConfig | None:
+    """What the directory `settings.path` says of itself if it holds adapters, as an earlier stage with LoRA leaves them."""
+    if settings.path is None or not (Path(settings.path) / "adapter_config.json").is_file():
+        return None
+    adapter = PeftConfig.from_pretrained(settings.path)
+    if adapter.base_model_name_or_path is None:
+        raise UserError(f"model.path: the adapters of {settings.path} do not say what model they belong to")
+    return adapter
+
+
+def under(settings: ModelSettings, adapter: PeftConfig) -> ModelSettings:
+    """The settings of the model that `adapter` was trained on."""
+    return settings.model_copy(update={"path": adapter.base_model_name_or_path, "revision": adapter.revision})
+
+
+def _from_adapter(
+    auto: type, settings: ModelSettings, config: PretrainedConfig, adapter: PeftConfig, options: dict, new_head: bool
+) -> PreTrainedModel:
+    """The model under the adapters with their difference added to its weights."""
+    scalar = adapter.task_type == "SEQ_CLS"
+    if scalar != (auto is AutoModelForSequenceClassification) and not new_head:
+        if scalar:
+            raise UserError(f"{settings.path}: its adapters belong to a reward model, wanted a policy's: name another")
+        raise UserError(
+            f"{settings.path}: no scalar head (its adapters belong to a policy), wanted a reward model: "
+            "train one with bash run.sh stage=reward"
+        )
+    kinds = {"SEQ_CLS": AutoModelForSequenceClassification, "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM}
+    kind = kinds.get(adapter.task_type, AutoModelForCausalLM)
+    base = under(settings, adapter)
+    if (below := adapter_of(base)) is not None:
+        model = _from_adapter(kind, base, config, below, options, new_head=scalar)
+    else:
+        model = _from_checkpoint(kind, base, config, options, new_head=scalar)
+    model = PeftModel.from_pretrained(model, settings.path).merge_and_unload()
+    if kind is not auto:  # a reward model starts from a policy
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            merged = settings.model_copy(update={"path": folder, "revision": None})
+            model = _from_checkpoint(auto, merged, config, options, new_head)
+    model.name_or_path = settings.path  # adapters trained on top belong to this, not to the model below
     return model
 
 
@@ -125,7 +177,7 @@ def _from_checkpoint(auto: type, settings: ModelSettings, config: PretrainedConf
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(unreadable(settings.path, "weights", error)) from None
     missing = sorted(report["missing_keys"])
-    heads = [name for name in missing if name.split(".")[0] in ("score", "classifier", "classification_head")]
+    heads = [name for name in missing if name.split(".")[0] in HEADS]
     if len(heads) < len(missing):
         lost = [name for name in missing if name not in heads]
         raise UserError(f"model.path: {settings.path} lacks {len(lost)} weights ({lost[0]}, ...): is it whole?")
@@ -165,6 +217,7 @@ def with_lora(model: PreTrainedModel, lora: LoraSettings, task: str) -> PreTrain
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
         task_type=task,
+        modules_to_save=HEADS if task == "SEQ_CLS" else None,
     )
     try:
         return get_peft_model(model, config)

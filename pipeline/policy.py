@@ -121,11 +121,29 @@ class RewardModel(nn.Module):
     def score(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(B,) float32 scores of right-padded `ids` (B, L) with `mask` (B, L) bool."""
         model = hugging_face(self.model)
-        if "score" not in dict(model.named_children()):  # encoders and encoder-decoders pool by themselves
+        heads = dict(model.named_children())
+        if "score" in heads:
+            head, hidden = heads["score"], model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        elif self.encoder_decoder:
+            head, hidden = heads["classification_head"], self._decoder_states(ids, mask)
+        else:  # encoders read their first token
             return model(input_ids=ids, attention_mask=mask.long()).logits[:, 0].float()
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         last = mask.sum(1) - 1
-        return model.score(hidden[torch.arange(len(last), device=last.device), last])[:, 0].float()
+        return head(hidden[torch.arange(len(last), device=last.device), last])[:, 0].float()
+
+    def _decoder_states(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """(B, L, H) of a decoder that reads `ids` one place later, as BART and T5 classifiers do.
+
+        Those look for EOS to find a sequence's end, and fail where a cut response has lost its own.
+        """
+        model = hugging_face(self.model)
+        start = torch.full_like(ids[:, :1], model.config.decoder_start_token_id)
+        return model.base_model(
+            input_ids=ids,
+            attention_mask=mask.long(),
+            decoder_input_ids=torch.cat([start, ids[:, :-1]], dim=1),
+            use_cache=False,
+        ).last_hidden_state
 
 
 @torch.no_grad()

@@ -6,14 +6,15 @@ sampled depends on the seed and the prompt's place, never on the rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from pipeline.engine import Engine
 from pipeline.models import hugging_face
-from pipeline.records import Example, Response
+from pipeline.records import Example, Response, UserError
 from pipeline.settings import GenerationSettings
 from pipeline.text import Encoder, pad
 
@@ -43,7 +44,17 @@ def generate(
 
 
 def generation_config(settings: GenerationSettings, encoder: Encoder) -> GenerationConfig:
-    """transformers' configuration, complete, so that nothing is taken over from the checkpoint unseen."""
+    """transformers' configuration of `settings`.
+
+    Raises:
+        UserError: several responses per prompt, but no way to make them differ.
+    """
+    n = settings.num_return_sequences
+    if n > max(1, settings.num_beams) and not settings.do_sample:
+        raise UserError(
+            f"generation.num_return_sequences: {n} of {settings.num_beams} beam(s) without sampling, wanted fewer: "
+            "set do_sample=true, or raise num_beams"
+        )
     sampling = {}
     if settings.do_sample:
         sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
@@ -52,12 +63,22 @@ def generation_config(settings: GenerationSettings, encoder: Encoder) -> Generat
         do_sample=settings.do_sample,
         num_beams=settings.num_beams,
         repetition_penalty=settings.repetition_penalty,
-        num_return_sequences=settings.num_return_sequences,
+        num_return_sequences=n,
         pad_token_id=encoder.pad_id,
         eos_token_id=encoder.eos_id,
         bos_token_id=encoder.tokenizer.bos_token_id,
         **sampling,
     )
+
+
+@contextmanager
+def nothing_inherited(lm: PreTrainedModel) -> Iterator[None]:
+    """Keep generate() from filling what is not set with the checkpoint's own (forced tokens, forbidden n-grams ...)."""
+    own, lm.generation_config = lm.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        lm.generation_config = own
 
 
 def _generate(module, encoder: Encoder, prompts: Sequence[Sequence[int]], config: GenerationConfig, engine: Engine):
@@ -67,12 +88,13 @@ def _generate(module, encoder: Encoder, prompts: Sequence[Sequence[int]], config
     device = engine.ranks.device
     if module.encoder_decoder:
         config.decoder_start_token_id = module.start_id
-    out = lm.generate(
-        input_ids=ids.to(device),
-        attention_mask=mask.long().to(device),
-        generation_config=config,
-        synced_gpus=engine.stage == 3 and engine.ranks.world > 1,
-    )
+    with nothing_inherited(lm):
+        out = lm.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.long().to(device),
+            generation_config=config,
+            synced_gpus=engine.stage == 3 and engine.ranks.world > 1,
+        )
     start = 1 if module.encoder_decoder else ids.shape[1]
     rows = [_until_eos(row, encoder.eos_id) for row in out[:, start:].tolist()]
     n = config.num_return_sequences

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import dump_yaml, load_yaml
-from pipeline.metrics import flatten, write_json, write_text
+from pipeline.metrics import write_json, write_text
 from pipeline.records import UserError
 from pipeline.settings import Common
 
@@ -95,11 +95,19 @@ def open_stage(directory: Path, settings: Common, words: Sequence[str], inputs: 
     return True
 
 
+def dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by the names that users type: train.batch_size."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
 def refuse_other(
     directory: Path, settings: Common, old: Mapping[str, Any], inputs: Mapping[str, str], old_inputs: Mapping[str, str]
 ) -> None:
     """Raises UserError naming the first setting or input that changed since the stage was started."""
-    before, now = flatten(old), flatten(settings.model_dump())
+    before, now = dotted(old), dotted(settings.model_dump())
     for key in sorted({*before, *now}):
         if key.startswith(FREE) or before.get(key) == now.get(key):
             continue

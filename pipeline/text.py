@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -41,12 +42,22 @@ class Encoder:
             turns = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)
             if template.system is not None:
                 turns = [Message("system", template.system), *turns]
-            messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            return self._chat_text(turns)
         system = "" if template.system is None else template.system
         if isinstance(prompt, str):
             return system + template.prompt.replace("{prompt}", prompt)
         return system + "".join(self._turn(turn) for turn in prompt) + template.assistant.rstrip()
+
+    def _chat_text(self, turns: Sequence[Message]) -> str:
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:  # many templates want user and assistant in turn, or no system message
+            roles = ", ".join(turn.role for turn in turns)
+            raise UserError(
+                f"template.kind: the tokenizer's chat template refuses the roles {roles} ({error}), "
+                "wanted roles it takes: change template.system or the prompts, or set template.kind=text"
+            ) from None
 
     def _turn(self, turn: Message) -> str:
         heads = {"user": self.template.human, "assistant": self.template.assistant, "system": ""}
@@ -67,10 +78,14 @@ class Encoder:
             ids = [bos]
         if not ids:
             raise UserError("prompt: it is empty and the tokenizer has no BOS token to start from, wanted some text")
-        if len(ids) <= self.max_prompt_length:
-            return tuple(ids), False
-        head = ids[:1] if ids[0] == bos else []
-        return tuple(head + ids[len(ids) - self.max_prompt_length + len(head) :]), True
+        return self.cut_prompt(tuple(ids), self.max_prompt_length), len(ids) > self.max_prompt_length
+
+    def cut_prompt(self, ids: tuple[int, ...], limit: int) -> tuple[int, ...]:
+        """The last `limit` (>= 1) of prompt ids, of which BOS stays the first."""
+        if len(ids) <= limit:
+            return ids
+        head = ids[:1] if ids[0] == self.tokenizer.bos_token_id else ()
+        return head + ids[len(ids) - limit + len(head) :]
 
     def encode(self, prompt: str | Sequence[Message], completion: str | None) -> Row:
         """A prompt with its response and EOS, cut on the right to the limit; no response at all where None."""

@@ -69,9 +69,8 @@ def load(
 def read(encoder: Encoder, prompt: str | Sequence, completion: str, max_length: int) -> tuple[int, ...]:
     """The ids that are scored: all of the response if it fits, and as much of the prompt's end as fits beside it."""
     row = encoder.encode(prompt, completion)
-    if len(row.response_ids) >= max_length:
-        return row.response_ids[-max_length:]
-    return row.prompt_ids[max(0, len(row) - max_length) :] + row.response_ids
+    room = max_length - len(row.response_ids)
+    return (encoder.cut_prompt(row.prompt_ids, room) if room > 0 else ()) + row.response_ids
 
 
 @torch.no_grad()

@@ -30,26 +30,32 @@ def main(settings: Generate, words: Sequence[str]) -> None:
         answers = rollout.generate(speaker, encoder, prompts, settings.generation, settings.seed)
     scores = None if judge is None else evaluate.score_responses(ranks, judge, answers)
     rows = candidates(answers, scores, settings.generation.num_return_sequences)
+    empty = sum(not answer.text for answer in answers)
     results = evaluate.completion_statistics(answers)
     if scores is not None:
         results |= evaluate.reward_statistics(scores, [answer.text for answer in answers])
     if ranks.main:
         write_rows(str(directory / "responses.jsonl"), rows)
-        write_json(directory / "results.json", {"rows": len(rows), **results})
-    say(f"{directory / 'responses.jsonl'}: {len(rows):,} prompts, {len(answers):,} responses")
+        write_json(directory / "results.json", {"rows": len(rows), "empty_responses": empty, **results})
+    say(f"{directory / 'responses.jsonl'}: {len(rows):,} rows, {empty:,} of {len(answers):,} responses empty and left out")
     ranks.barrier()
 
 
 def candidates(answers: Sequence[Response], scores: Scores | None, n: int) -> list[Example]:
-    """One row per prompt: its response, or its n candidates, best first where they were scored."""
+    """One row per prompt: its response, or its n candidates, best first where they were scored.
+
+    Empty responses are left out, and with them rows that have no other.
+    """
     rows = []
     for start in range(0, len(answers), n):
-        order = list(range(start, start + n))
+        order = [i for i in range(start, start + n) if answers[i].text]
+        if not order:
+            continue
         if scores is not None:
             order.sort(key=lambda i: -scores.total[i])
         rewards = () if scores is None else tuple(scores.total[i] for i in order)
-        bare = Example(answers[start].example.id, answers[start].example.prompt, source=answers[start].example.source)
-        bare = replace(bare, references=answers[start].example.references)
+        asked = answers[start].example
+        bare = Example(asked.id, asked.prompt, references=asked.references, source=asked.source)
         if n == 1:
             rows.append(replace(bare, completion=answers[start].text, reward=rewards[0] if rewards else None))
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -10,11 +11,13 @@ import torch
 from pipeline import advantages, assembly, engine, evaluate, examples, reference, rollout, runs, training
 from pipeline.entry import run
 from pipeline.loop import Evaluation, Objective, Watch
-from pipeline.records import Example, Item, Needs, UserError
+from pipeline.records import Example, Item, UserError
 from pipeline.rewards import Rewards
 from pipeline.sampling import step_budget
-from pipeline.settings import Rl
+from pipeline.settings import DataSettings, Rl
 from pipeline.text import coloured
+
+HISTOGRAM_ROWS = 128  # held-out rows whose ratio to the reference is drawn at each evaluation
 
 
 def main(settings: Rl, words: Sequence[str]) -> None:
@@ -37,20 +40,32 @@ def main(settings: Rl, words: Sequence[str]) -> None:
     module, algorithm, objective = assembly.objective_of(settings.algorithm)
     needs = module.needs(algorithm)
     judge = assembly.build_rewards(settings, settings.reward, settings.rewards, ranks.device)
-    rows = examples.scored(examples.load_train(data, settings.seed, say), data)
-    held_out = examples.unique_prompts(examples.load(data, "validation", settings.seed, say))
+    train = examples.scored(examples.load_train(data, settings.seed, say), data)
+    held_out = examples.scored(examples.load(data, "validation", settings.seed, say), data)
+    prompts = examples.unique_prompts(held_out)
+    held_out = held_out[: settings.eval.max_rows]
     if needs.rewards:
-        rows, _ = advantages.row_rewards(ranks, rows, judge, settings)
+        rows = advantages.with_rewards(ranks, [*train, *held_out], judge, settings)
+        train, held_out = rows[: len(train)], rows[len(train) :]
     encoder = assembly.encoder_of(settings, model, list)
-    encoded = examples.encode(rows, encoder, examples.completion_rows)
-    say(f"{encoded.summary('train')}\n{coloured(encoder, encoded.items[0].rows[0])}")
+    encoded = examples.encode(train, encoder, examples.completion_rows)
+    tested = examples.encode(held_out, encoder, examples.completion_rows)
+    say(f"{encoded.summary('train')}\n{tested.summary('validation')}\n{coloured(encoder, encoded.items[0].rows[0])}")
 
     # what the reference says, before the first step changes it
     policy = assembly.build_policy(model, encoder, settings.train, data.max_response_length, settings.seed)
     packing = assembly.packing(settings.train, ranks, policy, encoder)
     trainer = engine.Engine(policy, ranks, settings.train, settings.optimizer)
     ref = advantages.Reference(trainer, encoder, packing, settings, runs.fingerprint(model.path))
-    items, facts = prepared(ref, encoded.items, needs, held_out, judge, judge_key)
+    items, facts = [*encoded.items, *tested.items], {}
+    if needs.ref_logp:
+        items = advantages.with_ref_logps(ref, items)
+    if needs.values:
+        source = advantages.ValueData(prompts, items[: len(train)], judge, judge_key)
+        items, facts = advantages.with_values(ref, items, source)
+    items, watched = items[: len(train)], items[len(train) :]
+
+    # which rows, for how long
     drawn = advantages.population(items, algorithm.weight, settings)
     facts["advantage/kept_fraction"] = drawn.kept_fraction
     say(", ".join(f"{name} {value:.3g}" for name, value in facts.items()))
@@ -67,14 +82,14 @@ def main(settings: Rl, words: Sequence[str]) -> None:
         objective=objective,
         max_steps=budget(training.steps_for(settings, len(items))),
         eval_steps=None if settings.train.eval_steps is None else budget(settings.train.eval_steps),
-        evaluate=Look(ref, objective, items, held_out, judge, facts),
+        evaluate=Look(ref, objective, Held(items, watched, prompts[: settings.eval.max_rows], judge), facts),
         watch=Watch("eval/loss", False) if judge is None else Watch("eval/reward/mean", True),
         export=assembly.exporter(trainer, encoder),
     )
     training.train(settings, directory, trainer, course, prepare)
 
 
-def scored_data(settings: Rl):
+def scored_data(settings: Rl) -> DataSettings:
     """Where the rows come from: `scored`, else the run's score stage, else data.*."""
     left = runs.run_dir(settings) / "score"
     place = settings.scored or (str(left) if runs.finished(left) else None)
@@ -86,53 +101,46 @@ def scored_data(settings: Rl):
     )
 
 
-def prepared(
-    ref: advantages.Reference, items: list[Item], needs: Needs, held_out: Sequence[Example], judge, judge_key
-) -> tuple[list[Item], dict[str, float]]:
-    """The items with all that the algorithm needs to know of them, and what was learned on the way."""
-    facts: dict[str, float] = {}
-    if needs.ref_logp:
-        items = advantages.with_ref_logps(ref, items)
-    if needs.values:
-        items, facts = advantages.with_values(ref, items, held_out, judge, judge_key)
-    return items, facts
+@dataclass(frozen=True)
+class Held:
+    """What evaluation looks at: the rows trained on, held-out rows, held-out prompts, and who judges the answers."""
+
+    items: list[Item]
+    watched: list[Item]
+    prompts: list[Example]
+    judge: Rewards | None
 
 
 class Look:
-    """Evaluation during RL: fresh responses to held-out prompts, judged; and the loss's statistics on logged rows."""
+    """Evaluation during RL: the loss's statistics on held-out rows, and fresh responses to held-out prompts, judged."""
 
-    def __init__(
-        self,
-        ref: advantages.Reference,
-        objective: Objective,
-        items: list[Item],
-        held_out: list[Example],
-        judge: Rewards | None,
-        facts: dict[str, float],
-    ):
-        settings = ref.settings.eval
-        self.ref, self.objective, self.judge, self.facts = ref, objective, judge, facts
-        self.items, self.watched = items, items[: settings.max_rows]
-        self.prompts = held_out[: settings.max_rows]
+    def __init__(self, ref: advantages.Reference, objective: Objective, held: Held, facts: dict[str, float]):
+        self.ref, self.objective, self.held, self.facts = ref, objective, held, facts
 
     def __call__(self, step: int) -> Evaluation:
-        ref = self.ref
-        scalars = evaluate.held_out_loss(ref.engine, self.objective, self.watched, ref.packing)
-        answers = rollout.generate(ref.engine, ref.encoder, self.prompts, ref.settings.generation, ref.settings.seed)
+        ref, held, settings = self.ref, self.held, self.ref.settings
+        scalars = evaluate.held_out_loss(ref.engine, self.objective, held.watched, ref.packing)
+        answers = rollout.generate(ref.engine, ref.encoder, held.prompts, settings.generation, settings.seed)
         found = evaluate.completion_statistics(answers)
         samples = []
-        if self.judge is not None:
-            scores = evaluate.score_responses(ref.engine.ranks, self.judge, answers)
+        if held.judge is not None:
+            scores = evaluate.score_responses(ref.engine.ranks, held.judge, answers)
             found |= evaluate.reward_statistics(scores, [answer.text for answer in answers])
-            samples = evaluate.sample_rows(answers, scores, ref.settings.eval.num_samples)
+            samples = evaluate.sample_rows(answers, scores, settings.eval.num_samples)
         scalars |= {f"eval/{name}": value for name, value in found.items()}
-        histograms = self.of_rows() if step == 0 else {}
-        return Evaluation(scalars | (self.facts if step == 0 else {}), histograms, samples)
+        histograms = {}
+        if held.watched[0].ref_logp:
+            shown = held.watched[:HISTOGRAM_ROWS]
+            histograms["ratio/log"] = evaluate.log_ratios(ref.engine, shown, ref.packing)
+        if step == 0:
+            scalars, histograms = scalars | self.facts, histograms | self.of_rows()
+        return Evaluation(scalars, histograms, samples)
 
     def of_rows(self) -> dict[str, torch.Tensor]:
         """Distributions of what is known of all rows: they do not change."""
-        names = [name for name in ("reward", "value", "advantage") if name in self.items[0].numbers]
-        return {name: torch.tensor([item.numbers[name] for item in self.items]) for name in names}
+        items = self.held.items
+        names = [name for name in ("reward", "value", "advantage") if name in items[0].numbers]
+        return {name: torch.tensor([item.numbers[name] for item in items]) for name in names}
 
 
 if __name__ == "__main__":

@@ -181,9 +181,8 @@ def test_evaluate_and_report(runs: Path, capsys: pytest.CaptureFixture[str]) -> 
     total = sum(results["rl"][f"rewards/{name}/mean"] for name in ("helpfulness", "harmlessness"))
     assert results["rl"]["reward/mean"] == pytest.approx(total, abs=1e-6)  # monitors have no weight
     assert "oracle:helpfulness" in capsys.readouterr().out
-    run("report", runs.parent) if False else importlib.import_module("stages.report").main(
-        resolve(["stage=report", f"runs_dir={runs.parent}"]).settings, []
-    )
+    report = resolve(["stage=report", f"runs_dir={runs.parent}"])
+    importlib.import_module("stages.report").main(report.settings, [])
     assert "helpfulness" in (runs / "report.html").read_text(encoding="utf-8")
 
 

@@ -1,0 +1,120 @@
+"""Small things for tests: settings as the command line makes them, random models, a tokenizer, items, an engine."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from pipeline import engine, scratch
+from pipeline.layers import resolve
+from pipeline.records import Example, Item, Row
+from pipeline.settings import TemplateSettings
+from pipeline.text import Encoder
+
+V, H = 352, 32
+PAD_ID, EOS_ID = 0, 2
+SHAPES = ("llama", "gpt2", "t5", "bart")
+PLAIN = TemplateSettings(
+    kind="text", prompt="{prompt}", response=" {response}", human="\nHuman: ", assistant="\nAssistant: ", system=None
+)
+WORDS = "the cat sat on a mat and ran far away from this old big dog".split()
+
+
+def settings(stage: str, *words: str) -> Any:
+    """The settings that a user's words give for `stage`."""
+    return resolve([f"stage={stage}", *words]).settings
+
+
+def train_settings(**changes: Any) -> Any:
+    return settings("sft").train.model_copy(update={"max_tokens": 4096, "batch_size": 4, **changes})
+
+
+def optimizer_settings(**changes: Any) -> Any:
+    return settings("sft").optimizer.model_copy(update=changes)
+
+
+def language_model(shape: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A random model of V tokens, H hidden and 2 layers; its weights are large enough that every token counts."""
+    ids = {"pad_token_id": PAD_ID, "bos_token_id": 1, "eos_token_id": EOS_ID, "vocab_size": V}
+    torch.manual_seed(seed)
+    if shape == "llama":
+        sizes = {"hidden_size": H, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+        config = LlamaConfig(**{**sizes, **ids, "max_position_embeddings": 128, "tie_word_embeddings": True, **changes})
+        model = LlamaForCausalLM(config)
+    elif shape == "gpt2":
+        off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        model = GPT2LMHeadModel(GPT2Config(n_embd=H, n_layer=2, n_head=2, n_positions=128, **{**off, **ids, **changes}))
+    elif shape == "t5":
+        sizes = {"d_model": H, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
+        config = T5Config(**{**sizes, **ids, "decoder_start_token_id": PAD_ID, **changes})
+        model = T5ForConditionalGeneration(config)
+    else:
+        layers = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+        sizes = {"d_model": H, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 128}
+        start = {"decoder_start_token_id": EOS_ID, "forced_eos_token_id": None, "dropout": 0.0}
+        model = BartForConditionalGeneration(BartConfig(**{**layers, **sizes, **start, **ids, **changes}))
+    spread(model)
+    if shape == "t5" and config.tie_word_embeddings:
+        model.shared.weight.data *= H**0.5  # undoes the scale before its output matrix
+    return model.eval()
+
+
+def spread(model: nn.Module, scale: float = 0.25) -> Any:
+    """Random weights of a size at which a changed token or position changes the outputs visibly."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape) * scale
+            parameter.copy_(noise if parameter.dim() > 1 else 1.0 + 0.2 * noise)
+    return model
+
+
+@cache
+def tokenizer() -> PreTrainedTokenizerBase:
+    """A scratch tokenizer of a few words, whose ids all lie below V."""
+    return scratch.train_tokenizer([" ".join(WORDS)] * 4, V)
+
+
+def encoder(prompt_limit: int = 64, response_limit: int = 64, **template: Any) -> Encoder:
+    return Encoder(tokenizer(), PLAIN.model_copy(update=template), prompt_limit, response_limit)
+
+
+def row(prompt: Sequence[int], response: Sequence[int]) -> Row:
+    return Row(tuple(prompt), tuple(response))
+
+
+def items(count: int, seed: int = 0, longest: int = 9, pairs: bool = False, **numbers: Any) -> list[Item]:
+    """Random rows of ragged lengths, EOS at the end of the responses; `numbers` are functions of the index."""
+    rng = random.Random(seed)
+
+    def ids(least: int) -> list[int]:
+        return [rng.randrange(3, V) for _ in range(rng.randint(least, longest))]
+
+    made = []
+    for i in range(count):
+        prompt = ids(1)
+        rows = tuple(row(prompt, [*ids(0), EOS_ID]) for _ in range(2 if pairs else 1))
+        example = Example(f"row {i}", f"prompt {i}")
+        made.append(Item(example, rows, {name: float(number(i)) for name, number in numbers.items()}))
+    return made
+
+
+def ranks() -> engine.Ranks:
+    """This process alone."""
+    return engine.start(600)
