@@ -45,9 +45,7 @@ class Reference:
         return runs.run_dir(settings) / "cache" / f"{name}-{key}.pt"
 
 
-def with_rewards(
-    ranks: Ranks, rows: list[Example], judge: rewards.Rewards | None, settings: Rl
-) -> list[Example]:
+def with_rewards(ranks: Ranks, rows: list[Example], judge: rewards.Rewards | None, settings: Rl) -> list[Example]:
     """The rows with their reward: judged if `reward` is set or they bring none, else their own.
 
     Raises:

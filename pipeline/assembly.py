@@ -12,14 +12,14 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from pipeline import examples, models, plugins, runs
+from pipeline import examples, models, plugins, rewards, runs
 from pipeline.data import Packing, collate, packing_of
 from pipeline.engine import Engine, Ranks
 from pipeline.loop import Objective
 from pipeline.policy import Policy, RewardModel, check_head
 from pipeline.records import Batch, Item, Row, Stat, UserError
-from pipeline.rewards import Reward, Rewards, parse, resolve
-from pipeline.settings import Algorithm, Common, ModelSettings, RewardSettings, TrainSettings, WithModel
+from pipeline.rewards import Rewards, parse, resolve
+from pipeline.settings import Algorithm, Common, ModelSettings, Reward, RewardSettings, Rl, TrainSettings, WithModel
 from pipeline.text import Encoder
 from reward_models import learned
 
@@ -60,12 +60,22 @@ def _validated(schema: type, values: dict[str, Any]) -> Any:
     return TypeAdapter(schema).validate_python(values)
 
 
-def start_model(settings: WithModel, *stages: str) -> ModelSettings:
-    """The model to start from: the one that is named, else what the first of the run's `stages` left, else a new one."""
-    if settings.model.path is not None:
+def start_model(settings: Reward | Rl) -> ModelSettings:
+    """The run's SFT model if start_from says so and it is there, else the model that is named, else a new one.
+
+    Raises:
+        UserError: a model is named, and the SFT model was made of another.
+    """
+    found = runs.model_of(settings, "sft") if settings.start_from == "sft" else None
+    if found is None:
         return settings.model
-    found = next((path for stage in stages if (path := runs.model_of(settings, stage))), None)
-    return settings.model.model_copy(update={"path": None if found is None else str(found)})
+    made_of, named = runs.settings_of(found.parent)["model"]["path"], settings.model.path
+    if named not in (None, made_of, str(found)):
+        raise UserError(
+            f"model.path: {named}, but {found.parent} was made of {made_of or 'a new model'}: "
+            "say start_from=model to start from it, or choose another run="
+        )
+    return settings.model.model_copy(update={"path": str(found), "revision": None})
 
 
 def inputs(settings: WithModel, model: ModelSettings) -> dict[str, str]:
@@ -138,13 +148,13 @@ def build_rewards(
     pairs = parse(spec) or [(name, 1.0) for name in trained]
 
     def load_learned(directory: str) -> Any:
-        return learned.load(
-            directory, settings.model, settings.template, read.max_length, read.batch_size, device
-        )
+        return learned.load(directory, settings.model, settings.template, read.max_length, read.batch_size, device)
 
-    rewards = [Reward(name, weight, resolve(name, load_learned, trained), read.normalise) for name, weight in pairs]
-    rewards += [Reward(name, 0.0, resolve(name, load_learned, trained), "none") for name in monitors]
-    return Rewards(rewards) if rewards else None
+    found = [
+        rewards.Reward(name, weight, resolve(name, load_learned, trained), read.normalise) for name, weight in pairs
+    ]
+    found += [rewards.Reward(name, 0.0, resolve(name, load_learned, trained), "none") for name in monitors]
+    return Rewards(found) if found else None
 
 
 @contextmanager
@@ -169,7 +179,7 @@ def policy_model(settings: WithModel, place: str | None) -> ModelSettings:
         return settings.model.model_copy(update={"path": str(found)})
     if place is None and settings.model.path is not None:
         return settings.model
-    if place is not None and (Path(place).is_dir() or "/" in place and not place.startswith(("rl/", "sft/"))):
+    if place is not None and (Path(place).is_dir() or ("/" in place and not place.startswith(("rl/", "sft/")))):
         return settings.model.model_copy(update={"path": place})
     stage = (place or "sft").split("/")[0]
     raise UserError(

@@ -1,7 +1,7 @@
 """Step folders and resume state: complete or absent, rotated, `latest` written last.
 
-    checkpoints/step-000200/   DeepSpeed's shards, rng-<rank>.pt, state.json
-    checkpoints/latest         the name of the newest complete one
+checkpoints/step-000200/   DeepSpeed's shards, rng-<rank>.pt, state.json
+checkpoints/latest         the name of the newest complete one
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pipeline.records import UserError
 
 @dataclass(frozen=True)
 class State:
-    """All that a resume needs besides weights, optimizer and RNG. The data position is `step`: draws are functions of it."""
+    """All that a resume needs besides weights, optimizer and RNG; what is drawn is a function of `step`."""
 
     step: int
     world: int

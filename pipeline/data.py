@@ -128,9 +128,14 @@ def collate(items: Sequence[Item], indices: Sequence[int], packing: Packing) -> 
     response_ids, response_mask = pad([row.response_ids for row in rows], packing.pad_id)
     read = [row.prompt_ids if packing.apart else row.prompt_ids + row.response_ids for row in rows]
     input_ids, input_mask = pad(read, packing.pad_id)
-    numbers = {} if filler else {
-        name: torch.tensor([item.numbers[name] for item in chosen], dtype=torch.float32) for name in chosen[0].numbers
-    }
+    numbers = (
+        {}
+        if filler
+        else {
+            name: torch.tensor([item.numbers[name] for item in chosen], dtype=torch.float32)
+            for name in chosen[0].numbers
+        }
+    )
     return Batch(
         items=tuple(indices),
         input_ids=input_ids,

@@ -1,6 +1,6 @@
 """The one DeepSpeed ZeRO wrapper, and the only file that knows deepspeed and torch.distributed.
 
-Three decisions have their single owner here: the scale that turns sums into one exact mean, the clipping, the precision.
+Three decisions have their one owner here: the scale that turns sums into one exact mean, the clipping, the precision.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from pipeline.settings import OptimizerSettings, TrainSettings
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
-import deepspeed  # noqa: E402  (asks for the accelerator when it is imported)
-import torch.distributed as dist  # noqa: E402
+import deepspeed  # asks for the accelerator when it is imported
+import torch.distributed as dist
 
 DS_CONFIGS = Path(__file__).parent.parent / "ds_configs"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -97,7 +97,8 @@ def start(timeout_seconds: int) -> Ranks:
         torch.cuda.set_device(device)
     deepspeed.utils.logger.setLevel("WARNING")
     if not dist.is_initialized():
-        deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds), verbose=False)
+        timeout = timedelta(seconds=timeout_seconds)
+        deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=timeout, verbose=False)
         atexit.register(stop)
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
@@ -260,9 +261,9 @@ class Engine:
 
     def load(self, directory: Path) -> None:
         """What `save` wrote, bit for bit."""
-        path, _ = self._engine.load_checkpoint(str(directory.parent), tag=directory.name)
-        if path is None:
-            raise UserError(f"{directory}: no checkpoint to resume from, wanted one of this run: remove the directory")
+        if not directory.is_dir():
+            raise UserError(f"{directory}: no checkpoint to resume from, wanted one that this run saved")
+        self._engine.load_checkpoint(str(directory.parent), tag=directory.name)
 
 
 def with_parameters(module: nn.Module, dtype: torch.dtype) -> nn.Module:

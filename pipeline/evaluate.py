@@ -29,9 +29,7 @@ def held_out_loss(engine: Engine, objective: Objective, items: Sequence[Item], p
     return tally.reduce(engine.ranks.all_sum)
 
 
-def score_texts(
-    ranks: Ranks, rewards: Rewards, examples: Sequence[Example], completions: Sequence[str]
-) -> Scores:
+def score_texts(ranks: Ranks, rewards: Rewards, examples: Sequence[Example], completions: Sequence[str]) -> Scores:
     """Judge one completion per example; ranks share the work and all get the whole result.
 
     Raises:
@@ -172,8 +170,10 @@ def pair_accuracy(chosen: Sequence[float], rejected: Sequence[float]) -> float:
     return statistics.fmean(0.5 if c == r else float(c > r) for c, r in zip(chosen, rejected, strict=True))
 
 
-def accuracy_by_source(examples: Sequence[Example], chosen: Sequence[float], rejected: Sequence[float]) -> dict[str, float]:
-    """Pair accuracy overall, by source, and of the length-only baselines ("longer wins", "shorter wins": the better)."""
+def accuracy_by_source(
+    examples: Sequence[Example], chosen: Sequence[float], rejected: Sequence[float]
+) -> dict[str, float]:
+    """Pair accuracy overall and by source, beside the better of "the longer wins" and "the shorter wins"."""
     words = [(len(e.chosen.split()), len(e.rejected.split())) for e in examples]
     groups: Mapping[str, list[int]] = {"": list(range(len(examples)))}
     for i, example in enumerate(examples):

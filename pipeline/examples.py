@@ -1,4 +1,4 @@
-"""Which examples a stage sees: an embedded task, files or a hub data set; split, filtered, converted, encoded, counted."""
+"""Which examples a stage sees: of a task, files or the hub; split, filtered, converted, encoded, counted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pipeline import plugins
 from pipeline.records import Example, Item, Row, UserError
 from pipeline.settings import DataSettings, TemplateSettings
-from pipeline.tasks import convert, find, readers
+from pipeline.tasks import convert, find, hub, readers
 from pipeline.text import Encoder
 
 SPLITS = ("train", "validation", "test")
@@ -22,10 +22,7 @@ def load(data: DataSettings, split: str, seed: int, report: Report = print) -> l
     Raises:
         UserError: no data is named, or what is named cannot be read or holds no such split.
     """
-    if data.task is not None:
-        examples = _of_task(data, split, seed)
-    else:
-        examples = _of_files(data, split, report)
+    examples = _of_files(data, split, report) if data.task is None else _of_task(data, split, seed)
     if split == "train" and data.max_rows is not None:
         examples = examples[: data.max_rows]
     return examples
@@ -48,6 +45,10 @@ def _of_files(data: DataSettings, split: str, report: Report) -> list[Example]:
 
 
 def _read(place: str, data: DataSettings, report: Report) -> list[Example]:
+    folders = hub.folders(place, data.sources or []) if hub.is_hub_name(place) else {}
+    if folders:  # a hub set keeps each source in a folder of its own
+        whole = data.model_copy(update={"sources": None})
+        return [replace(e, source=s) for s, folder in folders.items() for e in _read(folder, whole, report)]
     sources = None if data.sources is None else tuple(data.sources)
     filters = readers.Filters(tuple(data.exclude), data.drop_abrupt, sources)
     return readers.read(place, data.format, filters, data.max_bad_rows, report).examples
@@ -142,7 +143,9 @@ class Encoded:
         return ", ".join(parts)
 
 
-def encode(examples: Sequence[Example], encoder: Encoder, rows_of: Callable[[Example, Encoder], tuple[Row, ...]]) -> Encoded:
+def encode(
+    examples: Sequence[Example], encoder: Encoder, rows_of: Callable[[Example, Encoder], tuple[Row, ...]]
+) -> Encoded:
     """Items of `examples`, each with the rows that `rows_of` makes of it."""
     items = [Item(example, rows_of(example, encoder), numbers_of(example)) for example in examples]
     rows = [row for item in items for row in item.rows]

@@ -4,7 +4,7 @@ Later layers win: stages/common.yaml < stages/<stage>.yaml < stages/algo/<algo>.
 < the recipe's step < the user's config=FILE.yaml < key=value.
 
 A recipe is a mapping of two keys: `all`, settings for every stage that has them, and `steps`, a list of
-{stage: sft, name: optional, set: {settings of this step}}.
+{stage: sft, name: optional, set: {settings of this step}, scratch: {settings over those where no model is named}}.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ EXCLUSIVE = (  # giving one of a pair takes back the other, if only an earlier l
     (("train", "num_train_epochs"), ("train", "max_steps")),
     (("train", "micro_batch_size"), ("train", "max_tokens")),
 )
+MODEL = ("model", "path")
 FREE = ("algorithm", "settings")  # its keys are those of the stage's or the algorithm's own YAML
 
 
@@ -62,6 +63,7 @@ class Step(NamedTuple):
     stage: str
     name: str | None
     settings: Layer
+    scratch: Layer  # over `settings` where no model is named, so that a small new one is made
 
 
 class Recipe(NamedTuple):
@@ -164,11 +166,12 @@ def named_file(name: str, folder: Path, place: str) -> Path:
 
 def _layers(overrides: Layer, stage: str, house: House) -> tuple[Layer, list[Layer]]:
     """What ships for the stage (common, stage, algorithm) merged, and the layers over it."""
-    later = _recipe_layers(overrides, stage, house)
+    recipe, scratch = _recipe_layers(overrides, stage, house)
     config = word(overrides, "config")
-    if config is not None:
-        later.append(_of_stage(read_layer(Path(config)), stage, house))
-    later.append({path: leaf for path, leaf in overrides.items() if path[0] not in CONTROL})
+    own = [] if config is None else [_of_stage(read_layer(Path(config)), stage, house)]
+    own.append({path: leaf for path, leaf in overrides.items() if path[0] not in CONTROL})
+    model = merge([*recipe, *own]).get(MODEL)
+    later = [*recipe, *([scratch] if model is None or model.value is None else []), *own]
     common = _of_stage(read_layer(house.folder / "common.yaml"), stage, house)
     shipped = [common, read_layer(house.folder / f"{stage}.yaml")]
     algo = merge([*shipped, *later]).get(("algo",))
@@ -179,8 +182,8 @@ def _layers(overrides: Layer, stage: str, house: House) -> tuple[Layer, list[Lay
     return merge([*shipped, read_layer(file)]), [*later, {("algo",): Leaf(name, algo.place)}]
 
 
-def _recipe_layers(overrides: Layer, stage: str, house: House) -> list[Layer]:
-    """The recipe's settings for all stages, and those of the one step that `overrides` mean."""
+def _recipe_layers(overrides: Layer, stage: str, house: House) -> tuple[list[Layer], Layer]:
+    """The recipe's settings for all stages and those of the one step that `overrides` mean; and its `scratch`."""
     recipe, name = word(overrides, "recipe"), word(overrides, "name")
     everywhere, steps = _recipe(recipe, house)
     steps = [step for step in steps if step.stage == stage]
@@ -192,7 +195,8 @@ def _recipe_layers(overrides: Layer, stage: str, house: House) -> list[Layer]:
         found = f"name={name}" if name else f"stage={stage} alone"
         near = did_you_mean(name or "", names)
         raise UserError(f"{COMMAND_LINE}: {found}: recipe {recipe} has the {stage} steps {', '.join(names)}{near}")
-    return [_of_stage(everywhere, stage, house), *(step.settings for step in named)]
+    layers = [_of_stage(everywhere, stage, house), *(step.settings for step in named)]
+    return layers, merge(step.scratch for step in named)
 
 
 def _recipe(name: str | None, house: House) -> Recipe:
@@ -213,14 +217,15 @@ def _recipe(name: str | None, house: House) -> Recipe:
 
 def _step(path: Path, lines: Mapping[SettingPath, int], index: int, step: Any, house: House) -> Step:
     place = f"{label(path)}:{lines[('steps', str(index))]}"
-    if not isinstance(step, dict) or not {"stage"} <= set(step) <= {"stage", "name", "set"}:
-        raise UserError(f"{place}: {step!r}, wanted {{stage: NAME, name: optional, set: optional settings}}")
+    if not isinstance(step, dict) or not {"stage"} <= set(step) <= {"stage", "name", "set", "scratch"}:
+        wanted = "{stage: NAME, name: optional, set: optional settings, scratch: those of a small new model}"
+        raise UserError(f"{place}: {step!r}, wanted {wanted}")
     if step["stage"] not in house.schemas:
         near = did_you_mean(str(step["stage"]), house.schemas)
         raise UserError(f"{place}: stage: {step['stage']!r}, wanted one of {', '.join(house.schemas)}{near}")
-    layer = sub_layer(path, step.get("set"), lines, ("steps", str(index), "set"))
+    layer, scratch = (sub_layer(path, step.get(key), lines, ("steps", str(index), key)) for key in ("set", "scratch"))
     name = {("name",): Leaf(step["name"], place)} if "name" in step else {}
-    return Step(step["stage"], step.get("name"), {**name, **layer})
+    return Step(step["stage"], step.get("name"), {**name, **layer}, scratch)
 
 
 def _of_stage(layer: Layer, stage: str, house: House) -> Layer:

@@ -73,16 +73,15 @@ def estimate(settings: Training) -> str:
     lines = [
         f"model: {shape.parameters / 1e6:,.1f} M weights, {shape.trained / 1e6:,.1f} M trained, {train.precision}",
         f"batch: {train.batch_size} rows per step over {world} processes, {tokens:,} padded tokens per forward",
-        f"{'GB per process':16}{'weights':>10}{'gradients':>11}{'optimizer':>11}{'activations':>13}{'logits':>8}{'all':>9}",
+        f"{'GB per process':16}"
+        + "".join(f"{title:>12}" for title in ("weights", "gradients", "optimizer", "activations", "logits", "all")),
     ]
     for stage in range(4):
         offload = stage == zero["stage"] and "offload_optimizer" in zero
         m = memory(shape, stage, world, train.precision != "fp32", offload, tokens, train.gradient_checkpointing)
         mark = " <- train.zero" if stage == zero["stage"] else ""
-        lines.append(
-            f"{'ZeRO-' + str(stage):16}{m.weights / GB:10.2f}{m.gradients / GB:11.2f}{m.optimizer / GB:11.2f}"
-            f"{m.activations / GB:13.2f}{m.logits / GB:8.2f}{m.total / GB:9.2f}{mark}"
-        )
+        parts = (m.weights, m.gradients, m.optimizer, m.activations, m.logits, m.total)
+        lines.append(f"{f'ZeRO-{stage}':16}" + "".join(f"{part / GB:12.2f}" for part in parts) + mark)
     if isinstance(settings, Plan):
         lines.append(f"fits in {settings.gpu_memory_gb:g} GB: {fitting(settings, shape, tokens)}")
     lines.append("one model in memory: a reference is never kept beside the policy")
@@ -95,15 +94,20 @@ def fitting(settings: Plan, shape: Shape, tokens: int) -> str:
     half = train.precision != "fp32"
     limit = 0.9 * settings.gpu_memory_gb * GB
     stages = [
-        s for s in range(4) if memory(shape, s, world, half, False, tokens, train.gradient_checkpointing).total <= limit
+        stage
+        for stage in range(4)
+        if memory(shape, stage, world, half, False, tokens, train.gradient_checkpointing).total <= limit
     ]
-    return ", ".join(f"ZeRO-{s}" for s in stages) or "none: more processes, LoRA, offload or gradient_checkpointing"
+    return (
+        ", ".join(f"ZeRO-{stage}" for stage in stages)
+        or "none: more processes, LoRA, offload or gradient_checkpointing"
+    )
 
 
 def zero_section(name: str) -> dict[str, Any]:
     path = Path(name) if name.endswith(".json") else DS_CONFIGS / f"{name}.json"
     if not path.is_file():
-        raise UserError(f"train.zero: {name!r} is no file of ds_configs/, wanted zero0 ... zero3 or the path of a .json")
+        raise UserError(f"train.zero: {name!r} is no file of ds_configs/, wanted zero0 ... zero3 or a path to .json")
     return json.loads(path.read_text(encoding="utf-8"))["zero_optimization"]
 
 

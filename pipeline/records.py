@@ -113,7 +113,7 @@ class Needs(NamedTuple):
 
 
 class Stat(NamedTuple):
-    """An additive statistic: micro-batches, ranks and steps are merged by adding `sums`, and reduced only to be written.
+    """An additive statistic: micro-batches, ranks and steps are merged by adding `sums`, reduced only to be written.
 
     `sums` is (3,) float64: count, sum, sum of squares. `kind` names the reduction: mean; std (population);
     ess, the effective sample share (sum w)^2 / (n sum w^2) in (0, 1].

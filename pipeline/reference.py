@@ -153,7 +153,9 @@ def values_of(engine: Engine, head: value.ValueHead, items: Sequence[Item], pack
 
 
 @torch.no_grad()
-def check_ratio(engine: Engine, items: Sequence[Item], indices: Sequence[int], packing: Packing, tolerance: float) -> float:
+def check_ratio(
+    engine: Engine, items: Sequence[Item], indices: Sequence[int], packing: Packing, tolerance: float
+) -> float:
     """The mean |logp - ref_logp| per token over `indices` before the first step, which must be about 0.
 
     Raises:
@@ -174,4 +176,3 @@ def check_ratio(engine: Engine, items: Sequence[Item], indices: Sequence[int], p
             "(remove the run's cache/)?"
         )
     return total / count
-

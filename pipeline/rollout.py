@@ -38,9 +38,7 @@ def generate(
             if number < len(batches):
                 mine |= dict(zip(batch, rows, strict=True))
     answers = {i: rows for part in ranks.gather(mine) for i, rows in part.items()}
-    return [
-        _response(encoder, examples[i], prompts[i], ids) for i in range(len(examples)) for ids in answers[i]
-    ]
+    return [_response(encoder, examples[i], prompts[i], ids) for i in range(len(examples)) for ids in answers[i]]
 
 
 def generation_config(settings: GenerationSettings, encoder: Encoder) -> GenerationConfig:

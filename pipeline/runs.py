@@ -44,6 +44,11 @@ def model_of(settings: Common, stage: str) -> Path | None:
     return directory / "model" if finished(directory) and (directory / "model").is_dir() else None
 
 
+def settings_of(directory: Path) -> Mapping[str, Any]:
+    """The settings that a stage directory was made with."""
+    return load_yaml(directory / "config.yaml")
+
+
 def reward_models(settings: Common) -> dict[str, str]:
     """The reward models trained in this run: name -> model directory."""
     folder = run_dir(settings) / "reward"
@@ -121,4 +126,3 @@ def refuse_other(
                 f"{directory}: its {name} has changed since it was started: choose another run= or name=, "
                 "or remove the directory"
             )
-

@@ -200,6 +200,7 @@ RewardSpec = str | dict[str, float] | None
 
 class Rl(Training):
     algo: str
+    start_from: Literal["sft", "model"]
     scored: str | None
     reward: RewardSpec
     rewards: RewardSettings

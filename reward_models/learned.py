@@ -1,4 +1,4 @@
-"""A trained reward model as a reward: what `stage=reward` leaves, or any Hugging Face sequence classifier with one label.
+"""A trained reward model as a reward: what `stage=reward` leaves, or any Hugging Face classifier with one label.
 
 The score is read at the last token of prompt + response, found by length, so it depends neither on the batch, nor on
 the padding, nor on the batch mates.
@@ -86,4 +86,3 @@ def score(
         for i, value in zip(batch, scorer.score(ids.to(device), mask.to(device)).tolist(), strict=True):
             scores[i] = value
     return scores
-

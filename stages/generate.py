@@ -37,7 +37,8 @@ def main(settings: Generate, words: Sequence[str]) -> None:
     if ranks.main:
         write_rows(str(directory / "responses.jsonl"), rows)
         write_json(directory / "results.json", {"rows": len(rows), "empty_responses": empty, **results})
-    say(f"{directory / 'responses.jsonl'}: {len(rows):,} rows, {empty:,} of {len(answers):,} responses empty and left out")
+    left_out = f"{empty:,} of {len(answers):,} responses empty and left out"
+    say(f"{directory / 'responses.jsonl'}: {len(rows):,} rows, {left_out}")
     ranks.barrier()
 
 

@@ -20,14 +20,15 @@ from reward_models import learned
 def main(settings: Reward, words: Sequence[str]) -> None:
     ranks = engine.start(settings.launch.ddp_timeout)
     directory = runs.stage_dir(settings, "reward")
-    model = assembly.start_model(settings, *(["sft"] if settings.start_from == "sft" else []))
+    model = assembly.start_model(settings)
     if not ranks.on_main(lambda: runs.open_stage(directory, settings, words, assembly.inputs(settings, model))):
         return
 
     # pairs -> tokens
     say = print if ranks.main else str
     train = examples.paired(examples.load_train(settings.data, settings.seed, say), say)
-    held_out = examples.paired(examples.load(settings.data, "validation", settings.seed, say), say)[: settings.eval.max_rows]
+    held_out = examples.paired(examples.load(settings.data, "validation", settings.seed, say), say)
+    held_out = held_out[: settings.eval.max_rows]
     encoder = assembly.encoder_of(settings, model, lambda: examples.texts(train, settings.template))
     encoded = examples.encode(train, encoder, examples.pair_rows)
     tested = examples.encode(held_out, encoder, examples.pair_rows)

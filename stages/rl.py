@@ -23,7 +23,7 @@ HISTOGRAM_ROWS = 128  # held-out rows whose ratio to the reference is drawn at e
 def main(settings: Rl, words: Sequence[str]) -> None:
     ranks = engine.start(settings.launch.ddp_timeout)
     directory = runs.stage_dir(settings, "rl")
-    model = assembly.start_model(settings, "sft")
+    model = assembly.start_model(settings)
     if model.path is None:
         raise UserError(
             f"stage=rl: {runs.run_dir(settings)}/sft holds no model to start from: make one with "

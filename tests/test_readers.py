@@ -161,3 +161,13 @@ def test_the_flags_of_the_real_preference_data_leave_no_bad_row():
     assert len(result.examples) == 4316
     sources = sorted({example.source for example in result.examples})
     assert sources == ["harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled"]
+
+
+def test_sources_of_a_hub_set_are_its_folders() -> None:
+    from pipeline.tasks import hub
+
+    assert hub.folders("Anthropic/hh-rlhf:test", ["helpful-base", "harmless-base"]) == {
+        "helpful-base": "Anthropic/hh-rlhf/helpful-base:test",
+        "harmless-base": "Anthropic/hh-rlhf/harmless-base:test",
+    }
+    assert hub.folders("Anthropic/hh-rlhf/helpful-base:test", ["helpful-base"]) == {}

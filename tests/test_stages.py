@@ -222,7 +222,11 @@ def test_two_ranks_make_the_model_of_one(tmp_path: Path, launcher: str) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for words in (["run=one"], ["run=two", "gpus=2", f"launch.launcher={launcher}", "zero=zero2"]):
         made = subprocess.run(
-            [sys.executable, "-m", "stages", *common, *words], capture_output=True, text=True, env=environment, check=False
+            [sys.executable, "-m", "stages", *common, *words],
+            capture_output=True,
+            text=True,
+            env=environment,
+            check=False,
         )
         assert made.returncode == 0, made.stderr[-2000:]
     one, two = (rows(tmp_path / name / "sft" / "metrics.jsonl") for name in ("one", "two"))

@@ -23,6 +23,8 @@ from transformers import (
 )
 
 from pipeline import engine, scratch
+from pipeline.algorithms import supervised
+from pipeline.data import Packing, Windows
 from pipeline.layers import resolve
 from pipeline.records import Example, Item, Row
 from pipeline.settings import TemplateSettings
@@ -118,3 +120,36 @@ def items(count: int, seed: int = 0, longest: int = 9, pairs: bool = False, **nu
 def ranks() -> engine.Ranks:
     """This process alone."""
     return engine.start(600)
+
+
+# what training tests share: large epsilon makes Adam's step depend on the size of the gradient, not on its sign alone
+PLAIN_STEP = {"learning_rate": 0.2, "adam_epsilon": 1.0, "weight_decay": 0.1, "max_grad_norm": 0.0}
+
+
+def trainer(
+    module: nn.Module, zero: str = "zero0", precision: str = "fp32", optimizer: dict | None = None, **train: Any
+) -> engine.Engine:
+    """An engine around `module` that takes the steps of PLAIN_STEP, changed by `optimizer`."""
+    chosen = optimizer_settings(**{**PLAIN_STEP, **(optimizer or {})})
+    return engine.Engine(module, ranks(), train_settings(zero=zero, precision=precision, **train), chosen)
+
+
+def step(trained: engine.Engine, rows: list[Item], drawn: Sequence[int], packing: Packing, rate: float = 0.2) -> float:
+    """One SFT step on `drawn` rows over all ranks; the gradient norm."""
+    group, settings = trained.ranks, supervised.Settings()
+    window = Windows(rows, lambda _: list(drawn), packing, group.rank, group.world).at(0)
+    n_terms = group.all_sum(torch.tensor(float(sum(int(batch.response_mask.sum()) for batch in window))))
+    trained.train()
+    for place, batch in enumerate(window):
+        total, _ = supervised.loss(trained(batch), batch.to(group.device), settings)
+        trained.backward(total, float(n_terms), last=place == len(window) - 1)
+    return trained.step(rate)
+
+
+def two_steps(trained: engine.Engine, rows: list[Item], budget: int = 40) -> list[float]:
+    """Steps of differently many micro-batches; the second leaves fillers on two ranks. The gradient norms."""
+    encoder_decoder = trained.module.encoder_decoder
+    return [
+        step(trained, rows, range(7), Packing(None, budget, encoder_decoder, PAD_ID)),
+        step(trained, rows, [8, 1, 8], Packing(1, None, encoder_decoder, PAD_ID)),
+    ]

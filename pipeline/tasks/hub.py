@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +34,14 @@ def parse(path: str) -> HubName:
     matched = _NAME.fullmatch(path)
     assert matched, path
     return HubName(f"{matched['owner']}/{matched['name']}", matched["folder"], matched["split"])
+
+
+def folders(path: str, sources: Iterable[str]) -> dict[str, str]:
+    """source -> hub name of the folder called like it; empty where `path` names a folder already."""
+    name = parse(path)
+    if name.folder is not None:
+        return {}
+    return {source: f"{name.repository}/{source}" + (f":{name.split}" if name.split else "") for source in sources}
 
 
 def rows(path: str) -> Iterator[tuple[int, Mapping[str, object]]]:

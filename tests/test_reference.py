@@ -1,0 +1,192 @@
+"""P16: what the cache says is what the reference would say; values, and the ratio check before the first step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline import advantages, models, reference, value
+from pipeline.algorithms import offline
+from pipeline.data import Packing, collate
+from pipeline.policy import Policy
+from pipeline.records import Item, UserError
+from tests import tiny
+
+PACKING = Packing(None, 60, False, tiny.PAD_ID)
+WHOLE = Packing(None, 10**6, False, tiny.PAD_ID)
+
+
+def reference_of(tmp_path: Path, shape: str = "llama", *words: str, weights: str = "w") -> advantages.Reference:
+    settings = tiny.settings("rl", f"runs_dir={tmp_path}", *words)
+    trained = tiny.trainer(Policy(tiny.language_model(shape), 64))
+    packing = replace(PACKING, encoder_decoder=trained.module.encoder_decoder)
+    return advantages.Reference(trained, tiny.encoder(), packing, settings, weights)
+
+
+def rewarded(count: int, **options) -> list[Item]:
+    return tiny.items(count, reward=lambda i: i / count, advantage=lambda i: (i - 2) / count, **options)
+
+
+@pytest.mark.parametrize("shape", tiny.SHAPES)
+def test_cached_logps_are_live_ones(tmp_path: Path, shape: str) -> None:
+    ref = reference_of(tmp_path, shape)
+    items = advantages.with_ref_logps(ref, rewarded(9))
+    module = ref.engine.module
+    for i, item in enumerate(items):
+        with torch.no_grad():
+            live = module(collate(items, [i], ref.packing))[0]
+        torch.testing.assert_close(item.ref_logp[0], live, atol=1e-5, rtol=1e-5)
+
+
+def test_pairs_keep_their_two_rows(tmp_path: Path) -> None:
+    items = advantages.with_ref_logps(reference_of(tmp_path), tiny.items(5, pairs=True))
+    assert [[len(logp) for logp in item.ref_logp] for item in items] == [
+        [len(row.response_ids) for row in item.rows] for item in items
+    ]
+
+
+def test_the_loss_with_the_cache_is_the_live_loss(tmp_path: Path) -> None:
+    """A policy that has moved, against a second copy of the reference in memory."""
+    ref, twin = reference_of(tmp_path), Policy(tiny.language_model("llama"), 64)
+    items = advantages.with_ref_logps(ref, rewarded(9))
+    tiny.two_steps(ref.engine, items)
+    batch = collate(items, range(9), WHOLE)
+    settings = offline.Settings("advantage", "sequence", 0.9, 0.1, 0.0, "none")
+    logp = ref.engine(batch)
+    cached, _ = offline.loss(logp, batch, settings)
+    with torch.no_grad():
+        live, _ = offline.loss(logp, replace(batch, ref_logp=twin(batch)), settings)
+    moved, _ = offline.loss(logp, replace(batch, ref_logp=logp.detach()), settings)
+    assert float(cached) == pytest.approx(float(live), rel=1e-5)
+    assert abs(float(cached) - float(moved)) > 1e-2
+
+
+def test_the_cache_is_read_not_made_again(tmp_path: Path) -> None:
+    ref, items = reference_of(tmp_path), rewarded(6)
+    first = advantages.with_ref_logps(ref, items)
+    (file,) = (tmp_path / "default" / "cache").iterdir()
+    made = file.stat().st_mtime_ns
+    tiny.two_steps(ref.engine, items * 2)  # the engine could not say it any more
+    again = advantages.with_ref_logps(ref, items)
+    assert file.stat().st_mtime_ns == made and len(list(file.parent.iterdir())) == 1
+    assert all(torch.equal(a.ref_logp[0], b.ref_logp[0]) for a, b in zip(first, again, strict=True))
+
+
+def test_the_key_holds_everything(tmp_path: Path) -> None:
+    items = rewarded(6)
+
+    def place(*words: str, rows: list[Item] = items, weights: str = "w") -> Path:
+        ref = reference_of(tmp_path, "llama", *words, weights=weights)
+        return ref.cache("ref_logps", rows=reference.rows_digest(rows))
+
+    cut = replace(items[0], rows=(replace(items[0].rows[0], prompt_ids=items[0].rows[0].prompt_ids[1:]),))
+    other_words = ["train.precision=bf16", "model.attn_implementation=eager", "model.dropout=null"]
+    found = [
+        place(),
+        place(weights="v"),
+        place(rows=items[:-1]),
+        place(rows=items[::-1]),
+        place(rows=[cut, *items[1:]]),
+        *(place(word) for word in other_words),
+    ]
+    assert len(set(found)) == len(found)
+    assert place() == found[0] == place("optimizer.learning_rate=0.1")  # what does not matter does not count
+
+
+def test_a_torn_cache_file_is_not_used(tmp_path: Path) -> None:
+    ref, items = reference_of(tmp_path), rewarded(6)
+    path = ref.cache("ref_logps", rows=reference.rows_digest(items))
+    path.parent.mkdir(parents=True)
+    path.with_suffix(".part").write_bytes(b"torn")
+    assert len(advantages.with_ref_logps(ref, items)) == 6 and path.is_file()
+
+
+# values
+
+
+def targets(count: int = 12) -> reference.Targets:
+    prompts = [replace(item, rows=(replace(item.rows[0], response_ids=()),)) for item in tiny.items(count)]
+    rewards = torch.tensor([0.1 + 0.8 * (len(item.rows[0].prompt_ids) > 5) for item in prompts])
+    return reference.Targets(prompts, rewards, torch.arange(count) % 4 == 0, 0.0, 1.0)
+
+
+def fitted(engine, epochs: int = 3) -> tuple[value.ValueHead, dict[str, float]]:
+    settings = tiny.settings("rl").value.model_copy(update={"epochs": epochs, "batch_size": 4})
+    return reference.fit_value(engine, targets(), PACKING, settings, seed=0)
+
+
+def test_p15_the_reference_is_not_touched_by_the_fit(tmp_path: Path) -> None:
+    trained = reference_of(tmp_path).engine
+    before = {name: weight.clone() for name, weight in trained.state_dict().items()}
+    state = torch.get_rng_state()
+    _, report = fitted(trained)
+    assert all(torch.equal(weight, before[name]) for name, weight in trained.state_dict().items())
+    assert all(p.grad is None for p in trained.module.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert set(report) == {"value/mse", "value/r2", "value/fit_mse", "value/best_epoch"}
+
+
+def test_the_head_learns_what_the_states_tell(tmp_path: Path) -> None:
+    _, report = fitted(reference_of(tmp_path).engine, epochs=30)
+    assert report["value/fit_mse"] < 0.1  # the rewards are 0.1 and 0.9: their mean alone leaves up to 0.16
+
+
+@pytest.mark.parametrize("shape", tiny.SHAPES)
+def test_p14_values_do_not_depend_on_the_packing(tmp_path: Path, shape: str) -> None:
+    trained = reference_of(tmp_path, shape).engine
+    torch.manual_seed(0)
+    head = value.ValueHead(tiny.H, 0.0, 1.0)
+    encoder_decoder = trained.module.encoder_decoder
+    packings = [Packing(1, None, encoder_decoder, 0), Packing(None, 40, encoder_decoder, 0), Packing(12, None, encoder_decoder, 0)]
+    found = [reference.values_of(trained, head, targets().items, packing) for packing in packings]
+    for values in found[1:]:
+        torch.testing.assert_close(values, found[0], atol=1e-5, rtol=1e-5)
+    assert found[0].std() > 1e-3
+    assert torch.equal(reference.values_of(trained, head.train(), targets().items, packings[0]), found[0])  # eval mode
+
+
+def test_p14_appended_response_tokens_do_not_change_values(tmp_path: Path) -> None:
+    trained = reference_of(tmp_path).engine
+    torch.manual_seed(0)
+    head = value.ValueHead(tiny.H, 0.0, 1.0)
+    bare = reference.values_of(trained, head, targets().items, PACKING)
+    torch.testing.assert_close(reference.values_of(trained, head, tiny.items(12), PACKING), bare, atol=1e-5, rtol=1e-5)
+
+
+# the check before the first step
+
+
+def test_p1_the_ratio_is_one_before_the_first_step(tmp_path: Path) -> None:
+    ref = reference_of(tmp_path)
+    items = advantages.with_ref_logps(ref, rewarded(9))
+    other = Packing(2, None, False, tiny.PAD_ID)
+    assert reference.check_ratio(ref.engine, items, [3, 3, 0, 8], other, 1e-3) < 1e-5
+
+
+def test_other_weights_are_noticed(tmp_path: Path) -> None:
+    ref = reference_of(tmp_path)
+    items = advantages.with_ref_logps(ref, rewarded(9))
+    tiny.two_steps(ref.engine, items)
+    with pytest.raises(UserError) as error:
+        reference.check_ratio(ref.engine, items, range(9), PACKING, 1e-3)
+    text = str(error.value)
+    assert "\n" not in text and "nats per token before the first step" in text and "model.dropout=0.0" in text
+
+
+def test_dropout_is_noticed(tmp_path: Path) -> None:
+    ref = reference_of(tmp_path)
+    items = advantages.with_ref_logps(ref, rewarded(9))
+    models.set_dropout(ref.engine.module.model, 0.2)  # silent in evaluation mode, where the reference was asked
+    with pytest.raises(UserError, match="is dropout on"):
+        reference.check_ratio(ref.engine, items, range(9), PACKING, 1e-3)
+
+
+def test_a_ratio_that_is_no_number_is_noticed(tmp_path: Path) -> None:
+    ref = reference_of(tmp_path)
+    items = advantages.with_ref_logps(ref, rewarded(9))
+    items[4] = replace(items[4], ref_logp=(torch.full_like(items[4].ref_logp[0], float("nan")),))
+    with pytest.raises(UserError, match="nan nats per token"):
+        reference.check_ratio(ref.engine, items, range(9), PACKING, 1e-3)

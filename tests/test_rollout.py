@@ -1,0 +1,115 @@
+"""Generation: batches say what each prompt alone would, in order, seeded, and nothing of the checkpoint's own habits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+from pipeline import engine, rollout
+from pipeline.policy import Policy
+from pipeline.records import Example, UserError
+from pipeline.text import Encoder
+from tests import tiny
+
+PROMPTS = [Example(str(i), " ".join(tiny.WORDS[i % 4 : 2 + 3 * i % 11])) for i in range(7)]
+
+
+def speaker(shape: str) -> engine.Engine:
+    """A random model that ends about every second response: EOS has a large embedding, so a large or small logit."""
+    lm = tiny.language_model(shape)
+    with torch.no_grad():
+        lm.get_output_embeddings().weight[tiny.EOS_ID] *= 2.0
+    return engine.Engine(Policy(lm, 64), tiny.ranks(), tiny.train_settings(), None)
+
+
+def generation(**changes):
+    return tiny.settings("rl").generation.model_copy(update={"max_new_tokens": 8, "batch_size": 3, **changes})
+
+
+def ids_of(answers) -> list[tuple[int, ...]]:
+    return [answer.response_ids for answer in answers]
+
+
+def alone(policy: Policy, example: Example) -> tuple[int, ...]:
+    """Greedy decoding of one prompt by transformers, without padding."""
+    prompt = torch.tensor([tiny.encoder().encode_prompt(example.prompt)[0]])
+    config = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=tiny.EOS_ID, pad_token_id=tiny.PAD_ID)
+    if policy.encoder_decoder:
+        config.decoder_start_token_id = policy.start_id
+    out = policy.model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)[0].tolist()
+    return tuple(out[1:] if policy.encoder_decoder else out[prompt.shape[1] :])
+
+
+@pytest.mark.parametrize("shape", tiny.SHAPES)
+def test_greedy_batches_are_each_prompt_alone(shape: str) -> None:
+    speaking = speaker(shape)
+    answers = rollout.generate(speaking, tiny.encoder(), PROMPTS, generation(), seed=0)
+    assert [answer.example for answer in answers] == PROMPTS
+    wanted = [alone(speaking.module, example) for example in PROMPTS]
+    assert ids_of(answers) == wanted
+    assert {len(tiny.encoder().encode_prompt(e.prompt)[0]) for e in PROMPTS} > {2, 3}  # there was padding
+    assert len(set(wanted)) > 2  # and the answers depend on the prompts
+
+
+@pytest.mark.parametrize("shape", ["llama", "gpt2"])
+def test_eos_belongs_to_the_response_and_ends_it(shape: str) -> None:
+    answers = rollout.generate(speaker(shape), tiny.encoder(), PROMPTS, generation(do_sample=True, max_new_tokens=20), 1)
+    finished = [answer.finished for answer in answers]
+    assert any(finished) and not all(finished)
+    for answer in answers:
+        assert answer.response_ids.count(tiny.EOS_ID) == answer.finished
+        assert answer.finished == (answer.response_ids[-1] == tiny.EOS_ID)
+        assert answer.finished or len(answer.response_ids) == 20
+        assert "</s>" not in answer.text
+        assert answer.prompt_ids == tiny.encoder().encode_prompt(answer.example.prompt)[0]
+
+
+def test_pad_may_be_eos() -> None:
+    inner = tiny.tokenizer()._tokenizer
+    odd = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="</s>", eos_token="</s>", bos_token="<s>")
+    encoder = Encoder(odd, tiny.PLAIN, 64, 64)
+    assert encoder.pad_id == encoder.eos_id
+    speaking = speaker("gpt2")
+    answers = rollout.generate(speaking, encoder, PROMPTS, generation(), seed=0)
+    assert ids_of(answers) == [alone(speaking.module, example) for example in PROMPTS]
+
+
+def test_sampling_is_a_function_of_the_seed() -> None:
+    speaking, sampled = speaker("llama"), generation(do_sample=True, num_return_sequences=3)
+    before = torch.get_rng_state()
+    first = rollout.generate(speaking, tiny.encoder(), PROMPTS, sampled, seed=5)
+    assert torch.equal(torch.get_rng_state(), before)  # the program's own randomness is not touched
+    torch.rand(10)
+    assert ids_of(rollout.generate(speaking, tiny.encoder(), PROMPTS, sampled, seed=5)) == ids_of(first)
+    assert ids_of(rollout.generate(speaking, tiny.encoder(), PROMPTS, sampled, seed=6)) != ids_of(first)
+    assert [answer.example for answer in first] == [example for example in PROMPTS for _ in range(3)]
+    assert len(set(ids_of(first[:3]))) == 3
+
+
+def test_several_beams() -> None:
+    speaking = speaker("llama")
+    answers = rollout.generate(speaking, tiny.encoder(), PROMPTS, generation(num_beams=3, num_return_sequences=2), 0)
+    assert [answer.example for answer in answers] == [example for example in PROMPTS for _ in range(2)]
+    assert answers[0].response_ids != answers[1].response_ids
+
+
+@pytest.mark.parametrize("changes", [{"num_return_sequences": 2}, {"num_return_sequences": 3, "num_beams": 2}])
+def test_greedy_has_one_response(changes: dict) -> None:
+    with pytest.raises(UserError, match=r"generation\.num_return_sequences: \d .* do_sample=true"):
+        rollout.generate(speaker("llama"), tiny.encoder(), PROMPTS, generation(**changes), 0)
+
+
+@pytest.mark.parametrize("shape", ["llama", "bart"])
+def test_the_checkpoints_own_habits_do_not_count(shape: str) -> None:
+    speaking = speaker(shape)
+    plain = ids_of(rollout.generate(speaking, tiny.encoder(), PROMPTS, generation(), seed=0))
+    lm = speaking.module.model
+    lm.generation_config.update(no_repeat_ngram_size=1, forced_eos_token_id=2, min_length=30, suppress_tokens=[2])
+    own = lm.generation_config
+    assert ids_of(rollout.generate(speaking, tiny.encoder(), PROMPTS, generation(), seed=0)) == plain
+    assert lm.generation_config is own  # an export writes them down all the same
+
+
+def test_no_prompts() -> None:
+    assert rollout.generate(speaker("llama"), tiny.encoder(), [], generation(), 0) == []

@@ -1,0 +1,92 @@
+"""What test_engine.py runs on two processes: `torchrun --nproc-per-node 2 -m tests.two_ranks FOLDER`.
+
+Rank 0 writes what it saw to FOLDER/seen.pt; any assertion that fails on either rank fails the launch.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline import engine, reference, rollout
+from pipeline.checkpoint import Checkpoints, State
+from pipeline.data import Packing
+from pipeline.policy import Policy
+from pipeline.records import Example, UserError
+from tests import tiny
+
+PROMPTS = [Example(str(i), " ".join(tiny.WORDS[i : 2 * i + 1])) for i in range(5)]
+
+
+def talk(ranks: engine.Ranks) -> None:
+    """Each thing that ranks say to each other."""
+    mine = torch.tensor([1.0 + ranks.rank, 10.0])
+    assert ranks.all_sum(mine).tolist() == [3.0, 20.0] and mine.tolist() == [1.0 + ranks.rank, 10.0]
+    assert ranks.gather({"rank": ranks.rank}) == [{"rank": 0}, {"rank": 1}]
+    assert ranks.from_main(f"from {ranks.rank}") == "from 0"
+    assert ranks.on_main(lambda: ranks.rank + 5) == 5
+
+    def fails() -> None:
+        raise UserError(f"place: found on rank {ranks.rank}")
+
+    with pytest.raises(UserError, match="found on rank 0"):
+        ranks.on_main(fails)
+    ranks.barrier()
+
+
+def train(zero: str, precision: str) -> tuple[engine.Engine, dict]:
+    """Two steps and what they left."""
+    trained = tiny.trainer(Policy(tiny.language_model("llama"), 64), zero, precision)
+    norms = tiny.two_steps(trained, tiny.items(9))
+    return trained, {"norms": norms, "weights": trained.state_dict()}
+
+
+def speak(trained: engine.Engine, **changes) -> list[tuple[int, ...]]:
+    generation = tiny.settings("rl").generation.model_copy(update={"max_new_tokens": 6, "batch_size": 2, **changes})
+    answers = rollout.generate(trained, tiny.encoder(), PROMPTS, generation, seed=3)
+    assert [answer.example for answer in answers] == PROMPTS  # on every rank, in order
+    return [answer.response_ids for answer in answers]
+
+
+def resume(trained: engine.Engine, zero: str, folder: Path) -> None:
+    """Save, step; load into other weights, step: the same, bit for bit, on each rank's own part."""
+    checkpoints = Checkpoints(folder / zero, trained.ranks, limit=1)
+    checkpoints.save(trained, State(step=2, world=2))
+    rows, packing = tiny.items(9), Packing(None, 40, False, tiny.PAD_ID)
+    tiny.step(trained, rows, range(4), packing)
+    other = tiny.trainer(Policy(tiny.language_model("llama", seed=1), 64), zero)
+    assert checkpoints.load(other) == State(step=2, world=2)
+    tiny.step(other, rows, range(4), packing)
+    ours, theirs = trained.state_dict(), other.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def main(folder: Path) -> None:
+    ranks = tiny.ranks()
+    talk(ranks)
+    seen = {}
+    for stage in range(4):
+        trained, seen[f"zero{stage}"] = train(f"zero{stage}", "fp32")
+        if stage in (0, 3):
+            packing = Packing(None, 40, False, tiny.PAD_ID)
+            seen[f"zero{stage}"] |= {
+                "greedy": speak(trained, do_sample=False),
+                "sampled": speak(trained, do_sample=True),
+                "reference": reference.reference_logps(trained, tiny.items(9), packing),
+            }
+            assert trained.ranks.gather(speak(trained, do_sample=True))[0] == seen[f"zero{stage}"]["sampled"]
+            after = tiny.two_steps(trained, tiny.items(9))  # training goes on after the weights were gathered
+            seen[f"zero{stage}"]["after"] = after
+        if stage > 0:
+            resume(trained, f"zero{stage}", folder)
+    seen["bf16"] = train("zero3", "bf16")[1]
+    if ranks.main:
+        torch.save(seen, folder / "seen.pt")
+    ranks.barrier()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
