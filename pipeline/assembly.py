@@ -96,7 +96,7 @@ def encoder_of(settings: WithModel, model: ModelSettings, texts: Callable[[], li
 
 def build_policy(model: ModelSettings, encoder: Encoder, train: TrainSettings, max_response: int, seed: int) -> Policy:
     """The policy as a module, checked once against the model's own forward."""
-    lm = models.load_policy(model, encoder.tokenizer, seed)
+    lm = models.load_policy(model, encoder.tokenizer, seed, weight_type(train))
     limit = train.max_tokens if train.max_tokens is not None else train.micro_batch_size * max_response
     policy = Policy(lm, limit)
     row = Row(tuple(encoder.encode_prompt("a")[0]), (encoder.eos_id, encoder.eos_id))
@@ -108,9 +108,14 @@ def build_policy(model: ModelSettings, encoder: Encoder, train: TrainSettings, m
 
 def build_scalar(model: ModelSettings, encoder: Encoder, train: TrainSettings, seed: int) -> RewardModel:
     """A reward model to train; a checkpoint without a scalar head gets a fresh one."""
-    scalar = models.load_scalar(model, encoder.tokenizer, seed, new_head=True)
+    scalar = models.load_scalar(model, encoder.tokenizer, seed, new_head=True, dtype=weight_type(train))
     enable_checkpointing(scalar, train)
     return RewardModel(scalar)
+
+
+def weight_type(train: TrainSettings) -> torch.dtype:
+    """The type weights are read in: half the memory under bf16; DeepSpeed keeps the float32 master it trains."""
+    return torch.bfloat16 if train.precision == "bf16" else torch.float32
 
 
 def enable_checkpointing(model: Any, train: TrainSettings) -> None:

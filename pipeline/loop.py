@@ -103,7 +103,8 @@ def one_step(job: Job, step: int, tally: Tally) -> None:
         FloatingPointError: the gradient is not finite; names the rows of this rank's window.
     """
     engine, window = job.engine, job.windows.at(step)
-    counts = torch.tensor(float(sum(count_terms(batch, job.objective.mean_over) for batch in window)))
+    terms = sum(count_terms(batch, job.objective.mean_over) for batch in window)
+    counts = torch.tensor(float(terms), dtype=torch.float64)
     n_terms = float(engine.ranks.all_sum(counts))
     engine.train()
     for place, batch in enumerate(window):
@@ -159,10 +160,18 @@ def keep(job: Job, state: State) -> None:
         chosen = job.directory / (job.train.keep if state.best_step is not None else "last")
         part = job.directory / "model.part"
         shutil.rmtree(part, ignore_errors=True)
-        shutil.copytree(chosen, part, copy_function=os.link)  # no second copy of the weights on the disk
+        shutil.copytree(chosen, part, copy_function=link_or_copy)
         shutil.rmtree(job.directory / "model", ignore_errors=True)
         os.replace(part, job.directory / "model")
     job.engine.ranks.barrier()
+
+
+def link_or_copy(source: str, target: str) -> None:
+    """A second name for the same bytes, so that weights are on the disk once; a copy where links are not to be had."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def due(step: int, every: int | None, last: int) -> bool:

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -75,11 +76,13 @@ def load_config(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> 
     return config
 
 
-def load_policy(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel | PeftModel:
-    """A causal or encoder-decoder language model in float32, with LoRA if asked for."""
+def load_policy(
+    settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, seed: int, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel | PeftModel:
+    """A causal or encoder-decoder language model with weights in `dtype`, with LoRA if asked for."""
     config = load_config(settings, tokenizer)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model = _load(auto, settings, config, seed, allow_new_head=False)
+    model = _load(auto, settings, config, Making(seed, dtype, new_head=False))
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         raise UserError(
             f"model.path: {settings.path} has {model.get_input_embeddings().weight.shape[0]} embeddings but its "
@@ -89,9 +92,13 @@ def load_policy(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, see
 
 
 def load_scalar(
-    settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, seed: int, new_head: bool
+    settings: ModelSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    new_head: bool,
+    dtype: torch.dtype | str = torch.float32,
 ) -> PreTrainedModel | PeftModel:
-    """A model with one output per sequence.
+    """A model with one output per sequence, weights in `dtype` ("auto": as they were saved).
 
     Args:
         new_head: whether a checkpoint without a scalar head (an SFT model) is welcome; its head starts at zero,
@@ -99,29 +106,37 @@ def load_scalar(
     """
     config = load_config(settings, tokenizer)
     config.num_labels = 1
-    model = _load(AutoModelForSequenceClassification, settings, config, seed, allow_new_head=new_head)
+    model = _load(AutoModelForSequenceClassification, settings, config, Making(seed, dtype, new_head))
     return with_lora(model, settings.lora, "SEQ_CLS")
 
 
-def _load(auto: type, settings: ModelSettings, config: PretrainedConfig, seed: int, allow_new_head: bool):
-    options = {"attn_implementation": settings.attn_implementation, "dtype": torch.float32}
-    torch.manual_seed(seed)
+class Making(NamedTuple):
+    """How weights are made or read: the seed of new ones, their type, and whether a new scalar head is welcome."""
+
+    seed: int
+    dtype: torch.dtype | str
+    new_head: bool
+
+
+def _load(auto: type, settings: ModelSettings, config: PretrainedConfig, making: Making) -> PreTrainedModel:
+    options = {"attn_implementation": settings.attn_implementation, "dtype": making.dtype}
+    torch.manual_seed(making.seed)
     if settings.path is None:
         if settings.lora.r:
             raise UserError("model.lora.r: adapters of a new model's frozen random weights learn little: give model=")
         model = auto.from_config(config, **options)
         zero_head(model)
     elif (adapter := adapter_of(settings)) is not None:
-        model = _from_adapter(auto, settings, config, adapter, options, allow_new_head)
+        model = _from_adapter(auto, settings, config, adapter, options, making.new_head)
     else:
-        model = _from_checkpoint(auto, settings, config, options, allow_new_head)
+        model = _from_checkpoint(auto, settings, config, options, making.new_head)
     if settings.dropout is not None:
         set_dropout(model, settings.dropout)
     return model
 
 
 def adapter_of(settings: ModelSettings) -> PeftConfig | None:
-    """What the directory `settings.path` says of itself if it holds adapters, as an earlier stage with LoRA leaves them."""
+    """What `settings.path` says of itself if it holds adapters, as an earlier stage with LoRA leaves them."""
     if settings.path is None or not (Path(settings.path) / "adapter_config.json").is_file():
         return None
     adapter = PeftConfig.from_pretrained(settings.path)

@@ -63,7 +63,7 @@ def survivors(weights: Sequence[float] | Tensor) -> list[int]:
         largest = f" (largest {float(values.max()):.4g})" if len(values) else ""
         raise UserError(
             f"sampling weights: none of {len(values)} rows is positive{largest}, wanted at least one: "
-            "check that rewards and values are on one scale, or sample without priority"
+            "check that rewards and values are on one scale, or say sampling=all"
         )
     return rows
 

@@ -107,7 +107,8 @@ def check_template(template: TemplateSettings, tokenizer: PreTrainedTokenizerBas
     if template.kind == "chat":
         if tokenizer.chat_template is None:
             raise UserError(
-                "template.kind: chat, but the tokenizer has no chat template: set template.kind=text, or use a chat model"
+                "template.kind: chat, but the tokenizer has no chat template: set template.kind=text, "
+                "or use a chat model"
             )
         return
     for name, value in (("prompt", template.prompt), ("response", template.response)):

@@ -52,7 +52,7 @@ def load(
     settings = model.model_copy(update={"path": directory, "revision": None, "dropout": 0.0})
     settings = settings.model_copy(update={"lora": model.lora.model_copy(update={"r": 0})})
     tokenizer = load_tokenizer(settings, [])
-    scorer = RewardModel(load_scalar(settings, tokenizer, seed=0, new_head=False)).eval()
+    scorer = RewardModel(load_scalar(settings, tokenizer, seed=0, new_head=False, dtype="auto")).eval()
     encoder = Encoder(tokenizer, saved_template(Path(directory)) or template, max_length, max_length)
 
     def reward(prompts: Sequence[str], completions: Sequence[str], **columns: Sequence) -> list[float]:

@@ -318,3 +318,16 @@ def test_a_resolved_configuration_resolves_to_itself(tmp_path: Path):
     file = tmp_path / "config.yaml"
     file.write_text(dump_yaml(settings.model_dump()))
     assert resolve(["stage=rl", f"config={file}"]).settings == settings
+
+
+@pytest.mark.parametrize(
+    ("words", "rate"),
+    [
+        ([], 2e-3),  # demo's `scratch`: a small new model
+        (["model=some/checkpoint"], 2e-5),  # sft.yaml's own, for a trained one
+        (["learning_rate=3e-4"], 3e-4),  # the user's word wins over both
+        (["model=null"], 2e-3),
+    ],
+)
+def test_what_a_recipe_says_of_new_models_is_for_new_models(words: list[str], rate: float):
+    assert resolve(["stage=sft", "recipe=demo", *words]).settings.optimizer.learning_rate == rate

@@ -124,13 +124,13 @@ def test_the_step_budget_counts_kept_rows(runs: Path) -> None:
 
 
 def test_score_rows_are_what_rl_reads(runs: Path, tmp_path: Path) -> None:
-    run("score", runs.parent, "splits=[train, validation]", "data.task_size=20")
-    read = readers.read(str(runs / "score" / "train.jsonl"))
+    run("score", runs.parent, "splits=[train, validation]", "data.task_size=20", "name=rows")  # named: rl passes it by
+    read = readers.read(str(runs / "score" / "rows" / "train.jsonl"))
     assert read.format == "scored" and len(read.examples) == 20
     assert set(read.examples[0].rewards) == {"helpfulness", "harmlessness"}
     total = sum(read.examples[0].rewards.values())
     assert read.examples[0].reward == pytest.approx(total, abs=1e-6)  # weights 1 and 1
-    results = json.loads((runs / "score" / "results.json").read_text())
+    results = json.loads((runs / "score" / "rows" / "results.json").read_text())
     assert results["train"]["rows"] == 20
 
 
@@ -235,3 +235,18 @@ def test_two_ranks_make_the_model_of_one(tmp_path: Path, launcher: str) -> None:
             if tag in first:
                 assert second[tag] == pytest.approx(first[tag], rel=2e-5), (first["step"], tag)
     assert [line.get("train/num_tokens") for line in one] == [line.get("train/num_tokens") for line in two]
+
+
+def test_a_named_model_and_another_sft_model_are_not_mixed_up(runs: Path) -> None:
+    """The run's SFT model was made from nothing; naming a base model for RL contradicts that, unless one says so."""
+    other = runs / "reward" / "helpfulness" / "model"
+    with pytest.raises(UserError, match=r"was made of a new model: say start_from=model"):
+        train("rl", runs.parent, "name=mixed", f"model={other}", "max_steps=2")
+
+
+def test_zero_3_evaluates_what_zero_0_trained(runs: Path) -> None:
+    words = ["max_rows=6", "num_samples=1", "reward=length", "policies={sft: sft}", "name=sharded", "zero=zero3"]
+    run("evaluate", runs.parent, *words, *SHORT)
+    run("evaluate", runs.parent, *words[:-2], "name=whole", *SHORT)
+    sharded, whole = (json.loads((runs / "evaluate" / n / "results.json").read_text()) for n in ("sharded", "whole"))
+    assert sharded["sft"] == pytest.approx(whole["sft"], abs=1e-4, nan_ok=True)

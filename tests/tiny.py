@@ -81,9 +81,10 @@ def language_model(shape: str, seed: int = 0, **changes: Any) -> PreTrainedModel
 def spread(model: nn.Module, scale: float = 0.25) -> Any:
     """Random weights of a size at which a changed token or position changes the outputs visibly."""
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape) * scale
-            parameter.copy_(noise if parameter.dim() > 1 else 1.0 + 0.2 * noise)
+            is_norm = parameter.dim() == 1 and not name.endswith("bias")
+            parameter.copy_(1.0 + 0.2 * noise if is_norm else noise)
     return model
 
 

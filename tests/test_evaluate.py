@@ -1,0 +1,170 @@
+"""Numbers of the evaluation by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from pipeline import evaluate
+from pipeline.algorithms import supervised
+from pipeline.data import Packing
+from pipeline.loop import Objective
+from pipeline.policy import Policy
+from pipeline.records import Example, Message, Response, Scores, UserError
+from pipeline.rewards import Reward, Rewards
+from tests import tiny
+
+
+def test_distinct_by_hand() -> None:
+    texts = [["a", "b", "a", "b"], ["A", "b"]]
+    # pairs: ab ba ab | ab (lower-cased): 4, of which 2 differ
+    assert evaluate.distinct(texts, 2) == 2 / 4
+    assert evaluate.distinct(texts, 1) == 2 / 6
+    assert evaluate.distinct([["a"], []], 2) != evaluate.distinct([["a"], []], 2)  # NaN: there are no pairs
+
+
+def test_repetition_by_hand() -> None:
+    # threes of a b c a b c: abc bca cab abc: 4, 3 of them new
+    assert evaluate.repetition("a b c a b c".split()) == 1 / 4
+    assert evaluate.repetition("a a a a a".split()) == pytest.approx(2 / 3)  # aaa three times
+    assert evaluate.repetition("a b".split()) == 0.0
+    assert evaluate.repetition([]) == 0.0
+
+
+def response(text: str, ids: int, finished: bool) -> Response:
+    return Response(Example(text, "p"), "p", text, (5,), tuple(range(ids)), finished)
+
+
+def test_completion_statistics_by_hand() -> None:
+    found = evaluate.completion_statistics([response("a b c", 4, True), response("a b c a b c d", 9, False)])
+    assert found == {
+        "completions/mean_length": 5.0,  # (3 + 7) / 2 words
+        "completions/mean_tokens": 6.5,  # (4 + 9) / 2
+        "completions/eos_fraction": 0.5,
+        "completions/clipped_fraction": 0.5,
+        "completions/distinct_2": 4 / 8,  # ab bc | ab bc ca ab bc cd: 8, of which ab bc ca cd
+        "completions/repetition": pytest.approx((0 + 1 / 5) / 2),  # abc bca cab abc bcd: 1 of 5 said before
+    }
+
+
+def test_sampled_kl_by_hand() -> None:
+    policy = [torch.tensor([-1.0, -2.0]), torch.tensor([-0.5])]
+    reference = [torch.tensor([-1.5, -1.0]), torch.tensor([-0.5])]
+    # d = .5, -1 | 0;  k3 = e^-.5 - .5 + e^1 - 2 (= e^-d - 1 + d) = .1065307 + .7182818 = .8248125 | 0;  k1 = -.5 | 0
+    found = evaluate.sampled_kl(policy, reference)
+    assert found["objective/kl"] == pytest.approx(0.8248125 / 2, abs=1e-6)
+    assert found["objective/kl_k1"] == pytest.approx(-0.25)
+    # population std of (.8248125, 0) is half of it; over sqrt 2
+    assert found["objective/kl_se"] == pytest.approx(0.8248125 / 2 / math.sqrt(2), abs=1e-6)
+    assert evaluate.sampled_kl(reference, reference)["objective/kl"] == 0.0
+
+
+def test_sampled_kl_is_the_divergence_in_the_mean() -> None:
+    """k3 and k1 of many samples against the exact sum of p ln p / q."""
+    torch.manual_seed(0)
+    p, q = torch.randn(6).softmax(0), torch.randn(6).softmax(0)
+    exact = float((p * (p / q).log()).sum())
+    drawn = torch.multinomial(p, 20_000, replacement=True)
+    found = evaluate.sampled_kl(list(p.log()[drawn][:, None]), list(q.log()[drawn][:, None]))
+    assert found["objective/kl"] == pytest.approx(exact, abs=4 * found["objective/kl_se"])
+    assert found["objective/kl_k1"] == pytest.approx(exact, abs=0.03)
+    assert 0 < found["objective/kl_se"] < 0.01
+
+
+def test_pair_accuracy_by_hand() -> None:
+    assert evaluate.pair_accuracy([1.0, 0.0, 2.0, 3.0], [0.0, 1.0, 2.0, -1.0]) == (1 + 0 + 0.5 + 1) / 4
+    assert math.isnan(evaluate.pair_accuracy([], []))
+
+
+def test_accuracy_by_source() -> None:
+    def pair(source: str, chosen: int, rejected: int) -> Example:
+        return Example("i", "p", chosen="w " * chosen, rejected="w " * rejected, source=source)
+
+    pairs = [pair("kind", 1, 3), pair("kind", 2, 5), pair("wild", 4, 1), pair("", 2, 2)]
+    found = evaluate.accuracy_by_source(pairs, [1.0, 0.0, 1.0, 0.5], [0.0, 1.0, 0.0, 0.5])
+    assert found == {
+        "eval/accuracy": (1 + 0 + 1 + 0.5) / 4,
+        "eval/length_accuracy": pytest.approx(5 / 8),  # longer wins: 0 0 1 .5 = 3/8; so shorter wins 5/8
+        "eval/pairs": 4.0,
+        "eval/accuracy/kind": 0.5,
+        "eval/length_accuracy/kind": 1.0,  # shorter wins both
+        "eval/pairs/kind": 2.0,
+        "eval/accuracy/wild": 1.0,
+        "eval/length_accuracy/wild": 1.0,
+        "eval/pairs/wild": 1.0,
+    }
+
+
+def echo(prompts, completions, **columns) -> list[float]:
+    return [float(len(prompt)) + float(text) for prompt, text in zip(prompts, completions, strict=True)]
+
+
+def test_score_texts_hands_over_all_columns() -> None:
+    rows = [
+        Example("a", "xy", references=("r1", "r2"), source="s"),
+        Example("b", (Message("user", "hello"), Message("assistant", "hi"))),
+    ]
+    seen = {}
+
+    def watching(prompts, completions, **columns) -> list[float]:
+        seen.update(columns, prompts=prompts, completions=completions)
+        return [0.25, 0.75]
+
+    rewards = Rewards([Reward("watching", 2.0, watching), Reward("sum", -1.0, lambda prompts, **_: [1.0, 2.0])])
+    scores = evaluate.score_texts(tiny.ranks(), rewards, rows, ["first", "second"])
+    assert seen["prompts"] == ["xy", "user: hello\n\nassistant: hi"]
+    assert seen["completions"] == ["first", "second"]
+    assert seen["raw_prompt"] == [rows[0].prompt, rows[1].prompt]
+    assert seen["id"] == ["a", "b"] and seen["source"] == ["s", ""] and seen["references"] == [["r1", "r2"], []]
+    assert scores.total == [2 * 0.25 - 1.0, 2 * 0.75 - 2.0]
+    assert scores.raw == {"watching": [0.25, 0.75], "sum": [1.0, 2.0]}
+
+
+def test_score_texts_of_nothing_and_of_a_bad_reward() -> None:
+    rewards = Rewards([Reward("echo", 1.0, echo)])
+    assert evaluate.score_texts(tiny.ranks(), rewards, [], []).total == []
+    bad = Rewards([Reward("bad", 1.0, lambda prompts, completions, **_: [float("nan")])])
+    with pytest.raises(UserError, match="bad"):
+        evaluate.score_texts(tiny.ranks(), bad, [Example("a", "p")], ["x"])
+
+
+def test_reward_statistics_by_hand() -> None:
+    scores = Scores({"n": [4.0, 8.0]}, {"n": [0.0, 1.0]}, [1.0, 3.0])
+    found = evaluate.reward_statistics(scores, ["a", "a b c"])
+    assert found["reward/mean"] == 2.0 and found["reward/std"] == 1.0
+    assert found["reward/se"] == pytest.approx(1 / math.sqrt(2))
+    assert found["reward/length_correlation"] == pytest.approx(1.0)
+    assert found["rewards/n/mean"] == 0.5 and found["rewards/n/std"] == 0.5 and found["rewards/n/raw_mean"] == 6.0
+
+
+def test_sample_rows() -> None:
+    scores = Scores({"n": [4.0, 8.0]}, {"n": [0.0, 1.0]}, [1.0, 3.0])
+    rows = evaluate.sample_rows([response("a", 1, True), response("b", 1, True)], scores, 1, policy="rl")
+    assert rows == [{"policy": "rl", "id": "a", "prompt": "p", "response": "a", "reward": 1.0, "rewards": {"n": 0.0}}]
+    assert len(evaluate.sample_rows([response("a", 1, True), response("b", 1, True)], scores, 9)) == 2
+
+
+@pytest.mark.parametrize("budget", [24, 4096])
+def test_held_out_loss_is_one_mean_over_tokens(budget: int) -> None:
+    trained, items = tiny.trainer(Policy(tiny.language_model("llama"), 64)), tiny.items(7)
+    objective = Objective(lambda logp, batch: supervised.loss(logp, batch, supervised.Settings()), "tokens")
+    found = evaluate.held_out_loss(trained, objective, items, Packing(None, budget, False, tiny.PAD_ID))
+    logps = evaluate.response_logps(trained, responses_of(items), Packing(None, 30, False, tiny.PAD_ID))
+    by_hand = -float(torch.cat(logps).mean())
+    assert found["eval/loss"] == pytest.approx(by_hand, rel=1e-5)
+
+
+def responses_of(items) -> list[Response]:
+    rows = [item.rows[0] for item in items]
+    return [Response(i.example, "", "", r.prompt_ids, r.response_ids, True) for i, r in zip(items, rows, strict=True)]
+
+
+def test_response_logps_are_in_order() -> None:
+    trained, items = tiny.trainer(Policy(tiny.language_model("llama"), 64)), tiny.items(7)
+    together = evaluate.response_logps(trained, responses_of(items), Packing(None, 30, False, tiny.PAD_ID))
+    for item, row in zip(items, together, strict=True):
+        (alone,) = evaluate.response_logps(trained, responses_of([item]), Packing(1, None, False, tiny.PAD_ID))
+        torch.testing.assert_close(row, alone, atol=1e-5, rtol=1e-5)
+        assert len(row) == len(item.rows[0].response_ids)

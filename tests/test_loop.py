@@ -1,0 +1,324 @@
+"""The loop: schedules by hand, what counts, and a training that is stopped and goes on as if it had not been."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline import assembly, evaluate, loop, training
+from pipeline.algorithms import offline, supervised
+from pipeline.checkpoint import Checkpoints, State
+from pipeline.data import Packing, collate
+from pipeline.engine import Engine
+from pipeline.loop import Evaluation, Objective, Watch
+from pipeline.policy import Policy
+from pipeline.records import Item, UserError
+from tests import tiny
+
+PACKING = Packing(None, 40, False, tiny.PAD_ID)
+TOKENS = Objective(lambda logp, batch: supervised.loss(logp, batch, supervised.Settings()), "tokens")
+
+
+# the learning rate
+
+
+def rates(kind: str, steps: int, warmup: float) -> list[float]:
+    settings = tiny.optimizer_settings(learning_rate=1.0, lr_scheduler_type=kind, warmup_ratio=warmup)
+    return [loop.learning_rate(step, steps, settings) for step in range(steps)]
+
+
+def test_learning_rates_by_hand() -> None:
+    # 2 of 10 steps of warm-up: 1/2, 2/2; then 8 steps from 1 down
+    assert rates("linear", 10, 0.2) == pytest.approx([0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
+    assert rates("constant", 10, 0.2) == pytest.approx([0.5] + [1.0] * 9)
+    # (1 + cos(pi k / 8)) / 2 for k = 0 .. 7
+    falling = [1.0, 0.961940, 0.853553, 0.691342, 0.5, 0.308658, 0.146447, 0.038060]
+    assert rates("cosine", 10, 0.2) == pytest.approx([0.5, 1.0, *falling], abs=1e-6)
+
+
+def test_learning_rates_at_the_edges() -> None:
+    assert rates("linear", 4, 0.0) == [1.0, 0.75, 0.5, 0.25]
+    assert rates("linear", 4, 1.0) == [0.25, 0.5, 0.75, 1.0]  # warm-up only
+    assert rates("linear", 3, 0.01)[0] == 1.0  # one step of warm-up, rounded up, is at the full rate
+    assert rates("cosine", 1, 0.0) == rates("cosine", 1, 0.5) == [1.0]
+    assert all(rate > 0 for kind in ("linear", "cosine", "constant") for rate in rates(kind, 7, 0.3))  # no idle step
+
+
+# counting
+
+
+def test_terms_of_the_mean() -> None:
+    items = tiny.items(3)
+    batch = collate(items, range(3), PACKING)
+    tokens = sum(len(item.rows[0].response_ids) for item in items)
+    assert [loop.count_terms(batch, over) for over in ("tokens", "sequences")] == [tokens, 3]
+    filler = collate(items, (), PACKING)
+    assert [loop.count_terms(filler, over) for over in ("tokens", "sequences", "pairs")] == [0, 0, 0]
+    assert loop.count_terms(collate(tiny.items(3, pairs=True), range(3), PACKING), "pairs") == 3
+
+
+def test_due() -> None:
+    assert [step for step in range(1, 8) if loop.due(step, 3, 7)] == [3, 6, 7]
+    assert [step for step in range(1, 8) if loop.due(step, None, 7)] == [7]
+
+
+def test_watch() -> None:
+    up, down = Watch("r", True), Watch("l", False)
+    assert up.better(1.0, None) and up.better(1.0, 0.5) and not up.better(1.0, 1.0)
+    assert down.better(0.5, 1.0) and not down.better(1.0, 0.5)
+    assert not up.better(math.nan, None) and not down.better(math.nan, 3.0)
+
+
+def test_steps_for() -> None:
+    def steps(rows: int, **train) -> int:
+        settings = tiny.settings("sft")
+        update = {"max_steps": None, "num_train_epochs": None, "batch_size": 8, **train}
+        return training.steps_for(settings.model_copy(update={"train": settings.train.model_copy(update=update)}), rows)
+
+    assert steps(100, max_steps=7) == 7
+    assert steps(100, num_train_epochs=2.0) == 25  # 200 / 8
+    assert steps(101, num_train_epochs=1.0) == 13  # 12.6, rounded up
+    assert steps(3, num_train_epochs=0.1) == 1
+
+
+# a whole training
+
+USUAL = {"batch_size": 4, "max_tokens": 40, "save_steps": 2, "eval_steps": 3, "logging_steps": 1}
+
+
+class Stopped(Exception):
+    """Stands for a kill."""
+
+
+@dataclass
+class Toy:
+    """A training of a few steps with dropout, so that its randomness has to be restored, in a directory."""
+
+    directory: Path
+    zero: str = "zero0"
+    steps: int = 6
+    words: dict[str, object] = field(default_factory=dict)  # settings of `train`
+    seed: int = 0  # of the first weights
+    at_evaluation: Callable[[int], None] = lambda step: None
+    at_export: Callable[[Path], None] = lambda place: None
+    objective: Objective = TOKENS
+    larger_is_better: bool = False
+
+    def engine(self) -> Engine:
+        lm = tiny.language_model("gpt2", self.seed, resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1)
+        return tiny.trainer(Policy(lm, 64), self.zero)
+
+    def run(self, items: list[Item] | None = None, prepare: Callable[[], None] = lambda: None) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        items = items or tiny.items(9)
+        words = {**USUAL, "max_steps": self.steps, **self.words}
+        settings = tiny.settings("sft", *(f"train.{name}={value}" for name, value in words.items()))
+        trained = self.engine()
+        torch.manual_seed(0)
+        export = assembly.exporter(trained, tiny.encoder())
+
+        def look(step: int) -> Evaluation:
+            self.at_evaluation(step)
+            found = evaluate.held_out_loss(trained, self.objective, items, PACKING)
+            return Evaluation(found, {"lengths": torch.arange(3.0)}, [{"id": "a", "response": f"at {step}"}])
+
+        def exporting(place: Path) -> None:
+            self.at_export(place)
+            export(place)
+
+        draw = training.epochs(len(items), settings.train.batch_size, settings.seed)
+        course = training.Course(
+            items, draw, PACKING, self.objective, self.steps, settings.train.eval_steps, look,
+            Watch("eval/loss", self.larger_is_better), exporting,
+        )  # fmt: skip
+        training.train(settings, self.directory, trained, course, prepare)
+
+    def weights(self, folder: str = "model") -> dict[str, torch.Tensor]:
+        return load_file(self.directory / folder / "model.safetensors")
+
+    def rows(self) -> list[dict]:
+        lines = (self.directory / "metrics.jsonl").read_text().splitlines()
+        timeless = [{k: v for k, v in json.loads(x).items() if k != "time" and not k.startswith("perf/")} for x in lines]
+        return timeless
+
+    def checkpoints(self) -> list[str]:
+        """But for the scripts that DeepSpeed leaves beside them."""
+        return sorted(path.name for path in (self.directory / "checkpoints").iterdir() if path.suffix != ".py")
+
+
+def stop_at(step: int) -> Callable[[int], None]:
+    def check(now: int) -> None:
+        if now == step:
+            raise Stopped
+
+    return check
+
+
+def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    """The training that nothing stops."""
+    toy = Toy(tmp_path_factory.mktemp("whole") / "sft")
+    toy.run()
+    return toy
+
+
+def test_what_a_training_leaves(whole: Toy) -> None:
+    rows = whole.rows()
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows if "eval/loss" in row] == [0, 3, 6]
+    assert all(row["train/grad_norm"] > 0 and row["train/num_tokens"] > 0 for row in rows[1:])
+    assert sorted(path.name for path in (whole.directory / "samples").iterdir()) == [
+        "step-000000.jsonl", "step-000003.jsonl", "step-000006.jsonl",
+    ]  # fmt: skip
+    assert not (whole.directory / "checkpoints").exists()
+    results = json.loads((whole.directory / "results.json").read_text())
+    losses = {row["step"]: row["eval/loss"] for row in rows if "eval/loss" in row}
+    assert results["eval/loss"] == pytest.approx(min(losses.values()), rel=1e-5)
+    assert losses[results["model_step"]] == min(losses.values()) and results["steps"] == 6
+
+
+def test_each_row_is_the_mean_of_its_steps(tmp_path: Path, whole: Toy) -> None:
+    """Rows of three steps are the means, by tokens, of the rows of single steps."""
+    toy = Toy(tmp_path / "sft", words={"logging_steps": 3})
+    toy.run()
+    single, triple = whole.rows()[1:], toy.rows()[1:]
+    assert [row["step"] for row in triple] == [3, 6]
+    for row, parts in zip(triple, (single[:3], single[3:]), strict=True):
+        tokens = sum(part["train/num_tokens"] for part in parts)
+        loss = sum(part["train/loss"] * part["train/num_tokens"] for part in parts) / tokens
+        assert row["train/loss"] == pytest.approx(loss, rel=1e-4)
+        assert row["train/num_tokens"] == pytest.approx(tokens / 3, rel=1e-4)
+    assert same(toy.weights("last"), whole.weights("last"))  # looking less often trains the same
+
+
+@pytest.mark.parametrize("zero", ["zero0", "zero2", "zero3"])
+def test_a_stopped_training_goes_on_bit_for_bit(tmp_path: Path, whole: Toy, zero: str) -> None:
+    if zero != "zero0":
+        whole = Toy(tmp_path / "whole", zero=zero)
+        whole.run()
+    toy = Toy(tmp_path / "sft", zero=zero, at_evaluation=stop_at(3))
+    with pytest.raises(Stopped):
+        toy.run()
+    assert toy.checkpoints() == ["latest", "step-000002"]
+    prepared = []
+    toy.at_evaluation, toy.seed = (lambda step: None), 5  # other first weights: only the checkpoint can give the right ones
+    toy.run(prepare=lambda: prepared.append(1))
+    assert not prepared  # the policy is no longer its reference
+    assert toy.rows() == whole.rows()
+    assert same(toy.weights("last"), whole.weights("last")) and same(toy.weights(), whole.weights())
+
+
+def test_stopped_after_the_last_step(tmp_path: Path, whole: Toy) -> None:
+    toy = Toy(tmp_path / "sft")
+
+    def fail(place: Path) -> None:
+        if place.name == "last":
+            raise Stopped
+
+    toy.at_export = fail
+    with pytest.raises(Stopped):
+        toy.run()
+    assert not (toy.directory / "results.json").exists()
+    toy.at_export = lambda place: None
+    toy.run()
+    assert toy.rows() == whole.rows() and same(toy.weights(), whole.weights())
+
+
+def test_without_checkpoints_it_starts_anew(tmp_path: Path, whole: Toy) -> None:
+    toy = Toy(tmp_path / "sft", words={"save_steps": "null"}, at_evaluation=stop_at(3))
+    prepared = []
+    with pytest.raises(Stopped):
+        toy.run(prepare=lambda: prepared.append(1))
+    toy.at_evaluation = lambda step: None
+    toy.run(prepare=lambda: prepared.append(2))
+    assert prepared == [1, 2] and toy.rows() == whole.rows() and same(toy.weights(), whole.weights())
+
+
+def test_keep_chooses_the_weights(tmp_path: Path) -> None:
+    """With a watch that likes a large loss the first weights are the best: training only lowers it."""
+    found = {}
+    for kept in ("best", "last"):
+        toy = Toy(tmp_path / kept, words={"keep": kept}, larger_is_better=True)
+        toy.run()
+        assert same(toy.weights(), toy.weights(kept)) and not same(toy.weights("best"), toy.weights("last"))
+        found[kept] = json.loads((toy.directory / "results.json").read_text())
+    assert found["best"]["model_step"] == 0 and found["last"]["model_step"] == 6
+    assert found["best"]["eval/loss"] > found["last"]["eval/loss"]
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_old_checkpoints_are_removed(tmp_path: Path, limit: int) -> None:
+    seen = {}
+    toy = Toy(tmp_path / "sft", steps=8, words={"save_total_limit": limit, "eval_steps": 1})
+    toy.at_evaluation = lambda step: seen.update({step: toy.checkpoints() if step > 2 else []})
+    toy.run()
+    names = ["step-000002", "step-000004", "step-000006"]
+    assert seen[5] == ["latest", *names[:2][-limit:]] and seen[7] == ["latest", *names[-limit:]]
+
+
+def test_torn_checkpoints_are_ignored_and_swept(tmp_path: Path, whole: Toy) -> None:
+    toy = Toy(tmp_path / "sft", at_evaluation=stop_at(3))
+    with pytest.raises(Stopped):
+        toy.run()
+    torn = toy.directory / "checkpoints" / "part-step-000004"
+    torn.mkdir()
+    (torn / "state.json").write_text('{"step": 4')
+    toy.at_evaluation = stop_at(6)
+    with pytest.raises(Stopped):
+        toy.run()
+    assert toy.checkpoints() == ["latest", "step-000002", "step-000004"]
+    toy.at_evaluation = lambda step: None
+    toy.run()
+    assert toy.rows() == whole.rows() and same(toy.weights(), whole.weights())
+
+
+def test_killed_between_the_folder_and_the_pointer(tmp_path: Path, whole: Toy) -> None:
+    """A complete folder that `latest` does not name yet is done again, not half used."""
+    toy = Toy(tmp_path / "sft", at_evaluation=stop_at(6))
+    with pytest.raises(Stopped):
+        toy.run()
+    (toy.directory / "checkpoints" / "latest").write_text("step-000002\n")
+    toy.at_evaluation = lambda step: None
+    toy.run()
+    assert toy.rows() == whole.rows() and same(toy.weights(), whole.weights())
+
+
+def test_checkpoints_that_cannot_be_used(tmp_path: Path) -> None:
+    trained = tiny.trainer(Policy(tiny.language_model("llama"), 64))
+    checkpoints = Checkpoints(tmp_path, trained.ranks, 2)
+    assert checkpoints.load(trained) is None
+    checkpoints.save(trained, State(step=2, world=2))
+    with pytest.raises(UserError, match="written by 2 processes, now there are 1: resume with processes=2"):
+        checkpoints.load(trained)
+    (tmp_path / "checkpoints" / "latest").write_text("step-000009\n")
+    with pytest.raises(UserError, match="names step-000009, which is not there whole"):
+        checkpoints.load(trained)
+
+
+@pytest.mark.parametrize("zero", ["zero0", "zero2", "zero3"])
+def test_a_gradient_that_is_no_number_names_its_rows(tmp_path: Path, zero: str) -> None:
+    settings = offline.Settings("reward", "none", 0.9, 0.1, 0.0, "none")
+    objective = Objective(lambda logp, batch: offline.loss(logp, batch, settings), "sequences")
+    toy = Toy(tmp_path / "sft", zero=zero, objective=objective)
+    items = tiny.items(4, reward=lambda i: math.inf if i == 2 else 1.0)
+    with pytest.raises(FloatingPointError) as error:
+        toy.run(items)
+    assert "step 1: the gradient norm is" in str(error.value)
+    assert all(f"row {i}" in str(error.value) for i in range(4))  # the step's whole batch
+
+
+def test_the_logged_rates_are_the_schedules(whole: Toy) -> None:
+    settings = tiny.settings("sft").optimizer
+    wanted = [loop.learning_rate(step, 6, settings) for step in range(6)]
+    assert [row["train/learning_rate"] for row in whole.rows()[1:]] == pytest.approx(wanted, rel=1e-5)

@@ -1,0 +1,123 @@
+"""A stage's directory: fresh, done, going on, and refused when something else came to be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline import runs
+from pipeline.config import load_yaml
+from pipeline.metrics import write_json
+from pipeline.records import UserError
+from tests import tiny
+
+WORDS = ["stage=sft", "data.train=my rows.jsonl"]
+INPUTS = {"model": "new", "data.train": "f1"}
+
+
+def settings(*words: str):
+    return tiny.settings("sft", *words)
+
+
+def opened(tmp_path: Path, *words: str, inputs: dict | None = None) -> bool:
+    return runs.open_stage(tmp_path / "sft", settings(*words), WORDS, inputs or INPUTS)
+
+
+def test_a_fresh_stage_notes_what_it_is(tmp_path: Path) -> None:
+    assert opened(tmp_path, "seed=7")
+    stage = tmp_path / "sft"
+    assert load_yaml(stage / "config.yaml")["seed"] == 7
+    assert json.loads((stage / "inputs.json").read_text()) == INPUTS
+    assert (stage / "command.txt").read_text() == "bash run.sh stage=sft 'data.train=my rows.jsonl'\n"
+
+
+def test_an_unfinished_stage_goes_on(tmp_path: Path) -> None:
+    opened(tmp_path)
+    before = (tmp_path / "sft" / "config.yaml").stat().st_mtime_ns
+    assert opened(tmp_path)
+    assert (tmp_path / "sft" / "config.yaml").stat().st_mtime_ns == before
+
+
+def test_a_finished_stage_is_not_done_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    opened(tmp_path)
+    write_json(tmp_path / "sft" / "results.json", {"eval/loss": 1.0})
+    assert not opened(tmp_path)
+    assert "is done; remove it to do it again" in capsys.readouterr().out
+
+
+def refused(tmp_path: Path, *words: str, inputs: dict | None = None) -> str:
+    with pytest.raises(UserError) as error:
+        opened(tmp_path, *words, inputs=inputs)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_changed_settings_are_named(tmp_path: Path, finished: bool) -> None:
+    opened(tmp_path)
+    if finished:
+        write_json(tmp_path / "sft" / "results.json", {})
+    assert "started with optimizer.learning_rate=2e-05, now it is 0.001" in refused(tmp_path, "learning_rate=1e-3")
+    assert "train.batch_size=64, now it is 32" in refused(tmp_path, "batch_size=32")
+    assert "choose another run= or name=, or remove the directory" in refused(tmp_path, "seed=2")
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["launch.processes=2", "train.logging_steps=3", "train.save_steps=5", "train.save_total_limit=9", "runs_dir=other"],
+)
+def test_what_changes_no_number_may_change(tmp_path: Path, word: str) -> None:
+    opened(tmp_path)
+    assert opened(tmp_path, word)
+
+
+def test_changed_inputs_are_named(tmp_path: Path) -> None:
+    opened(tmp_path)
+    assert "its data.train has changed" in refused(tmp_path, inputs={**INPUTS, "data.train": "f2"})
+    assert "its reward x has changed" in refused(tmp_path, inputs={**INPUTS, "reward x": "f"})
+    assert "its data.train has changed" in refused(tmp_path, inputs={"model": "new"})
+
+
+def test_results_of_unknown_origin_are_not_overwritten(tmp_path: Path) -> None:
+    write_json(tmp_path / "sft" / "results.json", {})
+    assert "not what made them" in refused(tmp_path)
+
+
+def test_fingerprints_follow_names_and_bytes(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "a.bin").write_bytes(b"one")
+    (model / "b.bin").write_bytes(b"two")
+    first = runs.fingerprint(model)
+    assert runs.fingerprint(str(model)) == first
+    (model / "a.bin").write_bytes(b"0ne")
+    changed = runs.fingerprint(model)
+    (model / "a.bin").write_bytes(b"one")
+    assert runs.fingerprint(model) == first
+    (model / "a.bin").rename(model / "c.bin")
+    assert len({first, changed, runs.fingerprint(model), runs.fingerprint(model / "b.bin")}) == 4
+    assert runs.fingerprint("org/name") != runs.fingerprint("org/other")
+
+
+def test_where_stages_lie(tmp_path: Path) -> None:
+    here = settings(f"runs_dir={tmp_path}", "run=r")
+    assert runs.stage_dir(here, "sft") == tmp_path / "r" / "sft"
+    named = settings(f"runs_dir={tmp_path}", "run=r", "name=one")
+    assert runs.stage_dir(named, "sft") == tmp_path / "r" / "sft" / "one"
+
+
+def test_only_finished_models_count(tmp_path: Path) -> None:
+    here = settings(f"runs_dir={tmp_path}", "run=r")
+    model = tmp_path / "r" / "sft" / "model"
+    model.mkdir(parents=True)
+    assert runs.model_of(here, "sft") is None
+    write_json(model.parent / "results.json", {})
+    assert runs.model_of(here, "sft") == model
+    for name, done in (("b", True), ("a", True), ("c", False)):
+        folder = tmp_path / "r" / "reward" / name
+        (folder / "model").mkdir(parents=True)
+        if done:
+            write_json(folder / "results.json", {})
+    assert runs.reward_models(here) == {name: str(tmp_path / "r" / "reward" / name / "model") for name in ("a", "b")}
