@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -297,12 +296,3 @@ def unreadable(path: str, what: str, error: Exception) -> str:
         return f"model.path: {path} does not exist, wanted a directory or a Hugging Face name"
     reason = " ".join(str(error).split())[:200]
     return f"model.path: the {what} of {path} cannot be read ({reason})"
-
-
-def parameter_count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def describe(directory: Path) -> dict:
-    """config.json of a saved model."""
-    return json.loads((directory / "config.json").read_text(encoding="utf-8"))

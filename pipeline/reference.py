@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from pipeline import value
@@ -27,7 +28,7 @@ FORMAT = 1  # raise it when what is computed changes
 
 def cache_key(**parts: Any) -> str:
     """A name that changes with anything the content depends on."""
-    text = json.dumps({"format": FORMAT, "torch": torch.__version__, **parts}, sort_keys=True, default=str)
+    text = json.dumps({"format": FORMAT, "torch": torch.__version__, "transformers": transformers.__version__, **parts}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 

@@ -112,7 +112,6 @@ class OptimizerSettings(Section):
 
 class EvalSettings(Section):
     max_rows: Count
-    batch_size: Count
     num_samples: Whole
 
 

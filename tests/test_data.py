@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ def test_micro_batches_hold_like_lengths() -> None:
     items = tiny.items(24, longest=20)
     groups = group(items, range(24), BY_COUNT, 1)
     lengths = [[len(items[i].rows[0]) for i in g] for g in groups]
-    assert all(min(longer) >= max(shorter) for longer, shorter in zip(lengths, lengths[1:], strict=False))
+    assert all(min(longer) >= max(shorter) for longer, shorter in pairwise(lengths))
 
 
 def test_too_long_a_row_is_named() -> None:
@@ -123,7 +124,12 @@ def test_collate_by_hand() -> None:
 def test_pairs_are_first_rows_then_second_rows() -> None:
     items = tiny.items(3, pairs=True)
     batch = collate(items, (2, 0), BY_COUNT)
-    rows = [items[2].rows[0], items[0].rows[0], items[2].rows[1], items[0].rows[1]]  # chosen, chosen, rejected, rejected
+    rows = [
+        items[2].rows[0],
+        items[0].rows[0],
+        items[2].rows[1],
+        items[0].rows[1],
+    ]  # chosen, chosen, rejected, rejected
     for place, row in enumerate(rows):
         assert batch.response_ids[place][batch.response_mask[place]].tolist() == list(row.response_ids)
         whole = [*row.prompt_ids, *row.response_ids]
@@ -134,7 +140,9 @@ def test_reference_logps_are_padded_with_zero() -> None:
     first, second = tiny.items(2, pairs=True)[:2]
 
     def known(item: Item, start: float) -> Item:
-        return replace(item, ref_logp=tuple(torch.full((len(row.response_ids),), start - i) for i, row in enumerate(item.rows)))
+        return replace(
+            item, ref_logp=tuple(torch.full((len(row.response_ids),), start - i) for i, row in enumerate(item.rows))
+        )
 
     batch = collate([known(first, -1.0), known(second, -5.0)], (0, 1), BY_COUNT)
     for place, value in enumerate([-1.0, -5.0, -2.0, -6.0]):

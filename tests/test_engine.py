@@ -1,4 +1,4 @@
-"""The engine on real DeepSpeed: one exact mean, clipping, generation, checkpoints and export, ZeRO 0 to 3, 1 and 2 ranks."""
+"""The engine on real DeepSpeed: one exact mean, clipping, generation, checkpoints, export; ZeRO 0-3, 1 and 2 ranks."""
 
 from __future__ import annotations
 
@@ -67,7 +67,9 @@ def close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolera
     theirs = {name: weight for name, weight in theirs.items() if name in ours}
     assert ours.keys() == theirs.keys() and ours
     for name, weight in ours.items():
-        torch.testing.assert_close(weight, theirs[name], atol=tolerance, rtol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            weight, theirs[name], atol=tolerance, rtol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("zero", STAGES)
@@ -172,7 +174,9 @@ def test_export_under_zero_3_is_what_transformers_loads(tmp_path: Path, shape: s
     weights = {name.removeprefix("model."): weight for name, weight in trained.state_dict().items()}
     assert all(weight.numel() for weight in weights.values())
     names = dict(tiny.language_model(shape).named_parameters())
-    assert {name: weight.shape for name, weight in weights.items() if name in names} == {n: p.shape for n, p in names.items()}
+    assert {name: weight.shape for name, weight in weights.items() if name in names} == {
+        n: p.shape for n, p in names.items()
+    }
     models.save(tmp_path / "model", trained.module.model, weights, tiny.tokenizer())
     auto = AutoModelForCausalLM if shape == "llama" else AutoModelForSeq2SeqLM
     loaded, report = auto.from_pretrained(tmp_path / "model", output_loading_info=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,9 +28,9 @@ def test_distinct_by_hand() -> None:
 
 def test_repetition_by_hand() -> None:
     # threes of a b c a b c: abc bca cab abc: 4, 3 of them new
-    assert evaluate.repetition("a b c a b c".split()) == 1 / 4
-    assert evaluate.repetition("a a a a a".split()) == pytest.approx(2 / 3)  # aaa three times
-    assert evaluate.repetition("a b".split()) == 0.0
+    assert evaluate.repetition(list("abcabc")) == 1 / 4
+    assert evaluate.repetition(list("aaaaa")) == pytest.approx(2 / 3)  # aaa three times
+    assert evaluate.repetition(["a", "b"]) == 0.0
     assert evaluate.repetition([]) == 0.0
 
 
@@ -168,3 +169,12 @@ def test_response_logps_are_in_order() -> None:
         (alone,) = evaluate.response_logps(trained, responses_of([item]), Packing(1, None, False, tiny.PAD_ID))
         torch.testing.assert_close(row, alone, atol=1e-5, rtol=1e-5)
         assert len(row) == len(item.rows[0].response_ids)
+
+
+def test_log_ratios_are_sums_over_responses() -> None:
+    """With a reference that is sure of everything (ref_logp 0) they are the policy's own log-probabilities."""
+    trained, items = tiny.trainer(Policy(tiny.language_model("llama"), 64)), tiny.items(7)
+    packing = Packing(None, 30, False, tiny.PAD_ID)
+    sure = [replace(item, ref_logp=(torch.zeros(len(item.rows[0].response_ids)),)) for item in items]
+    own = [float(row.sum()) for row in evaluate.response_logps(trained, responses_of(items), packing)]
+    assert sorted(evaluate.log_ratios(trained, sure, packing).tolist()) == pytest.approx(sorted(own), rel=1e-5)

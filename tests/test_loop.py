@@ -93,7 +93,7 @@ def test_steps_for() -> None:
 USUAL = {"batch_size": 4, "max_tokens": 40, "save_steps": 2, "eval_steps": 3, "logging_steps": 1}
 
 
-class Stopped(Exception):
+class KilledError(Exception):
     """Stands for a kill."""
 
 
@@ -145,7 +145,9 @@ class Toy:
 
     def rows(self) -> list[dict]:
         lines = (self.directory / "metrics.jsonl").read_text().splitlines()
-        timeless = [{k: v for k, v in json.loads(x).items() if k != "time" and not k.startswith("perf/")} for x in lines]
+        timeless = [
+            {k: v for k, v in json.loads(x).items() if k != "time" and not k.startswith("perf/")} for x in lines
+        ]
         return timeless
 
     def checkpoints(self) -> list[str]:
@@ -156,7 +158,7 @@ class Toy:
 def stop_at(step: int) -> Callable[[int], None]:
     def check(now: int) -> None:
         if now == step:
-            raise Stopped
+            raise KilledError
 
     return check
 
@@ -208,11 +210,14 @@ def test_a_stopped_training_goes_on_bit_for_bit(tmp_path: Path, whole: Toy, zero
         whole = Toy(tmp_path / "whole", zero=zero)
         whole.run()
     toy = Toy(tmp_path / "sft", zero=zero, at_evaluation=stop_at(3))
-    with pytest.raises(Stopped):
+    with pytest.raises(KilledError):
         toy.run()
     assert toy.checkpoints() == ["latest", "step-000002"]
     prepared = []
-    toy.at_evaluation, toy.seed = (lambda step: None), 5  # other first weights: only the checkpoint can give the right ones
+    toy.at_evaluation, toy.seed = (
+        (lambda step: None),
+        5,
+    )  # other first weights: only the checkpoint can give the right ones
     toy.run(prepare=lambda: prepared.append(1))
     assert not prepared  # the policy is no longer its reference
     assert toy.rows() == whole.rows()
@@ -224,10 +229,10 @@ def test_stopped_after_the_last_step(tmp_path: Path, whole: Toy) -> None:
 
     def fail(place: Path) -> None:
         if place.name == "last":
-            raise Stopped
+            raise KilledError
 
     toy.at_export = fail
-    with pytest.raises(Stopped):
+    with pytest.raises(KilledError):
         toy.run()
     assert not (toy.directory / "results.json").exists()
     toy.at_export = lambda place: None
@@ -238,7 +243,7 @@ def test_stopped_after_the_last_step(tmp_path: Path, whole: Toy) -> None:
 def test_without_checkpoints_it_starts_anew(tmp_path: Path, whole: Toy) -> None:
     toy = Toy(tmp_path / "sft", words={"save_steps": "null"}, at_evaluation=stop_at(3))
     prepared = []
-    with pytest.raises(Stopped):
+    with pytest.raises(KilledError):
         toy.run(prepare=lambda: prepared.append(1))
     toy.at_evaluation = lambda step: None
     toy.run(prepare=lambda: prepared.append(2))
@@ -269,13 +274,13 @@ def test_old_checkpoints_are_removed(tmp_path: Path, limit: int) -> None:
 
 def test_torn_checkpoints_are_ignored_and_swept(tmp_path: Path, whole: Toy) -> None:
     toy = Toy(tmp_path / "sft", at_evaluation=stop_at(3))
-    with pytest.raises(Stopped):
+    with pytest.raises(KilledError):
         toy.run()
     torn = toy.directory / "checkpoints" / "part-step-000004"
     torn.mkdir()
     (torn / "state.json").write_text('{"step": 4')
     toy.at_evaluation = stop_at(6)
-    with pytest.raises(Stopped):
+    with pytest.raises(KilledError):
         toy.run()
     assert toy.checkpoints() == ["latest", "step-000002", "step-000004"]
     toy.at_evaluation = lambda step: None
@@ -286,7 +291,7 @@ def test_torn_checkpoints_are_ignored_and_swept(tmp_path: Path, whole: Toy) -> N
 def test_killed_between_the_folder_and_the_pointer(tmp_path: Path, whole: Toy) -> None:
     """A complete folder that `latest` does not name yet is done again, not half used."""
     toy = Toy(tmp_path / "sft", at_evaluation=stop_at(6))
-    with pytest.raises(Stopped):
+    with pytest.raises(KilledError):
         toy.run()
     (toy.directory / "checkpoints" / "latest").write_text("step-000002\n")
     toy.at_evaluation = lambda step: None

@@ -114,7 +114,8 @@ def targets(count: int = 12) -> reference.Targets:
 
 
 def fitted(engine, epochs: int = 3) -> tuple[value.ValueHead, dict[str, float]]:
-    settings = tiny.settings("rl").value.model_copy(update={"epochs": epochs, "batch_size": 4})
+    fit = {"learning_rate": 1e-3, "epochs": epochs, "batch_size": 4, "patience": epochs, "dropout": 0.1}
+    settings = tiny.settings("rl").value.model_copy(update=fit)
     return reference.fit_value(engine, targets(), PACKING, settings, seed=0)
 
 
@@ -140,7 +141,11 @@ def test_p14_values_do_not_depend_on_the_packing(tmp_path: Path, shape: str) -> 
     torch.manual_seed(0)
     head = value.ValueHead(tiny.H, 0.0, 1.0)
     encoder_decoder = trained.module.encoder_decoder
-    packings = [Packing(1, None, encoder_decoder, 0), Packing(None, 40, encoder_decoder, 0), Packing(12, None, encoder_decoder, 0)]
+    packings = [
+        Packing(1, None, encoder_decoder, 0),
+        Packing(None, 40, encoder_decoder, 0),
+        Packing(12, None, encoder_decoder, 0),
+    ]
     found = [reference.values_of(trained, head, targets().items, packing) for packing in packings]
     for values in found[1:]:
         torch.testing.assert_close(values, found[0], atol=1e-5, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""Generation: batches say what each prompt alone would, in order, seeded, and nothing of the checkpoint's own habits."""
+"""Generation: batches say what each prompt alone would, in order, seeded, without the checkpoint's own habits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def speaker(shape: str) -> engine.Engine:
 
 
 def generation(**changes):
-    return tiny.settings("rl").generation.model_copy(update={"max_new_tokens": 8, "batch_size": 3, **changes})
+    usual = {"max_new_tokens": 8, "batch_size": 3, "do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+    return tiny.settings("rl").generation.model_copy(update={**usual, **changes})
 
 
 def ids_of(answers) -> list[tuple[int, ...]]:
@@ -54,7 +55,9 @@ def test_greedy_batches_are_each_prompt_alone(shape: str) -> None:
 
 @pytest.mark.parametrize("shape", ["llama", "gpt2"])
 def test_eos_belongs_to_the_response_and_ends_it(shape: str) -> None:
-    answers = rollout.generate(speaker(shape), tiny.encoder(), PROMPTS, generation(do_sample=True, max_new_tokens=20), 1)
+    answers = rollout.generate(
+        speaker(shape), tiny.encoder(), PROMPTS, generation(do_sample=True, max_new_tokens=20), 1
+    )
     finished = [answer.finished for answer in answers]
     assert any(finished) and not all(finished)
     for answer in answers:

@@ -59,8 +59,9 @@ def test_changed_settings_are_named(tmp_path: Path, finished: bool) -> None:
     opened(tmp_path)
     if finished:
         write_json(tmp_path / "sft" / "results.json", {})
-    assert "started with optimizer.learning_rate=2e-05, now it is 0.001" in refused(tmp_path, "learning_rate=1e-3")
-    assert "train.batch_size=64, now it is 32" in refused(tmp_path, "batch_size=32")
+    rate, size = settings().optimizer.learning_rate, settings().train.batch_size
+    assert f"started with optimizer.learning_rate={rate}, now it is 0.5" in refused(tmp_path, "learning_rate=0.5")
+    assert f"train.batch_size={size}, now it is 3" in refused(tmp_path, "batch_size=3")
     assert "choose another run= or name=, or remove the directory" in refused(tmp_path, "seed=2")
 
 

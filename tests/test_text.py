@@ -178,7 +178,16 @@ def test_an_empty_prompt() -> None:
     one_line(error, "prompt: it is empty")
 
 
-AWKWARD = ["plain", "zwölf €, 😀 漢字", "a\nb\n\n c", "two  blanks   three", " lead and trail ", "<0x41> is A", "\ttab", ""]
+AWKWARD = [
+    "plain",
+    "zwölf €, 😀 漢字",
+    "a\nb\n\n c",
+    "two  blanks   three",
+    " lead and trail ",
+    "<0x41> is A",
+    "\ttab",
+    "",
+]
 
 
 @pytest.mark.parametrize("text", AWKWARD)

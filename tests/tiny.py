@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
 from functools import cache
@@ -36,9 +37,10 @@ SHAPES = ("llama", "gpt2", "t5", "bart")
 PLAIN = TemplateSettings(
     kind="text", prompt="{prompt}", response=" {response}", human="\nHuman: ", assistant="\nAssistant: ", system=None
 )
-WORDS = "the cat sat on a mat and ran far away from this old big dog".split()
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "ran", "far", "away", "from", "this", "old", "big", "dog"]
 
 
+@cache
 def settings(stage: str, *words: str) -> Any:
     """The settings that a user's words give for `stage`."""
     return resolve([f"stage={stage}", *words]).settings
@@ -119,8 +121,13 @@ def items(count: int, seed: int = 0, longest: int = 9, pairs: bool = False, **nu
 
 
 def ranks() -> engine.Ranks:
-    """This process alone."""
-    return engine.start(600)
+    """This process alone, or one of torchrun's. What a lone process says of itself does not reach later launches."""
+    before = dict(os.environ)
+    group = engine.start(600)
+    if "RANK" not in before:
+        for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):  # DeepSpeed goes on reading LOCAL_RANK
+            os.environ.pop(name, None)
+    return group
 
 
 # what training tests share: large epsilon makes Adam's step depend on the size of the gradient, not on its sign alone

@@ -1,0 +1,258 @@
+"""Loading and saving: adapters that the next stage opens, reward models that read by length, mistakes in one line."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from pipeline import assembly, models
+from pipeline.data import Packing, collate
+from pipeline.models import hugging_face
+from pipeline.policy import Policy, RewardModel, check_head
+from pipeline.records import Batch, Item, Message, UserError
+from pipeline.settings import ModelSettings
+from reward_models import learned
+from tests import tiny
+
+SHAPES = tiny.SHAPES
+
+
+def batch_of(policy: Policy | RewardModel, items: list[Item], *indices: int) -> Batch:
+    whole = isinstance(policy, RewardModel)
+    packing = Packing(None, 10**6, policy.encoder_decoder, tiny.PAD_ID, whole)
+    return collate(items, indices or range(len(items)), packing)
+
+
+# LoRA
+
+
+def saved(tmp_path: Path, shape: str) -> ModelSettings:
+    """Settings that load a saved random model."""
+    model = tiny.language_model(shape)
+    models.save(tmp_path / shape, model, model.state_dict(), tiny.tokenizer())
+    return tiny.settings("sft").model.model_copy(update={"path": str(tmp_path / shape)})
+
+
+def with_lora(settings: ModelSettings) -> ModelSettings:
+    return settings.model_copy(update={"lora": settings.lora.model_copy(update={"r": 4})})
+
+
+def take_step(module: torch.nn.Module, output: torch.Tensor) -> None:
+    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1)
+    output.sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def save_own(directory: Path, module: Policy | RewardModel) -> str:
+    models.save(directory, module.model, module.model.state_dict(), tiny.tokenizer())
+    return str(directory)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_lora_trains_the_adapters_and_nothing_else(tmp_path: Path, shape: str) -> None:
+    settings, items = saved(tmp_path, shape), tiny.items(4)
+    plain = Policy(models.load_policy(settings, tiny.tokenizer(), 0), 64).eval()
+    policy = Policy(models.load_policy(with_lora(settings), tiny.tokenizer(), 0), 64).eval()
+    batch = batch_of(policy, items)
+    torch.testing.assert_close(policy(batch), plain(batch))  # B starts at zero
+    check_head(policy, batch_of(policy, items, 0))
+    before = {name: p.detach().clone() for name, p in policy.named_parameters()}
+    take_step(policy, policy(batch))
+    moved = {name for name, p in policy.named_parameters() if not torch.equal(p, before[name])}
+    assert moved and all("lora_B" in name for name in moved)  # A has no gradient while B is zero
+    assert all("lora_" in name for name, p in policy.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_adapters_are_what_the_next_stage_opens(tmp_path: Path, shape: str) -> None:
+    settings, items = saved(tmp_path, shape), tiny.items(4)
+    policy = Policy(models.load_policy(with_lora(settings), tiny.tokenizer(), 0), 64).eval()
+    batch = batch_of(policy, items)
+    take_step(policy, policy(batch))
+    first = settings.model_copy(update={"path": save_own(tmp_path / "first", policy)})
+    opened = Policy(models.load_policy(first, tiny.tokenizer(), 0), 64).eval()
+    torch.testing.assert_close(opened(batch), policy(batch), atol=1e-4, rtol=1e-4)
+    # adapters upon adapters: the second belong to the first, not to the model below them
+    on_top = Policy(models.load_policy(with_lora(first), tiny.tokenizer(), 0), 64).eval()
+    take_step(on_top, -on_top(batch))
+    second = settings.model_copy(update={"path": save_own(tmp_path / "second", on_top)})
+    reopened = Policy(models.load_policy(second, tiny.tokenizer(), 0), 64).eval()
+    torch.testing.assert_close(reopened(batch), on_top(batch), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(reopened(batch), opened(batch), atol=1e-2)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_adapters_of_a_reward_model_keep_their_head(tmp_path: Path, shape: str) -> None:
+    settings, items = saved(tmp_path, shape), tiny.items(4)
+    policy = Policy(models.load_policy(with_lora(settings), tiny.tokenizer(), 0), 64).eval()
+    take_step(policy, policy(batch_of(policy, items)))
+    sft = settings.model_copy(update={"path": save_own(tmp_path / "sft", policy)})
+    scorer = RewardModel(models.load_scalar(with_lora(sft), tiny.tokenizer(), 0, new_head=True)).eval()
+    batch = batch_of(scorer, items)
+    if not policy.encoder_decoder:  # the adapters of the policy are in the reward model's body
+        states = hugging_face(scorer.model).base_model(input_ids=batch.input_ids).last_hidden_state
+        torch.testing.assert_close(policy(batch_of(policy, items), output="states"), states, atol=1e-4, rtol=1e-4)
+    for _ in range(3):
+        take_step(scorer, scorer(batch))
+    path = save_own(tmp_path / "reward", scorer)
+    opened = RewardModel(models.load_scalar(sft.model_copy(update={"path": path}), tiny.tokenizer(), 0, False)).eval()
+    torch.testing.assert_close(opened(batch), scorer(batch), atol=1e-4, rtol=1e-4)
+    assert opened(batch).abs().min() > 1e-3
+    with pytest.raises(UserError, match="belong to a reward model, wanted a policy's"):
+        models.load_policy(sft.model_copy(update={"path": path}), tiny.tokenizer(), 0)
+    with pytest.raises(UserError, match=r"no scalar head .* bash run\.sh stage=reward"):
+        models.load_scalar(sft, tiny.tokenizer(), 0, new_head=False)
+
+
+def test_adapters_need_a_model(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.lora\.r: .* give model="):
+        models.load_policy(with_lora(tiny.settings("sft").model), tiny.tokenizer(), 0)
+    wrong = with_lora(saved(tmp_path, "llama"))
+    wrong = wrong.model_copy(update={"lora": wrong.lora.model_copy(update={"target_modules": ["q_prj"]})})
+    with pytest.raises(UserError, match=r"model\.lora\.target_modules: "):
+        models.load_policy(wrong, tiny.tokenizer(), 0)
+
+
+# reward models
+
+
+def scorer_of(tmp_path: Path, shape: str) -> tuple[RewardModel, str]:
+    """A reward model with random weights and the directory it was saved to, as stage=reward does."""
+    model = models.load_scalar(saved(tmp_path, shape), tiny.tokenizer(), 0, new_head=True)
+    head = dict(model.named_children()).get("score", dict(model.named_children()).get("classification_head"))
+    tiny.spread(head, scale=1.0)
+    directory = tmp_path / "scorer"
+    template = tiny.PLAIN.model_copy(update={"prompt": "Q {prompt} A"})
+    models.save(
+        directory, model, model.state_dict(), tiny.tokenizer(), lambda part: learned.save_template(part, template)
+    )
+    return RewardModel(model).eval(), str(directory)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_scores_do_not_depend_on_mates_or_padding(tmp_path: Path, shape: str) -> None:
+    scorer, directory = scorer_of(tmp_path, shape)
+    items = tiny.items(6)
+    items[2] = replace(items[2], rows=(tiny.row(range(5, 9), range(9, 14)),))  # cut: no EOS
+    items[3] = replace(items[3], rows=(tiny.row([5, 2, 6], [7, 2]),))  # an EOS in the prompt
+    together = scorer(batch_of(scorer, items))
+    assert together.std() > 0.05
+    theirs = AutoModelForSequenceClassification.from_pretrained(directory).eval()
+    for i, item in enumerate(items):
+        alone = scorer(batch_of(scorer, items, i))[0]
+        torch.testing.assert_close(together[i], alone, atol=1e-5, rtol=1e-5)
+        ids = [*item.rows[0].prompt_ids, *item.rows[0].response_ids]
+        padded = torch.tensor([ids + [tiny.PAD_ID] * 5])
+        mask = torch.arange(len(ids) + 5)[None] < len(ids)
+        torch.testing.assert_close(scorer.score(padded, mask)[0], alone, atol=1e-5, rtol=1e-5)
+        if i != 2 or shape in ("llama", "gpt2"):  # encoder-decoders of transformers cannot read a row without EOS
+            expected = theirs(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids))).logits[0, 0]
+            torch.testing.assert_close(alone, expected, atol=1e-5, rtol=1e-5)
+
+
+def load_learned(directory: str, batch_size: int, max_length: int = 64):
+    model = tiny.settings("sft").model
+    return learned.load(directory, model, tiny.PLAIN, max_length, batch_size, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_learned_reward_is_the_same_in_any_company(tmp_path: Path, shape: str) -> None:
+    scorer, directory = scorer_of(tmp_path, shape)
+    prompts = [" ".join(tiny.WORDS[: 1 + i % 9]) for i in range(9)]
+    completions = [" ".join(tiny.WORDS[i % 5 : 2 * i]) for i in range(9)]
+    alone = load_learned(directory, 1)(prompts, completions)
+    assert load_learned(directory, 7)(prompts, completions) == pytest.approx(alone, rel=1e-5, abs=1e-5)
+    order = [4, 1, 8, 0, 3, 7, 2, 6, 5]
+    mixed = load_learned(directory, 7)([prompts[i] for i in order], [completions[i] for i in order])
+    assert mixed == pytest.approx([alone[i] for i in order], rel=1e-5, abs=1e-5)
+    # the saved template is used, not the caller's
+    row = tiny.encoder(prompt="Q {prompt} A").encode(prompts[3], completions[3])
+    item = Item(None, (row,))
+    assert alone[3] == pytest.approx(float(scorer(batch_of(scorer, [item]))[0]), rel=1e-5)
+    assert load_learned(directory, 4)([], []) == []
+
+
+def test_a_learned_reward_reads_chat_prompts(tmp_path: Path) -> None:
+    _, directory = scorer_of(tmp_path, "llama")
+    reward = load_learned(directory, 4)
+    turns = (Message("user", "the cat"), Message("assistant", "sat"), Message("user", "and"))
+    chat = reward(["ignored"], ["ran"], raw_prompt=[turns])
+    assert chat == reward(["other"], ["ran"], raw_prompt=[turns]) and chat != reward(["ignored"], ["ran"])
+
+
+def test_long_texts_lose_the_prompts_beginning_first() -> None:
+    encoder = tiny.encoder(100, 100)
+    prompt, completion = " ".join(tiny.WORDS), "sat on a mat"
+    row = encoder.encode(prompt, completion)
+    n = len(row.response_ids)
+    assert learned.read(encoder, prompt, completion, 100) == row.prompt_ids + row.response_ids
+    assert learned.read(encoder, prompt, completion, n + 3) == row.prompt_ids[-3:] + row.response_ids
+    assert learned.read(encoder, prompt, completion, n) == row.response_ids
+    short = tiny.encoder(n - 2, n - 2)
+    assert learned.read(short, prompt, completion, n - 2) == row.response_ids[: n - 2]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_policy_is_no_reward_model(tmp_path: Path, shape: str) -> None:
+    path = saved(tmp_path, shape).path
+    with pytest.raises(UserError) as error:
+        load_learned(path, 1)
+    assert "no scalar head" in str(error.value) and "bash run.sh stage=reward" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_first_scores_of_a_new_decoder_are_zero(tmp_path: Path) -> None:
+    for settings in (saved(tmp_path, "llama"), tiny.settings("sft").model):
+        scorer = RewardModel(models.load_scalar(settings, tiny.tokenizer(), 0, new_head=True)).eval()
+        rows = [tiny.encoder().encode("the cat", text) for text in ("sat", "ran far away")]
+        assert scorer(batch_of(scorer, [Item(None, (row,)) for row in rows])).tolist() == [0.0, 0.0]
+
+
+# loading
+
+
+def test_model_mistakes(tmp_path: Path) -> None:
+    settings = tiny.settings("sft").model
+    nowhere = settings.model_copy(update={"path": "./nowhere"})
+    with pytest.raises(UserError, match=r"model\.path: \./nowhere does not exist"):
+        models.load_policy(nowhere, tiny.tokenizer(), 0)
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        models.load_policy(settings.model_copy(update={"path": str(tmp_path)}), tiny.tokenizer(), 0)
+    small = tiny.language_model("llama", vocab_size=64)
+    models.save(tmp_path / "small", small, small.state_dict(), tiny.tokenizer())
+    with pytest.raises(UserError, match=r"has 64 embeddings but its tokenizer has \d+ tokens"):
+        models.load_policy(settings.model_copy(update={"path": str(tmp_path / "small")}), tiny.tokenizer(), 0)
+
+
+@pytest.mark.parametrize("shape", ["llama", "t5", "bart"])
+def test_scratch_models(shape: str) -> None:
+    settings = tiny.settings("sft").model
+    sizes = {"shape": shape, "hidden_size": 32, "num_layers": 1, "num_heads": 2}
+    settings = settings.model_copy(update={"scratch": settings.scratch.model_copy(update=sizes)})
+    first, again, other = (models.load_policy(settings, tiny.tokenizer(), seed) for seed in (1, 1, 2))
+    weights = [model.get_input_embeddings().weight for model in (first, again, other)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert weights[0].shape[0] % 64 == 0 and weights[0].shape[0] >= len(tiny.tokenizer())
+    assert first.config.eos_token_id == tiny.EOS_ID and first.config.pad_token_id == tiny.PAD_ID
+    policy = Policy(first, 64)
+    check_head(policy, batch_of(policy, tiny.items(2), 0))
+
+
+def test_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
+    """Under LoRA too, where the inputs of the first layer carry no gradient by themselves."""
+    gradients = []
+    for checkpointing in (False, True):
+        lm = models.load_policy(with_lora(saved(tmp_path, "llama")), tiny.tokenizer(), 0)
+        assembly.enable_checkpointing(lm, tiny.train_settings(gradient_checkpointing=checkpointing))
+        policy = Policy(lm, 64).train()
+        policy(batch_of(policy, tiny.items(3))).sum().backward()
+        gradients.append({name: p.grad for name, p in policy.named_parameters() if p.grad is not None})
+    assert gradients[0] and gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], atol=1e-5, rtol=1e-5)
