@@ -28,7 +28,11 @@ FORMAT = 1  # raise it when what is computed changes
 
 def cache_key(**parts: Any) -> str:
     """A name that changes with anything the content depends on."""
-    text = json.dumps({"format": FORMAT, "torch": torch.__version__, "transformers": transformers.__version__, **parts}, sort_keys=True, default=str)
+    text = json.dumps(
+        {"format": FORMAT, "torch": torch.__version__, "transformers": transformers.__version__, **parts},
+        sort_keys=True,
+        default=str,
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 

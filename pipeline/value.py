@@ -81,7 +81,7 @@ def fit(
     each other, but the noise, and so the result, depends on their number. The noise is seeded by `seed`; the
     program's random state is left as it was.
 
-    The output bias starts at the mean of the fitted targets. Stops when `patience` epochs in a row bring no better
+    Every value starts at the mean of the fitted targets. Stops when `patience` epochs in a row bring no better
     held-out error. Raises UserError where either part is empty, or the held-out error is never a number.
     """
     rows = _Rows(dict(zip(range(len(targets)) if owned is None else owned, states, strict=True)), targets, all_sum)
@@ -178,8 +178,9 @@ def _mse(head: ValueHead, rows: _Rows, indices: list[int], batch_size: int) -> f
 
 @torch.no_grad()
 def _start_at(head: ValueHead, mean: float) -> None:
-    """Set the output bias so that a zero output weight would give `mean`, kept off the range's ends by 1 %."""
+    """Let every prompt's value be `mean`, kept off the range's ends by 1 %, until something is learned."""
     share = min(max((mean - head.low) / (head.high - head.low), 0.01), 0.99)
+    head.output.weight.zero_()
     head.output.bias.fill_(math.log(share / (1 - share)))
 
 

@@ -153,7 +153,13 @@ def test_rl_from_scored_rows_alone(runs: Path, tmp_path: Path) -> None:
 def test_a_reward_of_ones_own(runs: Path, tmp_path: Path) -> None:
     file = tmp_path / "brief.py"
     file.write_text("def reward(prompts, completions, **columns):\n    return [-float(len(c)) for c in completions]\n")
-    words = [f"reward={{helpfulness: 1.0, {file}: 0.01}}", "rewards.normalise=none", "name=brief", "max_steps=2"]
+    words = [
+        f"reward={{helpfulness: 1.0, {file}: 0.01}}",
+        "rewards.normalise=none",
+        "name=brief",
+        "max_steps=2",
+        "scale_steps=false",
+    ]
     train("rl", runs.parent, *words, "value.targets=data", "value.epochs=2", *SHORT)
     row = rows(runs / "rl" / "brief" / "samples" / "step-000002.jsonl")[0]
     assert set(row["rewards"]) == {"helpfulness", str(file)}
