@@ -23,6 +23,9 @@ def load(data: DataSettings, split: str, seed: int, report: Report = print) -> l
         UserError: no data is named, or what is named cannot be read or holds no such split.
     """
     examples = _of_files(data, split, report) if data.task is None else _of_task(data, split, seed)
+    if not examples:
+        cure = f"raise data.validation_fraction ({data.validation_fraction}), or give data.validation="
+        raise UserError(f"data: the {split} split has no rows, wanted at least one: {cure}")
     if split == "train" and data.max_rows is not None:
         examples = examples[: data.max_rows]
     return examples
