@@ -1,6 +1,6 @@
 """Step folders and resume state: complete or absent, rotated, `latest` written last.
 
-checkpoints/step-000200/   DeepSpeed's shards, rng-<rank>.pt, state.json
+checkpoints/step-000200/   DeepSpeed's shards, rank-<rank>.pt (random state, the log's open interval), state.json
 checkpoints/latest         the name of the newest complete one
 """
 
@@ -9,22 +9,26 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pipeline.engine import Engine, Ranks
 from pipeline.metrics import write_json, write_text
 from pipeline.records import UserError
+from pipeline.tally import Interval, Tally
 
 
 @dataclass(frozen=True)
 class State:
-    """All that a resume needs besides weights, optimizer and RNG; what is drawn is a function of `step`."""
+    """All that a resume needs besides weights, optimizer and each rank's own; what is drawn is a function of `step`."""
 
     step: int
     world: int
+    seconds: float = 0.0  # that the training has taken so far
     best: float | None = None  # best value of the watched metric so far
     best_step: int | None = None
     best_seen: dict[str, float] = field(default_factory=dict)  # what the evaluation at best_step saw
@@ -37,7 +41,7 @@ class Checkpoints:
     def __init__(self, directory: Path, ranks: Ranks, limit: int):
         self.directory, self.ranks, self.limit = directory / "checkpoints", ranks, limit
 
-    def save(self, engine: Engine, state: State) -> None:
+    def save(self, engine: Engine, state: State, interval: Interval) -> None:
         """Write a step folder under another name, rename it, then point `latest` at it and drop the oldest."""
         name = f"step-{state.step:06d}"
         part = self.directory / f"part-{name}"
@@ -46,7 +50,7 @@ class Checkpoints:
             part.mkdir(parents=True)
         self.ranks.barrier()
         engine.save(part)
-        torch.save(rng_state(), part / f"rng-{self.ranks.rank}.pt")
+        torch.save({"rng": rng_state(), **packed(interval)}, part / f"rank-{self.ranks.rank}.pt")
         self.ranks.barrier()
         if self.ranks.main:
             write_json(part / "state.json", asdict(state))
@@ -62,7 +66,7 @@ class Checkpoints:
         for torn in self.directory.glob("part-*"):
             shutil.rmtree(torn)
 
-    def load(self, engine: Engine) -> State | None:
+    def load(self, engine: Engine) -> tuple[State, Interval] | None:
         """Restore the newest complete checkpoint; None if there is none.
 
         Raises:
@@ -78,8 +82,9 @@ class Checkpoints:
                 f"resume with processes={state.world}"
             )
         engine.load(directory)
-        restore_rng(torch.load(directory / f"rng-{self.ranks.rank}.pt", weights_only=True))
-        return state
+        own = torch.load(directory / f"rank-{self.ranks.rank}.pt", map_location="cpu", weights_only=True)
+        restore_rng(own["rng"])
+        return state, unpacked(own, self.ranks.device)
 
     def _latest(self) -> Path | None:
         pointer = self.directory / "latest"
@@ -94,6 +99,16 @@ class Checkpoints:
         """Remove all checkpoints, once the stage's final model is written."""
         if self.ranks.main:
             shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def packed(interval: Interval) -> dict[str, Any]:
+    parts = {name: (kind, sums.cpu()) for name, (kind, sums) in interval.tally.parts().items()}
+    return {"tally": parts, "steps": interval.steps, "seconds": interval.seconds}
+
+
+def unpacked(saved: Mapping[str, Any], device: torch.device) -> Interval:
+    parts = {name: (kind, sums.to(device)) for name, (kind, sums) in saved["tally"].items()}
+    return Interval(Tally(parts), saved["steps"], saved["seconds"])
 
 
 def rng_state() -> dict[str, torch.Tensor]:

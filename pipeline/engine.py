@@ -55,6 +55,10 @@ class Ranks:
         dist.all_reduce(total)
         return total.to(value.device)
 
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on some rank."""
+        return bool(self.all_sum(torch.tensor(float(flag))))
+
     def gather(self, value: Any) -> list[Any]:
         """Every rank's picklable `value`, in rank order, on every rank."""
         values: list[Any] = [None] * self.world
@@ -144,6 +148,7 @@ def full_config(train: TrainSettings, optimizer: OptimizerSettings | None) -> di
     config["gradient_accumulation_steps"] = NOMINAL_ACCUMULATION
     for name in ("bf16", "fp16"):
         config[name] = {**config.get(name, {}), "enabled": train.precision == name}
+    config["bf16"]["check_grad_overflow"] = True  # a step with a gradient that is not finite is left out
     if optimizer is None:
         return config
     config["gradient_clipping"] = optimizer.max_grad_norm
@@ -217,10 +222,16 @@ class Engine:
         self._engine.backward(total * (self.ranks.world * NOMINAL_ACCUMULATION / n_terms))
 
     def step(self, learning_rate: float) -> float:
-        """One clipped optimizer step; the global gradient norm before clipping."""
+        """One clipped optimizer step; the global gradient norm before clipping.
+
+        Where the norm is not finite the weights and the optimizer stay as they are, and the gradient is dropped.
+        """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         norm = None if self.stage else self._plain_norm()
+        if norm is not None and not norm.isfinite():  # every other optimizer of DeepSpeed looks for itself
+            self._engine.zero_grad()
+            return float(norm)
         self._engine.step()
         return float(norm if norm is not None else self._engine.get_global_grad_norm())
 

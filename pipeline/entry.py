@@ -9,10 +9,11 @@ from typing import Any, NoReturn
 
 from pipeline.launch import rank_environment
 from pipeline.layers import resolve
-from pipeline.records import UserError
+from pipeline.records import PreemptedError, UserError
 
 USER_ERROR = 2
 INTERRUPTED = 130
+PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on
 
 
 def run(main: Callable[[Any, list[str]], None], stage: str) -> NoReturn:
@@ -24,12 +25,16 @@ def run(main: Callable[[Any, list[str]], None], stage: str) -> NoReturn:
 
 
 def leave(work: Callable[[], int]) -> NoReturn:
-    """Exit with what `work` returns; with 2 and one line on stderr for a UserError; with 130 when interrupted."""
+    """Exit with what `work` returns; with 2 and one line on stderr for a UserError; 130 when interrupted; 75 when saved
+    after SIGTERM."""
     try:
         code = work()
     except UserError as error:
         complain(error)
         code = USER_ERROR
+    except PreemptedError as error:
+        complain(error)
+        code = PREEMPTED
     except KeyboardInterrupt:
         code = INTERRUPTED
     except BrokenPipeError:  # the reader of our output left, as `head` does
@@ -42,7 +47,7 @@ def leave(work: Callable[[], int]) -> NoReturn:
     sys.exit(0)
 
 
-def complain(error: UserError) -> None:
+def complain(error: UserError | PreemptedError) -> None:
     """One line on stderr, from one rank per machine: all ranks of a machine meet the same error."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         rank = os.environ.get("RANK", "0")

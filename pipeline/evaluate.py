@@ -13,9 +13,9 @@ from torch import Tensor
 from pipeline.data import Packing, once
 from pipeline.engine import Engine, Ranks
 from pipeline.loop import Objective
-from pipeline.metrics import Tally
 from pipeline.records import Example, Item, Response, Row, Scores
 from pipeline.rewards import Rewards, length_correlation
+from pipeline.tally import Tally
 
 
 @torch.no_grad()

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import signal
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +20,11 @@ from torch import Tensor
 from pipeline.checkpoint import Checkpoints, State
 from pipeline.data import Windows
 from pipeline.engine import Engine, Ranks
-from pipeline.metrics import RunLog, Tally
-from pipeline.records import Batch, Stat
+from pipeline.metrics import RunLog
+from pipeline.nonfinite import Micro, trace
+from pipeline.records import Batch, PreemptedError, Stat, UserError
 from pipeline.settings import OptimizerSettings, TrainSettings
+from pipeline.tally import Interval, Tally
 
 Loss = Callable[[Tensor, Batch], tuple[Tensor, dict[str, Stat]]]
 
@@ -73,63 +78,105 @@ class Job:
     directory: Path
 
 
-def run(job: Job, state: State) -> State:
-    """Train from `state.step` to the last step; evaluate, log, save and keep the best weights on the way."""
-    tally, started, since = Tally(), time.monotonic(), 0
-    if state.step == 0:
-        state, values = look(job, state)
-        job.log.scalars(0, values)
-    for step in range(state.step, job.max_steps):
-        one_step(job, step, tally)
-        state, since = replace(state, step=step + 1), since + 1
-        values: dict[str, float] = {}
-        if due(state.step, job.train.logging_steps, job.max_steps):
-            values |= summary(job.engine.ranks, tally, (time.monotonic() - started) / since)
-        if due(state.step, job.eval_steps, job.max_steps):
-            state, seen = look(job, state)
-            values |= seen
-        if values:
-            job.log.scalars(state.step, values)
-            started, since = time.monotonic(), 0
-        if job.train.save_steps is not None and due(state.step, job.train.save_steps, job.max_steps):
-            job.checkpoints.save(job.engine, state)
-    return state
-
-
-def one_step(job: Job, step: int, tally: Tally) -> None:
-    """Forward and backward over the window of `step`, then one optimizer step.
+def run(job: Job, state: State, interval: Interval) -> State:
+    """Train from `state.step` to the last step; evaluate, log, save and keep the best weights on the way.
 
     Raises:
-        FloatingPointError: the gradient is not finite; names the rows of this rank's window.
+        PreemptedError: SIGTERM came; the state is saved.
+        UserError: a loss or gradient is not finite, and train.non_finite is stop; the state before it is saved.
     """
-    engine, window = job.engine, job.windows.at(step)
+    ranks, train, before, began = job.engine.ranks, job.train, state.seconds, time.monotonic()
+
+    def save() -> None:
+        seconds = before + time.monotonic() - began
+        job.checkpoints.save(job.engine, replace(state, seconds=seconds), interval)
+
+    with terminations() as received:
+        if state.step == 0:
+            state, values = look(job, state)
+            job.log.scalars(0, values)
+        while state.step < job.max_steps:
+            if ranks.any(bool(received)):
+                save()
+                raise PreemptedError(f"stopped by SIGTERM after step {state.step} of {job.max_steps}, which is saved")
+            if (trouble := one_step(job, state.step, interval)) is not None and train.non_finite == "stop":
+                save()
+                raise UserError(f"{trouble}; train.non_finite=skip goes on without such steps")
+            state = replace(state, step=state.step + 1)
+            values = {}
+            if due(state.step, train.logging_steps, job.max_steps):
+                values |= summary(ranks, interval)
+            if due(state.step, job.eval_steps, job.max_steps):
+                state, seen = look(job, state)
+                values |= seen
+            if values:
+                job.log.scalars(state.step, values)
+            if train.save_steps is not None and due(state.step, train.save_steps, job.max_steps):
+                save()
+    return replace(state, seconds=before + time.monotonic() - began)
+
+
+@contextmanager
+def terminations() -> Iterator[list[int]]:
+    """A list that SIGTERM adds to, instead of ending the process."""
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def one_step(job: Job, step: int, interval: Interval) -> str | None:
+    """Forward and backward over the window of `step`, then one optimizer step.
+
+    Returns:
+        What was not finite and on which rows, where anything was; the optimizer has then not stepped, on any rank.
+    """
+    began, engine, ranks = time.monotonic(), job.engine, job.engine.ranks
+    window = job.windows.at(step)
     terms = sum(count_terms(batch, job.objective.mean_over) for batch in window)
-    counts = torch.tensor(float(terms), dtype=torch.float64)
-    n_terms = float(engine.ranks.all_sum(counts))
+    n_terms = float(ranks.all_sum(torch.tensor(float(terms), dtype=torch.float64)))
     engine.train()
+    done, tally = [], Tally()
     for place, batch in enumerate(window):
-        total, stats = job.objective.loss(engine(batch), batch.to(engine.ranks.device))
-        engine.backward(total, n_terms, last=place == len(window) - 1)
+        output = engine(batch)
+        total, stats = job.objective.loss(output, batch.to(ranks.device))
+        # an infinite constant has a finite gradient: let the norm, which all ranks share, tell of it
+        known = torch.where(total.detach().isfinite(), 1.0, math.nan)
+        engine.backward(total * known, n_terms, last=place == len(window) - 1)
+        done.append(Micro(batch, output.detach(), total.detach()))
         tally.add({name if "/" in name else f"train/{name}": value for name, value in stats.items()})
     rate = learning_rate(step, job.max_steps, job.optimizer)
     norm = engine.step(rate)
-    if not math.isfinite(norm) and job.train.precision != "fp16":  # fp16 skips the step and lowers its loss scale
-        rows = [job.windows.items[i].example.id for batch in window for i in batch.items]
-        raise FloatingPointError(f"step {step + 1}: the gradient norm is {norm} on rows {', '.join(rows)}")
-    tally.add(step_stats(window, norm, rate))
+    trouble = None
+    if not math.isfinite(norm) and job.train.precision != "fp16":  # there a skipped step only finds its loss scale
+        trouble = trace(job.directory, ranks, job.windows.items, step + 1, done, norm)
+        if job.train.non_finite == "stop":
+            return trouble
+        if ranks.main:
+            print(f"{trouble}; left out", file=sys.stderr, flush=True)
+    if math.isfinite(norm):
+        interval.tally.merge(tally)
+    interval.add(step_stats(window, norm, rate, ranks.device), time.monotonic() - began)
+    return trouble
 
 
-def step_stats(window: Sequence[Batch], norm: float, rate: float) -> dict[str, Stat]:
-    """What the loop itself knows of a step."""
+def step_stats(window: Sequence[Batch], norm: float, rate: float, device: torch.device) -> dict[str, Stat]:
+    """What the loop itself knows of a step; a norm that is not finite is not counted, its step is."""
     learned = sum(int(batch.response_mask.sum()) for batch in window)
     read = sum(int(batch.input_mask.sum()) for batch in window)
-    numbers = {"train/grad_norm": norm, "train/learning_rate": rate, "train/num_tokens": learned, "perf/tokens": read}
-    return {name: Stat("mean", torch.tensor([1.0, x, x * x], dtype=torch.float64)) for name, x in numbers.items()}
+    finite = math.isfinite(norm)
+    numbers = {"train/learning_rate": rate, "train/num_tokens": learned, "perf/tokens": read}
+    numbers |= {"train/skipped_fraction": 1.0 - finite, "train/grad_norm": norm if finite else 0.0}
+    counts = {name: float(finite) if name == "train/grad_norm" else 1.0 for name in numbers}
+    rows = torch.tensor([[counts[name], x, x * x] for name, x in numbers.items()], dtype=torch.float64, device=device)
+    return {name: Stat("mean", sums) for name, sums in zip(numbers, rows, strict=True)}
 
 
-def summary(ranks: Ranks, tally: Tally, seconds: float) -> dict[str, float]:
-    """The tally over all ranks since the last time, with rates. num_tokens counts learned tokens of one step."""
-    values = tally.reduce(ranks.all_sum)
+def summary(ranks: Ranks, interval: Interval) -> dict[str, float]:
+    """The interval over all ranks, with rates. num_tokens counts learned tokens of one step."""
+    values, seconds = interval.close(ranks.all_sum)
     read = values.pop("perf/tokens") * ranks.world
     values["train/num_tokens"] *= ranks.world
     values |= {"perf/tokens_per_second": read / seconds, "perf/step_seconds": seconds}

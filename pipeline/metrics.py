@@ -1,4 +1,4 @@
-"""Numbers on their way to paper: additive tallies, one reduction per logged step, metrics.jsonl and TensorBoard.
+"""Numbers on paper: metrics.jsonl, TensorBoard, sample tables, a progress bar; files complete or absent.
 
 `metrics.jsonl` is the truth: one JSON object per logged step, {"step": int, "time": seconds, tag: number or null}.
 TensorBoard is a view of it. Files are complete or absent; only the log of rank 0 writes any.
@@ -12,63 +12,54 @@ import os
 import re
 import sys
 import time
-import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.algorithms.functional import merge, reduce
-from pipeline.records import Stat, UserError
+from pipeline import starts
+from pipeline.records import UserError
 
-PACK_ROWS = 64  # packed tallies are padded to a multiple of this, so that differing layouts still meet in one call
 DIGITS = 6  # significant digits in metrics.jsonl
 PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal to draw a bar on
 TABLE_ROWS, TABLE_CHARACTERS = 16, 600  # of a sample table in TensorBoard; the file keeps everything
+# TensorBoard's tab "Custom scalars": group -> chart -> patterns of tags, which it matches as regular expressions
+LAYOUT = {
+    group: {title: ["Multiline", tags] for title, tags in charts.items()}
+    for group, charts in {
+        "1 Is it getting better?": {
+            "reward": ["^(eval/)?reward/mean$"],
+            "each reward, held out": ["^eval/rewards/[^/]+/mean$"],
+            "loss": ["^(train|eval)/loss$"],
+            "pair accuracy and length alone": ["^(train|eval)/accuracy$", "^eval/length_accuracy$"],
+        },
+        "2 Ratio to the start model (clipped: at most 0.5; ess: from 0.3)": {
+            "clipped share": ["^(eval/)?ratio/clip_fraction"],
+            "effective share of samples": ["^(eval/)?ratio/ess$"],
+            "ratio": ["^(eval/)?ratio/mean$"],
+            "KL, nats per response": ["^(eval/)?objective/kl$"],
+        },
+        "3 Value and advantage (kept: 0.2 to 0.8; R2: from 0.2)": {
+            "kept share and value R2": ["^advantage/kept_fraction$", "^value/r2$"],
+            "advantage": ["^(eval/)?advantage/mean$"],
+        },
+        "4 What it says": {
+            "words": ["^(eval/)?completions/mean_length$"],
+            "ended, or cut (at most 0.2)": ["^(eval/)?completions/(eos|clipped)_fraction$"],
+            "variety, repetition (at most 0.2)": ["^(eval/)?completions/(distinct_2|repetition)$"],
+            "correlation of reward and length": ["^eval/(reward|rewards/[^/]+)/length_correlation$"],
+        },
+        "5 The machine": {
+            "gradient norm": ["^train/grad_norm$"],
+            "learning rate": ["^train/learning_rate$"],
+            "tokens per second": ["^perf/tokens_per_second$"],
+            "peak memory, GB": ["^perf/peak_memory_gb$"],
+        },
+    }.items()
+}
 SHOWN = {"train/loss": "loss", "reward/mean": "reward", "train/accuracy": "accuracy"}  # beside the progress bar
-
-
-class Tally:
-    """Statistics of one logged step, added up on the device they are born on until `reduce`.
-
-    All ranks must add the same names in the same kinds before a reduction; a rank without rows adds Stats of count 0.
-    """
-
-    def __init__(self) -> None:
-        self._stats: dict[str, Stat] = {}
-
-    def add(self, stats: Mapping[str, Stat]) -> None:
-        """Merge `stats` into the running sums."""
-        for name, stat in stats.items():
-            self._stats[name] = merge(self._stats[name], stat) if name in self._stats else stat
-
-    def sums(self) -> Tensor:
-        """((n + 1) rounded up to PACK_ROWS, 3) float64: a row naming the layout, the sums in name order, zeros."""
-        names = sorted(self._stats)
-        mark = zlib.crc32(repr([(name, self._stats[name].kind) for name in names]).encode()) >> 12  # 20 bits: exact
-        device = self._stats[names[0]].sums.device if names else torch.device("cpu")
-        packed = torch.zeros(-(-(len(names) + 1) // PACK_ROWS) * PACK_ROWS, 3, dtype=torch.float64, device=device)
-        packed[0] = torch.tensor([1.0, mark, mark**2], dtype=torch.float64)
-        if names:
-            packed[1 : len(names) + 1] = torch.stack([self._stats[name].sums for name in names])
-        return packed
-
-    def reduce(self, all_sum: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """The statistics over all ranks, by name; the tally is empty afterwards.
-
-        `all_sum` adds a tensor over ranks (the identity in one process).
-        Raises RuntimeError when ranks hold different names or kinds: adding them up would mix them.
-        """
-        kinds = {name: self._stats[name].kind for name in sorted(self._stats)}
-        total = all_sum(self.sums()).cpu()
-        ranks, marks, squares = (int(x) for x in total[0].tolist())
-        # Cauchy-Schwarz: (sum m)^2 = n sum m^2 holds if and only if all ranks have the same m.
-        if marks**2 != ranks * squares:
-            raise RuntimeError(f"tally: {ranks} ranks hold different statistics; this one has {list(kinds.items())}")
-        self._stats = {}
-        return {name: float(reduce(Stat(kind, row))) for (name, kind), row in zip(kinds.items(), total[1:])}  # noqa: B905
 
 
 class RunLog:
@@ -100,7 +91,9 @@ class RunLog:
         self._rows = open(self._directory / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         purge = resume_step + 1 if resume_step else 0
         self._board = SummaryWriter(str(self._directory / "tensorboard"), purge_step=purge, flush_secs=30)
+        self._board.add_custom_scalars(LAYOUT)
         self._write_hparams(hparams)
+        starts.note(self._directory, resume_step)
         self._progress = _Progress(resume_step, total_steps, description)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:

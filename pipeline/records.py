@@ -18,6 +18,10 @@ class UserError(Exception):
     """Something only the user can mend: one line with the place, what was found, what was wanted, the cure."""
 
 
+class PreemptedError(Exception):
+    """SIGTERM came, and what a resume needs is saved: one line that says so."""
+
+
 class Message(NamedTuple):
     """One turn of a chat prompt; `role` is system, user or assistant."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,13 @@ import torch
 import transformers
 from torch import Tensor
 
-from pipeline import value
+from pipeline import locks, value
 from pipeline.data import Packing, collate, once, window
 from pipeline.engine import Engine
 from pipeline.records import Item, UserError
 from pipeline.settings import ValueSettings
 
-FORMAT = 1  # raise it when what is computed changes
+FORMAT = 2  # raise it when what is computed changes
 
 
 def cache_key(**parts: Any) -> str:
@@ -47,14 +48,15 @@ def rows_digest(items: Sequence[Item]) -> str:
 def cached(path: Path, engine: Engine, compute: Callable[[], Any]) -> Any:
     """The content of `path`; computed by all ranks and written by rank 0 (complete or absent) where it is missing."""
     ranks = engine.ranks
-    if not ranks.from_main(path.is_file()):
-        content = compute()
-        if ranks.main:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(".part")
-            torch.save(content, part)
-            part.replace(path)
-        ranks.barrier()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locks.waiting(path.parent) if ranks.main else nullcontext():
+        if not ranks.from_main(path.is_file()):
+            content = compute()
+            if ranks.main:
+                part = path.with_suffix(".part")
+                torch.save(content, part)
+                part.replace(path)
+            ranks.barrier()
     if not path.is_file():
         raise UserError(f"{path}: this machine does not see it, wanted runs_dir on a file system all machines share")
     return torch.load(path, weights_only=True, mmap=True)

@@ -9,17 +9,27 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline import locks
 from pipeline.config import dump_yaml, load_yaml
 from pipeline.metrics import write_json, write_text
 from pipeline.records import UserError
 from pipeline.settings import Common
 
 # What may differ between two starts of one stage: nothing here changes a weight or a reported number.
-FREE = ("launch", "runs_dir", "train.logging_steps", "train.save_steps", "train.save_total_limit", "eval.num_samples")
+FREE = (
+    "launch",
+    "runs_dir",
+    "train.logging_steps",
+    "train.save_steps",
+    "train.save_total_limit",
+    "train.non_finite",
+    "eval.num_samples",
+)
 BLOCK = 1 << 24
 
 
@@ -82,18 +92,20 @@ def open_stage(directory: Path, settings: Common, words: Sequence[str], inputs: 
         inputs: name -> fingerprint of what the stage starts from (models, data, rewards).
 
     Raises:
-        UserError: it was started with other settings or inputs.
+        UserError: it was started with other settings or inputs, or another process is at work there.
     """
+    directory.mkdir(parents=True, exist_ok=True)
+    locks.claim(directory)
     config, noted = directory / "config.yaml", directory / "inputs.json"
     if config.is_file() and noted.is_file():
         refuse_other(directory, settings, load_yaml(config), dict(inputs), json.loads(noted.read_text("utf-8")))
         if finished(directory):
+            shutil.rmtree(directory / "checkpoints", ignore_errors=True)  # a kill between the two leaves them
             print(f"{directory} is done; remove it to do it again", flush=True)
             return False
         return True
-    if directory.exists() and finished(directory):
+    if finished(directory):
         raise UserError(f"{directory}: it has results but not what made them (config.yaml): remove it, or use run=")
-    directory.mkdir(parents=True, exist_ok=True)
     write_json(noted, dict(inputs))
     write_text(directory / "command.txt", "bash run.sh " + shlex.join(words) + "\n")
     write_text(config, dump_yaml(settings.model_dump()))

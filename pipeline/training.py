@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from pipeline.metrics import RunLog, flatten
 from pipeline.records import Item
 from pipeline.sampling import epoch_rows
 from pipeline.settings import Training
+from pipeline.tally import Interval, Tally
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ def train(
     Args:
         prepare: called when training starts from nothing, with the untouched weights in the engine.
     """
-    ranks, started = engine.ranks, time.monotonic()
+    ranks = engine.ranks
     checkpoints = Checkpoints(directory, ranks, settings.train.save_total_limit)
-    state = checkpoints.load(engine)
-    if state is None:
+    found = checkpoints.load(engine)
+    if found is None:
         prepare()
-        state = State(step=0, world=ranks.world)
-    elif ranks.main:
+    state, interval = found or (State(step=0, world=ranks.world), Interval(Tally()))
+    if found is not None and ranks.main:
         print(f"{directory}: goes on from step {state.step} of {course.max_steps}", flush=True)
     log = RunLog(
         directory,
@@ -85,17 +85,17 @@ def train(
         checkpoints=checkpoints,
         directory=directory,
     )
-    state = run(job, state)
+    state = run(job, state, interval)
     keep(job, state)
-    log.finish(results(state, settings.train.keep, course.max_steps, time.monotonic() - started))
+    log.finish(results(state, settings.train.keep, course.max_steps))
     log.close()
     ranks.barrier()
     checkpoints.clear()
 
 
-def results(state: State, kept: str, steps: int, seconds: float) -> dict[str, Any]:
+def results(state: State, kept: str, steps: int) -> dict[str, Any]:
     """The stage's final numbers: those of the weights that became model/."""
     best = kept == "best" and state.best_step is not None
     seen: Mapping[str, float] = state.best_seen if best else state.last_seen
     step = state.best_step if best else state.step
-    return {**seen, "model_step": step, "steps": steps, "seconds": round(seconds, 1)}
+    return {**seen, "model_step": step, "steps": steps, "seconds": round(state.seconds, 1)}

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +18,12 @@ from safetensors.torch import load_file
 from pipeline import assembly, evaluate, loop, training
 from pipeline.algorithms import offline, supervised
 from pipeline.checkpoint import Checkpoints, State
-from pipeline.data import Packing, collate
+from pipeline.data import Packing, Windows, collate
 from pipeline.engine import Engine
 from pipeline.loop import Evaluation, Objective, Watch
 from pipeline.policy import Policy
-from pipeline.records import Item, UserError
+from pipeline.records import Item, PreemptedError, UserError
+from pipeline.tally import Interval, Tally
 from tests import tiny
 
 PACKING = Packing(None, 40, False, tiny.PAD_ID)
@@ -303,7 +307,7 @@ def test_checkpoints_that_cannot_be_used(tmp_path: Path) -> None:
     trained = tiny.trainer(Policy(tiny.language_model("llama"), 64))
     checkpoints = Checkpoints(tmp_path, trained.ranks, 2)
     assert checkpoints.load(trained) is None
-    checkpoints.save(trained, State(step=2, world=2))
+    checkpoints.save(trained, State(step=2, world=2), Interval(Tally()))
     with pytest.raises(UserError, match="written by 2 processes, now there are 1: resume with processes=2"):
         checkpoints.load(trained)
     (tmp_path / "checkpoints" / "latest").write_text("step-000009\n")
@@ -311,16 +315,85 @@ def test_checkpoints_that_cannot_be_used(tmp_path: Path) -> None:
         checkpoints.load(trained)
 
 
+REWARDED = Objective(
+    lambda logp, batch: offline.loss(logp, batch, offline.Settings("reward", "none", 0.9, 0.1, 0.0, "none")), "sequences"
+)
+
+
 @pytest.mark.parametrize("zero", ["zero0", "zero2", "zero3"])
-def test_a_gradient_that_is_no_number_names_its_rows(tmp_path: Path, zero: str) -> None:
-    settings = offline.Settings("reward", "none", 0.9, 0.1, 0.0, "none")
-    objective = Objective(lambda logp, batch: offline.loss(logp, batch, settings), "sequences")
-    toy = Toy(tmp_path / "sft", zero=zero, objective=objective)
-    items = tiny.items(4, reward=lambda i: math.inf if i == 2 else 1.0)
-    with pytest.raises(FloatingPointError) as error:
-        toy.run(items)
-    assert "step 1: the gradient norm is" in str(error.value)
-    assert all(f"row {i}" in str(error.value) for i in range(4))  # the step's whole batch
+def test_a_loss_that_is_no_number_names_its_row_and_stops(tmp_path: Path, zero: str) -> None:
+    """A row first drawn in the second step: the weights of the first are saved, and its row is written down."""
+    toy = Toy(tmp_path / "sft", zero=zero, objective=REWARDED)
+    drawn = [training.epochs(9, 4, tiny.settings("sft").seed)(step) for step in range(2)]
+    bad = next(row for row in drawn[1] if row not in drawn[0])
+    with pytest.raises(UserError) as error:
+        toy.run(tiny.items(9, reward=lambda i: math.inf if i == bad else 1.0))
+    assert re.search(rf"step 2: the gradient norm is (inf|nan), .* not finite on rows row {bad};", str(error.value))
+    assert "train.non_finite=skip" in str(error.value) and "\n" not in str(error.value)
+    saved = [json.loads(line) for line in (tmp_path / "sft/non_finite/step-000002-rank-0.jsonl").open()]
+    assert sorted(row["id"] for row in saved) == sorted(f"row {i}" for i in drawn[1])
+    assert [row["id"] for row in saved if row["broken"]] == [f"row {bad}"]
+    assert (toy.directory / "checkpoints" / "latest").read_text() == "step-000001\n"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2", "zero3"])
+def test_a_step_that_is_not_finite_is_never_taken(zero: str, precision: str) -> None:
+    """Weights, and the next good step, are those of a training that never saw the bad one."""
+    trained = tiny.trainer(Policy(tiny.language_model("llama"), 64), zero, precision, {"max_grad_norm": 1.0})
+    rows = tiny.items(8)
+    tiny.step(trained, rows, range(4), PACKING)
+    before = trained.state_dict()
+    (batch,) = Windows(rows, lambda _: [0], PACKING, 0, 1).at(0)
+    for factor, last in ((1.0, False), (math.inf, True)):
+        trained.backward(trained(batch).sum() * factor, 1.0, last)
+    assert not math.isfinite(trained.step(0.2))
+    after = trained.state_dict()
+    assert same(before, after)
+    tiny.step(trained, rows, range(4, 8), PACKING)
+    straight = tiny.trainer(Policy(tiny.language_model("llama"), 64), zero, precision, {"max_grad_norm": 1.0})
+    for drawn in (range(4), range(4, 8)):
+        tiny.step(straight, rows, drawn, PACKING)
+    assert same(trained.state_dict(), straight.state_dict())
+
+
+def test_steps_that_are_not_finite_are_left_out_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    toy = Toy(tmp_path / "sft", objective=REWARDED, words={"non_finite": "skip", "logging_steps": 3}, steps=6)
+    drawn = [training.epochs(9, 4, tiny.settings("sft").seed)(step) for step in range(6)]
+    toy.run(tiny.items(9, reward=lambda i: math.nan if i == 2 else 1.0))
+    skipped = [2 in rows for rows in drawn]
+    shares = [row["train/skipped_fraction"] for row in toy.rows() if "train/skipped_fraction" in row]
+    assert shares == pytest.approx([sum(skipped[:3]) / 3, sum(skipped[3:]) / 3], abs=1e-5)
+    assert 0 < sum(skipped) < 6 and capsys.readouterr().err.count("left out") == sum(skipped)
+    assert all(weight.isfinite().all() for weight in toy.weights("last").values())
+
+
+def test_sigterm_saves_and_the_next_start_goes_on(tmp_path: Path, whole: Toy) -> None:
+    """Also without save_steps; the interval of three steps that it falls into is logged whole."""
+    three = Toy(tmp_path / "whole", words={"logging_steps": 3})
+    three.run()
+    toy = Toy(tmp_path / "sft", words={"logging_steps": 3, "save_steps": "null"})
+    toy.at_evaluation = lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 3 else None
+    with pytest.raises(PreemptedError, match="stopped by SIGTERM after step 3 of 6, which is saved"):
+        toy.run()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    toy.at_evaluation = lambda step: None
+    toy.run()
+    assert toy.rows() == three.rows() and same(toy.weights(), whole.weights())
+
+
+def test_a_row_of_the_log_goes_across_a_resume(tmp_path: Path, whole: Toy) -> None:
+    """Saved after step 2, stopped in the evaluation after step 3: the row of steps 1 to 4 holds all four."""
+    words = {"logging_steps": 4, "eval_steps": 3}
+    straight = Toy(tmp_path / "whole", words=words)
+    straight.run()
+    toy = Toy(tmp_path / "sft", words=words, at_evaluation=stop_at(3))
+    with pytest.raises(KilledError):
+        toy.run()
+    toy.at_evaluation = lambda step: None
+    toy.run()
+    assert [row["step"] for row in toy.rows()] == [0, 3, 4, 6]
+    assert toy.rows() == straight.rows() and same(toy.weights(), whole.weights())
 
 
 def test_the_logged_rates_are_the_schedules(whole: Toy) -> None:

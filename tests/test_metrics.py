@@ -10,8 +10,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline.algorithms.functional import mean_stat, std_stat
-from pipeline.metrics import RunLog, Tally, flatten, read_metrics, write_json
+from pipeline.metrics import RunLog, flatten, read_metrics, write_json
 from pipeline.records import Stat, UserError
+from pipeline.tally import Tally
 
 VALUES = torch.tensor([1.0, 2.0, 3.0, 6.0])
 
