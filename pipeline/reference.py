@@ -68,6 +68,9 @@ def reference_logps(engine: Engine, items: Sequence[Item], packing: Packing) -> 
 
     Returns:
         `logp`: (tokens,) float32, all rows of all items one after another; `lengths`: (rows,) int64.
+
+    Raises:
+        UserError: some are not finite; names the rows.
     """
     engine.train(False)
     mine: dict[int, list[Tensor]] = {}
@@ -78,8 +81,17 @@ def reference_logps(engine: Engine, items: Sequence[Item], packing: Packing) -> 
             rows = range(place, len(logp), n)
             mine[index] = [logp[row][batch.response_mask[row]] for row in rows]
     merged = {index: rows for part in engine.ranks.gather(mine) for index, rows in part.items()}
+    refuse_infinite("reference log-probabilities", items, [torch.cat(merged[index]) for index in range(len(items))])
     flat = [row for index in range(len(items)) for row in merged[index]]
     return {"logp": torch.cat(flat), "lengths": torch.tensor([len(row) for row in flat])}
+
+
+def refuse_infinite(what: str, items: Sequence[Item], found: Sequence[Tensor]) -> None:
+    """Raises UserError naming the items for which `found`, a tensor for each, is NaN or infinite."""
+    ill = [item.example.id for item, values in zip(items, found, strict=True) if not values.isfinite().all()]
+    if ill:
+        names = ", ".join(ill[:5]) + (f" and {len(ill) - 5} more" if len(ill) > 5 else "")
+        raise UserError(f"{what}: not finite on rows {names}, wanted numbers: is the model whole? try precision=fp32")
 
 
 def with_reference(items: Sequence[Item], saved: dict[str, Tensor]) -> list[Item]:
@@ -156,7 +168,9 @@ def values_of(engine: Engine, head: value.ValueHead, items: Sequence[Item], pack
         predicted = head(states, steps < batch.prompt_lengths.to(states.device)[:, None]).cpu()
         mine |= {index: float(predicted[place]) for place, index in enumerate(batch.items)}
     merged = {index: number for part in ranks.gather(mine) for index, number in part.items()}
-    return torch.tensor([merged[i] for i in range(len(items))])
+    values = torch.tensor([merged[i] for i in range(len(items))])
+    refuse_infinite("values", items, list(values))
+    return values
 
 
 @torch.no_grad()

@@ -67,7 +67,7 @@ def test_the_loss_with_the_cache_is_the_live_loss(tmp_path: Path) -> None:
 def test_the_cache_is_read_not_made_again(tmp_path: Path) -> None:
     ref, items = reference_of(tmp_path), rewarded(6)
     first = advantages.with_ref_logps(ref, items)
-    (file,) = (tmp_path / "default" / "cache").iterdir()
+    (file,) = (tmp_path / "default" / "cache").glob("*.pt")
     made = file.stat().st_mtime_ns
     tiny.two_steps(ref.engine, items * 2)  # the engine could not say it any more
     again = advantages.with_ref_logps(ref, items)
@@ -105,6 +105,19 @@ def test_a_torn_cache_file_is_not_used(tmp_path: Path) -> None:
 
 
 # values
+
+
+def test_log_probabilities_that_are_no_numbers_name_their_rows(tmp_path: Path) -> None:
+    ref = reference_of(tmp_path)
+    items = rewarded(4)
+    token = items[2].rows[0].prompt_ids[0]  # no other row reads it
+    assert not any(token in (*item.rows[0].prompt_ids, *item.rows[0].response_ids) for item in items if item != items[2])
+    with torch.no_grad():
+        ref.engine.module.model.model.embed_tokens.weight[token] = torch.nan
+    ref.engine.module.model.lm_head.weight = torch.nn.Parameter(torch.randn(tiny.V, tiny.H))  # untied: only reading hurts
+    with pytest.raises(UserError, match="reference log-probabilities: not finite on rows row 2, wanted numbers"):
+        advantages.with_ref_logps(ref, items)
+    assert not list(tmp_path.rglob("*.pt"))
 
 
 def targets(count: int = 12) -> reference.Targets:
