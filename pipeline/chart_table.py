@@ -1,4 +1,4 @@
-"""The report's charts: what each curve means, in plain words, and where it is healthy. One record per chart.
+"""The report's charts: what each curve means, in plain words, and which rule judges it. One record per chart.
 
 Tags are matched with shell patterns. A chart on `x` also draws `eval/x`; one on `train/x` also draws `eval/x`:
 held-out beside trained. A tag that no entry names still gets a plain chart.
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 from typing import NamedTuple
-
-from pipeline.glossary import Range
 
 REST = "Other measurements"  # the group of charts that no entry of CHARTS describes
 
@@ -21,7 +19,7 @@ class Chart(NamedTuple):
     title: str
     tags: tuple[str, ...]
     caption: str
-    healthy: Range = Range()
+    rule: str = ""  # the quantity of pipeline/health.py whose limits are drawn, and whose verdict stands below
     marks: tuple[tuple[float, str], ...] = ()  # horizontal lines: (value, words)
     baselines: tuple[tuple[str, str], ...] = ()  # horizontal lines at a tag's last value: (tag, words)
     axis: tuple[float | None, float | None] = (None, None)  # fixed ends of the vertical axis
@@ -35,13 +33,7 @@ CHARTS = (
         ("train/loss",),
         "How badly the model predicts what it is shown. It should fall and level off; the held-out curve shows "
         "whether that carries over to text it has not seen.",
-        Range(
-            high=1.1,
-            above="the held-out loss rose again after its lowest point: the model begins to memorise. Train for fewer "
-            "steps, or keep the best checkpoint",
-            against="lowest",
-            judged="eval/loss",
-        ),
+        rule="overfit",
         stages=("sft", "reward"),
     ),
     Chart(
@@ -58,7 +50,7 @@ CHARTS = (
         ("train/accuracy",),
         "Share of pairs in which the preferred response gets the higher score. Guessing gives one half; the dashed "
         "line is what counting words alone would reach on the held-out pairs. A useful reward model is above both.",
-        Range(0.5, None, "no better than guessing: more data, more steps or a higher learning rate", ""),
+        rule="pair_accuracy",
         baselines=(("eval/length_accuracy", "length alone"),),
         axis=(None, 1.0),
     ),
@@ -67,7 +59,7 @@ CHARTS = (
         "Pair accuracy by source",
         ("eval/accuracy/*",),
         "Held-out pair accuracy, for each source of the data on its own.",
-        Range(0.5, None, "no better than guessing on this source", ""),
+        rule="source_accuracy",
         axis=(None, 1.0),
     ),
     Chart(
@@ -89,7 +81,7 @@ CHARTS = (
         ("train/grad_norm",),
         "Size of each update before clipping. It should settle; growth or spikes mean that the learning rate is too "
         "high or that some rows are odd.",
-        Range(high=10.0, above="gradients grew more than tenfold: lower the learning rate", against="start"),
+        rule="grad_spike",
         axis=(0.0, None),
     ),
     Chart(
@@ -131,7 +123,7 @@ CHARTS = (
         "Correlation with length",
         ("rewards/*/length_correlation", "reward/length_correlation"),
         "Whether longer responses simply score higher: 0 is no relation, 1 is nothing but length.",
-        Range(-0.7, 0.7, "short responses win almost by rule", "the reward is close to counting words"),
+        rule="length_correlation",
         axis=(-1.0, 1.0),
     ),
     Chart(
@@ -146,12 +138,9 @@ CHARTS = (
         "Ratio to the reference",
         "Clipped share",
         ("ratio/clip_fraction", "ratio/clip_fraction_low", "ratio/clip_fraction_high"),
-        "Share of ratios limited by the clip. A clipped ratio no longer weighs a response by itself but by the bound.",
-        Range(
-            high=0.5,
-            above="more than half of the ratios sit at the clip, so the method acts like its reference-free form. A "
-            "lower learning rate, fewer steps or the per-token variant keep it apart",
-        ),
+        "Share of ratios at a bound of the clip, 1 - epsilon or 1 + epsilon. The ratio says how much likelier a "
+        "response is under the policy than under the start model; at a bound it weighs the response by the bound.",
+        rule="clip",
         axis=(0.0, 1.0),
     ),
     Chart(
@@ -159,20 +148,16 @@ CHARTS = (
         "Effective share of samples",
         ("ratio/ess",),
         "How evenly the weights are spread: 1 when all responses count alike, near 0 when a few decide the step.",
-        Range(0.1, None, "a few responses decide every step: raise the batch size or lower the learning rate", ""),
+        rule="ess",
         axis=(0.0, 1.0),
     ),
     Chart(
         "Advantage and value",
         "Kept share",
         ("advantage/kept_fraction",),
-        "Share of responses that beat what was expected for their prompt. Only these are learned from.",
-        Range(
-            0.3,
-            0.7,
-            "few responses are kept: the value estimate may be too high, or the data much worse than the start model",
-            "nearly all responses are kept: the value estimate may be too low, so the filter hardly selects",
-        ),
+        "Share of the logged responses with a reward above what the start model is expected to get on that prompt. "
+        "Only these are learned from.",
+        rule="kept",
         axis=(0.0, 1.0),
     ),
     Chart(
@@ -186,16 +171,16 @@ CHARTS = (
         "Advantage and value",
         "Value fit (R2)",
         ("value/r2",),
-        "How much of the reward can be foreseen from the prompt alone, on held-out prompts: 1 is all of it, 0 no more "
-        "than the overall mean.",
-        Range(0.0, None, "the value estimate is worse than a constant: give it more prompts or samples", ""),
+        "How much of the differences in reward between held-out prompts the value head foresees from the prompt alone: "
+        "1 is all, 0 no more than the overall mean. It decides which rows count as better than expected.",
+        rule="value_r2",
         axis=(None, 1.0),
     ),
     Chart(
         "Advantage and value",
         "Value error",
         ("value/mse",),
-        "Mean squared error of the expected reward. Lower is better; the held-out curve decides when to stop.",
+        "Mean squared error of the expected reward on held-out prompts, in squared units of the reward.",
         axis=(0.0, None),
     ),
     Chart(
@@ -204,6 +189,7 @@ CHARTS = (
         ("objective/kl",),
         "How far the policy has moved from the model it started from, in nats per response. Some distance is "
         "the price of a higher reward; distance without reward is drift.",
+        rule="kl",
     ),
     Chart(
         "Distance and certainty",
@@ -211,7 +197,7 @@ CHARTS = (
         ("objective/entropy",),
         "How undecided the policy is about the next token, in nats. A fall to near zero means that it always says the "
         "same.",
-        Range(0.3, None, "the policy has become nearly deterministic: add a KL term or stop earlier", "", "start"),
+        rule="entropy",
         axis=(0.0, None),
     ),
     Chart(
@@ -227,13 +213,7 @@ CHARTS = (
         "Length",
         ("completions/mean_length",),
         "Mean length of the responses in words. Rewards often have a taste for length: watch it beside them.",
-        Range(
-            0.5,
-            1.5,
-            "responses shrank to less than half: check that the reward does not simply like brevity",
-            "responses grew by more than half: check that the reward does not simply like length",
-            "start",
-        ),
+        rule="length",
         axis=(0.0, None),
     ),
     Chart(
@@ -241,27 +221,24 @@ CHARTS = (
         "Ended by themselves, or cut",
         ("completions/eos_fraction", "completions/clipped_fraction"),
         "Share of responses that end with the end-of-text token, and share cut at the length limit.",
-        Range(
-            high=0.2,
-            above="many responses are cut at the limit: raise it, or find out why they do not end",
-            judged="*clipped_fraction",
-        ),
+        rule="cut",
         axis=(0.0, 1.0),
     ),
     Chart(
         "Completions",
         "Variety (distinct-2)",
         ("completions/distinct_*",),
-        "Different word pairs as a share of all word pairs. A fall means that the responses become alike.",
-        Range(0.7, None, "variety fell by more than 30 %: the policy settles on a few phrases", "", "start"),
+        "Different word pairs as a share of all word pairs over all responses. A fall means that they become alike. It "
+        "falls with more or longer responses too, so compare equal numbers of prompts.",
+        rule="variety",
         axis=(0.0, None),
     ),
     Chart(
         "Completions",
         "Repetition",
         ("completions/repetition",),
-        "Share of text that repeats what the same response has already said.",
-        Range(high=0.2, above="responses repeat themselves: stop earlier, or add a KL term"),
+        "Share of a response's word triples that it has said before.",
+        rule="repetition",
         axis=(0.0, None),
     ),
     Chart(

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#aa3f85", "#b07d00", "#3a9bd9", "#444444")  # after Okabe and Ito
-BAND, GRID, INK, QUIET = "#e4f3ea", "#e5e7ea", "#3f4852", "#6b7480"
+COLOURS = tuple(f"var(--c{i})" for i in range(7))  # the page gives them, for light and dark; after Okabe and Ito
+BAND, GRID, INK, QUIET = "var(--band)", "var(--line)", "var(--ink)", "var(--soft)"
+PAPER, WORD = "var(--paper)", "var(--word)"
 WIDTH, HEIGHT = 380.0, 200.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 12.0, 10.0, 26.0  # margins around the plot
 MINUS, NOTHING = "\N{MINUS SIGN}", "\N{EN DASH}"
@@ -161,7 +162,7 @@ def _band(picture: Picture, frame: Frame) -> str:
     high = frame.y[1] if picture.high is None else min(max(picture.high, frame.y[0]), frame.y[1])
     top, height = frame.py(high), frame.py(low) - frame.py(high)
     area = f'<rect x="{LEFT:g}" y="{top:.1f}" width="{WIDTH - LEFT - RIGHT:g}" height="{height:.1f}" fill="{BAND}"/>'
-    word = f'<text x="{WIDTH - RIGHT - 5:g}" y="{top + 13:.1f}" text-anchor="end" fill="#3c7a57">healthy</text>'
+    word = f'<text x="{WIDTH - RIGHT - 5:g}" y="{top + 13:.1f}" text-anchor="end" fill="{WORD}">healthy</text>'
     return area + (word if height > 18 else "")
 
 
@@ -169,7 +170,7 @@ def _mark(value: float, words: str, frame: Frame) -> str:
     y = frame.py(value)
     return (
         f'<line x1="{LEFT:g}" x2="{WIDTH - RIGHT:g}" y1="{y:.1f}" y2="{y:.1f}" stroke="{INK}" stroke-dasharray="2 3"/>'
-        f'<text x="{LEFT + 5:g}" y="{y - 4:.1f}" fill="{INK}" stroke="#fff" stroke-width="3" paint-order="stroke">'
+        f'<text x="{LEFT + 5:g}" y="{y - 4:.1f}" fill="{INK}" stroke="{PAPER}" stroke-width="3" paint-order="stroke">'
         f"{escape(words)}</text>"
     )
 

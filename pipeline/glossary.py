@@ -1,24 +1,31 @@
-"""What final numbers mean, in plain words, and where they are healthy: the tables behind the report's tables."""
+"""What final numbers mean, in plain words, and the nouns of the rules that judge them."""
 
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
+START = "times the start"
+TROUBLE, LOOK, FINE = "Trouble", "Look", "Fine"  # how much a value outside its limits matters; and one inside
 
-class Range(NamedTuple):
-    """Where a number is healthy, and what to say of one that is outside. Bounds are None where there is none.
 
-    `against`: 'value', the bounds are values; 'start', factors of where the curve began (for a headline figure: of
-    the first policy's); 'lowest', factors of the lowest point of the curve. `judged`: pattern of the tags it is for.
-    """
+class Limit(NamedTuple):
+    """One bound. A number below `low`, or above `high`, breaks it; exactly one of the two is given."""
 
+    level: str
+    words: str  # what it means, and what to do
+    why: str  # why the bound lies there
     low: float | None = None
     high: float | None = None
-    below: str = ""
-    above: str = ""
-    against: str = "value"
-    judged: str = "*"
+
+
+class Rule(NamedTuple):
+    """What is wanted of one quantity. The first broken limit speaks, so the gravest stand first."""
+
+    name: str
+    limits: tuple[Limit, ...]
+    fine: str  # what to say where none is broken
+    unit: str = ""  # of the limits; START makes them factors of where the curve began (of the first policy's)
 
 
 class Metric(NamedTuple):
@@ -28,41 +35,36 @@ class Metric(NamedTuple):
     label: str
     better: int  # +1: higher is better; -1: lower; 0: neither
     note: str
-    healthy: Range = Range()
 
 
 ORACLE = "rewards/oracle:*/mean"  # the tag of the true quality, known in the embedded task only
 METRICS = (
     Metric("reward/mean", "Reward", +1, "what the policy was trained to raise"),
     Metric(ORACLE, "True {} (oracle)", +1, "known by construction, never trained on"),
-    Metric("rewards/*/mean", "Reward: {}", +1, "one part of the reward, before weights"),
+    Metric("rewards/*/mean", "Reward: {}", +1, "one reward, before weights"),
     Metric(
         "completions/mean_length",
         "Length (words)",
         0,
         "neither good nor bad; a large change asks for a look",
-        Range(0.5, 1.5, "responses are less than half as long", "responses are more than half as long again", "start"),
     ),
     Metric(
         "reward/length_correlation",
         "Correlation of reward and length",
         0,
         "1: nothing but length counts",
-        Range(-0.7, 0.7, "short responses win almost by rule", "the reward is close to counting words"),
     ),
     Metric(
         "completions/distinct_*",
         "Variety (distinct-{})",
         +1,
         "different word groups, as a share of all",
-        Range(0.7, None, "variety fell by more than 30 %: read the samples", "", "start"),
     ),
     Metric(
         "completions/repetition",
         "Repetition",
         -1,
         "share of text that repeats itself within a response",
-        Range(high=0.2, above="responses repeat themselves: read the samples"),
     ),
     Metric("completions/clipped_fraction", "Cut at the limit", -1, "share that did not end by itself"),
     Metric("objective/kl", "KL from the reference", 0, "distance from the start model, in nats per response"),

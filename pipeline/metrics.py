@@ -42,7 +42,8 @@ LAYOUT = {
             "KL, nats per response": ["^(eval/)?objective/kl$"],
         },
         "3 Value and advantage (kept: 0.2 to 0.8; R2: from 0.2)": {
-            "kept share and value R2": ["^advantage/kept_fraction$", "^value/r2$"],
+            "kept share": ["^advantage/kept_fraction$"],
+            "value R2": ["^value/r2$"],
             "advantage": ["^(eval/)?advantage/mean$"],
         },
         "4 What it says": {
@@ -125,13 +126,14 @@ class RunLog:
         self._board.add_text("samples", _markdown_table(rows[:TABLE_ROWS]), step)
 
     def finish(self, results: Mapping[str, object]) -> None:
-        """results.json; the same numbers join the hyper-parameters in TensorBoard as results/<tag>."""
+        """results.json, after which the stage is done; before it, in TensorBoard, the same numbers as results/<tag>."""
         if not self.enabled:
             return
-        write_json(self._directory / "results.json", results)
         for tag, value in flatten(results).items():
             if isinstance(value, (int, float)) and math.isfinite(value):
                 self._board.add_scalar(f"results/{tag}", value, self._progress.step)
+        self._board.flush()
+        write_json(self._directory / "results.json", results)
 
     def close(self) -> None:
         """Flush and close the files and the bar. The log cannot be used afterwards."""

@@ -7,10 +7,15 @@ from html import escape
 from typing import NamedTuple
 
 CSS = """
-:root{--ink:#1d242b;--soft:#5b6670;--line:#dfe3e7;--pale:#f6f7f9;--blue:#0072b2;--good:#00704f;--bad:#b34700}
+:root{color-scheme:light dark;--paper:#fff;--ink:#1d242b;--soft:#5b6670;--line:#dfe3e7;--pale:#f6f7f9;--blue:#0067a3;
+--good:#00704f;--bad:#b34700;--grave:#b3001b;--warn:#fdf3ec;--alarm:#fdecee;--fine:#edf7f2;--band:#e4f3ea;--word:#3c7a57;
+--c0:#0072b2;--c1:#d55e00;--c2:#009e73;--c3:#aa3f85;--c4:#b07d00;--c5:#3a9bd9;--c6:#444}
+@media screen and (prefers-color-scheme:dark){:root{--paper:#14181c;--ink:#e6e9ec;--soft:#a3adb6;--line:#333b43;
+--pale:#1f252b;--blue:#6cb8ee;--good:#4fc79a;--bad:#ff9a57;--grave:#ff7b88;--warn:#33241a;--alarm:#391d21;--fine:#17302a;
+--band:#18332a;--word:#7fc4a0;--c0:#56b4e9;--c1:#ff8b3d;--c2:#2fcf9f;--c3:#e183bf;--c4:#e0b13a;--c5:#9ad0f5;--c6:#ccc}}
 *{box-sizing:border-box}
-body{margin:0;background:#fff;color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,Helvetica,
-Arial,sans-serif;-webkit-text-size-adjust:100%}
+body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,
+Helvetica,Arial,sans-serif;-webkit-text-size-adjust:100%}
 main{max-width:1120px;margin:0 auto;padding:2.2rem 1.25rem 4rem}
 h1{font-size:1.9rem;line-height:1.2;margin:0 0 .3rem}
 h2{font-size:1.35rem;line-height:1.25;margin:3rem 0 .4rem;padding-top:1.1rem;border-top:2px solid var(--ink)}
@@ -30,8 +35,13 @@ td .note{display:block;font-size:.8rem;line-height:1.3}
 .se{color:var(--soft);font-size:.82em}
 .better{color:var(--good);font-weight:600}.worse{color:var(--bad);font-weight:600}.same{color:var(--soft)}
 .find{list-style:none;margin:.8rem 0;padding:0}
-.find li,.warn{border-left:4px solid var(--bad);background:#fdf3ec;padding:.5rem .8rem;margin:.45rem 0;max-width:60rem}
-.find li.fine{border-color:var(--good);background:#edf7f2}
+.find li,.warn{border-left:4px solid var(--bad);background:var(--warn);padding:.5rem .8rem;margin:.45rem 0;
+max-width:60rem}
+.find li.trouble{border-color:var(--grave);background:var(--alarm)}
+.find li.fine{border-color:var(--good);background:var(--fine)}
+.find .note{font-size:.85rem}.mark{color:var(--bad)}.trouble .mark{color:var(--grave)}.fine .mark{color:var(--good)}
+.more details{margin:.15rem 0}.more summary{font-size:.8rem}.more table{font-size:.8rem}
+.words td{white-space:normal;text-align:left}.words td:first-child{min-width:4.5rem;width:6rem}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(310px,100%),1fr));gap:1.6rem 1.8rem}
 figure{margin:0;break-inside:avoid;min-width:0}
 figure b{display:block;font-size:.95rem}
@@ -71,6 +81,38 @@ class Key(NamedTuple):
     dotted: bool
 
 
+class Figure(NamedTuple):
+    """One chart and its words; `svg`, `outside` and `twin` are finished HTML, `warning` may be empty."""
+
+    title: str
+    keys: Sequence[Key]
+    svg: str
+    caption: str
+    warning: str
+    outside: str  # what to do where the curve leaves its range
+    twin: str  # the numbers as a table
+
+
+class Answer(NamedTuple):
+    """One policy's response, with its reward and the parts of it as text."""
+
+    policy: str
+    reward: str
+    parts: str
+    text: str
+
+
+class Finding(NamedTuple):
+    """One line of a verdict list."""
+
+    level: str  # Trouble | Look | Fine
+    place: str
+    name: str
+    text: str
+    words: str
+    why: str
+
+
 def document(title: str, body: str) -> str:
     """The whole page around `body`."""
     return (
@@ -103,10 +145,20 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>\n{body}</tbody></table></div>\n'
 
 
-def findings(items: Sequence[str], fine: str) -> str:
-    """The warnings as a list, or the one sentence `fine` when there are none."""
-    lines = [f"<li>{escape(item)}</li>" for item in items] or [f'<li class="fine">{escape(fine)}</li>']
-    return f'<ul class="find">{"".join(lines)}</ul>\n'
+def findings(found: Sequence[Finding]) -> str:
+    """A verdict list: the mark as a word, what was found, what to do; the reason of the limit behind it."""
+    lines = "".join(_finding(one) for one in found)
+    return f'<ul class="find">{lines}</ul>\n'
+
+
+def _finding(one: Finding) -> str:
+    why = f' <span class="note">Why there: {escape(one.why)}.</span>' if one.why else ""
+    sign = {"Trouble": "\N{MULTIPLICATION X}", "Look": "!", "Fine": "\N{CHECK MARK}"}[one.level]
+    return (
+        f'<li class="{one.level.lower()}"><b class="mark">{sign} {escape(one.level)}</b> '
+        f"<b>{escape(one.place)}: {escape(one.name)}, {escape(one.text)}.</b> "
+        f"{escape(one.words[:1].upper() + one.words[1:])}.{why}</li>"
+    )
 
 
 def links(entries: Sequence[tuple[str, str]]) -> str:
@@ -114,18 +166,25 @@ def links(entries: Sequence[tuple[str, str]]) -> str:
     return "<nav>" + "".join(f'<a href="#{escape(a)}">{escape(text)}</a> ' for a, text in entries) + "</nav>\n"
 
 
-def figure(title: str, keys: Sequence[Key], svg: str, caption: str, warnings: Sequence[str]) -> str:
+def figure(shown: Figure) -> str:
     """One chart with its words."""
     legend = "".join(
         f'<span><i class="{"dotted" if key.dotted else "solid"}" style="border-color:{key.colour}"></i>'
         f"{escape(key.name)} {escape(key.last)}</span>"
-        for key in keys
+        for key in shown.keys
     )
-    below = "".join(f'<div class="warn">{escape(warning)}</div>' for warning in warnings)
+    below = f'<div class="warn">{escape(shown.warning)}</div>' if shown.warning else ""
     return (
-        f'<figure><b>{escape(title)}</b><div class="legend">{legend}</div>{svg}'
-        f"<figcaption>{escape(caption)}</figcaption>{below}</figure>\n"
+        f'<figure><b>{escape(shown.title)}</b><div class="legend">{legend}</div>{shown.svg}'
+        f'<figcaption>{escape(shown.caption)}</figcaption>{below}<div class="more">{shown.outside}{shown.twin}</div>'
+        "</figure>\n"
     )
+
+
+def literal_table(rows: Sequence[Sequence[str]]) -> str:
+    """A table without a head whose cells may be long text; they come from `cell`."""
+    body = "".join(f"<tr>{''.join(row)}</tr>\n" for row in rows)
+    return f'<table class="words"><tbody>\n{body}</tbody></table>\n'
 
 
 def grid(figures: Sequence[str]) -> str:
@@ -152,11 +211,11 @@ def literal(text: str) -> str:
     return f"<pre>{escape(text)}</pre>\n"
 
 
-def sample(prompt: str, responses: Sequence[tuple[str, str, str]]) -> str:
-    """A prompt above its responses; each is (policy, scores as text, response)."""
+def sample(prompt: str, answers: Sequence[Answer]) -> str:
+    """A prompt above its responses."""
     cells = "".join(
-        f'<div><div class="who"><b>{escape(policy)}</b> {escape(scores)}</div>'
-        f'<div class="text">{escape(text)}</div></div>'
-        for policy, scores, text in responses
+        f'<div><div class="who"><b>{escape(one.policy)} {escape(one.reward)}</b> {escape(one.parts)}</div>'
+        f'<div class="text">{escape(one.text)}</div></div>'
+        for one in answers
     )
     return f'<div class="sample"><div class="text soft">{escape(prompt)}</div><div class="pair">{cells}</div></div>\n'

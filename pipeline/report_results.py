@@ -1,14 +1,13 @@
-"""Tables of final numbers: policies side by side, splits side by side, accuracy by source; and remarks on them."""
+"""Tables of final numbers: policies side by side, splits side by side, accuracy by source."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 from pipeline import page
 from pipeline.charts import MINUS, NOTHING, number
-from pipeline.glossary import FINAL, METRICS, ORACLE, Metric, match, metric_of
-from pipeline.report_curves import bounds
+from pipeline.glossary import FINAL, METRICS, Metric, match, metric_of
+from pipeline.readings import error_names, error_of, noise
 
 Columns = Mapping[str, Mapping[str, float | None]]  # policy or split -> metric -> value
 
@@ -18,8 +17,8 @@ def columns_of(results: Mapping[str, object]) -> dict[str, Mapping[str, float | 
     return {name: values for name, values in results.items() if isinstance(values, Mapping)}
 
 
-def comparison(policies: Columns) -> tuple[str, list[str]]:
-    """The headline table, each policy against the first, and what must be said about it."""
+def comparison(policies: Columns) -> str:
+    """The headline table, each policy against the first."""
     first, *others = policies
     head = ["on held-out prompts", first]
     for other in others:
@@ -32,8 +31,7 @@ def comparison(policies: Columns) -> tuple[str, list[str]]:
     html = page.table(head, [_row(tag, policies) for tag in known]) + page.paragraph(words, "soft")
     if rest:
         html += page.folded("More numbers", page.table(head, [_row(tag, policies) for tag in rest]))
-    remarks = [r for other in others for r in _remarks(other, policies[first], policies[other], [*known, *rest])]
-    return html, remarks
+    return html
 
 
 def side_by_side(columns: Columns) -> str:
@@ -68,17 +66,8 @@ def _tags(columns: Columns) -> tuple[list[str], list[str]]:
     tags = list(dict.fromkeys(tag for values in columns.values() for tag in values))
     places = {tag: next((i for i, m in enumerate(METRICS) if match(tag, m.tag, m.label)), None) for tag in tags}
     known = sorted((tag for tag in tags if places[tag] is not None), key=places.__getitem__)
-    errors = {name for tag in tags for name in _error_names(tag)}
+    errors = {name for tag in tags for name in error_names(tag)}
     return known, [tag for tag in tags if places[tag] is None and tag not in errors]
-
-
-def _error_names(tag: str) -> list[str]:
-    """Where the standard error of `tag` may be: x_se beside x, or x/se beside x/mean."""
-    return [f"{tag}_se", *([tag.removesuffix("mean") + "se"] if tag.endswith("/mean") else [])]
-
-
-def _error(values: Mapping[str, float | None], tag: str) -> float | None:
-    return next((values[name] for name in _error_names(tag) if values.get(name) is not None), None)
 
 
 def _plain(value: object) -> str:
@@ -111,7 +100,7 @@ def _row(tag: str, policies: Columns) -> list[str]:
 
 
 def _value(values: Mapping[str, float | None], tag: str, decimals: int) -> str:
-    error = _error(values, tag)
+    error = error_of(values, tag)
     return page.cell(_fixed(values.get(tag), decimals), error="" if error is None else _fixed(error, decimals))
 
 
@@ -125,37 +114,7 @@ def _difference(
     text = ("+" if change > 0 else "") + _fixed(change, decimals)
     if not metric.better:
         return page.cell(text)
-    if abs(change) <= _noise(tag, base, other):
+    if abs(change) <= noise(tag, base, other):
         return page.cell(f"{text} ≈ same", kind="same")
     better = change * metric.better > 0
     return page.cell(f"{text} {'▲ better' if better else '▼ worse'}", kind="better" if better else "worse")
-
-
-def _noise(tag: str, base: Mapping[str, float | None], other: Mapping[str, float | None]) -> float:
-    """The change that says nothing: two standard errors of a difference, or 2 % or 0.005 where no error is known."""
-    errors = [_error(values, tag) for values in (base, other)]
-    return max(0.02 * abs(base[tag]), 0.005) if None in errors else 2 * math.hypot(*errors)
-
-
-def _remarks(
-    name: str, base: Mapping[str, float | None], other: Mapping[str, float | None], tags: Sequence[str]
-) -> list[str]:
-    remarks = []
-    for tag in tags:
-        metric, label = metric_of(tag)
-        if base.get(tag) is None or other.get(tag) is None:
-            continue
-        low, high = bounds(metric.healthy, [base[tag]])
-        words = f"Results. {label} went from {number(base[tag])} to {number(other[tag])} with {name}"
-        if low is not None and other[tag] < low:
-            remarks.append(f"{words}: {metric.healthy.below}.")
-        if high is not None and other[tag] > high:
-            remarks.append(f"{words}: {metric.healthy.above}.")
-        fell = base[tag] - other[tag] > _noise(tag, base, other)
-        if metric.tag == ORACLE and fell and _rose("reward/mean", base, other):
-            remarks.append(f"{words} although the reward rose: the policy exploits the reward models.")
-    return remarks
-
-
-def _rose(tag: str, base: Mapping[str, float | None], other: Mapping[str, float | None]) -> bool:
-    return base.get(tag) is not None and other.get(tag) is not None and other[tag] > base[tag]

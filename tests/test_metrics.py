@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from pipeline import starts
 from pipeline.algorithms.functional import mean_stat, std_stat
-from pipeline.metrics import RunLog, flatten, read_metrics, write_json
+from pipeline.metrics import LAYOUT, RunLog, flatten, read_metrics, write_json
 from pipeline.records import Stat, UserError
 from pipeline.tally import Tally
 
@@ -157,7 +159,31 @@ def test_tensorboard_holds_scalars_histograms_text_and_hyper_parameters(tmp_path
     assert text.splitlines()[2] == r"| a &#124; \*&lt;b&gt;\* | x<br>y | 0.5 |"
     session = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     assert b"optimizer/learning_rate" in session and b"names" in session
+    layout = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    assert b"Ratio to the start model" in layout and b"^(train|eval)/loss$" in layout
     assert json.loads((tmp_path / "results.json").read_text()) == {"eval/loss": 1.5, "best": None}
+
+
+def test_the_layout_finds_the_tags_of_the_stages():
+    tags = ["reward/mean", "eval/reward/mean", "eval/rewards/oracle:helpfulness/mean", "train/loss", "eval/accuracy"]
+    tags += ["ratio/clip_fraction_low", "ratio/ess", "objective/kl", "value/r2", "eval/completions/clipped_fraction"]
+    tags += ["eval/rewards/a/length_correlation", "train/grad_norm", "perf/tokens_per_second", "eval/accuracy/forum"]
+    patterns = [one for charts in LAYOUT.values() for _, found in charts.values() for one in found]
+    assert [tag for tag in tags if not any(re.search(one, tag) for one in patterns)] == ["eval/accuracy/forum"]
+
+
+def test_every_start_is_noted(tmp_path):
+    log_in(tmp_path).close()
+    log_in(tmp_path, resume_step=3).close()
+    noted = starts.read(tmp_path)
+    assert [start["step"] for start in noted] == [0, 3]
+    assert noted[0]["versions"]["torch"] == torch.__version__ and noted[0]["device"]
+    with open(tmp_path / starts.NAME, "a") as file:
+        file.write('{"step": 9')  # torn by a kill
+    assert len(starts.read(tmp_path)) == 2
+    (tmp_path / starts.NAME).write_text("not json\n")
+    with pytest.raises(UserError, match=r"starts\.jsonl:1: not JSON"):
+        starts.read(tmp_path)
 
 
 def test_samples_keep_every_row_whole(tmp_path):

@@ -9,10 +9,12 @@ import pytest
 
 from pipeline import charts
 from pipeline.chart_table import CHARTS, charts_for
-from pipeline.glossary import METRICS, Range, metric_of
+from pipeline.glossary import metric_of
+from pipeline.health import RULES
+from pipeline.readings import series_of
 from pipeline.records import UserError
 from pipeline.report import build
-from pipeline.report_curves import bounds, series_of, show_curves
+from pipeline.report_curves import bounds, show_curves
 
 VOID = {"meta", "br", "hr", "img", "link"}
 SFT = {"reward/mean": 0.41, "reward/se": 0.01, "completions/mean_length": 20.0, "rewards/oracle:helpfulness/mean": 0.6}
@@ -66,6 +68,7 @@ def run_dir(tmp_path):
     (run / "sft" / "command.txt").write_text("bash run.sh stage=sft\n")
     (run / "sft" / "results.json").write_text('{"eval/loss": 1.375, "steps": 300}')
     pairs = {"eval/accuracy": 0.55, "eval/length_accuracy": 0.6, "eval/accuracy/forum": 0.52, "eval/pairs/forum": 80.0}
+    pairs |= {"eval/pairs": 80.0}
     write_rows(run / "reward" / "helpfulness" / "metrics.jsonl", [{"step": i, **pairs} for i in (1, 2, 3)])
     (run / "reward" / "helpfulness" / "results.json").write_text(json.dumps(pairs))
     (run / "score").mkdir()
@@ -100,7 +103,7 @@ def test_it_holds_the_numbers(run_dir):
     for text in ("trial &amp; error", "0.410", "0.630", "+0.220 ▲ better", "± 0.010", "4,321", "bash run.sh stage=sft"):
         assert text in html
     assert "True helpfulness (oracle)" in html
-    assert html.count("<svg") == 6  # sft loss; reward accuracy, by source, and pairs; rl clipped share and ratio
+    assert html.count("<svg") == 7  # sft loss; reward accuracy, by source, and pairs twice; rl clipped share and ratio
     assert "300 steps in 5 min 0 s" in html
 
 
@@ -108,23 +111,71 @@ def test_texts_are_escaped_and_policies_stand_in_the_order_of_the_results(run_di
     html = build(run_dir).read_text(encoding="utf-8")
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html and "<script" not in html
     assert "a &lt; b" in html and "# &lt;slow&gt;" in html
-    assert html.index("<b>sft</b>") < html.index("<b>rl</b>")
+    assert html.index("<b>sft reward 0.125</b>") < html.index("<b>rl reward 0.750 (+0.625)</b>")
 
 
-def test_it_warns_of_what_is_unhealthy(run_dir):
+def test_it_says_first_what_is_unhealthy(run_dir):
     html = build(run_dir).read_text(encoding="utf-8")
-    assert "value/r2 is −0.200 (healthy: at least 0)" in html  # noqa: RUF001
-    assert (
-        "ratio/clip_fraction_high ends at 0.950 (healthy: at most 0.500)" in html
-    )  # the last tenth of 19 is one point
-    assert "eval/accuracy ends at 0.550, no better than length alone (0.600)" in html
-    assert "Length (words) went from 20.0 to 44.0 with rl: responses are more than half as long again" in html
-    assert "although the reward rose: the policy exploits the reward models" in html
+    first = html[html.index('id="look"') : html.index('id="results"')]
+    assert "Trouble</b> <b>Reinforcement learning: Value fit (R2), \N{MINUS SIGN}0.200." in first
+    # of 19 points the last tenth is one: 19/20
+    assert "Look</b> <b>Reinforcement learning: Ratios at the clip, 95% (95% at the upper bound)." in first
+    # 80 pairs: accuracy 0.55 - 0.6 of length alone is below 0
+    assert "Trouble</b> <b>Reward model: helpfulness: Lead over counting words, 0.550 against 0.600" in first
+    assert "Trouble</b> <b>rl against sft: Length of responses, 20.0 to 44.0 words." in first  # 2.2 times
+    assert "Trouble</b> <b>rl against sft: Rewards never trained on, True helpfulness (oracle) 0.600 to 0.500" in first
+    assert "Fine</b> <b>rl against sft: Gain in reward, 0.410 to 0.630, 15.6 standard errors." in first
+    assert first.index("Trouble</b>") < first.index("Look</b>") < first.index("Fine</b>")
+
+
+def test_a_warning_stands_below_its_chart_too(run_dir):
+    html = build(run_dir).read_text(encoding="utf-8")
+    assert '<div class="warn">Look. 0.550: a weak judge' in html
+    assert "healthy from 0.6: what if not" in html and "two people agree on about three of four" in html
+
+
+def test_every_chart_has_its_numbers_as_a_table(run_dir):
+    html = build(run_dir).read_text(encoding="utf-8")
+    assert html.count("<summary>numbers") == html.count("<svg") == 7
+    assert '<td class="plain">1</td><td class="plain">0.550</td>' in html  # step 1 of the pair accuracy
+
+
+def test_what_was_run(run_dir):
+    (run_dir / "sft" / "config.yaml").write_text("seed: 7\ntrain: {batch_size: 32}\nolder: true\n")
+    counts = {"rows": 4000, "responses": 4000, "cut_responses": 600}
+    (run_dir / "sft" / "data.json").write_text(json.dumps({"train": counts, "validation": counts}))
+    start = {"when": "2026-01-02T03:04:05+00:00", "device": "a card", "versions": {"torch": "2.6.0"}}
+    write_rows(run_dir / "sft" / "starts.jsonl", [{**start, "step": 0}, {**start, "step": 1200}])
+    write_rows(run_dir / "sft" / "non_finite" / "step-000007-rank-0.jsonl", [{"id": "a"}])
+    write_rows(run_dir / "sft" / "non_finite" / "step-000007-rank-1.jsonl", [{"id": "b"}])
+    rates = [{"step": i, "time": i, "train/loss": 1.0, "perf/tokens_per_second": 10.0**i} for i in (1, 2, 3)]
+    write_rows(run_dir / "sft" / "metrics.jsonl", [*rates, {"step": 300, "time": 7260, "perf/peak_memory_gb": 71.5}])
+    html = build(run_dir).read_text(encoding="utf-8")
+    parsed(html)
+    for text in ("4,000", "2, again from step 1,200", "2 h 1 min", ">100</td>", "71.5 GB", "on a card. torch 2.6.0."):
+        assert text in html  # the median rate of 10, 100 and 1000 is 100
+    rows = '<td class="plain">{}</td><td class="plain">{}</td><td class="plain">{}</td>'
+    assert rows.format("seed", "7", "0") in html or rows.format("seed", "7", "1") in html
+    assert rows.format("older", "True", "no such setting now") in html
+    assert rows.format("train.batch_size", "32", "32") not in html
+    assert "Steps that were not finite, 1 of 300." in html  # two ranks, one step
+    assert "Responses cut in the data, 600 of 4,000." in html  # 15 %
+
+
+def test_before_an_evaluation_the_samples_of_rl_are_shown(run_dir):
+    (run_dir / "evaluate" / "samples" / "policies.jsonl").unlink()
+    row = {"id": "1", "prompt": "Why?", "response": "So.", "reward": 0.25}
+    for step, reward in ((0, 0.25), (40, 0.4), (80, 1.0)):
+        write_rows(run_dir / "rl" / "samples" / f"step-{step:06d}.jsonl", [{**row, "reward": reward}])
+    html = build(run_dir).read_text(encoding="utf-8")
+    assert "<b>step 0 reward 0.250</b>" in html and "<b>step 80 reward 1.00 (+0.750)</b>" in html
+    assert "step 40 reward" not in html
 
 
 def test_healthy_curves_bring_no_warning(tmp_path):
     write_rows(tmp_path / "sft" / "metrics.jsonl", [{"step": i, "train/loss": 1 / i} for i in range(1, 5)])
-    assert "Every curve ended in its healthy range." in build(tmp_path).read_text(encoding="utf-8")
+    html = build(tmp_path).read_text(encoding="utf-8")
+    assert "1 checks: 0 to look at, 1 fine." in html and "Steps that were not finite, 0 of 4." in html
 
 
 def test_what_is_missing_is_left_out(tmp_path):
@@ -133,7 +184,7 @@ def test_what_is_missing_is_left_out(tmp_path):
     html = build(tmp_path).read_text(encoding="utf-8")
     parsed(html)
     assert "Supervised fine-tuning" in html
-    assert not any(word in html for word in ("<svg", "Samples", "difference", "What was run", "Reward model"))
+    assert not any(word in html for word in ("<svg", "Samples", "difference", "at first", "Reward model"))
 
 
 @pytest.mark.parametrize("exists", [True, False])
@@ -171,19 +222,13 @@ def test_an_uncertain_or_small_change_counts_as_the_same(tmp_path):
     assert "▲ better" not in html and "▼ worse" not in html
 
 
-def test_a_healthy_range_may_be_relative():
-    values = [2.0] * 5 + [1.0] * 5 + [3.0] * 10  # begins at 2, lowest 1
-    assert bounds(Range(0.5, 1.5, against="start"), values) == (1.0, 3.0)
-    assert bounds(Range(high=1.5, against="lowest"), values) == (None, 1.5)
-    assert bounds(Range(0.3, 0.7), values) == (0.3, 0.7)
-    assert bounds(Range(0.5, 1.5, against="start"), [-1.0, 2.0]) == (None, None)  # a share of -1 bounds nothing
-
-
-def test_a_rising_held_out_loss_is_called_memorising():
-    rows = [{"step": i, "train/loss": 1.0, "eval/loss": loss} for i, loss in enumerate((2.0, 1.0, 1.2))]
-    warnings = show_curves("sft", series_of(rows), {}).warnings
-    assert len(warnings) == 1 and "eval/loss ends at 1.20 (healthy: at most 1.10)" in warnings[0]
-    assert show_curves("rl", series_of(rows), {}).warnings == []  # a weighted loss means nothing of the kind
+def test_a_band_may_be_relative():
+    values = [2.0] * 5 + [1.0] * 5 + [3.0] * 10  # begins at 2
+    assert bounds("length", values) == (2 * 0.67, 2 * 1.33)
+    assert bounds("kept", values) == (0.2, 0.8)
+    assert bounds("length_correlation", values) == (-0.5, 0.5)
+    assert bounds("variety", [-1.0, 2.0]) == (None, None)  # a share of -1 bounds nothing
+    assert bounds("grad_spike", values) == bounds("", values) == (None, None)
 
 
 def test_held_out_stands_beside_trained_and_no_tag_is_lost():
@@ -194,11 +239,8 @@ def test_held_out_stands_beside_trained_and_no_tag_is_lost():
     assert sorted(tag for _, names in drawn for tag in names) == sorted(tags)
 
 
-def test_every_range_says_what_is_wrong_outside_it():
-    for entry in (*CHARTS, *METRICS):
-        healthy = entry.healthy
-        assert (healthy.low is None) == (healthy.below == "") and (healthy.high is None) == (healthy.above == ""), entry
-        assert healthy.against in ("value", "start", "lowest")
+def test_charts_name_rules_that_exist():
+    assert {chart.rule for chart in CHARTS} - {""} <= set(RULES)
 
 
 def test_labels_of_metrics():
@@ -246,6 +288,6 @@ def test_curves_are_named_by_what_differs():
         {"step": i, "train/margin": 1.0, "eval/margin": 2.0, "scores/a/mean": 0.5, "scores/b/mean": 0.25}
         for i in (1, 2)
     ]
-    html = show_curves("reward", series_of(rows), {}).html
+    html = show_curves("reward", series_of(rows), {})
     for name in ("training 1.00", "held-out 2.00", "a 0.500", "b 0.250"):
         assert f"</i>{name}</span>" in html

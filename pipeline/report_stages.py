@@ -1,0 +1,117 @@
+"""What the stages of a run left in its directory, read for the report."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from pipeline import starts
+from pipeline.config import load_yaml
+from pipeline.health import Verdict, judge
+from pipeline.metrics import flatten, read_metrics
+from pipeline.readings import Series, of_stage, series_of
+from pipeline.records import UserError
+
+FILES = ("config.yaml", "metrics.jsonl", "results.json")  # a directory with one of these is a stage's
+STAGES = {
+    "sft": ("Supervised fine-tuning", "The model learns to imitate good responses. What comes out is the start of RL."),
+    "reward": ("Reward model", "A model learns from pairs which of two responses people prefer, and gives it a score."),
+    "score": ("Scoring", "Logged responses get the reward models' scores."),
+    "rl": ("Reinforcement learning", "The policy is moved towards responses with a higher reward."),
+    "generate": ("Generation", "A policy answers prompts."),
+    "evaluate": ("Evaluation", "All policies answer the same held-out prompts, and the same rewards judge them."),
+}
+
+
+class Stage(NamedTuple):
+    """What one stage left: its path within the run, its kind, and the content of its files."""
+
+    name: str
+    kind: str
+    folder: Path
+    config: str
+    command: str
+    series: Series
+    steps: int
+    seconds: float  # of training, over all starts
+    results: dict[str, object]
+    data: dict[str, Mapping[str, int]]  # split -> what encoding counted
+    starts: list[dict]
+
+    @property
+    def title(self) -> str:
+        words = STAGES[self.kind][0] if self.kind in STAGES else self.kind
+        return f"{words}: {self.name.split('/', 1)[1]}" if "/" in self.name else words
+
+    @property
+    def anchor(self) -> str:
+        return self.name.replace("/", "-")
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The final numbers, flat."""
+        return {tag: value for tag, value in flatten(self.results).items() if isinstance(value, (int, float))}
+
+    @property
+    def settings(self) -> Mapping[str, object]:
+        return (load_yaml(self.folder / "config.yaml") or {}) if self.config else {}
+
+
+def stages_of(run_dir: Path) -> list[Stage]:
+    """The stages in the order in which a recipe runs them. Raises UserError on a file that cannot be read."""
+    folders = [p for pattern in ("*", "*/*") for p in run_dir.glob(pattern) if any((p / f).is_file() for f in FILES)]
+    order = list(STAGES)
+    names = [str(folder.relative_to(run_dir)).replace(os.sep, "/") for folder in folders]
+    kinds = {name: name.split("/")[0] for name in names}
+    names.sort(key=lambda name: (order.index(kinds[name]) if kinds[name] in order else len(order), name))
+    return [_stage(run_dir / name, name, kinds[name]) for name in names]
+
+
+def verdicts(stage: Stage) -> dict[str, Verdict]:
+    """What the rules say of a stage's curves and counts, by quantity."""
+    if not stage.series:
+        return {}
+    counts = stage.data.get("train", {})
+    lost = {path.name.split("-rank-")[0] for path in (stage.folder / "non_finite").glob("step-*.jsonl")}
+    facts = {**counts, "non_finite": len(lost)}
+    found = of_stage(stage.kind, stage.series, stage.numbers, facts)
+    return {quantity: judge(quantity, reading) for quantity, reading in found.items()}
+
+
+def json_object(text: str, place: str) -> dict:
+    """The JSON object that `text` is. Raises UserError naming `place` if it is none."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{place}: not JSON ({error.msg}); run the stage again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{place}: found {type(value).__name__}, wanted a JSON object; run the stage again")
+    return value
+
+
+def _stage(folder: Path, name: str, kind: str) -> Stage:
+    rows = read_metrics(folder / "metrics.jsonl")
+    return Stage(
+        name,
+        kind,
+        folder,
+        _text(folder / "config.yaml"),
+        _text(folder / "command.txt"),
+        series_of(rows),
+        int(rows[-1]["step"]) if rows else 0,
+        (rows[-1].get("time") or 0.0) if rows else 0.0,
+        _object(folder / "results.json"),
+        _object(folder / "data.json"),
+        starts.read(folder),
+    )
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def _object(path: Path) -> dict:
+    return json_object(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else {}

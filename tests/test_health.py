@@ -1,0 +1,146 @@
+"""The rules of the report: readings by hand, each threshold from both sides."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.glossary import FINE, LOOK, TROUBLE
+from pipeline.health import LEVELS, RULES, Reading, band, judge, wanted
+from pipeline.readings import of_policies, of_stage, series_of
+
+
+def level(quantity: str, value: float) -> str:
+    return judge(quantity, Reading(value, "")).level
+
+
+# quantity -> values with their verdicts, in rising order; a limit itself is healthy
+THRESHOLDS = {
+    "gain": [(-2.1, TROUBLE), (-2.0, LOOK), (1.9, LOOK), (2.0, FINE)],
+    "unseen": [(-2.1, TROUBLE), (-2.0, FINE)],
+    "parts": [(-2.1, LOOK), (-2.0, FINE)],
+    "length": [(0.49, TROUBLE), (0.5, LOOK), (0.67, FINE), (1.33, FINE), (1.34, LOOK), (2.0, LOOK), (2.1, TROUBLE)],
+    "length_correlation": [(0.5, FINE), (0.51, LOOK), (0.7, LOOK), (0.71, TROUBLE)],
+    "variety": [(0.49, TROUBLE), (0.5, LOOK), (0.69, LOOK), (0.7, FINE), (2.0, FINE)],
+    "repetition": [(0.2, FINE), (0.21, LOOK), (0.5, LOOK), (0.51, TROUBLE)],
+    "cut": [(0.2, FINE), (0.21, LOOK), (0.5, LOOK), (0.51, TROUBLE)],
+    "kl": [(0.019, LOOK), (0.02, FINE), (10.0, FINE), (10.1, LOOK)],
+    "kept": [(0.19, LOOK), (0.2, FINE), (0.8, FINE), (0.81, LOOK)],
+    "value_r2": [(-0.01, TROUBLE), (0.0, LOOK), (0.13, LOOK), (0.2, FINE)],
+    "clip": [(0.5, FINE), (0.51, LOOK), (0.95, LOOK)],
+    "ess": [(0.09, TROUBLE), (0.1, LOOK), (0.29, LOOK), (0.3, FINE)],
+    "entropy": [(0.29, LOOK), (0.3, FINE)],
+    "best_step": [(0, TROUBLE), (1, FINE)],
+    "overfit": [(1.1, FINE), (1.11, LOOK)],
+    "pair_lead": [(-0.1, TROUBLE), (0.0, LOOK), (1.9, LOOK), (2.0, FINE)],
+    "pair_accuracy": [(0.49, TROUBLE), (0.5, LOOK), (0.59, LOOK), (0.6, FINE)],
+    "source_accuracy": [(0.49, LOOK), (0.5, FINE)],
+    "pair_gap": [(0.15, FINE), (0.16, LOOK)],
+    "grad_spike": [(5.0, FINE), (5.1, LOOK), (20.0, LOOK), (20.1, TROUBLE)],
+    "non_finite": [(0.0, FINE), (0.001, LOOK), (0.01, LOOK), (0.011, TROUBLE)],
+    "data_cut": [(0.05, FINE), (0.06, LOOK)],
+}
+
+
+@pytest.mark.parametrize("quantity", RULES)
+def test_thresholds(quantity):
+    for value, expected in THRESHOLDS[quantity]:
+        assert level(quantity, value) == expected, value
+
+
+def test_every_limit_has_one_bound_and_says_what_to_do_and_why():
+    for rule in RULES.values():
+        for limit in rule.limits:
+            assert (limit.low is None) != (limit.high is None)
+            assert limit.words and limit.why and limit.level in LEVELS and limit.level != FINE
+        graver = [LEVELS.index(limit.level) for limit in rule.limits]
+        assert graver == sorted(graver), rule.name  # else a graver limit behind a milder one would never speak
+
+
+def test_the_band_is_made_of_the_tightest_limits():
+    assert band("length") == (0.67, 1.33)
+    assert band("value_r2") == (0.2, None)
+    assert wanted("kept") == "healthy from 0.2 to 0.8"
+    assert wanted("length") == "healthy from 0.67 to 1.33 times the start"
+    assert wanted("grad_spike") == "healthy up to 5 times the median"
+
+
+def test_the_gain_is_counted_in_standard_errors():
+    sft = {"reward/mean": 0.40, "reward/se": 0.03}
+    rl = {"reward/mean": 0.50, "reward/se": 0.04}
+    # sqrt(0.03^2 + 0.04^2) = 0.05; 0.10 / 0.05 = 2
+    assert of_policies(sft, rl)["gain"].value == pytest.approx(2.0)
+    # without errors two of them are 2 % of 0.40 = 0.008: 0.10 / 0.004 = 25
+    assert of_policies({"reward/mean": 0.40}, {"reward/mean": 0.50})["gain"].value == pytest.approx(25.0)
+
+
+def test_what_was_never_trained_on_is_judged_apart_and_only_where_the_reward_rose():
+    names = ("reward/mean", "rewards/a/mean", "rewards/b/mean", "rewards/oracle:a/mean")
+    sft = dict(zip(names, (0.5, 0.5, 0.5, 0.5), strict=True))
+    rl = dict(zip(names, (0.6, 0.4, 0.3, 0.6), strict=True))
+    # one standard error is half of 2 % of 0.5: 0.005
+    found = of_policies(sft, rl)
+    assert found["parts"].value == pytest.approx(-40.0) and "b" in found["parts"].text  # -0.2 / 0.005
+    assert found["unseen"].value == pytest.approx(20.0)
+    found = of_policies(sft, rl, monitors=["b"])
+    assert found["parts"].value == pytest.approx(-20.0) and found["unseen"].value == pytest.approx(-40.0)
+    worse = of_policies(sft, {**rl, "reward/mean": 0.4})
+    assert "parts" not in worse and "unseen" not in worse
+
+
+def test_responses_beside_the_first_policy():
+    sft = {"completions/mean_length": 20.0, "completions/distinct_2": 0.4, "completions/repetition": 0.1}
+    rl = {"completions/mean_length": 30.0, "completions/distinct_2": 0.1, "completions/repetition": 0.3}
+    more = {"reward/length_correlation": 0.3, "rewards/a/length_correlation": -0.6, "objective/kl": 2.0}
+    found = of_policies(sft, {**rl, **more, "rewards/oracle:a/length_correlation": 0.9})
+    values = {quantity: reading.value for quantity, reading in found.items()}
+    assert values == pytest.approx(
+        {"length": 1.5, "variety": 0.25, "repetition": 0.3, "length_correlation": 0.6, "kl": 2.0}
+    )
+    assert found["repetition"].text == "10% to 30%"
+
+
+def rl_rows(n: int = 20) -> list[dict]:
+    """The last tenth of 20 points are two, the first tenth too."""
+    return [
+        {
+            "step": i + 1,
+            "ratio/clip_fraction_low": 0.25,
+            "ratio/clip_fraction_high": 0.5 if i >= n - 2 else 0.0,
+            "ratio/ess": 0.5,
+            "train/grad_norm": {0: 90.0, 9: 12.0}.get(i, 2.0),
+            "eval/completions/mean_length": 10.0 if i < 2 else 40.0,
+        }
+        for i in range(n)
+    ]
+
+
+def test_curves_of_rl():
+    rows = [{"step": 0, "value/r2": 0.13, "advantage/kept_fraction": 0.5}, *rl_rows()]
+    found = of_stage("rl", series_of(rows), {"model_step": 8, "steps": 20}, {"non_finite": 2})
+    values = {quantity: reading.value for quantity, reading in found.items()}
+    # spike: the first tenth of 20 points (90) is warm-up; 12 / 2 = 6. non-finite: 2 of 20 steps.
+    # length: from 10 to 40. clip: 0.25 + 0.5.
+    expected = {"non_finite": 0.1, "grad_spike": 6.0, "best_step": 8, "length": 4.0, "kept": 0.5, "value_r2": 0.13}
+    assert values == pytest.approx({**expected, "clip": 0.75, "ess": 0.5})
+    assert found["clip"].text == "75% (25% at the lower bound, 50% at the upper bound)"
+    assert judge("value_r2", found["value_r2"]).words.startswith("the head knows little more than the mean")
+
+
+def test_curves_of_a_reward_model():
+    losses = (2.0, 1.0, 1.2)
+    rows = [
+        {"step": i, "eval/loss": loss, "train/accuracy": 0.9, "eval/accuracy": 0.7} for i, loss in enumerate(losses)
+    ]
+    pairs = {"eval/accuracy": 0.6, "eval/length_accuracy": 0.5, "eval/pairs": 96.0}
+    sources = {"eval/accuracy/a": 0.4, "eval/pairs/a": 29.0, "eval/accuracy/b": 0.5, "eval/pairs/b": 30.0}
+    found = of_stage("reward", series_of(rows), pairs | sources, {"rows": 50, "responses": 100, "cut_responses": 7})
+    values = {quantity: reading.value for quantity, reading in found.items()}
+    # sqrt(0.6 * 0.4 / 96) = 0.05, so the lead of 0.1 is two errors; source a has too few pairs; 0.9 - 0.7
+    expected = {"overfit": 1.2, "pair_lead": 2.0, "pair_accuracy": 0.6, "source_accuracy": 0.5, "pair_gap": 0.2}
+    assert values == pytest.approx({**expected, "data_cut": 0.07})
+
+
+def test_a_weighted_loss_cannot_overfit():
+    rows = [{"step": i, "eval/loss": loss} for i, loss in enumerate((2.0, 1.0, 1.2))]
+    assert of_stage("sft", series_of(rows), {}, {})["overfit"].value == pytest.approx(1.2)
+    assert "overfit" not in of_stage("rl", series_of(rows), {}, {})
