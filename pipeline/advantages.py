@@ -5,6 +5,7 @@ Everything that the policy's first weights decide is computed before the first s
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from pipeline.data import Draw, Packing
 from pipeline.engine import Engine, Ranks
 from pipeline.records import Example, Item, UserError
 from pipeline.settings import Rl
+from pipeline.tasks.convert import CHOSEN, REJECTED
 from pipeline.text import Encoder
 
 
@@ -64,6 +66,33 @@ def with_rewards(ranks: Ranks, rows: list[Example], judge: rewards.Rewards | Non
     return [replace(row, reward=total) for row, total in zip(rows, scores.total, strict=True)]
 
 
+def chosen_rows(rows: list[Example], which: str) -> list[Example]:
+    """The rows to learn from, in their order, by `rows=` of the settings.
+
+    all; chosen, all but the rejected side of pairs; best_half and worst_half of n rows, n / 2 of them rounded up, by
+    reward (of equal rewards the first row counts as better). Raises UserError for `chosen` where no row is of a pair.
+    """
+    if which == "all":
+        return rows
+    if which == "chosen":
+        if not any(row.id.endswith((CHOSEN, REJECTED)) for row in rows):
+            raise UserError(
+                f"rows=chosen: none of {len(rows)} rows is a side of a pair, wanted ids that end with {CHOSEN} and "
+                f"{REJECTED}: score pairs with data.responses=both, or say rows=best_half"
+            )
+        return [row for row in rows if not row.id.endswith(REJECTED)]
+    ranked = sorted(range(len(rows)), key=lambda i: -rows[i].reward)  # stable
+    half = math.ceil(len(rows) / 2)
+    kept = ranked[:half] if which == "best_half" else ranked[-half:]
+    return [rows[i] for i in sorted(kept)]
+
+
+def with_shuffled_rewards(rows: list[Example], seed: int) -> list[Example]:
+    """The rows with one another's rewards: the same numbers, which say nothing of the responses any more."""
+    order = sampling.shuffled_rows(len(rows), seed)
+    return [replace(row, reward=rows[i].reward) for row, i in zip(rows, order, strict=True)]
+
+
 def with_ref_logps(ref: Reference, items: list[Item]) -> list[Item]:
     """The items with the reference's log-probabilities."""
     path = ref.cache("ref_logps", rows=reference.rows_digest(items))
@@ -94,7 +123,7 @@ def with_values(ref: Reference, items: list[Item], source: ValueData) -> tuple[l
         )
     parts = {
         "rows": reference.rows_digest(items),
-        "logged": [item.numbers["reward"] for item in source.logged],
+        "logged": [item.numbers["reward"] for item in source.logged] if settings.value.targets == "data" else None,
         "prompts": [str(example.prompt) for example in source.prompts],
         "judge": source.judge_key,
         "value": settings.value.model_dump(),
@@ -170,6 +199,11 @@ def population(items: Sequence[Item], weight: str, settings: Rl) -> Population:
     size, seed, n = settings.train.batch_size, settings.seed, len(items)
     weights = [1.0 if weight == "one" else item.numbers[weight] for item in items]
     kept = [i for i in range(n) if weights[i] > 0] if settings.sampling == "all" else sampling.survivors(weights)
+    if not kept:
+        raise UserError(
+            f"sampling: all, but none of {n} rows has a positive {weight} (largest {max(weights):.4g}), wanted one to "
+            "learn from: raise the rewards above 0, or say algo=alol, which subtracts what was to be expected"
+        )
     if settings.sampling == "priority":
         return Population(lambda step: sampling.priority_rows(weights, size, step, seed), len(kept) / n)
     pool = list(range(n)) if settings.sampling == "all" else kept

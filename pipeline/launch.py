@@ -104,7 +104,7 @@ def hosts(path: Path) -> dict[str, int]:
     if not path.is_file():
         raise UserError(f"launch.hostfile: {path} is not a file; wanted lines 'host slots=8'")
     found: dict[str, int] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         text = line.split("#")[0].strip()
         match = re.fullmatch(r"(\S+)\s+slots=([1-9][0-9]*)", text)
         if text and not match:
@@ -129,11 +129,11 @@ def run(argv: Sequence[str], env: Mapping[str, str]) -> int:
 
     def forward(number: int, frame: Any) -> None:
         received.append(number)
-        kill = received.count(signal.SIGINT) > 1
-        tree = _descendants(process.pid)
-        ranks = [pid for pid in tree if _is_stage(pid)] or [process.pid]
-        for pid in [*tree, process.pid] if kill else ranks:
-            _signal(pid, signal.SIGKILL if kill else number)
+        if received.count(signal.SIGINT) > 1:
+            for pid in [*_descendants(process.pid), process.pid]:
+                _signal(pid, signal.SIGKILL)
+        else:
+            tell(process.pid, number)
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, forward) for number in numbers}
@@ -143,6 +143,15 @@ def run(argv: Sequence[str], env: Mapping[str, str]) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     return code if code >= 0 else 128 - code
+
+
+def tell(pid: int, number: int) -> None:
+    """Send a signal to the ranks below the process `pid`; to `pid` too, unless it is their launcher, and first."""
+    ranks = [one for one in _descendants(pid) if _is_stage(one)]
+    itself = _words(pid)[1:3]  # a comparison is a stage that starts stages; a launcher has other words first
+    stage = len(itself) == 2 and itself[0] == b"-m" and itself[1].startswith(b"stages.")
+    for one in [pid, *ranks] if stage or not ranks else ranks:
+        _signal(one, number)
 
 
 def _resources(settings: LaunchSettings) -> list[str]:
@@ -159,7 +168,10 @@ def _resources(settings: LaunchSettings) -> list[str]:
 
 
 def _rendezvous(settings: LaunchSettings) -> list[str]:
-    return ["--standalone"] if settings.master_port is None else ["--master-port", str(settings.master_port)]
+    if settings.master_port is None:
+        return ["--standalone"]
+    _refuse_taken(settings)
+    return ["--master-port", str(settings.master_port)]
 
 
 def _tasks(settings: LaunchSettings, environ: Mapping[str, str]) -> list[str]:
@@ -173,10 +185,24 @@ def _tasks(settings: LaunchSettings, environ: Mapping[str, str]) -> list[str]:
 def _port(settings: LaunchSettings) -> int:
     """The port of rank 0: the one set, else one that is free now."""
     if settings.master_port is not None:
+        _refuse_taken(settings)
         return settings.master_port
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+def _refuse_taken(settings: LaunchSettings) -> None:
+    """Raises UserError where another process listens on the port; other machines of a hostfile are not asked."""
+    if settings.hostfile is not None:
+        return
+    with socket.socket() as wanted:
+        wanted.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            wanted.bind(("", settings.master_port))
+        except OSError as error:
+            found = f"{settings.master_port} cannot be had ({error.strerror})"
+            raise UserError(f"launch.master_port: {found}, wanted a free port: leave it out for one") from None
 
 
 def _descendants(pid: int) -> list[int]:
@@ -195,11 +221,15 @@ def _descendants(pid: int) -> list[int]:
 
 def _is_stage(pid: int) -> bool:
     """Whether a process is a rank: python -m stages.<stage>, not a launcher with that among its options."""
+    return any(one == b"-m" and two.startswith(b"stages.") for one, two in pairwise(_words(pid)))
+
+
+def _words(pid: int) -> list[bytes]:
+    """The command line of a process; empty for one that has ended."""
     try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
-        return False
-    return any(one == b"-m" and two.startswith(b"stages.") for one, two in pairwise(words))
+        return []
 
 
 def _signal(pid: int, number: int) -> None:

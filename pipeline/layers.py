@@ -31,7 +31,7 @@ from pipeline.config import (
 )
 from pipeline.records import UserError
 from pipeline.settings import STAGES
-from pipeline.validation import SettingPath, did_you_mean, known_paths, nearest_path, validated
+from pipeline.validation import SettingPath, describe, did_you_mean, known_paths, nearest_path, validated
 
 CONTROL = ("stage", "recipe", "config", "dry_run")  # words that choose layers; not settings
 EXCLUSIVE = (  # giving one of a pair takes back the other, if only an earlier layer gave it
@@ -39,6 +39,7 @@ EXCLUSIVE = (  # giving one of a pair takes back the other, if only an earlier l
     (("train", "micro_batch_size"), ("train", "max_tokens")),
 )
 MODEL = ("model", "path")
+DRIVERS = ("compare",)  # stages that start others: settings of other stages are for those
 FREE = ("algorithm", "settings")  # its keys are those of the stage's or the algorithm's own YAML
 
 
@@ -81,8 +82,12 @@ def resolve(words: Iterable[str], house: House | None = None) -> Resolved:
         found = f"stage={stage}" if stage else "no stage="
         near = did_you_mean(stage or "", house.schemas)
         raise UserError(f"{COMMAND_LINE}: {found}, wanted one of {', '.join(house.schemas)}{near}")
-    _refuse_foreign(overrides, stage, house)
+    if stage in DRIVERS:
+        overrides = _of_stage(overrides, stage, house)
+    else:
+        _refuse_foreign(overrides, stage, house)
     base, later = _layers(overrides, stage, house)
+    _refuse_values_of_sections(later, house.schemas[stage])
     merged = merge([base, *later])
     _check_free_keys(base, merged)
     places = {path: leaf.place for path, leaf in merged.items()}
@@ -108,12 +113,21 @@ def resolve_steps(words: Iterable[str], house: House | None = None) -> list[Reso
         raise UserError(f"{COMMAND_LINE}: name={name}, but no step of recipe {recipe} has that name")
     free = [one for one in words if one.split("=")[0] not in ("stage", "recipe", "name", "dry_run")]
     heads = [[f"stage={step.stage}", f"recipe={recipe}", *([f"name={step.name}"] if step.name else [])] for step in own]
-    steps = [[*head, *(one for one in free if _reaches(one, head, free, house))] for head in heads]
+    steps = [[*head, *reaching(head, free, house)] for head in heads]
     for one in free:
         if not any(one in step for step in steps):
             _refuse_foreign(parse_overrides([one]), own[-1].stage, house)
             resolve([*heads[-1], one], house)
     return [resolve(step, house) for step in steps]
+
+
+def reaching(head: list[str], words: list[str], house: House | None = None) -> list[str]:
+    """Those of a user's `words` that the step named by `head` (stage=, recipe=, name=) has the settings of."""
+    house = house or House()
+    stage = head[0].partition("=")[2]
+    fields = {*house.schemas[stage].model_fields, *CONTROL}
+    base = _layers(parse_overrides([*head, *words]), stage, house)[0]
+    return [one for one in words if any(_reaches(path, fields, base) for path in parse_overrides([one]))]
 
 
 def word(overrides: Layer, name: str) -> str | None:
@@ -244,16 +258,18 @@ def _refuse_foreign(overrides: Layer, stage: str, house: House) -> None:
             raise UserError(f"{COMMAND_LINE}: {found}; it belongs to {', '.join(owners)}")
 
 
-def _reaches(one: str, head: list[str], free: list[str], house: House) -> bool:
-    """Whether the step named by `head` has a setting of the word `one`; `free` are all the user's words."""
-    stage = head[0].partition("=")[2]
-    fields = house.schemas[stage].model_fields
-    overrides = parse_overrides([*head, *free])
-    base = _layers(overrides, stage, house)[0]
-    return any(
-        path in base if path[: len(FREE)] == FREE and len(path) > len(FREE) else path[0] in (*fields, *CONTROL)
-        for path in parse_overrides([one])
-    )
+def _refuse_values_of_sections(layers: Iterable[Layer], schema: type[BaseModel]) -> None:
+    """Raise UserError for `train: 7`: a section holds settings and is none."""
+    inside = {path[:-1]: ".".join(path) for path in known_paths(schema)}
+    for path, leaf in (entry for layer in layers for entry in layer.items()):
+        if path in inside and leaf.value != {}:
+            wanted = f"wanted a mapping of settings such as {inside[path]}"
+            raise UserError(f"{leaf.place}: {'.'.join(path)}: {describe(leaf.value)}, {wanted}")
+
+
+def _reaches(path: SettingPath, fields: set[str], base: Layer) -> bool:
+    """Whether a stage with these `fields`, and the shipped settings `base`, has the setting `path`."""
+    return path in base if path[: len(FREE)] == FREE and len(path) > len(FREE) else path[0] in fields
 
 
 def _check_free_keys(base: Layer, merged: Layer) -> None:

@@ -32,8 +32,7 @@ def priority_rows(weights: Sequence[float] | Tensor, batch_size: int, step: int,
 
     weights (n,), usually the advantages. Source: A-LoL's priority sampling. Raises UserError as `survivors` does.
     """
-    generator = _generator("priority", seed, step)
-    shares = torch.rand(batch_size, generator=generator, dtype=torch.float64)  # in [0, 1)
+    shares = torch.rand(batch_size, generator=generator("priority", seed, step), dtype=torch.float64)  # in [0, 1)
     total = _as_float64(weights).clamp(min=0.0).sum()
     return draw_by_cdf(weights, shares * total)
 
@@ -68,6 +67,11 @@ def survivors(weights: Sequence[float] | Tensor) -> list[int]:
     return rows
 
 
+def shuffled_rows(n: int, seed: int) -> list[int]:
+    """A permutation of range(n) of its own: not one that any epoch draws."""
+    return torch.randperm(n, generator=generator("shuffle", seed, 0)).tolist()
+
+
 def step_budget(steps: int, kept_fraction: float) -> int:
     """Steps for the kept share of the rows: steps * kept_fraction, truncated, and at least 1.
 
@@ -80,10 +84,10 @@ def step_budget(steps: int, kept_fraction: float) -> int:
 @lru_cache(maxsize=2)
 def _permutation(n: int, seed: int, epoch: int) -> Tensor:
     """(n,) int64 permutation of one epoch; the last two are remembered, as steps follow each other."""
-    return torch.randperm(n, generator=_generator("epoch", seed, epoch))
+    return torch.randperm(n, generator=generator("epoch", seed, epoch))
 
 
-def _generator(purpose: str, seed: int, index: int) -> torch.Generator:
+def generator(purpose: str, seed: int, index: object) -> torch.Generator:
     """A generator of its own for each purpose, seed and index: neighbouring seeds share no stream."""
     digest = hashlib.sha256(f"{purpose} {seed} {index}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
+from pathlib import Path
 
 from pipeline import assembly, engine, evaluate, examples, rollout, runs
 from pipeline.engine import Ranks
 from pipeline.entry import run
 from pipeline.metrics import write_json, write_jsonl
 from pipeline.records import Example, Response, UserError
-from pipeline.rewards import Rewards
+from pipeline.rewards import Rewards, labelled
 from pipeline.settings import Evaluate, ModelSettings
 
 SHOWN = {
@@ -28,10 +29,11 @@ def main(settings: Evaluate, words: Sequence[str]) -> None:
     inputs = assembly.inputs(settings, settings.model)
     inputs |= {f"policy {name}": runs.fingerprint(model.path) for name, model in models.items()}
     inputs |= assembly.reward_inputs(settings, settings.reward)
+    monitors = labelled(settings.monitors)
+    inputs |= {f"monitor {label}": runs.fingerprint(place) for label, place in monitors.items() if Path(place).is_dir()}
     if not ranks.on_main(lambda: runs.open_stage(directory, settings, words, inputs)):
         return
     say = print if ranks.main else str
-    monitors = tuple(settings.monitors)
     judge = assembly.build_rewards(settings, settings.reward, settings.rewards, ranks.device, monitors)
     if judge is None:
         raise UserError("stage=evaluate: nothing to judge with: give reward=NAME, or train one with stage=reward")
@@ -64,7 +66,8 @@ def judged(
                 update={"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "num_beams": 1}
                 | {"repetition_penalty": 1.0}
             )
-            drawn = rollout.generate(speaker, encoder, prompts, free, settings.seed)
+            same = free == settings.generation
+            drawn = answers if same else rollout.generate(speaker, encoder, prompts, free, settings.seed)
             sampled[name] = drawn, evaluate.response_logps(speaker, drawn, packing)
             scores = evaluate.score_responses(ranks, judge, answers)
             results[name] = evaluate.reward_statistics(scores, [answer.text for answer in answers])

@@ -1,0 +1,211 @@
+"""What a comparison of methods runs: variants, seeds, and every step with its words and what it waits for.
+
+The steps before rl make a *home*: SFT model, reward models, scored rows. Each seed has a home of its own; with
+share_before all seeds live in the first, and a second one is made for its reward models alone. A policy is judged by
+the reward models of its home, and by those of the next home (after the last comes the first), which it never met.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pipeline import runs
+from pipeline.config import WHOLE, Layer, Leaf, as_word, parse_overrides
+from pipeline.layers import Resolved, merge, reaching, resolve, resolve_steps
+from pipeline.records import UserError
+from pipeline.rewards import labelled, parse
+from pipeline.settings import Compare
+
+SECOND = "second:"  # what the labels of the next home's reward models begin with
+START = "sft"  # the policy all variants start from
+PLACE = "stage=compare"
+NOT_BEFORE = ("rl", "evaluate", "generate", "report")  # a recipe's steps that make no home
+OWN = {*Compare.model_fields, "stage", "dry_run"} - {"launch", "runs_dir"}  # words that are not passed on
+
+
+class Home(NamedTuple):
+    """A run in which the steps before rl are made, and their seed."""
+
+    run: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """One step. It waits for the tasks called `after`; tasks of one `lane` (a seed) are better not run at once."""
+
+    step: Resolved
+    after: frozenset[str]
+    lane: int
+
+    @property
+    def directory(self) -> Path:
+        return runs.stage_dir(self.step.settings, self.step.stage)
+
+    @property
+    def name(self) -> str:
+        return str(self.directory.relative_to(self.step.settings.runs_dir))
+
+
+@dataclass(frozen=True)
+class Results:
+    """Where the numbers of one seed will be: its evaluation, and the rl directory of each variant."""
+
+    evaluation: Path
+    variants: Mapping[str, Path]
+
+
+@dataclass(frozen=True)
+class Study:
+    """The tasks, none before those it waits for; where each seed's results will be; the rewards' weights."""
+
+    tasks: list[Task]
+    results: Mapping[int, Results]
+    weights: Mapping[str, float]  # of the rewards that `reward=` names; the others weigh 1
+
+
+def plan(settings: Compare, words: Sequence[str]) -> Study:
+    """Every step of a comparison, checked before any is started. Raises UserError."""
+    variants, seeds = variants_of(settings), seeds_of(settings.seeds)
+    common = passed_on(words)
+    homes = homes_of(settings, seeds)
+    before = {home: _home_tasks(home, common, settings.share_before and home != homes[0]) for home in homes}
+    tasks = [task for made in before.values() for task in made]
+    results, weights = {}, {}
+    for seed in seeds:
+        home = homes[0] if settings.share_before else homes[seeds.index(seed)]
+        other = homes[(homes.index(home) + 1) % len(homes)]
+        judges = [] if other == home else [task for task in before[other] if task.step.stage == "reward"]
+        ending = f"-seed{seed}" if settings.share_before else ""
+        rl, evaluation = _recipe_steps(Home(home.run, seed), common)[1:]
+        learned = {name: variant_step(rl, layer, name + ending) for name, layer in variants.items()}
+        waits = frozenset(task.name for task in before[home])
+        made = {name: Task(step, waits, seed) for name, step in learned.items()}
+        policies = {START: START, **{name: f"rl/{step.settings.name}" for name, step in learned.items()}}
+        judged = evaluation_step(settings, evaluation, ending, policies, {_label(task): task for task in judges})
+        waits = frozenset(task.name for task in [*made.values(), *before[home], *judges])
+        last = Task(judged, waits, seed)
+        tasks += [*made.values(), last]
+        results[seed] = Results(last.directory, {name: task.directory for name, task in made.items()})
+        weights = dict(parse(judged.settings.reward))
+    return Study(tasks, results, weights)
+
+
+def variants_of(settings: Compare) -> dict[str, Layer]:
+    """Name -> settings of its rl stage: `rl` of all, then its own. Raises UserError for a name that will not do."""
+    algos = settings.algos.split(",") if isinstance(settings.algos, str) else settings.algos
+    algos = [name.strip() for name in algos if name.strip()]
+    named = [*((name, {"algo": name}) for name in algos), *settings.variants.items()]
+    for place, (name, _) in enumerate(named):
+        if not re.fullmatch(r"[\w.-]+", name) or name == START:
+            raise UserError(f"{PLACE}: variant {name!r}, wanted letters, digits, '_', '-' or '.', and not {START!r}")
+        if name in [other for other, _ in named[:place]]:
+            raise UserError(f"{PLACE}: variant {name} is given twice; give it once in algos= and variants=")
+    if not named:
+        raise UserError(f"{PLACE}: no variant, wanted at least one in algos= or variants=")
+    everyone = layer_of(settings.rl)
+    return {name: merge([everyone, layer_of(own)]) for name, own in named}
+
+
+def seeds_of(given: int | str | Sequence[int]) -> list[int]:
+    """1 or "1,2,3" or [1, 2, 3] as a list. Raises UserError."""
+    texts = given.split(",") if isinstance(given, str) else [given] if isinstance(given, int) else given
+    texts = [str(text).strip() for text in texts]
+    if not texts or not all(text.isdecimal() for text in texts) or len({*texts}) < len(texts):
+        raise UserError(f"{PLACE}: seeds={given!r}, wanted different whole numbers: seeds=1,2,3")
+    return [int(text) for text in texts]
+
+
+def homes_of(settings: Compare, seeds: Sequence[int]) -> list[Home]:
+    """One per seed; with share_before the first seed's, and that of the next seed."""
+    if settings.share_before:
+        seeds = [seeds[0], seeds[1] if len(seeds) > 1 else seeds[0] + 1]
+    return [Home(f"{settings.run}-seed{seed}", seed) for seed in seeds]
+
+
+def passed_on(words: Sequence[str]) -> list[str]:
+    """The words that are for the steps. Raises UserError where they name no recipe."""
+    common = [word for word in words if any(path[0] not in OWN for path in parse_overrides([word]))]
+    if not any(word.startswith("recipe=") for word in common):
+        raise UserError(f"{PLACE}: no recipe=, wanted the one whose steps to compare on: recipe=demo")
+    return common
+
+
+def layer_of(settings: Mapping[str, Any]) -> Layer:
+    """Settings of a stage, nested or by dotted or short names, later ones over earlier ones."""
+    return merge(parse_overrides([word]) for word in _words_of(settings))
+
+
+def variant_step(rl: Resolved, layer: Layer, name: str) -> Resolved:
+    """The recipe's rl step with a variant's settings."""
+    return _changed(rl, layer, {("name",): Leaf(name, PLACE)})
+
+
+def evaluation_step(
+    settings: Compare, step: Resolved, ending: str, policies: Mapping[str, str], judges: Mapping[str, Task]
+) -> Resolved:
+    """The recipe's evaluation of all policies, watched by the reward models of another home too."""
+    name = (settings.name or "compare") + ending
+    asked = _changed(step, layer_of(settings.evaluate), {("name",): Leaf(name, PLACE)})
+    seconds = {label: str(task.directory / "model") for label, task in judges.items()}
+    monitors = {**labelled(asked.settings.monitors), **seconds}
+    return _changed(asked, {("policies",): Leaf(dict(policies), PLACE), ("monitors",): Leaf(monitors or [], PLACE)})
+
+
+def _home_tasks(home: Home, common: Sequence[str], rewards_only: bool) -> list[Task]:
+    """The steps before rl, in order; reward models wait for what is no reward model, the others for all before them."""
+    steps, rl, _ = _recipe_steps(home, common)
+    if rewards_only:
+        steps = [step for step in steps if step.stage in ("sft", "reward")]
+    elif any(step.stage == "reward" for step in steps) or rl.settings.reward is not None:
+        steps = [*(step for step in steps if step.stage != "score"), _score_step(steps, home, common)]
+    tasks: list[Task] = []
+    for step in steps:
+        waits = frozenset(task.name for task in tasks if step.stage != "reward" or task.step.stage != "reward")
+        tasks.append(Task(step, waits, home.seed))
+    return tasks
+
+
+def _recipe_steps(home: Home, common: Sequence[str]) -> tuple[list[Resolved], Resolved, Resolved]:
+    """(the steps before rl, rl, evaluate) of the recipe in a home. Raises UserError where one of the two is missing."""
+    steps = resolve_steps([*common, f"run={home.run}", f"seed={home.seed}"])
+    found = {step.stage: step for step in steps}
+    for stage in ("rl", "evaluate"):
+        if stage not in found:
+            raise UserError(f"{PLACE}: the recipe has no {stage} step, wanted one to take the variants' settings from")
+    before = steps[: steps.index(found["rl"])]
+    return [step for step in before if step.stage not in NOT_BEFORE], found["rl"], found["evaluate"]
+
+
+def _score_step(steps: Sequence[Resolved], home: Home, common: Sequence[str]) -> Resolved:
+    """The recipe's scoring, or one that its other words make: rewards are computed once, for all variants."""
+    own = next((step for step in steps if step.stage == "score"), None)
+    if own is None:
+        head = ["stage=score", next(word for word in common if word.startswith("recipe="))]
+        free = [*(word for word in common if word not in head), f"run={home.run}", f"seed={home.seed}"]
+        own = resolve([*head, *reaching(head, free)])
+    wanted = Leaf([split for split in own.settings.splits if split != "test"], PLACE)
+    return _changed(own, {("splits",): wanted})
+
+
+def _changed(step: Resolved, *layers: Layer) -> Resolved:
+    """The step with further settings over its own words."""
+    merged = merge([parse_overrides(step.words), *layers])
+    return resolve([as_word(".".join(path), leaf.value) for path, leaf in merged.items()])
+
+
+def _words_of(settings: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Nested settings as key=value words."""
+    words: list[str] = []
+    for key, value in settings.items():
+        inner = isinstance(value, Mapping) and value and (key,) not in WHOLE
+        words += _words_of(value, f"{prefix}{key}.") if inner else [as_word(f"{prefix}{key}", value)]
+    return words
+
+
+def _label(task: Task) -> str:
+    return f"{SECOND}{task.step.settings.name}"

@@ -1,0 +1,62 @@
+"""Methods side by side: a recipe once per seed, RL once per variant, one evaluation, then tables and a page.
+
+Leaves in runs/<run>/compare/: results.json, {variant: {metric: spread over seeds}}; table.md; compare.html; logs/.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline import comparison, comparison_page, runs, schedule, study
+from pipeline.config import dump_yaml
+from pipeline.entry import run
+from pipeline.metrics import read_metrics, write_json, write_text
+from pipeline.settings import Compare
+from pipeline.study import Results, Study
+
+BASELINES = (study.START, "nll")
+OF_RL = {"advantage/kept_fraction": "rl/kept_fraction", "value/r2": "rl/value_r2"}  # known before the first step
+
+
+def main(settings: Compare, words: Sequence[str]) -> None:
+    directory = runs.stage_dir(settings, "compare")
+    plan = study.plan(settings, words)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_text(directory / "command.txt", "bash run.sh " + shlex.join(words) + "\n")
+    write_text(directory / "config.yaml", dump_yaml(settings.model_dump()))
+
+    failed = schedule.run_all(plan.tasks, settings.jobs, directory / "logs")
+    if failed:
+        raise SystemExit(next(iter(failed.values())))  # each has had its line
+    write(directory, plan)
+
+
+def write(directory: Path, plan: Study) -> None:
+    """The comparison from what the steps left."""
+    found = {seed: numbers(results, plan) for seed, results in plan.results.items()}
+    table, seeds = comparison.summary(found, BASELINES), list(plan.results)
+    text = comparison.markdown(table, BASELINES, seeds)
+    write_text(directory / "table.md", text)
+    write_json(directory / "results.json", table)
+    title = f"Comparison: {directory.parent.resolve().name}"
+    write_text(directory / "compare.html", comparison_page.document(title, table, BASELINES, seeds))
+    print(f"{text}\n{directory / 'table.md'}, {directory / 'compare.html'}, {directory / 'results.json'}", flush=True)
+
+
+def numbers(results: Results, plan: Study) -> dict[str, dict[str, float]]:
+    """One seed's metrics by variant: what the evaluation found, and what the rl stage knew and took."""
+    judged = json.loads((results.evaluation / "results.json").read_text(encoding="utf-8"))
+    found = {variant: comparison.with_sums(metrics, plan.weights) for variant, metrics in judged.items()}
+    for variant, directory in results.variants.items():
+        first = read_metrics(directory / "metrics.jsonl")[0]
+        found[variant] |= {tag: first[name] for name, tag in OF_RL.items() if name in first}
+        left = json.loads((directory / "results.json").read_text(encoding="utf-8"))
+        found[variant]["rl/seconds"] = left["seconds"]
+    return found
+
+
+if __name__ == "__main__":
+    run(main, "compare")
