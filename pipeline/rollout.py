@@ -1,20 +1,31 @@
 """Where responses come from: here, from the policy.
 
 One generation gathers ZeRO-3's weights once; ranks share the prompts, and all make the same number of steps. What is
-sampled depends on the seed and the prompt's place, never on the rank.
+sampled depends on the seed and on the example, never on its batch, its place or the rank (but for beams that sample).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from pipeline.engine import Engine
+from pipeline.model_checks import check_positions
 from pipeline.models import hugging_face
 from pipeline.records import Example, Response, UserError
+from pipeline.sampling import generator
 from pipeline.settings import GenerationSettings
 from pipeline.text import Encoder, pad
 
@@ -28,13 +39,17 @@ def generate(
     order = sorted(range(len(examples)), key=lambda i: len(prompts[i]))  # like lengths together: little padding
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     config = generation_config(settings, encoder)
+    lm = hugging_face(engine.module.model)
+    longest = max((len(prompt) for prompt in prompts), default=0)
+    check_positions(lm.config, longest, settings.max_new_tokens, whole=False)
     mine: dict[int, list[list[int]]] = {}
     with engine.generating() as module, torch.no_grad(), torch.random.fork_rng(devices=_cuda(engine)):
         for place in range(0, len(batches), ranks.world):
             number = place + ranks.rank
             batch = batches[number] if number < len(batches) else batches[0]  # idle ranks keep in step
-            torch.manual_seed(seed * 1_000_003 + number)
-            rows = _generate(module, encoder, [prompts[i] for i in batch], config, engine)
+            torch.manual_seed(seed * 1_000_003 + number)  # beams that sample know no dice
+            throws = dice([(examples[i].id, prompts[i]) for i in batch], settings, seed)
+            rows = _generate(module, encoder, [prompts[i] for i in batch], config, throws, engine)
             if number < len(batches):
                 mine |= dict(zip(batch, rows, strict=True))
     answers = {i: rows for part in ranks.gather(mine) for i, rows in part.items()}
@@ -55,7 +70,9 @@ def generation_config(settings: GenerationSettings, encoder: Encoder) -> Generat
         )
     sampling = {}
     if settings.do_sample:
-        sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
+        sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+        if settings.num_beams > 1:
+            sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
     return GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
         do_sample=settings.do_sample,
@@ -69,6 +86,42 @@ def generation_config(settings: GenerationSettings, encoder: Encoder) -> Generat
     )
 
 
+@dataclass
+class Dice:
+    """Draws each row's next token with that row's own random numbers, so that batch mates change nothing.
+
+    transformers calls it with the scores (B, V) of one step after another; only the drawn token stays possible.
+    """
+
+    uniforms: Tensor  # (B, max_new_tokens) in [0, 1)
+    warpers: LogitsProcessorList  # temperature, top_k, top_p
+    step: int = 0
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        shares = self.warpers(ids, scores).softmax(-1).double().cumsum(-1)  # (B, V)
+        points = self.uniforms[:, self.step, None].to(shares) * shares[:, -1:]
+        drawn = torch.searchsorted(shares, points, right=True)  # (B, 1): the first token whose sum exceeds the point
+        self.step += 1
+        return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
+
+
+def dice(rows: Sequence[tuple[str, tuple[int, ...]]], settings: GenerationSettings, seed: int) -> LogitsProcessorList:
+    """Dice for the responses to `rows`, each an example's id and prompt; none without plain sampling."""
+    if not settings.do_sample or settings.num_beams > 1:
+        return LogitsProcessorList()
+    copies = range(settings.num_return_sequences)
+    throws = [generator("response", seed, (*row, copy)) for row in rows for copy in copies]
+    uniforms = torch.stack([torch.rand(settings.max_new_tokens, generator=throw) for throw in throws])
+    warpers = LogitsProcessorList()
+    if settings.temperature != 1.0:
+        warpers.append(TemperatureLogitsWarper(settings.temperature))
+    if settings.top_k > 0:
+        warpers.append(TopKLogitsWarper(settings.top_k))
+    if settings.top_p < 1.0:
+        warpers.append(TopPLogitsWarper(settings.top_p))
+    return LogitsProcessorList([Dice(uniforms, warpers)])
+
+
 @contextmanager
 def nothing_inherited(lm: PreTrainedModel) -> Iterator[None]:
     """Keep generate() from filling what is not set with the checkpoint's own (forced tokens, forbidden n-grams ...)."""
@@ -79,7 +132,14 @@ def nothing_inherited(lm: PreTrainedModel) -> Iterator[None]:
         lm.generation_config = own
 
 
-def _generate(module, encoder: Encoder, prompts: Sequence[Sequence[int]], config: GenerationConfig, engine: Engine):
+def _generate(
+    module,
+    encoder: Encoder,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    throws: LogitsProcessorList,
+    engine: Engine,
+) -> list[list[list[int]]]:
     """The response ids, up to and with EOS, of each prompt: one list of `num_return_sequences` rows per prompt."""
     lm = hugging_face(module.model)
     ids, mask = pad(prompts, encoder.pad_id, side="right" if module.encoder_decoder else "left")
@@ -91,6 +151,7 @@ def _generate(module, encoder: Encoder, prompts: Sequence[Sequence[int]], config
             input_ids=ids.to(device),
             attention_mask=mask.long().to(device),
             generation_config=config,
+            logits_processor=throws,
             synced_gpus=engine.stage == 3 and engine.ranks.world > 1,
         )
     start = 1 if module.encoder_decoder else ids.shape[1]

@@ -6,23 +6,31 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
-Whole = Annotated[int, Field(ge=0)]
+from pipeline.ranges import (
+    Count,
+    Dropped,
+    FolderName,
+    Fraction,
+    NotNegative,
+    Port,
+    Positive,
+    ResultName,
+    Seed,
+    Split,
+    Whole,
+)
 
 
 class Section(BaseModel):
     """Unknown keys and wrong types are errors, values never change, and every key must be given."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class LoraSettings(Section):
     r: Whole
     alpha: Positive
-    dropout: Fraction
+    dropout: Dropped
     target_modules: str | list[str]
 
 
@@ -44,7 +52,7 @@ class ModelSettings(Section):
     lora: LoraSettings
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"]
     trust_remote_code: bool
-    dropout: Fraction | None
+    dropout: Dropped | None
 
 
 class TemplateSettings(Section):
@@ -60,6 +68,7 @@ class DataSettings(Section):
     task: str | None
     task_size: Count | None
     path: str | None
+    files: str | None
     train: str | None
     validation: str | None
     test: str | None
@@ -73,6 +82,17 @@ class DataSettings(Section):
     validation_fraction: Fraction
     max_prompt_length: Count
     max_response_length: Count
+
+    @model_validator(mode="after")
+    def task_or_files(self) -> DataSettings:
+        files = next(
+            (name for name in ("path", "train", "validation", "test") if getattr(self, name) is not None), None
+        )
+        if self.task is not None and files is not None:
+            raise ValueError(f"both task and {files} are given, wanted one source of rows: say data.task=null")
+        if self.task is None and self.task_size is not None:
+            raise ValueError(f"task_size is {self.task_size}, wanted null without a task: say data.max_rows")
+        return self
 
 
 class TrainSettings(Section):
@@ -89,6 +109,7 @@ class TrainSettings(Section):
     save_steps: Count | None
     save_total_limit: Count
     keep: Literal["best", "last"]
+    non_finite: Literal["stop", "skip"]
 
     @model_validator(mode="after")
     def one_owner_each(self) -> TrainSettings:
@@ -104,8 +125,8 @@ class OptimizerSettings(Section):
     lr_scheduler_type: Literal["linear", "cosine", "constant"]
     warmup_ratio: Fraction
     weight_decay: NotNegative
-    adam_beta1: Fraction
-    adam_beta2: Fraction
+    adam_beta1: Dropped
+    adam_beta2: Dropped
     adam_epsilon: Positive
     max_grad_norm: NotNegative
 
@@ -145,14 +166,14 @@ class ValueSettings(Section):
     batch_size: Count
     patience: Count
     num_heads: Count
-    dropout: Fraction
+    dropout: Dropped
 
 
 class LaunchSettings(Section):
     processes: Count
     hostfile: str | None
     launcher: Literal["auto", "single", "deepspeed", "torchrun", "srun"]
-    master_port: Count | None
+    master_port: Port | None
     ddp_timeout: Count
 
 
@@ -166,10 +187,10 @@ class Algorithm(Section):
 class Common(Section):
     """What every stage has."""
 
-    run: str
-    name: str | None
+    run: FolderName
+    name: ResultName | None
     runs_dir: str
-    seed: Whole
+    seed: Seed
     launch: LaunchSettings
 
 
@@ -191,7 +212,16 @@ class Sft(Training):
 
 
 class Reward(Training):
+    name: ResultName
     start_from: Literal["sft", "model"]
+
+
+class RatioTolerance(Section):
+    """How far policy and reference may differ before the first step, by precision; mean nats per token."""
+
+    fp32: Positive
+    bf16: Positive
+    fp16: Positive
 
 
 RewardSpec = str | dict[str, float] | None
@@ -203,22 +233,24 @@ class Rl(Training):
     scored: str | None
     reward: RewardSpec
     rewards: RewardSettings
+    rows: Literal["all", "chosen", "best_half", "worst_half"]
+    shuffle_rewards: bool
     sampling: Literal["priority", "positive", "all"]
     scale_steps: bool
-    ratio_tolerance: Positive
+    ratio_tolerance: RatioTolerance
     value: ValueSettings
     generation: GenerationSettings
 
 
 class Score(WithModel):
-    splits: list[str]
+    splits: Annotated[list[Split], Field(min_length=1)]
     reward: RewardSpec
     rewards: RewardSettings
 
 
 class Generate(WithModel):
     policy: str | None
-    split: str
+    split: Split
     max_rows: Count | None
     train: TrainSettings
     reward: RewardSpec
@@ -227,15 +259,27 @@ class Generate(WithModel):
 
 
 class Evaluate(WithModel):
-    policies: dict[str, str]
-    split: str
+    policies: Annotated[dict[str, str], Field(min_length=1)]
+    split: Split
     max_rows: Count
     num_samples: Whole
     train: TrainSettings
     reward: RewardSpec
-    monitors: list[str]
+    monitors: list[str] | dict[str, str]
     rewards: RewardSettings
     generation: GenerationSettings
+
+
+class Compare(Common):
+    """Methods side by side over seeds; `rl`, `evaluate` and each of `variants` hold settings of those stages."""
+
+    algos: str | list[str]
+    variants: dict[str, dict[str, Any]]
+    seeds: Whole | str | list[Whole]
+    share_before: bool
+    jobs: Count
+    rl: dict[str, Any]
+    evaluate: dict[str, Any]
 
 
 class Report(Common):
@@ -247,6 +291,27 @@ class Plan(Training):
     gpu_memory_gb: Positive
 
 
+class GpuSettings(Section):
+    """What is measured where there is a GPU, in the place of the small shape."""
+
+    hidden_size: Count
+    num_layers: Count
+    num_heads: Count
+    precision: Literal["fp32", "bf16"]
+    batch_size: Count
+    max_tokens: Count
+    peak_tflops: Positive
+
+
+class Bench(Training):
+    parts: list[Literal["steps", "loop", "memory", "rouge", "startup", "peers"]]
+    rounds: Count
+    steps: Count
+    clock: Literal["wall", "cpu"]
+    peer_python: str | None
+    gpu: GpuSettings
+
+
 STAGES: dict[str, type[Common]] = {
     "sft": Sft,
     "reward": Reward,
@@ -254,6 +319,8 @@ STAGES: dict[str, type[Common]] = {
     "score": Score,
     "generate": Generate,
     "evaluate": Evaluate,
+    "compare": Compare,
     "report": Report,
     "plan": Plan,
+    "bench": Bench,
 }

@@ -59,7 +59,8 @@ def main(settings: Rl, words: Sequence[str]) -> None:
 
     def prepare() -> None:
         if needs.ref_logp:
-            reference.check_ratio(trainer, items, drawn.draw(0), packing, settings.ratio_tolerance)
+            tolerance = settings.ratio_tolerance.model_dump()[settings.train.precision]
+            reference.check_ratio(trainer, items, drawn.draw(0), packing, tolerance)
 
     course = training.Course(
         items=items,

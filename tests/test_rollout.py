@@ -56,7 +56,11 @@ def test_greedy_batches_are_each_prompt_alone(shape: str) -> None:
 @pytest.mark.parametrize("shape", ["llama", "gpt2"])
 def test_eos_belongs_to_the_response_and_ends_it(shape: str) -> None:
     answers = rollout.generate(
-        speaker(shape), tiny.encoder(), PROMPTS, generation(do_sample=True, max_new_tokens=20), 1
+        speaker(shape),
+        tiny.encoder(),
+        PROMPTS,
+        generation(do_sample=True, max_new_tokens=20, num_return_sequences=4),
+        1,
     )
     finished = [answer.finished for answer in answers]
     assert any(finished) and not all(finished)
@@ -90,9 +94,31 @@ def test_sampling_is_a_function_of_the_seed() -> None:
     assert len(set(ids_of(first[:3]))) == 3
 
 
-def test_several_beams() -> None:
+@pytest.mark.parametrize("changes", [{}, {"temperature": 0.7, "top_k": 5}, {"top_p": 0.6}])
+def test_sampled_tokens_have_the_models_frequencies(changes: dict) -> None:
+    speaking, count = speaker("llama"), 4000
+    one = generation(do_sample=True, max_new_tokens=1, num_return_sequences=count, **changes)
+    drawn = torch.tensor([a.response_ids[0] for a in rollout.generate(speaking, tiny.encoder(), PROMPTS[2:3], one, 0)])
+    prompt = torch.tensor([tiny.encoder().encode_prompt(PROMPTS[2].prompt)[0]])
+    with torch.no_grad():
+        wanted = (speaking.module.model(prompt).logits[0, -1] / changes.get("temperature", 1.0)).softmax(-1)
+    order = wanted.argsort(descending=True)
+    before = wanted[order].cumsum(0) - wanted[order]  # of more probable tokens
+    kept = (before < changes.get("top_p", 1.0)) & (torch.arange(tiny.V) < changes.get("top_k", tiny.V))
+    wanted = torch.zeros_like(wanted).scatter(0, order[kept], wanted[order][kept])
+    wanted = wanted / wanted.sum()
+    found = drawn.bincount(minlength=tiny.V) / count
+    assert wanted.max() < 0.9 and (wanted > 0.02).sum() > 1
+    assert (found[wanted == 0] == 0).all()
+    # four standard deviations of a share of 4,000 draws
+    assert ((found - wanted).abs() <= 4 * (wanted * (1 - wanted) / count).sqrt() + 1 / count).all()
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_several_beams(do_sample: bool) -> None:
     speaking = speaker("llama")
-    answers = rollout.generate(speaking, tiny.encoder(), PROMPTS, generation(num_beams=3, num_return_sequences=2), 0)
+    beams = generation(num_beams=3, num_return_sequences=2, do_sample=do_sample, temperature=0.7)
+    answers = rollout.generate(speaking, tiny.encoder(), PROMPTS, beams, 0)
     assert [answer.example for answer in answers] == [example for example in PROMPTS for _ in range(2)]
     assert answers[0].response_ids != answers[1].response_ids
 

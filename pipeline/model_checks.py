@@ -1,0 +1,156 @@
+"""Is a checkpoint what it is taken for? Each mistake is one line, before anything is computed with it."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.records import UserError
+
+HEADS = ["score", "classifier", "classification_head"]  # what architectures call their scalar head
+NO_LANGUAGE_MODEL = ("ForSequenceClassification", "ForTokenClassification", "ForMaskedLM", "ForQuestionAnswering")
+JSON_FILES = ("config.json", "adapter_config.json", "tokenizer_config.json", "tokenizer.json")
+# what transformers, tokenizers and peft raise over files that are missing, cut short, or of another kind
+READ_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, EOFError)
+READ_ERRORS += (SafetensorError, pickle.UnpicklingError)
+
+
+def unreadable(path: str, what: str, error: Exception) -> str:
+    """One line for a checkpoint that cannot be read."""
+    place = Path(path)
+    if place.exists() and not (place / "config.json").exists() and not (place / "adapter_config.json").exists():
+        return f"model.path: {path} has no config.json, wanted a Hugging Face model directory"
+    if not place.exists() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
+        return f"model.path: {path} does not exist, wanted a directory or a Hugging Face name"
+    reason = " ".join(str(error).split()) or type(error).__name__
+    wanted = "a whole Hugging Face model: save it again, or name another"
+    if isinstance(error, ImportError):
+        wanted = "the package installed, or model.attn_implementation=sdpa where it is for attention"
+    elif "trust_remote_code" in str(error):
+        wanted = "a model without code of its own, or trust_remote_code=true if you trust whose it is"
+    elif not place.exists():
+        wanted = "a directory here, or a Hugging Face name that this machine can reach"
+    return f"model.path: the {what} of {path} cannot be read ({reason[:200]}), wanted {wanted}"
+
+
+def check_files(path: str) -> None:
+    """Raises UserError where a file that describes a local checkpoint is no JSON object."""
+    for file in (Path(path) / name for name in JSON_FILES):
+        if file.is_file():
+            read_object(file)
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file that belongs to a checkpoint. Raises UserError with file and line."""
+    cure = "wanted a JSON object: save the model again, or name another"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}:{error.lineno}: no JSON ({error.msg}), {cure}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: no UTF-8 text ({error}), {cure}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: JSON of type {type(found).__name__}, {cure}")
+    return found
+
+
+def check_adapter(path: str) -> None:
+    """Raises UserError where adapters are described, but their weights are not there."""
+    if not any(Path(path).glob("adapter_model.*")):
+        raise UserError(
+            f"model.path: {path} has adapter_config.json, but no adapter_model.safetensors, wanted both: copy it again"
+        )
+
+
+def check_kind(path: str, config: PretrainedConfig) -> None:
+    """Raises UserError where a language model is wanted and the checkpoint says it is something else."""
+    named = config.architectures or []
+    if any(name.endswith(NO_LANGUAGE_MODEL) for name in named):
+        reward = named[0].endswith("ForSequenceClassification")
+        hint = "it may be a reward model: name it in reward=, and here" if reward else "name"
+        raise UserError(f"model.path: {path} is a {named[0]}, wanted a language model: {hint} a model that writes text")
+
+
+def check_report(path: str, report: Mapping[str, Any], model: PreTrainedModel, new_head: bool) -> bool:
+    """Whether the scalar head is new, by the report of `from_pretrained`.
+
+    Raises:
+        UserError: weights are missing, of another shape, or of layers that the configuration does not have; or the
+            head is missing and a new one is not welcome.
+    """
+    missing, shapes = sorted(report["missing_keys"]), sorted(report["mismatched_keys"])
+    heads = [name for name in missing if name.split(".")[0] in HEADS]
+    lost = [name for name in missing if name not in heads]
+    if lost:
+        raise UserError(
+            f"model.path: {path} lacks {len(lost)} weights ({lost[0]}, ...), wanted all of a {type(model).__name__}: "
+            "is it whole?"
+        )
+    if shapes:
+        name, saved, wanted = shapes[0]
+        cure = "is config.json another model's?"
+        if name.split(".")[0] in HEADS:
+            cure = "a reward model has one output"
+        raise UserError(f"model.path: {path}: {name} has shape {tuple(saved)}, wanted {tuple(wanted)}: {cure}")
+    layers = {_numberless(name) for name in model.state_dict()}
+    beyond = sorted(name for name in report["unexpected_keys"] if _numberless(name) in layers - {name})
+    if beyond:
+        raise UserError(
+            f"model.path: {path} has weights of more layers than config.json says ({beyond[0]}, ...), wanted as many: "
+            "is config.json another model's?"
+        )
+    if heads and not new_head:
+        raise UserError(
+            f"{path}: no scalar head ({heads[0]} is missing), wanted a reward model: "
+            "train one with bash run.sh stage=reward"
+        )
+    return bool(heads)
+
+
+def _numberless(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".N.", name)
+
+
+def check_vocabulary(path: str | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UserError where the tokenizer has tokens that the model has no embedding for."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"model.path: {path} has {rows} embeddings but its tokenizer has {len(tokenizer)} tokens, wanted no more "
+            "tokens than embeddings: is it another model's?"
+        )
+
+
+def positions(config: PretrainedConfig) -> int | None:
+    """The longest text a model was made for, in tokens; None where positions are relative without an end."""
+    text = config.get_text_config()
+    return text.to_dict().get(text.attribute_map.get("max_position_embeddings", "max_position_embeddings"))
+
+
+def check_positions(config: PretrainedConfig, prompt: int, response: int, whole: bool) -> None:
+    """Raises UserError where rows may be longer than the model's positions.
+
+    Args:
+        whole: prompt and response are read as one text even by an encoder-decoder.
+    """
+    limit = positions(config)
+    longest = max(prompt, response) if config.is_encoder_decoder and not whole else prompt + response
+    if limit is not None and longest > limit:
+        raise UserError(
+            f"data.max_prompt_length: {prompt} and up to {response} tokens of response are {longest} to read at once, "
+            f"but the model has {limit} positions, wanted no more: lower data.max_prompt_length, "
+            "data.max_response_length or generation.max_new_tokens"
+        )
+
+
+def linear_names(model: nn.Module) -> Sequence[str]:
+    """The last names of a model's matrices, which adapters can be put on."""
+    return sorted({name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, nn.Linear)})

@@ -1,0 +1,155 @@
+"""Three steps of every algorithm by the real loop, cut in one way or another; test_same_step.py knows the right answer.
+
+On two processes, under every ZeRO stage: `torchrun --nproc-per-node 2 -m tests.same_step FOLDER`. Rank 0 writes
+FOLDER/seen.pt.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaForSequenceClassification, PreTrainedModel
+
+from pipeline import assembly, loop
+from pipeline.checkpoint import Checkpoints
+from pipeline.data import Packing, Windows
+from pipeline.engine import Engine
+from pipeline.loop import Evaluation, Job, Watch
+from pipeline.metrics import RunLog
+from pipeline.policy import Policy, RewardModel
+from pipeline.records import Item
+from pipeline.settings import Algorithm
+from pipeline.tally import Interval, Tally
+from tests import tiny
+
+ALGO = Path(__file__).parents[1] / "stages" / "algo"
+STAGES = ("zero0", "zero1", "zero2", "zero3")
+BUDGET = Packing(None, 40, False, tiny.PAD_ID)  # micro-batches of 2 to 4 rows, 1 to 4 pairs
+DRAWN = ((0, 1, 2, 3, 4), (8, 1, 8), (4,))  # rows of each step; on two ranks the last one leaves a filler
+# Adam's large epsilon makes a step depend on the size of the gradient; decay, clipping and schedule have other tests
+OPTIMIZER = {**tiny.PLAIN_STEP, "learning_rate": 0.05, "lr_scheduler_type": "constant", "warmup_ratio": 0.0}
+
+
+@dataclass(frozen=True)
+class Case:
+    """An algorithm with its settings, and whether it learns from pairs."""
+
+    algorithm: Algorithm
+    pairs: bool = False
+
+
+@cache
+def cases() -> dict[str, Case]:
+    """Every algorithm that ships, and the settings of theirs that change the formula."""
+    offline = {path.stem: Case(tiny.settings("rl", f"algo={path.stem}").algorithm) for path in ALGO.glob("*.yaml")}
+    margin = ("algorithm.settings.use_margin=true", "algorithm.settings.center_coef=0.1")
+    return {
+        **dict(sorted(offline.items())),
+        "a_lol_k3": Case(tiny.settings("rl", "algo=a_lol_kl", "algorithm.settings.kl_form=k3").algorithm),
+        "supervised": Case(tiny.settings("sft").algorithm),
+        "bradley_terry": Case(tiny.settings("reward", *margin).algorithm, pairs=True),
+        "regression": Case(tiny.settings("reward", "algorithm.settings.objective=regression").algorithm, pairs=True),
+    }
+
+
+def model(case: Case) -> PreTrainedModel:
+    """A random Llama of one layer, with a scalar head for pairs."""
+    language = tiny.language_model("llama", num_hidden_layers=1)
+    if not case.pairs:
+        return language
+    language.config.num_labels = 1
+    torch.manual_seed(0)
+    return tiny.spread(LlamaForSequenceClassification(language.config)).eval()
+
+
+def module(case: Case) -> nn.Module:
+    return RewardModel(model(case)) if case.pairs else Policy(model(case), 64)
+
+
+@cache
+def rows() -> tuple[Item, ...]:
+    """Nine rows of ragged lengths; rewards from 0, advantages of both signs, ratios inside and outside the clips."""
+    items = tiny.items(9, reward=lambda i: i / 8, advantage=lambda i: (3 * i % 7 - 2.5) / 5)
+    language, noise = tiny.language_model("llama", num_hidden_layers=1), torch.Generator().manual_seed(0)
+    found = []
+    for item in items:
+        logp = own_logps(language, item).detach()
+        ref = logp + 0.3 * torch.randn(logp.shape, generator=noise)
+        found.append(replace(item, ref_logp=(ref.clamp(max=0.0),)))
+    return tuple(found)
+
+
+@cache
+def pairs() -> tuple[Item, ...]:
+    numbers = {"margin": lambda i: i / 4, "chosen_reward": lambda i: i / 8, "rejected_reward": lambda i: -i % 3 / 3}
+    return tuple(tiny.items(9, pairs=True, **numbers))
+
+
+def items_of(case: Case) -> tuple[Item, ...]:
+    return pairs() if case.pairs else rows()
+
+
+def own_logps(language: PreTrainedModel, item: Item) -> Tensor:
+    """(T,) by the model's own forward on the one row, without padding."""
+    row = item.rows[0]
+    logits = language(input_ids=torch.tensor([row.prompt_ids + row.response_ids])).logits[0].float()
+    before = slice(len(row.prompt_ids) - 1, -1)
+    return logits[before].log_softmax(-1).gather(1, torch.tensor(row.response_ids)[:, None])[:, 0]
+
+
+def job_of(case: Case, trained: Engine, items: Sequence[Item], packing: Packing, folder: Path) -> Job:
+    """What the loop is given to take the steps of DRAWN; nothing is evaluated, logged or exported."""
+    ranks = trained.ranks
+    nothing: Callable[[object], Evaluation] = lambda _: Evaluation({})  # noqa: E731
+    return Job(
+        engine=trained,
+        objective=assembly.objective_of(case.algorithm)[2],
+        windows=Windows(items, lambda step: list(DRAWN[step]), packing, ranks.rank, ranks.world),
+        evaluate=nothing,
+        export=nothing,
+        train=tiny.train_settings(),
+        optimizer=tiny.optimizer_settings(**OPTIMIZER),
+        max_steps=len(DRAWN),
+        eval_steps=None,
+        watch=Watch("eval/loss", False),
+        log=RunLog(folder, {}, resume_step=0, enabled=False, total_steps=len(DRAWN), description=""),
+        checkpoints=Checkpoints(folder, ranks, 1),
+        directory=folder,
+    )
+
+
+def run(job: Job) -> dict:
+    """The losses and gradient norms of the steps, and the weights they leave (on rank 0)."""
+    seen = []
+    for step in range(len(DRAWN)):
+        interval = Interval(Tally())
+        assert loop.one_step(job, step, interval) is None  # nothing that is not finite
+        seen.append(interval.close(job.engine.ranks.all_sum)[0])
+    found = {name: [values[f"train/{name}"] for values in seen] for name in ("loss", "grad_norm")}
+    return {**found, "weights": job.engine.state_dict()}
+
+
+def steps(case: Case, zero: str, packing: Packing, folder: Path) -> dict:
+    """What `run` gives for the case's own model and rows."""
+    trained = tiny.trainer(module(case), zero, optimizer=OPTIMIZER)
+    return run(job_of(case, trained, items_of(case), packing, folder))
+
+
+def main(folder: Path) -> None:
+    ranks = tiny.ranks()
+    gc.freeze()  # every start of ZeRO-3 collects garbage: 0.3 s over all that was imported, nothing over the rest
+    seen = {zero: {name: steps(case, zero, BUDGET, folder) for name, case in cases().items()} for zero in STAGES}
+    if ranks.main:
+        torch.save(seen, folder / "seen.pt")
+    ranks.barrier()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

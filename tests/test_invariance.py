@@ -1,0 +1,197 @@
+"""Whatever scores a text says the same in any company: any cut into batches, any order, any padding.
+
+What one forward says of one batch is in test_policy, test_models and test_value; here it is what stages call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
+
+from pipeline import assembly, engine, evaluate, models, reference, rollout
+from pipeline.data import Packing, collate
+from pipeline.policy import Policy, RewardModel
+from pipeline.records import Example, Item, Response
+from reward_models import learned
+from stages.reward import pair_scores
+from tests import same_step, tiny
+
+SHAPES = tiny.SHAPES
+# float32, 2 layers: another batch shape takes another order of sums; a wrong place or mask shows in the first digit
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+ORDER = [4, 1, 8, 0, 3, 7, 2, 6, 5]
+
+
+def packings(encoder_decoder: bool, whole: bool = False) -> list[Packing]:
+    """One by one, by threes, by a small budget, all at once."""
+    cuts = [(1, None), (3, None), (None, 44), (9, None)]
+    return [Packing(size, budget, encoder_decoder, tiny.PAD_ID, whole) for size, budget in cuts]
+
+
+def speaker(shape: str) -> engine.Engine:
+    return engine.Engine(Policy(tiny.language_model(shape), 64), tiny.ranks(), tiny.train_settings(), None)
+
+
+def all_alike(found: Sequence[dict[str, float]]) -> None:
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-5, abs=1e-5, nan_ok=True)
+
+
+# log-probabilities and losses
+
+
+def spoken(items: Sequence[Item]) -> list[Response]:
+    return [Response(i.example, "", "", i.rows[0].prompt_ids, i.rows[0].response_ids, True) for i in items]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_reference_and_response_logps(shape: str) -> None:
+    speaking, items = speaker(shape), tiny.items(9)
+    mixed = [items[i] for i in ORDER]
+    one_by_one, *others = packings(speaking.module.encoder_decoder)
+    alone = reference.reference_logps(speaking, items, one_by_one)
+    rows = alone["logp"].split(alone["lengths"].tolist())
+    assert alone["logp"].std() > 1
+    for packing in others:
+        found = reference.reference_logps(speaking, items, packing)
+        assert torch.equal(found["lengths"], alone["lengths"])
+        torch.testing.assert_close(found["logp"], alone["logp"], **CLOSE)
+        again = evaluate.response_logps(speaking, spoken(mixed), packing)
+        for place, i in enumerate(ORDER):
+            torch.testing.assert_close(again[place], rows[i], **CLOSE)
+
+
+@pytest.mark.parametrize("name", same_step.cases())
+def test_held_out_statistics(name: str) -> None:
+    """Every statistic: means, deviations, effective shares."""
+    case = same_step.cases()[name]
+    objective = assembly.objective_of(case.algorithm)[2]
+    judged = engine.Engine(same_step.module(case), tiny.ranks(), tiny.train_settings(), None)
+    items = list(same_step.items_of(case))
+    mixed = [items[i] for i in ORDER]
+    found = [evaluate.held_out_loss(judged, objective, items, packing) for packing in packings(False)]
+    found += [evaluate.held_out_loss(judged, objective, mixed, packing) for packing in packings(False)[1:3]]
+    assert found[0]["eval/loss"] != 0
+    all_alike(found)
+
+
+def test_the_divergence_of_two_policies() -> None:
+    speaking, other = (
+        speaker("llama"),
+        engine.Engine(Policy(tiny.language_model("llama", seed=1), 64), tiny.ranks(), tiny.train_settings(), None),
+    )
+    answers, found = spoken(tiny.items(9)), []
+    for packing in packings(False):
+        both = [evaluate.response_logps(one, answers, packing) for one in (speaking, other)]
+        found.append(evaluate.sampled_kl(both[0], [torch.clamp(r, min=-3) for r in both[1]]))
+    assert found[0]["objective/kl"] > 1
+    all_alike(found)
+
+
+def test_log_ratios() -> None:
+    speaking, items = speaker("llama"), list(same_step.rows())
+    found = [evaluate.log_ratios(speaking, items, packing).sort().values for packing in packings(False)]
+    for ratios in found[1:]:
+        torch.testing.assert_close(ratios, found[0], atol=1e-4, rtol=1e-5)  # sums of 60 nats, rounded by 4e-6
+
+
+# scores
+
+
+def encoder_only(kind: str) -> torch.nn.Module:
+    """A random classifier that reads a first token, in the manner of BERT."""
+    sizes = {"hidden_size": tiny.H, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    sizes |= {"vocab_size": tiny.V, "pad_token_id": tiny.PAD_ID, "num_labels": 1, "max_position_embeddings": 160}
+    sizes |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    torch.manual_seed(0)
+    if kind == "bert":
+        return tiny.spread(BertForSequenceClassification(BertConfig(**sizes))).eval()
+    return tiny.spread(RobertaForSequenceClassification(RobertaConfig(**sizes))).eval()
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_encoders_score_alike_in_any_company(tmp_path: Path, kind: str) -> None:
+    model = encoder_only(kind)
+    models.save(tmp_path / kind, model, model.state_dict(), tiny.tokenizer())
+    scorer, items = RewardModel(model), tiny.items(9)
+    with torch.no_grad():
+        together = scorer(collate(items, range(9), packings(False, whole=True)[3]))
+        for i, item in enumerate(items):
+            ids = torch.tensor([[*item.rows[0].prompt_ids, *item.rows[0].response_ids]])
+            torch.testing.assert_close(together[i], model(input_ids=ids).logits[0, 0], **CLOSE)
+    assert together.std() > 0.05
+    prompts = [" ".join(tiny.WORDS[: 1 + i % 9]) for i in range(9)]
+    completions = [" ".join(tiny.WORDS[i % 5 : 2 * i]) for i in range(9)]
+
+    def scores(batch_size: int, order: Sequence[int]) -> list[float]:
+        settings = tiny.settings("sft").model
+        reward = learned.load(str(tmp_path / kind), settings, tiny.PLAIN, 64, batch_size, torch.device("cpu"))
+        return reward([prompts[i] for i in order], [completions[i] for i in order])
+
+    alone = scores(1, range(9))
+    assert scores(7, range(9)) == pytest.approx(alone, rel=1e-5, abs=1e-5)
+    assert scores(7, ORDER) == pytest.approx([alone[i] for i in ORDER], rel=1e-5, abs=1e-5)
+    assert len({round(score, 3) for score in alone}) > 5
+
+
+def scorer_of(tmp_path: Path, shape: str) -> RewardModel:
+    """A reward model of any shape whose head says something."""
+    language = tiny.language_model(shape)
+    models.save(tmp_path / shape, language, language.state_dict(), tiny.tokenizer())
+    settings = tiny.settings("reward").model.model_copy(update={"path": str(tmp_path / shape)})
+    return RewardModel(tiny.spread(models.load_scalar(settings, tiny.tokenizer(), 0, new_head=True)).eval())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_scores_of_pairs(tmp_path: Path, shape: str) -> None:
+    scorer, items = scorer_of(tmp_path, shape), tiny.items(9, pairs=True)
+    judge = engine.Engine(scorer, tiny.ranks(), tiny.train_settings(), None)
+    found = [pair_scores(judge, items, packing) for packing in packings(scorer.encoder_decoder, whole=True)]
+    for chosen, rejected in found[1:]:
+        assert chosen == pytest.approx(found[0][0], rel=1e-5, abs=1e-5)
+        assert rejected == pytest.approx(found[0][1], rel=1e-5, abs=1e-5)
+    assert torch.tensor(found[0]).std() > 0.05
+
+
+# responses
+
+PROMPTS = [Example(f"row {i}", " ".join(tiny.WORDS[i % 4 : 2 + 3 * i % 11])) for i in range(9)]
+Say = Callable[..., list[str]]
+
+
+def sayer(shape: str, **changes) -> Say:
+    """A function of (batch_size, order) that gives the responses, in the prompts' own order."""
+    speaking = speaker(shape)
+    usual = {"max_new_tokens": 8, "temperature": 0.8, "top_p": 0.9, "top_k": 40, "num_return_sequences": 1}
+    generation = tiny.settings("rl").generation.model_copy(update={**usual, **changes})
+
+    def say(batch_size: int, order: Sequence[int] = range(9), seed: int = 0) -> list[tuple]:
+        settings = generation.model_copy(update={"batch_size": batch_size})
+        found = rollout.generate(speaking, tiny.encoder(), [PROMPTS[i] for i in order], settings, seed)
+        n = settings.num_return_sequences
+        by_prompt = {i: [a.response_ids for a in found[p * n : (p + 1) * n]] for p, i in enumerate(order)}
+        return [by_prompt[i] for i in sorted(by_prompt)]
+
+    return say
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_greedy_responses(shape: str) -> None:
+    say = sayer(shape, do_sample=False)
+    alone = say(1)
+    assert say(5) == alone == say(9, ORDER)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sampled_responses(shape: str) -> None:
+    """The same random numbers meet the same distribution, whoever else is asked."""
+    say = sayer(shape, do_sample=True, num_return_sequences=2)
+    alone = say(1)
+    assert say(5) == alone == say(9, ORDER)
+    assert say(4, range(3, 9)) == alone[3:]  # without the first three
+    assert all(first != second for first, second in alone)
+    assert say(5, seed=1) != alone
