@@ -107,7 +107,7 @@ def _frame(picture: Picture) -> Frame:
     return Frame((first, last if last > first else first + 1), (bottom, top if top > bottom else bottom + 1))
 
 
-def _ticks(low: float, high: float, about: int) -> list[float]:
+def ticks(low: float, high: float, about: int) -> list[float]:
     """Round numbers between `low` and `high`, steps of 1, 2 or 5 times a power of ten."""
     raw = (high - low) / about
     power = 10.0 ** math.floor(math.log10(raw))
@@ -129,7 +129,7 @@ def _tick_text(value: float, step: float, largest: float) -> str:
 
 
 def _grid(frame: Frame) -> str:
-    rows, columns = _ticks(*frame.y, 4), [x for x in _ticks(*frame.x, 4) if x == int(x)]
+    rows, columns = ticks(*frame.y, 4), [x for x in ticks(*frame.x, 4) if x == int(x)]
     step = rows[1] - rows[0] if len(rows) > 1 else 1.0
     top = max(map(abs, frame.y))
     left, right, bottom = LEFT, WIDTH - RIGHT, HEIGHT - BOTTOM

@@ -42,8 +42,13 @@ class Checkpoints:
         self.directory, self.ranks, self.limit = directory / "checkpoints", ranks, limit
 
     def save(self, engine: Engine, state: State, interval: Interval) -> None:
-        """Write a step folder under another name, rename it, then point `latest` at it and drop the oldest."""
-        name = f"step-{state.step:06d}"
+        """Write a step folder under another name, rename it, then point `latest` at it and drop the oldest.
+
+        The step that `latest` names is complete and is left as it is: while it was replaced there would be none.
+        """
+        name, pointer = f"step-{state.step:06d}", self.directory / "latest"
+        if self.ranks.from_main(pointer.is_file() and pointer.read_text(encoding="utf-8").strip() == name):
+            return
         part = self.directory / f"part-{name}"
         if self.ranks.main:
             shutil.rmtree(part, ignore_errors=True)
@@ -54,6 +59,7 @@ class Checkpoints:
         self.ranks.barrier()
         if self.ranks.main:
             write_json(part / "state.json", asdict(state))
+            flush(part)
             shutil.rmtree(self.directory / name, ignore_errors=True)
             os.replace(part, self.directory / name)
             write_text(self.directory / "latest", name + "\n")
@@ -61,7 +67,8 @@ class Checkpoints:
         self.ranks.barrier()
 
     def _rotate(self) -> None:
-        for old in sorted(self.directory.glob("step-*"))[: -self.limit]:
+        by_step = sorted(self.directory.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+        for old in by_step[: -self.limit]:
             shutil.rmtree(old)
         for torn in self.directory.glob("part-*"):
             shutil.rmtree(torn)
@@ -99,6 +106,14 @@ class Checkpoints:
         """Remove all checkpoints, once the stage's final model is written."""
         if self.ranks.main:
             shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def flush(folder: Path) -> None:
+    """Have everything below `folder` on the disk itself, so that a power cut after the rename finds it whole."""
+    for path in [folder, *folder.rglob("*")]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def packed(interval: Interval) -> dict[str, Any]:

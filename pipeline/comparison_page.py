@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 from pipeline import page
-from pipeline.charts import BOTTOM, COLOURS, GRID, HEIGHT, INK, LEFT, QUIET, RIGHT, TOP, WIDTH, Frame, number
+from pipeline.charts import BOTTOM, COLOURS, GRID, HEIGHT, INK, LEFT, QUIET, RIGHT, TOP, WIDTH, Frame, number, ticks
 from pipeline.comparison import columns_of, rows
 
 X = "objective/kl"
@@ -62,14 +61,6 @@ def scatter(tag: str, table: Table, description: str) -> str:
     )
 
 
-def ticks(low: float, high: float, about: int = 4) -> list[float]:
-    """Round numbers between `low` and `high`, steps of 1, 2 or 5 times a power of ten."""
-    raw = (high - low) / about
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * 0.999)
-    return [round(i * step, 12) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-
-
 def _figure(tag: str, table: Table) -> str:
     title, caption = CHARTS[tag]
     picture = scatter(tag, table, f"{title} over KL from the start")
@@ -96,12 +87,12 @@ def _axes(frame: Frame) -> str:
     lines = [
         f'<line x1="{LEFT:g}" x2="{right:g}" y1="{frame.py(y):.1f}" y2="{frame.py(y):.1f}" stroke="{GRID}"/>'
         f'<text x="{LEFT - 6:g}" y="{frame.py(y) + 4:.1f}" text-anchor="end" fill="{QUIET}">{number(y)}</text>'
-        for y in ticks(*frame.y)
+        for y in ticks(*frame.y, 4)
     ]
     lines += [
         f'<line x1="{frame.px(x):.1f}" x2="{frame.px(x):.1f}" y1="{TOP:g}" y2="{bottom:g}" stroke="{GRID}"/>'
         f'<text x="{frame.px(x):.1f}" y="{bottom + 15:g}" text-anchor="middle" fill="{QUIET}">{number(x)}</text>'
-        for x in ticks(*frame.x)
+        for x in ticks(*frame.x, 4)
     ]
     place = f'x="{right:g}" y="{bottom + 30:g}" text-anchor="end" fill="{QUIET}"'
     return "".join(lines) + f"<text {place}>KL from the start, nats per response</text>"

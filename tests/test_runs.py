@@ -33,8 +33,14 @@ def test_a_fresh_stage_notes_what_it_is(tmp_path: Path) -> None:
     assert (stage / "command.txt").read_text() == "bash run.sh stage=sft 'data.train=my rows.jsonl'\n"
 
 
-def test_an_unfinished_stage_goes_on(tmp_path: Path) -> None:
+def begun(tmp_path: Path) -> None:
+    """A stage that got as far as its first metrics."""
     opened(tmp_path)
+    (tmp_path / "sft" / "metrics.jsonl").write_text("")
+
+
+def test_an_unfinished_stage_goes_on(tmp_path: Path) -> None:
+    begun(tmp_path)
     before = (tmp_path / "sft" / "config.yaml").stat().st_mtime_ns
     assert opened(tmp_path)
     assert (tmp_path / "sft" / "config.yaml").stat().st_mtime_ns == before
@@ -56,7 +62,7 @@ def refused(tmp_path: Path, *words: str, inputs: dict | None = None) -> str:
 
 @pytest.mark.parametrize("finished", [False, True])
 def test_changed_settings_are_named(tmp_path: Path, finished: bool) -> None:
-    opened(tmp_path)
+    begun(tmp_path)
     if finished:
         write_json(tmp_path / "sft" / "results.json", {})
     rate, size = settings().optimizer.learning_rate, settings().train.batch_size
@@ -70,15 +76,23 @@ def test_changed_settings_are_named(tmp_path: Path, finished: bool) -> None:
     ["launch.processes=2", "train.logging_steps=3", "train.save_steps=5", "train.save_total_limit=9", "runs_dir=other"],
 )
 def test_what_changes_no_number_may_change(tmp_path: Path, word: str) -> None:
-    opened(tmp_path)
+    begun(tmp_path)
     assert opened(tmp_path, word)
 
 
 def test_changed_inputs_are_named(tmp_path: Path) -> None:
-    opened(tmp_path)
+    begun(tmp_path)
     assert "its data.train has changed" in refused(tmp_path, inputs={**INPUTS, "data.train": "f2"})
     assert "its reward x has changed" in refused(tmp_path, inputs={**INPUTS, "reward x": "f"})
     assert "its data.train has changed" in refused(tmp_path, inputs={"model": "new"})
+
+
+def test_a_start_that_a_mistake_ended_may_be_made_otherwise(tmp_path: Path) -> None:
+    """Nothing was begun, so the mended command is as good as the first."""
+    opened(tmp_path)
+    assert opened(tmp_path, "seed=2", inputs={"model": "other"})
+    assert load_yaml(tmp_path / "sft" / "config.yaml")["seed"] == 2
+    assert json.loads((tmp_path / "sft" / "inputs.json").read_text()) == {"model": "other"}
 
 
 def test_results_of_unknown_origin_are_not_overwritten(tmp_path: Path) -> None:

@@ -1,0 +1,78 @@
+"""Whether two runs left the same: every file byte for byte, but for what tells the time."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from pipeline import starts
+
+UNFINISHED = ("part-*", "*.part", "*.tmp", "checkpoints")
+TIMES = ("time", "seconds")
+KINDS = ("scalars", "histograms")  # of what TensorBoard keeps
+
+
+def differences(one: Path, two: Path) -> list[str]:
+    """What differs between two run directories; a line each."""
+    ours, theirs = files(one), files(two)
+    found = [f"only one of the two has {name}" for name in sorted(ours ^ theirs)]
+    found += [f"{name} differs{first_difference(one / name, two / name)}" for name in sorted(ours & theirs)
+              if content(one / name) != content(two / name)]  # fmt: skip
+    for board in sorted(path.relative_to(one) for path in one.rglob("tensorboard")):
+        ours, theirs = points(one / board), points(two / board)
+        for what, points_of in (("lacks", ours - theirs), ("has too many", theirs - ours)):
+            if points_of:
+                found.append(f"{board}: the second {what} {points_of.total()} points, first {min(points_of)}")
+    return found
+
+
+def leftovers(run: Path) -> list[str]:
+    """What only an unfinished run may hold."""
+    return sorted(str(path.relative_to(run)) for pattern in UNFINISHED for path in run.rglob(pattern))
+
+
+def files(run: Path) -> set[str]:
+    """All files but TensorBoard's, whose names are times, locks, which hold nothing, and the list of starts."""
+    names = (path.relative_to(run) for path in run.rglob("*") if path.is_file())
+    return {str(name) for name in names if "tensorboard" not in name.parts and name.name not in (".lock", starts.NAME)}
+
+
+def content(path: Path) -> object:
+    """The bytes of a file; of metrics.jsonl and results.json what does not depend on the clock."""
+    if path.name == "metrics.jsonl":
+        return [timeless(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    if path.name == "results.json":
+        return timeless(json.loads(path.read_text(encoding="utf-8")))
+    return path.read_bytes()
+
+
+def timeless(row: dict[str, object]) -> dict[str, object]:
+    return {key: value for key, value in row.items() if key not in TIMES and not key.startswith("perf/")}
+
+
+def first_difference(one: Path, two: Path) -> str:
+    """Where, if it can be said in a line."""
+    ours, theirs = content(one), content(two)
+    if not isinstance(ours, list) or not isinstance(theirs, list):
+        return ""
+    steps = [[row["step"] for row in rows] for rows in (ours, theirs)]
+    if steps[0] != steps[1]:
+        return f": steps {steps[0]} and {steps[1]}"
+    first = next((a, b) for a, b in zip(ours, theirs, strict=True) if a != b)
+    return f" at step {first[0]['step']}: {set(first[0].items()) ^ set(first[1].items())}"
+
+
+def points(board: Path) -> Counter[tuple[str, int]]:
+    """(tag, step) of every curve and histogram that TensorBoard shows, as often as it shows it.
+
+    Left out: what tells the end (results/), and sample tables, of which TensorBoard purges none after a restart.
+    """
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of every restart
+    shown = EventAccumulator(str(board), size_guidance=dict.fromkeys(KINDS, 0)).Reload()
+    read = {"scalars": shown.Scalars, "histograms": shown.Histograms}
+    tags = [(kind, tag) for kind in KINDS for tag in shown.Tags()[kind] if not tag.startswith("results/")]
+    return Counter((tag, event.step) for kind, tag in tags for event in read[kind](tag))
