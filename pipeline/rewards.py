@@ -3,10 +3,10 @@
 A reward is a function `reward(prompts, completions, **columns) -> list[float]`, called with keywords, as TRL does.
 What it returns is checked, normalised, and added up with its weight. Normalisation:
 
-    none           the raw value
-    sigmoid        1 / (1 + e^-x), in (0, 1)
-    standardise    (x - mean) / max(std, 1e-4), with the mean and population std of all that was seen before this batch;
-                   the first batch has only itself; where nothing was ever seen (mean, std) are (0, 1)
+    none       the raw value
+    sigmoid    1 / (1 + e^-x), in (0, 1)
+
+Neither knows of other responses, so that a response has one reward, whatever it is scored with.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import inspect
 import math
 import statistics
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,18 +22,16 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from pipeline import plugins
 from pipeline.records import RewardFunction, Scores, UserError
 
 FOLDER = "reward_models"
-STD_FLOOR = 1e-4
+LARGEST = 3.4e38  # of a float32, in which models are trained
 SHOWN = 80  # characters of a text in a message
 
-Normalise = Literal["none", "sigmoid", "standardise"]
-AllSum = Callable[[Tensor], Tensor]  # adds a tensor over the ranks
+Normalise = Literal["none", "sigmoid"]
 
 
 @dataclass(frozen=True)
@@ -47,86 +44,31 @@ class Reward:
     normalise: Normalise = "none"
 
 
-@dataclass(frozen=True)
-class Running:
-    """Count, mean and sum of squared deviations from the mean of everything seen."""
-
-    count: float = 0.0
-    mean: float = 0.0
-    squares: float = 0.0
-
-    @property
-    def std(self) -> float:
-        """Population standard deviation, at least STD_FLOOR."""
-        return max(math.sqrt(self.squares / self.count), STD_FLOOR)
-
-    def sums(self, values: Sequence[float]) -> list[float]:
-        """What `plus` needs of more values, additive over ranks: count, sum and sum of squares of x - mean."""
-        deviations = [value - self.mean for value in values]
-        return [float(len(values)), math.fsum(deviations), math.fsum(x * x for x in deviations)]
-
-    def plus(self, sums: Sequence[float]) -> Running:
-        """Everything seen and the values that `sums` tells of (Welford 1962, for a batch at a time)."""
-        new, first, second = sums
-        count = self.count + new
-        if not count:
-            return self
-        return Running(count, self.mean + first / count, max(self.squares + second - first * first / count, 0.0))
-
-    def standardised(self, value: float) -> float:
-        """The value in standard deviations from the mean; unchanged if nothing was seen."""
-        return (value - self.mean) / self.std if self.count else value
-
-
 class Rewards:
-    """The rewards of a run, with the running statistics of those that are standardised: state of a checkpoint."""
+    """The rewards of a run."""
 
     def __init__(self, rewards: Sequence[Reward]) -> None:
         assert rewards, "a run that scores has at least one reward"
+        names = [reward.name for reward in rewards]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise UserError(f"reward: {twice} is named twice, wanted once: a reward needs no monitor of the same name")
         self.rewards = tuple(rewards)
-        self.running = {reward.name: Running() for reward in rewards if reward.normalise == "standardise"}
 
-    def score(
-        self,
-        prompts: list[str],
-        completions: list[str],
-        columns: Mapping[str, list],
-        update: bool,
-        all_sum: AllSum = lambda sums: sums,
-    ) -> Scores:
-        """Raw and normalised values by reward, and their weighted sum, one per completion.
-
-        `update=False`, for evaluation, leaves the statistics as they are. With `update`, and rewards to standardise,
-        `all_sum` adds a (rewards, 3) float64 CPU tensor over the ranks, once, and twice for the first batch: then every
-        rank must call, if need be with no completions, and all end with the same statistics. Raises UserError.
-        """
+    def score(self, prompts: list[str], completions: list[str], columns: Mapping[str, list]) -> Scores:
+        """Raw and normalised values by reward, and their weighted sum, one per completion. Raises UserError."""
         raw = {reward.name: call(reward, prompts, completions, columns) for reward in self.rewards}
-        before = self.running
-        if update and before:
-            self.running = _updated(before, raw, all_sum)
-        used = {name: seen if seen.count else self.running[name] for name, seen in before.items()}
-        normalised = {reward.name: _normalised(reward, raw[reward.name], used) for reward in self.rewards}
+        normalised = {reward.name: _normalised(reward, raw[reward.name]) for reward in self.rewards}
         weighted = [[reward.weight * x for x in normalised[reward.name]] for reward in self.rewards]
         return Scores(raw, normalised, [sum(parts) for parts in zip(*weighted, strict=True)])
-
-    def state_dict(self) -> dict[str, dict[str, float]]:
-        """Plain numbers, exact."""
-        return {name: dict(vars(seen)) for name, seen in self.running.items()}
-
-    def load_state_dict(self, state: Mapping[str, Mapping[str, float]]) -> None:
-        """Takes the statistics of `state_dict`. Raises UserError if they are of other rewards."""
-        if set(state) != set(self.running):
-            saved, now = (", ".join(sorted(names)) or "none" for names in (state, self.running))
-            cure = "give the same reward= and normalisation, or start another run"
-            raise UserError(f"checkpoint: it standardises the rewards {saved}, but the settings say {now}; {cure}")
-        self.running = {name: Running(**numbers) for name, numbers in state.items()}
 
 
 def call(reward: Reward, prompts: list[str], completions: list[str], columns: Mapping[str, list]) -> list[float]:
     """The reward's values, checked: one finite float per completion. It is not called for no completions."""
     if not completions:
         return []
-    run = partial(reward.function, prompts=prompts, completions=completions, **columns)
+    lists = {name: list(values) for name, values in columns.items()}  # its own: it may change them
+    run = partial(reward.function, prompts=list(prompts), completions=list(completions), **lists)
     place = f"reward {reward.name}, called with the columns {', '.join(columns) or '(none)'}"
     return checked(reward.name, plugins.guarded(place, run), completions)
 
@@ -143,7 +85,9 @@ def checked(name: str, values: object, completions: Sequence[str]) -> list[float
             f"reward {name}: it returned a {type(values).__name__}, wanted a list of one float per completion"
         )
     if len(values) != len(completions):
-        raise UserError(f"reward {name}: it returned {len(values)} values for {len(completions)} completions")
+        raise UserError(
+            f"reward {name}: it returned {len(values)} values for {len(completions)} completions, wanted one for each"
+        )
     return [_number(name, i, value, text) for i, (value, text) in enumerate(zip(values, completions, strict=True))]
 
 
@@ -181,6 +125,11 @@ def parse(spec: object) -> list[tuple[str, float]]:
         if not isinstance(name, str) or not number or not math.isfinite(weight) or weight == 0:
             raise UserError(f"reward.{name}: the weight is {weight!r}, wanted a finite number other than 0")
     return [(name, float(weight)) for name, weight in spec.items()]
+
+
+def labelled(monitors: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
+    """`monitors=` of the configuration as label -> reward; those in a list are their own labels."""
+    return dict(monitors) if isinstance(monitors, Mapping) else {name: name for name in monitors}
 
 
 def resolve(name: str, learned: Callable[[str], RewardFunction], trained: Mapping[str, str]) -> RewardFunction:
@@ -222,29 +171,8 @@ def _unknown(name: str, trained: Mapping[str, str]) -> str:
     )
 
 
-def _updated(running: Mapping[str, Running], raw: Mapping[str, list[float]], all_sum: AllSum) -> dict[str, Running]:
-    """The statistics with this batch of all ranks.
-
-    The first batch is passed twice: once for the mean, then for the squares about it; about 0 they would lose the
-    digits of a small spread around a large mean.
-    """
-    if not all(seen.count for seen in running.values()):
-        running = {name: Running(mean=seen.mean) for name, seen in _plus_all(running, raw, all_sum).items()}
-    return _plus_all(running, raw, all_sum)
-
-
-def _plus_all(running: Mapping[str, Running], raw: Mapping[str, list[float]], all_sum: AllSum) -> dict[str, Running]:
-    sums = torch.tensor([seen.sums(raw[name]) for name, seen in running.items()], dtype=torch.float64)  # (rewards, 3)
-    totals = all_sum(sums).tolist()
-    return {name: seen.plus(total) for (name, seen), total in zip(running.items(), totals, strict=True)}
-
-
-def _normalised(reward: Reward, values: list[float], running: Mapping[str, Running]) -> list[float]:
-    if reward.normalise == "sigmoid":
-        return [_sigmoid(value) for value in values]
-    if reward.normalise == "standardise":
-        return [running[reward.name].standardised(value) for value in values]
-    return values
+def _normalised(reward: Reward, values: list[float]) -> list[float]:
+    return [_sigmoid(value) for value in values] if reward.normalise == "sigmoid" else values
 
 
 def _sigmoid(x: float) -> float:
@@ -255,7 +183,7 @@ def _sigmoid(x: float) -> float:
 def _number(name: str, index: int, value: object, text: str) -> float:
     if isinstance(value, np.generic | np.ndarray | Tensor) and value.ndim == 0:
         value = value.item()
-    if isinstance(value, Real) and abs(value) <= sys.float_info.max:
+    if isinstance(value, Real) and abs(value) <= LARGEST:
         return float(value)
     found = f"{value!r:.40}" if value is None or isinstance(value, Real | str) else f"a {type(value).__name__}"
     cure = "a reward that cannot score a text must raise, and say why"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from fractions import Fraction
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from pipeline.records import UserError
-from pipeline.rewards import Reward, Rewards, Running, bounds, length_correlation, parse, resolve, shortened
+from pipeline.rewards import Reward, Rewards, bounds, length_correlation, parse, resolve, shortened
 from reward_models import length, rouge
 
 
@@ -20,8 +19,8 @@ def fixed(values):
     return lambda prompts, completions, **columns: values
 
 
-def score(rewards: Rewards, completions: list[str], update: bool = True, **columns: list):
-    return rewards.score(["p"] * len(completions), completions, columns, update=update)
+def score(rewards: Rewards, completions: list[str], **columns: list):
+    return rewards.score(["p"] * len(completions), completions, columns)
 
 
 def words(prompts, completions, **columns):
@@ -46,102 +45,6 @@ def test_sigmoid_values():
 def test_sigmoid_far_out():
     scores = score(Rewards([Reward("a", 1.0, fixed([-1e4, 1e4, 0.0]), "sigmoid")]), ["x", "y", "z"])
     assert scores.total == [0.0, 1.0, 0.5]
-
-
-def test_standardise_by_hand():
-    rewards = Rewards([Reward("a", 1.0, words, "standardise")])
-    # the first batch has only itself: mean 3, std sqrt((4 + 4) / 2) = 2
-    assert score(rewards, ["1", "5"]).total == pytest.approx([-1.0, 1.0])
-    # the second is seen with the statistics from before it: (9 - 3) / 2
-    assert score(rewards, ["9"]).total == pytest.approx([3.0])
-    # all three: mean 5, squares 16 + 0 + 16 = 32, std sqrt(32 / 3)
-    assert rewards.running["a"] == Running(3.0, pytest.approx(5.0), pytest.approx(32.0))
-    assert score(rewards, ["5", "21"]).total == pytest.approx([0.0, 16 / math.sqrt(32 / 3)])
-
-
-def test_standardise_floor():
-    rewards = Rewards([Reward("a", 1.0, words, "standardise")])
-    assert score(rewards, ["2", "2"]).total == [0.0, 0.0]
-    assert score(rewards, ["2.001"]).total == pytest.approx([10.0])  # 0.001 / 1e-4
-
-
-def test_evaluation_does_not_change_the_statistics():
-    rewards = Rewards([Reward("a", 1.0, words, "standardise")])
-    assert score(rewards, ["7"], update=False).total == [7.0]  # nothing seen: unchanged
-    assert rewards.running["a"] == Running()
-    score(rewards, ["1", "5"])
-    before = rewards.state_dict()
-    assert score(rewards, ["9"], update=False).total == pytest.approx([3.0])
-    assert rewards.state_dict() == before
-
-
-@pytest.mark.parametrize("cuts", [(6,), (1, 2, 3), (2, 2, 2), (5, 1)])
-def test_any_cut_into_batches_ends_with_the_same_statistics(cuts):
-    values = ["1e6", "1000003", "999999.5", "1000000.25", "1000001", "1000010"]
-    rewards = Rewards([Reward("a", 1.0, words, "standardise")])
-    start = 0
-    for cut in cuts:
-        score(rewards, values[start : start + cut])
-        start += cut
-    numbers = np.array([float(value) for value in values])
-    assert rewards.running["a"].mean == pytest.approx(numbers.mean(), rel=1e-14)
-    assert rewards.running["a"].std == pytest.approx(numbers.std(), rel=1e-9)
-
-
-def test_all_ranks_end_with_the_same_statistics():
-    # rank 0 has 1 and 5, rank 1 has 9 and 13, rank 2 nothing: as one batch of four, mean 7, squares 36 + 4 + 4 + 36
-    texts = (["1", "5"], ["9", "13"], [])
-    meeting = threading.Barrier(3)
-    sent: list[torch.Tensor] = [torch.empty(0)] * 3
-    results: list[tuple] = [()] * 3
-
-    def rank(index: int) -> None:
-        def all_sum(sums: torch.Tensor) -> torch.Tensor:
-            sent[index] = sums
-            meeting.wait(timeout=10)
-            total = sent[0] + sent[1] + sent[2]
-            meeting.wait(timeout=10)
-            return total
-
-        rewards = Rewards([Reward("a", 1.0, words, "standardise")])
-        scores = rewards.score([""] * len(texts[index]), texts[index], {}, True, all_sum)
-        results[index] = (scores.total, rewards.running["a"])
-
-    ranks = [threading.Thread(target=rank, args=(index,)) for index in range(3)]
-    for thread in ranks:
-        thread.start()
-    for thread in ranks:
-        thread.join()
-    std = math.sqrt(20)  # sqrt(80 / 4)
-    assert [total for total, _ in results] == [
-        pytest.approx([-6 / std, -2 / std]),
-        pytest.approx([2 / std, 6 / std]),
-        [],
-    ]
-    assert [running for _, running in results] == [Running(4.0, 7.0, 80.0)] * 3
-
-
-def test_a_rank_without_completions_may_come_first():
-    rewards = Rewards([Reward("a", 1.0, words, "standardise")])
-    assert score(rewards, []).total == []
-    assert rewards.running["a"] == Running()
-    assert score(rewards, ["1", "5"]).total == [-1.0, 1.0]
-
-
-def test_statistics_survive_a_checkpoint():
-    rewards = Rewards([Reward("a", 1.0, words, "standardise"), Reward("b", 1.0, words)])
-    score(rewards, ["0.1", "0.7", "3"])
-    resumed = Rewards(rewards.rewards)
-    resumed.load_state_dict(rewards.state_dict())
-    assert resumed.running == rewards.running
-    assert score(resumed, ["2"]).total == score(rewards, ["2"]).total
-
-
-def test_statistics_of_other_rewards_are_refused():
-    with pytest.raises(UserError, match="standardises the rewards b, but the settings say a"):
-        Rewards([Reward("a", 1.0, words, "standardise")]).load_state_dict(
-            {"b": {"count": 1.0, "mean": 0.0, "squares": 0.0}}
-        )
 
 
 def test_all_is_passed_by_keyword():
