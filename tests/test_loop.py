@@ -315,9 +315,8 @@ def test_checkpoints_that_cannot_be_used(tmp_path: Path) -> None:
         checkpoints.load(trained)
 
 
-REWARDED = Objective(
-    lambda logp, batch: offline.loss(logp, batch, offline.Settings("reward", "none", 0.9, 0.1, 0.0, "none")), "sequences"
-)
+BY_REWARD = offline.Settings("reward", "none", 0.9, 0.1, 0.0, "none")
+REWARDED = Objective(lambda logp, batch: offline.loss(logp, batch, BY_REWARD), "sequences")
 
 
 @pytest.mark.parametrize("zero", ["zero0", "zero2", "zero3"])
