@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from pipeline import examples, models, plugins, rewards, runs
+from pipeline import examples, model_checks, models, plugins, rewards, runs
 from pipeline.data import Packing, collate, packing_of
 from pipeline.engine import Engine, Ranks
 from pipeline.loop import Objective
@@ -21,6 +21,7 @@ from pipeline.records import Batch, Item, Row, Stat, UserError
 from pipeline.rewards import Rewards, parse, resolve
 from pipeline.settings import Algorithm, Common, ModelSettings, Reward, RewardSettings, Rl, TrainSettings, WithModel
 from pipeline.text import Encoder
+from pipeline.validation import one_complaint
 from reward_models import learned
 
 
@@ -47,9 +48,8 @@ def checked_settings(schema: type, values: dict[str, Any]) -> Any:
     try:
         return _validated(schema, values)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(["algorithm.settings", *(str(part) for part in first["loc"])])
-        raise UserError(f"{key}: {first['msg'].removeprefix('Value error, ')}") from None
+        path, complaint = one_complaint(error)
+        raise UserError(f"{'.'.join(['algorithm.settings', *path])}: {complaint}") from None
 
 
 def _validated(schema: type, values: dict[str, Any]) -> Any:
@@ -82,7 +82,8 @@ def inputs(settings: WithModel, model: ModelSettings) -> dict[str, str]:
     """Fingerprints of what a stage starts from: model and data."""
     found = {"model": "new" if model.path is None else runs.fingerprint(model.path)}
     if settings.data.task is not None:
-        return {**found, "data": f"task {settings.data.task}"}
+        source, _ = plugins.split(settings.data.task)
+        return {**found, "data": runs.fingerprint(source) if source.endswith(".py") else f"task {settings.data.task}"}
     places = examples.split_places(settings.data)
     return {**found, **{f"data.{split}": runs.fingerprint(place) for split, place in places.items()}}
 
@@ -97,6 +98,7 @@ def encoder_of(settings: WithModel, model: ModelSettings, texts: Callable[[], li
 def build_policy(model: ModelSettings, encoder: Encoder, train: TrainSettings, max_response: int, seed: int) -> Policy:
     """The policy as a module, checked once against the model's own forward."""
     lm = models.load_policy(model, encoder.tokenizer, seed, weight_type(train))
+    model_checks.check_positions(models.hugging_face(lm).config, encoder.max_prompt_length, max_response, whole=False)
     limit = train.max_tokens if train.max_tokens is not None else train.micro_batch_size * max_response
     policy = Policy(lm, limit)
     row = Row(tuple(encoder.encode_prompt("a")[0]), (encoder.eos_id, encoder.eos_id))
@@ -109,6 +111,8 @@ def build_policy(model: ModelSettings, encoder: Encoder, train: TrainSettings, m
 def build_scalar(model: ModelSettings, encoder: Encoder, train: TrainSettings, seed: int) -> RewardModel:
     """A reward model to train; a checkpoint without a scalar head gets a fresh one."""
     scalar = models.load_scalar(model, encoder.tokenizer, seed, new_head=True, dtype=weight_type(train))
+    config = models.hugging_face(scalar).config
+    model_checks.check_positions(config, encoder.max_prompt_length, encoder.max_response_length, whole=True)
     enable_checkpointing(scalar, train)
     return RewardModel(scalar)
 
@@ -143,11 +147,15 @@ def exporter(engine: Engine, encoder: Encoder, then: Callable[[Path], None] | No
 
 
 def build_rewards(
-    settings: WithModel, spec: Any, read: RewardSettings, device: torch.device, monitors: tuple[str, ...] = ()
+    settings: WithModel,
+    spec: Any,
+    read: RewardSettings,
+    device: torch.device,
+    monitors: Mapping[str, str] | None = None,
 ) -> Rewards | None:
     """The rewards that `spec` names; without a spec the run's own reward models, equal weights; None without any.
 
-    `monitors` are rewards of weight 0, raw, that are only watched.
+    `monitors`, label -> reward, are only watched (weight 0): functions raw, reward models normalised as the others.
     """
     trained = runs.reward_models(settings)
     pairs = parse(spec) or [(name, 1.0) for name in trained]
@@ -158,7 +166,9 @@ def build_rewards(
     found = [
         rewards.Reward(name, weight, resolve(name, load_learned, trained), read.normalise) for name, weight in pairs
     ]
-    found += [rewards.Reward(name, 0.0, resolve(name, load_learned, trained), "none") for name in monitors]
+    for label, name in (monitors or {}).items():
+        normalise = read.normalise if name in trained or Path(name).is_dir() else "none"
+        found.append(rewards.Reward(label, 0.0, resolve(name, load_learned, trained), normalise))
     return Rewards(found) if found else None
 
 

@@ -5,8 +5,10 @@ The only importer of yaml. `layers.py` decides which layers make a stage's setti
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ from pipeline.validation import SettingPath, did_you_mean
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND_LINE = "command line"
-WHOLE = {("reward",), ("policies",)}  # mappings that a later layer replaces instead of merging into
+WHOLE = {("reward",), ("policies",), ("monitors",)}  # mappings that a later layer replaces instead of merging into
 
 
 class Leaf(NamedTuple):
@@ -79,6 +81,13 @@ def parse_overrides(words: Iterable[str]) -> Layer:
             raise UserError(f"{COMMAND_LINE}: {word!r}, wanted key=value{_cure(word)}")
         _add(layer, _layer([(name.strip(), _value(name, text))], lambda path: COMMAND_LINE), COMMAND_LINE)
     return layer
+
+
+def as_word(name: str, value: Any) -> str:
+    """name=value, which `parse_overrides` reads back as the same value."""
+    if isinstance(value, str) and _value(name, value) == value:
+        return f"{name}={value}"
+    return f"{name}={json.dumps(value, ensure_ascii=False)}"  # JSON is YAML in brackets and quotes
 
 
 def read_layer(path: Path) -> Layer:
@@ -188,6 +197,11 @@ def _read(path: Path) -> tuple[Any, dict[SettingPath, int]]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{label(path)}: cannot be read ({error}); wanted a YAML file") from None
+    return _parsed(path, text)
+
+
+@lru_cache(maxsize=64)  # a comparison of many steps reads the same files for each; nobody writes into what is returned
+def _parsed(path: Path, text: str) -> tuple[Any, dict[SettingPath, int]]:
     loader = _Loader(text)
     try:
         node = loader.get_single_node()

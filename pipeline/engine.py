@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import atexit
 import copy
-import json
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -18,17 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
+from pipeline import faults
 from pipeline.records import Batch, UserError
 from pipeline.settings import OptimizerSettings, TrainSettings
+from pipeline.sharding import read_ds_config
+from pipeline.validation import one_complaint
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed  # asks for the accelerator when it is imported
 import torch.distributed as dist
 
-DS_CONFIGS = Path(__file__).parent.parent / "ds_configs"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # DeepSpeed divides by this number and frees its accumulation buffers when it is 1; the true number of micro-batches
@@ -78,14 +80,32 @@ class Ranks:
         """What `work` returns on rank 0, on every rank; a user's error there is raised on every rank."""
         result, error = None, None
         if self.main:
-            try:
-                result = work()
-            except UserError as caught:
-                error = str(caught)
+            result, error = _tried(work)
         result, error = self.from_main((result, error))
         if error is not None:
             raise UserError(error)
         return result
+
+    def agreed(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns on this rank; a user's error on any rank is raised on every rank."""
+        result, error = _tried(work)
+        first = next((told for told in self.gather(error) if told is not None), None)
+        if first is not None:
+            raise UserError(first)
+        return result
+
+
+def _tried(work: Callable[[], Any]) -> tuple[Any, str | None]:
+    """What `work` returns and None; or None and the line of a user's error."""
+    try:
+        return work(), None
+    except UserError as error:
+        return None, str(error)
+    except OSError as error:
+        mistake = faults.told(error)
+        if mistake is None:
+            raise
+        return None, str(mistake)
 
 
 def start(timeout_seconds: int) -> Ranks:
@@ -111,34 +131,6 @@ def stop() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def read_ds_config(name: str) -> dict[str, Any]:
-    """The JSON of ds_configs/ called `name`, or the user's file.
-
-    Raises:
-        UserError: no such file, or it sets what another setting owns.
-    """
-    path = Path(name) if name.endswith(".json") else DS_CONFIGS / f"{name}.json"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in DS_CONFIGS.glob("*.json")))
-        raise UserError(f"train.zero: {name!r} is no file, wanted one of {known}, or the path of a .json")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: {error.msg}, wanted a DeepSpeed configuration in JSON") from None
-    owned = {
-        "train_batch_size": "train.batch_size",
-        "train_micro_batch_size_per_gpu": "train.micro_batch_size or train.max_tokens",
-        "gradient_accumulation_steps": "train.batch_size",
-        "gradient_clipping": "optimizer.max_grad_norm",
-        "optimizer": "optimizer.*",
-        "scheduler": "optimizer.lr_scheduler_type",
-    }
-    for key, owner in owned.items():
-        if key in config:
-            raise UserError(f"{path}: {key} is set there, but {owner} decides it: remove it from the file")
-    return config
 
 
 def full_config(train: TrainSettings, optimizer: OptimizerSettings | None) -> dict[str, Any]:
@@ -197,9 +189,13 @@ class Engine:
             if "optimizer" not in config:
                 client = torch.optim.AdamW(groups, fused=True, **adam_arguments(optimizer))
                 groups = None
-        self._engine = deepspeed.initialize(
-            model=module, optimizer=client, model_parameters=groups, config=config, dist_init_required=False
-        )[0]
+        try:
+            self._engine = deepspeed.initialize(
+                model=module, optimizer=client, model_parameters=groups, config=config, dist_init_required=False
+            )[0]
+        except ValidationError as error:
+            path, complaint = one_complaint(error)
+            raise UserError(f"train.zero: {train.zero}: {'.'.join(path)}: {complaint}") from None
 
     def __call__(self, batch: Batch, **options: Any) -> Tensor:
         """The module's output for `batch`, which is moved to this rank's device."""

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from pipeline import faults
 from pipeline.launch import rank_environment
 from pipeline.layers import resolve
 from pipeline.records import PreemptedError, UserError
@@ -25,21 +26,27 @@ def run(main: Callable[[Any, list[str]], None], stage: str) -> NoReturn:
 
 
 def leave(work: Callable[[], int]) -> NoReturn:
-    """Exit with what `work` returns; with 2 and one line on stderr for a UserError; 130 when interrupted; 75 when saved
-    after SIGTERM."""
+    """Exit with what `work` returns; 2 and one line on stderr for a UserError or what the machine refuses; 130 when
+    interrupted; 75 when saved after SIGTERM."""
     try:
         code = work()
     except UserError as error:
         complain(error)
+        code = USER_ERROR
+    except BrokenPipeError:  # the reader of our output left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except (OSError, RuntimeError) as error:
+        mistake = faults.told(error)
+        if mistake is None:
+            raise
+        complain(mistake)
         code = USER_ERROR
     except PreemptedError as error:
         complain(error)
         code = PREEMPTED
     except KeyboardInterrupt:
         code = INTERRUPTED
-    except BrokenPipeError:  # the reader of our output left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
     sys.stdout.flush()
     sys.stderr.flush()
     if code != 0:  # at once: a rank that tears down a live process group may abort and lose its exit code

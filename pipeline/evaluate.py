@@ -33,7 +33,7 @@ def score_texts(ranks: Ranks, rewards: Rewards, examples: Sequence[Example], com
     """Judge one completion per example; ranks share the work and all get the whole result.
 
     Raises:
-        UserError: a reward fails, by the checks of `rewards`.
+        UserError: a reward fails, by the checks of `rewards`; on every rank, wherever it failed.
     """
     mine = list(range(ranks.rank, len(examples), ranks.world))
     columns = {
@@ -43,7 +43,8 @@ def score_texts(ranks: Ranks, rewards: Rewards, examples: Sequence[Example], com
         "raw_prompt": [examples[i].prompt for i in mine],
     }
     prompts = [plain_prompt(examples[i]) for i in mine]
-    part = rewards.score(prompts, [completions[i] for i in mine], columns, update=False)
+    texts = [completions[i] for i in mine]
+    part = ranks.agreed(lambda: rewards.score(prompts, texts, columns))
     parts = ranks.gather((mine, part))
 
     def merged(values: list[tuple[list[int], Sequence[float]]]) -> list[float]:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from pipeline import plugins
+from pipeline.metrics import write_json
 from pipeline.records import Example, Item, Row, UserError
 from pipeline.settings import DataSettings, TemplateSettings
 from pipeline.tasks import convert, find, hub, readers
 from pipeline.text import Encoder
 
 SPLITS = ("train", "validation", "test")
+NUMBERS = ("reward", "margin", "chosen_reward", "rejected_reward")
 Report = Callable[[str], None]
 
 
@@ -24,17 +27,29 @@ def load(data: DataSettings, split: str, seed: int, report: Report = print) -> l
     """
     examples = _of_files(data, split, report) if data.task is None else _of_task(data, split, seed)
     if not examples:
-        cure = f"raise data.validation_fraction ({data.validation_fraction}), or give data.validation="
-        raise UserError(f"data: the {split} split has no rows, wanted at least one: {cure}")
+        raise UserError(f"data: the {split} split has no rows, wanted at least one: {_cure(data, split)}")
     if split == "train" and data.max_rows is not None:
         examples = examples[: data.max_rows]
     return examples
 
 
+def _cure(data: DataSettings, split: str) -> str:
+    if data.task is not None and data.sources is not None:
+        return f"does task {data.task} have rows of data.sources ({', '.join(data.sources)})?"
+    if data.task is not None:
+        return f"choose another split, or let task {data.task} make some"
+    return f"raise data.validation_fraction ({data.validation_fraction}), or give data.validation="
+
+
 def _of_task(data: DataSettings, split: str, seed: int) -> list[Example]:
     make = plugins.load(data.task, "pipeline.tasks", "data.task", "examples")
     size = data.task_size if split == "train" else None
-    return [e for e in make(split, seed, size) if data.sources is None or e.source in data.sources]
+    place = f"data.task {data.task}, called with ({split!r}, {seed}, {size})"
+    rows = plugins.guarded(place, lambda: make(split, seed, size))
+    if not isinstance(rows, list) or not all(isinstance(row, Example) for row in rows):
+        wrong = next((row for row in rows if not isinstance(row, Example)), rows) if isinstance(rows, list) else rows
+        raise UserError(f"{place}: it returned {wrong!r:.60}, wanted a list of pipeline.records.Example")
+    return [row for row in rows if data.sources is None or row.source in data.sources]
 
 
 def _of_files(data: DataSettings, split: str, report: Report) -> list[Example]:
@@ -65,7 +80,7 @@ def split_places(data: DataSettings) -> dict[str, str]:
     """
     named = {split: getattr(data, split) for split in SPLITS if getattr(data, split) is not None}
     if data.path is not None:
-        named = {**find.split_files(data.path), **named}
+        named = {**find.split_files(data.path, data.files), **named}
     if not named:
         raise UserError(
             "data: none is named, wanted rows to learn from: give data.train=FILE, data.path=DIRECTORY "
@@ -85,7 +100,13 @@ def load_train(data: DataSettings, seed: int, report: Report = print) -> list[Ex
     examples = load(data, "train", seed, report)
     if data.task is not None or "validation" in split_places(data):
         return examples
-    return [e for e in examples if not held_out(e, data.validation_fraction)]
+    kept = [e for e in examples if not held_out(e, data.validation_fraction)]
+    if not kept:
+        raise UserError(
+            f"data.validation_fraction: {data.validation_fraction} holds all {len(examples)} rows of train out, wanted "
+            "some to learn from: lower it, or give data.validation= (all rows of one prompt stay together)"
+        )
+    return kept
 
 
 def supervised(examples: Sequence[Example]) -> list[Example]:
@@ -100,9 +121,13 @@ def scored(examples: Sequence[Example], data: DataSettings) -> list[Example]:
 
 
 def paired(examples: Sequence[Example], report: Report = print) -> list[Example]:
-    """Preference pairs: the rows' own, else made of the best and the worst scored row of each prompt."""
+    """Preference pairs: the rows' own, else made of the best and the worst scored row of each prompt.
+
+    Raises:
+        UserError: there is no pair, or none of two different responses.
+    """
     if all(example.chosen is not None and example.rejected is not None for example in examples):
-        return list(examples)
+        return _different(examples, report)
     pairing = convert.to_pairs(examples)
     if not pairing.examples:
         raise UserError("data: no prompt has two rows of different reward, wanted pairs: give chosen and rejected")
@@ -110,7 +135,31 @@ def paired(examples: Sequence[Example], report: Report = print) -> list[Example]
         f"pairs: {len(pairing.examples) - pairing.pairs_given:,} made of scored rows, {pairing.pairs_given:,} given, "
         f"{pairing.alone:,} rows without a second response, {pairing.tied:,} tied, {pairing.between:,} between"
     )
-    return pairing.examples
+    return _different(pairing.examples, report)
+
+
+def _different(pairs: Sequence[Example], report: Report) -> list[Example]:
+    """The pairs, after a word about those whose two responses are the same: nothing is learned from them."""
+    same = sum(pair.chosen == pair.rejected for pair in pairs)
+    if same == len(pairs):
+        raise UserError(
+            f"{pairs[0].id}: chosen and rejected are the same text in all {same} pairs, wanted two different "
+            "responses: were the columns filled from one source?"
+        )
+    if same:
+        report(f"pairs: {same:,} of {len(pairs):,} have the same text as chosen and rejected: they teach nothing")
+    return list(pairs)
+
+
+def require(examples: Sequence[Example], columns: Sequence[str], why: str) -> None:
+    """Raises UserError where a row has no number in one of `columns`, fields of an Example."""
+    for column in columns:
+        without = [example.id for example in examples if getattr(example, column) is None]
+        if without:
+            raise UserError(
+                f"{without[0]}: no {column}, which {why} wants in every row "
+                f"({len(without)} of {len(examples)} have none): add the column, or choose otherwise"
+            )
 
 
 def texts(examples: Sequence[Example], template: TemplateSettings) -> list[str]:
@@ -135,6 +184,17 @@ class Encoded:
     cut_responses: int
     dropped: int = 0
 
+    def counts(self) -> dict[str, int]:
+        """What data.json says of a split: rows, responses (two in a pair), tokens, and how many were cut."""
+        return {
+            "rows": len(self.items),
+            "responses": sum(len(item.rows) for item in self.items),
+            "tokens": self.tokens,
+            "response_tokens": self.response_tokens,
+            "cut_prompts": self.cut_prompts,
+            "cut_responses": self.cut_responses,
+        }
+
     def summary(self, name: str) -> str:
         parts = [
             f"{name}: {len(self.items):,} rows",
@@ -150,7 +210,8 @@ def encode(
     examples: Sequence[Example], encoder: Encoder, rows_of: Callable[[Example, Encoder], tuple[Row, ...]]
 ) -> Encoded:
     """Items of `examples`, each with the rows that `rows_of` makes of it."""
-    items = [Item(example, rows_of(example, encoder), numbers_of(example)) for example in examples]
+    numbers = numbers_of(examples)
+    items = [Item(one, rows_of(one, encoder), known) for one, known in zip(examples, numbers, strict=True)]
     rows = [row for item in items for row in item.rows]
     return Encoded(
         items,
@@ -159,6 +220,11 @@ def encode(
         cut_prompts=sum(row.cut_prompt for row in rows),
         cut_responses=sum(row.cut_response for row in rows),
     )
+
+
+def note(directory: Path, train: Encoded, validation: Encoded) -> None:
+    """data.json: what the stage's rows came to, for the report."""
+    write_json(directory / "data.json", {"train": train.counts(), "validation": validation.counts()})
 
 
 def completion_rows(example: Example, encoder: Encoder) -> tuple[Row, ...]:
@@ -173,15 +239,10 @@ def prompt_rows(example: Example, encoder: Encoder) -> tuple[Row, ...]:
     return (encoder.encode(example.prompt, None),)
 
 
-def numbers_of(example: Example) -> dict[str, float]:
-    """The numbers a row brings along."""
-    named = {
-        "reward": example.reward,
-        "margin": example.margin,
-        "chosen_reward": example.chosen_reward,
-        "rejected_reward": example.rejected_reward,
-    }
-    return {name: value for name, value in named.items() if value is not None}
+def numbers_of(examples: Sequence[Example]) -> list[dict[str, float]]:
+    """The numbers that each row brings along: those which every row has, so that any of them make a micro-batch."""
+    whole = [name for name in NUMBERS if all(getattr(example, name) is not None for example in examples)]
+    return [{name: getattr(example, name) for name in whole} for example in examples]
 
 
 def with_numbers(items: Sequence[Item], **numbers: Sequence[float]) -> list[Item]:

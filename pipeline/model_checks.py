@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.records import UserError
@@ -154,3 +154,17 @@ def check_positions(config: PretrainedConfig, prompt: int, response: int, whole:
 def linear_names(model: nn.Module) -> Sequence[str]:
     """The last names of a model's matrices, which adapters can be put on."""
     return sorted({name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, nn.Linear)})
+
+
+def verify(directory: Path, weights: dict[str, Tensor]) -> None:
+    """Reopen saved weights: none empty, shapes and number of elements as they were handed over."""
+    shapes = {tuple(weight.shape) for weight in weights.values()}
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise RuntimeError(f"{directory}: no weights were written")
+    for file in files:
+        with safe_open(file, "pt") as saved:
+            for name in saved.keys():  # noqa: SIM118  (safe_open is no mapping)
+                shape = tuple(saved.get_slice(name).get_shape())
+                if 0 in shape or shape not in shapes:
+                    raise RuntimeError(f"{file}: {name} was saved with shape {shape}, which no weight of the model has")

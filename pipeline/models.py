@@ -24,6 +24,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from pipeline import faults, model_checks
+from pipeline.model_checks import HEADS, READ_ERRORS, unreadable
 from pipeline.records import UserError
 from pipeline.scratch import small_config, train_tokenizer
 from pipeline.settings import LoraSettings, ModelSettings
@@ -31,7 +33,6 @@ from pipeline.settings import LoraSettings, ModelSettings
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
-HEADS = ["score", "classifier", "classification_head"]  # what architectures call their scalar head
 PAD_NAMES = ("<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
 
 
@@ -39,11 +40,12 @@ def load_tokenizer(settings: ModelSettings, texts: Sequence[str]) -> PreTrainedT
     """The checkpoint's tokenizer, with a pad token chosen if it has none; made from `texts` without a checkpoint."""
     if settings.path is None:
         return train_tokenizer(texts, settings.scratch.vocab_size)
+    model_checks.check_files(settings.path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             settings.path, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
-    except (OSError, ValueError) as error:
+    except READ_ERRORS as error:
         raise UserError(unreadable(settings.path, "tokenizer", error)) from None
     return with_pad(tokenizer)
 
@@ -60,8 +62,14 @@ def with_pad(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 def load_config(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
     """The checkpoint's configuration, or that of a small new model."""
+    passed: list[str | None] = []
     while (adapter := adapter_of(settings)) is not None:
+        passed.append(settings.path)
         settings = under(settings, adapter)
+        if settings.path in passed:
+            raise UserError(
+                f"model.path: the adapters of {settings.path} name themselves as the model below them, wanted another"
+            )
     if settings.path is None:
         config = small_config(settings.scratch, tokenizer)
     else:
@@ -69,7 +77,7 @@ def load_config(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> 
             config = AutoConfig.from_pretrained(
                 settings.path, revision=settings.revision, trust_remote_code=settings.trust_remote_code
             )
-        except (OSError, ValueError) as error:
+        except READ_ERRORS as error:
             raise UserError(unreadable(settings.path, "model", error)) from None
     config.pad_token_id = tokenizer.pad_token_id
     return config
@@ -80,13 +88,10 @@ def load_policy(
 ) -> PreTrainedModel | PeftModel:
     """A causal or encoder-decoder language model with weights in `dtype`, with LoRA if asked for."""
     config = load_config(settings, tokenizer)
+    model_checks.check_kind(settings.path, config)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = _load(auto, settings, config, Making(seed, dtype, new_head=False))
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        raise UserError(
-            f"model.path: {settings.path} has {model.get_input_embeddings().weight.shape[0]} embeddings but its "
-            f"tokenizer has {len(tokenizer)} tokens, wanted no more tokens than embeddings: is it another model's?"
-        )
+    model_checks.check_vocabulary(settings.path, model, tokenizer)
     return with_lora(model, settings.lora, "SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM")
 
 
@@ -106,6 +111,7 @@ def load_scalar(
     config = load_config(settings, tokenizer)
     config.num_labels = 1
     model = _load(AutoModelForSequenceClassification, settings, config, Making(seed, dtype, new_head))
+    model_checks.check_vocabulary(settings.path, model, tokenizer)
     return with_lora(model, settings.lora, "SEQ_CLS")
 
 
@@ -123,7 +129,7 @@ def _load(auto: type, settings: ModelSettings, config: PretrainedConfig, making:
     if settings.path is None:
         if settings.lora.r:
             raise UserError("model.lora.r: adapters of a new model's frozen random weights learn little: give model=")
-        model = auto.from_config(config, **options)
+        model = _from_config(auto, config, options)
         zero_head(model)
     elif (adapter := adapter_of(settings)) is not None:
         model = _from_adapter(auto, settings, config, adapter, options, making.new_head)
@@ -138,7 +144,12 @@ def adapter_of(settings: ModelSettings) -> PeftConfig | None:
     """What `settings.path` says of itself if it holds adapters, as an earlier stage with LoRA leaves them."""
     if settings.path is None or not (Path(settings.path) / "adapter_config.json").is_file():
         return None
-    adapter = PeftConfig.from_pretrained(settings.path)
+    model_checks.check_files(settings.path)
+    try:
+        adapter = PeftConfig.from_pretrained(settings.path)
+    except READ_ERRORS as error:
+        raise UserError(unreadable(settings.path, "adapter_config.json", error)) from None
+    model_checks.check_adapter(settings.path)
     if adapter.base_model_name_or_path is None:
         raise UserError(f"model.path: the adapters of {settings.path} do not say what model they belong to")
     return adapter
@@ -168,7 +179,10 @@ def _from_adapter(
         model = _from_adapter(kind, base, config, below, options, new_head=scalar)
     else:
         model = _from_checkpoint(kind, base, config, options, new_head=scalar)
-    model = PeftModel.from_pretrained(model, settings.path).merge_and_unload()
+    try:
+        model = PeftModel.from_pretrained(model, settings.path).merge_and_unload()
+    except READ_ERRORS as error:
+        raise UserError(unreadable(settings.path, "adapters", error)) from None
     if kind is not auto:  # a reward model starts from a policy
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
@@ -176,6 +190,14 @@ def _from_adapter(
             model = _from_checkpoint(auto, merged, config, options, new_head)
     model.name_or_path = settings.path  # adapters trained on top belong to this, not to the model below
     return model
+
+
+def _from_config(auto: type, config: PretrainedConfig, options: dict) -> PreTrainedModel:
+    try:
+        return auto.from_config(config, **options)
+    except (ImportError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"model.attn_implementation: {options['attn_implementation']} ({reason}): say sdpa") from None
 
 
 def _from_checkpoint(auto: type, settings: ModelSettings, config: PretrainedConfig, options: dict, new_head: bool):
@@ -186,21 +208,12 @@ def _from_checkpoint(auto: type, settings: ModelSettings, config: PretrainedConf
             revision=settings.revision,
             trust_remote_code=settings.trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told by `check_report`, which names them
             **options,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except READ_ERRORS as error:
         raise UserError(unreadable(settings.path, "weights", error)) from None
-    missing = sorted(report["missing_keys"])
-    heads = [name for name in missing if name.split(".")[0] in HEADS]
-    if len(heads) < len(missing):
-        lost = [name for name in missing if name not in heads]
-        raise UserError(f"model.path: {settings.path} lacks {len(lost)} weights ({lost[0]}, ...): is it whole?")
-    if heads and not new_head:
-        raise UserError(
-            f"{settings.path}: no scalar head ({heads[0]} is missing), wanted a reward model: "
-            "train one with bash run.sh stage=reward"
-        )
-    if heads:
+    if model_checks.check_report(settings.path, report, model, new_head):
         zero_head(model)
     return model
 
@@ -236,7 +249,8 @@ def with_lora(model: PreTrainedModel, lora: LoraSettings, task: str) -> PreTrain
     try:
         return get_peft_model(model, config)
     except ValueError as error:
-        raise UserError(f"model.lora.target_modules: {str(error).splitlines()[0]}") from None
+        found, names = str(error).splitlines()[0].split(". ")[0], ", ".join(model_checks.linear_names(model))
+        raise UserError(f"model.lora.target_modules: {found}, wanted all-linear, or some of {names}") from None
 
 
 def hugging_face(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -262,37 +276,23 @@ def save(
     """
     part = directory.with_name(directory.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part, state_dict=dict(weights))
-    tokenizer.save_pretrained(part)
+    _write(part, model, weights, tokenizer)
     if then is not None:
         then(part)
-    verify(part, weights)
+    model_checks.verify(part, weights)
     shutil.rmtree(directory, ignore_errors=True)
     os.replace(part, directory)
 
 
-def verify(directory: Path, weights: dict[str, Tensor]) -> None:
-    """Reopen saved weights: none empty, shapes and number of elements as they were handed over."""
-    from safetensors import safe_open
-
-    shapes = {tuple(weight.shape) for weight in weights.values()}
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise RuntimeError(f"{directory}: no weights were written")
-    for file in files:
-        with safe_open(file, "pt") as saved:
-            for name in saved.keys():  # noqa: SIM118  (safe_open is no mapping)
-                shape = tuple(saved.get_slice(name).get_shape())
-                if 0 in shape or shape not in shapes:
-                    raise RuntimeError(f"{file}: {name} was saved with shape {shape}, which no weight of the model has")
-
-
-def unreadable(path: str, what: str, error: Exception) -> str:
-    """One line for a checkpoint that cannot be read."""
-    place = Path(path)
-    if place.exists() and not (place / "config.json").exists() and not (place / "adapter_config.json").exists():
-        return f"model.path: {path} has no config.json, wanted a Hugging Face model directory"
-    if not place.exists() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
-        return f"model.path: {path} does not exist, wanted a directory or a Hugging Face name"
-    reason = " ".join(str(error).split())[:200]
-    return f"model.path: the {what} of {path} cannot be read ({reason})"
+def _write(
+    directory: Path, model: PreTrainedModel | PeftModel, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Weights, configuration and tokenizer. Raises UserError where the disk refuses, and leaves nothing then."""
+    try:
+        model.save_pretrained(directory, state_dict=dict(weights))
+        tokenizer.save_pretrained(directory)
+    except Exception as error:  # safetensors and tokenizers have no class of their own for what the system refuses
+        if "os error" not in str(error):
+            raise
+        shutil.rmtree(directory, ignore_errors=True)
+        raise UserError(f"{directory}: cannot be written ({error}), {faults.ROOM}") from None

@@ -7,16 +7,12 @@ stage 2 the gradients too, stage 3 the weights too. Activations and logits are e
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from pipeline.records import UserError
 from pipeline.settings import ModelSettings, Plan, Training
+from pipeline.sharding import read_ds_config
 
 GB = 1e9
-DS_CONFIGS = Path(__file__).parent.parent / "ds_configs"
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,7 @@ def estimate(settings: Training) -> str:
         UserError: the model's configuration or the ZeRO file cannot be read.
     """
     shape, train, world = shape_of(settings), settings.train, settings.launch.processes
-    zero = zero_section(train.zero)
+    zero = read_ds_config(train.zero)["zero_optimization"]
     tokens = train.max_tokens or train.micro_batch_size * (
         settings.data.max_prompt_length + settings.data.max_response_length
     )
@@ -102,13 +98,6 @@ def fitting(settings: Plan, shape: Shape, tokens: int) -> str:
         ", ".join(f"ZeRO-{stage}" for stage in stages)
         or "none: more processes, LoRA, offload or gradient_checkpointing"
     )
-
-
-def zero_section(name: str) -> dict[str, Any]:
-    path = Path(name) if name.endswith(".json") else DS_CONFIGS / f"{name}.json"
-    if not path.is_file():
-        raise UserError(f"train.zero: {name!r} is no file of ds_configs/, wanted zero0 ... zero3 or a path to .json")
-    return json.loads(path.read_text(encoding="utf-8"))["zero_optimization"]
 
 
 def shape_of(settings: Training) -> Shape:

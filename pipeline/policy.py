@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from pipeline.algorithms import functional
 from pipeline.models import hugging_face
-from pipeline.records import Batch
+from pipeline.records import Batch, UserError
 
 CHUNK_ELEMENTS = 1 << 25  # logits alive at a time: 128 MB in float32
 
@@ -151,6 +151,7 @@ def check_head(policy: Policy, batch: Batch) -> None:
     """Compare our path to the logits with the model's own on one short row.
 
     Raises:
+        UserError: there is no number to compare.
         RuntimeError: they differ, so the architecture does something to its logits that LanguageHead does not know.
     """
     lm = hugging_face(policy.model)
@@ -165,6 +166,8 @@ def check_head(policy: Policy, batch: Batch) -> None:
         theirs = lm(input_ids=batch.input_ids, use_cache=False).logits[0, first : first + batch.response_ids.shape[1]]
     expected = theirs.float().log_softmax(-1).gather(1, batch.response_ids[0][:, None])[:, 0]
     difference = float((policy(batch)[0] - expected).abs().max())
+    if math.isnan(difference):
+        raise UserError("model.path: the model gives NaN on two words: its weights are damaged, wanted finite numbers")
     if not difference <= (1e-3 if theirs.dtype == torch.float32 else 0.1):
         raise RuntimeError(
             f"model: {type(lm).__name__} changes its logits in a way that is not known here "

@@ -30,6 +30,7 @@ FREE = (
     "train.non_finite",
     "eval.num_samples",
 )
+NOTES = ("config.yaml", "inputs.json", "command.txt", "data.json", ".lock")  # of a start, before it does anything
 BLOCK = 1 << 24
 
 
@@ -97,7 +98,7 @@ def open_stage(directory: Path, settings: Common, words: Sequence[str], inputs: 
     directory.mkdir(parents=True, exist_ok=True)
     locks.claim(directory)
     config, noted = directory / "config.yaml", directory / "inputs.json"
-    if config.is_file() and noted.is_file():
+    if config.is_file() and noted.is_file() and begun(directory):
         refuse_other(directory, settings, load_yaml(config), dict(inputs), json.loads(noted.read_text("utf-8")))
         if finished(directory):
             shutil.rmtree(directory / "checkpoints", ignore_errors=True)  # a kill between the two leaves them
@@ -110,6 +111,11 @@ def open_stage(directory: Path, settings: Common, words: Sequence[str], inputs: 
     write_text(directory / "command.txt", "bash run.sh " + shlex.join(words) + "\n")
     write_text(config, dump_yaml(settings.model_dump()))
     return True
+
+
+def begun(directory: Path) -> bool:
+    """Whether a stage left more than the notes of its start; one that a mistake ended before may start otherwise."""
+    return any(path.name not in NOTES and path.suffix != ".tmp" for path in directory.iterdir())
 
 
 def dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -151,7 +151,7 @@ class GenerationSettings(Section):
 class RewardSettings(Section):
     """How rewards given in `reward` are read; `reward` itself is a name, a path, or a mapping to weights."""
 
-    normalise: Literal["none", "sigmoid", "standardise"]
+    normalise: Literal["none", "sigmoid"]
     batch_size: Count
     max_length: Count
 

@@ -22,7 +22,10 @@ def note(directory: Path, step: int) -> None:
     row = {"when": datetime.now(timezone.utc).isoformat(timespec="seconds"), "step": step, "device": device()}
     row["versions"] = {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
     directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / NAME, "a", encoding="utf-8") as file:
+    path = directory / NAME
+    if path.is_file():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # without a line that a kill has torn
+    with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 

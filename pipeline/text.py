@@ -52,11 +52,12 @@ class Encoder:
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:  # many templates want user and assistant in turn, or no system message
+        except (TemplateError, TypeError) as error:
+            # broken, or one of the many that want user and assistant in turn, or no system message
             roles = ", ".join(turn.role for turn in turns)
             raise UserError(
-                f"template.kind: the tokenizer's chat template refuses the roles {roles} ({error}), "
-                "wanted roles it takes: change template.system or the prompts, or set template.kind=text"
+                f"template.kind: the tokenizer's chat template cannot write the roles {roles} ({error}), "
+                "wanted one that can: change template.system, the prompts or the template, or set template.kind=text"
             ) from None
 
     def _turn(self, turn: Message) -> str:

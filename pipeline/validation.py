@@ -15,6 +15,9 @@ SettingPath = tuple[str, ...]  # ("optimizer", "learning_rate")
 
 WANTED = {
     "float_type": "a number",
+    "float_parsing": "a number",
+    "int_parsing": "a whole number",
+    "bool_parsing": "true or false",
     "int_type": "a whole number",
     "bool_type": "true or false",
     "string_type": "text",
@@ -23,6 +26,7 @@ WANTED = {
     "model_type": "a mapping",
     "model_attributes_type": "a mapping",
     "none_required": "null",
+    "finite_number": "a finite number",
 }
 LIMITS = {
     "greater_than": ("gt", "more than"),
@@ -128,11 +132,24 @@ def _complaint(schema: type[BaseModel], path: SettingPath, errors: list[Any]) ->
     return f"{describe(value)}, wanted {wanted}{near}"
 
 
+def one_complaint(error: ValidationError) -> tuple[SettingPath, str]:
+    """The path of the first error of any pydantic schema, and what was found and wanted there."""
+    first = error.errors(include_url=False)[0]
+    path = tuple(str(part) for part in first["loc"])
+    if first["type"] == "missing":
+        return path, "missing, wanted a value"
+    if first["type"] in ("value_error", "assertion_error"):
+        return path, str(first["ctx"]["error"])
+    return path, f"{describe(first['input'])}, wanted {_wanted(first)}"
+
+
 def _wanted(error: Any) -> str:
     kind = error["type"]
     if kind in LIMITS:
         key, words = LIMITS[kind]
         return f"{words} {error['ctx'][key]:g}"
+    if kind == "too_short":
+        return f"at least {error['ctx']['min_length']} of them"
     if kind == "literal_error":
         return error["ctx"]["expected"].replace("'", "")
     return WANTED[kind] if kind in WANTED else error["msg"].removeprefix("Input should be ")

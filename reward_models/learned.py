@@ -11,12 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 
-from pipeline.models import load_scalar, load_tokenizer
+from pipeline.model_checks import positions, read_object
+from pipeline.models import hugging_face, load_scalar, load_tokenizer
 from pipeline.policy import RewardModel
-from pipeline.records import RewardFunction
+from pipeline.records import RewardFunction, UserError
 from pipeline.settings import ModelSettings, TemplateSettings
 from pipeline.text import Encoder, pad
+from pipeline.validation import one_complaint
 
 TEMPLATE_FILE = "reward_template.json"
 
@@ -27,8 +30,15 @@ def save_template(directory: Path, template: TemplateSettings) -> None:
 
 
 def saved_template(directory: Path) -> TemplateSettings | None:
+    """What `save_template` left, None where it left nothing. Raises UserError where it is no such thing."""
     file = directory / TEMPLATE_FILE
-    return TemplateSettings(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        return TemplateSettings(**read_object(file))
+    except ValidationError as error:
+        path, complaint = one_complaint(error)
+        raise UserError(f"{file}: {'.'.join(path)}: {complaint}; train the reward model again") from None
 
 
 def load(
@@ -54,11 +64,18 @@ def load(
     tokenizer = load_tokenizer(settings, [])
     scorer = RewardModel(load_scalar(settings, tokenizer, seed=0, new_head=False, dtype="auto")).eval()
     encoder = Encoder(tokenizer, saved_template(Path(directory)) or template, max_length, max_length)
+    limit = positions(hugging_face(scorer.model).config)
 
     def reward(prompts: Sequence[str], completions: Sequence[str], **columns: Sequence) -> list[float]:
         """`raw_prompt` among the columns, which may be chat messages, goes before `prompts`, which is always text."""
         asked = columns.get("raw_prompt", prompts)
         rows = [read(encoder, prompt, text, max_length) for prompt, text in zip(asked, completions, strict=True)]
+        longest = max(map(len, rows), default=0)
+        if limit is not None and longest > limit:
+            raise UserError(
+                f"rewards.max_length: {max_length} lets {longest} tokens through, but {directory} has {limit} "
+                f"positions, wanted no more: say rewards.max_length={limit}"
+            )
         scores = score(scorer.to(device), rows, encoder.pad_id, batch_size, device)
         scorer.cpu()  # between two scorings the device belongs to the policy
         return scores

@@ -25,17 +25,19 @@ def main(settings: Reward, words: Sequence[str]) -> None:
         return
 
     # pairs -> tokens
+    module, algorithm, objective = assembly.objective_of(settings.algorithm)
     say = print if ranks.main else str
     train = examples.paired(examples.load_train(settings.data, settings.seed, say), say)
     held_out = examples.paired(examples.load(settings.data, "validation", settings.seed, say), say)
     held_out = held_out[: settings.eval.max_rows]
+    examples.require([*train, *held_out], module.columns(algorithm), "algorithm.settings")
     encoder = assembly.encoder_of(settings, model, lambda: examples.texts(train, settings.template))
     encoded = examples.encode(train, encoder, examples.pair_rows)
     tested = examples.encode(held_out, encoder, examples.pair_rows)
     say(f"{encoded.summary('train')}\n{tested.summary('validation')}\n{coloured(encoder, encoded.items[0].rows[0])}")
+    ranks.on_main(lambda: examples.note(directory, encoded, tested))
 
     # tokens -> model
-    _, _, objective = assembly.objective_of(settings.algorithm)
     scorer = assembly.build_scalar(model, encoder, settings.train, settings.seed)
     packing = packing_of(settings.train, ranks.world, scorer.encoder_decoder, encoder.pad_id, whole=True)
     trainer = engine.Engine(scorer, ranks, settings.train, settings.optimizer)

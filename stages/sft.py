@@ -28,6 +28,7 @@ def main(settings: Sft, words: Sequence[str]) -> None:
     encoded = examples.encode(train, encoder, examples.completion_rows)
     tested = examples.encode(held_out, encoder, examples.completion_rows)
     say(f"{encoded.summary('train')}\n{tested.summary('validation')}\n{coloured(encoder, encoded.items[0].rows[0])}")
+    ranks.on_main(lambda: examples.note(directory, encoded, tested))
 
     # tokens -> model
     _, _, objective = assembly.objective_of(settings.algorithm)

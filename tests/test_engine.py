@@ -15,7 +15,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from pipeline import engine, models, rollout
+from pipeline import engine, models, rollout, sharding
 from pipeline.algorithms import supervised
 from pipeline.data import Packing, collate
 from pipeline.models import hugging_face
@@ -252,7 +252,7 @@ def test_fp16_needs_a_gpu() -> None:
         tiny.trainer(policy(), precision="fp16")
 
 
-CONFIGS = sorted(path.stem for path in engine.DS_CONFIGS.glob("*.json"))
+CONFIGS = sorted(path.stem for path in sharding.DS_CONFIGS.glob("*.json"))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -276,18 +276,18 @@ def test_what_another_setting_owns_is_refused(tmp_path: Path, key: str) -> None:
     file = tmp_path / "mine.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 1}, key: 1}))
     with pytest.raises(UserError, match=rf"{key} is set there, but .* decides it: remove it"):
-        engine.read_ds_config(str(file))
+        sharding.read_ds_config(str(file))
 
 
 def test_config_mistakes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train\.zero: 'zero5' is no file, wanted one of zero0, zero1"):
-        engine.read_ds_config("zero5")
+        sharding.read_ds_config("zero5")
     file = tmp_path / "torn.json"
     file.write_text('{\n  "zero_optimization": {,\n}')
     with pytest.raises(UserError, match=r"torn\.json:2: "):
-        engine.read_ds_config(str(file))
+        sharding.read_ds_config(str(file))
     file.write_text('{"zero_optimization": {"stage": 1}}')
-    assert engine.read_ds_config(str(file)) == {"zero_optimization": {"stage": 1}}
+    assert sharding.read_ds_config(str(file)) == {"zero_optimization": {"stage": 1}}
 
 
 # two ranks

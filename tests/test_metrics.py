@@ -181,6 +181,8 @@ def test_every_start_is_noted(tmp_path):
     with open(tmp_path / starts.NAME, "a") as file:
         file.write('{"step": 9')  # torn by a kill
     assert len(starts.read(tmp_path)) == 2
+    starts.note(tmp_path, 6)  # after a torn line
+    assert [row["step"] for row in starts.read(tmp_path)][2:] == [6]
     (tmp_path / starts.NAME).write_text("not json\n")
     with pytest.raises(UserError, match=r"starts\.jsonl:1: not JSON"):
         starts.read(tmp_path)

@@ -33,8 +33,16 @@ def talk(ranks: engine.Ranks) -> None:
     def fails() -> None:
         raise UserError(f"place: found on rank {ranks.rank}")
 
+    def fails_on_the_second() -> int:
+        if ranks.rank == 1:
+            fails()
+        return 3
+
     with pytest.raises(UserError, match="found on rank 0"):
         ranks.on_main(fails)
+    with pytest.raises(UserError, match="found on rank 1"):
+        ranks.agreed(fails_on_the_second)
+    assert ranks.agreed(lambda: ranks.rank) == ranks.rank
     ranks.barrier()
 
 

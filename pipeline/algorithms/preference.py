@@ -48,6 +48,13 @@ def needs(settings: Settings) -> Needs:
     return Needs()
 
 
+def columns(settings: Settings) -> tuple[str, ...]:
+    """The numbers that every pair must bring along."""
+    if settings.objective == "regression":
+        return "chosen_reward", "rejected_reward"
+    return ("margin",) if settings.use_margin else ()
+
+
 def loss(scores: Tensor, batch: Batch, settings: Settings) -> tuple[Tensor, dict[str, Stat]]:
     """The sum of the pairs' losses, and its statistics.
 

@@ -83,7 +83,8 @@ def _scored_rows(example: Example, which: str) -> list[Example]:
         return [example]
     if not _is_pair(example):
         raise UserError(
-            f"{example.id}: neither a completion nor chosen and rejected, wanted one of them; add the column"
+            f"{example.id}: neither a completion nor chosen and rejected, wanted a response to learn from; "
+            "add the column `completion` (or `response`), or rename the one that holds it"
         )
     bare = replace(
         example, chosen=None, rejected=None, chosen_reward=None, rejected_reward=None, margin=None, rewards={}

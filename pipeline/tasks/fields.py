@@ -11,6 +11,7 @@ from pipeline.records import Message
 Columns = Mapping[str, object]
 
 ROLES = ("system", "user", "assistant")
+LARGEST = 3.4e38  # of a float32, in which models are trained
 SHOWN_CHARACTERS = 40  # of a wrong value in a message: enough to find it, not enough to fill a log with it
 
 
@@ -71,7 +72,7 @@ def optional_number(row: Columns, *names: str) -> float | None:
 
 
 def checked_number(value: object, place: str) -> float:
-    """`value` as a finite float. True and false are no numbers."""
+    """`value` as a float that is finite in float32. True and false are no numbers."""
     wanted = f"{place}: {described(value)}, wanted a finite number"
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise RowError(wanted)
@@ -79,7 +80,7 @@ def checked_number(value: object, place: str) -> float:
         result = float(value)
     except (ValueError, OverflowError) as error:
         raise RowError(wanted) from error
-    if not math.isfinite(result):
+    if not math.isfinite(result) or abs(result) > LARGEST:
         raise RowError(wanted)
     return result
 

@@ -22,6 +22,8 @@ from pipeline.tasks import hub
 from pipeline.tasks.json_rows import array_rows
 
 CANDIDATE_COLUMNS = ("data_src", "data_gt", "data_kd")  # of the headerless ranked-candidates TSV
+GZIP_MARK = b"\x1f\x8b"
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 SCORE_MARK = "<#SCORE#>"  # stands in every ranked-candidates cell and in no header
 
 
@@ -78,11 +80,17 @@ def text_lines(path: str) -> Iterator[tuple[int, str]]:
         try:
             decoded = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(
-                f"{path}:{number}: byte 0x{line[error.start]:02x} at {error.start + 1} is not UTF-8, wanted UTF-8 "
-                "text; convert the file, for instance with iconv -f LATIN1 -t UTF-8"
-            ) from error
+            found = f"byte 0x{line[error.start]:02x} at {error.start + 1} is not UTF-8"
+            raise UserError(f"{path}:{number}: {found}, wanted UTF-8 text; {_other_bytes(number, line)}") from error
         yield number, decoded
+
+
+def _other_bytes(number: int, line: bytes) -> str:
+    """The cure for a line that is no UTF-8, told by the marks that files begin with."""
+    if number == 1 and line.startswith(GZIP_MARK):
+        return "it is compressed: let its name end in .gz"
+    source = "UTF-16" if number == 1 and line.startswith(UTF16_MARKS) else "LATIN1"
+    return f"convert the file, for instance with iconv -f {source} -t UTF-8"
 
 
 def _binary_lines(path: str) -> Iterator[tuple[int, bytes]]:
@@ -121,7 +129,7 @@ def _json_lines(path: str, header: Sequence[str] | None) -> Iterator[RawRow]:
 def _json_line(number: int, line: str) -> RawRow:
     try:
         value = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return RawRow(number, fault=f"no JSON ({error}), wanted one JSON object per line")
     if not isinstance(value, dict):
         return RawRow(number, fault=f"JSON of type {type(value).__name__}, wanted an object with named columns")
@@ -190,6 +198,10 @@ def _cells(path: str, header: Sequence[str] | None, dialect: type[csv.Dialect]) 
 
 
 def _checked_header(place: str, cells: Sequence[str]) -> Sequence[str]:
+    other = next((mark for mark in (";", "\t", "|", ",") if len(cells) == 1 and mark in cells[0]), None)
+    if other is not None:
+        cure = "name the file .tsv" if other == "\t" else "write it anew with commas (.csv) or tabs (.tsv)"
+        raise UserError(f"{place}: one column, {cells[0]!r}, wanted several: {other!r} separates them; {cure}")
     twice = sorted({name for name in cells if cells.count(name) > 1})
     if twice:
         raise UserError(f"{place}: the header names {', '.join(map(repr, twice))} twice; rename one of the columns")

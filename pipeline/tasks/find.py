@@ -13,14 +13,17 @@ from pipeline.tasks.files import known_ending, stem
 SPLIT_WORDS = {"train": ("train",), "validation": ("validation", "val", "valid", "dev"), "test": ("test",)}
 
 
-def split_files(path: str) -> dict[str, str]:
+def split_files(path: str, word: str | None = None) -> dict[str, str]:
     """{"train": file, "validation": file, "test": file}, the latter two where there are any.
 
     A file belongs to a split if its stem is the split's word, or else begins or ends with it as a word of its own
     (`pairs_train.jsonl.gz`, `train-00000-of-00001.parquet`). A file as `path` is the training file; a hub name without
-    split is asked for its splits. Raises UserError, listing the folder, where there is no training file or where
-    several would do.
+    split is asked for its splits. With `word`, only files of a folder that have it as a word of their name count.
+    Raises UserError, listing the folder, where there is no training file or where several would do, and for a `word`
+    without a folder.
     """
+    if word is not None and not Path(path).is_dir():
+        raise UserError(f"data.files: {word} chooses among the files of a folder, but {path} is none: data.files=null")
     if hub.is_hub_name(path):
         return _hub_splits(path)
     folder = Path(path)
@@ -28,7 +31,8 @@ def split_files(path: str) -> dict[str, str]:
         return {"train": path}
     if not folder.is_dir():
         raise UserError(f"{path}: no such file or folder, wanted data; name it with data.path= or data.train=")
-    names = sorted(file.name for file in folder.iterdir() if file.is_file() and known_ending(file.name))
+    files = [file.name for file in folder.iterdir() if file.is_file() and known_ending(file.name)]
+    names = sorted(name for name in files if word is None or word in _words(name))
     found = {split: _only(path, split, _matching(names, words), names) for split, words in SPLIT_WORDS.items()}
     if not found["train"]:
         raise UserError(
@@ -46,8 +50,12 @@ def _matching(names: Sequence[str], words: Sequence[str]) -> list[str]:
 
 
 def _outer_words(name: str) -> set[str]:
-    parts = [part for part in re.split(r"[^a-z0-9]+", stem(name).lower()) if part]
+    parts = _words(name)
     return {parts[0], parts[-1]} if parts else set()
+
+
+def _words(name: str) -> list[str]:
+    return [part for part in re.split(r"[^a-z0-9]+", stem(name).lower()) if part]
 
 
 def _only(path: str, split: str, matching: Sequence[str], names: Sequence[str]) -> str | None:

@@ -22,7 +22,7 @@ def array_rows(path: str, text: str) -> Iterator[tuple[int, object]]:
         return
     try:
         whole = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         line = error.lineno if isinstance(error, json.JSONDecodeError) else 1
         raise UserError(f"{path}:{line}: no JSON ({error}), {_WANTED}; mend or write the file again") from error
     wrapped = isinstance(whole, dict) and isinstance(whole.get("data"), list)
