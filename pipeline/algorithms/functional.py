@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -30,13 +32,31 @@ def token_logps(hidden: Tensor, head: Head, targets: Tensor, chunks: int = 1, te
     assert chunks >= 1, f"chunks is {chunks}"
 
     def slice_logps(rows: Tensor, ids: Tensor) -> Tensor:
-        logits = head(rows).float() / temperature  # (n, V) float32
-        return logits.gather(-1, ids[:, None]).squeeze(-1) - logits.logsumexp(-1)
+        logits = head(rows).float()  # (n, V) float32
+        return _Logps.apply(logits if temperature == 1.0 else logits / temperature, ids)
 
     slices = zip(hidden.tensor_split(chunks), targets.tensor_split(chunks), strict=True)
     if chunks > 1 and torch.is_grad_enabled():
         return torch.cat([checkpoint(slice_logps, rows, ids, use_reentrant=False) for rows, ids in slices])
     return torch.cat([slice_logps(rows, ids) for rows, ids in slices])
+
+
+class _Logps(torch.autograd.Function):
+    """log_softmax then gather, with one (n, V) tensor kept and one made in backward; autograd's own way makes three."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ids: Tensor) -> Tensor:
+        logps = logits.log_softmax(-1)
+        ctx.save_for_backward(logps, ids)
+        return logps.gather(-1, ids[:, None])[:, 0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """d logp[t] / d logits = one-hot(t) - softmax."""
+        logps, ids = ctx.saved_tensors
+        grad_logits = logps.exp().mul_(-grad[:, None])
+        return grad_logits.scatter_add_(-1, ids[:, None], grad[:, None]), None
 
 
 @torch.no_grad()

@@ -1,0 +1,65 @@
+"""What stages/sft.py does until its first step is taken, as a program that times each part.
+
+Imports nothing of ours or of others before it measures that: `python -m pipeline.bench.first_step CLOCK key=value ...`
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+def main(clock: str, words: Sequence[str]) -> dict[str, float]:
+    """Seconds by part, in order; `clock` is wall or cpu."""
+    times: dict[str, float] = {}
+    now = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
+
+    def take(name: str, work: Callable[[], Any]) -> Any:
+        started = now()
+        result = work()
+        times[name] = now() - started
+        return result
+
+    take("imports", load)
+    from pipeline import assembly, engine, examples, training
+    from pipeline.algorithms import supervised
+    from pipeline.data import Windows
+    from pipeline.layers import resolve
+
+    settings = take("settings", lambda: resolve(words).settings)
+    ranks = take("process group", lambda: engine.start(settings.launch.ddp_timeout))
+    rows = take("data", lambda: examples.supervised(examples.load_train(settings.data, settings.seed, str)))
+
+    def encode() -> Any:
+        encoder = assembly.encoder_of(settings, settings.model, lambda: examples.texts(rows, settings.template))
+        return encoder, examples.encode(rows, encoder, examples.completion_rows).items
+
+    encoder, items = take("tokens", encode)
+    longest = settings.data.max_response_length
+    build = lambda: assembly.build_policy(settings.model, encoder, settings.train, longest, settings.seed)  # noqa: E731
+    policy = take("model", build)
+    trainer = take("engine", lambda: engine.Engine(policy, ranks, settings.train, settings.optimizer))
+    draw = training.epochs(len(items), settings.train.batch_size, settings.seed)
+    packing = assembly.packing(settings.train, ranks, policy, encoder)
+
+    def step() -> None:
+        window = Windows(items, draw, packing, ranks.rank, ranks.world).at(0)
+        for place, batch in enumerate(window):
+            total, _ = supervised.loss(trainer(batch), batch.to(ranks.device), supervised.Settings())
+            trainer.backward(total, 1.0, last=place == len(window) - 1)
+        trainer.step(settings.optimizer.learning_rate)
+
+    take("first step", step)
+    return times
+
+
+def load() -> None:
+    """Import what a training stage imports."""
+    from pipeline import assembly, engine, evaluate, examples, rollout, runs, training  # noqa: F401
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(sys.argv[1], sys.argv[2:])))

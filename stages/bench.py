@@ -1,0 +1,61 @@
+"""Ratios measured side by side in one run: runs/<run>/bench/results.json."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline import engine, runs
+from pipeline.bench import bare, bed, memory, overlap, peers, startup, steps
+from pipeline.bench.measure import Result, table
+from pipeline.entry import run
+from pipeline.metrics import write_json
+from pipeline.settings import Bench
+
+PARTS: dict[str, Callable[[bed.Bed], list[Result]]] = {
+    "steps": steps.measure,
+    "loop": bare.measure,
+    "memory": memory.measure,
+    "rouge": overlap.measure,
+    "startup": startup.measure,
+    "peers": peers.measure,
+}
+
+
+def main(settings: Bench, words: Sequence[str]) -> None:
+    ranks = engine.start(settings.launch.ddp_timeout)
+    directory = runs.stage_dir(settings, "bench")
+    directory.mkdir(parents=True, exist_ok=True)
+    found: list[Result] = []
+    with tempfile.TemporaryDirectory() as folder:
+        ground = bed.prepare(settings, ranks, directory, Path(folder))
+        print(", ".join(f"{name} {value}" for name, value in machine().items()), flush=True)
+        for part in settings.parts:
+            results = PARTS[part](ground)
+            found += results
+            print(table(results), flush=True)
+    rows = [{**asdict(result), "goal": result.goal and str(result.goal), "met": result.met} for result in found]
+    command = "bash run.sh " + shlex.join(words)
+    write_json(
+        directory / "results.json",
+        {"command": command, **machine(), "settings": settings.model_dump(), "results": rows},
+    )
+
+
+def machine() -> dict[str, Any]:
+    """Versions, threads, device."""
+    packages = {name: version(name) for name in ("torch", "transformers", "deepspeed")}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {"python": platform.python_version(), **packages, "threads": torch.get_num_threads(), "device": device}
+
+
+if __name__ == "__main__":
+    run(main, "bench")
