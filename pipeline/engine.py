@@ -8,7 +8,6 @@ from __future__ import annotations
 import atexit
 import copy
 import os
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from pipeline import faults
+from pipeline.launch import free_port
 from pipeline.records import Batch, UserError
 from pipeline.settings import OptimizerSettings, TrainSettings
 from pipeline.sharding import read_ds_config
@@ -111,10 +111,8 @@ def _tried(work: Callable[[], Any]) -> tuple[Any, str | None]:
 def start(timeout_seconds: int) -> Ranks:
     """Join the process group that the launcher described, or make one of a single process."""
     if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+        os.environ["MASTER_PORT"] = str(free_port())
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:

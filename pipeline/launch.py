@@ -13,6 +13,7 @@ What the launchers do (DeepSpeed 0.19.8, torch 2.13, two gloo ranks on CPU):
 from __future__ import annotations
 
 import os
+import random
 import re
 import shutil
 import signal
@@ -28,6 +29,7 @@ from pipeline.records import UserError
 from pipeline.settings import LaunchSettings
 
 DISTRIBUTED = ("sft", "reward", "rl", "score", "generate", "evaluate")
+PORTS = range(20_000, 32_000)
 GPU_FILES = ("nvidia[0-9]*", "dxg", "kfd", "davinci*", "accel*")  # in /dev: CUDA, WSL, ROCm, Ascend, Gaudi
 
 
@@ -187,9 +189,22 @@ def _port(settings: LaunchSettings) -> int:
     if settings.master_port is not None:
         _refuse_taken(settings)
         return settings.master_port
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    return free_port()
+
+
+def free_port() -> int:
+    """A port that nobody listens on, from below those that systems hand out to outgoing connections.
+
+    It is bound by another process a moment later: one of the system's own choice could be gone by then.
+    """
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:  # somebody's
+                continue
+            return port
+    raise UserError(f"launch.master_port: no port from {PORTS[0]} to {PORTS[-1]} is free, wanted one: give another")
 
 
 def _refuse_taken(settings: LaunchSettings) -> None:

@@ -11,7 +11,6 @@ import faulthandler
 import importlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ import psutil
 
 from pipeline.config import ROOT
 from pipeline.entry import run
+from pipeline.launch import free_port
 from pipeline.layers import resolve
 
 GRACE_SECONDS = 1.0  # between the end of one rank and SIGTERM to the others, as DeepSpeed's launcher waits
@@ -207,12 +207,6 @@ def _tell_on_demand(file: Path) -> None:
     signal.signal(signal.SIGUSR1, tell)
     stream = open(file, "w", encoding="utf-8")  # noqa: SIM115  (it stays open for the handler)
     faulthandler.register(signal.SIGUSR1, stream, all_threads=False, chain=True)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _send(pid: int, number: int) -> None:

@@ -24,7 +24,7 @@ import pytest
 from pipeline import faults
 from pipeline.aliases import ALIASES
 from pipeline.config import ROOT
-from pipeline.launch import command
+from pipeline.launch import command, free_port
 from pipeline.layers import resolve_steps
 from pipeline.records import UserError
 from tests.mistakes import Mistake, answers, judge, lines, pairs
@@ -287,9 +287,7 @@ def test_a_reward_that_fails_on_the_second_rank_ends_both(tmp_path: Path) -> Non
     """By itself, with no launcher that kills the rest, and told although only rank 0 of a machine speaks."""
     (tmp_path / "judge.py").write_text(judge("import os; return [1 / (1 - int(os.environ['RANK']))] * 10")["judge.py"])
     words = words_of("score", tmp_path, [f"reward={tmp_path / 'judge.py'}", "data.task_size=20", "splits=[train]"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [started("stages.score", words, RANK=rank, LOCAL_RANK=rank, **group) for rank in ("0", "1")]
     first, second = [ended(process) for process in ranks]
     assert "ZeroDivisionError" in line_of(first)
