@@ -110,9 +110,10 @@ def _tried(work: Callable[[], Any]) -> tuple[Any, str | None]:
 
 def start(timeout_seconds: int) -> Ranks:
     """Join the process group that the launcher described, or make one of a single process."""
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-        os.environ["MASTER_PORT"] = str(free_port())
+    alone = {} if "RANK" in os.environ else {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    if alone:
+        alone["MASTER_PORT"] = str(free_port())
+        os.environ.update(alone, LOCAL_RANK="0")  # which DeepSpeed goes on reading
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
@@ -122,6 +123,8 @@ def start(timeout_seconds: int) -> Ranks:
         timeout = timedelta(seconds=timeout_seconds)
         deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=timeout, verbose=False)
         atexit.register(stop)
+    for name in alone:
+        del os.environ[name]  # what this process starts is no rank of its group
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
