@@ -16,26 +16,40 @@ from pydantic import ValidationError
 from pipeline.model_checks import positions, read_object
 from pipeline.models import hugging_face, load_scalar, load_tokenizer
 from pipeline.policy import RewardModel
+from pipeline.ranges import Count
 from pipeline.records import RewardFunction, UserError
-from pipeline.settings import ModelSettings, TemplateSettings
+from pipeline.settings import ModelSettings, Section, TemplateSettings
 from pipeline.text import Encoder, pad
 from pipeline.validation import one_complaint
 
-TEMPLATE_FILE = "reward_template.json"
+INPUT_FILE = "reward_input.json"
 
 
-def save_template(directory: Path, template: TemplateSettings) -> None:
-    """Keep beside the weights how prompt and response were put together in training."""
-    (directory / TEMPLATE_FILE).write_text(json.dumps(template.model_dump(), indent=2) + "\n", encoding="utf-8")
+class Input(Section):
+    """How a reward model was trained to read: the template, and where prompt and response were cut."""
+
+    template: TemplateSettings
+    max_prompt_length: Count
+    max_response_length: Count
 
 
-def saved_template(directory: Path) -> TemplateSettings | None:
-    """What `save_template` left, None where it left nothing. Raises UserError where it is no such thing."""
-    file = directory / TEMPLATE_FILE
+def save_input(directory: Path, encoder: Encoder) -> None:
+    """Keep beside the weights how the rows were made that the model was trained on."""
+    read = Input(
+        template=encoder.template,
+        max_prompt_length=encoder.max_prompt_length,
+        max_response_length=encoder.max_response_length,
+    )
+    (directory / INPUT_FILE).write_text(json.dumps(read.model_dump(), indent=2) + "\n", encoding="utf-8")
+
+
+def saved_input(directory: Path) -> Input | None:
+    """What `save_input` left, None where it left nothing. Raises UserError where it is no such thing."""
+    file = directory / INPUT_FILE
     if not file.is_file():
         return None
     try:
-        return TemplateSettings(**read_object(file))
+        return Input(**read_object(file))
     except ValidationError as error:
         path, complaint = one_complaint(error)
         raise UserError(f"{file}: {'.'.join(path)}: {complaint}; train the reward model again") from None
@@ -53,8 +67,8 @@ def load(
 
     Args:
         model: how to load it (attention kernel, trust_remote_code); its path and LoRA are not used.
-        template: for classifiers that did not come from `stage=reward`.
-        max_length: tokens read of prompt + response; the prompt loses its beginning first.
+        template, max_length: for classifiers that did not come from `stage=reward`; those that did read rows as they
+            were trained to. max_length is in tokens of prompt + response; the prompt loses its beginning first.
 
     Raises:
         UserError: no such model, or it has no scalar head.
@@ -63,7 +77,12 @@ def load(
     settings = settings.model_copy(update={"lora": model.lora.model_copy(update={"r": 0})})
     tokenizer = load_tokenizer(settings, [])
     scorer = RewardModel(load_scalar(settings, tokenizer, seed=0, new_head=False, dtype="auto")).eval()
-    encoder = Encoder(tokenizer, saved_template(Path(directory)) or template, max_length, max_length)
+    own = saved_input(Path(directory))
+    if own is None:
+        own = Input(template=template, max_prompt_length=max_length, max_response_length=max_length)
+    else:
+        max_length = own.max_prompt_length + own.max_response_length
+    encoder = Encoder(tokenizer, own.template, own.max_prompt_length, own.max_response_length)
     limit = positions(hugging_face(scorer.model).config)
 
     def reward(prompts: Sequence[str], completions: Sequence[str], **columns: Sequence) -> list[float]:
@@ -84,7 +103,7 @@ def load(
 
 
 def read(encoder: Encoder, prompt: str | Sequence, completion: str, max_length: int) -> tuple[int, ...]:
-    """The ids that are scored: all of the response if it fits, and as much of the prompt's end as fits beside it."""
+    """The ids that are scored: the response, and as much of the prompt's end as `max_length` leaves room for."""
     row = encoder.encode(prompt, completion)
     room = max_length - len(row.response_ids)
     return (encoder.cut_prompt(row.prompt_ids, room) if room > 0 else ()) + row.response_ids

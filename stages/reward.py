@@ -57,7 +57,7 @@ def main(settings: Reward, words: Sequence[str]) -> None:
         eval_steps=settings.train.eval_steps,
         evaluate=look,
         watch=Watch("eval/loss", larger_is_better=False),
-        export=assembly.exporter(trainer, encoder, partial(learned.save_template, template=settings.template)),
+        export=assembly.exporter(trainer, encoder, partial(learned.save_input, encoder=encoder)),
     )
     training.train(settings, directory, trainer, course)
 

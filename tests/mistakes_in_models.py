@@ -137,11 +137,11 @@ MODELS = [
     ),
     Mistake("a policy as reward", "score", "reward=SFT", ("sft/model", "no scalar head", "stage=reward")),
     Mistake(
-        "a reward's template",
+        "how a reward reads",
         "score",
         "reward=HERE/m",
-        ("reward_template.json", "prompt: missing", "train .* again"),
-        {"m": copy("reward/helpfulness", write={"reward_template.json": b'{"kind": "text"}'})},
+        ("reward_input.json", "template: missing", "train .* again"),
+        {"m": copy("reward/helpfulness", write={"reward_input.json": b'{"max_prompt_length": 8}'})},
     ),
     Mistake(
         "positions of a policy",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,8 @@ def test_adapters_need_a_model(tmp_path: Path) -> None:
 
 # reward models
 
+READ = learned.Input(template=tiny.PLAIN, max_prompt_length=16, max_response_length=24)
+
 
 def scorer_of(tmp_path: Path, shape: str) -> tuple[RewardModel, str]:
     """A reward model with random weights and the directory it was saved to, as stage=reward does."""
@@ -127,10 +130,8 @@ def scorer_of(tmp_path: Path, shape: str) -> tuple[RewardModel, str]:
     head = dict(model.named_children()).get("score", dict(model.named_children()).get("classification_head"))
     tiny.spread(head, scale=1.0)
     directory = tmp_path / "scorer"
-    template = tiny.PLAIN.model_copy(update={"prompt": "Q {prompt} A"})
-    models.save(
-        directory, model, model.state_dict(), tiny.tokenizer(), lambda part: learned.save_template(part, template)
-    )
+    encoder = tiny.encoder(READ.max_prompt_length, READ.max_response_length, prompt="Q {prompt} A")
+    models.save(directory, model, model.state_dict(), tiny.tokenizer(), partial(learned.save_input, encoder=encoder))
     return RewardModel(model).eval(), str(directory)
 
 
@@ -163,7 +164,7 @@ def load_learned(directory: str, batch_size: int, max_length: int = 64):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_learned_reward_is_the_same_in_any_company(tmp_path: Path, shape: str) -> None:
-    scorer, directory = scorer_of(tmp_path, shape)
+    _, directory = scorer_of(tmp_path, shape)
     prompts = [" ".join(tiny.WORDS[: 1 + i % 9]) for i in range(9)]
     completions = [" ".join(tiny.WORDS[i % 5 : 2 * i]) for i in range(9)]
     alone = load_learned(directory, 1)(prompts, completions)
@@ -171,11 +172,22 @@ def test_a_learned_reward_is_the_same_in_any_company(tmp_path: Path, shape: str)
     order = [4, 1, 8, 0, 3, 7, 2, 6, 5]
     mixed = load_learned(directory, 7)([prompts[i] for i in order], [completions[i] for i in order])
     assert mixed == pytest.approx([alone[i] for i in order], rel=1e-5, abs=1e-5)
-    # the saved template is used, not the caller's
-    row = tiny.encoder(prompt="Q {prompt} A").encode(prompts[3], completions[3])
-    item = Item(None, (row,))
-    assert alone[3] == pytest.approx(float(scorer(batch_of(scorer, [item]))[0]), rel=1e-5)
     assert load_learned(directory, 4)([], []) == []
+
+
+def test_a_reward_model_reads_as_it_was_trained(tmp_path: Path) -> None:
+    """The template and the limits beside the weights count, not the caller's, which are for models from elsewhere."""
+    scorer, directory = scorer_of(tmp_path, "llama")
+    prompt, completion = " ".join(tiny.WORDS * 3), " ".join(tiny.WORDS * 2)
+    encoder = tiny.encoder(READ.max_prompt_length, READ.max_response_length, prompt="Q {prompt} A")
+    row = encoder.encode(prompt, completion)
+    assert row.cut_prompt and row.cut_response
+    expected = float(scorer(batch_of(scorer, [Item(None, (row,))]))[0])
+    for max_length in (4, 1024):
+        found = load_learned(directory, 4, max_length)([prompt, "a"], [completion, "cat"])
+        assert found[0] == pytest.approx(expected, rel=1e-5)
+    (Path(directory) / learned.INPUT_FILE).unlink()
+    assert load_learned(directory, 4, 1024)([prompt], [completion])[0] != pytest.approx(expected, rel=1e-3)
 
 
 def test_a_learned_reward_reads_chat_prompts(tmp_path: Path) -> None:
