@@ -4,6 +4,7 @@ ALIASES: dict[str, str] = {
     # launcher
     "gpus": "launch.processes",
     "hostfile": "launch.hostfile",
+    "launcher": "launch.launcher",
     "master_port": "launch.master_port",
     "ddp_timeout": "launch.ddp_timeout",
     # model
@@ -21,6 +22,7 @@ ALIASES: dict[str, str] = {
     "task": "data.task",
     "max_prompt_length": "data.max_prompt_length",
     "max_response_length": "data.max_response_length",
+    "data.static": "static",
     # training
     "batch_size": "train.batch_size",
     "micro_batch_size": "train.micro_batch_size",
@@ -46,18 +48,26 @@ ALIASES: dict[str, str] = {
     "adam_beta2": "optimizer.adam_beta2",
     "adam_epsilon": "optimizer.adam_epsilon",
     "max_grad_norm": "optimizer.max_grad_norm",
+    # masking
+    "mask_rate": "masking.rate",
     # algorithms
     "clip": "algorithm.settings.clip",
     "kl_beta": "algorithm.settings.kl_beta",
+    "kl_form": "algorithm.settings.kl_form",
     "kl_coef": "algorithm.settings.kl_beta",
     "beta": "algorithm.settings.kl_beta",
     # generation
     "max_new_tokens": "generation.max_new_tokens",
+    "min_new_tokens": "generation.min_new_tokens",
     "do_sample": "generation.do_sample",
     "temperature": "generation.temperature",
+    "temperatures": "generation.temperatures",
     "top_p": "generation.top_p",
     "top_k": "generation.top_k",
     "num_beams": "generation.num_beams",
+    "length_penalty": "generation.length_penalty",
+    "early_stopping": "generation.early_stopping",
+    "no_repeat_ngram_size": "generation.no_repeat_ngram_size",
     "repetition_penalty": "generation.repetition_penalty",
     "num_return_sequences": "generation.num_return_sequences",
 }

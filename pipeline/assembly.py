@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,25 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from pipeline import examples, model_checks, models, plugins, rewards, runs
+from pipeline import examples, model_checks, models, plugins, rewards, runs, vocabulary
 from pipeline.data import Packing, collate, packing_of
 from pipeline.engine import Engine, Ranks
+from pipeline.hiding import Hiding
 from pipeline.loop import Objective
 from pipeline.policy import Policy, RewardModel, check_head
 from pipeline.records import Batch, Item, Row, Stat, UserError
 from pipeline.rewards import Rewards, parse, resolve
-from pipeline.settings import Algorithm, Common, ModelSettings, Reward, RewardSettings, Rl, TrainSettings, WithModel
+from pipeline.settings import (
+    Algorithm,
+    Common,
+    ModelSettings,
+    Reward,
+    RewardSettings,
+    Rl,
+    Sft,
+    TrainSettings,
+    WithModel,
+)
 from pipeline.text import Encoder
 from pipeline.validation import one_complaint
 from reward_models import learned
@@ -40,7 +52,7 @@ def objective_of(algorithm: Algorithm) -> tuple[Any, Any, Objective]:
     def loss(output: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Stat]]:
         return module.loss(output, batch, settings)
 
-    return module, settings, Objective(loss, module.MEAN_OVER)
+    return module, settings, Objective(loss, module.MEAN_OVER, module.needs(settings).output)
 
 
 def checked_settings(schema: type, values: dict[str, Any]) -> Any:
@@ -88,16 +100,23 @@ def inputs(settings: WithModel, model: ModelSettings) -> dict[str, str]:
     return {**found, **{f"data.{split}": runs.fingerprint(place) for split, place in places.items()}}
 
 
-def encoder_of(settings: WithModel, model: ModelSettings, texts: Callable[[], list[str]]) -> Encoder:
-    """The tokenizer of `model`, or one made from `texts()` for a new model, behind the stage's template and limits."""
-    tokenizer = models.load_tokenizer(model, texts() if model.path is None else [])
+def encoder_of(
+    settings: WithModel, model: ModelSettings, texts: Callable[[], list[str]], mask: bool = False
+) -> Encoder:
+    """The tokenizer of `model`, or one made from `texts()` for a new model, behind the stage's template and limits.
+
+    `mask`: with a mask token, one that the vocabulary has to spare, or a new one.
+    """
+    tokenizer = models.load_tokenizer(model, texts() if model.path is None else [], mask)
     data = settings.data
-    return Encoder(tokenizer, settings.template, data.max_prompt_length, data.max_response_length)
+    return Encoder(tokenizer, settings.template, data.max_prompt_length, data.max_response_length, data.keep_of_prompt)
 
 
-def build_policy(model: ModelSettings, encoder: Encoder, train: TrainSettings, max_response: int, seed: int) -> Policy:
-    """The policy as a module, checked once against the model's own forward."""
-    lm = models.load_policy(model, encoder.tokenizer, seed, weight_type(train))
+def build_policy(
+    model: ModelSettings, encoder: Encoder, train: TrainSettings, max_response: int, seed: int, mask: bool = False
+) -> Policy:
+    """The policy as a module, checked once against the model's own forward; `mask`: it reads the mask token."""
+    lm = models.load_policy(model, encoder.tokenizer, seed, weight_type(train), mask)
     model_checks.check_positions(models.hugging_face(lm).config, encoder.max_prompt_length, max_response, whole=False)
     limit = train.max_tokens if train.max_tokens is not None else train.micro_batch_size * max_response
     policy = Policy(lm, limit)
@@ -131,6 +150,14 @@ def enable_checkpointing(model: Any, train: TrainSettings) -> None:
 
 def packing(train: TrainSettings, ranks: Ranks, policy: Policy, encoder: Encoder) -> Packing:
     return packing_of(train, ranks.world, policy.encoder_decoder, encoder.pad_id)
+
+
+def hidden(packing: Packing, encoder: Encoder, policy: Policy, settings: Sft | Rl, **more: Any) -> Packing:
+    """`packing` for batches whose responses are partly hidden, as `settings.masking` says; `more` is of `Hiding`."""
+    words = vocabulary.vocabulary(encoder.tokenizer, policy.vocab_size)
+    if settings.masking.span != "token":
+        words.require_words()
+    return replace(packing, hiding=Hiding(words, settings.masking, settings.seed, **more))
 
 
 def exporter(engine: Engine, encoder: Encoder, then: Callable[[Path], None] | None = None) -> Callable[[Path], None]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
+from pipeline.glossary import ORACLE
+
 REST = "Other measurements"  # the group of charts that no entry of CHARTS describes
 
 
@@ -101,7 +103,7 @@ CHARTS = (
     Chart(
         "Rewards",
         "Oracle",
-        ("rewards/oracle:*/mean",),
+        (ORACLE,),
         "The true quality, known only in the embedded task and never trained on. If the reward rises and this does "
         "not, the policy exploits the reward model.",
     ),

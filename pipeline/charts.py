@@ -28,13 +28,13 @@ class Curve(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """What one chart shows besides its words. `low` and `high` bound the healthy band; None is open."""
+    """What one chart shows besides its words."""
 
     curves: Sequence[Curve]
-    low: float | None = None
+    low: float | None = None  # the healthy band begins here; None: it is open below
     high: float | None = None
-    marks: Sequence[tuple[float, str]] = ()
-    axis: tuple[float | None, float | None] = (None, None)
+    marks: Sequence[tuple[float, str]] = ()  # horizontal lines: (value, words)
+    axis: tuple[float | None, float | None] = (None, None)  # where the vertical axis ends at least; None: by the curves
 
 
 class Frame(NamedTuple):

@@ -86,7 +86,7 @@ class Checkpoints:
         if state.world != self.ranks.world:
             raise UserError(
                 f"{directory}: was written by {state.world} processes, now there are {self.ranks.world}: "
-                f"resume with processes={state.world}"
+                f"resume with gpus={state.world}"
             )
         engine.load(directory)
         own = torch.load(directory / f"rank-{self.ranks.rank}.pt", map_location="cpu", weights_only=True)

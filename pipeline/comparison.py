@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
+from pipeline.charts import MINUS
+from pipeline.glossary import ORACLE, match
+
 Metrics = Mapping[str, float]  # tag -> number, of one variant and seed
 PerSeed = Mapping[int, float]
-ORACLE = "rewards/oracle:*/mean"
-MINUS = "\N{MINUS SIGN}"
 
 
 class Column(NamedTuple):
@@ -92,10 +93,10 @@ def columns_of(table: Mapping[str, Mapping[str, Any]]) -> list[Column]:
     tags = list(dict.fromkeys(tag for metrics in table.values() for tag in metrics))
     found: dict[str, Column] = {}
     for column in COLUMNS:
-        head, _, tail = column.tag.partition("*")
         for tag in tags:
-            if fnmatchcase(tag, column.tag) and tag not in found and not _is_second(tag):
-                found[tag] = column._replace(tag=tag, title=column.title.format(tag[len(head) : len(tag) - len(tail)]))
+            title = match(tag, column.tag, column.title)
+            if title and tag not in found and not _is_second(tag):
+                found[tag] = column._replace(tag=tag, title=title)
     return list(found.values())
 
 

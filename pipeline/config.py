@@ -16,7 +16,8 @@ import yaml
 
 from pipeline.aliases import ADVICE, ALIASES, SWITCHES
 from pipeline.records import UserError
-from pipeline.validation import SettingPath, did_you_mean
+from pipeline.spelling import did_you_mean
+from pipeline.validation import SettingPath
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND_LINE = "command line"
@@ -186,9 +187,9 @@ def _cure(word: str) -> str:
         return "; write settings without dashes, as learning_rate=1e-5"
     for folder, key in (("stages", "stage"), ("stages/recipes", "recipe"), ("stages/algo", "algo")):
         if (ROOT / folder / f"{word}.yaml").is_file() and word != "common":
-            return f"; did you mean {key}={word}?"
+            return f"; did you mean '{key}={word}'?"
     if word in ("test", "help"):
-        return f"; did you mean stage={word}?"
+        return f"; did you mean 'stage={word}'?"
     return did_you_mean(word, ALIASES) + "; see stage=help"
 
 

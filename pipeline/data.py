@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
+from pipeline.hiding import Hiding
 from pipeline.records import Batch, Item, UserError
 from pipeline.settings import TrainSettings
 from pipeline.text import pad
@@ -28,6 +30,7 @@ class Packing:
     encoder_decoder: bool  # prompts and responses are padded apart
     pad_id: int
     whole: bool = False  # put prompt + response into input_ids even for an encoder-decoder (reward models)
+    hiding: Hiding | None = None  # of the responses' tokens
 
     @property
     def apart(self) -> bool:
@@ -53,12 +56,21 @@ def padded_tokens(items: Sequence[Item], apart: bool) -> int:
     if not rows:
         return 0
     if not apart:
-        return len(rows) * max(len(row) for row in rows)
-    return len(rows) * (max(len(r.prompt_ids) for r in rows) + max(len(r.response_ids) for r in rows))
+        return len(rows) * max(longest(item) for item in items)
+    return len(rows) * (max(len(r.prompt_ids) for r in rows) + max(response_width(item) for item in items))
 
 
 def longest(item: Item) -> int:
-    return max(len(row) for row in item.rows)
+    """Tokens of the longest row; a static response is read beside it."""
+    return max(len(row) for row in item.rows) + static_width(item)
+
+
+def response_width(item: Item) -> int:
+    return max(len(row.response_ids) for row in item.rows) + static_width(item)
+
+
+def static_width(item: Item) -> int:
+    return max((len(row.response_ids) for row in item.statics), default=0)
 
 
 def group(items: Sequence[Item], indices: Sequence[int], packing: Packing, world: int) -> list[list[int]]:
@@ -94,7 +106,7 @@ def by_budget(items: Sequence[Item], order: Sequence[int], packing: Packing) -> 
         item = items[i]
         rows += len(item.rows)
         prompt = max([prompt, *(len(r.prompt_ids) for r in item.rows)])
-        response = max([response, *(len(r.response_ids) for r in item.rows)])
+        response = max(response, response_width(item))
         whole = max(whole, longest(item))
         if groups and rows * (prompt + response if packing.apart else whole) <= packing.max_tokens:
             groups[-1].append(i)
@@ -102,7 +114,7 @@ def by_budget(items: Sequence[Item], order: Sequence[int], packing: Packing) -> 
         groups.append([i])
         rows = len(item.rows)
         prompt = max(len(r.prompt_ids) for r in item.rows)
-        response = max(len(r.response_ids) for r in item.rows)
+        response = response_width(item)
         whole = longest(item)
         if (tokens := padded_tokens([item], packing.apart)) > packing.max_tokens:
             raise UserError(
@@ -120,8 +132,11 @@ def window(
     return [tuple(groups[place + rank]) for place in range(0, len(groups), world)]
 
 
-def collate(items: Sequence[Item], indices: Sequence[int], packing: Packing) -> Batch:
-    """One micro-batch; without indices one filler made from the first item, with all-False masks."""
+def collate(items: Sequence[Item], indices: Sequence[int], packing: Packing, step: int = 0) -> Batch:
+    """One micro-batch; without indices one filler made from the first item, with all-False masks.
+
+    `step` is that of the optimizer, which decides with the seed what is hidden, where anything is.
+    """
     chosen = [items[i] for i in indices] or [items[0]]
     filler = not indices
     rows = [item.rows[place] for place in range(len(chosen[0].rows)) for item in chosen]
@@ -136,7 +151,7 @@ def collate(items: Sequence[Item], indices: Sequence[int], packing: Packing) -> 
             for name in chosen[0].numbers
         }
     )
-    return Batch(
+    batch = Batch(
         items=tuple(indices),
         input_ids=input_ids,
         input_mask=input_mask,
@@ -146,6 +161,9 @@ def collate(items: Sequence[Item], indices: Sequence[int], packing: Packing) -> 
         numbers=numbers if not filler else {name: torch.zeros(0) for name in chosen[0].numbers},
         ref_logp=reference(chosen, response_ids.shape[1]),
     )
+    if packing.hiding is None:
+        return batch
+    return packing.hiding.hide(batch, [] if filler else chosen, step, packing.apart, packing.pad_id)
 
 
 def reference(items: Sequence[Item], width: int) -> torch.Tensor | None:
@@ -159,8 +177,17 @@ def reference(items: Sequence[Item], width: int) -> torch.Tensor | None:
     return padded
 
 
+class Source(Protocol):
+    """Where the micro-batches of a step come from; `items` are those of the last one asked for."""
+
+    items: Sequence[Item]
+
+    def at(self, step: int) -> list[Batch]:
+        """This rank's window of `step`, counted from 0; equally many micro-batches on every rank."""
+
+
 class Windows:
-    """The micro-batches of each step on this rank."""
+    """The micro-batches of each step on this rank, from rows that are there."""
 
     def __init__(self, items: Sequence[Item], draw: Draw, packing: Packing, rank: int, world: int):
         self.items, self.draw, self.packing, self.rank, self.world = items, draw, packing, rank, world
@@ -168,7 +195,7 @@ class Windows:
     def at(self, step: int) -> list[Batch]:
         """The window of `step`, counted from 0."""
         plan = window(self.items, self.draw(step), self.packing, self.rank, self.world)
-        return [collate(self.items, indices, self.packing) for indices in plan]
+        return [collate(self.items, indices, self.packing, step) for indices in plan]
 
 
 def once(items: Sequence[Item], packing: Packing, rank: int, world: int) -> list[Batch]:

@@ -89,9 +89,8 @@ class Ranks:
     def agreed(self, work: Callable[[], Any]) -> Any:
         """What `work` returns on this rank; a user's error on any rank is raised on every rank."""
         result, error = _tried(work)
-        first = next((told for told in self.gather(error) if told is not None), None)
-        if first is not None:
-            raise UserError(first)
+        if self.any(error is not None):
+            raise UserError(next(told for told in self.gather(error) if told is not None))
         return result
 
 
@@ -206,17 +205,18 @@ class Engine:
         """Dropout on or off."""
         self._engine.train(mode)
 
-    def backward(self, total: Tensor, n_terms: float, last: bool) -> None:
+    def backward(self, total: Tensor, n_terms: Tensor, last: bool) -> None:
         """Accumulate the gradient of (sum of `total` over ranks and micro-batches) / `n_terms`.
 
         Args:
-            total: scalar, this rank's sum over this micro-batch.
-            n_terms: the global count over all ranks and all micro-batches of the step.
+            total: () this rank's sum over this micro-batch; or (k,), sums of k means that are added up.
+            n_terms: () or (k,) float64, the global counts over all ranks and all micro-batches of the step.
             last: whether this is the step's last micro-batch; ranks must agree.
         """
         self._engine.set_gradient_accumulation_boundary(last)
         # undoes DeepSpeed's two hidden averages: over accumulation steps and over ranks
-        self._engine.backward(total * (self.ranks.world * NOMINAL_ACCUMULATION / n_terms))
+        scale = (self.ranks.world * NOMINAL_ACCUMULATION / n_terms).to(total)
+        self._engine.backward((total * scale).sum())
 
     def step(self, learning_rate: float) -> float:
         """One clipped optimizer step; the global gradient norm before clipping.

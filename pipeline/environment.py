@@ -95,7 +95,8 @@ def _make(dev: bool) -> None:
     """Create `.venv` unless a finished one is there, install the pins, torch first, and write the marker."""
     if not (shutil.which("c++") or shutil.which("g++")):
         _say("no C++ compiler found: DeepSpeed cannot build its CPU optimizers (offload configurations)")
-    own_torch = sys.prefix == sys.base_prefix and not missing(["torch>=2.6"])
+    torch = [one for one in requirements(dev) if one.startswith("torch")]
+    own_torch = sys.prefix == sys.base_prefix and not missing(torch)
     if MARKER.is_file():
         _say(f"completing {VENV}")
         dev = dev or json.loads(MARKER.read_text())["dev"]

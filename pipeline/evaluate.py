@@ -24,7 +24,7 @@ def held_out_loss(engine: Engine, objective: Objective, items: Sequence[Item], p
     engine.train(False)
     tally = Tally()
     for batch in once(items, packing, engine.ranks.rank, engine.ranks.world):
-        _, stats = objective.loss(engine(batch), batch.to(engine.ranks.device))
+        _, stats = objective.loss(objective.ask(engine, batch), batch.to(engine.ranks.device))
         tally.add({f"eval/{name}": stat for name, stat in stats.items()})
     return tally.reduce(engine.ranks.all_sum)
 
@@ -36,15 +36,10 @@ def score_texts(ranks: Ranks, rewards: Rewards, examples: Sequence[Example], com
         UserError: a reward fails, by the checks of `rewards`; on every rank, wherever it failed.
     """
     mine = list(range(ranks.rank, len(examples), ranks.world))
-    columns = {
-        "id": [examples[i].id for i in mine],
-        "source": [examples[i].source for i in mine],
-        "references": [list(examples[i].references) for i in mine],
-        "raw_prompt": [examples[i].prompt for i in mine],
-    }
-    prompts = [plain_prompt(examples[i]) for i in mine]
+    own = [examples[i] for i in mine]
+    prompts = [plain_prompt(example) for example in own]
     texts = [completions[i] for i in mine]
-    part = ranks.agreed(lambda: rewards.score(prompts, texts, columns))
+    part = ranks.agreed(lambda: rewards.score(prompts, texts, reward_columns(own)))
     parts = ranks.gather((mine, part))
 
     def merged(values: list[tuple[list[int], Sequence[float]]]) -> list[float]:
@@ -55,6 +50,16 @@ def score_texts(ranks: Ranks, rewards: Rewards, examples: Sequence[Example], com
         return {name: merged([(i, getattr(p, field)[name]) for i, p in parts]) for name in getattr(part, field)}
 
     return Scores(by_name("raw"), by_name("normalised"), merged([(i, p.total) for i, p in parts]))
+
+
+def reward_columns(examples: Sequence[Example]) -> dict[str, list[Any]]:
+    """The columns that rewards are called with beside prompts and completions; one entry per example."""
+    return {
+        "id": [example.id for example in examples],
+        "source": [example.source for example in examples],
+        "references": [list(example.references) for example in examples],
+        "raw_prompt": [example.prompt for example in examples],
+    }
 
 
 def score_responses(ranks: Ranks, rewards: Rewards, responses: Sequence[Response]) -> Scores:

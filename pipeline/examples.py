@@ -56,7 +56,7 @@ def _of_files(data: DataSettings, split: str, report: Report) -> list[Example]:
     place = split_places(data)
     if split in place:
         return _read(place[split], data, report)
-    if split != "validation" or data.validation_fraction == 0:
+    if split != "validation" or data.validation_fraction == 0 or "train" not in place:
         known = ", ".join(place)
         raise UserError(f"data: there is no {split} split, only {known}: give data.{split}=")
     return [e for e in _read(place["train"], data, report) if held_out(e, data.validation_fraction)]
@@ -109,6 +109,19 @@ def load_train(data: DataSettings, seed: int, report: Report = print) -> list[Ex
     return kept
 
 
+def load_split(data: DataSettings, split: str, seed: int, report: Report = print) -> list[Example]:
+    """The rows of `split` as stages that do not learn see them: those of train without what serves as validation."""
+    return load_train(data, seed, report) if split == "train" else load(data, split, seed, report)
+
+
+def read_from(data: DataSettings, **places: str) -> DataSettings:
+    """`data` with rows that an earlier stage left at `places` (path, or splits): they need no filter any more."""
+    nowhere = {"path": None, "files": None, "task": None, "task_size": None, **dict.fromkeys(SPLITS)}
+    return data.model_copy(
+        update={**nowhere, "format": None, "exclude": [], "drop_abrupt": False, "sources": None, **places}
+    )
+
+
 def supervised(examples: Sequence[Example]) -> list[Example]:
     """Rows with a completion to imitate: their own, else the chosen response."""
     return list(convert.to_supervised(examples))
@@ -118,6 +131,11 @@ def scored(examples: Sequence[Example], data: DataSettings) -> list[Example]:
     """Rows with one logged response each: their own, else the chosen or both responses of the pair."""
     nothing = {"chosen": None, "rejected": None, "chosen_reward": None, "rejected_reward": None, "margin": None}
     return [replace(example, **nothing) for example in convert.to_scored(examples, data.responses)]
+
+
+def judgeable(examples: Sequence[Example], data: DataSettings) -> list[Example]:
+    """Rows with candidates as they are; of all others the rows that `scored` makes."""
+    return [row for one in examples for row in ([one] if one.candidates else scored([one], data))]
 
 
 def paired(examples: Sequence[Example], report: Report = print) -> list[Example]:
@@ -254,8 +272,11 @@ def with_numbers(items: Sequence[Item], **numbers: Sequence[float]) -> list[Item
 
 
 def unique_prompts(examples: Sequence[Example]) -> list[Example]:
-    """The first example of each prompt."""
-    first: dict[object, Example] = {}
+    """The first example of each prompt, with the references of all examples of that prompt, each once."""
+    groups: dict[object, list[Example]] = {}
     for example in examples:
-        first.setdefault(example.prompt, example)
-    return list(first.values())
+        groups.setdefault(example.prompt, []).append(example)
+    return [
+        replace(rows[0], references=tuple(dict.fromkeys(text for row in rows for text in row.references)))
+        for rows in groups.values()
+    ]

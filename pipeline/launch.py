@@ -53,7 +53,7 @@ def choose(settings: LaunchSettings, stage: str, environ: Mapping[str, str]) -> 
     if stage not in DISTRIBUTED or is_rank(environ):
         return "single"
     if settings.launcher == "single" and settings.processes > 1:
-        raise UserError(f"launch: launcher=single with processes={settings.processes}; wanted one process or auto")
+        raise UserError(f"launch.launcher: single, with gpus={settings.processes}; wanted gpus=1 or launcher=auto")
     if settings.hostfile and settings.launcher not in ("auto", "deepspeed"):
         raise UserError(f"launch.hostfile: only launcher=deepspeed reads it, found launcher={settings.launcher}")
     if settings.launcher == "srun" and "SLURM_JOB_ID" not in environ:

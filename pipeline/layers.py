@@ -31,7 +31,8 @@ from pipeline.config import (
 )
 from pipeline.records import UserError
 from pipeline.settings import STAGES
-from pipeline.validation import SettingPath, describe, did_you_mean, known_paths, nearest_path, validated
+from pipeline.spelling import did_you_mean
+from pipeline.validation import SettingPath, describe, known_paths, nearest_path, validated
 
 CONTROL = ("stage", "recipe", "config", "dry_run")  # words that choose layers; not settings
 EXCLUSIVE = (  # giving one of a pair takes back the other, if only an earlier layer gave it

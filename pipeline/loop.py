@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoint import Checkpoints, State
-from pipeline.data import Windows
+from pipeline.data import Source
 from pipeline.engine import Engine, Ranks
 from pipeline.metrics import RunLog
 from pipeline.nonfinite import Micro, trace
@@ -26,15 +26,31 @@ from pipeline.records import Batch, PreemptedError, Stat, UserError
 from pipeline.settings import OptimizerSettings, TrainSettings
 from pipeline.tally import Interval, Tally
 
-Loss = Callable[[Tensor, Batch], tuple[Tensor, dict[str, Stat]]]
+Output = Tensor | tuple[Tensor, ...]
+Loss = Callable[[Output, Batch], tuple[Tensor, dict[str, Stat]]]
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised: the mean over `mean_over` of a loss that returns sums."""
+    """What is minimised: the mean over `mean_over` of a loss that returns a sum; or the sum of several such means.
+
+    With one name in `mean_over` the loss returns a scalar, with k of them (k,), in their order.
+    """
 
     loss: Loss
-    mean_over: str  # tokens | sequences | pairs
+    mean_over: str | tuple[str, ...]  # tokens | sequences | pairs
+    output: str = "logp"  # what the loss wants of the module
+
+    def ask(self, engine: Engine, batch: Batch) -> Output:
+        """What the module says of `batch`."""
+        return engine(batch) if self.output == "logp" else engine(batch, output=self.output)
+
+    def terms(self, window: Sequence[Batch]) -> Tensor:
+        """What the micro-batches add to the divisors of the means: () float64, or (k,)."""
+        if isinstance(self.mean_over, str):
+            return torch.tensor(float(sum(count_terms(batch, self.mean_over) for batch in window)), dtype=torch.float64)
+        counts = [float(sum(count_terms(batch, name) for batch in window)) for name in self.mean_over]
+        return torch.tensor(counts, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -65,7 +81,7 @@ class Job:
 
     engine: Engine
     objective: Objective
-    windows: Windows
+    windows: Source
     evaluate: Callable[[int], Evaluation]
     export: Callable[[Path], None]
     train: TrainSettings
@@ -135,17 +151,16 @@ def one_step(job: Job, step: int, interval: Interval) -> str | None:
     """
     began, engine, ranks = time.monotonic(), job.engine, job.engine.ranks
     window = job.windows.at(step)
-    terms = sum(count_terms(batch, job.objective.mean_over) for batch in window)
-    n_terms = float(ranks.all_sum(torch.tensor(float(terms), dtype=torch.float64)))
+    n_terms = ranks.all_sum(job.objective.terms(window))
     engine.train()
     done, tally = [], Tally()
     for place, batch in enumerate(window):
-        output = engine(batch)
+        output = job.objective.ask(engine, batch)
         total, stats = job.objective.loss(output, batch.to(ranks.device))
         # an infinite constant has a finite gradient: let the norm, which all ranks share, tell of it
         known = torch.where(total.detach().isfinite(), 1.0, math.nan)
         engine.backward(total * known, n_terms, last=place == len(window) - 1)
-        done.append(Micro(batch, output.detach(), total.detach()))
+        done.append(Micro(batch, (output if isinstance(output, Tensor) else output[0]).detach(), total.detach()))
         tally.add({name if "/" in name else f"train/{name}": value for name, value in stats.items()})
     rate = learning_rate(step, job.max_steps, job.optimizer)
     norm = engine.step(rate)

@@ -1,7 +1,8 @@
-"""Load or initialise policies (causal, encoder-decoder), scalar-head models, tokenizers and LoRA; save them."""
+"""Load or initialise policies (causal, encoder-decoder), scalar-head models and tokenizers; save them."""
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import tempfile
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -24,11 +25,12 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from pipeline import faults, model_checks
-from pipeline.model_checks import HEADS, READ_ERRORS, unreadable
+from pipeline import faults, mask_token, model_checks
+from pipeline.adapters import adapter_of, under, with_lora
+from pipeline.model_checks import READ_ERRORS, unreadable
 from pipeline.records import UserError
 from pipeline.scratch import small_config, train_tokenizer
-from pipeline.settings import LoraSettings, ModelSettings
+from pipeline.settings import ModelSettings
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -36,18 +38,28 @@ transformers_logging.disable_progress_bar()
 PAD_NAMES = ("<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
 
 
-def load_tokenizer(settings: ModelSettings, texts: Sequence[str]) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer, with a pad token chosen if it has none; made from `texts` without a checkpoint."""
+def load_tokenizer(settings: ModelSettings, texts: Sequence[str], mask: bool = False) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer, with a pad token chosen if it has none; made from `texts` without a checkpoint.
+
+    Args:
+        mask: the tokenizer shall have a mask token.
+    """
     if settings.path is None:
-        return train_tokenizer(texts, settings.scratch.vocab_size)
+        tokenizer = train_tokenizer(texts, settings.scratch.vocab_size)
+    else:
+        tokenizer = with_pad(_read_tokenizer(settings))
+    return mask_token.with_mask(tokenizer) if mask else tokenizer
+
+
+def _read_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer as it is."""
     model_checks.check_files(settings.path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        return AutoTokenizer.from_pretrained(
             settings.path, revision=settings.revision, trust_remote_code=settings.trust_remote_code
         )
     except READ_ERRORS as error:
         raise UserError(unreadable(settings.path, "tokenizer", error)) from None
-    return with_pad(tokenizer)
 
 
 def with_pad(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -84,15 +96,27 @@ def load_config(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def load_policy(
-    settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, seed: int, dtype: torch.dtype = torch.float32
+    settings: ModelSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    mask: bool = False,
 ) -> PreTrainedModel | PeftModel:
-    """A causal or encoder-decoder language model with weights in `dtype`, with LoRA if asked for."""
+    """A causal or encoder-decoder language model with weights in `dtype`, with LoRA if asked for.
+
+    Args:
+        mask: the model shall read the tokenizer's mask token, and learn its embedding under LoRA too.
+    """
     config = load_config(settings, tokenizer)
     model_checks.check_kind(settings.path, config)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = _load(auto, settings, config, Making(seed, dtype, new_head=False))
+    if mask and settings.path is not None:
+        known = _read_tokenizer(settings).mask_token_id == tokenizer.mask_token_id
+        mask_token.give_row(model, tokenizer, known)
     model_checks.check_vocabulary(settings.path, model, tokenizer)
-    return with_lora(model, settings.lora, "SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM")
+    task = "SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM"
+    return with_lora(model, settings.lora, task, [tokenizer.mask_token_id] if mask else None)
 
 
 def load_scalar(
@@ -140,26 +164,6 @@ def _load(auto: type, settings: ModelSettings, config: PretrainedConfig, making:
     return model
 
 
-def adapter_of(settings: ModelSettings) -> PeftConfig | None:
-    """What `settings.path` says of itself if it holds adapters, as an earlier stage with LoRA leaves them."""
-    if settings.path is None or not (Path(settings.path) / "adapter_config.json").is_file():
-        return None
-    model_checks.check_files(settings.path)
-    try:
-        adapter = PeftConfig.from_pretrained(settings.path)
-    except READ_ERRORS as error:
-        raise UserError(unreadable(settings.path, "adapter_config.json", error)) from None
-    model_checks.check_adapter(settings.path)
-    if adapter.base_model_name_or_path is None:
-        raise UserError(f"model.path: the adapters of {settings.path} do not say what model they belong to")
-    return adapter
-
-
-def under(settings: ModelSettings, adapter: PeftConfig) -> ModelSettings:
-    """The settings of the model that `adapter` was trained on."""
-    return settings.model_copy(update={"path": adapter.base_model_name_or_path, "revision": adapter.revision})
-
-
 def _from_adapter(
     auto: type, settings: ModelSettings, config: PretrainedConfig, adapter: PeftConfig, options: dict, new_head: bool
 ) -> PreTrainedModel:
@@ -179,6 +183,7 @@ def _from_adapter(
         model = _from_adapter(kind, base, config, below, options, new_head=scalar)
     else:
         model = _from_checkpoint(kind, base, config, options, new_head=scalar)
+    mask_token.grow_for(model, adapter)
     try:
         model = PeftModel.from_pretrained(model, settings.path).merge_and_unload()
     except READ_ERRORS as error:
@@ -187,6 +192,8 @@ def _from_adapter(
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             merged = settings.model_copy(update={"path": folder, "revision": None})
+            config = copy.deepcopy(config)
+            config.get_text_config().vocab_size = model.config.get_text_config().vocab_size
             model = _from_checkpoint(auto, merged, config, options, new_head)
     model.name_or_path = settings.path  # adapters trained on top belong to this, not to the model below
     return model
@@ -234,25 +241,6 @@ def set_dropout(model: nn.Module, rate: float) -> None:
                 setattr(module, name, rate)
 
 
-def with_lora(model: PreTrainedModel, lora: LoraSettings, task: str) -> PreTrainedModel | PeftModel:
-    """The model with fresh adapters, its own weights frozen; the model itself when r is 0."""
-    if lora.r == 0:
-        return model
-    config = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        task_type=task,
-        modules_to_save=HEADS if task == "SEQ_CLS" else None,
-    )
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        found, names = str(error).splitlines()[0].split(". ")[0], ", ".join(model_checks.linear_names(model))
-        raise UserError(f"model.lora.target_modules: {found}, wanted all-linear, or some of {names}") from None
-
-
 def hugging_face(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The model itself, adapters in place, without PEFT's wrapper."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
@@ -288,9 +276,18 @@ def _write(
     directory: Path, model: PreTrainedModel | PeftModel, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Weights, configuration and tokenizer. Raises UserError where the disk refuses, and leaves nothing then."""
+    lm = hugging_face(model)
     try:
-        model.save_pretrained(directory, state_dict=dict(weights))
+        if isinstance(model, PeftModel):
+            whole = "auto" if model.active_peft_config.trainable_token_indices is None else False
+            model.save_pretrained(directory, state_dict=dict(weights), save_embedding_layers=whole)
+        else:
+            model.save_pretrained(directory, state_dict=dict(weights))
         tokenizer.save_pretrained(directory)
+        if lm.can_generate() and (silent := mask_token.silent(tokenizer, lm)):
+            speech = copy.deepcopy(lm.generation_config)
+            speech.suppress_tokens = silent
+            speech.save_pretrained(directory)
     except Exception as error:  # safetensors and tokenizers have no class of their own for what the system refuses
         if "os error" not in str(error):
             raise

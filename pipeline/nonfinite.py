@@ -21,8 +21,8 @@ class Micro:
     """One micro-batch of the step: what the model said of it, and its loss."""
 
     batch: Batch
-    output: Tensor  # (B, T) or (B,)
-    total: Tensor  # ()
+    output: Tensor  # (B, T) or (B,); of several outputs the first
+    total: Tensor  # () or (k,)
 
 
 def trace(directory: Path, ranks: Ranks, items: Sequence[Item], step: int, window: Sequence[Micro], norm: float) -> str:
@@ -46,11 +46,11 @@ def _rows(items: Sequence[Item], micro: Micro) -> list[dict]:
     output = micro.output.detach().float().cpu()
     numbers = [torch.tensor(list(items[index].numbers.values())) for index in micro.batch.items]
     ill = [not bool(output[i::count].isfinite().all() and numbers[i].isfinite().all()) for i in range(count)]
-    suspects = not bool(micro.total.isfinite()) and not any(ill)
+    suspects = not bool(micro.total.isfinite().all()) and not any(ill)
     rows = []
     for index, broken in zip(micro.batch.items, ill, strict=True):
         item = items[index]
         tokens = [{"prompt_ids": list(row.prompt_ids), "response_ids": list(row.response_ids)} for row in item.rows]
         found = {"id": item.example.id, "source": item.example.source, "broken": broken or suspects}
-        rows.append({**found, "loss": float(micro.total), **item.numbers, "tokens": tokens})
+        rows.append({**found, "loss": float(micro.total.sum()), **item.numbers, "tokens": tokens})
     return rows

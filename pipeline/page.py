@@ -106,11 +106,11 @@ class Finding(NamedTuple):
     """One line of a verdict list."""
 
     level: str  # Trouble | Look | Fine
-    place: str
-    name: str
-    text: str
-    words: str
-    why: str
+    place: str  # the stage, or the policy
+    name: str  # of the quantity
+    text: str  # what was found
+    words: str  # what it means, and what to do
+    why: str  # why the limit lies there; empty where all is fine
 
 
 def document(title: str, body: str) -> str:
@@ -146,12 +146,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def findings(found: Sequence[Finding]) -> str:
-    """A verdict list: the mark as a word, what was found, what to do; the reason of the limit behind it."""
+    """A verdict list, one line each."""
     lines = "".join(_finding(one) for one in found)
     return f'<ul class="find">{lines}</ul>\n'
 
 
 def _finding(one: Finding) -> str:
+    """The mark as a word, what was found, what to do; the reason of the limit behind it."""
     why = f' <span class="note">Why there: {escape(one.why)}.</span>' if one.why else ""
     sign = {"Trouble": "\N{MULTIPLICATION X}", "Look": "!", "Fine": "\N{CHECK MARK}"}[one.level]
     return (
@@ -181,7 +182,7 @@ def figure(shown: Figure) -> str:
     )
 
 
-def literal_table(rows: Sequence[Sequence[str]]) -> str:
+def headless_table(rows: Sequence[Sequence[str]]) -> str:
     """A table without a head whose cells may be long text; they come from `cell`."""
     body = "".join(f"<tr>{''.join(row)}</tr>\n" for row in rows)
     return f'<table class="words"><tbody>\n{body}</tbody></table>\n'
@@ -200,11 +201,6 @@ def tiles(figures: Sequence[tuple[str, str]]) -> str:
     """Name and value pairs as a grid of small boxes."""
     boxes = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in figures)
     return f"<dl>{boxes}</dl>\n"
-
-
-def fold(summary: str, text: str) -> str:
-    """Literal text behind a line to click on."""
-    return folded(summary, literal(text))
 
 
 def literal(text: str) -> str:

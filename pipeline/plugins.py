@@ -9,7 +9,6 @@ path/to/file.py:function
 from __future__ import annotations
 
 import ast
-import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -17,13 +16,14 @@ import pkgutil
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
 from pipeline.records import UserError
+from pipeline.spelling import did_you_mean
 
 Result = TypeVar("Result")
 
@@ -63,12 +63,6 @@ def available(folder: str, wanted: str = "") -> list[str]:
         return names
     paths = {name: Path(package.__path__[0]) / f"{name}.py" for name in names}
     return [name for name, path in paths.items() if path.exists() and wanted in _defined(path)]
-
-
-def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """'; did you mean ...?', or nothing if no name comes near."""
-    near = difflib.get_close_matches(name, list(names), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def guarded(place: str, call: Callable[[], Result]) -> Result:

@@ -10,7 +10,7 @@ import math
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from pipeline.algorithms import functional
 from pipeline.models import hugging_face
@@ -61,23 +61,39 @@ class Policy(nn.Module):
         self.chunks = max(1, math.ceil(max_tokens * self.vocab_size / CHUNK_ELEMENTS))
         object.__setattr__(self, "head", LanguageHead(lm))  # a view: its weights belong to the model alone
 
-    def forward(self, batch: Batch, output: str = "logp") -> Tensor:
+    def forward(self, batch: Batch, output: str = "logp") -> Tensor | tuple[Tensor, ...]:
         """`output` is one of
 
         logp: (B, T) float32, log-probability of each response token, 0 where response_mask is False.
+        smoothed: logp, and (B, T) float32, the mean log-probability over the vocabulary at each response token.
+        drawn: both of smoothed, and the four of `functional.Drawn` at the hidden tokens of the static responses.
         entropy: (B, T) float32, entropy in nats of the distribution each response token was drawn from.
         states: (B, P, H), last hidden states at prompt positions, P = L: mask them by prompt_lengths.
+        heads: (B, T, H), the states that predict the response tokens; with static responses (B, S, H) beside them.
         """
+        if output == "heads":
+            return self.response_states(batch) if batch.static is None else self.both_states(batch)
         if output == "states":
             return self.prompt_states(batch)
-        hidden = self.response_states(batch)[batch.response_mask]  # (N, H)
-        head = self.head
+        mask = batch.response_mask
+        if output == "drawn":
+            states, static = self.both_states(batch)
+            given = batch.static
+            drawn = functional.draw_tokens(
+                static[given.hidden], self.head, given.uniforms, given.forbidden, self.chunks
+            )
+            return *self._smoothed(states[mask], batch), *drawn
+        hidden = self.response_states(batch)[mask]  # (N, H)
+        if output == "smoothed":
+            return self._smoothed(hidden, batch)
         if output == "entropy":
-            values = functional.token_entropies(hidden, head, self.chunks)
-        else:
-            values = functional.token_logps(hidden, head, batch.response_ids[batch.response_mask], self.chunks)
-        empty = torch.zeros(batch.response_mask.shape, dtype=values.dtype, device=values.device)
-        return empty.masked_scatter(batch.response_mask, values)
+            return spread(functional.token_entropies(hidden, self.head, self.chunks), mask)
+        return spread(functional.token_logps(hidden, self.head, batch.response_ids[mask], self.chunks), mask)
+
+    def _smoothed(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        mask = batch.response_mask
+        logps, means = functional.smoothed_logps(hidden, self.head, batch.response_ids[mask], self.chunks)
+        return spread(logps, mask), spread(means, mask)
 
     def prompt_states(self, batch: Batch) -> Tensor:
         lm = hugging_face(self.model)
@@ -91,19 +107,93 @@ class Policy(nn.Module):
         if self.encoder_decoder:
             mask = batch.input_mask.long()
             encoded = lm.get_encoder()(input_ids=batch.input_ids, attention_mask=mask).last_hidden_state
-            start = torch.full_like(batch.response_ids[:, :1], self.start_id)
+            shown = batch.response_ids if batch.shown_ids is None else batch.shown_ids
             return lm.get_decoder()(
-                input_ids=torch.cat([start, batch.response_ids[:, :-1]], dim=1),
+                input_ids=self.decoder_ids(shown),
                 encoder_hidden_states=encoded,
                 encoder_attention_mask=mask,
                 use_cache=False,
             ).last_hidden_state
         # padding is on the right, where causal attention never looks: no mask, so the fast kernels apply
         hidden = lm.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # (B, L, H)
-        steps = torch.arange(batch.response_ids.shape[1], device=hidden.device)
-        before = batch.prompt_lengths[:, None] - 1 + steps  # token t of the response is predicted one place earlier
-        before = before.clamp(max=hidden.shape[1] - 1)
-        return hidden.gather(1, before[:, :, None].expand(-1, -1, hidden.shape[2]))
+        return before_each(hidden, batch.prompt_lengths, batch.prompt_lengths, batch.response_ids.shape[1])
+
+    def both_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(B, T, H) and (B, S, H): the states that predict the responses and the static responses, in one pass.
+
+        An encoder reads each prompt once, and a decoder's keys and values of it are made once for both responses. A
+        causal model reads prompt, response and static response in one row, the responses at the same positions and
+        blind to each other; or, where the batch comes without `segments`, in two rows.
+        """
+        lm, given, lengths = hugging_face(self.model), batch.static, batch.prompt_lengths
+        if self.encoder_decoder:
+            return self._decoded_both(batch)
+        if batch.segments is None:
+            hidden = lm.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # (2B, L, H)
+            first, second = hidden.chunk(2)
+            static = before_each(second, lengths, lengths, given.ids.shape[1])
+            return before_each(first, lengths, lengths, batch.response_ids.shape[1]), static
+        hidden = lm.base_model(
+            input_ids=batch.input_ids,
+            attention_mask=block_mask(batch.segments, hugging_face(self.model).dtype),
+            position_ids=restarting_positions(batch.segments),
+            use_cache=False,
+        ).last_hidden_state
+        after = lengths + batch.response_mask.sum(1)
+        static = before_each(hidden, lengths, after, given.ids.shape[1])
+        return before_each(hidden, lengths, lengths, batch.response_ids.shape[1]), static
+
+    def _decoded_both(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        lm, mask = hugging_face(self.model), batch.input_mask.long()
+        encoded = lm.get_encoder()(input_ids=batch.input_ids, attention_mask=mask).last_hidden_state
+        prompts = DynamicCache()  # filled by the first pass, read by the second
+        states = []
+        for shown in (batch.shown_ids, batch.static.shown_ids):
+            found = lm.get_decoder()(
+                input_ids=self.decoder_ids(shown),
+                encoder_hidden_states=encoded,
+                encoder_attention_mask=mask,
+                past_key_values=EncoderDecoderCache(DynamicCache(), prompts),
+            )
+            states.append(found.last_hidden_state)
+        return states[0], states[1]
+
+    def decoder_ids(self, shown: Tensor) -> Tensor:
+        """What a decoder reads: the start token, then each token but the last."""
+        start = torch.full_like(shown[:, :1], self.start_id)
+        return torch.cat([start, shown[:, :-1]], dim=1)
+
+
+def spread(values: Tensor, mask: Tensor) -> Tensor:
+    """`values` (N,) at the True places of `mask`, in row-major order, and 0 elsewhere."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+
+
+def before_each(hidden: Tensor, prompt_lengths: Tensor, starts: Tensor, count: int) -> Tensor:
+    """(B, count, H): the states that predict `count` tokens, which stand in `hidden` (B, L, H) from `starts` (B,) on.
+
+    Token t is predicted one place earlier; the first one at the prompt's last token, wherever it stands itself.
+    """
+    steps = torch.arange(count, device=hidden.device)
+    places = starts[:, None] - 1 + steps
+    places[:, 0] = prompt_lengths - 1
+    return hidden.gather(1, places.clamp(max=hidden.shape[1] - 1)[:, :, None].expand(-1, -1, hidden.shape[2]))
+
+
+def block_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, 1, L, L) additive: each token looks back at the prompt and at its own response. `segments` as in Batch."""
+    mine, theirs = segments[:, :, None], segments[:, None, :]
+    causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
+    seen = ((theirs == 0) | (theirs == mine)) & causal  # padding sees itself: no row without a key
+    mask = torch.zeros(seen.shape, dtype=dtype, device=segments.device)
+    return mask.masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+
+
+def restarting_positions(segments: Tensor) -> Tensor:
+    """(B, L) int64: the place of each token in its own row, were the responses read apart."""
+    places = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
+    first = (segments == 1).sum(1, keepdim=True)
+    return torch.where(segments == 2, places - first, places) * (segments >= 0)
 
 
 class RewardModel(nn.Module):
@@ -157,8 +247,7 @@ def check_head(policy: Policy, batch: Batch) -> None:
     lm = hugging_face(policy.model)
     lm.eval()
     if policy.encoder_decoder:
-        start = torch.full_like(batch.response_ids[:, :1], policy.start_id)
-        decoder_ids = torch.cat([start, batch.response_ids[:, :-1]], dim=1)
+        decoder_ids = policy.decoder_ids(batch.response_ids)
         logits = lm(input_ids=batch.input_ids, attention_mask=batch.input_mask.long(), decoder_input_ids=decoder_ids)
         theirs = logits.logits[0]
     else:

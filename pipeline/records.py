@@ -1,6 +1,7 @@
 """The nouns that travel between rooms, each field with its type, shape and meaning.
 
-Shapes: B sequences of a micro-batch, L tokens the model reads, T response tokens, P prompt tokens.
+Shapes: B sequences of a micro-batch, L tokens the model reads, T response tokens, P prompt tokens; S tokens of static
+responses, M hidden ones among them in all, n tokens drawn for each, V the vocabulary.
 """
 
 from __future__ import annotations
@@ -70,6 +71,26 @@ class Item:
     rows: tuple[Row, ...]
     numbers: Mapping[str, float] = field(default_factory=dict)  # reward, value, margin ...
     ref_logp: tuple[Tensor, ...] = ()  # one (T_row,) float32 per row
+    statics: tuple[Row, ...] = ()  # second responses, of which one at a time is read beside the first row
+
+
+@dataclass(frozen=True)
+class Static:
+    """The second response of each sequence, fixed but for its hidden tokens, in whose places others are drawn."""
+
+    ids: Tensor  # (B, S) int64, the response itself
+    shown_ids: Tensor  # (B, S) int64: the same as the model reads them, [MASK] where one is hidden
+    mask: Tensor  # (B, S) bool, True on its tokens and their EOS
+    hidden: Tensor  # (B, S) bool, True where the model reads [MASK] and a token is drawn
+    uniforms: Tensor  # (M, n) float32 in [0, 1): the throws for each hidden token, in row-major order
+    forbidden: Tensor  # (V,) bool: ids that are never drawn
+    rewards: Tensor | None = None  # (B, n) float32, of the n compositions; 0 for fillers
+
+    def to(self, device: torch.device) -> Static:
+        """The same on `device`."""
+        names = ("ids", "shown_ids", "mask", "hidden", "uniforms", "forbidden", "rewards")
+        found = {name: getattr(self, name) for name in names}
+        return Static(**{n: x if x is None else x.to(device, non_blocking=True) for n, x in found.items()})
 
 
 @dataclass(frozen=True)
@@ -77,6 +98,9 @@ class Batch:
     """One micro-batch of one rank. Sequences of pairs come as all first rows, then all second rows.
 
     Masks are built from lengths. A filler sequence, which keeps ranks in step, has an all-False mask.
+
+    Where a causal model reads prompt, response and static response in one row, `segments` tells them apart. Where it
+    reads the static responses in rows of their own, `input_ids` has 2B rows.
     """
 
     items: tuple[int, ...]  # index in the data set of each item, fillers excluded
@@ -87,6 +111,9 @@ class Batch:
     response_mask: Tensor  # (B, T) bool, True on response tokens and their EOS
     numbers: Mapping[str, Tensor] = field(default_factory=dict)  # (items,) float32 each
     ref_logp: Tensor | None = None  # (B, T) float32, zero where response_mask is False
+    shown_ids: Tensor | None = None  # (B, T) int64: response_ids as the model reads them, [MASK] where one is hidden
+    static: Static | None = None
+    segments: Tensor | None = None  # (B, L) int64: 0 prompt, 1 response, 2 static response, -1 padding
 
     @property
     def sequence_mask(self) -> Tensor:
@@ -105,6 +132,9 @@ class Batch:
             move(self.response_mask),
             {name: move(value) for name, value in self.numbers.items()},
             None if self.ref_logp is None else move(self.ref_logp),
+            None if self.shown_ids is None else move(self.shown_ids),
+            None if self.static is None else self.static.to(device),
+            None if self.segments is None else move(self.segments),
         )
 
 
@@ -114,6 +144,7 @@ class Needs(NamedTuple):
     rewards: bool = False
     values: bool = False
     ref_logp: bool = False
+    output: str = "logp"  # what is asked of the policy: see Policy.forward
 
 
 class Stat(NamedTuple):

@@ -58,9 +58,7 @@ def _top(run_dir: Path, stages: Sequence[Stage], links: Sequence[tuple[str, str]
 
 
 def _section(stage: Stage, found: Mapping[str, Verdict]) -> str:
-    html = page.heading(2, stage.title, stage.anchor)
-    if stage.kind in STAGES:
-        html += page.paragraph(STAGES[stage.kind][1])
+    html = page.heading(2, stage.title, stage.anchor) + page.paragraph(STAGES[stage.kind][1])
     if stage.steps:
         html += page.paragraph(f"{stage.steps:,} steps in {duration(stage.seconds)}", "soft")
     if stage.results and stage.name == "evaluate":

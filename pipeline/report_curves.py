@@ -9,7 +9,7 @@ from pipeline.chart_table import REST, Chart, charts_for
 from pipeline.charts import COLOURS, Curve, Picture, line_chart, number, thin
 from pipeline.glossary import FINE, START
 from pipeline.health import RULES, Verdict, band, wanted
-from pipeline.page import Figure, Key, cell, figure, folded, grid, heading, literal_table, table
+from pipeline.page import Figure, Key, cell, figure, folded, grid, heading, headless_table, table
 from pipeline.readings import Series, head
 
 FOLDED = ("Speed", REST)  # groups behind a line to click on
@@ -99,7 +99,7 @@ def _outside(quantity: str) -> str:
         for limit in RULES[quantity].limits
     ]
     rows = [[cell(f"{where} {RULES[quantity].unit}"), cell(f"{words}.", why)] for where, words, why in lines]
-    return folded(wanted(quantity) + ": what if not", literal_table(rows))
+    return folded(wanted(quantity) + ": what if not", headless_table(rows))
 
 
 def _twin(curves: Sequence[Curve]) -> str:

@@ -12,7 +12,6 @@ from pipeline.layers import resolve
 from pipeline.records import UserError
 from pipeline.report_stages import Stage
 from pipeline.runs import dotted
-from pipeline.settings import STAGES
 
 WHERE = ("run", "runs_dir", "name")  # which directory it is, not what was done
 
@@ -49,8 +48,6 @@ def differences(stage: Stage) -> list[tuple[str, str, str]]:
 
 def _defaults(stage: Stage) -> Mapping[str, object]:
     """What ships for the stage; without its algorithm's part where that is a file of the user's that is gone."""
-    if stage.kind not in STAGES:
-        return {}
     algo = stage.settings.get("algo")
     gone = isinstance(algo, str) and algo.endswith((".yaml", ".yml")) and not Path(algo).is_file()
     words = [f"stage={stage.kind}", *([f"algo={algo}"] if algo and not gone else [])]
@@ -101,7 +98,7 @@ def _details(stage: Stage) -> str:
     if stage.data:
         html += page.table(["data", *next(iter(stage.data.values()))], _data(stage.data))
     if stage.config:
-        html += page.fold("all settings", stage.config)
+        html += page.folded("all settings", page.literal(stage.config))
     return page.folded(stage.title, html) if html else ""
 
 

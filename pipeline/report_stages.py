@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -43,7 +42,7 @@ class Stage(NamedTuple):
 
     @property
     def title(self) -> str:
-        words = STAGES[self.kind][0] if self.kind in STAGES else self.kind
+        words = STAGES[self.kind][0]
         return f"{words}: {self.name.split('/', 1)[1]}" if "/" in self.name else words
 
     @property
@@ -61,13 +60,15 @@ class Stage(NamedTuple):
 
 
 def stages_of(run_dir: Path) -> list[Stage]:
-    """The stages in the order in which a recipe runs them. Raises UserError on a file that cannot be read."""
-    folders = [p for pattern in ("*", "*/*") for p in run_dir.glob(pattern) if any((p / f).is_file() for f in FILES)]
-    order = list(STAGES)
-    names = [str(folder.relative_to(run_dir)).replace(os.sep, "/") for folder in folders]
-    kinds = {name: name.split("/")[0] for name in names}
-    names.sort(key=lambda name: (order.index(kinds[name]) if kinds[name] in order else len(order), name))
-    return [_stage(run_dir / name, name, kinds[name]) for name in names]
+    """The stages in the order in which a recipe runs them; not `compare` and `bench`, whose results are no curves.
+
+    Raises UserError on a file that cannot be read.
+    """
+    found = []
+    for kind in STAGES:
+        folders = [run_dir / kind, *sorted((run_dir / kind).glob("*"))]
+        found += [_stage(run_dir, folder, kind) for folder in folders if any((folder / f).is_file() for f in FILES)]
+    return found
 
 
 def verdicts(stage: Stage) -> dict[str, Verdict]:
@@ -92,10 +93,10 @@ def json_object(text: str, place: str) -> dict:
     return value
 
 
-def _stage(folder: Path, name: str, kind: str) -> Stage:
+def _stage(run_dir: Path, folder: Path, kind: str) -> Stage:
     rows = read_metrics(folder / "metrics.jsonl")
     return Stage(
-        name,
+        folder.relative_to(run_dir).as_posix(),
         kind,
         folder,
         _text(folder / "config.yaml"),

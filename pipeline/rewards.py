@@ -26,6 +26,7 @@ from torch import Tensor
 
 from pipeline import plugins
 from pipeline.records import RewardFunction, Scores, UserError
+from pipeline.spelling import did_you_mean
 
 FOLDER = "reward_models"
 LARGEST = 3.4e38  # of a float32, in which models are trained
@@ -166,7 +167,7 @@ def _unknown(name: str, trained: Mapping[str, str]) -> str:
     files = plugins.available(FOLDER, "reward")
     return (
         f"neither a reward model trained in this run ({', '.join(sorted(trained)) or 'none yet'}) "
-        f"nor a file in {FOLDER}/ ({', '.join(files)}){plugins.did_you_mean(name, [*trained, *files])}; "
+        f"nor a file in {FOLDER}/ ({', '.join(files)}){did_you_mean(name, [*trained, *files])}; "
         f"`bash run.sh stage=reward name=NAME` trains one, a file of your own is given by its path ending in .py"
     )
 

@@ -16,11 +16,11 @@ from transformers import (
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
-    TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
+from pipeline import mask_token
 from pipeline.engine import Engine
 from pipeline.model_checks import check_positions
 from pipeline.models import hugging_face
@@ -40,6 +40,7 @@ def generate(
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     config = generation_config(settings, encoder)
     lm = hugging_face(engine.module.model)
+    config.suppress_tokens = mask_token.silent(encoder.tokenizer, lm) or None  # the dice are thrown after it
     longest = max((len(prompt) for prompt in prompts), default=0)
     check_positions(lm.config, longest, settings.max_new_tokens, whole=False)
     mine: dict[int, list[list[int]]] = {}
@@ -56,6 +57,15 @@ def generate(
     return [_response(encoder, examples[i], prompts[i], ids) for i in range(len(examples)) for ids in answers[i]]
 
 
+def free(settings: GenerationSettings) -> GenerationSettings:
+    """`settings` without all that changes the policy's own distribution: plain sampling, one response per prompt."""
+    return settings.model_copy(
+        update={"do_sample": True, "temperature": 1.0, "temperatures": None, "top_p": 1.0, "top_k": 0}
+        | {"num_beams": 1, "length_penalty": 1.0, "early_stopping": False, "no_repeat_ngram_size": 0}
+        | {"repetition_penalty": 1.0, "min_new_tokens": 0, "num_return_sequences": 1}
+    )
+
+
 def generation_config(settings: GenerationSettings, encoder: Encoder) -> GenerationConfig:
     """transformers' configuration of `settings`.
 
@@ -68,21 +78,25 @@ def generation_config(settings: GenerationSettings, encoder: Encoder) -> Generat
             f"generation.num_return_sequences: {n} of {settings.num_beams} beam(s) without sampling, wanted fewer: "
             "set do_sample=true, or raise num_beams"
         )
-    sampling = {}
+    ways = {}
     if settings.do_sample:
-        sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+        ways = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
         if settings.num_beams > 1:
-            sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
+            ways = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
+    if settings.num_beams > 1:
+        ways |= {"length_penalty": settings.length_penalty, "early_stopping": settings.early_stopping}
     return GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
+        min_new_tokens=settings.min_new_tokens,
         do_sample=settings.do_sample,
         num_beams=settings.num_beams,
+        no_repeat_ngram_size=settings.no_repeat_ngram_size,
         repetition_penalty=settings.repetition_penalty,
         num_return_sequences=n,
         pad_token_id=encoder.pad_id,
         eos_token_id=encoder.eos_id,
         bos_token_id=encoder.tokenizer.bos_token_id,
-        **sampling,
+        **ways,
     )
 
 
@@ -94,11 +108,13 @@ class Dice:
     """
 
     uniforms: Tensor  # (B, max_new_tokens) in [0, 1)
-    warpers: LogitsProcessorList  # temperature, top_k, top_p
+    temperatures: Tensor  # (B, 1), above 0
+    warpers: LogitsProcessorList  # top_k, top_p
     step: int = 0
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        shares = self.warpers(ids, scores).softmax(-1).double().cumsum(-1)  # (B, V)
+        warped = self.warpers(ids, scores / self.temperatures.to(scores))
+        shares = warped.softmax(-1).double().cumsum(-1)  # (B, V)
         points = self.uniforms[:, self.step, None].to(shares) * shares[:, -1:]
         drawn = torch.searchsorted(shares, points, right=True)  # (B, 1): the first token whose sum exceeds the point
         self.step += 1
@@ -106,20 +122,23 @@ class Dice:
 
 
 def dice(rows: Sequence[tuple[str, tuple[int, ...]]], settings: GenerationSettings, seed: int) -> LogitsProcessorList:
-    """Dice for the responses to `rows`, each an example's id and prompt; none without plain sampling."""
+    """Dice for the responses to `rows`, each an example's id and prompt; none without plain sampling.
+
+    The j-th response to a prompt is drawn at the j-th of `temperatures`, cyclically, where these are given.
+    """
     if not settings.do_sample or settings.num_beams > 1:
         return LogitsProcessorList()
     copies = range(settings.num_return_sequences)
     throws = [generator("response", seed, (*row, copy)) for row in rows for copy in copies]
     uniforms = torch.stack([torch.rand(settings.max_new_tokens, generator=throw) for throw in throws])
+    levels = settings.temperatures or [settings.temperature]
+    temperatures = torch.tensor([[levels[copy % len(levels)]] for _ in rows for copy in copies])
     warpers = LogitsProcessorList()
-    if settings.temperature != 1.0:
-        warpers.append(TemperatureLogitsWarper(settings.temperature))
     if settings.top_k > 0:
         warpers.append(TopKLogitsWarper(settings.top_k))
     if settings.top_p < 1.0:
         warpers.append(TopPLogitsWarper(settings.top_p))
-    return LogitsProcessorList([Dice(uniforms, warpers)])
+    return LogitsProcessorList([Dice(uniforms, temperatures, warpers)])
 
 
 @contextmanager

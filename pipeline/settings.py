@@ -81,6 +81,7 @@ class DataSettings(Section):
     max_bad_rows: Whole
     validation_fraction: Fraction
     max_prompt_length: Count
+    keep_of_prompt: Literal["end", "beginning"]
     max_response_length: Count
 
     @model_validator(mode="after")
@@ -138,14 +139,32 @@ class EvalSettings(Section):
 
 class GenerationSettings(Section):
     max_new_tokens: Count
+    min_new_tokens: Whole
     do_sample: bool
     temperature: Positive
+    temperatures: Annotated[list[Positive], Field(min_length=1)] | None
     top_p: Fraction
     top_k: Whole
     num_beams: Count
+    length_penalty: float
+    early_stopping: bool
+    no_repeat_ngram_size: Whole
     repetition_penalty: Positive
     num_return_sequences: Count
     batch_size: Count
+
+    @model_validator(mode="after")
+    def one_way_of_decoding(self) -> GenerationSettings:
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens is {self.min_new_tokens}, wanted at most max_new_tokens, {self.max_new_tokens}"
+            )
+        if self.temperatures is not None and (not self.do_sample or self.num_beams > 1):
+            raise ValueError(
+                "temperatures are given, wanted plain sampling to use them: say do_sample=true and num_beams=1, "
+                "or generation.temperatures=null"
+            )
+        return self
 
 
 class RewardSettings(Section):
@@ -207,7 +226,18 @@ class Training(WithModel):
     eval: EvalSettings
 
 
+class Masking(Section):
+    """Which tokens of a response the model sees as [MASK] where it reads what it has said so far."""
+
+    rate: Fraction
+    span: Literal["token", "word", "whole_word"]
+    after_punctuation: bool
+    exact: bool
+    plain: Fraction
+
+
 class Sft(Training):
+    masking: Masking
     generation: GenerationSettings
 
 
@@ -235,14 +265,18 @@ class Rl(Training):
     rewards: RewardSettings
     rows: Literal["all", "chosen", "best_half", "worst_half"]
     shuffle_rewards: bool
+    static: Literal["worst", "best", "random", "reference"]
+    share_prompt: bool
     sampling: Literal["priority", "positive", "all"]
     scale_steps: bool
     ratio_tolerance: RatioTolerance
+    masking: Masking
     value: ValueSettings
     generation: GenerationSettings
 
 
 class Score(WithModel):
+    of: Literal["data", "generate"]
     splits: Annotated[list[Split], Field(min_length=1)]
     reward: RewardSpec
     rewards: RewardSettings
@@ -250,7 +284,7 @@ class Score(WithModel):
 
 class Generate(WithModel):
     policy: str | None
-    split: Split
+    splits: Annotated[list[Split], Field(min_length=1)]
     max_rows: Count | None
     train: TrainSettings
     reward: RewardSpec

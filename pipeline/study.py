@@ -23,7 +23,7 @@ from pipeline.settings import Compare
 SECOND = "second:"  # what the labels of the next home's reward models begin with
 START = "sft"  # the policy all variants start from
 PLACE = "stage=compare"
-NOT_BEFORE = ("rl", "evaluate", "generate", "report")  # a recipe's steps that make no home
+NOT_BEFORE = ("rl", "evaluate", "report")  # a recipe's steps that make no home
 OWN = {*Compare.model_fields, "stage", "dry_run"} - {"launch", "runs_dir"}  # words that are not passed on
 
 

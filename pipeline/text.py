@@ -26,12 +26,14 @@ class Encoder:
         template: TemplateSettings,
         max_prompt_length: int,
         max_response_length: int,
+        keep: str = "end",
     ):
         check_template(template, tokenizer)
         if tokenizer.eos_token_id is None:
             raise UserError("model.path: its tokenizer has no EOS token, wanted one to end responses: set eos_token")
         self.tokenizer, self.template = tokenizer, template
         self.max_prompt_length, self.max_response_length = max_prompt_length, max_response_length
+        self.keep = keep  # the end or the beginning of a long prompt
         self.eos_id: int = tokenizer.eos_token_id
         self.pad_id: int = tokenizer.pad_token_id
 
@@ -71,7 +73,7 @@ class Encoder:
         return self.template.response.replace("{response}", completion)
 
     def encode_prompt(self, prompt: str | Sequence[Message]) -> tuple[tuple[int, ...], bool]:
-        """Ids of a prompt, cut on the left to the limit (BOS stays), and whether it was cut."""
+        """Ids of a prompt, cut to the limit (BOS stays, and EOS at an end that is cut off), and whether it was cut."""
         text = self.prompt_text(prompt)
         ids = self.tokenizer(text, add_special_tokens=self.template.kind == "text")["input_ids"]
         bos = self.tokenizer.bos_token_id
@@ -82,9 +84,12 @@ class Encoder:
         return self.cut_prompt(tuple(ids), self.max_prompt_length), len(ids) > self.max_prompt_length
 
     def cut_prompt(self, ids: tuple[int, ...], limit: int) -> tuple[int, ...]:
-        """The last `limit` (>= 1) of prompt ids, of which BOS stays the first."""
+        """`limit` (>= 1) of prompt ids: the last ones after BOS, or the first ones before an EOS that was the last."""
         if len(ids) <= limit:
             return ids
+        if self.keep == "beginning":
+            tail = ids[-1:] if ids[-1] == self.eos_id else ()
+            return ids[: limit - len(tail)] + tail
         head = ids[:1] if ids[0] == self.tokenizer.bos_token_id else ()
         return head + ids[len(ids) - limit + len(head) :]
 
@@ -101,6 +106,10 @@ class Encoder:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of response ids without special tokens and surrounding blanks."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+
+    def decode_all(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """As `decode`, of many rows at once."""
+        return [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
 
 def check_template(template: TemplateSettings, tokenizer: PreTrainedTokenizerBase) -> None:

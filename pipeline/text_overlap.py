@@ -1,102 +1,91 @@
-"""Word overlap of two texts: F1 of ROUGE-1, -2, -L and -Lsum. Standard library only.
+"""Word overlap of texts with references: F1 of ROUGE-1, -2, -L and -Lsum. Standard library only.
 
-Where a token stands in a text is one integer, a bit per position. Overlap then is arithmetic on a few machine words:
-each token of the candidate takes one free position of the reference (clipped counts), and the longest common
-subsequence takes an addition per token (Hyyro 2004).
+All candidates of one prompt are counted at once (pipeline/lanes.py): ROUGE is a reward, and a step of training asks for
+that of many texts.
 
 Sources: Lin 2004, as the package rouge-score reads it: the tests hold every value equal to its own, bit for bit.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import repeat
 from string import ascii_lowercase, digits
 
+from pipeline.lanes import Lanes, Places, places, shared, shared_pairs, side_by_side, subsequences
 from pipeline.stemmer import stem
 
-# Every character but these is a space.
-_CHARACTERS = defaultdict(lambda: " ", {ord(character): character for character in ascii_lowercase + digits})
+# Every byte but those of these characters is a space.
+_BYTES = bytes(byte if chr(byte) in ascii_lowercase + digits else ord(" ") for byte in range(256))
 
 
-class Words:
-    """One text as ROUGE sees it. Its other views are worked out once, when first asked for."""
+class Reference:
+    """A text that others are compared with. What ROUGE-Lsum needs is worked out when first asked for."""
 
     def __init__(self, text: str, stemmed: bool = True) -> None:
         self.text = text
         self.stemmed = stemmed
         self.tokens = tokens(text, stemmed)
-
-    @cached_property
-    def places(self) -> dict[str, int]:
-        """Where each token stands in the text."""
-        return places(self.tokens)
+        self.places = Places(self.tokens, stem if stemmed else str)
 
     @cached_property
     def sentences(self) -> list[list[str]]:
-        """The tokens of each line that is not empty."""
-        return [tokens(line, self.stemmed) for line in self.text.split("\n") if line]
+        return sentences(self.text, self.stemmed)
 
 
-def rouge(kinds: Sequence[str], references: Sequence[str], candidate: str, stemmed: bool = True) -> list[float]:
-    """F1 in [0, 1] per kind (rouge1, rouge2, rougeL, rougeLsum), each against the reference that fits it best.
+@dataclass(frozen=True)
+class Compared:
+    """Candidates beside one reference."""
+
+    reference: Reference
+    texts: Sequence[str]
+    lengths: Sequence[int]  # words of each text
+    lanes: Lanes
+
+
+def rouge(
+    kinds: Sequence[str], references: Sequence[str], candidates: Sequence[str], stemmed: bool = True
+) -> list[list[float]]:
+    """F1 in [0, 1] per candidate and kind (rouge1, rouge2, rougeL, rougeLsum), against the reference that fits best.
 
     Raises KeyError for another kind, ValueError without references.
     """
-    found = Words(candidate, stemmed)
-    scores = [_f1_of_kinds(kinds, reference_words(reference, stemmed), found) for reference in references]
-    return [max(of_kind) for of_kind in zip(*scores, strict=True)] if len(scores) > 1 else scores[0]
+    words = [tokens(candidate, stemmed=False) for candidate in candidates]
+    tables = [_scores(kinds, kept_reference(text, stemmed), candidates, words) for text in references]
+    if not tables:
+        raise ValueError("there are no references, wanted at least one text")
+    if len(tables) == 1:
+        return tables[0]
+    return [[*map(max, *rows)] for rows in zip(*tables, strict=True)]
 
 
-@lru_cache(maxsize=4096)
-def reference_words(text: str, stemmed: bool = True) -> Words:
-    """`Words(text, stemmed)`, kept: a reference is compared with many candidates."""
-    return Words(text, stemmed)
+@lru_cache(maxsize=512)
+def kept_reference(text: str, stemmed: bool = True) -> Reference:
+    """`Reference(text, stemmed)`, kept: a reference is compared with many candidates."""
+    return Reference(text, stemmed)
 
 
 def tokens(text: str, stemmed: bool = True) -> list[str]:
     """Runs of [a-z0-9] of the lower-cased text; words longer than three letters are stemmed if wanted."""
-    words = text.lower().translate(_CHARACTERS).split()
+    ascii_text = text.lower().encode("ascii", "replace")  # what is not ASCII becomes a question mark
+    words = ascii_text.translate(_BYTES).decode("ascii").split()
     return [*map(stem, words)] if stemmed else words
 
 
-def places(words: Iterable[str]) -> dict[str, int]:
-    """For each word an integer whose bit i is set where the i-th word is that word."""
-    found: dict[str, int] = {}
-    for i, word in enumerate(words):
-        found[word] = found.get(word, 0) | 1 << i
-    return found
-
-
-def clipped_matches(masks: Iterable[int], length: int) -> int:
-    """How many tokens (or pairs) of a candidate find a position of their own in a reference of `length` tokens.
-
-    `masks` holds the reference positions that would suit each of them.
-    """
-    free = full = (1 << length) - 1
-    for mask in masks:
-        suited = free & mask
-        free ^= suited & -suited  # takes the lowest
-    return (full ^ free).bit_count()
-
-
-def lcs_length(masks: Iterable[int], length: int) -> int:
-    """Tokens in the longest common subsequence of a reference of `length` tokens and a candidate.
-
-    `masks` holds the reference positions of each candidate token. After j of them, bit i of `row` is 0 where the i-th
-    reference token makes the subsequence longer: the zeros count its tokens. Bits above `length` are carries.
-    """
-    row = (1 << length) - 1
-    for mask in masks:
-        matches = row & mask
-        row = (row + matches) | (row - matches)
-    return _zeros(row, length)
+def sentences(text: str, stemmed: bool = True) -> list[list[str]]:
+    """The tokens of each line that is not empty."""
+    return [tokens(line, stemmed) for line in text.split("\n") if line]
 
 
 def lcs_rows(masks: Iterable[int], length: int) -> list[int]:
-    """The rows of `lcs_length`, from before the first token: zeros among the lowest i bits count for i tokens."""
+    """What `lanes.subsequences` goes through for one text, from before its first token on.
+
+    Zeros among the lowest i bits count the tokens in common with the first i of the reference; bits above `length`
+    are carries.
+    """
     rows = [(1 << length) - 1]
     for mask in masks:
         matches = rows[-1] & mask
@@ -104,42 +93,48 @@ def lcs_rows(masks: Iterable[int], length: int) -> list[int]:
     return rows
 
 
-def _f1_of_kinds(kinds: Sequence[str], reference: Words, candidate: Words) -> list[float]:
-    masks = [*map(reference.places.get, candidate.tokens, repeat(0))]  # the positions of each candidate token
-    return [_F1[kind](reference, candidate, masks) for kind in kinds]
+def _scores(
+    kinds: Sequence[str], reference: Reference, texts: Sequence[str], words: Sequence[list[str]]
+) -> list[list[float]]:
+    compared = Compared(reference, texts, [*map(len, words)], side_by_side(reference.places, words))
+    columns = [_F1[kind](compared) for kind in kinds]
+    return [[*row] for row in zip(*columns, strict=True)]
 
 
-def _rouge1(reference: Words, candidate: Words, masks: list[int]) -> float:
-    wanted = len(reference.tokens)
-    return _f1(clipped_matches(filter(None, masks), wanted), len(candidate.tokens), wanted)
+def _rouge1(compared: Compared) -> list[float]:
+    return _f1_of_each(shared(compared.lanes), compared, 0)
 
 
-def _rouge2(reference: Words, candidate: Words, masks: list[int]) -> float:
-    wanted = len(reference.tokens)
-    neighbours = zip(masks, masks[1:], strict=False)  # noqa: RUF007 - a third faster than pairwise
-    pairs = [first << 1 & second for first, second in neighbours if first and second]
-    return _f1(clipped_matches(filter(None, pairs), wanted), len(candidate.tokens) - 1, wanted - 1)
+def _rouge2(compared: Compared) -> list[float]:
+    return _f1_of_each(shared_pairs(compared.lanes), compared, 1)
 
 
-def _rouge_l(reference: Words, candidate: Words, masks: list[int]) -> float:
-    wanted = len(reference.tokens)
-    return _f1(lcs_length(filter(None, masks), wanted), len(candidate.tokens), wanted)
+def _rouge_l(compared: Compared) -> list[float]:
+    return _f1_of_each(subsequences(compared.lanes), compared, 0)
 
 
-def _rouge_lsum(reference: Words, candidate: Words, masks: list[int]) -> float:
+def _f1_of_each(hits: Sequence[int], compared: Compared, fewer: int) -> list[float]:
+    """`fewer`: by how many a text has fewer of what is counted than it has words."""
+    wanted = len(compared.reference.tokens) - fewer
+    return [_f1(hit, length - fewer, wanted) for hit, length in zip(hits, compared.lengths, strict=True)]
+
+
+def _rouge_lsum(compared: Compared) -> list[float]:
+    gold = compared.reference.sentences
+    return [_lsum(gold, sentences(text, compared.reference.stemmed)) for text in compared.texts]
+
+
+def _lsum(gold: list[list[str]], found: list[list[str]]) -> float:
     """Per reference line the union of its subsequences with every candidate line (Lin 2004, section 3.2).
 
     A token counts no more often than either text holds it.
     """
-    gold, found = Counter(), Counter()
-    for counts, sentences in ((gold, reference.sentences), (found, candidate.sentences)):
-        for sentence in sentences:
-            counts.update(sentence)
+    wanted, offered = (Counter(token for line in lines for token in line) for lines in (gold, found))
     hits: Counter[str] = Counter()
-    for sentence in reference.sentences:
-        union = set().union(*(_lcs_positions(sentence, other) for other in candidate.sentences))
+    for sentence in gold:
+        union = set().union(*(_lcs_positions(sentence, other) for other in found))
         hits.update(sentence[i] for i in union)
-    return _f1((hits & gold & found).total(), found.total(), gold.total())
+    return _f1((hits & wanted & offered).total(), offered.total(), wanted.total())
 
 
 _F1 = {"rouge1": _rouge1, "rouge2": _rouge2, "rougeL": _rouge_l, "rougeLsum": _rouge_lsum}

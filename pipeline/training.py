@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint import Checkpoints, State
-from pipeline.data import Draw, Packing, Windows
+from pipeline.data import Draw, Source
 from pipeline.engine import Engine
 from pipeline.loop import Evaluation, Job, Objective, Watch, keep, run
 from pipeline.metrics import RunLog, flatten
-from pipeline.records import Item
 from pipeline.sampling import epoch_rows
 from pipeline.settings import Training
 from pipeline.tally import Interval, Tally
@@ -23,9 +22,7 @@ from pipeline.tally import Interval, Tally
 class Course:
     """What is learned, from what, for how long, and how it is looked at."""
 
-    items: list[Item]
-    draw: Draw
-    packing: Packing
+    windows: Source
     objective: Objective
     max_steps: int
     eval_steps: int | None
@@ -73,7 +70,7 @@ def train(
     job = Job(
         engine=engine,
         objective=course.objective,
-        windows=Windows(course.items, course.draw, course.packing, ranks.rank, ranks.world),
+        windows=course.windows,
         evaluate=course.evaluate,
         export=course.export,
         train=settings.train,

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from pipeline.records import UserError
+from pipeline.spelling import did_you_mean
 
 SettingPath = tuple[str, ...]  # ("optimizer", "learning_rate")
 
@@ -66,23 +67,17 @@ def validated(schema: type[BaseModel], mapping: Mapping[str, Any], places: Mappi
     raise UserError(f"{_place(path, places)}: {'.'.join(path)}: {_complaint(schema, path, by_path[path])}{others}")
 
 
-def did_you_mean(wrong: str, names: Iterable[str]) -> str:
-    """'; did you mean X?', or nothing when no name is near."""
-    near = difflib.get_close_matches(wrong, list(names), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
 def nearest_path(wrong: SettingPath, known: Iterable[SettingPath]) -> str:
-    """'; did you mean a.b?' for a dotted path: the whole path first, then a setting of the same last name."""
+    """ "; did you mean 'a.b'?" for a dotted path: the whole path first, then a setting of the same last name."""
     known = list(known)
     by_last_name = {path[-1]: path for path in reversed(known)}
     whole = did_you_mean(".".join(wrong), [".".join(path) for path in known])
     if wrong[-1] in by_last_name:
-        return f"; did you mean {'.'.join(by_last_name[wrong[-1]])}?"
+        return f"; did you mean {'.'.join(by_last_name[wrong[-1]])!r}?"
     if whole:
         return whole
     near = difflib.get_close_matches(wrong[-1], list(by_last_name), n=1, cutoff=0.7)
-    return f"; did you mean {'.'.join(by_last_name[near[0]])}?" if near else ""
+    return f"; did you mean {'.'.join(by_last_name[near[0]])!r}?" if near else ""
 
 
 def describe(value: Any) -> str:

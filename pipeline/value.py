@@ -33,7 +33,7 @@ class FitReport(NamedTuple):
 class ValueHead(nn.Module):
     """One learned query attends to a prompt's hidden states; the pooled state becomes a number in (low, high)."""
 
-    def __init__(self, hidden_size: int, low: float, high: float, heads: int = 8, dropout: float = 0.1) -> None:
+    def __init__(self, hidden_size: int, low: float, high: float, heads: int, dropout: float) -> None:
         """`heads` is an upper limit: the largest number of heads that divides hidden_size is taken."""
         super().__init__()
         assert low < high, f"value range is ({low}, {high})"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from pydantic import ValidationError
@@ -30,6 +31,7 @@ class Input(Section):
 
     template: TemplateSettings
     max_prompt_length: Count
+    keep_of_prompt: Literal["end", "beginning"]
     max_response_length: Count
 
 
@@ -38,6 +40,7 @@ def save_input(directory: Path, encoder: Encoder) -> None:
     read = Input(
         template=encoder.template,
         max_prompt_length=encoder.max_prompt_length,
+        keep_of_prompt=encoder.keep,
         max_response_length=encoder.max_response_length,
     )
     (directory / INPUT_FILE).write_text(json.dumps(read.model_dump(), indent=2) + "\n", encoding="utf-8")
@@ -79,10 +82,12 @@ def load(
     scorer = RewardModel(load_scalar(settings, tokenizer, seed=0, new_head=False, dtype="auto")).eval()
     own = saved_input(Path(directory))
     if own is None:
-        own = Input(template=template, max_prompt_length=max_length, max_response_length=max_length)
+        own = Input(
+            template=template, max_prompt_length=max_length, keep_of_prompt="end", max_response_length=max_length
+        )
     else:
         max_length = own.max_prompt_length + own.max_response_length
-    encoder = Encoder(tokenizer, own.template, own.max_prompt_length, own.max_response_length)
+    encoder = Encoder(tokenizer, own.template, own.max_prompt_length, own.max_response_length, own.keep_of_prompt)
     limit = positions(hugging_face(scorer.model).config)
 
     def reward(prompts: Sequence[str], completions: Sequence[str], **columns: Sequence) -> list[float]:

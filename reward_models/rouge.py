@@ -1,7 +1,8 @@
 """ROUGE F1 in [0, 1], stemmed, against the reference that fits best: `rouge` is the mean of 1, 2 and L.
 
 `rouge:rouge1`, `rouge:rouge2`, `rouge:rougeL` and `rouge:rougeLsum` (sentences on lines of their own) are one kind
-alone. The values are those of the package rouge-score with `use_stemmer=True`.
+alone. The values are those of the package rouge-score with `use_stemmer=True`. `rouge:released` counts full stops and
+commas as words, as the released code of semi-offline RL (Chen et al. 2023) does.
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipeline.text_overlap import rouge
+from reward_models._references import References, runs
+from reward_models._released import punctuated
 
-References = list[list[str]] | None
+MEAN_OF = ("rouge1", "rouge2", "rougeL")
 
 
 def reward(prompts: list[str], completions: list[str], references: References = None, **columns: list) -> list[float]:
     """The mean of rouge1, rouge2 and rougeL, each with its own best reference."""
-    return [sum(scores) / 3 for scores in _scores(("rouge1", "rouge2", "rougeL"), completions, references)]
+    return [sum(scores) / 3 for scores in _scores(MEAN_OF, completions, references)]
 
 
 def rouge1(prompts: list[str], completions: list[str], references: References = None, **columns: list) -> list[float]:
@@ -42,12 +45,14 @@ def rougeLsum(  # noqa: N802
     return [score for (score,) in _scores(("rougeLsum",), completions, references)]
 
 
+def released(prompts: list[str], completions: list[str], references: References = None, **columns: list) -> list[float]:
+    """The mean of the three where a full stop is the word `sep` and a comma `sep2`, also inside numbers."""
+    values: list[float] = []
+    for texts, neighbours in runs(completions, references, "ROUGE"):
+        gold, found = ([*map(punctuated, some)] for some in (texts, neighbours))
+        values += [sum(scores) / 3 for scores in rouge(MEAN_OF, gold, found)]
+    return values
+
+
 def _scores(kinds: Sequence[str], completions: list[str], references: References) -> list[list[float]]:
-    if references is None:
-        raise ValueError(
-            "there is no column `references`, which ROUGE compares with: give the data one, or a completion"
-        )
-    for i, texts in enumerate(references):
-        if isinstance(texts, str) or not texts:
-            raise ValueError(f"references[{i}] is {texts!r:.60}, wanted a list of at least one text")
-    return [rouge(kinds, texts, completion) for texts, completion in zip(references, completions, strict=True)]
+    return [scores for texts, found in runs(completions, references, "ROUGE") for scores in rouge(kinds, texts, found)]

@@ -62,10 +62,7 @@ def judged(
     for name in [*names[1:], names[0]]:
         with assembly.inference(settings, models[name], ranks) as (speaker, encoder, packing):
             answers = rollout.generate(speaker, encoder, prompts, settings.generation, settings.seed)
-            free = settings.generation.model_copy(
-                update={"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "num_beams": 1}
-                | {"repetition_penalty": 1.0}
-            )
+            free = rollout.free(settings.generation)
             same = free == settings.generation
             drawn = answers if same else rollout.generate(speaker, encoder, prompts, free, settings.seed)
             sampled[name] = drawn, evaluate.response_logps(speaker, drawn, packing)

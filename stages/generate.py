@@ -1,14 +1,17 @@
-"""Responses, or candidates ranked by a reward, for the prompts of a split: runs/<run>/generate/responses.jsonl."""
+"""Responses, or candidates ranked by a reward, for the prompts of splits: runs/<run>/generate/<split>.jsonl.
+
+Several responses to one prompt become candidates: beams (num_beams=k num_return_sequences=k), samples (do_sample=true
+num_return_sequences=k), or diverse samples (these, and generation.temperatures=[0.5, 1.0, 1.5]).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
-from pipeline import assembly, engine, evaluate, examples, rollout, runs
+from pipeline import assembly, candidates, engine, evaluate, examples, rollout, runs
+from pipeline.candidates import Gathered
 from pipeline.entry import run
 from pipeline.metrics import write_json
-from pipeline.records import Example, Response, Scores
 from pipeline.settings import Generate
 from pipeline.tasks.write import write_rows
 
@@ -24,45 +27,45 @@ def main(settings: Generate, words: Sequence[str]) -> None:
     judge = None
     if settings.reward is not None:
         judge = assembly.build_rewards(settings, settings.reward, settings.rewards, ranks.device)
-    prompts = examples.unique_prompts(examples.load(settings.data, settings.split, settings.seed, say))
-    prompts = prompts[: settings.max_rows]
+    prompts = {
+        split: examples.unique_prompts(examples.load_split(settings.data, split, settings.seed, say))
+        for split in settings.splits
+    }
+    results: dict[str, object] = {}
     with assembly.inference(settings, model, ranks) as (speaker, encoder, _):
-        answers = rollout.generate(speaker, encoder, prompts, settings.generation, settings.seed)
-    scores = None if judge is None else evaluate.score_responses(ranks, judge, answers)
-    rows = candidates(answers, scores, settings.generation.num_return_sequences)
-    empty = sum(not answer.text for answer in answers)
-    results = evaluate.completion_statistics(answers)
-    if scores is not None:
-        results |= evaluate.reward_statistics(scores, [answer.text for answer in answers])
+        for split, rows in prompts.items():
+            asked = rows[: settings.max_rows]
+            answers = rollout.generate(speaker, encoder, asked, settings.generation, settings.seed)
+            found = candidates.gathered(answers, settings.generation.num_return_sequences)
+            statistics = evaluate.completion_statistics(answers)
+            if judge is not None and found.rows:
+                judged = candidates.judged(ranks, judge, found.rows)
+                found = found._replace(rows=judged.rows)
+                statistics |= evaluate.reward_statistics(judged.scores, judged.texts)
+            if ranks.main:
+                write_rows(str(directory / f"{split}.jsonl"), found.rows)
+            results[split] = {**counts(found), **statistics}
+            say(f"{directory / split}.jsonl: {summary(found, len(answers))}")
     if ranks.main:
-        write_rows(str(directory / "responses.jsonl"), rows)
-        write_json(directory / "results.json", {"rows": len(rows), "empty_responses": empty, **results})
-    left_out = f"{empty:,} of {len(answers):,} responses empty and left out"
-    say(f"{directory / 'responses.jsonl'}: {len(rows):,} rows, {left_out}")
+        write_json(directory / "results.json", results)
     ranks.barrier()
 
 
-def candidates(answers: Sequence[Response], scores: Scores | None, n: int) -> list[Example]:
-    """One row per prompt: its response, or its n candidates, best first where they were scored.
+def counts(found: Gathered) -> dict[str, int]:
+    return {
+        "rows": len(found.rows),
+        "candidates": sum(len(row.candidates) for row in found.rows),
+        "empty_responses": found.empty,
+        "repeated_responses": found.repeated,
+    }
 
-    Empty responses are left out, and with them rows that have no other.
-    """
-    rows = []
-    for start in range(0, len(answers), n):
-        order = [i for i in range(start, start + n) if answers[i].text]
-        if not order:
-            continue
-        if scores is not None:
-            order.sort(key=lambda i: -scores.total[i])
-        rewards = () if scores is None else tuple(scores.total[i] for i in order)
-        asked = answers[start].example
-        bare = Example(asked.id, asked.prompt, references=asked.references, source=asked.source)
-        if n == 1:
-            rows.append(replace(bare, completion=answers[start].text, reward=rewards[0] if rewards else None))
-        else:
-            texts = tuple(answers[i].text for i in order)
-            rows.append(replace(bare, candidates=texts, candidate_rewards=rewards))
-    return rows
+
+def summary(found: Gathered, drawn: int) -> str:
+    """What was written and left out, and whether candidates are in order."""
+    left_out = f"{found.empty:,} empty and {found.repeated:,} repeated ones of {drawn:,} responses left out"
+    unranked = any(row.candidates and not row.candidate_rewards for row in found.rows)
+    order = "; candidates not ranked yet: stage=score of=generate ranks them" if unranked else ""
+    return f"{len(found.rows):,} rows, {left_out}{order}"
 
 
 if __name__ == "__main__":

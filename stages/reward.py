@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from pipeline import assembly, engine, evaluate, examples, runs, training
-from pipeline.data import once, packing_of
+from pipeline.data import Windows, once, packing_of
 from pipeline.entry import run
 from pipeline.loop import Evaluation, Watch
 from pipeline.records import Item
@@ -49,9 +49,13 @@ def main(settings: Reward, words: Sequence[str]) -> None:
         return Evaluation(scalars, {"scores/margin": torch.tensor(chosen) - torch.tensor(rejected)})
 
     course = training.Course(
-        items=encoded.items,
-        draw=training.epochs(len(encoded.items), settings.train.batch_size, settings.seed),
-        packing=packing,
+        windows=Windows(
+            encoded.items,
+            training.epochs(len(encoded.items), settings.train.batch_size, settings.seed),
+            packing,
+            ranks.rank,
+            ranks.world,
+        ),
         objective=objective,
         max_steps=training.steps_for(settings, len(encoded.items)),
         eval_steps=settings.train.eval_steps,

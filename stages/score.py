@@ -1,61 +1,72 @@
-"""The front door of offline RL: rows in, the same rows with rewards out, in runs/<run>/score/<split>.jsonl."""
+"""The front door of offline RL: rows in, the same rows with rewards out, in runs/<run>/score/<split>.jsonl.
+
+A row with candidates leaves with these ranked, best first, and their `candidate_rewards`; if it has a completion too,
+that stays what it was, the text to compare with, and gets no reward. A row with a completion alone leaves with its
+`reward` and `rewards`; a preference pair as one or two such rows (data.responses).
+"""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import replace
 
-from pipeline import assembly, engine, evaluate, examples, runs
+from pipeline import assembly, candidates, engine, evaluate, examples, runs
 from pipeline.entry import run
 from pipeline.metrics import write_json
 from pipeline.records import Example, Scores, UserError
-from pipeline.settings import Score
+from pipeline.settings import DataSettings, Score
 from pipeline.tasks.write import write_rows
 
 
 def main(settings: Score, words: Sequence[str]) -> None:
     ranks = engine.start(settings.launch.ddp_timeout)
     directory = runs.stage_dir(settings, "score")
+    data = data_of(settings)
     judge = assembly.build_rewards(settings, settings.reward, settings.rewards, ranks.device)
     if judge is None:
         raise UserError(
             "stage=score: nothing to score with: give reward=NAME (length, rouge, your/file.py ...), "
             f"or train one with bash run.sh stage=reward run={settings.run}"
         )
-    inputs = assembly.inputs(settings, settings.model) | assembly.reward_inputs(settings, settings.reward)
+    inputs = assembly.inputs(settings.model_copy(update={"data": data}), settings.model)
+    inputs |= assembly.reward_inputs(settings, settings.reward)
     if not ranks.on_main(lambda: runs.open_stage(directory, settings, words, inputs)):
         return
     say = print if ranks.main else str
     results: dict[str, object] = {}
-    for split in splits_of(settings):
-        load = examples.load_train if split == "train" else lambda *a: examples.load(a[0], split, *a[1:])  # noqa: B023
-        rows = examples.scored(load(settings.data, settings.seed, say), settings.data)
-        scores = evaluate.score_texts(ranks, judge, rows, [row.completion for row in rows])
+    for split in splits_of(settings.splits, data):
+        rows = examples.judgeable(examples.load_split(data, split, settings.seed, say), data)
+        judged = candidates.judged(ranks, judge, rows)
         if ranks.main:
-            write_rows(str(directory / f"{split}.jsonl"), with_scores(rows, scores))
-        texts = [row.completion for row in rows]
-        results[split] = {"rows": len(rows), **evaluate.reward_statistics(scores, texts), **by_source(rows, scores)}
-        say(f"{split}: {len(rows):,} rows, reward {statistics.fmean(scores.total):.4f}")
+            write_rows(str(directory / f"{split}.jsonl"), judged.rows)
+        found = evaluate.reward_statistics(judged.scores, judged.texts) | by_source(judged.of, judged.scores)
+        results[split] = {"rows": len(rows), "candidates": sum(len(row.candidates) for row in rows), **found}
+        say(f"{split}: {len(rows):,} rows, reward {statistics.fmean(judged.scores.total):.4f}")
     if ranks.main:
         write_json(directory / "results.json", results)
     ranks.barrier()
 
 
-def splits_of(settings: Score) -> list[str]:
+def data_of(settings: Score) -> DataSettings:
+    """Where the rows come from: data.*, or the run's generate stage. Raises UserError where that has left none."""
+    if settings.of == "data":
+        return settings.data
+    left = runs.run_dir(settings) / "generate"
+    if not runs.finished(left):
+        raise UserError(
+            f"of=generate: {left} holds no finished rows, wanted responses or candidates to score: make them with "
+            f"bash run.sh stage=generate run={settings.run} splits=[train,validation]"
+        )
+    files = {split: left / f"{split}.jsonl" for split in examples.SPLITS}
+    return examples.read_from(settings.data, **{split: str(file) for split, file in files.items() if file.is_file()})
+
+
+def splits_of(asked: Sequence[str], data: DataSettings) -> list[str]:
     """The splits asked for that the data have; validation is cut from train where it has no file of its own."""
-    if settings.data.task is not None:
-        return settings.splits
-    there = {*examples.split_places(settings.data), "validation"}
-    return [split for split in settings.splits if split in there]
-
-
-def with_scores(rows: Sequence[Example], scores: Scores) -> list[Example]:
-    """The rows with the weighted sum as `reward` and each reward's normalised score in `rewards`."""
-    return [
-        replace(row, reward=scores.total[i], rewards={name: values[i] for name, values in scores.normalised.items()})
-        for i, row in enumerate(rows)
-    ]
+    if data.task is not None:
+        return list(asked)
+    there = {*examples.split_places(data)}
+    return [split for split in asked if split in there or (split == "validation" and "train" in there)]
 
 
 def by_source(rows: Sequence[Example], scores: Scores) -> dict[str, float]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from pipeline import assembly, engine, evaluate, examples, rollout, runs, training
+from pipeline.data import Windows
 from pipeline.entry import run
 from pipeline.loop import Evaluation, Watch
 from pipeline.settings import Sft
@@ -24,7 +25,8 @@ def main(settings: Sft, words: Sequence[str]) -> None:
     train = examples.supervised(examples.load_train(settings.data, settings.seed, say))
     held_out = examples.supervised(examples.load(settings.data, "validation", settings.seed, say))
     held_out = held_out[: settings.eval.max_rows]
-    encoder = assembly.encoder_of(settings, model, lambda: examples.texts(train, settings.template))
+    hides = settings.masking.rate > 0
+    encoder = assembly.encoder_of(settings, model, lambda: examples.texts(train, settings.template), hides)
     encoded = examples.encode(train, encoder, examples.completion_rows)
     tested = examples.encode(held_out, encoder, examples.completion_rows)
     say(f"{encoded.summary('train')}\n{tested.summary('validation')}\n{coloured(encoder, encoded.items[0].rows[0])}")
@@ -32,13 +34,18 @@ def main(settings: Sft, words: Sequence[str]) -> None:
 
     # tokens -> model
     _, _, objective = assembly.objective_of(settings.algorithm)
-    policy = assembly.build_policy(model, encoder, settings.train, settings.data.max_response_length, settings.seed)
+    longest = settings.data.max_response_length
+    policy = assembly.build_policy(model, encoder, settings.train, longest, settings.seed, hides)
     packing = assembly.packing(settings.train, ranks, policy, encoder)
+    hidden = assembly.hidden(packing, encoder, policy, settings, spans=True) if hides else packing
     trainer = engine.Engine(policy, ranks, settings.train, settings.optimizer)
 
     def look(step: int) -> Evaluation:
         scalars = evaluate.held_out_loss(trainer, objective, tested.items, packing)
         scalars["eval/perplexity"] = math.exp(min(scalars["eval/loss"], 50.0))
+        if hides:
+            masked = evaluate.held_out_loss(trainer, objective, tested.items, hidden)
+            scalars["eval/masked_loss"] = masked["eval/loss"]
         shown = held_out[: settings.eval.num_samples]
         generation = settings.generation.model_copy(update={"max_new_tokens": settings.data.max_response_length})
         answers = rollout.generate(trainer, encoder, shown, generation, settings.seed) if shown else []
@@ -46,9 +53,13 @@ def main(settings: Sft, words: Sequence[str]) -> None:
         return Evaluation(scalars, samples=rows)
 
     course = training.Course(
-        items=encoded.items,
-        draw=training.epochs(len(encoded.items), settings.train.batch_size, settings.seed),
-        packing=packing,
+        windows=Windows(
+            encoded.items,
+            training.epochs(len(encoded.items), settings.train.batch_size, settings.seed),
+            hidden,
+            ranks.rank,
+            ranks.world,
+        ),
         objective=objective,
         max_steps=training.steps_for(settings, len(encoded.items)),
         eval_steps=settings.train.eval_steps,

@@ -165,7 +165,7 @@ DATA = [
     Mistake(
         "no such part of the data",
         "generate",
-        "data.train=HERE/rows.jsonl policy=SFT split=test",
+        "data.train=HERE/rows.jsonl policy=SFT splits=[test]",
         ("data", "no test split, only train", "give data.test="),
         SOUND,
     ),

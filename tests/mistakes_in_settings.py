@@ -44,7 +44,7 @@ CONFIGURATION = [
         ("train.batch_size", "16 is no multiple of .* micro_batch_size 3", "change either"),
     ),
     Mistake("no such algorithm", "rl", "algo=ppo2", (C, "algo=ppo2", "wanted one of .*alol")),
-    Mistake("no such recipe", "sft", "recipe=nothing", (C, "recipe=nothing", "wanted one of demo")),
+    Mistake("no such recipe", "sft", "recipe=nothing", (C, "recipe=nothing", "wanted one of abstracts")),
     Mistake("no such sharding", "sft", "zero=zero9", ("train.zero", "'zero9' is no file", "wanted one of zero0")),
     Mistake("sharding: no file", "sft", "zero=HERE/ds.json", ("train.zero", "ds.json' is no file", "wanted one of")),
     Mistake(
@@ -98,7 +98,7 @@ CONFIGURATION = [
         "the algorithm's keys",
         "rl",
         "algorithm.settings.clp=0.2",
-        (C, "settings.clp", "has the settings", "did you mean algorithm.settings.clip"),
+        (C, "settings.clp", "has the settings", "did you mean 'algorithm.settings.clip"),
     ),
     Mistake("a weight of text", "rl", "'reward={length: big}'", (C, "reward.length: 'big' is text", "wanted a number")),
     Mistake("a weight of nothing", "score", "'reward={length: 0}'", ("reward.length", "weight is 0", "other than 0")),
@@ -120,7 +120,7 @@ CONFIGURATION = [
         ("hosts:2", "'b slots=x'", "wanted 'host slots=8'"),
         {"hosts": "a slots=1\nb slots=x\n"},
     ),
-    Mistake("one process of two", "sft", "gpus=2 launch.launcher=single", ("launch", "processes=2", "wanted one")),
+    Mistake("one process of two", "sft", "gpus=2 launch.launcher=single", ("launch", "gpus=2", "wanted gpus=1")),
     Mistake("config: none", "sft", "config=HERE/c.yaml", ("c.yaml", "cannot be read", "wanted a YAML file")),
     Mistake(
         "config: broken", "sft", "config=HERE/c.yaml", ("c.yaml:3", "not YAML"), {"c.yaml": "train:\n  keep: [1\n"}
@@ -132,7 +132,7 @@ CONFIGURATION = [
         ("c.yaml:1", "train: 7", "wanted a mapping of settings such as train"),
         {"c.yaml": "train: 7\n"},
     ),
-    Mistake("no such split", "generate", "split=tset", (C, "split: 'tset'", "wanted train, validation or test")),
+    Mistake("no such split", "evaluate", "split=tset", (C, "split: 'tset'", "wanted train, validation or test")),
     Mistake("no splits", "score", "reward=length splits=[]", (C, r"splits: \[\]", "wanted at least 1")),
     Mistake("no policies", "evaluate", "'policies={}'", (C, r"policies: \{\}", "wanted at least 1")),
     Mistake("a policy to come", "evaluate", "reward=length", ("policy sft", "holds none", "bash run.sh stage=sft")),

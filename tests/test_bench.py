@@ -151,10 +151,11 @@ def test_memory_is_several_times_less(ground: bed.Bed) -> None:
     assert space.note.endswith("8 slices") and space.ratio > 5 and math.isfinite(time.ratio)
 
 
-def test_rouge_is_that_of_the_package(ground: bed.Bed) -> None:
-    alone, beside = overlap.measure(ground)
-    assert alone.ours > 0 and alone.ratio is None
-    assert beside.note == "identical values" and beside.ratio < 1
+def test_rouge_is_that_of_the_package_and_squad_as_defined(ground: bed.Bed) -> None:
+    alone, *beside = overlap.measure(ground)
+    assert alone.ours > 0 and alone.ratio is None and alone.goal.limit == 2.0
+    assert len(beside) == 3  # rouge-score, and squad of 16 and 64
+    assert all(found.note == "identical values" and found.ratio < 1 for found in beside)
 
 
 def test_the_parts_of_a_start(ground: bed.Bed) -> None:

@@ -54,6 +54,15 @@ def leaves(layer) -> dict[str, object]:
 # variants and seeds
 
 
+def test_candidates_are_made_before_they_are_scored_and_learned_from():
+    found = planned("recipe=questions", "algos=semi_offline", "seeds=1")
+    steps = {task.step.stage: task for task in found.tasks}
+    assert list(steps) == ["sft", "generate", "score", "rl", "evaluate"]
+    assert steps["generate"].after == {steps["sft"].name}
+    assert steps["score"].after == {steps["sft"].name, steps["generate"].name}
+    assert steps["score"].step.settings.of == "generate"
+
+
 def test_a_variant_has_the_settings_of_all_then_its_own():
     named = study.variants_of(
         settings("algos=nll, alol", "variants={mine: {algo: alol, lr: 0.5, max_steps: 7}}", "rl.max_steps=9")
@@ -73,7 +82,7 @@ def test_a_variant_has_the_settings_of_all_then_its_own():
         (["variants={a/b: {algo: alol}}"], "'a/b', wanted letters"),
         (["algos=[]"], "no variant"),
         (["variants={x: {algo: alol, leraning_rate: 1}}"], "no such setting"),
-        (["variants={x: {algo: alool}}"], "did you mean alol"),
+        (["variants={x: {algo: alool}}"], "did you mean 'alol'"),
         (["seeds=1,x"], "wanted different whole numbers"),
         (["seeds=[1, 1]"], "wanted different whole numbers"),
         (["max_stepps=3"], "no such setting"),

@@ -69,8 +69,8 @@ def test_aliases_and_switches():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["sft"], "command line: 'sft', wanted key=value; did you mean stage=sft?"),
-        (["alol"], "command line: 'alol', wanted key=value; did you mean algo=alol?"),
+        (["sft"], "command line: 'sft', wanted key=value; did you mean 'stage=sft'?"),
+        (["alol"], "command line: 'alol', wanted key=value; did you mean 'algo=alol'?"),
         (["--lr", "1"], "without dashes"),
         (["=1"], "wanted key=value"),
         (["lr=1", "learning_rate=2"], "command line: optimizer.learning_rate is given twice"),
@@ -224,7 +224,7 @@ def test_steps_of_a_recipe(house: House):
         (["stage=learn", "lr=0"], "command line: optimizer.learning_rate: 0, wanted more than 0"),
         (["stage=learn", "lr=true"], "command line: optimizer.learning_rate: true, wanted a number"),
         (["stage=learn", "optimizer=3"], "command line: optimizer: 3, wanted a mapping"),
-        (["stage=learn", "learning_rte=1"], "learning_rte: no such setting; did you mean optimizer.learning_rate?"),
+        (["stage=learn", "learning_rte=1"], "learning_rte: no such setting; did you mean 'optimizer.learning_rate'?"),
         (["stage=learn", "optimizer.rate=1"], "command line: optimizer.rate: no such setting"),
         (["stage=learn", "lr=x", "max_steps=y"], "(and 1 more)"),
         (["stage=learn", "colour=red"], "command line: colour: stage=learn has no such setting; it belongs to show"),
@@ -232,9 +232,9 @@ def test_steps_of_a_recipe(house: House):
         (["stage=improve", "algo=alo"], "command line: algo=alo: wanted one of alol, nll, or your own .yaml file; did"),
         (["stage=improve", "algorithm.settings.clp=1"], "algorithm offline has the settings: clip; did you mean"),
         (["stage=improve", "algo=nll", "clip=1"], "algorithm offline has the settings: none"),
-        (["stage=lern"], "command line: stage=lern, wanted one of learn, improve, show; did you mean learn?"),
+        (["stage=lern"], "command line: stage=lern, wanted one of learn, improve, show; did you mean 'learn'?"),
         (["stage=learn", "recipe=dem"], "command line: recipe=dem: wanted one of demo"),
-        (["stage=improve", "recipe=demo", "name=on"], "has the improve steps one, two; did you mean one?"),
+        (["stage=improve", "recipe=demo", "name=on"], "has the improve steps one, two; did you mean 'one'?"),
         (["name=three"], "command line: name=three, but no step of recipe demo has that name"),
         (["nonsense=1"], "command line: nonsense: no such setting"),
         (["stage=learn", "config=nix.yaml"], "nix.yaml: cannot be read"),
@@ -252,7 +252,7 @@ def test_mistakes_are_one_line_with_place_and_cure(house: House, words: list[str
     [
         ("lr: 1\noptimizer:\n  learning_rate: x\n", "mine.yaml:2: optimizer.learning_rate is given twice"),
         ("train:\n  max_steps: 1.5\n", "mine.yaml:2: train.max_steps: 1.5, wanted a whole number"),
-        ("\nlearnin_rate: 3\n", "mine.yaml:2: learnin_rate: no such setting; did you mean optimizer.learning_rate?"),
+        ("\nlearnin_rate: 3\n", "mine.yaml:2: learnin_rate: no such setting; did you mean 'optimizer.learning_rate'?"),
         ("- 1\n", "mine.yaml: the file is [1], wanted a mapping"),
     ],
 )
@@ -267,10 +267,10 @@ def test_mistakes_in_files_name_the_line(house: House, tmp_path: Path, text: str
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("steps:\n  - stage: lern\n", r"demo\.yaml:2: stage: 'lern', wanted one of .* did you mean learn\?"),
+        ("steps:\n  - stage: lern\n", r"demo\.yaml:2: stage: 'lern', wanted one of .* did you mean 'learn'\?"),
         ("steps:\n  - learn\n", r"demo\.yaml:2: 'learn', wanted \{stage: NAME"),
         ("step: []\n", r"demo\.yaml: wanted a mapping of `steps`"),
-        ("all:\n  rnu: x\nsteps: [{stage: learn}]\n", r"demo\.yaml:2: rnu: no such setting; did you mean run\?"),
+        ("all:\n  rnu: x\nsteps: [{stage: learn}]\n", r"demo\.yaml:2: rnu: no such setting; did you mean 'run'\?"),
         ("steps:\n  - stage: learn\n    set:\n      lr: x\n", r"demo\.yaml:4: optimizer\.learning_rate: 'x' is text"),
     ],
 )

@@ -6,12 +6,12 @@ import time
 import pytest
 
 from pipeline.records import UserError
-from pipeline.tasks.docstrings import SPLITS, examples, first_sentence, split_of
+from pipeline.tasks.docstrings import SPLIT_SHARES, examples, first_sentence, split_of
 
 
 @pytest.fixture(scope="module")
 def rows():
-    return {split: examples(split, 0) for split in SPLITS}
+    return {split: examples(split, 0) for split in SPLIT_SHARES}
 
 
 def test_first_sentence_is_one_clean_line():

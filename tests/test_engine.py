@@ -41,7 +41,7 @@ def plain_step(
     n = sum(int(batch.response_mask.sum()) for batch in batches)
     optimizer.zero_grad()
     for batch in batches:
-        total, _ = supervised.loss(module(batch), batch, supervised.Settings())
+        total, _ = supervised.loss(module(batch), batch, supervised.Settings(0.0))
         share = 1 / n if weight_of is None else weight_of(batch)
         (total * share).backward()
     norm = nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])

@@ -150,7 +150,7 @@ def test_sample_rows() -> None:
 @pytest.mark.parametrize("budget", [24, 4096])
 def test_held_out_loss_is_one_mean_over_tokens(budget: int) -> None:
     trained, items = tiny.trainer(Policy(tiny.language_model("llama"), 64)), tiny.items(7)
-    objective = Objective(lambda logp, batch: supervised.loss(logp, batch, supervised.Settings()), "tokens")
+    objective = Objective(lambda logp, batch: supervised.loss(logp, batch, supervised.Settings(0.0)), "tokens")
     found = evaluate.held_out_loss(trained, objective, items, Packing(None, budget, False, tiny.PAD_ID))
     logps = evaluate.response_logps(trained, responses_of(items), Packing(None, 30, False, tiny.PAD_ID))
     by_hand = -float(torch.cat(logps).mean())

@@ -132,6 +132,14 @@ ACCEPTED = [
         {"prompt": "p", "source": "web", "references": ["r", "s"], "candidates": ["a", "b"]},
         Example(ID, "p", None, ("r", "s"), ("a", "b"), source="web"),
     ),
+    (
+        "published",
+        {"id": "7", "article": "a", "highlights": "h\ni"},
+        Example("7", "a", "h\ni", ("h\ni",)),
+    ),
+    ("published", {"document": "d", "summary": "s"}, Example(ID, "d", "s", ("s",))),
+    ("published", {"dialogue": "A: hi\nB: ho", "summary": "s"}, Example(ID, "A: hi\nB: ho", "s", ("s",))),
+    ("published", {"sentence": "s", "question": "q", "paragraph": "p"}, Example(ID, "s", "q", ("q",))),
     ("text", {"text": "Once upon a time"}, Example(ID, "", "Once upon a time", ("Once upon a time",))),
     ("prompts", {"prompt": "p"}, Example(ID, "p")),
     ("prompts", {"prompt": "p", "references": "r"}, Example(ID, "p", references=("r",))),
@@ -227,6 +235,7 @@ BAD = [
     ("candidates", {**LISTED, "candidates": [{"text": "a", "score": "x"}]}, "candidates[0].score: 'x' is text"),
     ("candidates", {**LISTED, "candidates": [{"text": "a"}, "b"]}, "candidates[1]: 'b' is text, wanted {"),
     ("candidates", {"prompt": "p"}, "candidates: missing, wanted a list"),
+    ("published", {"article": "a", "highlights": " "}, "highlights: empty, wanted text"),
     ("text", {"text": ""}, "text: empty, wanted text"),
     ("prompts", {"prompt": None}, "prompt: null, wanted text"),
 ]

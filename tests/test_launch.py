@@ -100,7 +100,7 @@ def test_bad_hostfiles(tmp_path: Path, text: str, message: str):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"launcher": "single", "processes": 2}, "launcher=single with processes=2"),
+        ({"launcher": "single", "processes": 2}, "single, with gpus=2; wanted gpus=1"),
         ({"launcher": "srun"}, "needs a Slurm allocation"),
         ({"launcher": "torchrun", "hostfile": "hosts"}, "only launcher=deepspeed reads it"),
         ({"hostfile": "nowhere"}, "nowhere is not a file"),

@@ -27,7 +27,7 @@ from pipeline.tally import Interval, Tally
 from tests import tiny
 
 PACKING = Packing(None, 40, False, tiny.PAD_ID)
-TOKENS = Objective(lambda logp, batch: supervised.loss(logp, batch, supervised.Settings()), "tokens")
+TOKENS = Objective(lambda logp, batch: supervised.loss(logp, batch, supervised.Settings(0.0)), "tokens")
 
 
 # the learning rate
@@ -139,7 +139,7 @@ class Toy:
 
         draw = training.epochs(len(items), settings.train.batch_size, settings.seed)
         course = training.Course(
-            items, draw, PACKING, self.objective, self.steps, settings.train.eval_steps, look,
+            Windows(items, draw, PACKING, 0, 1), self.objective, self.steps, settings.train.eval_steps, look,
             Watch("eval/loss", self.larger_is_better), exporting,
         )  # fmt: skip
         training.train(settings, self.directory, trained, course, prepare)
@@ -308,7 +308,7 @@ def test_checkpoints_that_cannot_be_used(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, trained.ranks, 2)
     assert checkpoints.load(trained) is None
     checkpoints.save(trained, State(step=2, world=2), Interval(Tally()))
-    with pytest.raises(UserError, match="written by 2 processes, now there are 1: resume with processes=2"):
+    with pytest.raises(UserError, match="written by 2 processes, now there are 1: resume with gpus=2"):
         checkpoints.load(trained)
     (tmp_path / "checkpoints" / "latest").write_text("step-000009\n")
     with pytest.raises(UserError, match="names step-000009, which is not there whole"):
@@ -345,7 +345,7 @@ def test_a_step_that_is_not_finite_is_never_taken(zero: str, precision: str) -> 
     before = trained.state_dict()
     (batch,) = Windows(rows, lambda _: [0], PACKING, 0, 1).at(0)
     for factor, last in ((1.0, False), (math.inf, True)):
-        trained.backward(trained(batch).sum() * factor, 1.0, last)
+        trained.backward(trained(batch).sum() * factor, torch.tensor(1.0), last)
     assert not math.isfinite(trained.step(0.2))
     after = trained.state_dict()
     assert same(before, after)

@@ -45,7 +45,7 @@ SOUND = {  # words with which a stage goes through, if its model is there
     "reward": [*DATA_WORDS, *SMALL, *STEP, "name=helpfulness"],
     "rl": [*DATA_WORDS, *STEP, *SHORT, "value.targets=data", "value.epochs=1"],
     "score": DATA_WORDS,
-    "generate": [*DATA_WORDS, *SHORT, "max_rows=4", "split=validation"],
+    "generate": [*DATA_WORDS, *SHORT, "max_rows=4", "splits=[validation]"],
     "evaluate": [*DATA_WORDS, *SHORT, "max_rows=4", "split=validation"],
     "report": [],
     "plan": [*DATA_WORDS, *SMALL],

@@ -121,7 +121,7 @@ def test_adapters_need_a_model(tmp_path: Path) -> None:
 
 # reward models
 
-READ = learned.Input(template=tiny.PLAIN, max_prompt_length=16, max_response_length=24)
+READ = learned.Input(template=tiny.PLAIN, max_prompt_length=16, keep_of_prompt="end", max_response_length=24)
 
 
 def scorer_of(tmp_path: Path, shape: str) -> tuple[RewardModel, str]:

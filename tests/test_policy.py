@@ -113,7 +113,7 @@ def test_the_number_of_slices_bounds_the_logits() -> None:
 def test_a_filler_has_a_gradient_of_zero(shape: str) -> None:
     policy, items = policy_of(shape), tiny.items(2)
     filler = collate(items, (), Packing(None, 99, policy.encoder_decoder, tiny.PAD_ID))
-    loss, stats = supervised.loss(policy(filler), filler, supervised.Settings())
+    loss, stats = supervised.loss(policy(filler), filler, supervised.Settings(0.0))
     loss.backward()
     assert loss == 0 and stats["loss"].sums[0] == 0
     assert all(p.grad is None or not p.grad.any() for p in policy.parameters())

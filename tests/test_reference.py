@@ -156,7 +156,7 @@ def test_the_head_learns_what_the_states_tell(tmp_path: Path) -> None:
 def test_p14_values_do_not_depend_on_the_packing(tmp_path: Path, shape: str) -> None:
     trained = reference_of(tmp_path, shape).engine
     torch.manual_seed(0)
-    head = value.ValueHead(tiny.H, 0.0, 1.0)
+    head = value.ValueHead(tiny.H, 0.0, 1.0, heads=8, dropout=0.1)
     encoder_decoder = trained.module.encoder_decoder
     packings = [
         Packing(1, None, encoder_decoder, 0),
@@ -173,7 +173,7 @@ def test_p14_values_do_not_depend_on_the_packing(tmp_path: Path, shape: str) -> 
 def test_p14_appended_response_tokens_do_not_change_values(tmp_path: Path) -> None:
     trained = reference_of(tmp_path).engine
     torch.manual_seed(0)
-    head = value.ValueHead(tiny.H, 0.0, 1.0)
+    head = value.ValueHead(tiny.H, 0.0, 1.0, heads=8, dropout=0.1)
     bare = reference.values_of(trained, head, targets().items, PACKING)
     torch.testing.assert_close(reference.values_of(trained, head, tiny.items(12), PACKING), bare, atol=1e-5, rtol=1e-5)
 

@@ -187,6 +187,16 @@ def test_what_is_missing_is_left_out(tmp_path):
     assert not any(word in html for word in ("<svg", "Samples", "difference", "at first", "Reward model"))
 
 
+def test_a_comparison_and_a_benchmark_in_the_run_are_left_out(run_dir):
+    alone = build(run_dir).read_text(encoding="utf-8")
+    spread = {"mean": 1.0, "min": 1.0, "max": 1.0, "sd": None, "per_seed": {"1": 1.0}, "minus": {}}
+    others = {"compare": {"alol": {"reward/mean": spread}}, "bench": {"settings": {"rounds": 7}, "results": [{}]}}
+    for name, results in others.items():
+        (run_dir / name).mkdir()
+        (run_dir / name / "results.json").write_text(json.dumps(results))
+    assert build(run_dir).read_text(encoding="utf-8") == alone
+
+
 @pytest.mark.parametrize("exists", [True, False])
 def test_an_empty_run_is_a_user_error_with_the_cure(tmp_path, exists):
     place = tmp_path if exists else tmp_path / "nowhere"

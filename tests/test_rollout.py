@@ -140,5 +140,61 @@ def test_the_checkpoints_own_habits_do_not_count(shape: str) -> None:
     assert lm.generation_config is own  # an export writes them down all the same
 
 
+def test_responses_to_one_prompt_at_temperatures_in_turn() -> None:
+    """A nearly cold copy says what greedy decoding says; the others are what they are at their temperature alone."""
+    speaking, encoder = speaker("llama"), tiny.encoder()
+    usual = {"do_sample": True, "num_return_sequences": 4}
+    mixed = generation(**usual, temperatures=[1e-4, 1.0, 2.0])
+    answers = ids_of(rollout.generate(speaking, encoder, PROMPTS, mixed, seed=5))
+    greedy = ids_of(rollout.generate(speaking, encoder, PROMPTS, generation(), seed=5))
+    one = ids_of(rollout.generate(speaking, encoder, PROMPTS, generation(**usual, temperature=1.0), seed=5))
+    two = ids_of(rollout.generate(speaking, encoder, PROMPTS, generation(**usual, temperature=2.0), seed=5))
+    assert answers[0::4] == answers[3::4] == greedy  # the fourth copy is at the first temperature again
+    assert answers[1::4] == one[1::4] and answers[2::4] == two[2::4] and one[2::4] != two[2::4]
+    alone = ids_of(rollout.generate(speaking, encoder, PROMPTS[4:5], mixed.model_copy(update={"batch_size": 1}), 5))
+    assert alone == answers[16:20]
+
+
+@pytest.mark.parametrize("changes", [{"do_sample": True, "num_return_sequences": 8}, {"num_beams": 2}])
+def test_no_eos_before_the_least_length(changes: dict) -> None:
+    speaking, encoder = speaker("llama"), tiny.encoder()
+    usual = {**changes, "max_new_tokens": 20}
+    free = rollout.generate(speaking, encoder, PROMPTS, generation(**usual), 1)
+    held = rollout.generate(speaking, encoder, PROMPTS, generation(**usual, min_new_tokens=6), 1)
+    assert min(len(answer.response_ids) for answer in free) <= 6  # five tokens and EOS, or fewer
+    assert min(len(answer.response_ids) for answer in held) > 6
+
+
+@pytest.mark.parametrize("changes", [{}, {"do_sample": True, "temperature": 0.3}, {"num_beams": 2}])
+def test_no_pair_of_tokens_twice(changes: dict) -> None:
+    usual = {"max_new_tokens": 24, "min_new_tokens": 24, **changes}
+
+    def twice(answers) -> int:
+        pairs = [list(zip(answer.response_ids, answer.response_ids[1:], strict=False)) for answer in answers]
+        return sum(len(set(found)) < len(found) for found in pairs)
+
+    speaking, encoder = speaker("t5"), tiny.encoder()
+    assert twice(rollout.generate(speaking, encoder, PROMPTS, generation(**usual), 0)) > 0
+    assert twice(rollout.generate(speaking, encoder, PROMPTS, generation(**usual, no_repeat_ngram_size=2), 0)) == 0
+
+
+def test_beams_prefer_long_responses_where_length_is_rewarded() -> None:
+    speaking, encoder = speaker("llama"), tiny.encoder()
+
+    def tokens(**changes) -> int:
+        beams = generation(num_beams=4, max_new_tokens=16, **changes)
+        return sum(len(ids) for ids in ids_of(rollout.generate(speaking, encoder, PROMPTS, beams, 0)))
+
+    assert tokens(length_penalty=-4.0) < tokens(length_penalty=4.0)
+
+
+def test_settings_of_beams_are_for_beams() -> None:
+    beams = {"length_penalty": 2.0, "early_stopping": True}
+    several = rollout.generation_config(generation(**beams, num_beams=4, min_new_tokens=3), tiny.encoder())
+    assert (several.length_penalty, several.early_stopping, several.min_new_tokens) == (2.0, True, 3)
+    one = rollout.generation_config(generation(**beams, no_repeat_ngram_size=3), tiny.encoder())
+    assert (one.length_penalty, one.early_stopping, one.no_repeat_ngram_size) == (None, None, 3)
+
+
 def test_no_prompts() -> None:
     assert rollout.generate(speaker("llama"), tiny.encoder(), [], generation(), 0) == []

@@ -14,9 +14,11 @@ from nltk.stem.porter import PorterStemmer
 from rouge_score.rouge_scorer import RougeScorer
 
 from pipeline import stemmer
-from pipeline.text_overlap import Words, clipped_matches, lcs_length, places, rouge, tokens
+from pipeline.lanes import Places, places, shared, shared_pairs, side_by_side, subsequences
+from pipeline.text_overlap import Reference, rouge, tokens
 from reward_models import length as length_reward
 from reward_models import rouge as rouge_reward
+from reward_models._released import punctuated
 
 KINDS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 THEIRS = {stemmed: RougeScorer(list(KINDS), use_stemmer=stemmed) for stemmed in (True, False)}
@@ -59,7 +61,11 @@ RULE_WORDS = """
 
 
 def our_scores(references: list[str], candidate: str, stemmed: bool) -> dict[str, float]:
-    return dict(zip(KINDS, rouge(KINDS, references, candidate, stemmed), strict=True))
+    return all_scores(references, [candidate], stemmed)[0]
+
+
+def all_scores(references: list[str], candidates: list[str], stemmed: bool) -> list[dict[str, float]]:
+    return [dict(zip(KINDS, scores, strict=True)) for scores in rouge(KINDS, references, candidates, stemmed)]
 
 
 def their_scores(references: list[str], candidate: str, stemmed: bool) -> dict[str, float]:
@@ -82,14 +88,32 @@ def test_by_hand():
     assert scores == pytest.approx({"rouge1": 2 / 3, "rouge2": 1 / 5, "rougeL": 2 / 3, "rougeLsum": 2 / 3})
 
 
-def test_bits_by_hand():
-    # "a b a" stands at a: bits 0 and 2 = 5, b: bit 1 = 2; of the four tokens a, a, a, b of a candidate 3 find a place
+def test_lanes_by_hand():
+    # "a b a" stands at a: bits 0 and 2 = 5, b: bit 1 = 2
     assert places("aba") == {"a": 5, "b": 2}
-    assert clipped_matches([5, 5, 5, 2], 3) == 3
-    # LCS of "aba" and "aaab" is aa or ab: 2 tokens; of "aba" and "bba" it is ba: 2; with nothing: 0
-    assert lcs_length([5, 5, 5, 2], 3) == 2
-    assert lcs_length([2, 2, 5], 3) == 2
-    assert lcs_length([], 3) == 0
+    lanes = side_by_side(Places("aba"), ["aaab", "bba", "", "xab"])
+    # bytes of the lanes side by side, the first text in the lowest: a, b, -, x = 5, 2, 0, 0 = 5 + 2 * 256
+    assert lanes.steps[0] == 5 + 2 * 256
+    # of a, a, a, b two a and the b find a place; of b, b, a one b and the a; of x, a, b two
+    assert shared(lanes) == [3, 2, 0, 2]
+    # pairs of the reference: ab, ba. aa aa ab: 1; bb ba: 1; none; xa ab: 1
+    assert shared_pairs(lanes) == [1, 1, 0, 1]
+    # aa or ab; ba; nothing; ab
+    assert subsequences(lanes) == [2, 2, 0, 2]
+
+
+def test_lanes_do_not_spill_at_any_length():
+    # n times a against n, n + 1 and 1 of them: the masks fill each lane to its last bit
+    for n in (1, 7, 8, 9, 15, 16, 17, 63, 64, 65):
+        lanes = side_by_side(Places("a" * n), ["a" * n, "a" * (n + 1), "a", "b"])
+        assert shared(lanes) == [n, n, 1, 0]
+        assert shared_pairs(lanes) == [n - 1, n - 1, 0, 0]
+        assert subsequences(lanes) == [n, n, 1, 0]
+
+
+def test_lanes_without_texts_or_reference():
+    assert subsequences(side_by_side(Places("ab"), [])) == []
+    assert shared(side_by_side(Places(""), ["ab", ""])) == [0, 0]
 
 
 def test_tokens():
@@ -100,17 +124,31 @@ def test_tokens():
 @pytest.mark.parametrize("stemmed", [True, False])
 def test_odd_texts_equal_rouge_score(stemmed):
     for reference in ODD_TEXTS:
-        for candidate in ODD_TEXTS:
-            assert our_scores([reference], candidate, stemmed) == their_scores([reference], candidate, stemmed)
+        wanted = [their_scores([reference], candidate, stemmed) for candidate in ODD_TEXTS]
+        assert all_scores([reference], [*ODD_TEXTS], stemmed) == wanted
 
 
 @pytest.mark.parametrize("stemmed", [True, False])
 def test_random_texts_equal_rouge_score(stemmed):
     draw = random.Random(7)
-    for _ in range(1200):
+    for _ in range(300):
         references = [random_text(draw) for _ in range(draw.randint(1, 3))]
-        candidate = random_text(draw)
-        assert our_scores(references, candidate, stemmed) == their_scores(references, candidate, stemmed)
+        candidates = [random_text(draw) for _ in range(draw.randint(1, 7))]
+        wanted = [their_scores(references, candidate, stemmed) for candidate in candidates]
+        assert all_scores(references, candidates, stemmed) == wanted
+
+
+def test_a_score_does_not_depend_on_the_other_candidates():
+    draw = random.Random(5)
+    references, candidates = [random_text(draw)], [random_text(draw) for _ in range(40)]
+    alone = [our_scores(references, candidate, True) for candidate in candidates]
+    order = draw.sample(range(40), 40)
+    assert all_scores(references, [candidates[i] for i in order], True) == [alone[i] for i in order]
+
+
+def test_no_references_are_an_error():
+    with pytest.raises(ValueError, match="no references"):
+        rouge(KINDS, [], ["a"])
 
 
 @pytest.mark.parametrize(
@@ -160,9 +198,9 @@ def test_short_words_are_not_stemmed():
     assert [stemmer.stem(word) for word in ("sky", "was", "ing", "is", "")] == ["sky", "was", "ing", "is", ""]
 
 
-def test_words_does_not_share_stemmed_and_plain():
-    assert Words("running", True).tokens == ["run"]
-    assert Words("running", False).tokens == ["running"]
+def test_stemmed_and_plain_are_kept_apart():
+    assert Reference("running", True).tokens == ["run"]
+    assert Reference("running", False).tokens == ["running"]
     assert our_scores(["running"], "runs", True)["rouge1"] == 1.0
     assert our_scores(["running"], "runs", False)["rouge1"] == 0.0
 
@@ -179,6 +217,41 @@ def test_each_kind_can_be_chosen_alone():
     for name, wanted in (("rouge1", 2 / 3), ("rouge2", 1 / 5), ("rougeL", 2 / 3), ("rougeLsum", 2 / 3)):
         function = {kind: getattr(rouge_reward, kind) for kind in KINDS}[name]
         assert function([""], ["the cat sat on a mat"], references=references, id=["x"]) == pytest.approx([wanted])
+
+
+def test_released_counts_full_stops_and_commas():
+    # the cats sat on the mat . = 7 words, a cat sat , on the mat . = 8; shared cat sat on the mat . = 6: F = 12/15
+    # shared pairs cat-sat, on-the, the-mat, mat-. = 4 of 6 and 7: F = 8/13; LCS as the words: 12/15
+    found, gold = ["<s>the cats sat on the mat.</s>"], [["<s>a cat sat, on the mat.</s>"]]
+    assert rouge_reward.released([""], found, references=gold) == pytest.approx([(0.8 + 8 / 13 + 0.8) / 3], abs=1e-12)
+    assert round(rouge_reward.released([""], found, references=gold)[0], 6) == 0.738462
+    # without them 5 of 6 and 6 words, 4 of 5 and 5 pairs: (5/6 + 4/5 + 5/6) / 3 = .822222
+    plain = rouge_reward.reward([""], ["the cats sat on the mat."], references=[["a cat sat, on the mat."]])
+    assert round(plain[0], 6) == 0.822222
+
+
+def test_released_takes_special_tokens_and_case_out():
+    assert punctuated("<pad><s>A cat, 3.5</s><pad>") == "a cat <sep2>  3 <sep> 5"
+
+
+def test_released_equals_rouge_score_on_the_prepared_texts():
+    draw = random.Random(9)
+    for _ in range(50):
+        gold, found = ([random_text(draw) for _ in range(4)] for _ in range(2))
+        prepared = [*map(punctuated, gold)]
+        scores = [THEIRS[True].score_multi(prepared, punctuated(text)) for text in found]
+        wanted = [sum(of_text[kind].fmeasure for kind in ("rouge1", "rouge2", "rougeL")) / 3 for of_text in scores]
+        assert rouge_reward.released([""] * 4, found, references=[gold] * 4) == wanted
+
+
+@pytest.mark.parametrize("function", [rouge_reward.reward, rouge_reward.released, rouge_reward.rougeLsum])
+def test_the_reference_itself_is_worth_1_and_order_does_not_matter(function):
+    texts = ["The first one, here.", "something else", "A third text: longer than others, and odd."]
+    references = [[texts[0], texts[1]], [texts[1]], [texts[0], texts[2]]]
+    assert function([""] * 3, texts, references=references) == [1.0, 1.0, 1.0]
+    found = function([""] * 3, ["first here", "else", "third"], references=references)
+    turned = function([""] * 3, ["third", "first here", "else"], references=[references[i] for i in (2, 0, 1)])
+    assert turned == [found[2], found[0], found[1]]
 
 
 @pytest.mark.parametrize(

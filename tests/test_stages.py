@@ -168,12 +168,35 @@ def test_a_reward_of_ones_own(runs: Path, tmp_path: Path) -> None:
 def test_generate_ranks_candidates(runs: Path) -> None:
     words = ["num_return_sequences=3", "do_sample=true", "max_rows=4", "reward=length", "policy=sft"]
     run("generate", runs.parent, *words, *SHORT)
-    lines = rows(runs / "generate" / "responses.jsonl")
+    lines = rows(runs / "generate" / "test.jsonl")
     assert len(lines) == 4
     for line in lines:
         scores = line["candidate_rewards"]
+        assert line["completion"] and len(set(line["candidates"])) == len(line["candidates"])
         assert scores == sorted(scores, reverse=True)
         assert scores == [len(text.split()) for text in line["candidates"]]
+
+
+def test_generated_candidates_are_scored_and_ranked(runs: Path) -> None:
+    """generate leaves candidates of two splits as they were drawn; score ranks them and keeps all else."""
+    words = ["num_return_sequences=4", "do_sample=true", "temperatures=[0.2, 2.0]", "splits=[train, validation]"]
+    run("generate", runs.parent, "run=ranked", f"policy={runs / 'sft' / 'model'}", *words, "max_rows=5", *SHORT)
+    ranked = runs.parent / "ranked"
+    run("score", runs.parent, "run=ranked", "of=generate", "reward=length", "rewards.normalise=none")
+    results = json.loads((ranked / "generate" / "results.json").read_text())
+    for split in ("train", "validation"):
+        files = [str(ranked / stage / f"{split}.jsonl") for stage in ("generate", "score")]
+        drawn, judged = (readers.read(file).examples for file in files)
+        assert len(drawn) == len(judged) == results[split]["rows"] == 5
+        left_out = results[split]["empty_responses"] + results[split]["repeated_responses"]
+        assert sum(len(row.candidates) for row in drawn) == results[split]["candidates"] == 20 - left_out
+        for before, after in zip(drawn, judged, strict=True):
+            assert (after.id, after.prompt, after.completion) == (before.id, before.prompt, before.completion)
+            assert before.completion and before.references == after.references and not before.candidate_rewards
+            assert sorted(before.candidates) == sorted(after.candidates)
+            assert after.candidate_rewards == tuple(float(len(text.split())) for text in after.candidates)
+            assert list(after.candidate_rewards) == sorted(after.candidate_rewards, reverse=True)
+    assert not (ranked / "score" / "test.jsonl").exists()
 
 
 def test_evaluate_and_report(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from pipeline.algorithms import offline, supervised
 from pipeline.algorithms.functional import reduce
 from pipeline.records import Batch, Needs
 
-SETTINGS = supervised.Settings()
+SETTINGS = supervised.Settings(0.0)
 
 
 def make_batch(mask):

@@ -72,6 +72,14 @@ def test_prompts_without_bos_are_cut_on_the_left() -> None:
     assert tiny.encoder(3).encode_prompt("the cat sat on a mat") == (whole[-3:], True)
 
 
+def test_the_beginning_of_a_prompt_can_be_kept() -> None:
+    encoder = tiny.encoder(3)
+    whole = tiny.encoder().encode_prompt("the cat sat on a mat")[0]
+    encoder.keep = "beginning"
+    assert encoder.encode_prompt("the cat sat on a mat") == (whole[:3], True)
+    assert encoder.cut_prompt((9, 8, 7, tiny.EOS_ID), 3) == (9, 8, tiny.EOS_ID)  # an encoder's EOS stays
+
+
 def test_responses_are_cut_on_the_right_and_lose_eos() -> None:
     whole = tiny.encoder().encode("the", "cat sat on").response_ids
     n = len(whole)

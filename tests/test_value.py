@@ -17,7 +17,7 @@ FITTING = {"learning_rate": 0.01, "epochs": 8, "batch_size": 8, "patience": 8, "
 
 def make_head(low=0.0, high=1.0, dropout=0.1, hidden_size=H, seed=0):
     torch.manual_seed(seed)
-    return ValueHead(hidden_size, low, high, dropout=dropout)
+    return ValueHead(hidden_size, low, high, heads=8, dropout=dropout)
 
 
 def make_states(n=24, seed=1):
@@ -32,7 +32,7 @@ def every(n, period):
 def test_parameters_and_heads():
     # query h, attention 4 h^2 + 4 h, output h + 1: 4 h^2 + 6 h + 1
     assert sum(p.numel() for p in make_head().parameters()) == 4 * H * H + 6 * H + 1
-    found = {size: ValueHead(size, 0, 1).heads for size in (16, 12, 10, 7, 11)}
+    found = {size: ValueHead(size, 0, 1, heads=8, dropout=0.0).heads for size in (16, 12, 10, 7, 11)}
     assert found == {16: 8, 12: 6, 10: 5, 7: 7, 11: 1}
 
 

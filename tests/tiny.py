@@ -144,13 +144,13 @@ def trainer(
 
 def step(trained: engine.Engine, rows: list[Item], drawn: Sequence[int], packing: Packing, rate: float = 0.2) -> float:
     """One SFT step on `drawn` rows over all ranks; the gradient norm."""
-    group, settings = trained.ranks, supervised.Settings()
+    group, settings = trained.ranks, supervised.Settings(0.0)
     window = Windows(rows, lambda _: list(drawn), packing, group.rank, group.world).at(0)
     n_terms = group.all_sum(torch.tensor(float(sum(int(batch.response_mask.sum()) for batch in window))))
     trained.train()
     for place, batch in enumerate(window):
         total, _ = supervised.loss(trained(batch), batch.to(group.device), settings)
-        trained.backward(total, float(n_terms), last=place == len(window) - 1)
+        trained.backward(total, n_terms, last=place == len(window) - 1)
     return trained.step(rate)
 
 

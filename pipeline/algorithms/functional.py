@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from pipeline.records import Batch, Stat, UserError
 
 Head = Callable[[Tensor], Tensor]  # hidden states (N, H) -> logits (N, V)
 
+EQUAL_REWARDS = 1e-12  # below this difference rewards are those of one text, and teach nothing
 K3_LARGEST_LOG_RATIO = 20.0  # e^20 = 5e8: beyond it a single token would drown the batch, and float32 overflows at 88
 
 
@@ -57,6 +58,95 @@ class _Logps(torch.autograd.Function):
         logps, ids = ctx.saved_tensors
         grad_logits = logps.exp().mul_(-grad[:, None])
         return grad_logits.scatter_add_(-1, ids[:, None], grad[:, None]), None
+
+
+def smoothed_logps(hidden: Tensor, head: Head, targets: Tensor, chunks: int = 1) -> tuple[Tensor, Tensor]:
+    """(N,) float32 each: the log-probability of each target, and the mean log-probability over the vocabulary.
+
+    hidden (N, H), targets (N,) int64; slices and calls of the head as in `token_logps`.
+    """
+    assert chunks >= 1, f"chunks is {chunks}"
+
+    def slice_logps(rows: Tensor, ids: Tensor) -> Tensor:
+        return torch.stack(_SmoothLogps.apply(head(rows).float(), ids))  # (2, n)
+
+    slices = zip(hidden.tensor_split(chunks), targets.tensor_split(chunks), strict=True)
+    if chunks > 1 and torch.is_grad_enabled():
+        parts = [checkpoint(slice_logps, rows, ids, use_reentrant=False) for rows, ids in slices]
+    else:
+        parts = [slice_logps(rows, ids) for rows, ids in slices]
+    logps, means = torch.cat(parts, dim=1)
+    return logps, means
+
+
+class _SmoothLogps(torch.autograd.Function):
+    """As `_Logps`, with the mean over the vocabulary beside it, from the same tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        logps = logits.log_softmax(-1)
+        ctx.save_for_backward(logps, ids)
+        return logps.gather(-1, ids[:, None])[:, 0], logps.mean(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_mean: Tensor) -> tuple[Tensor, None]:
+        """d mean / d logits = 1 / V - softmax."""
+        logps, ids = ctx.saved_tensors
+        grad_logits = logps.exp().mul_(-(grad + grad_mean)[:, None]).add_(grad_mean[:, None] / logps.shape[-1])
+        return grad_logits.scatter_add_(-1, ids[:, None], grad[:, None]), None
+
+
+class Drawn(NamedTuple):
+    """Tokens drawn at M hidden positions, n for each, and what their distributions were."""
+
+    logp: Tensor  # (M, n) float32; its gradient is that of the raw logits: see `draw_tokens`
+    ids: Tensor  # (M, n) int64
+    greedy: Tensor  # (M,) int64, the most likely id
+    entropy: Tensor  # (M,) float32, nats
+
+
+def draw_tokens(hidden: Tensor, head: Head, uniforms: Tensor, forbidden: Tensor, chunks: int = 1) -> Drawn:
+    """n independent draws from each position's distribution, all from one set of logits.
+
+    hidden (M, H); uniforms (M, n) float32 in [0, 1) decide the draws, so that the same throws give the same tokens;
+    forbidden (V,) bool marks ids of probability 0. Slices and calls of the head as in `token_logps`.
+
+    The normaliser of `logp` carries no gradient: each token's gradient is its raw logit's. Where the weights of one
+    position's draws sum to zero, as advantages do, every normaliser cancels, and at most n logits of a row have a
+    gradient. Where they do not sum to zero this is not the gradient of the log-probability.
+    """
+    assert chunks >= 1, f"chunks is {chunks}"
+    parts = []
+    for rows, throws in zip(hidden.tensor_split(chunks), uniforms.tensor_split(chunks), strict=True):
+        if chunks > 1 and torch.is_grad_enabled():
+            with torch.no_grad():
+                drawn = _draw(head(rows), throws, forbidden)
+            logits = checkpoint(_gathered, rows, head, drawn.ids, use_reentrant=False)
+            parts.append(drawn._replace(logp=drawn.logp + logits - logits.detach()))
+        else:
+            parts.append(_draw(head(rows), throws, forbidden))
+    return Drawn(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+
+def _gathered(rows: Tensor, head: Head, ids: Tensor) -> Tensor:
+    return head(rows).float().gather(1, ids)
+
+
+def _draw(logits: Tensor, throws: Tensor, forbidden: Tensor) -> Drawn:
+    """By inverting each row's distribution function at its throws; logits (m, V), throws (m, n)."""
+    logits = logits.float()
+    with torch.no_grad():
+        allowed = logits.masked_fill(forbidden, -torch.inf)
+        logps = allowed.log_softmax(-1)
+        shares = logps.exp()
+        sums = shares.cumsum(-1)
+        last = sums[:, -1:]
+        points = torch.minimum(throws * last, torch.nextafter(last, torch.zeros_like(last)))
+        ids = torch.searchsorted(sums, points, right=True)  # the first id whose sum exceeds the point
+        normaliser = logits.gather(1, ids) - logps.gather(1, ids)
+        entropy = -torch.where(forbidden, 0.0, shares * logps).sum(-1)
+    return Drawn(logits.gather(1, ids) - normaliser, ids, allowed.argmax(-1), entropy)
 
 
 @torch.no_grad()
@@ -109,6 +199,29 @@ def k3(log_ratio: Tensor) -> Tensor:
     """
     bounded = log_ratio.clamp(max=K3_LARGEST_LOG_RATIO)
     return torch.expm1(bounded) - bounded
+
+
+def group_advantages(rewards: Tensor, baseline: str) -> Tensor:
+    """(B, n) from the rewards (B, n) of n responses to each prompt; each row sums to zero, one of equal rewards is 0.
+
+    baseline mean: R - mean R; leave_one_out: R - mean of the others' R; group: R - mean R, over its standard deviation.
+    """
+    centred = rewards - rewards.mean(1, keepdim=True)
+    spread = centred.abs().amax(1, keepdim=True)
+    return BASELINES[baseline](torch.where(spread > EQUAL_REWARDS, centred, 0.0))
+
+
+def _leave_one_out(centred: Tensor) -> Tensor:
+    n = centred.shape[1]
+    return centred * (n / (n - 1))
+
+
+def _group(centred: Tensor) -> Tensor:
+    deviation = centred.square().mean(1, keepdim=True).sqrt()
+    return torch.where(deviation > 0, centred / deviation.clamp(min=1e-30), 0.0)
+
+
+BASELINES = {"mean": lambda centred: centred, "leave_one_out": _leave_one_out, "group": _group}
 
 
 def item_numbers(batch: Batch, name: str, like: Tensor) -> Tensor:

@@ -48,8 +48,8 @@ def main(clock: str, words: Sequence[str]) -> dict[str, float]:
     def step() -> None:
         window = Windows(items, draw, packing, ranks.rank, ranks.world).at(0)
         for place, batch in enumerate(window):
-            total, _ = supervised.loss(trainer(batch), batch.to(ranks.device), supervised.Settings())
-            trainer.backward(total, 1.0, last=place == len(window) - 1)
+            total, _ = supervised.loss(trainer(batch), batch.to(ranks.device), supervised.Settings(0.0))
+            trainer.backward(total, total.new_ones(()), last=place == len(window) - 1)
         trainer.step(settings.optimizer.learning_rate)
 
     take("first step", step)

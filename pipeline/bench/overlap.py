@@ -1,4 +1,7 @@
-"""ROUGE of the candidates of one prompt: 64 of 60 words, stemmed; beside the package rouge-score where it is."""
+"""Rewards that count words: ROUGE of 64 candidates of 60 words, stemmed; `squad` of 16 and 64 questions of 12 words.
+
+ROUGE beside the package rouge-score where it is, `squad` beside its plain definition.
+"""
 
 from __future__ import annotations
 
@@ -8,46 +11,62 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 
+from pipeline.bench import plain_squad
 from pipeline.bench.bed import Bed
 from pipeline.bench.measure import Goal, Result, alternate, compared
 from pipeline.text_overlap import rouge
+from reward_models import squad
 
 FAST = Goal(2.0)  # milliseconds
 CANDIDATES, WORDS = 64, 60
+QUESTIONS, QUESTION_WORDS, REFERENCES = (16, 64), 12, 3
 KINDS = ("rouge1", "rouge2", "rougeL")
 STEMS = ("plant", "water", "garden", "help", "teach", "build", "paint", "answer", "travel", "market", "listen", "carry")
 ENDINGS = ("", "s", "ed", "ing", "er", "ly", "ation", "ness", "ment", "ability")
 
-Scorer = Callable[[str, str], list[float]]  # reference, candidate -> F1 of each of KINDS
+Asked = tuple[list[str], list[str]]  # references, candidates
+Scorer = Callable[[list[str], list[str]], list]  # -> the values of each candidate
 
 
 def measure(bed: Bed) -> list[Result]:
-    theirs = rouge_score() or ours
-    asked = [texts(seed) for seed in range(bed.plan.warm + bed.plan.rounds * bed.plan.steps)]
-    rounds = alternate(lambda step: of_all(ours, *asked[step]), lambda step: of_all(theirs, *asked[step]), bed.plan)
-    milliseconds = [(1e3 * mine, 1e3 * other) for mine, other in rounds]
-    found = compared(f"ROUGE of {CANDIDATES} candidates of {WORDS} words", "ms", milliseconds, None)
-    alone = Result(found.name, "ms", found.ours, goal=FAST)
-    if theirs is ours:
-        return [alone]
-    equal = of_all(ours, *asked[0]) == of_all(theirs, *asked[0])
-    note = "identical values" if equal else "VALUES DIFFER"
-    return [alone, replace(found, name="the same, ours / rouge-score", note=note)]
+    theirs = rouge_score()
+    name = f"ROUGE of {CANDIDATES} candidates of {WORDS} words"
+    found = beside(bed, name, ours, theirs or ours, (1, CANDIDATES, WORDS))
+    alone = Result(name, "ms", found.ours, goal=FAST)
+    rouges = [alone, replace(found, name="the same, ours / rouge-score")] if theirs else [alone]
+    return rouges + [squad_of(bed, count) for count in QUESTIONS]
 
 
-def texts(seed: int) -> tuple[str, list[str]]:
-    """A reference and its candidates, new ones for each seed."""
+def squad_of(bed: Bed, count: int) -> Result:
+    name = f"squad of {count} questions, ours / as defined"
+    return beside(bed, name, our_squad, plain_squad.reward, (REFERENCES, count, QUESTION_WORDS))
+
+
+def beside(bed: Bed, name: str, mine: Scorer, other: Scorer, sizes: tuple[int, int, int]) -> Result:
+    """Milliseconds of both for texts of these `sizes`, new ones in each step, and whether their values are the same."""
+    asked = [texts(seed, *sizes) for seed in range(bed.plan.warm + bed.plan.rounds * bed.plan.steps)]
+    rounds = alternate(lambda step: mine(*asked[step]), lambda step: other(*asked[step]), bed.plan)
+    equal = mine(*asked[0]) == other(*asked[0])
+    milliseconds = [(1e3 * first, 1e3 * second) for first, second in rounds]
+    return compared(name, "ms", milliseconds, None, "identical values" if equal else "VALUES DIFFER")
+
+
+def texts(seed: int, references: int, candidates: int, words: int) -> Asked:
+    """Texts of so many words, new ones for each seed."""
     rng = random.Random(seed)
-    made = [" ".join(rng.choice(STEMS) + rng.choice(ENDINGS) for _ in range(WORDS)) for _ in range(CANDIDATES + 1)]
-    return made[0], made[1:]
+    made = [
+        " ".join(rng.choice(STEMS) + rng.choice(ENDINGS) for _ in range(words)) for _ in range(references + candidates)
+    ]
+    return made[:references], made[references:]
 
 
-def of_all(score: Scorer, reference: str, candidates: list[str]) -> list[list[float]]:
-    return [score(reference, candidate) for candidate in candidates]
+def ours(references: list[str], candidates: list[str]) -> list[list[float]]:
+    return rouge(KINDS, references, candidates)
 
 
-def ours(reference: str, candidate: str) -> list[float]:
-    return rouge(KINDS, [reference], candidate)
+def our_squad(references: list[str], candidates: list[str]) -> list[float]:
+    count = len(candidates)
+    return squad.reward([""] * count, candidates, references=[references] * count)
 
 
 def rouge_score() -> Scorer | None:
@@ -56,8 +75,8 @@ def rouge_score() -> Scorer | None:
         return None
     scorer = importlib.import_module("rouge_score.rouge_scorer").RougeScorer(list(KINDS), use_stemmer=True)
 
-    def score(reference: str, candidate: str) -> list[float]:
-        found = scorer.score(reference, candidate)
-        return [found[kind].fmeasure for kind in KINDS]
+    def score(references: list[str], candidates: list[str]) -> list[list[float]]:
+        found = [scorer.score_multi(references, candidate) for candidate in candidates]
+        return [[scores[kind].fmeasure for kind in KINDS] for scores in found]
 
     return score

@@ -11,13 +11,13 @@ is drawn from, which Python keeps stable. Splits share the topics but no request
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 from random import Random
 from typing import TypeVar
 
 from pipeline.records import Example, UserError
+from pipeline.spelling import did_you_mean
 from pipeline.tasks.assistant_truth import judge
 from pipeline.tasks.assistant_world import (
     CARELESS,
@@ -74,9 +74,8 @@ def examples(split: str, seed: int, size: int | None = None) -> list[Example]:
     Raises UserError for an unknown split.
     """
     if split not in SPLITS:
-        near = difflib.get_close_matches(split, SPLITS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"data: assistant: found split {split!r}, wanted one of {', '.join(SPLITS)}{hint}")
+        hint = did_you_mean(split, SPLITS)
+        raise UserError(f"data.task: assistant: found split {split!r}, wanted one of {', '.join(SPLITS)}{hint}")
     rng = Random(f"{TASK}-{seed}-{split}-order")
     pool = _shuffled(rng, [request for request in requests() if split_of(request) == split])
     count = SPLITS[split] if size is None else size

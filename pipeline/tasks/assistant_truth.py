@@ -167,20 +167,20 @@ def _longest_rise(positions: list[int]) -> int:
 
 def _read(completion: str) -> _Reading:
     meanings: list[_Meaning] = []
-    counts: list[int] = []
+    words: list[int] = []
     seen: set[object] = set()  # meanings, and the kinds that may come only once
     for sentence in re.split(r"[.!?\n]+", completion):
         text = normalise(sentence)
         if not sentence.strip():
             continue
-        counts.append(max(len(text.split()), 1 + len(sentence) // 20))  # no free ride for text without spaces
+        words.append(max(len(text.split()), 1 + len(sentence) // 20))  # no free ride for text without spaces
         meaning = _meaning(text)
         once = meaning.kind if meaning.kind in _ONCE else meaning
-        if once in seen or sum(counts) > WORD_LIMIT:
+        if once in seen or sum(words) > WORD_LIMIT:
             meaning = _NOISE
         seen.add(once)
         meanings.append(meaning)
-    return _Reading(tuple(meanings), tuple(counts))
+    return _Reading(tuple(meanings), tuple(words))
 
 
 def _meaning(text: str) -> _Meaning:

@@ -8,7 +8,6 @@ A module belongs to one split, by the hash of its name; rows therefore differ be
 from __future__ import annotations
 
 import ast
-import difflib
 import hashlib
 import re
 import sysconfig
@@ -20,9 +19,10 @@ from pathlib import Path
 from random import Random
 
 from pipeline.records import Example, UserError
+from pipeline.spelling import did_you_mean
 
 TASK = "docstrings"
-SPLITS = {"train": 0.8, "validation": 0.1, "test": 0.1}  # shares of the modules
+SPLIT_SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}  # of the modules
 
 MAX_LINES, MAX_CHARACTERS = 60, 1500  # of a prompt
 MIN_WORDS, MAX_WORDS = 4, 40  # of a summary
@@ -39,10 +39,9 @@ def examples(split: str, seed: int, size: int | None = None) -> list[Example]:
 
     Raises UserError for an unknown split, and where the standard library is not there as source.
     """
-    if split not in SPLITS:
-        near = difflib.get_close_matches(split, SPLITS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"data: docstrings: found split {split!r}, wanted one of {', '.join(SPLITS)}{hint}")
+    if split not in SPLIT_SHARES:
+        hint = did_you_mean(split, SPLIT_SHARES)
+        raise UserError(f"data.task: docstrings: found split {split!r}, wanted one of {', '.join(SPLIT_SHARES)}{hint}")
     rng = Random(f"{TASK}-{seed}-{split}")
     return sorted(_rows(split), key=lambda _: rng.random())[:size]
 
@@ -53,7 +52,7 @@ def _rows(split: str) -> tuple[Example, ...]:
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = list(_source_files(root))
     if not paths:
-        raise UserError(f"data: docstrings: found no .py file in {root}, wanted a Python with its library as source")
+        raise UserError(f"data.task: docstrings: no .py file in {root}, wanted a Python with its library as source")
     rows: dict[str, Example] = {}
     for path in paths:
         module = _module_name(path.relative_to(root))
@@ -77,9 +76,9 @@ def _source_files(folder: Path) -> Iterator[Path]:
 def split_of(module: str) -> str:
     """The split a module belongs to."""
     place = int(hashlib.sha1(module.encode()).hexdigest()[:8], 16) / 16**8  # uniform in [0, 1)
-    if place < SPLITS["train"]:
+    if place < SPLIT_SHARES["train"]:
         return "train"
-    return "validation" if place < SPLITS["train"] + SPLITS["validation"] else "test"
+    return "validation" if place < SPLIT_SHARES["train"] + SPLIT_SHARES["validation"] else "test"
 
 
 def _module_name(relative: Path) -> str:

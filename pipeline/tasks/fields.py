@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 
 from pipeline.records import Message
+from pipeline.spelling import did_you_mean
 
 Columns = Mapping[str, object]
 
@@ -73,15 +73,15 @@ def optional_number(row: Columns, *names: str) -> float | None:
 
 def checked_number(value: object, place: str) -> float:
     """`value` as a float that is finite in float32. True and false are no numbers."""
-    wanted = f"{place}: {described(value)}, wanted a finite number"
+    fault = f"{place}: {described(value)}, wanted a finite number"
     if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise RowError(wanted)
+        raise RowError(fault)
     try:
         result = float(value)
     except (ValueError, OverflowError) as error:
-        raise RowError(wanted) from error
+        raise RowError(fault) from error
     if not math.isfinite(result) or abs(result) > LARGEST:
-        raise RowError(wanted)
+        raise RowError(fault)
     return result
 
 
@@ -139,12 +139,6 @@ def described(value: object) -> str:
         kind = "a mapping" if isinstance(value, Mapping) else f"a {type(value).__name__}"
     shown = repr(value)
     return f"{shown if len(shown) <= SHOWN_CHARACTERS else shown[:SHOWN_CHARACTERS] + '...'} is {kind}"
-
-
-def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """ "; did you mean 'x'?" for the known name nearest to `name`, or nothing."""
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean '{near[0]}'?" if near else ""
 
 
 def _required(row: Columns, names: Sequence[str], wanted: str) -> str:

@@ -7,7 +7,6 @@ cells) is handed on as a fault, so that the caller can count it; a file that can
 from __future__ import annotations
 
 import csv
-import difflib
 import gzip
 import io
 import json
@@ -18,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.records import UserError
+from pipeline.spelling import did_you_mean
 from pipeline.tasks import hub
 from pipeline.tasks.json_rows import array_rows
 
@@ -64,6 +64,12 @@ def known_ending(name: str) -> str | None:
 def is_tab_separated(path: str) -> bool:
     """True for endings of files that may be tab-separated without a header line."""
     return known_ending(path) in (".tsv", ".txt")
+
+
+def candidate_header(path: str) -> Sequence[str]:
+    """The columns of a ranked-candidates TSV; of two where its first line has two, as in the files to predict from."""
+    first = next((line for _, line in text_lines(path) if line.strip()), "")
+    return CANDIDATE_COLUMNS[:2] if first.count("\t") == 1 else CANDIDATE_COLUMNS
 
 
 def stem(path: str) -> str:
@@ -116,8 +122,7 @@ def _damaged_gzip(place: str, error: Exception) -> UserError:
 def _nearby(file: Path) -> str:
     folder = file.parent
     names = [other.name for other in folder.iterdir()] if folder.is_dir() else []
-    near = difflib.get_close_matches(file.name, names, n=1)
-    return f"; did you mean '{folder / near[0]}'?" if near else f"; look into {folder}"
+    return did_you_mean(file.name, names) or f"; look into {folder}"
 
 
 def _json_lines(path: str, header: Sequence[str] | None) -> Iterator[RawRow]:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from pipeline.records import Example
+from pipeline.spelling import did_you_mean
 from pipeline.tasks.columns import (
     CARRIED,
     COMPLETION,
@@ -24,7 +25,6 @@ from pipeline.tasks.columns import (
 from pipeline.tasks.fields import (
     Columns,
     RowError,
-    did_you_mean,
     first_of,
     has,
     number,
@@ -35,6 +35,7 @@ from pipeline.tasks.fields import (
 from pipeline.tasks.released import candidates_tsv, gen_task, hh, prefix_suffix
 
 REWARD = ("reward", "score")
+PUBLISHED = {"article": "highlights", "document": "summary", "dialogue": "summary", "sentence": "question"}
 PROMPT = ("prompt", "instruction", "input", "history")  # `prompt`, or the other three
 
 
@@ -105,6 +106,12 @@ def candidates(row: Columns) -> Example:
         raise RowError("candidates: missing, wanted a list")
     completion = None if has(row, "completion") else optional_text(row, "reference")
     return carry(rest, Example("", prompt, completion, candidates=listed, candidate_rewards=rewards))
+
+
+def published(row: Columns) -> Example:
+    """A text and its summary, or a sentence and its question, under the names that public data sets give them."""
+    source = next(name for name in PUBLISHED if has(row, name))
+    return carry(row, Example("", text(row, source), completion=text(row, PUBLISHED[source])))
 
 
 def plain_text(row: Columns) -> Example:
@@ -184,6 +191,12 @@ FORMATS = {
     ),
     "supervised": Format(
         "prompt + completion, messages, or instruction + output", _has_completion, supervised, DIALOGUE
+    ),
+    "published": Format(
+        " | ".join(f"{source} + {wanted}" for source, wanted in PUBLISHED.items()),
+        lambda row: any(source in row and wanted in row for source, wanted in PUBLISHED.items()),
+        published,
+        (*PUBLISHED, *PUBLISHED.values()),
     ),
     "text": Format("text", lambda row: "text" in row, plain_text, ("text",)),
     "prompts": Format("prompt", _has_prompt, prompts, PROMPT),

@@ -9,11 +9,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.records import Example, UserError
-from pipeline.tasks.fields import Columns, RowError, described, did_you_mean
-from pipeline.tasks.files import CANDIDATE_COLUMNS, RawRow, is_tab_separated, raw_rows, stem
+from pipeline.spelling import did_you_mean
+from pipeline.tasks.fields import Columns, RowError, described
+from pipeline.tasks.files import RawRow, candidate_header, is_tab_separated, raw_rows, stem
 from pipeline.tasks.formats import FORMATS, detect, unused_columns
 
 NAMED = 3  # bad rows that a message quotes
@@ -93,8 +95,8 @@ def _peek(path: str, format: str | None) -> tuple[Iterable[RawRow], RawRow]:
         raise UserError(
             f"data.format: '{format}' is no format, wanted one of {known}{did_you_mean(format, [*FORMATS])}"
         )
-    headerless = format == "candidates_tsv" and is_tab_separated(path)
-    rows = raw_rows(path, header=CANDIDATE_COLUMNS if headerless else None)
+    headerless = format == "candidates_tsv" and is_tab_separated(path) and Path(path).is_file()
+    rows = raw_rows(path, header=candidate_header(path) if headerless else None)
     head = []
     for row in rows:
         head.append(row)

@@ -80,8 +80,13 @@ def gen_task(row: Columns) -> Example:
 
 
 def candidates_tsv(row: Columns) -> Example:
-    """Source, reference and ranked candidates. The completion is the reference; candidates are ordered by score."""
+    """Source, reference and ranked candidates. The completion is the reference; candidates are ordered by score.
+
+    A row of two columns, as in the files to predict from, has no candidates.
+    """
     reference = text(row, "data_gt")
+    if "data_kd" not in row:
+        return carry(row, Example("", text(row, "data_src"), completion=reference, references=(reference,)))
     rest, others = _split_once(text(row, "data_kd"), REFERENCES_MARK)
     references = (reference, *(others.split(REFERENCE_MARK) if others is not None else ()))
     before, after = _split_once(rest, QUERY_MARK)

@@ -1,0 +1,55 @@
+"""LoRA: fresh adapters on a model, and what a directory of trained ones says of itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from pipeline import model_checks
+from pipeline.model_checks import HEADS, READ_ERRORS, unreadable
+from pipeline.records import UserError
+from pipeline.settings import LoraSettings, ModelSettings
+
+
+def with_lora(
+    model: PreTrainedModel, lora: LoraSettings, task: str, tokens: list[int] | None = None
+) -> PreTrainedModel | PeftModel:
+    """The model with fresh adapters, its own weights frozen but for the embeddings of `tokens`; itself when r is 0."""
+    if lora.r == 0:
+        return model
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type=task,
+        modules_to_save=HEADS if task == "SEQ_CLS" else None,
+        trainable_token_indices=tokens,
+    )
+    try:
+        return get_peft_model(model, config)
+    except (TypeError, ValueError) as error:  # the former where the embeddings are among the targets, beside `tokens`
+        found, names = str(error).splitlines()[0].split(". ")[0], ", ".join(model_checks.linear_names(model))
+        raise UserError(f"model.lora.target_modules: {found}, wanted all-linear, or some of {names}") from None
+
+
+def adapter_of(settings: ModelSettings) -> PeftConfig | None:
+    """What `settings.path` says of itself if it holds adapters, as an earlier stage with LoRA leaves them."""
+    if settings.path is None or not (Path(settings.path) / "adapter_config.json").is_file():
+        return None
+    model_checks.check_files(settings.path)
+    try:
+        adapter = PeftConfig.from_pretrained(settings.path)
+    except READ_ERRORS as error:
+        raise UserError(unreadable(settings.path, "adapter_config.json", error)) from None
+    model_checks.check_adapter(settings.path)
+    if adapter.base_model_name_or_path is None:
+        raise UserError(f"model.path: the adapters of {settings.path} do not say what model they belong to")
+    return adapter
+
+
+def under(settings: ModelSettings, adapter: PeftConfig) -> ModelSettings:
+    """The settings of the model that `adapter` was trained on."""
+    return settings.model_copy(update={"path": adapter.base_model_name_or_path, "revision": adapter.revision})

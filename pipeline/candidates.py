@@ -1,0 +1,80 @@
+"""Several responses to one prompt: gathered from a policy, judged, ordered best first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate
+from typing import NamedTuple
+
+from pipeline import evaluate
+from pipeline.engine import Ranks
+from pipeline.records import Example, Response, Scores
+from pipeline.rewards import Rewards
+from pipeline.tasks.columns import ranked
+
+
+class Gathered(NamedTuple):
+    """Rows made of responses, and how many responses are in none of them."""
+
+    rows: list[Example]
+    empty: int  # responses without text
+    repeated: int  # responses that say what another one to the same prompt has said
+
+
+class Judged(NamedTuple):
+    """Rows with their rewards; and every text that was judged, with its row and its scores."""
+
+    rows: list[Example]
+    of: list[Example]  # the row of each text
+    texts: list[str]
+    scores: Scores
+
+
+def gathered(answers: Sequence[Response], n: int) -> Gathered:
+    """One row per prompt, of its n neighbouring `answers`: id, source and references are those of the row asked.
+
+    n = 1: the response is the completion. n > 1: each different text is one of the `candidates`, in the order drawn,
+    and the completion of the row asked stays. Prompts whose responses are all empty have no row.
+    """
+    rows, empty, repeated = [], 0, 0
+    for start in range(0, len(answers), n):
+        said = [answer.text for answer in answers[start : start + n] if answer.text]
+        texts = tuple(dict.fromkeys(said))
+        empty += n - len(said)
+        repeated += len(said) - len(texts)
+        if texts:
+            rows.append(_row(answers[start].example, texts, n))
+    return Gathered(rows, empty, repeated)
+
+
+def _row(example: Example, texts: tuple[str, ...], n: int) -> Example:
+    bare = Example(example.id, example.prompt, references=example.references, source=example.source)
+    if n == 1:
+        return replace(bare, completion=texts[0])
+    return replace(bare, completion=example.completion, candidates=texts)
+
+
+def judged(ranks: Ranks, judge: Rewards, rows: Sequence[Example]) -> Judged:
+    """The rows with what `judge` says of them.
+
+    A row with candidates: each is judged, and they are put best first (equal ones keep their order) with their
+    `candidate_rewards`; a completion beside them is what they are compared with, and is not judged. A row with a
+    completion alone: the weighted sum becomes its `reward`, each normalised score one of its `rewards`.
+    """
+    counts = [len(row.candidates) or 1 for row in rows]
+    of = [row for row, count in zip(rows, counts, strict=True) for _ in range(count)]
+    texts = [text for row in rows for text in row.candidates or (row.completion,)]
+    scores = evaluate.score_texts(ranks, judge, of, texts)
+    starts = accumulate(counts, initial=0)
+    found = [_with_scores(row, scores, start) for row, start in zip(rows, starts, strict=False)]
+    return Judged(found, of, texts, scores)
+
+
+def _with_scores(row: Example, scores: Scores, start: int) -> Example:
+    """`row` with the scores of its texts, of which the first is number `start`."""
+    if not row.candidates:
+        rewards = {name: values[start] for name, values in scores.normalised.items()}
+        return replace(row, reward=scores.total[start], rewards=rewards)
+    texts, rewards = ranked(row.candidates, tuple(scores.total[start : start + len(row.candidates)]))
+    return replace(row, candidates=texts, candidate_rewards=rewards)

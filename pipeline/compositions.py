@@ -1,0 +1,130 @@
+"""Compositions: static responses with drawn tokens in their hidden places, as texts, and what the rewards say of them.
+
+The rewards are asked once per different text of an example, between the forward and the backward of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline import evaluate
+from pipeline.algorithms.functional import Drawn, mean_stat, std_stat
+from pipeline.engine import Ranks
+from pipeline.records import Batch, Example, Item, Scores, Stat, Static
+from pipeline.rewards import Rewards
+from pipeline.sampling import generator
+from pipeline.text import Encoder
+
+
+@dataclass(frozen=True)
+class Composed:
+    """What was composed for one micro-batch of b items, b * (n + 1) texts: n drawn ones and the greedy one of each."""
+
+    ids: Tensor  # (b, n + 1, S) int64 on the CPU
+    texts: list[list[str]]  # [b][n + 1]
+    scores: Scores  # of all texts, row by row
+    rewards: Tensor  # (b, n + 1) float32: the totals
+
+
+class Composer:
+    """Judges what was drawn for the items it is given, and calls the algorithm's loss."""
+
+    def __init__(self, ranks: Ranks, encoder: Encoder, judge: Rewards, items: Sequence[Item], module: Any):
+        self.ranks, self.encoder, self.judge, self.items, self.module = ranks, encoder, judge, items, module
+        self.shuffled: int | None = None  # a seed: rewards change places among an example's texts
+
+    def loss(self, output: tuple[Tensor, ...], batch: Batch, settings: Any) -> tuple[Tensor, dict[str, Stat]]:
+        """The algorithm's sums, and its statistics beside those of the compositions.
+
+        Raises:
+            UserError: a reward fails; on every rank, wherever it failed.
+        """
+        found = self.compose(Drawn(*output[2:]), batch)
+        rewards = torch.zeros(len(batch.response_ids), settings.samples)
+        rewards[: len(batch.items)] = found.rewards[:, :-1]
+        static = replace(batch.static, rewards=rewards.to(batch.response_ids.device))
+        totals, stats = self.module.loss(output, replace(batch, static=static), settings)
+        return totals, stats | self.statistics(found)
+
+    def compose(self, drawn: Drawn, batch: Batch) -> Composed:
+        """The texts of one micro-batch with their rewards."""
+        ids = composed_ids(batch.static, drawn)[: len(batch.items)]
+        lengths = batch.static.mask.sum(1).tolist()
+        rows = [row[:length] for group, length in zip(ids.tolist(), lengths, strict=False) for row in group]
+        texts = self.encoder.decode_all(rows)
+        width = ids.shape[1]
+        grouped = [texts[i : i + width] for i in range(0, len(texts), width)]
+        examples = [self.items[i].example for i in batch.items]
+        scores = self.ranks.agreed(lambda: judged(self.judge, examples, grouped))
+        rewards = torch.tensor(scores.total, dtype=torch.float32).reshape(len(grouped), width)
+        if self.shuffled is not None:
+            rewards = self._shuffle(rewards, examples, grouped)
+        return Composed(ids, grouped, scores, rewards)
+
+    def _shuffle(self, rewards: Tensor, examples: Sequence[Example], texts: list[list[str]]) -> Tensor:
+        """A control: the same numbers, which say nothing of the texts any more."""
+        last = rewards.shape[1] - 1
+        orders = [
+            torch.randperm(last, generator=generator("shuffle", self.shuffled, (example.id, *group)))
+            for example, group in zip(examples, texts, strict=True)
+        ]
+        drawn = [row[:last][order] for row, order in zip(rewards, orders, strict=True)]
+        return torch.cat([torch.stack(drawn), rewards[:, last:]], dim=1) if drawn else rewards
+
+    def statistics(self, found: Composed) -> dict[str, Stat]:
+        """What is logged of the texts: each reward by itself, the greedy composition, how many texts differ."""
+        width = found.ids.shape[1]
+        different = torch.tensor([len(set(group[:-1])) / (width - 1) for group in found.texts])
+        stats = {
+            "semi_offline/different_texts": mean_stat(different),
+            "semi_offline/greedy_reward": mean_stat(found.rewards[:, -1]),
+        }
+        for name, values in found.scores.normalised.items():
+            drawn = torch.tensor(values).reshape(-1, width)[:, :-1]
+            stats[f"rewards/{name}/mean"] = mean_stat(drawn)
+            stats[f"rewards/{name}/std"] = std_stat(drawn)
+        return {name: Stat(stat.kind, stat.sums.to(self.ranks.device)) for name, stat in stats.items()}
+
+
+def composed_ids(static: Static, drawn: Drawn) -> Tensor:
+    """(B, n + 1, S) int64 on the CPU: each static response with its n draws, and last with the greedy tokens."""
+    hidden = static.hidden.cpu()
+    tokens = torch.cat([drawn.ids, drawn.greedy[:, None]], dim=1).cpu()  # (M, n + 1)
+    ids = static.ids.cpu()[:, None].repeat(1, tokens.shape[1], 1)
+    ids.transpose(1, 2)[hidden] = tokens
+    return ids
+
+
+def judged(judge: Rewards, examples: Sequence[Example], texts: list[list[str]]) -> Scores:
+    """The scores of all texts, row by row; equal texts of one example are judged once."""
+    places: list[dict[str, int]] = []
+    asked: list[tuple[Example, str]] = []
+    for example, group in zip(examples, texts, strict=True):
+        first = {text: len(asked) + i for i, text in enumerate(dict.fromkeys(group))}
+        asked += [(example, text) for text in first]
+        places.append(first)
+    owners = [example for example, _ in asked]
+    prompts = [evaluate.plain_prompt(example) for example in owners]
+    found = judge.score(prompts, [text for _, text in asked], evaluate.reward_columns(owners))
+    order = [first[text] for first, group in zip(places, texts, strict=True) for text in group]
+
+    def spread(values: Sequence[float]) -> list[float]:
+        return [values[i] for i in order]
+
+    raw = {name: spread(values) for name, values in found.raw.items()}
+    normalised = {name: spread(values) for name, values in found.normalised.items()}
+    return Scores(raw, normalised, spread(found.total))
+
+
+def credits(drawn: Drawn, advantages: Tensor, hidden: Tensor) -> Tensor:
+    """(M, n): what each drawn token is told, the advantage of its composition over the hidden tokens of its sequence.
+
+    advantages (B, n), hidden (B, S).
+    """
+    sequences = hidden.nonzero()[:, 0]
+    return advantages[sequences] / hidden.sum(1)[sequences][:, None]

@@ -1,0 +1,60 @@
+"""What every kind of reinforcement learning is given, and what it gives: a course for the one training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import evaluate, rollout
+from pipeline.engine import Engine, Ranks
+from pipeline.loop import Objective
+from pipeline.records import Example
+from pipeline.rewards import Rewards
+from pipeline.settings import DataSettings, ModelSettings, Rl
+from pipeline.text import Encoder
+from pipeline.training import Course
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One RL stage before anything is read or built."""
+
+    settings: Rl
+    ranks: Ranks
+    directory: Path
+    model: ModelSettings  # to start from
+    data: DataSettings  # where the rows come from
+    judge: Rewards | None
+    judge_key: object  # names the judge where results are cached
+    module: Any  # the algorithm's file
+    algorithm: Any  # its settings
+    objective: Objective
+
+    def say(self, text: str) -> None:
+        """Tell the user, once."""
+        if self.ranks.main:
+            print(text, flush=True)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What the training loop is to do. `prepare` is called before the first step, with the untouched weights."""
+
+    engine: Engine
+    course: Course
+    prepare: Callable[[], None]
+
+
+def spoken(
+    engine: Engine, encoder: Encoder, prompts: Sequence[Example], judge: Rewards | None, settings: Rl
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """eval/... of fresh responses to `prompts`, with what `judge` says of them; and a few of them as samples."""
+    answers = rollout.generate(engine, encoder, prompts, settings.generation, settings.seed)
+    found, samples = evaluate.completion_statistics(answers), []
+    if judge is not None:
+        scores = evaluate.score_responses(engine.ranks, judge, answers)
+        found |= evaluate.reward_statistics(scores, [answer.text for answer in answers])
+        samples = evaluate.sample_rows(answers, scores, settings.eval.num_samples)
+    return {f"eval/{name}": value for name, value in found.items()}, samples

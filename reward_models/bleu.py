@@ -1,0 +1,21 @@
+"""Sentence BLEU in [0, 1] over all references of a row, as the package sacrebleu has it (Post 2018).
+
+Its defaults: 4-grams, tokenizer 13a, exponential smoothing; and effective order, so that texts of under four words
+are judged by the n-grams they have.
+"""
+
+from __future__ import annotations
+
+from sacrebleu.metrics import BLEU
+
+from reward_models._references import References, runs
+
+
+def reward(prompts: list[str], completions: list[str], references: References = None, **columns: list) -> list[float]:
+    """sacrebleu's sentence score, divided by 100."""
+    values: list[float] = []
+    for texts, neighbours in runs(completions, references, "BLEU"):
+        metric = BLEU(effective_order=True, references=[[text] for text in texts])  # counts their n-grams once
+        scores = [metric.corpus_score([completion], None).score for completion in neighbours]
+        values += [min(score / 100, 1.0) for score in scores]  # of equal texts it is a rounding error above 1
+    return values

@@ -1,0 +1,84 @@
+"""Small things for tests of hidden tokens: rows of words with static responses, a vocabulary, packings that hide."""
+
+from __future__ import annotations
+
+import copy
+import random
+from functools import cache
+from typing import Any
+
+from transformers import PegasusConfig, PegasusForConditionalGeneration, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+
+from pipeline.data import Packing
+from pipeline.hiding import Hiding
+from pipeline.mask_token import with_mask
+from pipeline.policy import Policy
+from pipeline.records import Example, Item
+from pipeline.settings import Masking
+from pipeline.text import Encoder
+from pipeline.vocabulary import Vocabulary, vocabulary
+from tests import tiny
+
+SHAPES = (*tiny.SHAPES, "qwen2", "pegasus")
+
+
+@cache
+def encoder() -> Encoder:
+    """That of `tiny`, with a mask token; rows V - 35 and on of the output matrix belong to no token."""
+    return Encoder(with_mask(copy.deepcopy(tiny.tokenizer())), tiny.PLAIN, 64, 64)
+
+
+@cache
+def words() -> Vocabulary:
+    return vocabulary(encoder().tokenizer, tiny.V)
+
+
+def masking(**changes: Any) -> Masking:
+    """Tokens drawn one by one, each with probability 0.4."""
+    settings = {"rate": 0.4, "span": "token", "after_punctuation": True, **changes}
+    return tiny.settings("rl").masking.model_copy(update=settings)
+
+
+def sentence(rng: random.Random, longest: int = 7) -> str:
+    """1 to `longest` words, some followed by a mark."""
+    return " ".join(rng.choice(tiny.WORDS) + rng.choice(["", "", "", ",", "."]) for _ in range(rng.randint(1, longest)))
+
+
+def items(count: int, seed: int = 0, statics: int = 1) -> list[Item]:
+    """Rows of ragged prompts and references, each with `statics` static responses."""
+    rng, made = random.Random(seed), []
+    for i in range(count):
+        prompt, reference, *others = (sentence(rng) for _ in range(2 + statics))
+        example = Example(f"row {i}", prompt, completion=reference, references=(reference,))
+        rows = [encoder().encode(prompt, text) for text in (reference, *others)]
+        made.append(Item(example, (rows[0],), statics=tuple(rows[1:])))
+    return made
+
+
+def packing(policy: Policy, samples: int, size: int | None = None, seed: int = 5, **changes: Any) -> Packing:
+    """Micro-batches of `size` items, or one of all. `changes` are of `masking()`, `share_prompt` of Hiding."""
+    share = changes.pop("share_prompt", True)
+    hiding = Hiding(words(), masking(**changes), seed, samples=samples, share_prompt=share)
+    limit = {"micro_batch_size": size, "max_tokens": None if size else 10**6}
+    return Packing(**limit, encoder_decoder=policy.encoder_decoder, pad_id=tiny.PAD_ID, hiding=hiding)
+
+
+def language_model(shape: str, **changes: Any) -> PreTrainedModel:
+    """As `tiny.language_model`, of two more shapes."""
+    if shape in tiny.SHAPES:
+        return tiny.language_model(shape, **changes)
+    ids = {"pad_token_id": tiny.PAD_ID, "bos_token_id": 1, "eos_token_id": tiny.EOS_ID, "vocab_size": tiny.V}
+    if shape == "qwen2":
+        sizes = {"hidden_size": tiny.H, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+        return tiny.spread(Qwen2ForCausalLM(Qwen2Config(**{**sizes, **ids, "num_key_value_heads": 1, **changes}))).eval()
+    layers = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    sizes = {"d_model": tiny.H, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 128}
+    start = {"decoder_start_token_id": tiny.PAD_ID, "forced_eos_token_id": None, "dropout": 0.0}
+    config = PegasusConfig(**{**layers, **sizes, **start, **ids, **changes})
+    return tiny.spread(PegasusForConditionalGeneration(config)).eval()
+
+
+def policy(shape: str, **changes: Any) -> Policy:
+    return Policy(language_model(shape, **changes), max_tokens=64)
+
+

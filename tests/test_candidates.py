@@ -1,0 +1,228 @@
+"""Candidates: gathered from responses, judged and ranked, written and read back, chosen as static responses."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from pipeline import candidates, examples, statics
+from pipeline.layers import resolve
+from pipeline.records import Example, Message, Response, Scores, UserError
+from pipeline.rewards import Reward, Rewards
+from pipeline.tasks import readers
+from pipeline.tasks.write import write_rows
+from reward_models import length, rouge
+from stages import score
+from tests import tiny
+
+ROW = Example("a", "the cat", "sat on a mat", ("sat on a mat", "ran"), source="web")
+RANKED = replace(ROW, candidates=("the old dog ran", "a cat", "mat"), candidate_rewards=(0.9, 0.5, 0.1))
+
+
+def quiet(line: str) -> None:
+    """A report that nobody hears."""
+
+
+def answers(row: Example, *texts: str) -> list[Response]:
+    return [Response(row, row.prompt, text, (3,), (4, 2), True) for text in texts]
+
+
+def test_candidates_are_each_text_once_and_the_row_keeps_its_reference() -> None:
+    other = Example("b", (Message("user", "Hi"),))
+    found = candidates.gathered([*answers(ROW, "x", "", "y", "x"), *answers(other, "", "", "", "")], 4)
+    assert found.rows == [replace(ROW, candidates=("x", "y"))]  # four empty ones leave no row
+    assert (found.empty, found.repeated) == (5, 1)
+
+
+def test_one_response_is_the_completion() -> None:
+    found = candidates.gathered(answers(ROW, "x"), 1)
+    assert found.rows == [replace(ROW, completion="x")]
+    assert candidates.gathered(answers(ROW, ""), 1) == ([], 1, 0)
+
+
+def test_candidates_are_ranked_and_equal_ones_keep_their_order() -> None:
+    judge = Rewards([Reward("length", 0.5, length.reward)])
+    alone, pick = Example("c", "p", "one two"), replace(ROW, candidates=("b", "one two three", "a", "one two"))
+    judged = candidates.judged(tiny.ranks(), judge, [alone, pick, alone])
+    # half of 3, 2, 1 and 1 words; the completion beside candidates gets no reward
+    assert judged.rows[1] == replace(
+        pick, candidates=("one two three", "one two", "b", "a"), candidate_rewards=(1.5, 1.0, 0.5, 0.5)
+    )
+    assert judged.rows[0] == judged.rows[2] == replace(alone, reward=1.0, rewards={"length": 2.0})
+    assert judged.texts == ["one two", "b", "one two three", "a", "one two", "one two"]
+    assert [row.id for row in judged.of] == ["c", "a", "a", "a", "a", "c"]
+    assert score.by_source(judged.of, judged.scores) == {"reward/mean/web": 0.875}  # (0.5 + 1.5 + 0.5 + 1.0) / 4
+
+
+def test_candidates_are_compared_with_all_references() -> None:
+    row = replace(ROW, candidates=("dog", "ran", "sat on a mat"))
+    judged = candidates.judged(tiny.ranks(), Rewards([Reward("rouge", 1.0, rouge.rougeL)]), [row])
+    assert judged.rows[0].candidates == ("ran", "sat on a mat", "dog")
+    assert judged.rows[0].candidate_rewards == (1.0, 1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        RANKED,
+        replace(RANKED, candidate_rewards=()),
+        replace(RANKED, completion=None),
+        replace(RANKED, completion=None, references=()),
+        replace(RANKED, references=("sat on a mat",)),
+        replace(RANKED, prompt=(Message("system", "Be kind"), Message("user", "Hi"))),
+        replace(RANKED, candidates=("a\n\tb", "<#SEP#>", "é"), candidate_rewards=(0.1 + 0.2, 0.0, -1e-300)),
+    ],
+)
+def test_rows_with_candidates_are_read_back_as_written(tmp_path, row: Example) -> None:
+    write_rows(str(tmp_path / "train.jsonl"), [row])
+    read = readers.read(str(tmp_path / "train.jsonl"), report=quiet)
+    assert (read.examples, read.format) == ([row], "candidates")
+
+
+def test_rows_to_judge() -> None:
+    data = resolve(["stage=score", "data.responses=both"]).settings.data
+    bare, pair = replace(RANKED, completion=None), Example("p", "q", chosen="c", rejected="r")
+    rows = examples.judgeable([bare, RANKED, pair, ROW], data)
+    assert rows[:2] == [bare, RANKED] and rows[-1] == ROW
+    assert [(row.id, row.completion) for row in rows[2:4]] == [("p/chosen", "c"), ("p/rejected", "r")]
+    with pytest.raises(UserError, match="a: neither a completion nor chosen"):
+        examples.judgeable([replace(ROW, completion=None)], data)
+
+
+def test_a_prompt_asked_once_has_the_references_of_all_its_rows() -> None:
+    second, other = Example("b", "the cat", "ran far", ("ran", "ran far")), Example("c", "a dog")
+    asked = examples.unique_prompts([ROW, other, second])
+    assert asked == [replace(ROW, references=("sat on a mat", "ran", "ran far")), other]
+
+
+def test_what_static_rl_starts_from() -> None:
+    encoder = tiny.encoder()
+    texts = {"worst": ["mat"], "best": ["the old dog ran"], "random": list(RANKED.candidates)}
+    for which, wanted in {**texts, "reference": ["sat on a mat"]}.items():
+        assert statics.static_rows(RANKED, encoder, which) == tuple(encoder.encode("the cat", text) for text in wanted)
+    assert statics.static_texts(replace(ROW, references=()), "reference") == ("sat on a mat",)
+    assert statics.static_texts(Example("a", "p", "logged", ("gold",)), "reference") == ("gold",)
+
+
+def test_a_static_row_cut_at_the_limit_has_no_eos() -> None:
+    whole = statics.static_rows(RANKED, tiny.encoder(), "best")[0]
+    cut = statics.static_rows(RANKED, tiny.encoder(response_limit=3), "best")[0]
+    assert whole.response_ids[-1] == tiny.EOS_ID and not whole.cut_response
+    assert cut.response_ids == whole.response_ids[:3] and tiny.EOS_ID not in cut.response_ids and cut.cut_response
+
+
+def test_static_rows_without_a_word_are_counted() -> None:
+    odd = replace(RANKED, candidates=(" .", "mat", "?!"), candidate_rewards=())
+    rows = statics.static_rows(odd, tiny.encoder(), "random")
+    assert len(rows) == 3 and statics.wordless(rows, tiny.encoder()) == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "which", "found"),
+    [
+        (ROW, "worst", r"^a: no candidates, wanted some for static=worst .*stage=generate.*stage=score.*reference$"),
+        (ROW, "random", "^a: no candidates, wanted some for static=random"),
+        (Example("b", "p", candidates=("x",)), "reference", "^b: no reference text, wanted one .*`completion`"),
+    ],
+)
+def test_rows_that_static_rl_cannot_start_from(row: Example, which: str, found: str) -> None:
+    with pytest.raises(UserError, match=found):
+        statics.static_rows(row, tiny.encoder(), which)
+
+
+def test_splits_that_are_not_there_are_passed_by(tmp_path) -> None:
+    data = resolve(["stage=score"]).settings.data
+    three = ["train", "validation", "test"]
+    (tmp_path / "t.jsonl").write_text('{"prompt": "p", "candidates": ["a"]}\n')
+    only_test = examples.read_from(data, test=str(tmp_path / "t.jsonl"))
+    assert score.splits_of(three, only_test) == ["test"]
+    assert score.splits_of(three, examples.read_from(data, train="t.jsonl")) == ["train", "validation"]
+    with pytest.raises(UserError, match=r"no validation split, only test: give data\.validation="):
+        examples.load(only_test, "validation", 0, quiet)
+
+
+def test_rows_of_a_stage_need_no_filter() -> None:
+    words = ["task=assistant", "data.task_size=9", "data.sources=[helpful]", "data.format=hh", "data.max_rows=3"]
+    data = examples.read_from(resolve(["stage=score", *words]).settings.data, path="left")
+    assert (data.path, data.task, data.task_size, data.sources, data.format) == ("left", None, None, None, None)
+    assert data.max_rows == 3  # not how rows are read, but how many
+
+
+def test_score_of_generate_needs_generated_rows(tmp_path) -> None:
+    settings = resolve(["stage=score", "of=generate", f"runs_dir={tmp_path}"]).settings
+    with pytest.raises(UserError, match=r"of=generate: .*generate holds no finished rows.*stage=generate run=default"):
+        score.data_of(settings)
+
+
+@pytest.mark.parametrize("name", ["a.tsv", "a.txt"])
+def test_files_to_predict_from_have_two_columns(tmp_path, name: str) -> None:
+    (tmp_path / name).write_text('a "source<mask>b\treference\n\ns\tr\n')
+    read = readers.read(str(tmp_path / name), "candidates_tsv", report=quiet)
+    assert read.examples == [
+        Example("a/1", 'a "source<mask>b', "reference", ("reference",)),
+        Example("a/3", "s", "r", ("r",)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("lines", "found"),
+    [
+        (["s\tr\ta<#SCORE#>1", "s\tr"], "2: 2 cells, wanted 3 (data_src, data_gt, data_kd)"),
+        (["s\tr\ta<#SCORE#>1", "s\tr\ta<#SCORE#>1\t"], "2: 4 cells, wanted 3 (data_src, data_gt, data_kd)"),
+        (["s\tr\ta<#SCORE#>1", "s\tr\t"], "2: data_kd: null, wanted text"),
+        (["s\tr", "s\tr\ta<#SCORE#>1"], "2: 3 cells, wanted 2 (data_src, data_gt)"),
+    ],
+)
+def test_a_wrong_number_of_columns_names_file_and_line(tmp_path, lines: list[str], found: str) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_text("".join(line + "\n" for line in lines))
+    with pytest.raises(UserError) as caught:
+        readers.read(str(path), "candidates_tsv", report=quiet)
+    assert str(caught.value).startswith(f"{path}:{found}")
+
+
+def test_each_row_of_ranked_candidates_has_its_own_wrappers(tmp_path) -> None:
+    kinds = ["b<#SCORE#>1<#SEP#>c<#SCORE#>2", "q<#QUERY#>b<#SCORE#>1", "b<#SCORE#>-1.5e-1<#REFS#>r2<#REF#>r<#REF#>r3"]
+    path = tmp_path / "a.tsv"
+    path.write_text("".join(f"s\tr\t{kind}\n" for kind in kinds))
+    read = readers.read(str(path), report=quiet).examples
+    assert [row.candidates for row in read] == [("c", "b"), ("b",), ("b",)]
+    assert [row.candidate_rewards for row in read] == [(2.0, 1.0), (1.0,), (-0.15,)]
+    assert [row.references for row in read] == [("r",), ("r",), ("r", "r2", "r3")]
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["temperatures=[0.5, 1.0]"], "temperatures are given, wanted plain sampling .* do_sample=true and num_beams"),
+        (["temperatures=[0.5]", "do_sample=true", "num_beams=2"], "temperatures are given"),
+        (["temperatures=[]", "do_sample=true"], "temperatures: .*wanted at least 1"),
+        (["temperatures=[0.0]", "do_sample=true"], "temperatures.0: 0.0, wanted more than 0"),
+        (["min_new_tokens=9", "max_new_tokens=8"], "min_new_tokens is 9, wanted at most max_new_tokens, 8"),
+        (["no_repeat_ngram_size=-1"], "no_repeat_ngram_size: -1, wanted at least 0"),
+        (["early_stopping=never"], "early_stopping: 'never' is text, wanted true or false"),
+        (["splits=[]"], r"splits: \[\], wanted at least 1"),
+    ],
+)
+def test_impossible_ways_of_decoding(words: list[str], found: str) -> None:
+    with pytest.raises(UserError, match=found):
+        resolve(["stage=generate", *words])
+
+
+def test_the_static_choice_is_a_setting_of_rl() -> None:
+    assert resolve(["stage=rl"]).settings.static == "worst"
+    assert resolve(["stage=rl", "data.static=reference"]).settings.static == "reference"
+    with pytest.raises(
+        UserError, match="static: 'wurst', wanted worst, best, random or reference; did you mean 'worst'"
+    ):
+        resolve(["stage=rl", "static=wurst"])
+
+
+def test_scores_of_ranked_rows_belong_to_their_texts() -> None:
+    """The order of `rows` is the ranking, that of `texts` and `scores` the one in which they were judged."""
+    row = replace(ROW, candidates=("b", "one two"))
+    judged = candidates.judged(tiny.ranks(), Rewards([Reward("length", 1.0, length.reward)]), [row])
+    assert isinstance(judged.scores, Scores)
+    assert Counter(zip(judged.texts, judged.scores.total, strict=True)) == Counter({("b", 1.0): 1, ("one two", 2.0): 1})

@@ -1,0 +1,51 @@
+"""Whatever the README and our messages tell a user to type is accepted: every `key=` in them is a setting."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.aliases import ALIASES, SWITCHES
+from pipeline.layers import CONTROL
+from pipeline.settings import STAGES
+from pipeline.validation import known_paths
+
+ROOT = Path(__file__).resolve().parent.parent
+WORD = re.compile(r"(?<![\w{.-])([a-z_]+(?:\.[a-z_]+)*)=(?!=)")
+DRAWN = ("pipeline/page.py", "pipeline/charts.py", "pipeline/comparison_page.py")  # their words are HTML attributes
+FILES = [path for folder in ("pipeline", "stages", "reward_models") for path in sorted((ROOT / folder).rglob("*.py"))]
+OTHERS = {"key", "slots"}  # of `key=value` itself; of a hostfile
+OF_THE_KILLER = {"processes", "kills"}  # tests/kill_and_resume.py
+
+
+def known() -> set[str]:
+    """What may stand before the '=' of a word; a comparison passes `rl.x` and `evaluate.x` on to those stages."""
+    named = {*ALIASES, *SWITCHES, *CONTROL}
+    own = {stage: {".".join(path) for path in known_paths(schema)} for stage, schema in STAGES.items()}
+    passed = {f"{stage}.{name}" for stage in ("rl", "evaluate") for name in (*own[stage], *ALIASES)}
+    return named | passed | {name for names in own.values() for name in names}
+
+
+def texts(path: Path) -> Iterator[str]:
+    """The strings of a file, docstrings left out."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in alone:
+            yield node.value
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.relative_to(ROOT).as_posix() not in DRAWN], ids=str)
+def test_every_word_in_a_message_is_a_setting(path: Path):
+    used = {word for text in texts(path) for word in WORD.findall(text)}
+    assert used <= known() | OTHERS
+
+
+def test_every_word_in_the_readme_is_a_setting():
+    used = set(WORD.findall((ROOT / "README.md").read_text(encoding="utf-8")))
+    assert {"learning_rate", "kl_form", "rl.max_steps"} <= used  # it finds them
+    assert used <= known() | OTHERS | OF_THE_KILLER
