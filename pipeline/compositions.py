@@ -25,6 +25,7 @@ from pipeline.text import Encoder
 class Composed:
     """What was composed for one micro-batch of b items, b * (n + 1) texts: n drawn ones and the greedy one of each."""
 
+    examples: list[Example]
     ids: Tensor  # (b, n + 1, S) int64 on the CPU
     texts: list[list[str]]  # [b][n + 1]
     scores: Scores  # of all texts, row by row
@@ -34,9 +35,17 @@ class Composed:
 class Composer:
     """Judges what was drawn for the items it is given, and calls the algorithm's loss."""
 
-    def __init__(self, ranks: Ranks, encoder: Encoder, judge: Rewards, items: Sequence[Item], module: Any):
-        self.ranks, self.encoder, self.judge, self.items, self.module = ranks, encoder, judge, items, module
-        self.shuffled: int | None = None  # a seed: rewards change places among an example's texts
+    def __init__(
+        self,
+        ranks: Ranks,
+        encoder: Encoder,
+        judge: Rewards,
+        items: Sequence[Item],
+        module: Any,
+        shuffled: int | None = None,  # a seed: rewards change places among an example's texts
+    ):
+        self.ranks, self.encoder, self.judge, self.items = ranks, encoder, judge, items
+        self.module, self.shuffled = module, shuffled
 
     def loss(self, output: tuple[Tensor, ...], batch: Batch, settings: Any) -> tuple[Tensor, dict[str, Stat]]:
         """The algorithm's sums, and its statistics beside those of the compositions.
@@ -44,27 +53,39 @@ class Composer:
         Raises:
             UserError: a reward fails; on every rank, wherever it failed.
         """
-        found = self.compose(Drawn(*output[2:]), batch)
-        rewards = torch.zeros(len(batch.response_ids), settings.samples)
-        rewards[: len(batch.items)] = found.rewards[:, :-1]
-        static = replace(batch.static, rewards=rewards.to(batch.response_ids.device))
-        totals, stats = self.module.loss(output, replace(batch, static=static), settings)
-        return totals, stats | self.statistics(found)
+        return self.blame(output, batch, settings, self.compose(Drawn(*output[2:]), batch))
 
     def compose(self, drawn: Drawn, batch: Batch) -> Composed:
         """The texts of one micro-batch with their rewards."""
+        return self.judge_texts(*self.write(drawn, batch), batch)
+
+    def write(self, drawn: Drawn, batch: Batch) -> tuple[Tensor, list[list[str]]]:
+        """(b, n + 1, S) ids of what was composed for each item, and the texts of these."""
         ids = composed_ids(batch.static, drawn)[: len(batch.items)]
         lengths = batch.static.mask.sum(1).tolist()
         rows = [row[:length] for group, length in zip(ids.tolist(), lengths, strict=False) for row in group]
         texts = self.encoder.decode_all(rows)
         width = ids.shape[1]
-        grouped = [texts[i : i + width] for i in range(0, len(texts), width)]
+        return ids, [texts[i : i + width] for i in range(0, len(texts), width)]
+
+    def judge_texts(self, ids: Tensor, texts: list[list[str]], batch: Batch) -> Composed:
+        """What `write` gave, with rewards. Raises UserError as `loss`."""
         examples = [self.items[i].example for i in batch.items]
-        scores = self.ranks.agreed(lambda: judged(self.judge, examples, grouped))
-        rewards = torch.tensor(scores.total, dtype=torch.float32).reshape(len(grouped), width)
+        scores = self.ranks.agreed(lambda: judged(self.judge, examples, texts))
+        rewards = torch.tensor(scores.total, dtype=torch.float32).reshape(len(texts), ids.shape[1])
         if self.shuffled is not None:
-            rewards = self._shuffle(rewards, examples, grouped)
-        return Composed(ids, grouped, scores, rewards)
+            rewards = self._shuffle(rewards, examples, texts)
+        return Composed(examples, ids, texts, scores, rewards)
+
+    def blame(
+        self, output: tuple[Tensor, ...], batch: Batch, settings: Any, found: Composed
+    ) -> tuple[Tensor, dict[str, Stat]]:
+        """As `loss`, with texts that are judged already."""
+        rewards = torch.zeros(len(batch.response_ids), settings.samples)
+        rewards[: len(batch.items)] = found.rewards[:, :-1]
+        static = replace(batch.static, rewards=rewards.to(batch.response_ids.device))
+        totals, stats = self.module.loss(output, replace(batch, static=static), settings)
+        return totals, stats | self.statistics(found)
 
     def _shuffle(self, rewards: Tensor, examples: Sequence[Example], texts: list[list[str]]) -> Tensor:
         """A control: the same numbers, which say nothing of the texts any more."""
@@ -85,7 +106,7 @@ class Composer:
             "semi_offline/greedy_reward": mean_stat(found.rewards[:, -1]),
         }
         for name, values in found.scores.normalised.items():
-            drawn = torch.tensor(values).reshape(-1, width)[:, :-1]
+            drawn = torch.tensor(values).reshape(len(found.texts), width)[:, :-1]
             stats[f"rewards/{name}/mean"] = mean_stat(drawn)
             stats[f"rewards/{name}/std"] = std_stat(drawn)
         return {name: Stat(stat.kind, stat.sums.to(self.ranks.device)) for name, stat in stats.items()}

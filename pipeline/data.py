@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -50,27 +50,45 @@ def packing_of(train: TrainSettings, world: int, encoder_decoder: bool, pad_id: 
     return Packing(train.micro_batch_size, train.max_tokens, encoder_decoder, pad_id, whole)
 
 
-def padded_tokens(items: Sequence[Item], apart: bool) -> int:
+class Extent(NamedTuple):
+    """The size of some items' rows side by side: how many there are, and the longest of each part, in tokens."""
+
+    rows: int = 0
+    prompt: int = 0
+    response: int = 0
+    static: int = 0  # of static responses
+    single: int = 0  # of prompt + one response
+    joined: int = 0  # of prompt + response + static response
+
+    def with_item(self, item: Item) -> Extent:
+        """The same with one item more."""
+        static = max((len(row.response_ids) for row in item.statics), default=0)
+        beside = max((len(row) for row in item.statics), default=0)
+        longest = max(len(row) for row in item.rows)
+        return Extent(
+            self.rows + len(item.rows),
+            max([self.prompt, *(len(row.prompt_ids) for row in item.rows)]),
+            max([self.response, *(len(row.response_ids) for row in item.rows)]),
+            max(self.static, static),
+            max(self.single, longest, beside),
+            max(self.joined, longest + static),
+        )
+
+    def tokens(self, packing: Packing) -> int:
+        """Tokens of one micro-batch, padding included; each prompt once, but where its responses have rows apart."""
+        if packing.apart:
+            return self.rows * (self.prompt + self.response + self.static)
+        if self.static and packing.hiding is not None and not packing.hiding.share_prompt:
+            return 2 * self.rows * self.single
+        return self.rows * self.joined
+
+
+def padded_tokens(items: Sequence[Item], packing: Packing) -> int:
     """Tokens, padding included, of one micro-batch made of `items`."""
-    rows = [row for item in items for row in item.rows]
-    if not rows:
-        return 0
-    if not apart:
-        return len(rows) * max(longest(item) for item in items)
-    return len(rows) * (max(len(r.prompt_ids) for r in rows) + max(response_width(item) for item in items))
-
-
-def longest(item: Item) -> int:
-    """Tokens of the longest row; a static response is read beside it."""
-    return max(len(row) for row in item.rows) + static_width(item)
-
-
-def response_width(item: Item) -> int:
-    return max(len(row.response_ids) for row in item.rows) + static_width(item)
-
-
-def static_width(item: Item) -> int:
-    return max((len(row.response_ids) for row in item.statics), default=0)
+    extent = Extent()
+    for item in items:
+        extent = extent.with_item(item)
+    return extent.tokens(packing)
 
 
 def group(items: Sequence[Item], indices: Sequence[int], packing: Packing, world: int) -> list[list[int]]:
@@ -81,7 +99,7 @@ def group(items: Sequence[Item], indices: Sequence[int], packing: Packing, world
     Raises:
         UserError: one item alone is over max_tokens.
     """
-    order = sorted(indices, key=lambda i: (-longest(items[i]), i))
+    order = sorted(indices, key=lambda i: (-Extent().with_item(items[i]).joined, i))
     if packing.micro_batch_size is not None:
         size = packing.micro_batch_size
         groups = [order[i : i + size] for i in range(0, len(order), size)]
@@ -100,25 +118,18 @@ def group(items: Sequence[Item], indices: Sequence[int], packing: Packing, world
 def by_budget(items: Sequence[Item], order: Sequence[int], packing: Packing) -> list[list[int]]:
     """Fill micro-batches greedily up to max_tokens padded tokens."""
     groups: list[list[int]] = []
-    rows = 0
-    prompt = response = whole = 0
+    extent = Extent()
     for i in order:
-        item = items[i]
-        rows += len(item.rows)
-        prompt = max([prompt, *(len(r.prompt_ids) for r in item.rows)])
-        response = max(response, response_width(item))
-        whole = max(whole, longest(item))
-        if groups and rows * (prompt + response if packing.apart else whole) <= packing.max_tokens:
+        longer = extent.with_item(items[i])
+        if groups and longer.tokens(packing) <= packing.max_tokens:
             groups[-1].append(i)
+            extent = longer
             continue
         groups.append([i])
-        rows = len(item.rows)
-        prompt = max(len(r.prompt_ids) for r in item.rows)
-        response = response_width(item)
-        whole = longest(item)
-        if (tokens := padded_tokens([item], packing.apart)) > packing.max_tokens:
+        extent = Extent().with_item(items[i])
+        if (tokens := extent.tokens(packing)) > packing.max_tokens:
             raise UserError(
-                f"train.max_tokens: {packing.max_tokens}, but row {item.example.id} alone has {tokens} tokens: "
+                f"train.max_tokens: {packing.max_tokens}, but row {items[i].example.id} alone has {tokens} tokens: "
                 "raise it, or lower data.max_prompt_length or data.max_response_length"
             )
     return groups

@@ -38,7 +38,9 @@ class Hiding:
             apart: prompts and responses are padded apart (an encoder and a decoder read them).
         """
         throws = [generator("mask", self.seed, (step, item.example.id)) for item in items]
-        hidden = self._hidden(batch.response_mask, [item.rows[0] for item in items], throws, self.spans)
+        hidden = self._hidden(
+            batch.response_mask, [item.rows[0] for item in items], throws, self.spans, self.masking.plain
+        )
         shown = torch.where(hidden, self.vocabulary.mask_id, batch.response_ids)
         if not self.samples:
             if not apart:
@@ -48,11 +50,13 @@ class Hiding:
         batch = replace(batch, shown_ids=shown, static=static)
         return batch if apart else in_rows(batch, pad_id, self.share_prompt)
 
-    def _hidden(self, mask: Tensor, rows: Sequence[Row], throws: Sequence[torch.Generator], spans: bool) -> Tensor:
-        """(B, width of `mask`) bool; a row's first number decides whether it is left as it is."""
+    def _hidden(
+        self, mask: Tensor, rows: Sequence[Row], throws: Sequence[torch.Generator], spans: bool, share: float
+    ) -> Tensor:
+        """(B, width of `mask`) bool; a row's first number decides whether it is one of the `share` left as they are."""
         hidden = torch.zeros_like(mask)
         for i, (row, throw) in enumerate(zip(rows, throws, strict=True)):
-            plain = float(torch.rand((), generator=throw)) < self.masking.plain
+            plain = float(torch.rand((), generator=throw)) < share
             drawn = masks.draw(row.response_ids, self.vocabulary, self.masking, throw, spans)
             hidden[i, : len(drawn)] = drawn & (not plain)
         return hidden
@@ -62,7 +66,7 @@ class Hiding:
         places = [int(torch.randint(len(i.statics), (), generator=t)) for i, t in zip(items, throws, strict=True)]
         rows = [item.statics[place] for item, place in zip(items, places, strict=True)]
         ids, mask = pad([row.response_ids for row in rows] or [()] * size, pad_id)
-        hidden = self._hidden(mask, rows, throws, spans=True)
+        hidden = self._hidden(mask, rows, throws, spans=True, share=0.0)
         counts = hidden.sum(1).tolist()
         uniforms = [torch.rand(count, self.samples, generator=t) for count, t in zip(counts, throws, strict=False)]
         return Static(

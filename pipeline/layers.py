@@ -186,15 +186,17 @@ def _layers(overrides: Layer, stage: str, house: House) -> tuple[Layer, list[Lay
     own = [] if config is None else [_of_stage(read_layer(Path(config)), stage, house)]
     own.append({path: leaf for path, leaf in overrides.items() if path[0] not in CONTROL})
     model = merge([*recipe, *own]).get(MODEL)
-    later = [*recipe, *([scratch] if model is None or model.value is None else []), *own]
+    recipe += [scratch] if model is None or model.value is None else []
     common = _of_stage(read_layer(house.folder / "common.yaml"), stage, house)
     shipped = [common, read_layer(house.folder / f"{stage}.yaml")]
-    algo = merge([*shipped, *later]).get(("algo",))
+    algo, planned = (merge([*shipped, *layers]).get(("algo",)) for layers in ([*recipe, *own], recipe))
     if algo is None or "algo" not in house.schemas[stage].model_fields or not isinstance(algo.value, str):
-        return merge(shipped), later
+        return merge(shipped), [*recipe, *own]
     name = ALGORITHM_IDS.get(algo.value, algo.value)
     file = named_file(name, house.folder / "algo", f"{algo.place}: algo")
-    return merge([*shipped, read_layer(file)]), [*later, {("algo",): Leaf(name, algo.place)}]
+    if planned is not None and name != ALGORITHM_IDS.get(str(planned.value), planned.value):
+        recipe = [_without_free(layer) for layer in recipe]  # they are of the algorithm that the recipe runs
+    return merge([*shipped, read_layer(file)]), [*recipe, *own, {("algo",): Leaf(name, algo.place)}]
 
 
 def _recipe_layers(overrides: Layer, stage: str, house: House) -> tuple[list[Layer], Layer]:
@@ -271,6 +273,11 @@ def _refuse_values_of_sections(layers: Iterable[Layer], schema: type[BaseModel])
 def _reaches(path: SettingPath, fields: set[str], base: Layer) -> bool:
     """Whether a stage with these `fields`, and the shipped settings `base`, has the setting `path`."""
     return path in base if path[: len(FREE)] == FREE and len(path) > len(FREE) else path[0] in fields
+
+
+def _without_free(layer: Layer) -> Layer:
+    """`layer` without the settings of an algorithm."""
+    return {path: leaf for path, leaf in layer.items() if path[: len(FREE)] != FREE}
 
 
 def _check_free_keys(base: Layer, merged: Layer) -> None:

@@ -14,7 +14,7 @@ from pipeline.algorithms.functional import Drawn
 from pipeline.compositions import Composer
 from pipeline.data import Packing, Windows, collate
 from pipeline.engine import Engine
-from pipeline.lesson import Lesson, Scene, spoken
+from pipeline.lesson import Lesson, Scene, required_judge, spoken
 from pipeline.loop import Evaluation, Objective, Watch
 from pipeline.masked_table import samples_of
 from pipeline.records import Batch, Example, Item, Row, UserError
@@ -25,52 +25,56 @@ CLOSE = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.1}  # relative to the states' size
 
 def lesson(scene: Scene) -> Lesson:
     """Semi-offline RL: nothing is known beforehand but static responses; rewards are those of what is composed."""
-    settings, ranks, model, data = scene.settings, scene.ranks, scene.model, scene.data
-    if scene.judge is None:
-        raise UserError(
-            f"algo={settings.algo}: nothing to judge compositions with, wanted a reward: give reward=NAME, "
-            f"or train one with bash run.sh stage=reward run={settings.run}"
-        )
-    # rows -> references and static responses
-    train = examples.load_train(data, settings.seed, scene.say)
-    held_out = examples.load(data, "validation", settings.seed, scene.say)
-    prompts = examples.unique_prompts(held_out)[: settings.eval.max_rows]
-    encoder = assembly.encoder_of(settings, model, list, mask=True)
-    encoded = examples.encode(train, encoder, reference_rows)
-    tested = examples.encode(held_out[: settings.eval.max_rows], encoder, reference_rows)
-    items = with_statics(encoded.items, encoder, settings.static)
-    short = statics.wordless([row for item in items for row in item.statics], encoder)
-    scene.say(f"{encoded.summary('train')}\n{tested.summary('validation')}")
-    scene.say(f"static responses: {settings.static}, {short:,} without a word, of which nothing is learned by reward")
-    scene.say(coloured(encoder, encoded.items[0].rows[0]))
-    ranks.on_main(lambda: examples.note(scene.directory, encoded, tested))
+    settings, ranks = scene.settings, scene.ranks
+    judge = required_judge(scene)
+    encoder = assembly.encoder_of(settings, scene.model, list, mask=True)
+    held = rows_of(scene, encoder)
 
-    longest = data.max_response_length
-    policy = assembly.build_policy(model, encoder, settings.train, longest, settings.seed, mask=True)
+    longest = scene.data.max_response_length
+    policy = assembly.build_policy(scene.model, encoder, settings.train, longest, settings.seed, mask=True)
     packing = assembly.packing(settings.train, ranks, policy, encoder)
     hiding = assembly.hidden(
         packing, encoder, policy, settings, samples=scene.algorithm.samples, share_prompt=settings.share_prompt
     )
     trainer = engine.Engine(policy, ranks, settings.train, settings.optimizer)
-    composer = Composer(ranks, encoder, scene.judge, items, scene.module)
-    composer.shuffled = settings.seed if settings.shuffle_rewards else None
-    look = Look(scene, trainer, encoder, Held(items, tested.items, prompts), composer, packing, hiding)
+    shuffled = settings.seed if settings.shuffle_rewards else None
+    composer = Composer(ranks, encoder, judge, held.items, scene.module, shuffled)
+    draw = training.epochs(len(held.items), settings.train.batch_size, settings.seed)
     course = training.Course(
-        windows=Windows(
-            items,
-            training.epochs(len(items), settings.train.batch_size, settings.seed),
-            hiding,
-            ranks.rank,
-            ranks.world,
-        ),
+        windows=Windows(held.items, draw, hiding, ranks.rank, ranks.world),
         objective=replace(scene.objective, loss=lambda output, batch: composer.loss(output, batch, scene.algorithm)),
-        max_steps=training.steps_for(settings, len(items)),
+        max_steps=training.steps_for(settings, len(held.items)),
         eval_steps=settings.train.eval_steps,
-        evaluate=look,
+        evaluate=Look(scene, trainer, encoder, held, composer, packing, hiding),
         watch=Watch("eval/reward/mean", True),
         export=assembly.exporter(trainer, encoder),
     )
-    return Lesson(trainer, course, lambda: check_shared(trainer, items, hiding, CLOSE[settings.train.precision]))
+    return Lesson(trainer, course, lambda: check_shared(trainer, held.items, hiding, CLOSE[settings.train.precision]))
+
+
+@dataclass(frozen=True)
+class Held:
+    """Rows trained on, with their static responses; held-out rows; and the prompts of these, each once."""
+
+    items: list[Item]
+    tested: list[Item]
+    prompts: list[Example]
+
+
+def rows_of(scene: Scene, encoder: Encoder) -> Held:
+    """What is learned from and looked at, after a word about both."""
+    settings, data = scene.settings, scene.data
+    train = examples.load_train(data, settings.seed, scene.say)
+    held_out = examples.load(data, "validation", settings.seed, scene.say)
+    encoded = examples.encode(train, encoder, reference_rows)
+    tested = examples.encode(held_out[: settings.eval.max_rows], encoder, reference_rows)
+    items = with_statics(encoded.items, encoder, settings.static)
+    short = statics.wordless([row for item in items for row in item.statics], encoder)
+    scene.say(f"{encoded.summary('train')}\n{tested.summary('validation')}")
+    scene.say(f"static responses: {settings.static}, {short:,} of them without a word")
+    scene.say(coloured(encoder, encoded.items[0].rows[0]))
+    scene.ranks.on_main(lambda: examples.note(scene.directory, encoded, tested))
+    return Held(items, tested.items, examples.unique_prompts(held_out)[: settings.eval.max_rows])
 
 
 def reference_rows(example: Example, encoder: Encoder) -> tuple[Row, ...]:
@@ -81,15 +85,6 @@ def reference_rows(example: Example, encoder: Encoder) -> tuple[Row, ...]:
 def with_statics(items: Sequence[Item], encoder: Encoder, which: str) -> list[Item]:
     """The items with the static responses that `which` chooses. Raises UserError where a row has none."""
     return [replace(item, statics=statics.static_rows(item.example, encoder, which)) for item in items]
-
-
-@dataclass(frozen=True)
-class Held:
-    """What evaluation looks at: rows trained on, held-out rows, and the prompts of these, each once."""
-
-    items: list[Item]
-    tested: list[Item]
-    prompts: list[Example]
 
 
 @dataclass(frozen=True)
@@ -117,14 +112,17 @@ class Look:
     @torch.no_grad()
     def composed(self) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
         """Distributions of the compositions of the first rows; and what was hidden, drawn, told and blamed there."""
-        shown = range(min(self.scene.settings.eval.num_samples, len(self.held.items)))
-        batch = collate(self.held.items, shown, self.hiding)
-        drawn = Drawn(*self.engine(batch, output="drawn")[2:])
-        found = self.composer.compose(drawn, batch)
-        rewards = found.rewards[:, :-1]
-        weights = functional.group_advantages(rewards, self.scene.algorithm.baseline)
-        histograms = {"reward/compositions": rewards.flatten(), "advantage": weights.flatten()}
-        return histograms, samples_of(self.encoder, batch, drawn, found, weights)
+        rewards, weights, rows = [], [], []
+        for i in range(min(self.scene.settings.eval.num_samples, len(self.held.items))):
+            batch = collate(self.held.items, [i], self.hiding)
+            drawn = Drawn(*self.engine(batch, output="drawn")[2:])
+            found = self.composer.compose(drawn, batch)
+            rewards.append(found.rewards[0, :-1])
+            weights.append(functional.group_advantages(rewards[-1][None], self.scene.algorithm.baseline))
+            rows += samples_of(self.encoder, batch, drawn, found, weights[-1])
+        if not rows:
+            return {}, []
+        return {"reward/compositions": torch.cat(rewards), "advantage": torch.cat(weights).flatten()}, rows
 
 
 LIKELIHOOD = Objective(

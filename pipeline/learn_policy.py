@@ -11,9 +11,9 @@ from pipeline import assembly, engine, evaluate, examples, rollout, training
 from pipeline.algorithms.functional import group_advantages
 from pipeline.data import Draw, Packing, collate, window
 from pipeline.engine import Engine
-from pipeline.lesson import Lesson, Scene, spoken
+from pipeline.lesson import Lesson, Scene, required_judge, spoken
 from pipeline.loop import Evaluation, Watch
-from pipeline.records import Batch, Example, Item, Response, Row, UserError
+from pipeline.records import Batch, Example, Item, Response, Row
 from pipeline.rewards import Rewards
 from pipeline.settings import GenerationSettings
 from pipeline.text import Encoder
@@ -22,11 +22,7 @@ from pipeline.text import Encoder
 def lesson(scene: Scene) -> Lesson:
     """On-policy RL. train.batch_size counts prompts; each has `samples` responses in the step."""
     settings, ranks, model = scene.settings, scene.ranks, scene.model
-    if scene.judge is None:
-        raise UserError(
-            f"algo={settings.algo}: nothing to judge responses with, wanted a reward: give reward=NAME, "
-            f"or train one with bash run.sh stage=reward run={settings.run}"
-        )
+    judge = required_judge(scene)
     prompts = examples.unique_prompts(examples.load_train(scene.data, settings.seed, scene.say))
     held_out = examples.unique_prompts(examples.load(scene.data, "validation", settings.seed, scene.say))
     held_out = held_out[: settings.eval.max_rows]
@@ -38,14 +34,14 @@ def lesson(scene: Scene) -> Lesson:
     scene.say(f"train: {len(prompts):,} prompts, {scene.algorithm.samples} responses each, sampled at every step")
 
     def look(step: int) -> Evaluation:
-        found, samples = spoken(trainer, encoder, held_out, scene.judge, settings)
+        found, samples = spoken(trainer, encoder, held_out, judge, settings)
         return Evaluation(found, samples=samples)
 
     course = training.Course(
         windows=Rollouts(
             engine=trainer,
             encoder=encoder,
-            judge=scene.judge,
+            judge=judge,
             prompts=prompts,
             draw=training.epochs(len(prompts), settings.train.batch_size, settings.seed),
             packing=packing,

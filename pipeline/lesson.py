@@ -10,7 +10,7 @@ from typing import Any
 from pipeline import evaluate, rollout
 from pipeline.engine import Engine, Ranks
 from pipeline.loop import Objective
-from pipeline.records import Example
+from pipeline.records import Example, UserError
 from pipeline.rewards import Rewards
 from pipeline.settings import DataSettings, ModelSettings, Rl
 from pipeline.text import Encoder
@@ -45,6 +45,16 @@ class Lesson:
     engine: Engine
     course: Course
     prepare: Callable[[], None]
+
+
+def required_judge(scene: Scene) -> Rewards:
+    """The rewards of the stage. Raises UserError where there are none."""
+    if scene.judge is None:
+        raise UserError(
+            f"algo={scene.settings.algo}: nothing to judge new texts with, wanted a reward: give reward=NAME, "
+            f"or train one with bash run.sh stage=reward run={scene.settings.run}"
+        )
+    return scene.judge
 
 
 def spoken(

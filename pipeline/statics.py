@@ -11,7 +11,7 @@ from pipeline.text import Encoder
 def static_rows(example: Example, encoder: Encoder, which: str) -> tuple[Row, ...]:
     """What static RL may start from: the `worst` or the `best` candidate, all of them (`random`), or the `reference`.
 
-    A row without a single word stays: nothing in it can be hidden. One cut at the limit has no EOS.
+    A row without a single word stays. One cut at the limit has no EOS.
     Raises UserError where the example has no candidates, or no reference text.
     """
     return tuple(encoder.encode(example.prompt, text) for text in static_texts(example, which))

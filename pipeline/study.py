@@ -161,6 +161,7 @@ def _home_tasks(home: Home, common: Sequence[str], rewards_only: bool) -> list[T
     steps, rl, _ = _recipe_steps(home, common)
     if rewards_only:
         steps = [step for step in steps if step.stage in ("sft", "reward")]
+        steps = steps if any(step.stage == "reward" for step in steps) else []
     elif any(step.stage == "reward" for step in steps) or rl.settings.reward is not None:
         steps = [*(step for step in steps if step.stage != "score"), _score_step(steps, home, common)]
     tasks: list[Task] = []

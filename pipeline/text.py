@@ -108,8 +108,8 @@ class Encoder:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
     def decode_all(self, rows: Sequence[Sequence[int]]) -> list[str]:
-        """As `decode`, of many rows at once."""
-        return [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
+        """As `decode`, of many rows at once, or of none, of which the library would make one empty text."""
+        return [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)] if rows else []
 
 
 def check_template(template: TemplateSettings, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -7,13 +7,16 @@ import random
 from functools import cache
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PegasusConfig, PegasusForConditionalGeneration, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from pipeline.data import Packing
 from pipeline.hiding import Hiding
 from pipeline.mask_token import with_mask
 from pipeline.policy import Policy
-from pipeline.records import Example, Item
+from pipeline.records import Batch, Example, Item, Row
+from pipeline.rewards import Reward, Rewards
 from pipeline.settings import Masking
 from pipeline.text import Encoder
 from pipeline.vocabulary import Vocabulary, vocabulary
@@ -39,16 +42,16 @@ def masking(**changes: Any) -> Masking:
     return tiny.settings("rl").masking.model_copy(update=settings)
 
 
-def sentence(rng: random.Random, longest: int = 7) -> str:
+def sentence(rng: random.Random, longest: int) -> str:
     """1 to `longest` words, some followed by a mark."""
     return " ".join(rng.choice(tiny.WORDS) + rng.choice(["", "", "", ",", "."]) for _ in range(rng.randint(1, longest)))
 
 
-def items(count: int, seed: int = 0, statics: int = 1) -> list[Item]:
-    """Rows of ragged prompts and references, each with `statics` static responses."""
+def items(count: int, seed: int = 0, statics: int = 1, longest: int = 7) -> list[Item]:
+    """Rows of prompts and references of up to `longest` words, each with `statics` static responses."""
     rng, made = random.Random(seed), []
     for i in range(count):
-        prompt, reference, *others = (sentence(rng) for _ in range(2 + statics))
+        prompt, reference, *others = (sentence(rng, longest) for _ in range(2 + statics))
         example = Example(f"row {i}", prompt, completion=reference, references=(reference,))
         rows = [encoder().encode(prompt, text) for text in (reference, *others)]
         made.append(Item(example, (rows[0],), statics=tuple(rows[1:])))
@@ -65,12 +68,14 @@ def packing(policy: Policy, samples: int, size: int | None = None, seed: int = 5
 
 def language_model(shape: str, **changes: Any) -> PreTrainedModel:
     """As `tiny.language_model`, of two more shapes."""
+    torch.manual_seed(0)
     if shape in tiny.SHAPES:
         return tiny.language_model(shape, **changes)
     ids = {"pad_token_id": tiny.PAD_ID, "bos_token_id": 1, "eos_token_id": tiny.EOS_ID, "vocab_size": tiny.V}
     if shape == "qwen2":
         sizes = {"hidden_size": tiny.H, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-        return tiny.spread(Qwen2ForCausalLM(Qwen2Config(**{**sizes, **ids, "num_key_value_heads": 1, **changes}))).eval()
+        config = Qwen2Config(**{**sizes, **ids, "num_key_value_heads": 1, **changes})
+        return tiny.spread(Qwen2ForCausalLM(config)).eval()
     layers = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
     sizes = {"d_model": tiny.H, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 128}
     start = {"decoder_start_token_id": tiny.PAD_ID, "forced_eos_token_id": None, "dropout": 0.0}
@@ -82,3 +87,31 @@ def policy(shape: str, **changes: Any) -> Policy:
     return Policy(language_model(shape, **changes), max_tokens=64)
 
 
+def hidden_of(batch: Batch) -> Tensor:
+    """(B, T) bool, where the reference's inputs are hidden."""
+    return (batch.shown_ids == words().mask_id) & batch.response_mask
+
+
+def own_logits(lm: PreTrainedModel, row: Row, hidden: Tensor) -> Tensor:
+    """(T, V) float32 by the model's own forward on the one row, with [MASK] at `hidden` (T,)."""
+    prompt = torch.tensor([row.prompt_ids])
+    shown = torch.where(hidden, words().mask_id, torch.tensor(row.response_ids))[None]
+    if lm.config.is_encoder_decoder:
+        start = torch.tensor([[lm.config.decoder_start_token_id]])
+        return lm(input_ids=prompt, decoder_input_ids=torch.cat([start, shown[:, :-1]], 1)).logits[0].float()
+    logits = lm(input_ids=torch.cat([prompt, shown], 1)).logits[0].float()
+    return logits[len(row.prompt_ids) - 1 : -1]
+
+
+def overlap(text: str, reference: str) -> float:
+    """Words that the reference has too, over 4, and a little for every letter a."""
+    return 0.01 * text.count("a") + len({*text.split()} & {*reference.split()}) / 4
+
+
+def judge() -> Rewards:
+    """`overlap` with the row's first reference as the one reward."""
+
+    def reward(prompts: list[str], completions: list[str], **columns: list) -> list[float]:
+        return [overlap(text, given[0]) for text, given in zip(completions, columns["references"], strict=True)]
+
+    return Rewards([Reward("overlap", 1.0, reward)])

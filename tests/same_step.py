@@ -19,15 +19,17 @@ from transformers import LlamaForSequenceClassification, PreTrainedModel
 
 from pipeline import assembly, loop
 from pipeline.checkpoint import Checkpoints
+from pipeline.compositions import Composer
 from pipeline.data import Packing, Windows
-from pipeline.engine import Engine
-from pipeline.loop import Evaluation, Job, Watch
+from pipeline.engine import Engine, Ranks
+from pipeline.hiding import Hiding
+from pipeline.loop import Evaluation, Job, Objective, Watch
 from pipeline.metrics import RunLog
 from pipeline.policy import Policy, RewardModel
 from pipeline.records import Item
 from pipeline.settings import Algorithm
 from pipeline.tally import Interval, Tally
-from tests import tiny
+from tests import masked, tiny
 
 ALGO = Path(__file__).parents[1] / "stages" / "algo"
 STAGES = ("zero0", "zero1", "zero2", "zero3")
@@ -39,10 +41,12 @@ OPTIMIZER = {**tiny.PLAIN_STEP, "learning_rate": 0.05, "lr_scheduler_type": "con
 
 @dataclass(frozen=True)
 class Case:
-    """An algorithm with its settings, and whether it learns from pairs."""
+    """An algorithm with its settings, what it learns from, and the shape of its model."""
 
     algorithm: Algorithm
     pairs: bool = False
+    masked: bool = False  # from hidden tokens of static responses
+    shape: str = "llama"
 
 
 @cache
@@ -50,6 +54,8 @@ def cases() -> dict[str, Case]:
     """Every algorithm that ships, and the settings of theirs that change the formula."""
     names = [path.stem for path in ALGO.glob("*.yaml") if path.stem != "semi_offline"]
     offline = {name: Case(tiny.settings("rl", f"algo={name}").algorithm) for name in names}
+    drawn = ("algo=semi_offline", "algorithm.settings.samples=5", "algorithm.settings.label_smoothing=0.1")
+    semi_offline = tiny.settings("rl", *drawn).algorithm
     margin = ("algorithm.settings.use_margin=true", "algorithm.settings.center_coef=0.1")
     return {
         **dict(sorted(offline.items())),
@@ -57,12 +63,15 @@ def cases() -> dict[str, Case]:
         "supervised": Case(tiny.settings("sft").algorithm),
         "bradley_terry": Case(tiny.settings("reward", *margin).algorithm, pairs=True),
         "regression": Case(tiny.settings("reward", "algorithm.settings.objective=regression").algorithm, pairs=True),
+        "semi_offline": Case(semi_offline, masked=True),
+        "semi_offline_t5": Case(semi_offline, masked=True, shape="t5"),
     }
 
 
 def model(case: Case) -> PreTrainedModel:
-    """A random Llama of one layer, with a scalar head for pairs."""
-    language = tiny.language_model("llama", num_hidden_layers=1)
+    """A random model of one layer, with a scalar head for pairs."""
+    layers = {"llama": "num_hidden_layers", "t5": "num_layers"}
+    language = tiny.language_model(case.shape, **{layers[case.shape]: 1})
     if not case.pairs:
         return language
     language.config.num_labels = 1
@@ -93,7 +102,15 @@ def pairs() -> tuple[Item, ...]:
     return tuple(tiny.items(9, pairs=True, **numbers))
 
 
+@cache
+def with_statics() -> tuple[Item, ...]:
+    """Nine rows of words with two static responses each."""
+    return tuple(masked.items(9, statics=2, longest=4))
+
+
 def items_of(case: Case) -> tuple[Item, ...]:
+    if case.masked:
+        return with_statics()
     return pairs() if case.pairs else rows()
 
 
@@ -105,14 +122,35 @@ def own_logps(language: PreTrainedModel, item: Item) -> Tensor:
     return logits[before].log_softmax(-1).gather(1, torch.tensor(row.response_ids)[:, None])[:, 0]
 
 
+def hiding() -> Hiding:
+    """Words to their ends, one response in eight left as it is."""
+    chosen = masked.masking(span="word", after_punctuation=False, plain=0.125)
+    return Hiding(masked.words(), chosen, seed=3, samples=5)
+
+
+def packing_of(case: Case, packing: Packing) -> Packing:
+    """`packing` as the case's rows need it."""
+    if not case.masked:
+        return packing
+    return replace(packing, encoder_decoder=case.shape == "t5", hiding=hiding())
+
+
+def objective_of(case: Case, ranks: Ranks, items: Sequence[Item]) -> Objective:
+    module, settings, objective = assembly.objective_of(case.algorithm)
+    if not case.masked:
+        return objective
+    composer = Composer(ranks, masked.encoder(), masked.judge(), items, module)
+    return replace(objective, loss=lambda output, batch: composer.loss(output, batch, settings))
+
+
 def job_of(case: Case, trained: Engine, items: Sequence[Item], packing: Packing, folder: Path) -> Job:
     """What the loop is given to take the steps of DRAWN; nothing is evaluated, logged or exported."""
     ranks = trained.ranks
     nothing: Callable[[object], Evaluation] = lambda _: Evaluation({})  # noqa: E731
     return Job(
         engine=trained,
-        objective=assembly.objective_of(case.algorithm)[2],
-        windows=Windows(items, lambda step: list(DRAWN[step]), packing, ranks.rank, ranks.world),
+        objective=objective_of(case, ranks, items),
+        windows=Windows(items, lambda step: list(DRAWN[step]), packing_of(case, packing), ranks.rank, ranks.world),
         evaluate=nothing,
         export=nothing,
         train=tiny.train_settings(),
@@ -133,8 +171,13 @@ def run(job: Job) -> dict:
         interval = Interval(Tally())
         assert loop.one_step(job, step, interval) is None  # nothing that is not finite
         seen.append(interval.close(job.engine.ranks.all_sum)[0])
-    found = {name: [values[f"train/{name}"] for values in seen] for name in ("loss", "grad_norm")}
-    return {**found, "weights": job.engine.state_dict()}
+    norms = [values["train/grad_norm"] for values in seen]
+    return {"loss": [minimised(values) for values in seen], "grad_norm": norms, "weights": job.engine.state_dict()}
+
+
+def minimised(values: dict[str, float]) -> float:
+    """The number whose gradient was taken, as it was logged: one mean, or two of semi-offline RL with its weight 5."""
+    return 5.0 * values["loss/rl"] + values["loss/mle"] if "loss/rl" in values else values["train/loss"]
 
 
 def steps(case: Case, zero: str, packing: Packing, folder: Path) -> dict:

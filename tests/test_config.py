@@ -331,3 +331,11 @@ def test_a_resolved_configuration_resolves_to_itself(tmp_path: Path):
 )
 def test_what_a_recipe_says_of_new_models_is_for_new_models(words: list[str], rate: float):
     assert resolve(["stage=sft", "recipe=demo", *words]).settings.optimizer.learning_rate == rate
+
+
+def test_what_a_recipe_says_of_its_algorithm_is_for_its_algorithm():
+    """A comparison runs a recipe with other algorithms, which have other settings."""
+    own = resolve(["stage=rl", "recipe=questions"]).settings.algorithm.settings
+    other = resolve(["stage=rl", "recipe=questions", "algo=reinforce", "algorithm.settings.samples=2"]).settings
+    assert own["rl_weight"] == 4.0
+    assert other.algorithm.settings == {"samples": 2, "baseline": "leave_one_out"} and other.static == "worst"

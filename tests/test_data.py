@@ -49,7 +49,7 @@ def test_the_budget_holds_with_padding(packing: Packing, seed: int) -> None:
     for indices in group(items, range(40), packing, 3):
         batch = collate(items, indices, packing)
         read = batch.input_ids.numel() + (batch.response_ids.numel() if packing.apart else 0)
-        assert not indices or read == padded_tokens([items[i] for i in indices], packing.apart) <= 60
+        assert not indices or read == padded_tokens([items[i] for i in indices], packing) <= 60
 
 
 def test_a_budget_is_used() -> None:

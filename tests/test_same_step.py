@@ -24,7 +24,7 @@ from pipeline.data import Packing, collate
 from pipeline.engine import Engine
 from pipeline.policy import Policy
 from pipeline.records import Item
-from tests import same_step, tiny
+from tests import masked, same_step, tiny
 from tests.same_step import DRAWN, STAGES
 
 NAMES = list(same_step.cases())
@@ -59,8 +59,47 @@ def pair_loss(name: str, chosen: Tensor, rejected: Tensor, numbers: dict[str, fl
     return ((chosen - numbers["chosen_reward"]) ** 2 + (rejected - numbers["rejected_reward"]) ** 2) / 2
 
 
-def item_loss(name: str, model: nn.Module, item: Item) -> tuple[Tensor, int]:
-    """The loss of one item, and what it counts for in the mean."""
+def inverse(probabilities: Tensor, throws: Tensor) -> list[list[int]]:
+    """For each position (M, V) and each of its throws (M, n) the first id whose cumulative probability exceeds it."""
+    sums = probabilities.double().cumsum(-1)
+    return [[int((row > u).nonzero()[0]) for u in us] for row, us in zip(sums, throws.tolist(), strict=True)]
+
+
+def masked_loss(case: same_step.Case, model: nn.Module, item: Item, step: int) -> tuple[Tensor, Tensor]:
+    """5 L_RL and L_MLE of one row alone, and what they count for: a sequence, and its tokens.
+
+    Masks, throws and the choice among two static responses are read off a batch of this row alone; all else is here.
+    """
+    packing = same_step.packing_of(case, Packing(1, None, False, tiny.PAD_ID))
+    batch = collate([item], [0], packing, step)
+    given, reference = batch.static, item.rows[0]
+    logps = masked.own_logits(model, reference, masked.hidden_of(batch)[0]).log_softmax(-1)
+    nll = -logps[range(len(logps)), list(reference.response_ids)]
+    mle = (0.9 * nll - 0.1 * logps.mean(-1)).sum()
+    counts = torch.tensor([1.0, len(nll)])
+
+    places = given.hidden[0].nonzero().flatten().tolist()
+    if not places:
+        return torch.stack([mle * 0, mle]), counts
+    ids = given.ids[0].tolist()
+    logits = masked.own_logits(model, replace(reference, response_ids=tuple(ids)), given.hidden[0])[places]
+    allowed = logits.masked_fill(masked.words().special, -torch.inf).log_softmax(-1)  # (M, V)
+    drawn = inverse(allowed.detach().exp(), given.uniforms)
+    rewards, sums = [], []
+    for i in range(5):
+        put = dict(zip(places, (row[i] for row in drawn), strict=True))
+        text = masked.encoder().decode([put.get(t, token) for t, token in enumerate(ids)])
+        rewards.append(masked.overlap(text, item.example.references[0]))
+        sums.append(sum(allowed[m, row[i]] for m, row in enumerate(drawn)))
+    mean = sum(rewards) / 5
+    told = sum((reward - mean) * total for reward, total in zip(rewards, sums, strict=True))
+    return torch.stack([-5.0 * told / len(places), mle]), counts
+
+
+def item_loss(name: str, model: nn.Module, item: Item, step: int = 0) -> tuple[Tensor, int | Tensor]:
+    """The loss of one item, and what it counts for in the mean; of a sum of two means both."""
+    if same_step.cases()[name].masked:
+        return masked_loss(same_step.cases()[name], model, item, step)
     if same_step.cases()[name].pairs:
         ids = [torch.tensor([row.prompt_ids + row.response_ids]) for row in item.rows]
         chosen, rejected = (model(input_ids=row).logits[0, 0] for row in ids)
@@ -70,17 +109,20 @@ def item_loss(name: str, model: nn.Module, item: Item) -> tuple[Tensor, int]:
     return found, len(nll) if name == "supervised" else 1
 
 
-def exact(losses: Sequence[tuple[Tensor, int]]) -> Tensor:
-    return sum(loss for loss, _ in losses) / sum(count for _, count in losses)
+Losses = Sequence[tuple[Tensor, int | Tensor]]
 
 
-def mean_of_means(losses: Sequence[tuple[Tensor, int]]) -> Tensor:
+def exact(losses: Losses) -> Tensor:
+    return (sum(loss for loss, _ in losses) / sum(count for _, count in losses)).sum()
+
+
+def mean_of_means(losses: Losses) -> Tensor:
     """What a loop does that averages each micro-batch, here of at most 2 items, and then the averages."""
     cuts = [losses[start : start + 2] for start in range(0, len(losses), 2)]
     return sum(exact(cut) for cut in cuts) / len(cuts)
 
 
-def by_hand(name: str, mean: Callable[[Sequence[tuple[Tensor, int]]], Tensor] = exact) -> dict:
+def by_hand(name: str, mean: Callable[[Losses], Tensor] = exact) -> dict:
     """The losses, gradient norms and weights of the steps on DRAWN."""
     case = same_step.cases()[name]
     model, items = same_step.model(case), same_step.items_of(case)
@@ -91,9 +133,9 @@ def by_hand(name: str, mean: Callable[[Sequence[tuple[Tensor, int]]], Tensor] = 
         lr=0.05, betas=(0.9, 0.95), eps=1.0,
     )  # fmt: skip
     found = {"loss": [], "grad_norm": []}
-    for drawn in DRAWN:
+    for step, drawn in enumerate(DRAWN):
         optimizer.zero_grad()
-        loss = mean([item_loss(name, model, items[i]) for i in drawn])
+        loss = mean([item_loss(name, model, items[i], step) for i in drawn])
         loss.backward()
         found["loss"].append(float(loss))
         squares = sum(float(p.grad.double().square().sum()) for p in model.parameters())

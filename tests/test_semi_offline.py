@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipeline.algorithms import semi_offline
-from pipeline.algorithms.functional import Drawn, draw_tokens, group_advantages
+from pipeline.algorithms.functional import Drawn, draw_tokens, group_advantages, smoothed_logps
 from pipeline.algorithms.functional import reduce as reduced
 from pipeline.records import Batch, Static
 
@@ -146,6 +146,13 @@ def test_length_penalty_and_weight() -> None:
     assert float(weighted) == pytest.approx(-8.75)
 
 
+def test_one_hidden_token_is_divided_by_one() -> None:
+    """Logits (2, 1, 0, -1), drawn 0, 1, 0, 2: -(.5 * 2 + 0 * 1 - .25 * 2 - .25 * 0) / 1 = -.5."""
+    given = batch(torch.tensor([REWARDS], dtype=torch.float64), torch.tensor([[False, True, False]]))
+    logits = golden_logits()[:1]
+    assert float(rl_loss(logits.gather(1, torch.tensor(IDS[:1])), given)) == pytest.approx(-0.5)
+
+
 def test_nothing_hidden_gives_nothing() -> None:
     given = batch(torch.tensor([REWARDS, REWARDS]), torch.tensor([[False, False], [True, False]]))
     logits = torch.randn(1, 4, dtype=torch.float64, requires_grad=True)
@@ -229,3 +236,36 @@ def test_gradient_touches_the_drawn_logits_alone(chunks: int) -> None:
     torch.testing.assert_close(logits.grad, wanted, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(logits.grad.sum(1), torch.zeros(5), atol=1e-6, rtol=0)
     assert Drawn(*drawn).ids.shape == (5, 4)
+
+
+@pytest.mark.parametrize("chunks", [1, 3, 8])  # 8: more slices than rows
+def test_smoothed_logps(chunks: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    head = torch.nn.Linear(4, 11)
+    hidden = torch.randn(5, 4, generator=generator, requires_grad=True)
+    targets = torch.randint(11, (5,), generator=generator)
+    weights, others = torch.randn(5, generator=generator), torch.randn(5, generator=generator)
+    logps, means = smoothed_logps(hidden, head, targets, chunks)
+    found = torch.autograd.grad((weights * logps + others * means).sum(), [hidden, *head.parameters()])
+    every = torch.log(head(hidden).exp() / head(hidden).exp().sum(1, keepdim=True))
+    naive, mean = every[range(5), targets], every.sum(1) / 11
+    torch.testing.assert_close(logps, naive)
+    torch.testing.assert_close(means, mean)
+    wanted = torch.autograd.grad((weights * naive + others * mean).sum(), [hidden, *head.parameters()])
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunks", [3, 8])
+def test_slices_change_no_draw(chunks: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    head, forbidden = torch.nn.Linear(4, 50), torch.arange(50) < 3
+    hidden = torch.randn(5, 4, generator=generator, requires_grad=True)
+    throws, weights = torch.rand(5, 7, generator=generator), torch.randn(5, 7, generator=generator)
+    found = [draw_tokens(hidden, head, throws, forbidden, count) for count in (1, chunks)]
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    parameters = [hidden, *head.parameters()]
+    both = [torch.autograd.grad((weights * drawn.logp).sum(), parameters) for drawn in found]
+    for ours, theirs in zip(*both, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)

@@ -123,7 +123,7 @@ def draw_tokens(hidden: Tensor, head: Head, uniforms: Tensor, forbidden: Tensor,
             with torch.no_grad():
                 drawn = _draw(head(rows), throws, forbidden)
             logits = checkpoint(_gathered, rows, head, drawn.ids, use_reentrant=False)
-            parts.append(drawn._replace(logp=drawn.logp + logits - logits.detach()))
+            parts.append(drawn._replace(logp=drawn.logp + (logits - logits.detach())))
         else:
             parts.append(_draw(head(rows), throws, forbidden))
     return Drawn(*(torch.cat(values) for values in zip(*parts, strict=True)))
@@ -144,9 +144,11 @@ def _draw(logits: Tensor, throws: Tensor, forbidden: Tensor) -> Drawn:
         last = sums[:, -1:]
         points = torch.minimum(throws * last, torch.nextafter(last, torch.zeros_like(last)))
         ids = torch.searchsorted(sums, points, right=True)  # the first id whose sum exceeds the point
+        greedy = allowed.argmax(-1)
+        ids = torch.where(forbidden[ids], greedy[:, None], ids)  # sums of a GPU may fall by a rounding
         normaliser = logits.gather(1, ids) - logps.gather(1, ids)
         entropy = -torch.where(forbidden, 0.0, shares * logps).sum(-1)
-    return Drawn(logits.gather(1, ids) - normaliser, ids, allowed.argmax(-1), entropy)
+    return Drawn(logits.gather(1, ids) - normaliser, ids, greedy, entropy)
 
 
 @torch.no_grad()

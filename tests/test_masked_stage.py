@@ -1,0 +1,136 @@
+"""Masked fine-tuning and semi-offline RL for real, on tiny models: what is logged and kept, that it resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from pipeline.records import PreemptedError
+from tests.test_stages import SHORT, SMALL_TRAIN, TINY, rows, run, train
+
+SHAPES = ("llama", "t5")
+SFT = ["masking.rate=0.4", "masking.plain=0.1", "max_steps=2", "learning_rate=1e-3"]
+RL = ["algo=semi_offline", "static=reference", "algorithm.settings.samples=4", "rewards.normalise=none"]
+RL += ["learning_rate=1e-3", "batch_size=8", "eval.max_rows=4", *SHORT]
+# the reward's file ends the training where a file beside it says: after so many calls
+REWARD = """
+import os, signal
+from pathlib import Path
+
+def reward(prompts, completions, **columns):
+    left = Path(__file__).with_name("calls_left")
+    if left.exists():
+        left.write_text(str(int(left.read_text()) - 1))
+        if left.read_text() == "0":
+            os.kill(os.getpid(), signal.SIGTERM)
+    given = [set(texts[0].split()) for texts in columns["references"]]
+    return [len(set(text.split()) & words) / len(words) for text, words in zip(completions, given)]
+"""
+TAGS = {"train/loss", "loss/mle", "loss/rl", "reward/mean", "reward/std", "advantage/std", "objective/entropy"}
+TAGS |= {f"semi_offline/{name}" for name in ("mask_rate", "hidden_tokens", "nothing_hidden", "equal_rewards")}
+TAGS |= {f"semi_offline/{name}" for name in ("reward_spread", "own_tokens", "different_texts", "greedy_reward")}
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run's M-FT model, and a reward; t5 has one layer."""
+    folder = tmp_path_factory.mktemp(request.param)
+    (folder / "overlap.py").write_text(REWARD)
+    layers = [] if request.param == "llama" else ["model.scratch.num_layers=1"]
+    train("sft", folder, f"model.scratch.shape={request.param}", *layers, *SFT, *SHORT)
+    return folder
+
+
+def words(base: Path, name: str, *more: str) -> list[str]:
+    said = dict(
+        word.split("=", 1) for word in [*SMALL_TRAIN, *RL, f"reward={base / 'overlap.py'}", f"name={name}", *more]
+    )
+    return [f"{key}={value}" for key, value in said.items()]
+
+
+def learn(base: Path, name: str, *more: str) -> list[dict]:
+    """The metrics of one RL stage."""
+    run("rl", base, *words(base, name, *more))
+    return rows(base / "default" / "rl" / name / "metrics.jsonl")
+
+
+def numbers(lines: list[dict]) -> list[dict]:
+    """What is the same in every run: all but times."""
+    return [{tag: value for tag, value in line.items() if not tag.startswith(("perf/", "time"))} for line in lines]
+
+
+def test_masked_fine_tuning(base: Path) -> None:
+    lines = rows(base / "default" / "sft" / "metrics.jsonl")
+    assert lines[0]["eval/loss"] != lines[0]["eval/masked_loss"]
+    assert lines[-1]["eval/masked_loss"] < lines[0]["eval/masked_loss"]
+    tokenizer = json.loads((base / "default" / "sft" / "model" / "tokenizer_config.json").read_text())
+    assert tokenizer["mask_token"] == "<mask>"
+
+
+def test_semi_offline_rl(base: Path) -> None:
+    lines = learn(base, "plain", "max_steps=2")
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    for line in lines[1:]:
+        assert line.keys() >= TAGS
+        assert line["train/grad_norm"] > 0 and line["loss/mle"] == pytest.approx(line["train/loss"])  # not smoothed
+        assert 0.2 < line["semi_offline/mask_rate"] < 0.7
+        assert 0 < line["reward/mean"] < 1 and line["reward/std"] > 0  # kept words are the reference's
+    sft = rows(base / "default" / "sft" / "metrics.jsonl")[-1]
+    for line in (lines[0], lines[-1]):
+        assert line.keys() >= {"eval/loss", "eval/masked_loss", "eval/reward/mean"}
+        assert line["eval/loss"] == pytest.approx(sft["eval/loss"], rel=0.2)
+    table = rows(base / "default" / "rl" / "plain" / "samples" / "step-000002.jsonl")
+    found = [row for row in table if "static" in row]
+    assert len(found) == 2
+    for row in found:
+        rewards = [one["reward"] for one in row["compositions"]]
+        assert len(rewards) <= 4 and rewards == sorted(rewards, reverse=True)
+        assert row["greedy"]["text"] and isinstance(row["praised"], list) and isinstance(row["blamed"], list)
+        assert any(hidden for _, hidden in row["static"]["parts"])
+    results = json.loads((base / "default" / "rl" / "plain" / "results.json").read_text())
+    assert results["steps"] == 2 and "eval/reward/mean" in results
+
+
+def test_stopped_and_started_again(base: Path) -> None:
+    """Four steps, and two and two: SIGTERM comes from the reward, in the third step's one call."""
+    whole = learn(base, "whole", "max_steps=4", "save_steps=4", "shuffle_rewards=true", "train.keep=last")
+    left = base / "calls_left"
+    left.write_text(str(2 + 3))  # two in the first evaluation, one in each step
+    with pytest.raises(PreemptedError, match="after step 3 of 4"):
+        learn(base, "parts", "max_steps=4", "save_steps=4", "shuffle_rewards=true", "train.keep=last")
+    left.unlink()
+    parts = learn(base, "parts", "max_steps=4", "save_steps=4", "shuffle_rewards=true", "train.keep=last")
+    assert numbers(parts) == numbers(whole)
+    weights = [load_file(base / "default" / "rl" / name / "model" / "model.safetensors") for name in ("whole", "parts")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all((tensor == weights[1][name]).all() for name, tensor in weights[0].items())
+
+
+def test_reinforce(base: Path) -> None:
+    lines = learn(base, "reinforce", "algo=reinforce", "max_steps=2", "generation.max_new_tokens=6")
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert all(line["train/grad_norm"] >= 0 and "reward/mean" in line for line in lines[1:])
+
+
+@pytest.mark.parametrize("base", ["llama"], indirect=True)
+def test_two_ranks_learn_as_one(base: Path) -> None:
+    one = learn(base, "one", "max_steps=2", "max_tokens=300")
+    mine = [word.replace("RUNS", str(base)) for word in TINY]
+    command = [sys.executable, "-m", "stages", "stage=rl", *mine, *words(base, "two", "max_steps=2", "max_tokens=300")]
+    command += ["gpus=2", "zero=zero2", "launch.launcher=torchrun"]
+    made = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False, timeout=300
+    )
+    assert made.returncode == 0, made.stderr[-2000:]
+    two = rows(base / "default" / "rl" / "two" / "metrics.jsonl")
+    for first, second in zip(one, two, strict=True):
+        assert second.keys() == first.keys()
+        for tag in ("train/loss", "loss/rl", "reward/mean", "train/grad_norm", "eval/loss", "eval/masked_loss"):
+            if tag in first:
+                assert second[tag] == pytest.approx(first[tag], rel=5e-5, abs=1e-6), (first["step"], tag)
