@@ -7,26 +7,11 @@ held-out beside trained. A tag that no entry names still gets a plain chart.
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from typing import NamedTuple
 
-from pipeline.glossary import ORACLE
+from pipeline.chart_masking import MASKING
+from pipeline.glossary import ORACLE, Chart
 
 REST = "Other measurements"  # the group of charts that no entry of CHARTS describes
-
-
-class Chart(NamedTuple):
-    """One small picture: curves of `tags` over steps, with a caption for someone who has not read the paper."""
-
-    group: str
-    title: str
-    tags: tuple[str, ...]
-    caption: str
-    rule: str = ""  # the quantity of pipeline/health.py whose limits are drawn, and whose verdict stands below
-    marks: tuple[tuple[float, str], ...] = ()  # horizontal lines: (value, words)
-    baselines: tuple[tuple[str, str], ...] = ()  # horizontal lines at a tag's last value: (tag, words)
-    axis: tuple[float | None, float | None] = (None, None)  # fixed ends of the vertical axis
-    stages: tuple[str, ...] = ("sft", "reward", "rl", "score", "generate", "evaluate")
-
 
 CHARTS = (
     Chart(
@@ -42,8 +27,8 @@ CHARTS = (
         "Learning",
         "Loss",
         ("train/loss",),
-        "The weighted loss that the optimizer lowers. Its weights change with the data drawn and with the policy, so "
-        "its level says little here: judge by the rewards.",
+        "Of the rows trained on, and of held-out ones. Most methods weight it, and the weights change with the data "
+        "drawn and with the policy, so its level says little here: judge by the rewards.",
         stages=("rl",),
     ),
     Chart(
@@ -98,7 +83,8 @@ CHARTS = (
         "Reward",
         ("reward/mean",),
         "The number the policy is trained to raise: the weighted sum of the rewards. On logged data it describes the "
-        "rows drawn; the held-out curve, of the policy's own responses, is the one that should rise.",
+        "rows drawn, in semi-offline RL the compositions; the held-out curve, of the policy's own responses, is the "
+        "one that should rise.",
     ),
     Chart(
         "Rewards",
@@ -128,6 +114,7 @@ CHARTS = (
         rule="length_correlation",
         axis=(-1.0, 1.0),
     ),
+    *MASKING,
     Chart(
         "Ratio to the reference",
         "Probability ratio",
@@ -165,8 +152,9 @@ CHARTS = (
     Chart(
         "Advantage and value",
         "Advantage",
-        ("advantage/mean",),
-        "Reward minus what was expected for the prompt: how much better than usual the responses learned from are.",
+        ("advantage/mean", "advantage/std"),
+        "Reward minus what was expected for the prompt: how much better than usual the responses learned from are, and "
+        "how far they differ. Without differences nothing is learned.",
         marks=((0.0, "as expected"),),
     ),
     Chart(
@@ -216,6 +204,13 @@ CHARTS = (
         ("completions/mean_length",),
         "Mean length of the responses in words. Rewards often have a taste for length: watch it beside them.",
         rule="length",
+        axis=(0.0, None),
+    ),
+    Chart(
+        "Completions",
+        "Length in tokens",
+        ("completions/mean_tokens",),
+        "Mean length of the responses in tokens, that of the end included.",
         axis=(0.0, None),
     ),
     Chart(
@@ -293,7 +288,8 @@ def charts_for(stage: str, tags: list[str]) -> list[tuple[Chart, list[str]]]:
         patterns = [p for tag in chart.tags for p in (tag, held_out(tag))]
         own = [tag for pattern in patterns for tag in left if fnmatchcase(tag, pattern)]
         if own and stage in chart.stages:
-            drawn.append((chart, list(dict.fromkeys(own))))
+            beside = [tag for tag in chart.beside if tag in tags]
+            drawn.append((chart, list(dict.fromkeys([*own, *beside]))))
             left = [tag for tag in left if tag not in own]
     used_as_lines = {tag for chart, _ in drawn for tag, _ in chart.baselines}
     rest = sorted(tag for tag in left if tag not in used_as_lines)

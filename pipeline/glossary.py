@@ -1,4 +1,4 @@
-"""What final numbers mean, in plain words, and the nouns of the rules that judge them."""
+"""What final numbers mean, in plain words; the nouns of the rules that judge them, and of the charts."""
 
 from __future__ import annotations
 
@@ -35,6 +35,21 @@ class Metric(NamedTuple):
     label: str
     better: int  # +1: higher is better; -1: lower; 0: neither
     note: str
+
+
+class Chart(NamedTuple):
+    """One small picture: curves of `tags` over steps, with a caption for someone who has not read the paper."""
+
+    group: str
+    title: str
+    tags: tuple[str, ...]
+    caption: str
+    rule: str = ""  # the quantity of pipeline/health.py whose limits are drawn, and whose verdict stands below
+    marks: tuple[tuple[float, str], ...] = ()  # horizontal lines: (value, words)
+    baselines: tuple[tuple[str, str], ...] = ()  # horizontal lines at a tag's last value: (tag, words)
+    axis: tuple[float | None, float | None] = (None, None)  # fixed ends of the vertical axis
+    beside: tuple[str, ...] = ()  # tags of other charts that are drawn here too
+    stages: tuple[str, ...] = ("sft", "reward", "rl", "score", "generate", "evaluate")
 
 
 ORACLE = "rewards/oracle:*/mean"  # the tag of the true quality, known in the embedded task only
@@ -77,6 +92,7 @@ FINAL = {
     "eval/rewards/*/mean": "held-out {}",
     "eval/loss": "held-out loss",
     "eval/perplexity": "held-out perplexity",
+    "eval/masked_loss": "held-out loss, inputs masked",
     "eval/accuracy": "held-out accuracy",
     "eval/length_accuracy": "accuracy of length alone",
     "eval/completions/mean_length": "words per response",

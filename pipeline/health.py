@@ -1,4 +1,4 @@
-"""Whether a number is healthy: the rules of rules_responses.py and rules_training.py applied to readings of a run.
+"""Whether a number is healthy: the rules of the files rules_*.py applied to readings of a run.
 
 A rule judges one quantity, a number that pipeline/readings.py takes from a run. The charts draw the same limits.
 """
@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from pipeline.glossary import FINE, LOOK, TROUBLE, Limit, Rule
+from pipeline.rules_masking import MASKING
 from pipeline.rules_responses import RESPONSES
 from pipeline.rules_training import TRAINING
 
-RULES: Mapping[str, Rule] = {**RESPONSES, **TRAINING}  # by quantity, in the order in which they are told
+RULES: Mapping[str, Rule] = {**RESPONSES, **TRAINING, **MASKING}  # by quantity, in the order in which they are told
 LEVELS = (TROUBLE, LOOK, FINE)  # gravest first
 
 

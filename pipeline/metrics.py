@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -19,12 +18,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline import starts
+from pipeline import markdown, starts
 from pipeline.records import UserError
 
 DIGITS = 6  # significant digits in metrics.jsonl
 PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal to draw a bar on
-TABLE_ROWS, TABLE_CHARACTERS = 16, 600  # of a sample table in TensorBoard; the file keeps everything
 # TensorBoard's tab "Custom scalars": group -> chart -> patterns of tags, which it matches as regular expressions
 LAYOUT = {
     group: {title: ["Multiline", tags] for title, tags in charts.items()}
@@ -52,7 +50,16 @@ LAYOUT = {
             "variety, repetition (at most 0.2)": ["^(eval/)?completions/(distinct_2|repetition)$"],
             "correlation of reward and length": ["^eval/(reward|rewards/[^/]+)/length_correlation$"],
         },
-        "5 The machine": {
+        "5 Hidden tokens (share hidden: at most 0.5; texts that differ: from 0.25)": {
+            "reward of compositions, of the greedy one, of real decoding": [
+                "^semi_offline/greedy_reward$",
+                "^(eval/)?reward/mean$",
+            ],
+            "share hidden; rows with nothing hidden": ["^semi_offline/(mask_rate|nothing_hidden)$"],
+            "rows of equal rewards; texts that differ": ["^semi_offline/(equal_rewards|different_texts)$"],
+            "held-out loss, inputs whole and masked": ["^eval/(masked_)?loss$"],
+        },
+        "6 The machine": {
             "gradient norm": ["^train/grad_norm$"],
             "learning rate": ["^train/learning_rate$"],
             "tokens per second": ["^perf/tokens_per_second$"],
@@ -119,11 +126,12 @@ class RunLog:
             self._board.add_histogram(tag, flat.numpy(), step)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, object]]) -> None:
-        """samples/step-N.jsonl with every row, and the first rows as a table in TensorBoard."""
+        """samples/step-N.jsonl with every row, and the first rows to read in TensorBoard."""
         if not self.enabled or not rows:
             return
         write_jsonl(self._directory / "samples" / f"step-{step:06d}.jsonl", rows)
-        self._board.add_text("samples", _markdown_table(rows[:TABLE_ROWS]), step)
+        for name, text in markdown.pages([flatten(row) for row in rows]).items():
+            self._board.add_text(name, text, step)
 
     def finish(self, results: Mapping[str, object]) -> None:
         """results.json, after which the stage is done; before it, in TensorBoard, the same numbers as results/<tag>."""
@@ -271,19 +279,3 @@ def _jsonable(value: object) -> object:
     if isinstance(value, (list, tuple)):
         return [_jsonable(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _markdown_table(rows: Sequence[Mapping[str, object]]) -> str:
-    flat = [flatten(row) for row in rows]
-    names = list(dict.fromkeys(name for row in flat for name in row))
-    lines = [names, ["---"] * len(names)] + [[_markdown(row.get(name, "")) for name in names] for row in flat]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _markdown(value: object) -> str:
-    """One table cell: plain text, whatever marks it holds."""
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    text = text if len(text) <= TABLE_CHARACTERS else text[:TABLE_CHARACTERS] + " ..."
-    text = re.sub(r"([\\`*_{}\[\]~])", r"\\\1", text)
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("|", "&#124;")
-    return text.replace("\r", "").replace("\n", "<br>")

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 CSS = """
 :root{color-scheme:light dark;--paper:#fff;--ink:#1d242b;--soft:#5b6670;--line:#dfe3e7;--pale:#f6f7f9;--blue:#0067a3;
---good:#00704f;--bad:#b34700;--grave:#b3001b;--warn:#fdf3ec;--alarm:#fdecee;--fine:#edf7f2;--band:#e4f3ea;--word:#3c7a57;
+--good:#00704f;--bad:#b34700;--grave:#b3001b;--warn:#fdf3ec;--alarm:#fdecee;--fine:#edf7f2;--band:#e4f3ea;--chip:#fbe7b5;--word:#3c7a57;
 --c0:#0072b2;--c1:#d55e00;--c2:#009e73;--c3:#aa3f85;--c4:#b07d00;--c5:#3a9bd9;--c6:#444}
 @media screen and (prefers-color-scheme:dark){:root{--paper:#14181c;--ink:#e6e9ec;--soft:#a3adb6;--line:#333b43;
 --pale:#1f252b;--blue:#6cb8ee;--good:#4fc79a;--bad:#ff9a57;--grave:#ff7b88;--warn:#33241a;--alarm:#391d21;--fine:#17302a;
---band:#18332a;--word:#7fc4a0;--c0:#56b4e9;--c1:#ff8b3d;--c2:#2fcf9f;--c3:#e183bf;--c4:#e0b13a;--c5:#9ad0f5;--c6:#ccc}}
+--chip:#5a4715;--band:#18332a;--word:#7fc4a0;--c0:#56b4e9;--c1:#ff8b3d;--c2:#2fcf9f;--c3:#e183bf;--c4:#e0b13a;--c5:#9ad0f5;--c6:#ccc}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,
 Helvetica,Arial,sans-serif;-webkit-text-size-adjust:100%}
@@ -62,6 +62,11 @@ margin-top:.6rem;padding-top:.6rem;border-top:1px solid var(--line)}
 .pair>div{min-width:0}
 .who{font-size:.82rem;color:var(--soft);font-variant-numeric:tabular-nums;margin-bottom:.15rem}
 .who b{color:var(--ink)}
+mark{background:var(--chip);color:inherit;border-radius:3px;padding:0 .15em;margin:0 1px}
+.told{margin-top:.7rem}.rank{margin:.2rem 0}.rank td{font-size:.88rem;line-height:1.4;padding:.25rem .8rem .25rem 0}
+.rank td:nth-child(3){white-space:pre-wrap;overflow-wrap:anywhere;text-align:left;width:100%}
+.rank td:first-child{text-align:right;min-width:0;white-space:nowrap}
+.rank tr.greedy td{background:var(--pale)}
 details{margin:.6rem 0}summary{cursor:pointer;color:var(--blue);font-size:.9rem}
 pre{background:var(--pale);border-radius:5px;padding:.7rem .9rem;overflow-x:auto;font:12.5px/1.5 ui-monospace,
 SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;margin:.5rem 0;white-space:pre-wrap;overflow-wrap:anywhere}
@@ -100,6 +105,29 @@ class Answer(NamedTuple):
     reward: str
     parts: str
     text: str
+
+
+Parts = Sequence[tuple[str, bool]]  # a text in pieces: (piece, whether it is marked)
+
+
+class Ranked(NamedTuple):
+    """One of the texts made of one response, with its reward as text; `name` may be empty."""
+
+    reward: str
+    name: str
+    parts: Parts
+
+
+class Composed(NamedTuple):
+    """A response with hidden pieces, and what became of them; all numbers are text."""
+
+    prompt: str
+    reference: str
+    static: Parts
+    hidden: str  # how many tokens
+    words: str  # about all texts
+    texts: Sequence[Ranked]
+    credit: Sequence[tuple[str, Sequence[tuple[str, str, str]]]]  # of some tokens: (name, (token, instead of, credit))
 
 
 class Finding(NamedTuple):
@@ -215,3 +243,34 @@ def sample(prompt: str, answers: Sequence[Answer]) -> str:
         for one in answers
     )
     return f'<div class="sample"><div class="text soft">{escape(prompt)}</div><div class="pair">{cells}</div></div>\n'
+
+
+def composed(shown: Composed) -> str:
+    """A response with its hidden pieces marked above the texts that were made of it, and the tokens of most credit."""
+    rows = "".join(
+        f'<tr class="{escape(one.name) or "plain"}"><td>{escape(one.reward)}</td><td>{escape(one.name)}</td>'
+        f"<td>{marked(one.parts)}</td></tr>\n"
+        for one in shown.texts
+    )
+    said = "".join(_credits(name, tokens) for name, tokens in shown.credit)
+    return (
+        f'<div class="sample"><div class="text soft">{escape(shown.prompt)}</div><div class="pair">'
+        f'<div><div class="who"><b>static response</b> {escape(shown.hidden)}</div>'
+        f'<div class="text">{marked(shown.static)}</div></div>'
+        f'<div><div class="who"><b>reference</b></div><div class="text">{escape(shown.reference)}</div></div></div>'
+        f'<div class="who told">{escape(shown.words)}</div><table class="rank"><tbody>\n{rows}</tbody></table>'
+        f'<div class="pair">{said}</div></div>\n'
+    )
+
+
+def marked(parts: Parts) -> str:
+    """A text with some of its pieces marked."""
+    return "".join(f"<mark>{escape(text)}</mark>" if flag else escape(text) for text, flag in parts)
+
+
+def _credits(name: str, tokens: Sequence[tuple[str, str, str]]) -> str:
+    lines = "".join(
+        f"<mark>{escape(token)}</mark> {escape(credit)}, for <mark>{escape(other)}</mark>\n"
+        for token, other, credit in tokens
+    )
+    return f'<div><div class="who"><b>{escape(name)}</b></div><div class="text">{lines}</div></div>'

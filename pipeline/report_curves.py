@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from pipeline.chart_table import REST, Chart, charts_for
+from pipeline.chart_table import REST, charts_for
 from pipeline.charts import COLOURS, Curve, Picture, line_chart, number, thin
-from pipeline.glossary import FINE, START
+from pipeline.glossary import FINE, START, Chart
 from pipeline.health import RULES, Verdict, band, wanted
 from pipeline.page import Figure, Key, cell, figure, folded, grid, heading, headless_table, table
 from pipeline.readings import Series, head
 
 FOLDED = ("Speed", REST)  # groups behind a line to click on
-UNDRAWN = ("overfit", "grad_spike", "best_step")  # judged against the curve's own shape: no range of the axis
+# judged against the curve's own shape, or against another curve: no range of the axis
+UNDRAWN = ("overfit", "grad_spike", "best_step", "masked_start", "masked_end", "carried_over")
 TWIN_ROWS = 8  # of a chart's numbers as a table
 
 

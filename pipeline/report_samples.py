@@ -1,4 +1,4 @@
-"""Prompts with every policy's response side by side, and what the rewards gave them."""
+"""Prompts with every policy's response side by side, and what the rewards gave them; RL's compositions below them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from pipeline import page
 from pipeline.charts import MINUS, number
 from pipeline.records import UserError
+from pipeline.report_compositions import show_compositions
 from pipeline.report_stages import json_object
 
 SAMPLES = 8
@@ -15,6 +16,12 @@ Answers = Mapping[str, Mapping]  # policy -> row of a samples file
 
 
 def show_samples(run_dir: Path, policies: Sequence[str]) -> str:
+    """Responses to a few prompts, and what RL made of some static responses; nothing where there are neither."""
+    shown = show_responses(run_dir, policies) + show_compositions(run_dir)
+    return page.heading(2, "Samples", "samples") + shown if shown else ""
+
+
+def show_responses(run_dir: Path, policies: Sequence[str]) -> str:
     """A few prompts, evenly spaced from the largest gain in reward to the largest loss; nothing where there are none.
 
     The evaluation's samples, in the order of `policies`; before there are any, those that RL took at its first and at
@@ -35,7 +42,7 @@ def show_samples(run_dir: Path, policies: Sequence[str]) -> str:
     chosen = [ranked[round(i * (len(ranked) - 1) / max(1, count - 1))] for i in range(count)]
     words = f"{count} of {len(ranked)} {source}, evenly spaced from the largest gain in reward to the largest loss."
     shown = "".join(page.sample(_prompt(answers), _responses(answers)) for answers in chosen)
-    return page.heading(2, "Samples", "samples") + page.paragraph(words) + shown
+    return page.paragraph(words) + shown
 
 
 def _ranked(rows: Sequence[Mapping], names: Sequence[str]) -> list[Answers]:
@@ -48,9 +55,12 @@ def _ranked(rows: Sequence[Mapping], names: Sequence[str]) -> list[Answers]:
 
 
 def _rows(path: Path, more: Mapping[str, str]) -> list[dict]:
+    """The responses in a samples file, each with `more`."""
     rows = []
     for place, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
         row = {**json_object(line, f"{path}:{place}"), **more}
+        if "compositions" in row:
+            continue
         missing = [key for key in ("policy", "id", "prompt", "response") if key not in row]
         if missing:
             raise UserError(f"{path}:{place}: no '{missing[0]}' in the row; run the stage again")

@@ -338,7 +338,7 @@ class GpuSettings(Section):
 
 
 class Bench(Training):
-    parts: list[Literal["steps", "loop", "memory", "rouge", "startup", "peers"]]
+    parts: list[Literal["steps", "semi_offline", "loop", "memory", "rouge", "startup", "peers"]]
     rounds: Count
     steps: Count
     clock: Literal["wall", "cpu"]

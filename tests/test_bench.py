@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from pipeline import engine
-from pipeline.bench import bare, bed, first_step, memory, overlap, peers, startup, steps
+from pipeline.bench import bare, bed, first_step, memory, overlap, peers, semi_offline, semi_parts, startup, steps
+from pipeline.bench.long_rows import Sizes, long_bed
 from pipeline.bench.measure import Goal, Plan, Result, alternate, compared, peak, peak_megabytes, table
 from pipeline.layers import resolve
 from pipeline.records import UserError
@@ -31,6 +32,8 @@ TOY = [
     "model.scratch.num_heads=2",
     "model.scratch.vocab_size=400",
 ]
+
+SIZES = Sizes("assistant", 40, 24, 12, 4, 400, hidden_size=16, num_heads=2, num_layers={"t5": 1, "llama": 1})
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +141,40 @@ def test_steps(ground: bed.Bed) -> None:
     time, space = steps.measure(ground)
     assert math.isfinite(time.ratio) and time.goal.limit == 1.05
     assert space.ours > 0 and space.ratio < 1.1  # toy rows: the statistics weigh more than in earnest
+
+
+def test_long_rows_are_as_long_as_asked(ground: bed.Bed) -> None:
+    long = long_bed(ground, SIZES, "t5")
+    for item in long.singles:
+        (row,), (static,) = item.rows, item.statics
+        assert (len(row.prompt_ids), len(row.response_ids), len(static.response_ids)) == (24, 12, 12)
+        assert row.prompt_ids == static.prompt_ids and row.response_ids[:6] == static.response_ids[:6]
+        assert item.example.references == (long.encoder.decode(row.response_ids),)
+
+
+@pytest.mark.parametrize("shape", ["t5", "llama"])
+def test_the_step_taken_apart_is_the_loops(ground: bed.Bed, shape: str) -> None:
+    long = long_bed(ground, SIZES, shape)
+    apart, whole = (semi_offline.semi_job(long, bed.new_engine(long, bed.new_policy(long)), 4) for _ in range(2))
+    watch = semi_parts.Watch("wall")
+    totals = semi_parts.one_step(apart, 0, watch)
+    (batch,) = whole.job.windows.at(0)
+    expected, _ = whole.job.objective.loss(whole.job.objective.ask(whole.job.engine, batch), batch)
+    torch.testing.assert_close(totals, expected.detach())
+    assert len(watch.seconds) == 9 and min(watch.seconds.values()) > 0
+
+
+def test_semi_offline(ground: bed.Bed) -> None:
+    found = {line.name.split(", ", 1)[1]: line for line in semi_offline.measure(ground, SIZES)}
+    for n in (4, 16, 64):
+        assert found[f"semi-offline step, n = {n} / M-FT step"].ratio > 0
+        assert found[f"semi-offline step, n = {n}: policy forwards"].ours == 1
+    # 12 tokens of 4 x 8 texts at once, then these in micro-batches of 4
+    assert found["REINFORCE step, n = 8: policy forwards"].ours == 12 + 8
+    shares = [
+        line.ratio for name, line in found.items() if name.startswith("semi-offline step, n = 64: ") and line.ratio
+    ]
+    assert len(shares) == 9 and sum(shares) == pytest.approx(1.0)
 
 
 def test_loop(ground: bed.Bed) -> None:

@@ -6,7 +6,8 @@ import pytest
 
 from pipeline.glossary import FINE, LOOK, TROUBLE
 from pipeline.health import LEVELS, RULES, Reading, band, judge, wanted
-from pipeline.readings import of_policies, of_stage, series_of
+from pipeline.readings import of_policies, series_of
+from pipeline.readings_stage import of_stage
 
 
 def level(quantity: str, value: float) -> str:
@@ -38,6 +39,13 @@ THRESHOLDS = {
     "grad_spike": [(5.0, FINE), (5.1, LOOK), (20.0, LOOK), (20.1, TROUBLE)],
     "non_finite": [(0.0, FINE), (0.001, LOOK), (0.01, LOOK), (0.011, TROUBLE)],
     "data_cut": [(0.05, FINE), (0.06, LOOK)],
+    "masked_start": [(1.0, FINE), (1.1, LOOK)],
+    "masked_end": [(1.0, FINE), (1.1, LOOK)],
+    "mask_rate": [(0.5, FINE), (0.51, LOOK)],
+    "nothing_hidden": [(0.1, FINE), (0.11, LOOK)],
+    "equal_rewards": [(0.5, FINE), (0.51, LOOK), (0.9, LOOK), (0.91, TROUBLE)],
+    "different_texts": [(0.24, LOOK), (0.25, FINE)],
+    "carried_over": [(-2.1, TROUBLE), (-2.0, FINE)],
 }
 
 
@@ -124,6 +132,34 @@ def test_curves_of_rl():
     assert values == pytest.approx({**expected, "clip": 0.75, "ess": 0.5})
     assert found["clip"].text == "75% (25% at the lower bound, 50% at the upper bound)"
     assert judge("value_r2", found["value_r2"]).words.startswith("the head knows little more than the mean")
+
+
+def masked_rows(*decoded: float) -> list[dict]:
+    """Greedy compositions rise from 0.1 to 0.5; the decoded responses' rewards are given, of standard error 0.03."""
+    looks = [
+        {"eval/reward/mean": reward, "eval/reward/se": 0.03, "eval/loss": 2.0, "eval/masked_loss": 3.5 - i}
+        for i, reward in enumerate(decoded)
+    ]
+    shares = {"mask_rate": 0.6, "nothing_hidden": 0.2, "equal_rewards": 0.75, "different_texts": 0.125}
+    shares = {f"semi_offline/{name}": value for name, value in shares.items()}
+    return [{"step": i, **shares, "semi_offline/greedy_reward": 0.1 + 0.4 * i, **look} for i, look in enumerate(looks)]
+
+
+def test_curves_of_hidden_tokens():
+    found = of_stage("rl", series_of(masked_rows(0.40, 0.25)), {}, {})
+    values = {quantity: reading.value for quantity, reading in found.items()}
+    # two errors of 0.03 give 0.0424 for a difference: -0.15 / 0.0424 = -3.54; at the start 3.5 - 2.0
+    shares = {"mask_rate": 0.6, "nothing_hidden": 0.2, "equal_rewards": 0.75, "different_texts": 0.125}
+    assert values == pytest.approx({**shares, "masked_start": 1.5, "carried_over": -3.5355}, rel=1e-4)
+    assert found["carried_over"].text == "greedy compositions 0.100 to 0.500, decoded responses 0.400 to 0.250"
+    assert found["masked_start"].text == "2.00 on whole inputs, 3.50 on masked ones"
+    assert of_stage("sft", series_of(masked_rows(0.4, 0.4)), {}, {})["masked_end"].value == pytest.approx(0.5)
+
+
+def test_compositions_that_do_not_gain_carry_nothing_over():
+    rows = [{**row, "semi_offline/greedy_reward": 0.5 - row["step"]} for row in masked_rows(0.4, 0.1)]
+    assert "carried_over" not in of_stage("rl", series_of(rows), {}, {})
+    assert "carried_over" not in of_stage("rl", series_of(masked_rows(0.4)), {}, {})
 
 
 def test_curves_of_a_reward_model():

@@ -172,6 +172,62 @@ def test_before_an_evaluation_the_samples_of_rl_are_shown(run_dir):
     assert "step 40 reward" not in html
 
 
+def composed(name: str, mean: float) -> dict:
+    """A row of the table of compositions, as pipeline/masked_table.py makes it."""
+    text = {"reward": mean, "text": "a <b>", "parts": [["a", False], [" <b>", True]]}
+    return {
+        "id": name,
+        "prompt": "Where?",
+        "reference": "here & there",
+        "static": {"text": "a mat", "parts": [["a", False], [" mat", True]]},
+        "samples": 64,
+        "mean": mean,
+        "greedy": {**text, "reward": 0.375},
+        "compositions": [{**text, "reward": 0.5}, {**text, "reward": 0.125}],
+        "praised": [{"token": " <b>", "instead_of": " mat", "credit": 0.25}],
+        "blamed": [],
+    }
+
+
+def test_compositions_stand_below_the_responses(run_dir):
+    responses = [{"id": "1", "prompt": "Why?", "response": "So.", "reward": 0.25}]
+    for step, mean in ((0, 0.125), (40, 0.5), (80, 0.25)):
+        rows = [*responses, *(composed(f"row {i}", mean) for i in range(5))]
+        write_rows(run_dir / "rl" / "samples" / f"step-{step:06d}.jsonl", rows)
+    html = build(run_dir).read_text(encoding="utf-8")
+    parsed(html)
+    shown = html[html.index("<h3>Compositions</h3>") : html.index('id="sft"')]
+    assert "Static responses of 5 rows trained on, at step 80" in shown and "2 more rows" in shown  # three stand open
+    assert "64 texts, mean reward 0.250; the best and the worst 2. At step 0: mean 0.125, greedy 0.375." in shown
+    assert "a<mark> mat</mark>" in shown and "a<mark> &lt;b&gt;</mark>" in shown and "here &amp; there" in shown
+    assert shown.index("<td>0.500</td>") < shown.index("<td>0.375</td><td>greedy</td>") < shown.index("<td>0.125</td>")
+    assert "<mark> &lt;b&gt;</mark> +0.250, for <mark> mat</mark>" in shown
+    (run_dir / "evaluate" / "samples" / "policies.jsonl").unlink()
+    html = build(run_dir).read_text(encoding="utf-8")  # compositions are no responses of RL's looks
+    assert html.index("<b>step 80 reward 0.250</b>") < html.index("<h3>Compositions</h3>")
+
+
+def test_compositions_of_named_stages_are_a_click_away_and_mistakes_name_their_line(run_dir):
+    path = run_dir / "rl" / "other" / "samples" / "step-000004.jsonl"
+    write_rows(path, [composed("row 1", 0.5)])
+    html = build(run_dir).read_text(encoding="utf-8")
+    assert "<summary>Compositions of other</summary>" in html and "At step" not in html  # one look has no earlier one
+    write_rows(path, [composed("row 1", 0.5), {"compositions": []}])
+    with pytest.raises(UserError, match=r"step-000004\.jsonl:2: no 'id' in the row; run the stage again"):
+        build(run_dir)
+
+
+def test_charts_of_hidden_tokens():
+    tags = ["semi_offline/greedy_reward", "reward/mean", "eval/reward/mean", "eval/loss", "eval/masked_loss"]
+    drawn = {chart.title: names for chart, names in charts_for("rl", tags)}
+    assert drawn["Compositions and decoded responses"] == ["semi_offline/greedy_reward", "eval/reward/mean"]
+    assert drawn["Reward"] == ["reward/mean", "eval/reward/mean"] and drawn["Loss"] == ["eval/loss"]
+    assert drawn["Held-out loss, inputs masked"] == ["eval/masked_loss", "eval/loss"]
+    rows = [{"step": i, **dict.fromkeys(tags, 0.5)} for i in (1, 2)]
+    parsed(show_curves("rl", series_of(rows), {}))
+    assert "Compositions and decoded responses" not in str(charts_for("rl", tags[1:]))
+
+
 def test_healthy_curves_bring_no_warning(tmp_path):
     write_rows(tmp_path / "sft" / "metrics.jsonl", [{"step": i, "train/loss": 1 / i} for i in range(1, 5)])
     html = build(tmp_path).read_text(encoding="utf-8")

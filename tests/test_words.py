@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.aliases import ALIASES, SWITCHES
+from pipeline.config import read_layer
 from pipeline.layers import CONTROL
 from pipeline.settings import STAGES
 from pipeline.validation import known_paths
@@ -27,7 +28,8 @@ def known() -> set[str]:
     named = {*ALIASES, *SWITCHES, *CONTROL}
     own = {stage: {".".join(path) for path in known_paths(schema)} for stage, schema in STAGES.items()}
     passed = {f"{stage}.{name}" for stage in ("rl", "evaluate") for name in (*own[stage], *ALIASES)}
-    return named | passed | {name for names in own.values() for name in names}
+    free = {".".join(path) for file in (ROOT / "stages" / "algo").glob("*.yaml") for path in read_layer(file)}
+    return named | passed | free | {name for names in own.values() for name in names}
 
 
 def texts(path: Path) -> Iterator[str]:

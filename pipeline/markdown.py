@@ -1,0 +1,71 @@
+"""Sample rows as Markdown, for TensorBoard: responses as one table, compositions as a section each. Pure.
+
+Rows are flat: keys within keys are joined by '/'.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+TABLE_ROWS, TABLE_CHARACTERS = 16, 600  # of a table, and of a cell; the file of the samples keeps everything
+SECTIONS = 8  # of compositions
+
+Row = Mapping[str, Any]
+
+
+def pages(rows: Sequence[Row]) -> dict[str, str]:
+    """The Markdown of a sample table's first rows, by the name under which it is shown: samples, compositions."""
+    composed = [row for row in rows if "compositions" in row]
+    others = [row for row in rows if "compositions" not in row]
+    found = {
+        "samples": table(others[:TABLE_ROWS]) if others else "",
+        "compositions": "\n\n".join(section(row) for row in composed[:SECTIONS]),
+    }
+    return {name: text for name, text in found.items() if text}
+
+
+def table(rows: Sequence[Row]) -> str:
+    """One line per row, one column per key."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return lines(names, [[plain(row.get(name, "")) for name in names] for row in rows])
+
+
+def section(row: Row) -> str:
+    """A row of pipeline/masked_table.py: hidden and drawn tokens stand out as code."""
+    count = sum(hidden for _, hidden in row["static/parts"])
+    greedy = [plain(row["greedy/reward"]), "greedy", chips(row["greedy/parts"])]
+    drawn = [[plain(one["reward"]), "", chips(one["parts"])] for one in row["compositions"]]
+    credit = [
+        [name, plain(one["credit"]), chips([[one["token"], True]]), chips([[one["instead_of"], True]])]
+        for name in ("praised", "blamed")
+        for one in row[name]
+    ]
+    parts = [
+        f"### {plain(row['id'])}",
+        f"**prompt:** {plain(row['prompt'])}",
+        f"**reference:** {plain(row['reference'])}",
+        f"**static response, {count} tokens hidden:** {chips(row['static/parts'])}",
+        f"**{row['samples']} compositions, mean reward {plain(row['mean'])}:** the best and the worst",
+        lines(["reward", "", "text"], [greedy, *drawn]),
+    ]
+    return "\n\n".join([*parts, *([lines(["", "credit", "token", "instead of"], credit)] if credit else [])])
+
+
+def chips(parts: Sequence[Sequence[Any]]) -> str:
+    """A text in pieces, the hidden ones as code."""
+    return "".join(f"<code>{plain(text) or ' '}</code>" if hidden else plain(text) for text, hidden in parts)
+
+
+def lines(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *body])
+
+
+def plain(value: object) -> str:
+    """One piece of text on one line, whatever marks it holds."""
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    text = text if len(text) <= TABLE_CHARACTERS else text[:TABLE_CHARACTERS] + " ..."
+    text = re.sub(r"([\\`*_{}\[\]~])", r"\\\1", text)
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("|", "&#124;")
+    return text.replace("\r", "").replace("\n", "<br>")

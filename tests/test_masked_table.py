@@ -1,0 +1,133 @@
+"""The sample table of compositions: pieces of texts, the ranking, whose doing a reward is; and how it reads."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+
+from pipeline import markdown, masked_table
+from pipeline.algorithms.functional import Drawn
+from pipeline.compositions import Composed, composed_ids
+from pipeline.records import Example, Scores
+from tests import masked
+
+ENCODER = masked.encoder()
+
+
+def ids_of(text: str) -> torch.Tensor:
+    return torch.tensor(ENCODER.encode("p", text).response_ids)
+
+
+def hidden_at(ids: torch.Tensor, *places: int) -> torch.Tensor:
+    return torch.isin(torch.arange(len(ids)), torch.tensor(places))
+
+
+def test_hidden_tokens_stand_alone_and_the_rest_together():
+    ids = ids_of("on a mat, far")  # ▁on ▁a ▁mat <0x2C> ▁far </s>
+    assert masked_table.parts(ENCODER, ids, hidden_at(ids, 0, 2)) == [
+        ["on", True],
+        [" a", False],
+        [" mat", True],
+        [", far", False],
+    ]
+    assert masked_table.parts(ENCODER, ids, hidden_at(ids)) == [["on a mat, far", False]]
+    assert masked_table.parts(ENCODER, ids[:0], hidden_at(ids)[:0]) == []
+
+
+def test_a_character_of_two_tokens_stands_at_its_last():
+    ids = ids_of("cat é")  # ▁cat ▁ <0xC3> <0xA9> </s>
+    assert masked_table.parts(ENCODER, ids, hidden_at(ids, 2, 3)) == [["cat ", False], ["", True], ["é", True]]
+    assert masked_table.written(ENCODER, ids[[0, 2]].tolist()) == [" cat", "<0xC3>"]  # half of one has no text
+    assert masked_table.written(ENCODER, []) == []
+
+
+def test_credit_is_added_up_by_place_and_token():
+    cat, sat, on, mat = (int(ids_of(word)[0]) for word in ("cat", "sat", "on", "mat"))
+    tokens = torch.tensor([[cat, sat, cat, on]])
+    told = torch.tensor([[0.5, 0.0, -0.25, -0.25]])  # cat: 0.5 - 0.25; sat has neither praise nor blame
+    assert masked_table.praised(ENCODER, [mat], tokens, told) == {
+        "praised": [{"token": " cat", "instead_of": " mat", "credit": 0.25}],
+        "blamed": [{"token": " on", "instead_of": " mat", "credit": -0.25}],
+    }
+
+
+def table() -> list[dict]:
+    """Two rows of two texts each: `on a mat` with its last word hidden, and `cat` with nothing hidden."""
+    given = [ids_of("on a mat"), ids_of("cat")]
+    width = len(given[0])
+    ids, mask, hidden = torch.zeros(2, width).long(), torch.zeros(2, width).bool(), torch.zeros(2, width).bool()
+    for i, row in enumerate(given):
+        ids[i, : len(row)], mask[i, : len(row)] = row, True
+    hidden[0, 2] = True
+    static = SimpleNamespace(ids=ids, mask=mask, hidden=hidden)
+    cat, dog = int(ids_of("cat")[0]), int(ids_of("dog")[0])
+    drawn = Drawn(torch.zeros(1, 2), torch.tensor([[cat, dog]]), torch.tensor([cat]), torch.zeros(1))
+    composed = composed_ids(static, drawn)
+    texts = [[ENCODER.decode(row.tolist()) for row in group] for group in composed]
+    examples = [Example("a", "Where?", completion="a dog"), Example("b", "Who?", references=("cat",))]
+    rewards = torch.tensor([[0.25, 0.75, 0.5], [0.5, 0.5, 0.5]])
+    found = Composed(examples, composed, texts, Scores({}, {}, []), rewards)
+    weights = torch.tensor([[-0.25, 0.25], [0.0, 0.0]])
+    return masked_table.samples_of(ENCODER, SimpleNamespace(static=static), drawn, found, weights)
+
+
+def test_rows_hold_the_texts_best_first_and_the_greedy_one():
+    first, second = table()
+    kept = ["on a", False]
+    assert first == {
+        "id": "a",
+        "prompt": "Where?",
+        "reference": "a dog",
+        "static": {"text": "on a mat", "parts": [kept, [" mat", True]]},
+        "samples": 2,
+        "mean": 0.5,
+        "greedy": {"reward": 0.5, "text": "on a cat", "parts": [kept, [" cat", True]]},
+        "compositions": [
+            {"reward": 0.75, "text": "on a dog", "parts": [kept, [" dog", True]]},
+            {"reward": 0.25, "text": "on a cat", "parts": [kept, [" cat", True]]},
+        ],
+        "praised": [{"token": " dog", "instead_of": " mat", "credit": 0.25}],
+        "blamed": [{"token": " cat", "instead_of": " mat", "credit": -0.25}],
+    }
+    assert second["static"]["parts"] == [["cat", False]] and second["praised"] == second["blamed"] == []
+
+
+def test_a_row_reads_well_in_tensorboard():
+    row = {
+        "id": "a|1",
+        "prompt": "Why <b>?",
+        "reference": "so",
+        "static/text": "on mat",
+        "static/parts": [["on", False], [" mat", True]],
+        "samples": 64,
+        "mean": 0.5,
+        "greedy/reward": 0.25,
+        "greedy/parts": [["on", False], [" *", True]],
+        "compositions": [{"reward": 0.75, "text": "on |", "parts": [["on", False], [" |", True]]}],
+        "praised": [{"token": " |", "instead_of": " mat", "credit": 0.125}],
+        "blamed": [],
+    }
+    pages = markdown.pages([{"id": "b", "response": "yes"}, row])
+    assert pages["samples"].splitlines() == ["| id | response |", "| --- | --- |", "| b | yes |"]
+    assert pages["compositions"].splitlines() == [
+        "### a&#124;1",
+        "",
+        "**prompt:** Why &lt;b&gt;?",
+        "",
+        "**reference:** so",
+        "",
+        "**static response, 1 tokens hidden:** on<code> mat</code>",
+        "",
+        "**64 compositions, mean reward 0.5:** the best and the worst",
+        "",
+        "| reward |  | text |",
+        "| --- | --- | --- |",
+        r"| 0.25 | greedy | on<code> \*</code> |",
+        "| 0.75 |  | on<code> &#124;</code> |",
+        "",
+        "|  | credit | token | instead of |",
+        "| --- | --- | --- | --- |",
+        "| praised | 0.125 | <code> &#124;</code> | <code> mat</code> |",
+    ]
+    assert markdown.pages([row]).keys() == {"compositions"} and markdown.pages([]) == {}
