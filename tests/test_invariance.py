@@ -65,7 +65,7 @@ def test_reference_and_response_logps(shape: str) -> None:
             torch.testing.assert_close(again[place], rows[i], **CLOSE)
 
 
-@pytest.mark.parametrize("name", same_step.cases())
+@pytest.mark.parametrize("name", [name for name, case in same_step.cases().items() if not case.masked])
 def test_held_out_statistics(name: str) -> None:
     """Every statistic: means, deviations, effective shares."""
     case = same_step.cases()[name]
