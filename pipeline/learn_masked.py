@@ -14,7 +14,7 @@ from pipeline.algorithms.functional import Drawn
 from pipeline.compositions import Composer
 from pipeline.data import Packing, Windows, collate
 from pipeline.engine import Engine
-from pipeline.lesson import Lesson, Scene, required_judge, spoken
+from pipeline.lesson import Lesson, Scene, refuse, required_judge, spoken
 from pipeline.loop import Evaluation, Objective, Watch
 from pipeline.masked_table import samples_of
 from pipeline.records import Batch, Example, Item, Row, UserError
@@ -26,6 +26,7 @@ CLOSE = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.1}  # relative to the states' size
 def lesson(scene: Scene) -> Lesson:
     """Semi-offline RL: nothing is known beforehand but static responses; rewards are those of what is composed."""
     settings, ranks = scene.settings, scene.ranks
+    refuse(settings, rows="all", sampling="all")
     judge = required_judge(scene)
     encoder = assembly.encoder_of(settings, scene.model, list, mask=True)
     held = rows_of(scene, encoder)

@@ -11,7 +11,7 @@ from pipeline import assembly, engine, evaluate, examples, rollout, training
 from pipeline.algorithms.functional import group_advantages
 from pipeline.data import Draw, Packing, collate, window
 from pipeline.engine import Engine
-from pipeline.lesson import Lesson, Scene, required_judge, spoken
+from pipeline.lesson import Lesson, Scene, refuse, required_judge, spoken
 from pipeline.loop import Evaluation, Watch
 from pipeline.records import Batch, Example, Item, Response, Row
 from pipeline.rewards import Rewards
@@ -22,6 +22,7 @@ from pipeline.text import Encoder
 def lesson(scene: Scene) -> Lesson:
     """On-policy RL. train.batch_size counts prompts; each has `samples` responses in the step."""
     settings, ranks, model = scene.settings, scene.ranks, scene.model
+    refuse(settings, rows="all", sampling="all", shuffle_rewards=False)
     judge = required_judge(scene)
     prompts = examples.unique_prompts(examples.load_train(scene.data, settings.seed, scene.say))
     held_out = examples.unique_prompts(examples.load(scene.data, "validation", settings.seed, scene.say))

@@ -47,10 +47,14 @@ class Objective:
 
     def terms(self, window: Sequence[Batch]) -> Tensor:
         """What the micro-batches add to the divisors of the means: () float64, or (k,)."""
-        if isinstance(self.mean_over, str):
-            return torch.tensor(float(sum(count_terms(batch, self.mean_over) for batch in window)), dtype=torch.float64)
-        counts = [float(sum(count_terms(batch, name) for batch in window)) for name in self.mean_over]
-        return torch.tensor(counts, dtype=torch.float64)
+
+        def count(name: str) -> int:
+            return sum(count_terms(batch, name) for batch in window)
+
+        one = isinstance(self.mean_over, str)
+        return torch.tensor(
+            count(self.mean_over) if one else [count(name) for name in self.mean_over], dtype=torch.float64
+        )
 
 
 @dataclass(frozen=True)

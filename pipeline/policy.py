@@ -135,7 +135,7 @@ class Policy(nn.Module):
             return before_each(first, lengths, lengths, batch.response_ids.shape[1]), static
         hidden = lm.base_model(
             input_ids=batch.input_ids,
-            attention_mask=block_mask(batch.segments, hugging_face(self.model).dtype),
+            attention_mask=block_mask(batch.segments, lm.dtype),
             position_ids=restarting_positions(batch.segments),
             use_cache=False,
         ).last_hidden_state

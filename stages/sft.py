@@ -9,8 +9,9 @@ from pipeline import assembly, engine, evaluate, examples, rollout, runs, traini
 from pipeline.data import Windows
 from pipeline.entry import run
 from pipeline.loop import Evaluation, Watch
+from pipeline.records import Example
 from pipeline.settings import Sft
-from pipeline.text import coloured
+from pipeline.text import Encoder, coloured
 
 
 def main(settings: Sft, words: Sequence[str]) -> None:
@@ -46,20 +47,11 @@ def main(settings: Sft, words: Sequence[str]) -> None:
         if hides:
             masked = evaluate.held_out_loss(trainer, objective, tested.items, hidden)
             scalars["eval/masked_loss"] = masked["eval/loss"]
-        shown = held_out[: settings.eval.num_samples]
-        generation = settings.generation.model_copy(update={"max_new_tokens": settings.data.max_response_length})
-        answers = rollout.generate(trainer, encoder, shown, generation, settings.seed) if shown else []
-        rows = [{"id": a.example.id, "prompt": a.prompt_text, "response": a.text} for a in answers]
-        return Evaluation(scalars, samples=rows)
+        return Evaluation(scalars, samples=spoken(trainer, encoder, held_out, settings))
 
+    draw = training.epochs(len(encoded.items), settings.train.batch_size, settings.seed)
     course = training.Course(
-        windows=Windows(
-            encoded.items,
-            training.epochs(len(encoded.items), settings.train.batch_size, settings.seed),
-            hidden,
-            ranks.rank,
-            ranks.world,
-        ),
+        windows=Windows(encoded.items, draw, hidden, ranks.rank, ranks.world),
         objective=objective,
         max_steps=training.steps_for(settings, len(encoded.items)),
         eval_steps=settings.train.eval_steps,
@@ -68,6 +60,16 @@ def main(settings: Sft, words: Sequence[str]) -> None:
         export=assembly.exporter(trainer, encoder),
     )
     training.train(settings, directory, trainer, course)
+
+
+def spoken(
+    trainer: engine.Engine, encoder: Encoder, held_out: Sequence[Example], settings: Sft
+) -> list[dict[str, str]]:
+    """What the model says now to the first held-out prompts, as rows of a sample table."""
+    shown = held_out[: settings.eval.num_samples]
+    generation = settings.generation.model_copy(update={"max_new_tokens": settings.data.max_response_length})
+    answers = rollout.generate(trainer, encoder, shown, generation, settings.seed) if shown else []
+    return [{"id": a.example.id, "prompt": a.prompt_text, "response": a.text} for a in answers]
 
 
 if __name__ == "__main__":

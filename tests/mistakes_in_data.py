@@ -170,6 +170,20 @@ DATA = [
         rows(lines(answers())),
     ),
     Mistake(
+        "a control that online RL has not",
+        "rl",
+        f"{FROM} algo=reinforce reward=length shuffle_rewards=true",
+        ("shuffle_rewards: True", "algo=reinforce does not look at", "wanted False", "choose another algo"),
+        rows(lines(answers())),
+    ),
+    Mistake(
+        "a choice of rows that semi-offline RL has not",
+        "rl",
+        f"{FROM} algo=semi_offline reward=rouge static=reference rows=best_half",
+        ("rows: best_half", "algo=semi_offline does not look at", "wanted all", "choose another algo"),
+        rows(lines(answers())),
+    ),
+    Mistake(
         "a mask rate over 1",
         "sft",
         f"{ROWS} mask_rate=40",

@@ -97,6 +97,14 @@ class _SmoothLogps(torch.autograd.Function):
         return grad_logits.scatter_add_(-1, ids[:, None], grad[:, None]), None
 
 
+def smoothed_nll(logp: Tensor, means: Tensor, mask: Tensor, label_smoothing: float) -> Tensor:
+    """(B, T): (1 - e) nll + e u, u = - mean over the vocabulary of logp, and 0 where `mask` is False.
+
+    Source of label smoothing: Szegedy et al. (2016).
+    """
+    return torch.where(mask, (label_smoothing - 1) * logp - label_smoothing * means, 0.0)
+
+
 class Drawn(NamedTuple):
     """Tokens drawn at M hidden positions, n for each, and what their distributions were."""
 

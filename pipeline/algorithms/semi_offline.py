@@ -32,7 +32,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pipeline.algorithms.functional import BASELINES, Drawn, group_advantages, mean_stat, sequence_logp, std_stat
+from pipeline.algorithms.functional import (
+    BASELINES,
+    Drawn,
+    group_advantages,
+    mean_stat,
+    sequence_logp,
+    smoothed_nll,
+    std_stat,
+)
 from pipeline.records import Batch, Needs, Stat, Static
 
 MEAN_OVER = ("sequences", "tokens")  # of L_RL, of L_MLE
@@ -77,7 +85,7 @@ def loss(output: tuple[Tensor, ...], batch: Batch, settings: Settings) -> tuple[
     weights = group_advantages(static.rewards, settings.baseline)  # (B, n)
     per_sequence = -(weights * hidden_logp(drawn.logp, static.hidden, settings.length_penalty)).sum(1)  # (B,)
     nll = torch.where(mask, -logp, 0.0)
-    smoothed = torch.where(mask, (settings.label_smoothing - 1) * logp - settings.label_smoothing * means, 0.0)
+    smoothed = smoothed_nll(logp, means, mask, settings.label_smoothing)
     totals = torch.stack([settings.rl_weight * per_sequence.sum(), smoothed.sum()])
     stats = {"loss/mle": mean_stat(smoothed, mask), "loss": mean_stat(nll, mask)}
     stats["logps/policy"] = mean_stat(sequence_logp(logp, mask), batch.sequence_mask)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.algorithms.functional import mean_stat, sequence_logp
+from pipeline.algorithms.functional import mean_stat, sequence_logp, smoothed_nll
 from pipeline.records import Batch, Needs, Stat
 
 MEAN_OVER = "tokens"
@@ -55,5 +55,5 @@ def loss(output: Tensor | tuple[Tensor, Tensor], batch: Batch, settings: Setting
     }
     if means is None:
         return nll.sum(), stats
-    smoothed = torch.where(mask, (settings.label_smoothing - 1) * logp - settings.label_smoothing * means, 0.0)
+    smoothed = smoothed_nll(logp, means, mask, settings.label_smoothing)
     return smoothed.sum(), stats | {"loss/smoothed": mean_stat(smoothed, mask)}
