@@ -1,0 +1,57 @@
+"""Addresses of reward servers, and the key they are asked with, which no address may hold."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from urllib.parse import SplitResult, urlsplit
+
+from pipeline.records import UserError
+
+TOKEN = "TIFFIN_REWARD_TOKEN"  # the environment variable with the key
+
+
+def is_address(name: str) -> bool:
+    """Whether the name of a reward is meant as a web address."""
+    return "://" in name
+
+
+def web_address(text: str) -> SplitResult:
+    """The parts of an address that is nothing but http or https, host, port and path.
+
+    Raises:
+        ValueError: it is another; the message shows no address that may hold a password or a key.
+    """
+    if any(sign in text for sign in "@?#"):
+        found = "an address with a user, a password or what follows a '?' or '#'"
+        raise ValueError(f"{found}, wanted none of it, for settings are kept and shown: give the key in {TOKEN}")
+    wanted = f"{text!r}, wanted http://HOST:PORT/PATH or https://"
+    if not text.isascii() or any(sign.isspace() or not sign.isprintable() for sign in text):
+        raise ValueError(f"{wanted} without blanks, other signs as %XX")
+    try:
+        parts = urlsplit(text)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # what should be a port or an IPv6 address is none
+        usable = False
+    if not usable:
+        raise ValueError(wanted)
+    return parts
+
+
+def sound_addresses(value: object) -> object:
+    """`value`, a setting that names rewards, as it is. Raises ValueError as `web_address` does for one of them."""
+    named = [value] if isinstance(value, str) else list(value) if isinstance(value, Mapping | Sequence) else []
+    if isinstance(value, Mapping):
+        named += value.values()
+    for name in named:
+        if isinstance(name, str) and is_address(name):
+            web_address(name)
+    return value
+
+
+def token() -> str:
+    """The key, empty where there is none. Raises UserError, without the key, where it cannot be sent as a header."""
+    found = os.environ.get(TOKEN, "").strip()
+    if not found.isascii() or any(sign.isspace() or not sign.isprintable() for sign in found):
+        raise UserError(f"{TOKEN}: it holds blanks or signs that are not ASCII, wanted the key alone")
+    return found
