@@ -1,11 +1,12 @@
 """Compositions: static responses with drawn tokens in their hidden places, as texts, and what the rewards say of them.
 
-The rewards are asked once per different text of an example, between the forward and the backward of a micro-batch.
+The rewards are asked once per different text of an example, between the forward and the backward of a micro-batch;
+where worker processes judge, the next micro-batch's forward may run meanwhile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,7 +54,14 @@ class Composer:
         Raises:
             UserError: a reward fails; on every rank, wherever it failed.
         """
-        return self.blame(output, batch, settings, self.compose(Drawn(*output[2:]), batch))
+        return self.begin(output, batch, settings)()
+
+    def begin(
+        self, output: tuple[Tensor, ...], batch: Batch, settings: Any
+    ) -> Callable[[], tuple[Tensor, dict[str, Stat]]]:
+        """`loss` in two halves: texts are written and worker processes asked; what is returned waits for rewards."""
+        asked = self.ask(*self.write(Drawn(*output[2:]), batch), batch)
+        return lambda: self.blame(output, batch, settings, asked())
 
     def compose(self, drawn: Drawn, batch: Batch) -> Composed:
         """The texts of one micro-batch with their rewards."""
@@ -70,8 +78,15 @@ class Composer:
 
     def judge_texts(self, ids: Tensor, texts: list[list[str]], batch: Batch) -> Composed:
         """What `write` gave, with rewards. Raises UserError as `loss`."""
+        return self.ask(ids, texts, batch)()
+
+    def ask(self, ids: Tensor, texts: list[list[str]], batch: Batch) -> Callable[[], Composed]:
+        """`judge_texts` in two halves: worker processes have begun, and what is returned waits for them."""
         examples = [self.items[i].example for i in batch.items]
-        scores = self.ranks.agreed(lambda: judged(self.judge, examples, texts))
+        scores = judging(self.judge, examples, texts)
+        return lambda: self._composed(examples, ids, texts, self.ranks.agreed(scores))
+
+    def _composed(self, examples: list[Example], ids: Tensor, texts: list[list[str]], scores: Scores) -> Composed:
         rewards = torch.tensor(scores.total, dtype=torch.float32).reshape(len(texts), ids.shape[1])
         if self.shuffled is not None:
             rewards = self._shuffle(rewards, examples, texts)
@@ -121,8 +136,11 @@ def composed_ids(static: Static, drawn: Drawn) -> Tensor:
     return ids
 
 
-def judged(judge: Rewards, examples: Sequence[Example], texts: list[list[str]]) -> Scores:
-    """The scores of all texts, row by row; equal texts of one example are judged once."""
+def judging(judge: Rewards, examples: Sequence[Example], texts: list[list[str]]) -> Callable[[], Scores]:
+    """The scores of all texts, row by row, from a call that waits for them; worker processes have begun.
+
+    Equal texts of one example are judged once. The call raises UserError where a reward fails.
+    """
     places: list[dict[str, int]] = []
     asked: list[tuple[Example, str]] = []
     for example, group in zip(examples, texts, strict=True):
@@ -131,15 +149,21 @@ def judged(judge: Rewards, examples: Sequence[Example], texts: list[list[str]]) 
         places.append(first)
     owners = [example for example, _ in asked]
     prompts = [evaluate.plain_prompt(example) for example in owners]
-    found = judge.score(prompts, [text for _, text in asked], evaluate.reward_columns(owners))
+    scores = judge.begin(prompts, [text for _, text in asked], evaluate.reward_columns(owners))
     order = [first[text] for first, group in zip(places, texts, strict=True) for text in group]
 
-    def spread(values: Sequence[float]) -> list[float]:
+    return lambda: spread(scores(), order)
+
+
+def spread(found: Scores, order: Sequence[int]) -> Scores:
+    """The scores of texts number order[0], order[1] and so on."""
+
+    def placed(values: Sequence[float]) -> list[float]:
         return [values[i] for i in order]
 
-    raw = {name: spread(values) for name, values in found.raw.items()}
-    normalised = {name: spread(values) for name, values in found.normalised.items()}
-    return Scores(raw, normalised, spread(found.total))
+    raw = {name: placed(values) for name, values in found.raw.items()}
+    normalised = {name: placed(values) for name, values in found.normalised.items()}
+    return Scores(raw, normalised, placed(found.total))
 
 
 def credits(drawn: Drawn, advantages: Tensor, hidden: Tensor) -> Tensor:

@@ -19,12 +19,15 @@ from dataclasses import dataclass
 from functools import partial
 from numbers import Real
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
 from torch import Tensor
 
 from pipeline import plugins
+from pipeline.addresses import is_address
+from pipeline.judges import Judges
 from pipeline.records import RewardFunction, Scores, UserError
 from pipeline.spelling import did_you_mean
 
@@ -46,35 +49,60 @@ class Reward:
 
 
 class Rewards:
-    """The rewards of a run."""
+    """The rewards of a run; those that `judges` know are called in worker processes."""
 
-    def __init__(self, rewards: Sequence[Reward]) -> None:
+    def __init__(self, rewards: Sequence[Reward], judges: Judges | None = None) -> None:
         assert rewards, "a run that scores has at least one reward"
         names = [reward.name for reward in rewards]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise UserError(f"reward: {twice} is named twice, wanted once: a reward needs no monitor of the same name")
-        self.rewards = tuple(rewards)
+        self.rewards, self._judges = tuple(rewards), judges
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether some reward is called in worker processes, so that `begin` saves time."""
+        return self._judges is not None
 
     def score(self, prompts: list[str], completions: list[str], columns: Mapping[str, list]) -> Scores:
         """Raw and normalised values by reward, and their weighted sum, one per completion. Raises UserError."""
-        raw = {reward.name: call(reward, prompts, completions, columns) for reward in self.rewards}
+        return self.begin(prompts, completions, columns)()
+
+    def begin(self, prompts: list[str], completions: list[str], columns: Mapping[str, list]) -> Callable[[], Scores]:
+        """Have worker processes begin; what is returned calls the other rewards and gives, or raises, as `score`."""
+        judges, given = self._judges, (prompts, completions, columns)
+        apart = [reward.name for reward in self.rewards if judges is not None and reward.name in judges.names]
+        waiting = judges.ask(apart, *given) if apart else dict
+
+        def scores() -> Scores:
+            here = {reward.name: call(reward, *given) for reward in self.rewards if reward.name not in apart}
+            found = here | waiting()
+            return self._scores({reward.name: found[reward.name] for reward in self.rewards})
+
+        return scores
+
+    def _scores(self, raw: dict[str, list[float]]) -> Scores:
         normalised = {reward.name: _normalised(reward, raw[reward.name]) for reward in self.rewards}
         weighted = [[reward.weight * x for x in normalised[reward.name]] for reward in self.rewards]
         return Scores(raw, normalised, [sum(parts) for parts in zip(*weighted, strict=True)])
 
 
-def call(reward: Reward, prompts: list[str], completions: list[str], columns: Mapping[str, list]) -> list[float]:
-    """The reward's values, checked: one finite float per completion. It is not called for no completions."""
+def call(
+    reward: Reward, prompts: list[str], completions: list[str], columns: Mapping[str, list], first: int = 0
+) -> list[float]:
+    """The reward's values, checked: one finite float per completion. It is not called for no completions.
+
+    `first`: the number that messages give the first completion.
+    """
     if not completions:
         return []
     lists = {name: list(values) for name, values in columns.items()}  # its own: it may change them
     run = partial(reward.function, prompts=list(prompts), completions=list(completions), **lists)
     place = f"reward {reward.name}, called with the columns {', '.join(columns) or '(none)'}"
-    return checked(reward.name, plugins.guarded(place, run), completions)
+    return checked(reward.name, plugins.guarded(place, run), completions, first)
 
 
-def checked(name: str, values: object, completions: Sequence[str]) -> list[float]:
+def checked(name: str, values: object, completions: Sequence[str], first: int = 0) -> list[float]:
     """`values` as floats. Accepted: list, tuple, 1-d array or tensor of real numbers, numpy and 0-d tensor scalars too.
 
     Booleans count as 0 and 1. Raises UserError that names the reward, the index and the text.
@@ -89,16 +117,21 @@ def checked(name: str, values: object, completions: Sequence[str]) -> list[float
         raise UserError(
             f"reward {name}: it returned {len(values)} values for {len(completions)} completions, wanted one for each"
         )
-    return [_number(name, i, value, text) for i, (value, text) in enumerate(zip(values, completions, strict=True))]
+    pairs = zip(values, completions, strict=True)
+    return [_number(name, i, value, text) for i, (value, text) in enumerate(pairs, first)]
 
 
 def length_correlation(values: Sequence[float], completions: Sequence[str]) -> float:
     """Pearson correlation of the values with the number of words; NaN where one of the two does not vary."""
-    words = [float(len(text.split())) for text in completions]
-    if len(set(values)) < 2 or len(set(words)) < 2:
+    return correlation(values, [float(len(text.split())) for text in completions])
+
+
+def correlation(xs: Sequence[float], ys: Sequence[float]) -> float:
+    """Pearson's; NaN where one of the two does not vary."""
+    if len(set(xs)) < 2 or len(set(ys)) < 2:
         return math.nan
     try:
-        return statistics.correlation(values, words)
+        return statistics.correlation(xs, ys)
     except statistics.StatisticsError:  # they vary, but by less than a float's square can hold
         return math.nan
 
@@ -133,16 +166,32 @@ def labelled(monitors: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
     return dict(monitors) if isinstance(monitors, Mapping) else {name: name for name in monitors}
 
 
-def resolve(name: str, learned: Callable[[str], RewardFunction], trained: Mapping[str, str]) -> RewardFunction:
-    """The function of a reward: a model trained in this run, a classifier's directory, a user's file, or our folder.
+def resolve(
+    name: str,
+    learned: Callable[[str], RewardFunction],
+    served: Callable[[str], RewardFunction],
+    trained: Mapping[str, str],
+) -> RewardFunction:
+    """The function of a reward: a server, a model trained in this run, a classifier's directory, a file, or our folder.
 
-    `trained` gives the directories of this run's reward models by name; `learned(directory)` makes a function of one.
+    `trained` gives the directories of this run's reward models by name; `learned(directory)` makes a function of one,
+    `served(address)` of a server.
     Raises UserError for a name that is none of these, or a function that does not take **columns.
     """
-    if name in trained:
-        return learned(trained[name])
-    if (Path(name) / "config.json").is_file():
-        return learned(name)
+    if is_address(name):
+        return served(name)
+    if is_learned(name, trained):
+        return learned(trained.get(name, name))
+    return loaded(name, trained)
+
+
+def is_learned(name: str, trained: Mapping[str, str]) -> bool:
+    """Whether a reward is a model: one trained in this run, or a classifier's directory."""
+    return name in trained or (Path(name) / "config.json").is_file()
+
+
+def loaded(name: str, trained: Mapping[str, str] = MappingProxyType({})) -> RewardFunction:
+    """The function of a reward that is no model; `trained` are the models that a message offers. Raises UserError."""
     source, _ = plugins.split(name)
     if not source.endswith(".py") and source not in plugins.available(FOLDER):
         raise UserError(f"reward {name!r}: {_unknown(source, trained)}")

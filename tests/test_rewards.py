@@ -115,7 +115,7 @@ def test_an_exception_names_the_reward_the_line_and_the_cause(tmp_path):
     )
     with file.open("a") as more:
         more.write("def helper(x):\n    return [1 / x]\n")
-    function = resolve(str(file), learned=no_model, trained={})
+    function = resolve(str(file), learned=no_model, served=no_server, trained={})
     with pytest.raises(UserError) as raised:
         score(Rewards([Reward("mine", 1.0, function)]), ["text"], source=["s"], id=["i"])
     wanted = f"reward mine, called with the columns source, id: ZeroDivisionError: division by zero ({file}:7)"
@@ -205,6 +205,10 @@ def no_model(directory: str):
     raise AssertionError(f"asked for the model of {directory}")
 
 
+def no_server(address: str):
+    raise AssertionError(f"asked for the server at {address}")
+
+
 def test_resolve_in_order(tmp_path, monkeypatch):
     directories = []
 
@@ -218,26 +222,26 @@ def test_resolve_in_order(tmp_path, monkeypatch):
     (tmp_path / "judge" / "config.json").write_text("{}")
     (tmp_path / "rouge" / "config.json").write_text("{}")
     trained = {"helpfulness": "runs/demo/reward/helpfulness/model", "rouge": "runs/demo/reward/rouge/model"}
-    resolve("helpfulness", learned, trained)
-    resolve("rouge", learned, trained)  # trained in this run comes before a directory and before the folder
-    resolve("judge", learned, trained)
-    resolve("rouge", learned, {})
+    resolve("helpfulness", learned, no_server, trained)
+    resolve("rouge", learned, no_server, trained)  # trained in this run comes before a directory and before the folder
+    resolve("judge", learned, no_server, trained)
+    resolve("rouge", learned, no_server, {})
     assert directories == [trained["helpfulness"], trained["rouge"], "judge", "rouge"]
-    assert resolve("length", no_model, {}) is length.reward  # a directory that holds no model hides nothing
-    assert resolve("rouge:rougeL", no_model, {}) is rouge.rougeL
+    assert resolve("length", no_model, no_server, {}) is length.reward  # a directory that holds no model hides nothing
+    assert resolve("rouge:rougeL", no_model, no_server, {}) is rouge.rougeL
 
 
 def test_resolve_a_file_and_score(tmp_path):
     (tmp_path / "brief.py").write_text(
         "def reward(prompts, completions, **columns):\n    return [-len(x) for x in completions]\n"
     )
-    function = resolve(f"{tmp_path}/brief.py", no_model, {})
+    function = resolve(f"{tmp_path}/brief.py", no_model, no_server, {})
     assert score(Rewards([Reward("brief", 0.5, function)]), ["four", ""]).total == [-2.0, 0.0]
 
 
 def test_resolve_unknown_name():
     with pytest.raises(UserError) as raised:
-        resolve("helpfullness", no_model, {"helpfulness": "x", "harmlessness": "y"})
+        resolve("helpfullness", no_model, no_server, {"helpfulness": "x", "harmlessness": "y"})
     said = str(raised.value)
     assert said.startswith(
         "reward 'helpfullness': neither a reward model trained in this run (harmlessness, helpfulness) nor"
@@ -246,16 +250,16 @@ def test_resolve_unknown_name():
     assert "; did you mean 'helpfulness'?" in said
     assert "`bash run.sh stage=reward name=NAME` trains one" in said
     with pytest.raises(UserError, match=r"trained in this run \(none yet\)"):
-        resolve("helpfulness", no_model, {})
+        resolve("helpfulness", no_model, no_server, {})
 
 
 def test_resolve_directory_without_a_model(tmp_path):
     with pytest.raises(UserError, match=r"this directory has no config.json"):
-        resolve(str(tmp_path), no_model, {})
+        resolve(str(tmp_path), no_model, no_server, {})
 
 
 def test_resolve_refuses_functions_that_take_no_columns(tmp_path):
     (tmp_path / "narrow.py").write_text("def reward(prompts, completions):\n    return []\nbuiltin = max\n")
     for name in ("narrow.py", "narrow.py:builtin"):
         with pytest.raises(UserError, match=r"wanted def reward\(prompts, completions, \*\*columns\)"):
-            resolve(f"{tmp_path}/{name}", no_model, {})
+            resolve(f"{tmp_path}/{name}", no_model, no_server, {})

@@ -1,0 +1,65 @@
+"""A worker process of `judges.py`: is told the names of rewards, then answers each question by values or an error.
+
+`python -m pipeline.judge_worker N`, with N the file descriptor of its end of the pipe.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+
+from pipeline.judges import Question, Values
+from pipeline.records import UserError
+from pipeline.rewards import Reward, call, loaded
+
+LOOK_SECONDS = 0.5  # between two looks whether the process that asks is still there
+
+
+def main(pipe: Connection) -> None:
+    """Answer until the process that asks is gone."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # a stage that is told to end still takes its step to the end
+        signal.signal(number, signal.SIG_IGN)
+    os.set_inheritable(pipe.fileno(), False)
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+    try:
+        rewards = known(pipe.recv())
+        while True:
+            pipe.send(answer(rewards, pipe.recv()))
+    except (EOFError, ConnectionError):
+        return
+
+
+def known(names: Mapping[str, str]) -> dict[str, Reward] | UserError:
+    """The rewards by name, or why they cannot be had, which is the answer to every question."""
+    try:
+        return {name: Reward(name, 1.0, loaded(source)) for name, source in names.items()}
+    except UserError as error:
+        return error
+
+
+def answer(rewards: dict[str, Reward] | UserError, question: Question) -> Values | UserError:
+    """The values of each reward, or the error of the first that fails."""
+    if isinstance(rewards, UserError):
+        return rewards
+    given = (question.prompts, question.completions, question.columns, question.first)
+    try:
+        return {name: call(rewards[name], *given) for name in question.rewards}
+    except UserError as error:
+        return error
+
+
+def end_with(parent: int) -> None:
+    """End this process when `parent` has ended, even while a reward judges."""
+    while os.getppid() == parent:
+        time.sleep(LOOK_SECONDS)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(Connection(int(sys.argv[1])))
+    os._exit(0)  # whatever threads a reward has left

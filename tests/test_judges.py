@@ -1,0 +1,237 @@
+"""Worker processes that judge: the same values, messages and weights as without them, and no process left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from pipeline import assembly
+from pipeline.compositions import Composer
+from pipeline.data import Packing
+from pipeline.judges import Judges, Question, cuts, lost
+from pipeline.loop import Job
+from pipeline.records import UserError
+from pipeline.rewards import Reward, Rewards, loaded
+from tests import masked, same_step, tiny
+
+# texts are numbers; `overlap` is that of tests/masked.py
+REWARDS = """
+import os, time
+from pathlib import Path
+
+def number(prompts, completions, **columns):
+    return [float(text) + 1000 * len(prompt) for text, prompt in zip(completions, prompts)]
+
+def process(prompts, completions, **columns):
+    return [os.getpid()] * len(completions)
+
+def second_fails(prompts, completions, **columns):
+    return [1 / (float(text) - 6) for text in completions]
+
+def second_is_nan(prompts, completions, **columns):
+    return [float("nan") if text == "5" else 0.0 for text in completions]
+
+def nothing(prompts, completions, **columns):
+    return None
+
+def lambdas(prompts, completions, **columns):
+    return [lambda: 1.0 for _ in completions]
+
+def column(prompts, completions, place, **columns):
+    return [float(value) for value in place]
+
+def leaves(prompts, completions, **columns):
+    os._exit(3)
+
+def sleeps(prompts, completions, **columns):
+    Path(__file__).with_name(f"asleep-{os.getpid()}").touch()
+    time.sleep(600)
+
+def overlap(prompts, completions, **columns):
+    def one(text, reference):
+        return 0.01 * text.count("a") + len({*text.split()} & {*reference.split()}) / 4
+    return [one(text, given[0]) for text, given in zip(completions, columns["references"])]
+"""
+NAMES = ("number", "process", "second_fails", "second_is_nan", "nothing", "lambdas", "column", "overlap")
+TEXTS = [str(i) for i in range(7)]
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("rewards") / "mine.py"
+    made.write_text(REWARDS)
+    return made
+
+
+@pytest.fixture(scope="module")
+def judges(file: Path) -> Judges:
+    return Judges({name: f"{file}:{name}" for name in NAMES}, 3)
+
+
+def rewards(file: Path, names: list[str], judges: Judges | None) -> Rewards:
+    return Rewards([Reward(name, 2.0, loaded(f"{file}:{name}")) for name in names], judges)
+
+
+def score(judge: Rewards, texts: list[str]):
+    return judge.score(["p" * len(text) for text in texts], texts, {"place": [10 * i for i in range(len(texts))]})
+
+
+def test_cuts_by_hand() -> None:
+    assert cuts(7, 3) == [(0, 2), (2, 4), (4, 7)]
+    assert cuts(1, 3) == [(0, 0), (0, 0), (0, 1)]
+    assert cuts(0, 2) == [(0, 0), (0, 0)]
+
+
+def test_values_in_order(file: Path, judges: Judges) -> None:
+    there = rewards(file, ["number", "column"], judges)
+    found = score(there, TEXTS)
+    assert found.raw["number"] == [1000.0, 1001.0, 1002.0, 1003.0, 1004.0, 1005.0, 1006.0]
+    assert found.raw["column"] == [0.0, 10.0, 20.0, 30.0, 40.0, 50.0, 60.0]
+    assert found.total[6] == 2 * 1006 + 2 * 60
+    assert found == score(rewards(file, ["number", "column"], None), TEXTS)
+    assert score(there, ["4"]).total == [2 * 1004.0 + 0.0]
+    assert score(there, []).total == []
+    columns = {"place": [1, 2, 3, 4]}
+    waiting = [there.begin([""] * 4, TEXTS[start : start + 4], columns) for start in (0, 1, 2)]  # at once
+    assert [one().raw["number"][0] for one in reversed(waiting)] == [2.0, 1.0, 0.0]
+
+
+def test_each_part_in_a_process_of_its_own(file: Path, judges: Judges) -> None:
+    first, second, third = found = score(rewards(file, ["process"], judges), TEXTS).raw["process"][0:7:3]
+    assert len({*found}) == 3 and os.getpid() not in found
+    again = score(rewards(file, ["process"], judges), TEXTS).raw["process"]
+    assert again == [first] * 2 + [second] * 2 + [third] * 3  # each is asked for the same part again
+
+
+def test_what_workers_do_not_know_is_called_here(file: Path, judges: Judges) -> None:
+    here = Reward("model", 1.0, lambda completions, **columns: [os.getpid()] * len(completions))
+    found = score(Rewards([here, Reward("process", 1.0, loaded(f"{file}:process"))], judges), TEXTS)
+    assert found.raw["model"] == [os.getpid()] * 7 and os.getpid() not in found.raw["process"]
+
+
+@pytest.mark.parametrize("name", ["second_fails", "second_is_nan", "nothing", "lambdas"])
+def test_the_same_message(file: Path, judges: Judges, name: str) -> None:
+    said = []
+    for known in (None, judges):
+        with pytest.raises(UserError) as raised:
+            score(rewards(file, [name], known), [*TEXTS[:6], "7", "6"] if name == "second_fails" else TEXTS)
+        said.append(str(raised.value))
+    assert said[0] == said[1] and "\n" not in said[0]
+
+
+def test_a_worker_that_dies(file: Path) -> None:
+    judge = rewards(file, ["leaves"], Judges({"leaves": f"{file}:leaves"}, 1))
+    said = (
+        "rewards.workers: a worker process ended with exit code 3 while it was to judge completions 0 to 6 by leaves,"
+    )
+    for _ in range(2):  # and again when it is asked once more
+        with pytest.raises(UserError, match=said):
+            score(judge, TEXTS)
+    killed = lost(-9, Question(["a", "b"], 4, ["p"] * 2, ["x", "y"], {}))
+    assert "a worker process was killed by SIGKILL while it was to judge completions 4 to 5 by a, b, wanted" in killed
+
+
+def test_a_reward_that_does_not_load(file: Path) -> None:
+    broken = file.with_name("broken.py")
+    broken.write_text("x = 1 / 0\n")
+    judge = Rewards([Reward("broken", 1.0, lambda **columns: [])], Judges({"broken": str(broken)}, 1))
+    with pytest.raises(UserError, match=r"broken\.py does not load: ZeroDivisionError: division by zero"):
+        score(judge, TEXTS)
+
+
+def ended(pids: set[int], seconds: float = 20.0) -> bool:
+    """Whether all of them end within `seconds`; a zombie has ended."""
+    limit = time.monotonic() + seconds
+    while time.monotonic() < limit:
+        if not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_workers_end_when_they_are_forgotten(file: Path) -> None:
+    judge = rewards(file, ["process"], Judges({"process": f"{file}:process"}, 1))
+    mine = {int(pid) for pid in score(judge, TEXTS).raw["process"]}
+    assert not ended(mine, 0.1)
+    del judge
+    assert ended(mine)
+
+
+def test_workers_end_with_the_process_that_asks(tmp_path: Path) -> None:
+    """Whatever ends it, and in the middle of a judgement."""
+    code = "import sys; from pipeline.judges import Judges; "
+    code += "Judges({'mine': sys.argv[1]}, 1).ask(['mine'], [''], ['a'], {})()"
+    endings = (signal.SIGINT, signal.SIGKILL)
+    folders = [tmp_path / number.name for number in endings]
+    parents = []
+    for folder in folders:
+        folder.mkdir()
+        (folder / "mine.py").write_text(REWARDS)
+        words = [sys.executable, "-c", code, f"{folder / 'mine.py'}:sleeps"]
+        parents.append(subprocess.Popen(words, stderr=subprocess.DEVNULL))
+    for number, folder, parent in zip(endings, folders, parents, strict=True):
+        limit = time.monotonic() + 60
+        while not (asleep := [*folder.glob("asleep-*")]):
+            assert time.monotonic() < limit and parent.poll() is None
+            time.sleep(0.05)
+        parent.send_signal(number)
+        parent.wait(20)
+        assert ended({int(path.name.split("-")[1]) for path in asleep}), number.name
+
+
+DRAWN = tiny.settings("rl", "algo=semi_offline", "algorithm.settings.samples=5").algorithm
+CASE = same_step.Case(DRAWN, masked=True)
+ROWS = Packing(1, None, False, tiny.PAD_ID)  # micro-batches of one row
+
+
+def job_of(judge: Rewards, zero: str, folder: Path, watch: Callable[[str], None] | None) -> Job:
+    """Semi-offline steps with `judge`; where there is a `watch`, with forwards ahead, and it is told of both halves."""
+    trained = tiny.trainer(same_step.module(CASE), zero, optimizer=same_step.OPTIMIZER)
+    items = same_step.items_of(CASE)
+    job = same_step.job_of(CASE, trained, items, ROWS, folder)
+    module, settings, objective = assembly.objective_of(CASE.algorithm)
+    composer = Composer(trained.ranks, masked.encoder(), judge, items, module)
+
+    def begin(output, batch):
+        watch(f"begin {batch.items}")
+        rest = composer.begin(output, batch, settings)
+
+        def ending():
+            watch(f"rest {batch.items}")
+            return rest()
+
+        return ending
+
+    whole = partial(composer.loss, settings=settings)
+    return replace(job, objective=replace(objective, loss=whole, begin=begin if watch else None))
+
+
+@pytest.fixture(scope="module")
+def at_once(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict]:
+    """Three steps judged here."""
+    yield same_step.run(job_of(rewards(file, ["overlap"], None), "zero0", tmp_path_factory.mktemp("here"), None))
+
+
+@pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2"])
+def test_the_same_steps(file: Path, judges: Judges, at_once: dict, zero: str, tmp_path: Path) -> None:
+    """Each micro-batch's loss is taken after the next one's forward; ZeRO changes no bit on one process."""
+    told: list[str] = []
+    found = same_step.run(job_of(rewards(file, ["overlap"], judges), zero, tmp_path, told.append))
+    # rows 0 to 4; then 8, 1, 8; then 4
+    assert told[:6] == ["begin (0,)", "begin (1,)", "rest (0,)", "begin (2,)", "rest (1,)", "begin (3,)"]
+    assert told[6:10] == ["rest (2,)", "begin (4,)", "rest (3,)", "rest (4,)"]
+    assert told[-2:] == ["begin (4,)", "rest (4,)"]
+    exact = {"rtol": 0, "atol": 0} if zero == "zero0" else {"rtol": 1e-5, "atol": 1e-6}
+    for name in ("loss", "grad_norm", "weights"):
+        torch.testing.assert_close(found[name], at_once[name], **exact)
