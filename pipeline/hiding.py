@@ -29,7 +29,7 @@ class Hiding:
     seed: int
     spans: bool = False  # words and punctuation count in responses as they do in static responses
     samples: int = 0  # draws for each hidden token of a static response; 0: static responses are not read
-    share_prompt: bool = True  # one row of prompt, response, static response for a causal model; else two
+    share_prompt: bool = True  # one row of static response, prompt, response for a causal model; else two
 
     def hide(self, batch: Batch, items: Sequence[Item], step: int, apart: bool, pad_id: int) -> Batch:
         """`batch`, made of `items` (none for a filler), with its responses as the model shall read them.
@@ -42,13 +42,12 @@ class Hiding:
             batch.response_mask, [item.rows[0] for item in items], throws, self.spans, self.masking.plain
         )
         shown = torch.where(hidden, self.vocabulary.mask_id, batch.response_ids)
+        read = batch.input_ids if apart else with_shown(batch, shown)
+        batch = replace(batch, input_ids=read, shown_ids=shown)
         if not self.samples:
-            if not apart:
-                batch = replace(batch, input_ids=with_shown(batch, shown))
-            return replace(batch, shown_ids=shown)
-        static = self._static(items, throws, len(batch.response_ids), pad_id)
-        batch = replace(batch, shown_ids=shown, static=static)
-        return batch if apart else in_rows(batch, pad_id, self.share_prompt)
+            return batch
+        batch = replace(batch, static=self._static(items, throws, len(batch.response_ids), pad_id))
+        return batch if apart or self.share_prompt else in_two_rows(batch, pad_id)
 
     def _hidden(
         self, mask: Tensor, rows: Sequence[Row], throws: Sequence[torch.Generator], spans: bool, share: float
@@ -82,21 +81,18 @@ class Hiding:
 def with_shown(batch: Batch, shown: Tensor) -> Tensor:
     """`input_ids` (B, L) of prompt + response with `shown` (B, T) in the responses' places."""
     found = batch.input_ids.clone()
-    counts = batch.response_mask.sum(1).tolist()
-    for i, (length, count) in enumerate(zip(batch.prompt_lengths.tolist(), counts, strict=True)):
-        found[i, length : length + count] = shown[i, :count]
+    for i, (length, end) in enumerate(
+        zip(batch.prompt_lengths.tolist(), batch.input_mask.sum(1).tolist(), strict=True)
+    ):
+        found[i, length:end] = shown[i, : end - length]
     return found
 
 
-def in_rows(batch: Batch, pad_id: int, share_prompt: bool) -> Batch:
-    """What a causal model reads: prompt, response, static response in one row each; or all first, then all second."""
+def in_two_rows(batch: Batch, pad_id: int) -> Batch:
+    """The same with 2B rows to read: prompt and response, then prompt and static response."""
     prompts = [ids[:n].tolist() for ids, n in zip(batch.input_ids, batch.prompt_lengths.tolist(), strict=True)]
     first = [ids[mask].tolist() for ids, mask in zip(batch.shown_ids, batch.response_mask, strict=True)]
     second = [ids[mask].tolist() for ids, mask in zip(batch.static.shown_ids, batch.static.mask, strict=True)]
-    parts = list(zip(prompts, first, second, strict=True))
-    if not share_prompt:
-        ids, mask = pad([p + f for p, f, _ in parts] + [p + s for p, _, s in parts], pad_id)
-        return replace(batch, input_ids=ids, input_mask=mask)
-    ids, mask = pad([p + f + s for p, f, s in parts], pad_id)
-    segments, _ = pad([[0] * len(p) + [1] * len(f) + [2] * len(s) for p, f, s in parts], -1)
-    return replace(batch, input_ids=ids, input_mask=mask, segments=segments)
+    said = [*first, *second]
+    ids, mask = pad([prompt + text for prompt, text in zip(prompts * 2, said, strict=True)], pad_id)
+    return replace(batch, input_ids=ids, input_mask=mask)

@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
+from pipeline import attention
 from pipeline.algorithms import functional
 from pipeline.models import hugging_face
 from pipeline.records import Batch, UserError
@@ -56,6 +57,7 @@ class Policy(nn.Module):
         self.model = model
         lm = hugging_face(model)
         self.encoder_decoder: bool = lm.config.is_encoder_decoder
+        self.attends_apart = attention.attends_apart(lm)
         self.start_id = lm.config.to_dict().get("decoder_start_token_id")
         self.vocab_size = lm.get_output_embeddings().weight.shape[0]
         self.chunks = max(1, math.ceil(max_tokens * self.vocab_size / CHUNK_ELEMENTS))
@@ -64,7 +66,8 @@ class Policy(nn.Module):
     def forward(self, batch: Batch, output: str = "logp") -> Tensor | tuple[Tensor, ...]:
         """`output` is one of
 
-        logp: (B, T) float32, log-probability of each response token, 0 where response_mask is False.
+        logp: (B, T) float32, log-probability of each response token, 0 where response_mask is False; of the
+            tempered policy where the batch has the number `temperature`.
         smoothed: logp, and (B, T) float32, the mean log-probability over the vocabulary at each response token.
         drawn: both of smoothed, and the four of `functional.Drawn` at the hidden tokens of the static responses.
         entropy: (B, T) float32, entropy in nats of the distribution each response token was drawn from.
@@ -88,11 +91,12 @@ class Policy(nn.Module):
             return self._smoothed(hidden, batch)
         if output == "entropy":
             return spread(functional.token_entropies(hidden, self.head, self.chunks), mask)
-        return spread(functional.token_logps(hidden, self.head, batch.response_ids[mask], self.chunks), mask)
+        targets, temperatures = batch.response_ids[mask], token_temperatures(batch)
+        return spread(functional.token_logps(hidden, self.head, targets, self.chunks, temperatures), mask)
 
     def _smoothed(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        mask = batch.response_mask
-        logps, means = functional.smoothed_logps(hidden, self.head, batch.response_ids[mask], self.chunks)
+        mask, temperatures = batch.response_mask, token_temperatures(batch)
+        logps, means = functional.smoothed_logps(hidden, self.head, batch.response_ids[mask], self.chunks, temperatures)
         return spread(logps, mask), spread(means, mask)
 
     def prompt_states(self, batch: Batch) -> Tensor:
@@ -107,6 +111,8 @@ class Policy(nn.Module):
         if self.encoder_decoder:
             mask = batch.input_mask.long()
             encoded = lm.get_encoder()(input_ids=batch.input_ids, attention_mask=mask).last_hidden_state
+            if batch.owners is not None:
+                encoded, mask = encoded[batch.owners], mask[batch.owners]
             shown = batch.response_ids if batch.shown_ids is None else batch.shown_ids
             return lm.get_decoder()(
                 input_ids=self.decoder_ids(shown),
@@ -116,32 +122,43 @@ class Policy(nn.Module):
             ).last_hidden_state
         # padding is on the right, where causal attention never looks: no mask, so the fast kernels apply
         hidden = lm.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # (B, L, H)
-        return before_each(hidden, batch.prompt_lengths, batch.prompt_lengths, batch.response_ids.shape[1])
+        return before_each(hidden, batch.prompt_lengths, batch.response_ids.shape[1])
 
     def both_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(B, T, H) and (B, S, H): the states that predict the responses and the static responses, in one pass.
 
         An encoder reads each prompt once, and a decoder's keys and values of it are made once for both responses. A
-        causal model reads prompt, response and static response in one row, the responses at the same positions and
-        blind to each other; or, where the batch comes without `segments`, in two rows.
+        causal model reads static response, prompt and response in one row, the responses at the same places and blind
+        to each other; or, where the batch comes with 2B rows, in two.
         """
-        lm, given, lengths = hugging_face(self.model), batch.static, batch.prompt_lengths
         if self.encoder_decoder:
             return self._decoded_both(batch)
-        if batch.segments is None:
-            hidden = lm.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # (2B, L, H)
-            first, second = hidden.chunk(2)
-            static = before_each(second, lengths, lengths, given.ids.shape[1])
-            return before_each(first, lengths, lengths, batch.response_ids.shape[1]), static
+        if len(batch.input_ids) == len(batch.response_ids):
+            return self._beside(batch)
+        lengths = batch.prompt_lengths
+        hidden = hugging_face(self.model).base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        first, second = hidden.chunk(2)  # (B, L, H) each
+        widths = batch.response_ids.shape[1], batch.static.ids.shape[1]
+        return before_each(first, lengths, widths[0]), before_each(second, lengths, widths[1])
+
+    def _beside(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """As `both_states`, of a causal model that reads both responses in one row."""
+        lm, given, lengths = hugging_face(self.model), batch.static, batch.prompt_lengths
+        width, length, prompts = given.ids.shape[1], batch.input_ids.shape[1], int(lengths.max())
+        assert prompts < length, (prompts, length)  # a response has a token, if only EOS: see attention.attend
+        if self.attends_apart:
+            sees = attention.static_sees(lengths, width, prompts)
+        else:
+            sees = attention.all_see(lengths, width, length)
         hidden = lm.base_model(
-            input_ids=batch.input_ids,
-            attention_mask=block_mask(batch.segments, lm.dtype),
-            position_ids=restarting_positions(batch.segments),
+            input_ids=torch.cat([given.shown_ids, batch.input_ids], dim=1),
+            attention_mask=attention.additive(sees, lm.dtype),
+            position_ids=attention.places(lengths, given.mask, length),
             use_cache=False,
-        ).last_hidden_state
-        after = lengths + batch.response_mask.sum(1)
-        static = before_each(hidden, lengths, after, given.ids.shape[1])
-        return before_each(hidden, lengths, lengths, batch.response_ids.shape[1]), static
+        ).last_hidden_state  # (B, S + L, H)
+        static, rest = hidden.split([width, length], dim=1)
+        after_prompt = before_each(rest, lengths, 1)
+        return before_each(rest, lengths, batch.response_ids.shape[1]), torch.cat([after_prompt, static[:, :-1]], dim=1)
 
     def _decoded_both(self, batch: Batch) -> tuple[Tensor, Tensor]:
         lm, mask = hugging_face(self.model), batch.input_mask.long()
@@ -164,36 +181,23 @@ class Policy(nn.Module):
         return torch.cat([start, shown[:, :-1]], dim=1)
 
 
+def token_temperatures(batch: Batch) -> Tensor | None:
+    """(N,) float32, the temperature that each response token was drawn at; None where the batch does not say."""
+    if "temperature" not in batch.numbers:
+        return None
+    each = functional.item_numbers(batch, "temperature", like=batch.response_mask.float()[:, 0])  # 0 for fillers
+    return each[:, None].expand_as(batch.response_mask)[batch.response_mask]
+
+
 def spread(values: Tensor, mask: Tensor) -> Tensor:
     """`values` (N,) at the True places of `mask`, in row-major order, and 0 elsewhere."""
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
 
-def before_each(hidden: Tensor, prompt_lengths: Tensor, starts: Tensor, count: int) -> Tensor:
-    """(B, count, H): the states that predict `count` tokens, which stand in `hidden` (B, L, H) from `starts` (B,) on.
-
-    Token t is predicted one place earlier; the first one at the prompt's last token, wherever it stands itself.
-    """
-    steps = torch.arange(count, device=hidden.device)
-    places = starts[:, None] - 1 + steps
-    places[:, 0] = prompt_lengths - 1
+def before_each(hidden: Tensor, prompt_lengths: Tensor, count: int) -> Tensor:
+    """(B, count, H): the states that predict `count` tokens after each prompt: one place before them in `hidden`."""
+    places = prompt_lengths[:, None] - 1 + torch.arange(count, device=hidden.device)
     return hidden.gather(1, places.clamp(max=hidden.shape[1] - 1)[:, :, None].expand(-1, -1, hidden.shape[2]))
-
-
-def block_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, 1, L, L) additive: each token looks back at the prompt and at its own response. `segments` as in Batch."""
-    mine, theirs = segments[:, :, None], segments[:, None, :]
-    causal = torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool, device=segments.device).tril()
-    seen = ((theirs == 0) | (theirs == mine)) & causal  # padding sees itself: no row without a key
-    mask = torch.zeros(seen.shape, dtype=dtype, device=segments.device)
-    return mask.masked_fill(~seen, torch.finfo(dtype).min)[:, None]
-
-
-def restarting_positions(segments: Tensor) -> Tensor:
-    """(B, L) int64: the place of each token in its own row, were the responses read apart."""
-    places = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
-    first = (segments == 1).sum(1, keepdim=True)
-    return torch.where(segments == 2, places - first, places) * (segments >= 0)
 
 
 class RewardModel(nn.Module):

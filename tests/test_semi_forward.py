@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline import compositions
+from pipeline import attention, compositions
 from pipeline.algorithms import semi_offline, supervised
 from pipeline.algorithms.functional import Drawn
 from pipeline.compositions import Composer
-from pipeline.data import Packing, collate
+from pipeline.data import Packing, collate, padded_tokens
 from pipeline.models import hugging_face
 from pipeline.policy import Policy
 from pipeline.records import Batch, Item
@@ -23,6 +23,7 @@ from tests import masked, tiny
 
 SHAPES = masked.SHAPES
 LAYOUTS = [(shape, True) for shape in SHAPES] + [(shape, False) for shape in ("llama", "gpt2")]  # shared, two rows
+CAUSAL = ("llama", "gpt2", "qwen2")
 SETTINGS = semi_offline.Settings(samples=6, rl_weight=3.0, baseline="mean", length_penalty=1.0, label_smoothing=0.1)
 
 
@@ -57,12 +58,16 @@ def same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance
 # two responses in one pass
 
 
-@pytest.mark.parametrize(("shape", "shared"), LAYOUTS)
-def test_t14_one_pass_is_two(shape: str, shared: bool) -> None:
+READINGS = [(*layout, "sdpa") for layout in LAYOUTS] + [(shape, True, "eager") for shape in CAUSAL]
+
+
+@pytest.mark.parametrize(("shape", "shared", "kernel"), READINGS)
+def test_t14_one_pass_is_two(shape: str, shared: bool, kernel: str) -> None:
     """Logits at every target of both responses, and the gradients of all parameters."""
-    policy, rows = masked.policy(shape), masked.items(5)
+    policy, rows = masked.policy(shape, attn_implementation=kernel), masked.items(5)
     batch = whole(policy, rows, share_prompt=shared)
-    assert (batch.segments is not None) == (shared and not policy.encoder_decoder)
+    assert policy.attends_apart == (shape in CAUSAL and kernel == "sdpa")
+    assert len(batch.input_ids) == len(rows) * (1 if shared else 2)
     given, weights = batch.static, torch.randn(tiny.V, generator=torch.Generator().manual_seed(1)) / 50
     assert masked.hidden_of(batch).any() and given.hidden.any()
     first, second = (policy.head(states) for states in policy(batch, output="heads"))
@@ -96,6 +101,53 @@ def test_activation_checkpointing_changes_nothing(shape: str) -> None:
     for ours, theirs in zip(found[True][0], found[False][0], strict=True):
         torch.testing.assert_close(ours, theirs)
     same_gradients(found[True][1], found[False][1])
+
+
+@torch.no_grad()
+def test_padding_takes_no_place_beyond_the_last() -> None:
+    """A GPT-2 that knows as many places as the longest row has tokens: a short static after a long prompt is fine."""
+    rows = masked.items(5)
+    longest = max(len(row) for item in rows for row in (*item.rows, *item.statics))
+    policy = masked.policy("gpt2", n_positions=longest)
+    batch = whole(policy, rows)
+    assert int(batch.prompt_lengths.max()) + batch.static.ids.shape[1] > longest
+    _, statics = own_of(policy, rows, batch)
+    second = policy.head(policy(batch, output="heads")[1])
+    for ours, theirs in zip(second, statics, strict=True):
+        torch.testing.assert_close(ours[: len(theirs)], theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("shape", "shared"), LAYOUTS)
+@torch.no_grad()
+def test_the_budget_is_what_is_read(shape: str, shared: bool) -> None:
+    """The tokens that the model's layers hold, padding included; an encoder's and a decoder's are added."""
+    policy, rows = masked.policy(shape), masked.items(5)
+    lm, read = hugging_face(policy.model), []
+    parts = [lm.get_encoder(), lm.get_decoder()] if policy.encoder_decoder else [lm.base_model]
+    for part in parts:
+        part.register_forward_pre_hook(lambda *given: read.append(given[2]["input_ids"].numel()), with_kwargs=True)
+    policy(whole(policy, rows, share_prompt=shared), output="heads")
+    assert sum(read) == padded_tokens(rows, masked.packing(policy, SETTINGS.samples, share_prompt=shared))
+
+
+def test_what_is_seen() -> None:
+    """A static response of two tokens after prompts of one and two, then rows of three."""
+    sees = attention.static_sees(torch.tensor([1, 2]), 2, 2)
+    assert sees.int().tolist() == [[[1, 0, 1, 0], [1, 1, 1, 0]], [[1, 0, 1, 1], [1, 1, 1, 1]]]
+    whole_row = attention.all_see(torch.tensor([1]), 2, 3)[0].int().tolist()
+    assert whole_row[:2] == [[1, 0, 1, 0, 0], [1, 1, 1, 0, 0]]  # of the other response nothing
+    assert whole_row[2:] == [[0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]
+    found = attention.places(torch.tensor([1, 2]), torch.tensor([[True, False], [True, True]]), 3)
+    assert found.tolist() == [[1, 0, 0, 1, 2], [2, 3, 0, 1, 2]]
+
+
+def test_gradients_of_overlapping_pieces() -> None:
+    """Those of the slices [0, 1, 2] and [1, 2, 3] of four tokens, added where both have one."""
+    x = torch.zeros(1, 1, 4, 1, requires_grad=True)
+    beginning, end = attention.Overlapping.apply(x, 1, 3)
+    weights = torch.tensor([1.0, 2.0, 3.0]).view(1, 1, 3, 1), torch.tensor([10.0, 20.0, 30.0]).view(1, 1, 3, 1)
+    ((beginning * weights[0]).sum() + (end * weights[1]).sum()).backward()
+    assert x.grad.flatten().tolist() == [1.0, 12.0, 23.0, 30.0]  # 1, 2 + 10, 3 + 20, 30
 
 
 def calls_of(policy: Policy) -> dict[str, int]:
@@ -259,11 +311,11 @@ def test_t16_every_token_is_a_target(shape: str) -> None:
             assert (logp[: len(theirs)] < 0).all() and not logp[len(theirs) :].any()
 
 
-def alone(policy: Policy, rows: list[Item]) -> dict[str, Tensor | None]:
+def alone(policy: Policy, rows: list[Item]) -> dict[str, Tensor]:
     """What the model reads in masked fine-tuning: no static responses."""
     packing = masked.packing(policy, samples=0)
     batch = collate([replace(item, statics=()) for item in rows], range(len(rows)), packing)
-    return {"input_ids": batch.input_ids, "input_mask": batch.input_mask, "segments": None}
+    return {"input_ids": batch.input_ids, "input_mask": batch.input_mask}
 
 
 # any cut

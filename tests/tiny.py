@@ -63,8 +63,9 @@ def language_model(shape: str, seed: int = 0, **changes: Any) -> PreTrainedModel
         config = LlamaConfig(**{**sizes, **ids, "max_position_embeddings": 128, "tie_word_embeddings": True, **changes})
         model = LlamaForCausalLM(config)
     elif shape == "gpt2":
+        sizes = {"n_embd": H, "n_layer": 2, "n_head": 2, "n_positions": 128}
         off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        model = GPT2LMHeadModel(GPT2Config(n_embd=H, n_layer=2, n_head=2, n_positions=128, **{**off, **ids, **changes}))
+        model = GPT2LMHeadModel(GPT2Config(**{**sizes, **off, **ids, **changes}))
     elif shape == "t5":
         sizes = {"d_model": H, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
         config = T5Config(**{**sizes, **ids, "decoder_start_token_id": PAD_ID, **changes})
