@@ -63,6 +63,11 @@ def give_row(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, known: 
         weight.data[mask] = mean_row(weight.data[others])
 
 
+def lacks_row(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether all that `model` lacks of `tokenizer` is its own mask token, as in BART's checkpoints for summaries."""
+    return tokenizer.mask_token_id == model.get_input_embeddings().weight.shape[0] == len(tokenizer) - 1
+
+
 def grow(model: PreTrainedModel, wanted: int) -> None:
     """Give `model` at least `wanted` embeddings, a multiple of 64; each new one is the mean of the old ones."""
     rows, bias = model.get_input_embeddings().weight.shape[0], logits_bias(model)

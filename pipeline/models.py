@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from pipeline import faults, mask_token, model_checks
+from pipeline import faults, first_token, mask_token, model_checks
 from pipeline.adapters import adapter_of, under, with_lora
 from pipeline.model_checks import READ_ERRORS, unreadable
 from pipeline.records import UserError
@@ -111,6 +111,9 @@ def load_policy(
     model_checks.check_kind(settings.path, config)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = _load(auto, settings, config, Making(seed, dtype, new_head=False))
+    if config.is_encoder_decoder:
+        first_token.start_from_forced(model)
+    mask = mask or mask_token.lacks_row(model, tokenizer)
     if mask and settings.path is not None:
         known = _read_tokenizer(settings).mask_token_id == tokenizer.mask_token_id
         mask_token.give_row(model, tokenizer, known)

@@ -6,14 +6,19 @@ num_return_sequences=k), or diverse samples (these, and generation.temperatures=
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from pipeline import assembly, candidates, engine, evaluate, examples, rollout, runs
 from pipeline.candidates import Gathered
 from pipeline.entry import run
 from pipeline.metrics import write_json
+from pipeline.records import Example, Response
 from pipeline.settings import Generate
 from pipeline.tasks.write import write_rows
+from pipeline.text import Encoder
+
+BATCHES = 20  # on each rank between two words about how far it is
 
 
 def main(settings: Generate, words: Sequence[str]) -> None:
@@ -23,7 +28,7 @@ def main(settings: Generate, words: Sequence[str]) -> None:
     inputs = assembly.inputs(settings, model) | assembly.reward_inputs(settings, settings.reward, own=False)
     if not ranks.on_main(lambda: runs.open_stage(directory, settings, words, inputs)):
         return
-    say = print if ranks.main else str
+    say = partial(print, flush=True) if ranks.main else str
     judge = None
     if settings.reward is not None:
         judge = assembly.build_rewards(settings, settings.reward, settings.rewards, ranks.device)
@@ -35,7 +40,7 @@ def main(settings: Generate, words: Sequence[str]) -> None:
     with assembly.inference(settings, model, ranks) as (speaker, encoder, _):
         for split, rows in prompts.items():
             asked = rows[: settings.max_rows]
-            answers = rollout.generate(speaker, encoder, asked, settings.generation, settings.seed)
+            answers = responses(speaker, encoder, asked, settings, lambda done, split=split: say(f"{split}: {done}"))
             found = candidates.gathered(answers, settings.generation.num_return_sequences)
             statistics = evaluate.completion_statistics(answers)
             if judge is not None and found.rows:
@@ -49,6 +54,24 @@ def main(settings: Generate, words: Sequence[str]) -> None:
     if ranks.main:
         write_json(directory / "results.json", results)
     ranks.barrier()
+
+
+def responses(
+    speaker: engine.Engine,
+    encoder: Encoder,
+    asked: Sequence[Example],
+    settings: Generate,
+    tell: Callable[[str], object],
+) -> list[Response]:
+    """Those to `asked`, part by part; after each of several parts a word about how far it is."""
+    part = BATCHES * settings.generation.batch_size * speaker.ranks.world
+    answers: list[Response] = []
+    for start in range(0, len(asked), part):
+        some = asked[start : start + part]
+        answers += rollout.generate(speaker, encoder, some, settings.generation, settings.seed)
+        if len(asked) > part:
+            tell(f"{start + len(some):,} of {len(asked):,} prompts")
+    return answers
 
 
 def counts(found: Gathered) -> dict[str, int]:

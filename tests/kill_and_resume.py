@@ -3,6 +3,7 @@
     python -m tests.kill_and_resume stage=sft,reward,rl processes=1,2 kills=20 seed=1
 
 stage, processes    which, and over how many ranks; lists make every combination
+algo                of rl: alol, semi_offline or esrl
 kills               per combination
 seed                decides every moment
 signals             kill (-9), term, int, preempt (term, and soon after kill) or mixed
@@ -47,7 +48,11 @@ OF_STAGE = {
     "reward": ["name=helpfulness", "num_train_epochs=2.6"],
     "rl": ["num_train_epochs=5", "generation.max_new_tokens=12"],
 }
-OF_STAGE["rl"] += ["value.max_prompts=16", "value.samples_per_prompt=2", "value.epochs=6"]
+OF_ALGO = {
+    "alol": ["algo=alol", "value.max_prompts=16", "value.samples_per_prompt=2", "value.epochs=6"],
+    "semi_offline": ["algo=semi_offline", "static=reference", "reward=rouge", "algorithm.settings.samples=8"],
+    "esrl": ["algo=esrl", "sampler.k=3", "sampler.k_max=3", "sampler.entropy_range=recent", "num_train_epochs=2.6"],
+}
 STARTS = {"fork": Forked, "fresh": Fresh}
 KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
 SIGNALS = {"kill": [(KILL,)], "term": [(TERM,)], "int": [(INT,)], "preempt": [(TERM, KILL)]}
@@ -66,6 +71,7 @@ class Plan:
     processes: str = "1"
     kills: int = 10
     seed: int = 1
+    algo: str = "alol"
     signals: str = "kill"
     refuse: str = "sft,reward,rl"
     start: str = "fork"
@@ -78,7 +84,7 @@ class Plan:
 class Tried:
     """What came of one combination."""
 
-    stage: str
+    kind: str  # the stage, or of rl the algorithm
     world: int
     hits: Counter[str] = field(default_factory=Counter)
     signals: Counter[str] = field(default_factory=Counter)
@@ -94,9 +100,10 @@ def plan_of(words: Sequence[str]) -> Plan:
     return Plan(**own, **numbers, words=tuple(f"{key}={value}" for key, value in given.items()))
 
 
-def words_of(stage: str, *more: str) -> list[str]:
+def words_of(stage: str, algo: str, *more: str) -> list[str]:
     """What the stage is told; of a word said twice the last."""
-    said = dict(word.split("=", 1) for word in [f"stage={stage}", *WORDS, *OF_STAGE[stage], *more])
+    own = [*OF_STAGE[stage], *(OF_ALGO[algo] if stage == "rl" else [])]
+    said = dict(word.split("=", 1) for word in [f"stage={stage}", *WORDS, *own, *more])
     return [f"{key}={value}" for key, value in said.items()]
 
 
@@ -107,9 +114,9 @@ class Case:
         self.plan, self.stage, self.world = plan, stage, world
         self.folder, self.base = folder / f"{stage}-{world}", folder / "base"
         self.rng = random.Random(f"{plan.seed} {stage} {world}")
-        self.words = words_of(stage, *plan.words)
+        self.words = words_of(stage, plan.algo, *plan.words)
         self.directory = RUN / (stage if stage != "reward" else "reward/helpfulness")
-        self.tried = Tried(stage, world)
+        self.tried = Tried(self.kind(), world)
 
     def prove(self) -> Tried:
         """Kill as often as asked, and compare every run that came to its end."""
@@ -123,7 +130,7 @@ class Case:
         if self.stage in self.plan.refuse.split(","):
             self.intrude(place := self.place("refuse"))
             self.compare(place, whole)
-        drawn = moments.draws(self.stage, self.rng, seconds / 2)
+        drawn = moments.draws(self.kind(), self.rng, seconds / 2)
         missed = None
         for number in itertools.count(1):
             place = self.place(f"round-{number}")
@@ -207,9 +214,13 @@ class Case:
         ranks = world or self.world
         return STARTS[how or self.plan.start](place, [*self.words, f"gpus={ranks}"], ranks)
 
+    def kind(self) -> str:
+        """What it does: the stage, or of rl the algorithm."""
+        return self.plan.algo if self.stage == "rl" else self.stage
+
     def crosses_epoch(self, step: int) -> bool:
-        """Whether the step counted from 0 draws from two epochs; RL draws rows, not epochs."""
-        return self.stage != "rl" and step * BATCH // ROWS != ((step + 1) * BATCH - 1) // ROWS
+        """Whether the step counted from 0 draws from two epochs; A-LOL draws rows, not epochs."""
+        return self.kind() != "alol" and step * BATCH // ROWS != ((step + 1) * BATCH - 1) // ROWS
 
     def ended_well(self, place: Path, code: int, trouble: str) -> None:
         if code != 0 or trouble:
@@ -235,7 +246,7 @@ def make_base(folder: Path) -> None:
     """What RL starts from: an SFT model and a reward model."""
     (folder / "base").mkdir()
     for stage in ("sft", "reward"):
-        code, _ = Forked(folder / "base", words_of(stage, "num_train_epochs=1"), 1).end()
+        code, _ = Forked(folder / "base", words_of(stage, "", "num_train_epochs=1"), 1).end()
         assert code == 0, f"{folder}/base/log: exit code {code}"
 
 
@@ -246,7 +257,7 @@ def table(tried: Sequence[Tried]) -> str:
         signals = ", ".join(f"{count} {name}" for name, count in sorted(one.signals.items()))
         hits = ", ".join(f"{count} {name}" for name, count in one.hits.most_common())
         end = "all identical" if not one.troubles else f"{len(one.troubles)} TROUBLES, first: {one.troubles[0]}"
-        lines.append(f"{one.stage} on {one.world}: {signals}: {hits}; {one.compared} runs compared, {end}")
+        lines.append(f"{one.kind} on {one.world}: {signals}: {hits}; {one.compared} runs compared, {end}")
     return "\n".join(lines)
 
 

@@ -25,10 +25,12 @@ EVENTS = {
 }
 USUAL = ("start", "row", "row", "row", "checkpoint", "checkpoint", "pointer", "best", "last", "model", "results")
 ONCE = ("last", "model", "results")
-BY_STAGE = {
+BY_KIND = {  # of a stage, or of an algorithm of rl
     "sft": (*USUAL, "evaluation", "evaluation"),
     "reward": USUAL,
-    "rl": (*USUAL, "evaluation", "caching", "caching", "caching", "start"),
+    "alol": (*USUAL, "evaluation", "caching", "caching", "caching", "start"),
+    "semi_offline": (*USUAL, "evaluation", "evaluation"),
+    "esrl": (*USUAL, "evaluation", "evaluation"),
 }
 
 # what the stack says -> what was hit; the first that fits
@@ -43,6 +45,8 @@ HITS = (
     ("cache: value fit", r"in (fit_value|values_of|with_values)"),
     ("cache: reference log-probs", r"in with_ref_logps"),
     ("scoring by the learned reward", r"in with_rewards"),
+    ("judging compositions", r"compositions\.py.* in (judge_texts|judged)\b"),
+    ("sampling", r"rollout\.py.* in answer"),
     ("ratio check", r"in check_ratio"),
     ("optimizer step", r"engine\.py.* in step\b"),
     ("in a window", r"loop\.py.* in one_step"),
@@ -63,13 +67,13 @@ class Moment:
         return f"{self.event} {self.count} + {self.delay * 1000:.1f} ms"
 
 
-def draws(stage: str, rng: random.Random, start_seconds: float) -> Iterator[Moment]:
+def draws(kind: str, rng: random.Random, start_seconds: float) -> Iterator[Moment]:
     """Moments without end: soon after something happened, or anywhere in the first `start_seconds`.
 
-    Every event of the stage has its turn before one comes again.
+    Every event of `kind` has its turn before one comes again.
     """
     while True:
-        for event in rng.sample(BY_STAGE[stage], len(BY_STAGE[stage])):
+        for event in rng.sample(BY_KIND[kind], len(BY_KIND[kind])):
             if event == "start":
                 yield Moment(event, 0, rng.uniform(0.0, start_seconds))
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tokenizers import models as pieces
 from torch import Tensor, nn
 from transformers import (
     AddedToken,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     GenerationConfig,
     GPT2Tokenizer,
@@ -259,9 +261,29 @@ def test_only_a_mask_makes_a_model_grow(tmp_path: Path) -> None:
     settings = saved(tmp_path, "llama", ROWS)
     two = plain()
     two.add_tokens(["one"])
-    for tokenizer, mask in ((masked(), False), (two, False), (mask_token.with_mask(two), True)):
+    for tokenizer, mask in ((copy.deepcopy(two), False), (mask_token.with_mask(two), False), (two, True)):
         with pytest.raises(UserError, match=rf"has {ROWS} embeddings but its tokenizer has \d+ tokens"):
             models.load_policy(settings, tokenizer, 0, mask=mask)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_a_checkpoint_for_summaries_opens_and_speaks_as_elsewhere(tmp_path: Path, mask: bool) -> None:
+    """As BART's: its mask token has no row, and `generate` of transformers makes it say BOS before all else."""
+    model = language_model("bart", ROWS)
+    model.generation_config.update(forced_bos_token_id=1)
+    models.save(tmp_path / "base", model, model.state_dict(), masked())
+    settings = opened_at(tmp_path / "base")
+    tokenizer = models.load_tokenizer(settings, [], mask)
+    policy = models.load_policy(settings, tokenizer, 0, mask=mask)
+    assert policy.config.vocab_size == GROWN
+    models.save(tmp_path / "sft", policy, policy.state_dict(), tokenizer)
+
+    speech = tiny.settings("rl").generation.model_copy(update={"max_new_tokens": 6})
+    speaker = engine.Engine(Policy(policy, 64), tiny.ranks(), tiny.train_settings(), None)
+    (said,) = rollout.generate(speaker, Encoder(tokenizer, tiny.PLAIN, 64, 64), [Example("1", "a cat")], speech, 0)
+    exported = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "sft")
+    there = exported.generate(torch.tensor([said.prompt_ids]), max_new_tokens=6)[0].tolist()
+    assert there == [1, *said.response_ids]  # BOS is where the decoder starts, and it is not forced again
 
 
 def test_separate_embeddings_are_refused(tmp_path: Path) -> None:

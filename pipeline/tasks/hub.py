@@ -1,4 +1,8 @@
-"""Rows of a Hugging Face hub data set, named `owner/name[/folder][:split]`; the split is `train` unless named."""
+"""Rows of a Hugging Face hub data set, named `owner/name[/folder][@revision][:split]`; without a split, of `train`.
+
+A set that wants code of its own to be run is not read. The hub keeps the rows of most such sets as files, too, under
+the revision `refs/convert/parquet`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,11 @@ from typing import NamedTuple
 
 from pipeline.records import UserError
 
-_NAME = re.compile(r"(?P<owner>[\w-][\w.-]*)/(?P<name>[\w.-]+)(?:/(?P<folder>[\w./-]+))?(?::(?P<split>[\w.-]+))?")
+_NAME = re.compile(
+    r"(?P<owner>[\w-][\w.-]*)/(?P<name>[\w.-]+)(?:/(?P<folder>[\w./-]+))?"
+    r"(?:@(?P<revision>[\w./-]+))?(?::(?P<split>[\w.-]+))?"
+)
+UNREADABLE = (OSError, ValueError, RuntimeError)  # the last of sets that want code of their own to be run
 _FILE_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet", ".gz", ".zst", ".zip", ".arrow")
 
 
@@ -19,6 +27,7 @@ class HubName(NamedTuple):
     repository: str
     folder: str | None
     split: str | None
+    revision: str | None = None
 
 
 def is_hub_name(path: str) -> bool:
@@ -33,7 +42,7 @@ def parse(path: str) -> HubName:
     """The parts of a hub name."""
     matched = _NAME.fullmatch(path)
     assert matched, path
-    return HubName(f"{matched['owner']}/{matched['name']}", matched["folder"], matched["split"])
+    return HubName(f"{matched['owner']}/{matched['name']}", *matched.group("folder", "split", "revision"))
 
 
 def folders(path: str, sources: Iterable[str]) -> dict[str, str]:
@@ -41,7 +50,8 @@ def folders(path: str, sources: Iterable[str]) -> dict[str, str]:
     name = parse(path)
     if name.folder is not None:
         return {}
-    return {source: f"{name.repository}/{source}" + (f":{name.split}" if name.split else "") for source in sources}
+    rest = (f"@{name.revision}" if name.revision else "") + (f":{name.split}" if name.split else "")
+    return {source: f"{name.repository}/{source}{rest}" for source in sources}
 
 
 def rows(path: str) -> Iterator[tuple[int, Mapping[str, object]]]:
@@ -50,8 +60,10 @@ def rows(path: str) -> Iterator[tuple[int, Mapping[str, object]]]:
 
     name = parse(path)
     try:
-        table = datasets.load_dataset(name.repository, data_dir=name.folder, split=name.split or "train")
-    except (OSError, ValueError) as error:
+        table = datasets.load_dataset(
+            name.repository, data_dir=name.folder, revision=name.revision, split=name.split or "train"
+        )
+    except UNREADABLE as error:
         raise _unreachable(path, error) from error
     yield from enumerate(table, start=1)
 
@@ -62,14 +74,16 @@ def split_names(path: str) -> list[str]:
 
     name = parse(path)
     try:
-        return datasets.get_dataset_split_names(name.repository, data_dir=name.folder)
-    except (OSError, ValueError) as error:
+        return datasets.get_dataset_split_names(name.repository, data_dir=name.folder, revision=name.revision)
+    except UNREADABLE as error:
         raise _unreachable(path, error) from error
 
 
 def _unreachable(path: str, error: Exception) -> UserError:
     found = " ".join(str(error).split())
+    name = parse(path)
+    files = f"name its files with {name.repository}@refs/convert/parquet, or " if "scripts" in found else ""
     return UserError(
         f"{path}: neither a local file nor readable from the hub ({found}), wanted one of them; "
-        "bring the data as files with data.path= or data.train="
+        f"{files}bring the data as files with data.path= or data.train="
     )
