@@ -1,6 +1,7 @@
 """Step folders and resume state: complete or absent, rotated, `latest` written last.
 
-checkpoints/step-000200/   DeepSpeed's shards, rank-<rank>.pt (random state, the log's open interval), state.json
+checkpoints/step-000200/   DeepSpeed's shards, rank-<rank>.pt (random state, the log's open interval), state.json,
+                           memory.json (what the source of the rows remembers of earlier steps)
 checkpoints/latest         the name of the newest complete one
 """
 
@@ -41,10 +42,11 @@ class Checkpoints:
     def __init__(self, directory: Path, ranks: Ranks, limit: int):
         self.directory, self.ranks, self.limit = directory / "checkpoints", ranks, limit
 
-    def save(self, engine: Engine, state: State, interval: Interval) -> None:
+    def save(self, engine: Engine, state: State, interval: Interval, memory: Mapping[str, Any] | None = None) -> None:
         """Write a step folder under another name, rename it, then point `latest` at it and drop the oldest.
 
-        The step that `latest` names is complete and is left as it is: while it was replaced there would be none.
+        `memory` is what `Source.remembered` gave, the same on every rank. The step that `latest` names is complete
+        and is left as it is: while it was replaced there would be none.
         """
         name, pointer = f"step-{state.step:06d}", self.directory / "latest"
         if self.ranks.from_main(pointer.is_file() and pointer.read_text(encoding="utf-8").strip() == name):
@@ -58,6 +60,7 @@ class Checkpoints:
         torch.save({"rng": rng_state(), **packed(interval)}, part / f"rank-{self.ranks.rank}.pt")
         self.ranks.barrier()
         if self.ranks.main:
+            write_json(part / "memory.json", dict(memory or {}))
             write_json(part / "state.json", asdict(state))
             flush(part)
             shutil.rmtree(self.directory / name, ignore_errors=True)
@@ -73,8 +76,8 @@ class Checkpoints:
         for torn in self.directory.glob("part-*"):
             shutil.rmtree(torn)
 
-    def load(self, engine: Engine) -> tuple[State, Interval] | None:
-        """Restore the newest complete checkpoint; None if there is none.
+    def load(self, engine: Engine) -> tuple[State, Interval, dict[str, Any]] | None:
+        """Restore the newest complete checkpoint, and give state, open interval and memory; None if there is none.
 
         Raises:
             UserError: it was written by another number of ranks.
@@ -91,7 +94,8 @@ class Checkpoints:
         engine.load(directory)
         own = torch.load(directory / f"rank-{self.ranks.rank}.pt", map_location="cpu", weights_only=True)
         restore_rng(own["rng"])
-        return state, unpacked(own, self.ranks.device)
+        memory = json.loads((directory / "memory.json").read_text(encoding="utf-8"))
+        return state, unpacked(own, self.ranks.device), memory
 
     def _latest(self) -> Path | None:
         pointer = self.directory / "latest"

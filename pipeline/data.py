@@ -7,14 +7,14 @@ a pure function of (seed, step): resuming needs no other state.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from pipeline.hiding import Hiding
-from pipeline.records import Batch, Item, UserError
+from pipeline.records import Batch, Item, Stat, UserError
 from pipeline.settings import TrainSettings
 from pipeline.text import pad
 
@@ -31,6 +31,7 @@ class Packing:
     pad_id: int
     whole: bool = False  # put prompt + response into input_ids even for an encoder-decoder (reward models)
     hiding: Hiding | None = None  # of the responses' tokens
+    prompts_once: bool = False  # an encoder reads each prompt of a micro-batch once, however many responses it has
 
     @property
     def apart(self) -> bool:
@@ -57,21 +58,20 @@ class Extent(NamedTuple):
     prompt: int = 0
     response: int = 0
     static: int = 0  # of static responses
-    single: int = 0  # of prompt + one response
-    joined: int = 0  # of prompt + response + static response
+    single: int = 0  # of prompt + response
+    beside: int = 0  # of prompt + static response
 
     def with_item(self, item: Item) -> Extent:
         """The same with one item more."""
         static = max((len(row.response_ids) for row in item.statics), default=0)
         beside = max((len(row) for row in item.statics), default=0)
-        longest = max(len(row) for row in item.rows)
         return Extent(
             self.rows + len(item.rows),
             max([self.prompt, *(len(row.prompt_ids) for row in item.rows)]),
             max([self.response, *(len(row.response_ids) for row in item.rows)]),
             max(self.static, static),
-            max(self.single, longest, beside),
-            max(self.joined, longest + static),
+            max([self.single, *(len(row) for row in item.rows)]),
+            max(self.beside, beside),
         )
 
     def tokens(self, packing: Packing) -> int:
@@ -79,8 +79,13 @@ class Extent(NamedTuple):
         if packing.apart:
             return self.rows * (self.prompt + self.response + self.static)
         if self.static and packing.hiding is not None and not packing.hiding.share_prompt:
-            return 2 * self.rows * self.single
+            return 2 * self.rows * max(self.single, self.beside)
         return self.rows * self.joined
+
+    @property
+    def joined(self) -> int:
+        """Tokens of the longest row of prompt + response, after the longest static response."""
+        return self.single + self.static
 
 
 def padded_tokens(items: Sequence[Item], packing: Packing) -> int:
@@ -105,6 +110,8 @@ def group(items: Sequence[Item], indices: Sequence[int], packing: Packing, world
         groups = [order[i : i + size] for i in range(0, len(order), size)]
     else:
         groups = by_budget(items, order, packing)
+    if not groups:
+        return [[] for _ in range(world)]  # a step of fillers alone
     while len(groups) % world:
         largest = max(range(len(groups)), key=lambda g: len(groups[g]))
         if len(groups[largest]) < 2:
@@ -152,7 +159,13 @@ def collate(items: Sequence[Item], indices: Sequence[int], packing: Packing, ste
     filler = not indices
     rows = [item.rows[place] for place in range(len(chosen[0].rows)) for item in chosen]
     response_ids, response_mask = pad([row.response_ids for row in rows], packing.pad_id)
+    if any(row.learned for row in rows):
+        response_mask &= pad([row.learned or (1,) * len(row.response_ids) for row in rows], 0)[0].bool()
     read = [row.prompt_ids if packing.apart else row.prompt_ids + row.response_ids for row in rows]
+    owners = None
+    if packing.prompts_once and packing.apart:
+        places = {ids: place for place, ids in enumerate(dict.fromkeys(read))}
+        owners, read = torch.tensor([places[ids] for ids in read]), list(places)
     input_ids, input_mask = pad(read, packing.pad_id)
     numbers = (
         {}
@@ -171,6 +184,7 @@ def collate(items: Sequence[Item], indices: Sequence[int], packing: Packing, ste
         response_mask=response_mask & (not filler),
         numbers=numbers if not filler else {name: torch.zeros(0) for name in chosen[0].numbers},
         ref_logp=reference(chosen, response_ids.shape[1]),
+        owners=owners,
     )
     if packing.hiding is None:
         return batch
@@ -189,12 +203,22 @@ def reference(items: Sequence[Item], width: int) -> torch.Tensor | None:
 
 
 class Source(Protocol):
-    """Where the micro-batches of a step come from; `items` are those of the last one asked for."""
+    """Where the micro-batches of a step come from; `items` and `stats` are those of the last one asked for."""
 
     items: Sequence[Item]
+    stats: Mapping[str, Stat]  # of how they were made; the same on every rank
 
     def at(self, step: int) -> list[Batch]:
         """This rank's window of `step`, counted from 0; equally many micro-batches on every rank."""
+
+    def remembered(self, step: int) -> dict[str, Any]:
+        """What `at(step)` needs to know of earlier steps, for JSON; the same on every rank.
+
+        Asked after `at(step - 1)` or, where that step was not taken, after `at(step)`.
+        """
+
+    def recall(self, memory: Mapping[str, Any]) -> None:
+        """Go on from what `remembered` gave; from nothing, where it is empty."""
 
 
 class Windows:
@@ -202,11 +226,19 @@ class Windows:
 
     def __init__(self, items: Sequence[Item], draw: Draw, packing: Packing, rank: int, world: int):
         self.items, self.draw, self.packing, self.rank, self.world = items, draw, packing, rank, world
+        self.stats: Mapping[str, Stat] = {}
 
     def at(self, step: int) -> list[Batch]:
         """The window of `step`, counted from 0."""
         plan = window(self.items, self.draw(step), self.packing, self.rank, self.world)
         return [collate(self.items, indices, self.packing, step) for indices in plan]
+
+    def remembered(self, step: int) -> dict[str, Any]:
+        """Nothing: what is drawn is a function of the step."""
+        return {}
+
+    def recall(self, memory: Mapping[str, Any]) -> None:
+        """Nothing to go on from."""
 
 
 def once(items: Sequence[Item], packing: Packing, rank: int, world: int) -> list[Batch]:

@@ -210,12 +210,13 @@ class Engine:
 
         Args:
             total: () this rank's sum over this micro-batch; or (k,), sums of k means that are added up.
-            n_terms: () or (k,) float64, the global counts over all ranks and all micro-batches of the step.
+            n_terms: () or (k,) float64, the global counts over all ranks and all micro-batches of the step; where one
+                is 0 there is nothing to learn, and its total is 0.
             last: whether this is the step's last micro-batch; ranks must agree.
         """
         self._engine.set_gradient_accumulation_boundary(last)
         # undoes DeepSpeed's two hidden averages: over accumulation steps and over ranks
-        scale = (self.ranks.world * NOMINAL_ACCUMULATION / n_terms).to(total)
+        scale = (self.ranks.world * NOMINAL_ACCUMULATION / n_terms.clamp(min=1.0)).to(total)
         self._engine.backward((total * scale).sum())
 
     def step(self, learning_rate: float) -> float:

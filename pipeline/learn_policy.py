@@ -1,104 +1,244 @@
-"""Learning from responses that the policy gives now: prompts -> responses -> rewards -> one step, again and again."""
+"""Learning from responses that the policy gives now: prompts -> responses -> rewards -> one step, again and again.
+
+Two-stage sampling: responses are sampled without gradient (rollout.py); then their likelihood is computed in parallel
+with gradient, over the sampled ids themselves. How many are sampled for each prompt is planned before (sampler.py).
+Source: Wang et al., "ESRL: Efficient Sampling-based Reinforcement Learning for Sequence Generation" (AAAI 2024).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from pipeline import assembly, engine, evaluate, examples, rollout, training
-from pipeline.algorithms.functional import group_advantages
+from pipeline import assembly, engine, evaluate, examples, lots, reference, rollout, statics, training
+from pipeline.algorithms import capability
+from pipeline.algorithms.functional import mean_stat
 from pipeline.data import Draw, Packing, collate, window
 from pipeline.engine import Engine
+from pipeline.history import Queue, prompt_key
 from pipeline.lesson import Lesson, Scene, refuse, required_judge, spoken
 from pipeline.loop import Evaluation, Watch
-from pipeline.records import Batch, Example, Item, Response, Row
+from pipeline.lots import Lot
+from pipeline.records import Batch, Example, Item, Row, Stat
 from pipeline.rewards import Rewards
-from pipeline.settings import GenerationSettings
+from pipeline.rollout import Ask
+from pipeline.sampler import Sampler, check_sampler, spoken_sampler
+from pipeline.settings import GenerationSettings, Rl
 from pipeline.text import Encoder
 
 
 def lesson(scene: Scene) -> Lesson:
-    """On-policy RL. train.batch_size counts prompts; each has `samples` responses in the step."""
-    settings, ranks, model = scene.settings, scene.ranks, scene.model
+    """On-policy RL. train.batch_size counts prompts, each of which has several responses in the step."""
+    settings, ranks = scene.settings, scene.ranks
     refuse(settings, rows="all", sampling="all", shuffle_rewards=False)
     judge = required_judge(scene)
+    check_sampler(settings, scene.algorithm)
     prompts = examples.unique_prompts(examples.load_train(scene.data, settings.seed, scene.say))
     held_out = examples.unique_prompts(examples.load(scene.data, "validation", settings.seed, scene.say))
     held_out = held_out[: settings.eval.max_rows]
-    encoder = assembly.encoder_of(settings, model, list)
-    longest = settings.generation.max_new_tokens
-    policy = assembly.build_policy(model, encoder, settings.train, longest, settings.seed)
-    packing = assembly.packing(settings.train, ranks, policy, encoder)
+    encoder = assembly.encoder_of(settings, scene.model, list)
+    longest = max(settings.generation.max_new_tokens, settings.data.max_response_length)
+    policy = assembly.build_policy(scene.model, encoder, settings.train, longest, settings.seed)
+    packing = replace(assembly.packing(settings.train, ranks, policy, encoder), prompts_once=True)
+    frozen = None
+    if scene.module.needs(scene.algorithm).ref_logp:
+        frozen = assembly.build_policy(scene.model, encoder, settings.train, longest, settings.seed)
+        frozen = engine.Engine(frozen, ranks, settings.train, None)
     trainer = engine.Engine(policy, ranks, settings.train, settings.optimizer)
-    scene.say(f"train: {len(prompts):,} prompts, {scene.algorithm.samples} responses each, sampled at every step")
-
-    def look(step: int) -> Evaluation:
-        found, samples = spoken(trainer, encoder, held_out, judge, settings)
-        return Evaluation(found, samples=samples)
-
+    rollouts = Rollouts(
+        engine=trainer,
+        frozen=frozen,
+        encoder=encoder,
+        judge=judge,
+        prompts=prompts,
+        draw=training.epochs(len(prompts), settings.train.batch_size, settings.seed),
+        packing=packing,
+        settings=settings,
+        algorithm=scene.algorithm,
+        sampler=Sampler(settings.sampler, policy.vocab_size, Queue(scene.algorithm.queue_size)),
+    )
+    scene.say(f"train: {len(prompts):,} prompts, {spoken_sampler(settings)}, sampled at every step")
     course = training.Course(
-        windows=Rollouts(
-            engine=trainer,
-            encoder=encoder,
-            judge=judge,
-            prompts=prompts,
-            draw=training.epochs(len(prompts), settings.train.batch_size, settings.seed),
-            packing=packing,
-            generation=sampled(settings.generation, scene.algorithm.samples),
-            baseline=scene.algorithm.baseline,
-            seed=settings.seed,
-        ),
+        windows=rollouts,
         objective=scene.objective,
         max_steps=training.steps_for(settings, len(prompts)),
         eval_steps=settings.train.eval_steps,
-        evaluate=look,
+        evaluate=Look(scene, trainer, encoder, held_out, judge, rollouts),
         watch=Watch("eval/reward/mean", True),
         export=assembly.exporter(trainer, encoder),
     )
     return Lesson(trainer, course, lambda: None)
 
 
-def sampled(settings: GenerationSettings, samples: int) -> GenerationSettings:
-    """The policy's own distribution, `samples` responses per prompt: what the gradient is an expectation over."""
-    return rollout.free(settings).model_copy(update={"num_return_sequences": samples})
+def sampled(settings: Rl) -> GenerationSettings:
+    """The policy's own distribution, which the gradient is an expectation over; the dropping modes narrow it."""
+    free = rollout.free(settings.generation)
+    if settings.sampler.mode != "drop":
+        return free
+    return free.model_copy(update={"top_p": settings.generation.top_p, "top_k": settings.generation.top_k})
 
 
 @dataclass
 class Rollouts:
-    """Windows of responses that are sampled when they are asked for; a function of weights, seed and step."""
+    """Windows of responses that are sampled when they are asked for: a function of weights, seed, step and history."""
 
     engine: Engine
+    frozen: Engine | None  # the reference, where a KL term wants it
     encoder: Encoder
     judge: Rewards
     prompts: Sequence[Example]
     draw: Draw
     packing: Packing
-    generation: GenerationSettings
-    baseline: str
-    seed: int
+    settings: Rl
+    algorithm: Any
+    sampler: Sampler
     items: Sequence[Item] = ()  # of the last step
+    lots: Sequence[Lot] = ()  # and its prompts with their responses
+    stats: Mapping[str, Stat] = field(default_factory=dict)
+    last: int | None = None  # the step that `lots` are of, while the sampler does not know them yet
 
     def at(self, step: int) -> list[Batch]:
         """This rank's micro-batches of the responses to the prompts of `step`."""
-        ranks = self.engine.ranks
+        began, ranks = time.monotonic(), self.engine.ranks
+        self._learn_of()
         asked = [self.prompts[i] for i in self.draw(step)]
-        answers = rollout.generate(self.engine, self.encoder, asked, self.generation, self.seed * 1_000_003 + step)
-        rewards = evaluate.score_responses(ranks, self.judge, answers).total
-        self.items = self._items(answers, rewards)
-        plan = window(self.items, range(len(self.items)), self.packing, ranks.rank, ranks.world)
+        said = self._said(asked, step)
+        generated = sum(len(response.response_ids) for lot in said for response in lot.responses)
+        judged = self._judged(self._kept(said))
+        ref_logps = self._ref_logps(judged)
+        usual = self.sampler.queue.mean()
+        self.lots, self.last = lots.valued(judged, ref_logps, usual, self.algorithm), step
+        self.items = [*lots.items_of(self.lots, ref_logps), *self._targets(asked)] or [self._silent(asked[0])]
+        seconds = mean_stat(torch.tensor([time.monotonic() - began]))
+        most = self.settings.sampler.k_max if self.settings.sampler.mode == "dynamic" else self.settings.sampler.k
+        told = lots.statistics(self.lots, most, self.sampler.least, usual, generated)
+        self.stats = {name: Stat(kind, sums.to(ranks.device)) for name, (kind, sums) in told.items()} | {
+            "perf/sampling_seconds": Stat(seconds.kind, seconds.sums.to(ranks.device))
+        }
+        learned = range(len(self.items)) if any(lot.responses for lot in self.lots) or self._mixes else []
+        plan = window(self.items, learned, self.packing, ranks.rank, ranks.world)
         return [collate(self.items, indices, self.packing, step) for indices in plan]
 
-    def _items(self, answers: Sequence[Response], rewards: Sequence[float]) -> list[Item]:
-        """The responses with their rewards, and with their advantages over those to the same prompt."""
-        table = torch.tensor(rewards, dtype=torch.float64).reshape(-1, self.generation.num_return_sequences)
-        weights = group_advantages(table, self.baseline).flatten().tolist()
-        return [
-            Item(
-                replace(answer.example, completion=answer.text),
-                (Row(answer.prompt_ids, answer.response_ids),),
-                {"reward": reward, "advantage": weight},
-            )
-            for answer, reward, weight in zip(answers, rewards, weights, strict=True)
+    @property
+    def _mixes(self) -> bool:
+        return self.algorithm.sft_weight > 0
+
+    def _said(self, asked: Sequence[Example], step: int) -> list[Lot]:
+        """The responses to the prompts of a step; where the sampler probes, in two rounds."""
+        ids = [tuple(self.encoder.encode_prompt(example.prompt)[0]) for example in asked]
+        keys = [prompt_key(one) for one in ids]
+        shares, probed = self.sampler.plan(keys), self.sampler.probes(keys)
+        few = self.settings.sampler.probe
+        first = [share._replace(k=few) if probe else share for share, probe in zip(shares, probed, strict=True)]
+        found = [Lot(*parts) for parts in zip(asked, ids, keys, first, strict=True)]
+        found = self._answered(found, [(0, lot.share.k) for lot in found], step)
+        if not any(probed):
+            return found
+        after = [
+            replace(lot, share=self.sampler.after_probe(lots.record_of(lot, step))) if probe else lot
+            for lot, probe in zip(found, probed, strict=True)
         ]
+        return self._answered(after, [(len(lot.responses), lot.share.k) for lot in after], step)
+
+    def _answered(self, found: Sequence[Lot], spans: Sequence[tuple[int, int]], step: int) -> list[Lot]:
+        """The lots with their responses number `start` to `end` - 1 added."""
+        places = [i for i, (start, end) in enumerate(spans) if end > start]
+        asks = [
+            Ask(found[i].example, found[i].prompt_ids, (found[i].share.temperature,) * (end - start), start)
+            for i, (start, end) in ((i, spans[i]) for i in places)
+        ]
+        seed = self.settings.seed * 1_000_003 + step
+        groups = rollout.answer(self.engine, self.encoder, asks, sampled(self.settings), seed) if asks else []
+        more = dict(zip(places, groups, strict=True))
+        return [replace(lot, responses=(*lot.responses, *more.get(i, ()))) for i, lot in enumerate(found)]
+
+    def _kept(self, found: Sequence[Lot]) -> list[Lot]:
+        """The lots without what the dropping modes throw away: a share of each decoded batch, or of all."""
+        mode, share = self.settings.sampler.mode, self.settings.sampler.drop_share
+        if mode not in ("drop", "drop_fixed"):
+            return list(found)
+        surest = {i: lot.responses[0].seen for i, lot in enumerate(found)}
+        batches: dict[int, list[int]] = {}
+        for i, seen in surest.items():
+            batches.setdefault(seen.batch if mode == "drop" else 0, []).append(i)
+        gone = set()
+        for members in batches.values():
+            scores = [surest[i].drop if mode == "drop" else surest[i].confidence for i in members]
+            gone |= {members[place] for place in capability.dropped(scores, share)}
+        return [replace(lot, responses=()) if i in gone else lot for i, lot in enumerate(found)]
+
+    def _judged(self, found: Sequence[Lot]) -> list[Lot]:
+        flat = [response for lot in found for response in lot.responses]
+        totals = iter(evaluate.score_responses(self.engine.ranks, self.judge, flat).total)
+        return [replace(lot, raw=tuple(next(totals) for _ in lot.responses)) for lot in found]
+
+    def _ref_logps(self, found: Sequence[Lot]) -> list[Tensor]:
+        """(T,) float32 of the reference for each response in order; nothing where no KL term wants them."""
+        items = [Item(lot.example, (row,), {"temperature": lot.share.temperature}) for lot in found for row in lot.rows]
+        if self.frozen is None or not items:
+            return []
+        saved = reference.reference_logps(self.frozen, items, self.packing)
+        return list(saved["logp"].split(saved["lengths"].tolist()))
+
+    def _targets(self, asked: Sequence[Example]) -> list[Item]:
+        """The references of the prompts, where their likelihood is learned too."""
+        if not self._mixes:
+            return []
+        rows = [self.encoder.encode(example.prompt, statics.reference_text(example)) for example in asked]
+        return [
+            lots.target_item(example, row, self.frozen is not None) for example, row in zip(asked, rows, strict=True)
+        ]
+
+    def _silent(self, example: Example) -> Item:
+        """What a step of fillers is made from, when every prompt was left out."""
+        row = Row(tuple(self.encoder.encode_prompt(example.prompt)[0]), (self.encoder.eos_id,))
+        return lots.target_item(example, row, self.frozen is not None, target=False)
+
+    def _learn_of(self) -> None:
+        """Let the sampler know of the last step."""
+        if self.last is None:
+            return
+        for lot in self.lots:
+            if lot.responses:
+                self.sampler.learn(lot.key, lots.record_of(lot, self.last), lot.told.rewards.tolist())
+            else:
+                self.sampler.learn(lot.key, None)
+        self.last = None
+
+    def remembered(self, step: int) -> dict[str, Any]:
+        """As `data.Source`: history and queue."""
+        if self.last is not None and self.last < step:
+            self._learn_of()
+        return self.sampler.state()
+
+    def recall(self, memory: Mapping[str, Any]) -> None:
+        """As `data.Source`."""
+        if memory:
+            self.sampler.restore(memory)
+
+
+@dataclass(frozen=True)
+class Look:
+    """Evaluation: fresh responses to held-out prompts; and the last step's samples, prompt by prompt."""
+
+    scene: Scene
+    engine: Engine
+    encoder: Encoder
+    prompts: Sequence[Example]
+    judge: Rewards
+    rollouts: Rollouts
+
+    def __call__(self, step: int) -> Evaluation:
+        settings, last = self.scene.settings, self.rollouts.lots
+        found, samples = spoken(self.engine, self.encoder, self.prompts, self.judge, settings)
+        known = [lot.share.capability for lot in last if lot.share.capability is not None]
+        histograms = {"esrl/capability": torch.tensor(known)} if known else {}
+        if last:
+            histograms["esrl/samples"] = torch.tensor([float(len(lot.responses)) for lot in last])
+            histograms["advantage"] = torch.tensor([weight for lot in last for weight in lot.advantages])
+        return Evaluation(found, histograms, [*samples, *lots.table(last, settings.eval.num_samples)])

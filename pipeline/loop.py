@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from pipeline.tally import Interval, Tally
 
 Output = Tensor | tuple[Tensor, ...]
 Loss = Callable[[Output, Batch], tuple[Tensor, dict[str, Stat]]]
+Rest = Callable[[], tuple[Tensor, dict[str, Stat]]]  # of a loss that has begun
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,15 @@ class Objective:
     """What is minimised: the mean over `mean_over` of a loss that returns a sum; or the sum of several such means.
 
     With one name in `mean_over` the loss returns a scalar, with k of them (k,), in their order.
+
+    `begin` starts what the loss waits for and returns the rest of it, which is called after the next micro-batch's
+    forward: two micro-batches' activations are in memory.
     """
 
     loss: Loss
-    mean_over: str | tuple[str, ...]  # tokens | sequences | pairs
+    mean_over: str | tuple[str, ...]  # tokens | sequences | pairs | items | prompts | targets
     output: str = "logp"  # what the loss wants of the module
+    begin: Callable[[Output, Batch], Rest] | None = None
 
     def ask(self, engine: Engine, batch: Batch) -> Output:
         """What the module says of `batch`."""
@@ -109,7 +115,8 @@ def run(job: Job, state: State, interval: Interval) -> State:
 
     def save() -> None:
         seconds = before + time.monotonic() - began
-        job.checkpoints.save(job.engine, replace(state, seconds=seconds), interval)
+        memory = job.windows.remembered(state.step)
+        job.checkpoints.save(job.engine, replace(state, seconds=seconds), interval, memory)
 
     with terminations() as received:
         if state.step == 0:
@@ -158,9 +165,9 @@ def one_step(job: Job, step: int, interval: Interval) -> str | None:
     n_terms = ranks.all_sum(job.objective.terms(window))
     engine.train()
     done, tally = [], Tally()
-    for place, batch in enumerate(window):
-        output = job.objective.ask(engine, batch)
-        total, stats = job.objective.loss(output, batch.to(ranks.device))
+    tally.add(job.windows.stats)
+    for place, (batch, output, rest) in enumerate(forwards(engine, job.objective, window)):
+        total, stats = rest()
         # an infinite constant has a finite gradient: let the norm, which all ranks share, tell of it
         known = torch.where(total.detach().isfinite(), 1.0, math.nan)
         engine.backward(total * known, n_terms, last=place == len(window) - 1)
@@ -179,6 +186,20 @@ def one_step(job: Job, step: int, interval: Interval) -> str | None:
         interval.tally.merge(tally)
     interval.add(step_stats(window, norm, rate, ranks.device), time.monotonic() - began)
     return trouble
+
+
+def forwards(engine: Engine, objective: Objective, window: Sequence[Batch]) -> Iterator[tuple[Batch, Output, Rest]]:
+    """Each micro-batch after its forward, or after the next one's too where the objective has a `begin`."""
+    waiting: list[tuple[Batch, Output, Rest]] = []
+    for batch in window:
+        output, moved = objective.ask(engine, batch), batch.to(engine.ranks.device)
+        if objective.begin is None:
+            yield batch, output, partial(objective.loss, output, moved)
+            continue
+        waiting.append((batch, output, objective.begin(output, moved)))
+        if len(waiting) > 1:
+            yield waiting.pop(0)
+    yield from waiting
 
 
 def step_stats(window: Sequence[Batch], norm: float, rate: float, device: torch.device) -> dict[str, Stat]:
@@ -246,9 +267,19 @@ def due(step: int, every: int | None, last: int) -> bool:
 
 
 def count_terms(batch: Batch, mean_over: str) -> int:
-    """What this micro-batch adds to the divisor of the mean; fillers add nothing."""
+    """What this micro-batch adds to the divisor of the mean; fillers add nothing.
+
+    prompts: responses that the number `leads` marks, one per prompt. targets: tokens of rows that `target` marks.
+    """
     if mean_over == "tokens":
         return int(batch.response_mask.sum())
+    if mean_over == "items":  # pairs, or rows alone
+        return len(batch.items)
+    if mean_over == "prompts":
+        return int(batch.numbers["leads"].sum())
+    if mean_over == "targets":
+        tokens = batch.response_mask[: len(batch.items)].sum(1)
+        return int(tokens[batch.numbers["target"] > 0].sum())
     sequences = int(batch.sequence_mask.sum())
     return sequences // 2 if mean_over == "pairs" else sequences
 

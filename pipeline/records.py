@@ -48,6 +48,7 @@ class Example:
     reward: float | None = None
     rewards: Mapping[str, float] = field(default_factory=dict)
     source: str = ""
+    correctness: float | None = None  # of a pair: 1 where its two rewards can be trusted, else only its order
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Row:
     response_ids: tuple[int, ...]
     cut_prompt: bool = False
     cut_response: bool = False
+    learned: tuple[bool, ...] = ()  # for each of `response_ids` whether it is learned; (): all are
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
@@ -99,8 +101,7 @@ class Batch:
 
     Masks are built from lengths. A filler sequence, which keeps ranks in step, has an all-False mask.
 
-    Where a causal model reads prompt, response and static response in one row, `segments` tells them apart. Where it
-    reads the static responses in rows of their own, `input_ids` has 2B rows.
+    A causal model reads the static responses beside `input_ids`; or, where `input_ids` has 2B rows, in the last B.
     """
 
     items: tuple[int, ...]  # index in the data set of each item, fillers excluded
@@ -113,7 +114,7 @@ class Batch:
     ref_logp: Tensor | None = None  # (B, T) float32, zero where response_mask is False
     shown_ids: Tensor | None = None  # (B, T) int64: response_ids as the model reads them, [MASK] where one is hidden
     static: Static | None = None
-    segments: Tensor | None = None  # (B, L) int64: 0 prompt, 1 response, 2 static response, -1 padding
+    owners: Tensor | None = None  # (B,) int64: each sequence's row of input_ids, where these hold each prompt once
 
     @property
     def sequence_mask(self) -> Tensor:
@@ -134,7 +135,7 @@ class Batch:
             None if self.ref_logp is None else move(self.ref_logp),
             None if self.shown_ids is None else move(self.shown_ids),
             None if self.static is None else self.static.to(device),
-            None if self.segments is None else move(self.segments),
+            None if self.owners is None else move(self.owners),
         )
 
 
@@ -158,6 +159,32 @@ class Stat(NamedTuple):
     sums: Tensor
 
 
+class Seen(NamedTuple):
+    """What plain sampling saw of one response of T tokens."""
+
+    logps: Tensor  # (T,) float32, of the tokens, under the policy at the temperature they were drawn at
+    entropy: float  # mean nats per token, of the untempered policy
+    confidence: float  # 1 + mean of m ln m, m the largest probability at each token
+    drop: float  # 1 + mean of m e^m over all steps of the batch, m of what was drawn from: see algorithms/capability.py
+    batch: int  # which batch it was decoded in
+
+
+class Ask(NamedTuple):
+    """One prompt and the responses that are wanted to it, one per temperature."""
+
+    example: Example
+    prompt_ids: tuple[int, ...]
+    temperatures: tuple[float, ...]
+    first: int = 0  # the number of the first of them: other numbers throw other dice
+
+
+class Said(NamedTuple):
+    """One response's ids, up to and with EOS, and what the sampler saw of them, where it was plain sampling."""
+
+    ids: list[int]
+    seen: Seen | None
+
+
 @dataclass(frozen=True)
 class Response:
     """One sampled or decoded response with what is known of it."""
@@ -168,6 +195,7 @@ class Response:
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]  # ends with EOS if finished
     finished: bool  # EOS was generated
+    seen: Seen | None = None
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,16 @@
 """Where responses come from: here, from the policy.
 
 One generation gathers ZeRO-3's weights once; ranks share the prompts, and all make the same number of steps. What is
-sampled depends on the seed and on the example, never on its batch, its place or the rank (but for beams that sample).
+sampled depends on the seed and on the example, never on its batch, its place or the rank (but for beams that sample,
+and for the other engine, continuous.py).
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,12 +21,14 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.modeling_outputs import BaseModelOutput
 
-from pipeline import mask_token
+from pipeline import continuous, mask_token
+from pipeline.algorithms import capability
 from pipeline.engine import Engine
 from pipeline.model_checks import check_positions
 from pipeline.models import hugging_face
-from pipeline.records import Example, Response, UserError
+from pipeline.records import Ask, Example, Response, Said, Seen, UserError
 from pipeline.sampling import generator
 from pipeline.settings import GenerationSettings
 from pipeline.text import Encoder, pad
@@ -33,28 +37,46 @@ from pipeline.text import Encoder, pad
 def generate(
     engine: Engine, encoder: Encoder, examples: Sequence[Example], settings: GenerationSettings, seed: int
 ) -> list[Response]:
-    """`num_return_sequences` responses per example, those of one example side by side; the same list on all ranks."""
+    """`num_return_sequences` responses per example, those of one example side by side; the same list on all ranks.
+
+    The j-th response to a prompt is drawn at the j-th of `temperatures`, cyclically, where these are given.
+    """
+    levels = settings.temperatures or [settings.temperature]
+    each = tuple(levels[copy % len(levels)] for copy in range(settings.num_return_sequences))
+    asks = [Ask(example, tuple(encoder.encode_prompt(example.prompt)[0]), each) for example in examples]
+    return [response for group in answer(engine, encoder, asks, settings, seed) for response in group]
+
+
+def answer(
+    engine: Engine, encoder: Encoder, asks: Sequence[Ask], settings: GenerationSettings, seed: int
+) -> list[list[Response]]:
+    """The responses to each ask; the same on all ranks. Stage 1 of two-stage sampling: no gradient, no dropout.
+
+    `temperatures` of the asks stand for those of `settings`, whose `num_return_sequences` only counts for beams.
+    """
     ranks, size = engine.ranks, settings.batch_size
-    prompts = [encoder.encode_prompt(example.prompt)[0] for example in examples]
-    order = sorted(range(len(examples)), key=lambda i: len(prompts[i]))  # like lengths together: little padding
+    order = sorted(range(len(asks)), key=lambda i: len(asks[i].prompt_ids))  # like lengths together: little padding
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     config = generation_config(settings, encoder)
     lm = hugging_face(engine.module.model)
     config.suppress_tokens = mask_token.silent(encoder.tokenizer, lm) or None  # the dice are thrown after it
-    longest = max((len(prompt) for prompt in prompts), default=0)
+    longest = max((len(ask.prompt_ids) for ask in asks), default=0)
     check_positions(lm.config, longest, settings.max_new_tokens, whole=False)
-    mine: dict[int, list[list[int]]] = {}
+    mine: dict[int, list[Said]] = {}
     with engine.generating() as module, torch.no_grad(), torch.random.fork_rng(devices=_cuda(engine)):
+        if settings.engine == "continuous":
+            batches, places = [], order[ranks.rank :: ranks.world]
+            rows = continuous.answer(module, [asks[i] for i in places], settings, config, seed)
+            mine = dict(zip(places, rows, strict=True))
         for place in range(0, len(batches), ranks.world):
             number = place + ranks.rank
             batch = batches[number] if number < len(batches) else batches[0]  # idle ranks keep in step
-            torch.manual_seed(seed * 1_000_003 + number)  # beams that sample know no dice
-            throws = dice([(examples[i].id, prompts[i]) for i in batch], settings, seed)
-            rows = _generate(module, encoder, [prompts[i] for i in batch], config, throws, engine)
+            torch.manual_seed((seed * 1_000_003 + number) % 2**63)  # beams that sample know no dice
+            rows = _generate(module, encoder, [asks[i] for i in batch], settings, config, seed, engine, number)
             if number < len(batches):
                 mine |= dict(zip(batch, rows, strict=True))
     answers = {i: rows for part in ranks.gather(mine) for i, rows in part.items()}
-    return [_response(encoder, examples[i], prompts[i], ids) for i in range(len(examples)) for ids in answers[i]]
+    return [[_response(encoder, asks[i], said) for said in answers[i]] for i in range(len(asks))]
 
 
 def free(settings: GenerationSettings) -> GenerationSettings:
@@ -110,35 +132,57 @@ class Dice:
     uniforms: Tensor  # (B, max_new_tokens) in [0, 1)
     temperatures: Tensor  # (B, 1), above 0
     warpers: LogitsProcessorList  # top_k, top_p
-    step: int = 0
+    # (B, 4) of each step: the drawn token's log-probability under the tempered policy; entropy in nats and largest
+    # probability of the untempered one; largest probability of what was drawn from
+    steps: list[Tensor] = field(default_factory=list)
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        warped = self.warpers(ids, scores / self.temperatures.to(scores))
-        shares = warped.softmax(-1).double().cumsum(-1)  # (B, V)
-        points = self.uniforms[:, self.step, None].to(shares) * shares[:, -1:]
-        drawn = torch.searchsorted(shares, points, right=True)  # (B, 1): the first token whose sum exceeds the point
-        self.step += 1
+        logps = scores.float().log_softmax(-1)  # of the untempered policy
+        plain = not self.warpers and bool((self.temperatures == 1.0).all())
+        tempered = logps if plain else (logps / self.temperatures.to(logps)).log_softmax(-1)
+        shares = (self.warpers(ids, tempered.clone()).softmax(-1) if self.warpers else tempered.exp()).double()
+        sums = shares.cumsum(-1)  # (B, V)
+        points = self.uniforms[:, len(self.steps), None].to(sums) * sums[:, -1:]
+        drawn = torch.searchsorted(sums, points, right=True)  # (B, 1): the first token whose sum exceeds the point
+        entropies = -torch.where(logps > -torch.inf, logps.exp() * logps, 0.0).sum(-1)
+        seen = (tempered.gather(1, drawn)[:, 0], entropies, logps.amax(-1).exp(), shares.amax(-1).float())
+        self.steps.append(torch.stack(seen, dim=1))
         return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
 
+    def seen(self, lengths: Sequence[int], local: int) -> list[Seen]:
+        """What was seen of each row, whose responses have `lengths` tokens, in the batch called `local`."""
+        steps = torch.stack(self.steps, dim=1).cpu()  # (B, steps, 4)
+        return [_seen(row, length, local) for row, length in zip(steps, lengths, strict=True)]
 
-def dice(rows: Sequence[tuple[str, tuple[int, ...]]], settings: GenerationSettings, seed: int) -> LogitsProcessorList:
-    """Dice for the responses to `rows`, each an example's id and prompt; none without plain sampling.
 
-    The j-th response to a prompt is drawn at the j-th of `temperatures`, cyclically, where these are given.
-    """
+def _seen(steps: Tensor, length: int, local: int) -> Seen:
+    logps, entropies, peaks, _ = steps[:length].unbind(1)
+    return Seen(
+        logps.clone(),
+        float(entropies.double().mean()),
+        capability.confidence(peaks),
+        capability.drop_score(steps[:, 3]),  # every step of the batch, those after this row's end too
+        local,
+    )
+
+
+def dice(asks: Sequence[Ask], settings: GenerationSettings, seed: int) -> Dice | None:
+    """Dice for the responses to `asks`, row by row; none without plain sampling."""
     if not settings.do_sample or settings.num_beams > 1:
-        return LogitsProcessorList()
-    copies = range(settings.num_return_sequences)
-    throws = [generator("response", seed, (*row, copy)) for row in rows for copy in copies]
+        return None
+    throws = [
+        generator("response", seed, (ask.example.id, ask.prompt_ids, ask.first + copy))
+        for ask in asks
+        for copy in range(len(ask.temperatures))
+    ]
     uniforms = torch.stack([torch.rand(settings.max_new_tokens, generator=throw) for throw in throws])
-    levels = settings.temperatures or [settings.temperature]
-    temperatures = torch.tensor([[levels[copy % len(levels)]] for _ in rows for copy in copies])
+    temperatures = torch.tensor([[level] for ask in asks for level in ask.temperatures])
     warpers = LogitsProcessorList()
     if settings.top_k > 0:
         warpers.append(TopKLogitsWarper(settings.top_k))
     if settings.top_p < 1.0:
         warpers.append(TopPLogitsWarper(settings.top_p))
-    return LogitsProcessorList([Dice(uniforms, temperatures, warpers)])
+    return Dice(uniforms, temperatures, warpers)
 
 
 @contextmanager
@@ -154,43 +198,64 @@ def nothing_inherited(lm: PreTrainedModel) -> Iterator[None]:
 def _generate(
     module,
     encoder: Encoder,
-    prompts: Sequence[Sequence[int]],
+    asks: Sequence[Ask],
+    settings: GenerationSettings,
     config: GenerationConfig,
-    throws: LogitsProcessorList,
+    seed: int,
     engine: Engine,
-) -> list[list[list[int]]]:
-    """The response ids, up to and with EOS, of each prompt: one list of `num_return_sequences` rows per prompt."""
-    lm = hugging_face(module.model)
-    ids, mask = pad(prompts, encoder.pad_id, side="right" if module.encoder_decoder else "left")
-    device = engine.ranks.device
+    local: int,
+) -> list[list[Said]]:
+    """What is said to each ask of the batch called `local`."""
+    lm, throws = hugging_face(module.model), dice(asks, settings, seed)
+    copies = [len(ask.temperatures) for ask in asks]
+    if throws is not None:
+        config = copy.deepcopy(config)
+        config.num_return_sequences = 1  # each row is one response
     if module.encoder_decoder:
         config.decoder_start_token_id = module.start_id
+    inputs = _inputs(module, encoder, asks, copies if throws is not None else [1] * len(asks), engine)
     with nothing_inherited(lm):
         out = lm.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.long().to(device),
+            **inputs,
             generation_config=config,
-            logits_processor=throws,
+            logits_processor=LogitsProcessorList([throws] if throws is not None else []),
             synced_gpus=engine.stage == 3 and engine.ranks.world > 1,
         )
-    start = 1 if module.encoder_decoder else ids.shape[1]
+    start = 1 if module.encoder_decoder else inputs["attention_mask"].shape[1]
     rows = [_until_eos(row, encoder.eos_id) for row in out[:, start:].tolist()]
-    n = config.num_return_sequences
-    return [rows[i * n : (i + 1) * n] for i in range(len(prompts))]
+    seen = [None] * len(rows) if throws is None else throws.seen([len(ids) for ids in rows], local)
+    said = iter(Said(ids, look) for ids, look in zip(rows, seen, strict=True))
+    return [[next(said) for _ in range(k)] for k in copies]
+
+
+def _inputs(
+    module, encoder: Encoder, asks: Sequence[Ask], copies: Sequence[int], engine: Engine
+) -> dict[str, Tensor | BaseModelOutput]:
+    """What generate() reads: each prompt `copies` times over; an encoder has read each of them once."""
+    device = engine.ranks.device
+    side = "right" if module.encoder_decoder else "left"
+    ids, mask = pad([ask.prompt_ids for ask in asks], encoder.pad_id, side=side)
+    places = torch.repeat_interleave(torch.tensor(copies))
+    ids, mask, places = ids.to(device), mask.long().to(device), places.to(device)
+    if not module.encoder_decoder:
+        return {"input_ids": ids[places], "attention_mask": mask[places]}
+    states = hugging_face(module.model).get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+    return {"encoder_outputs": BaseModelOutput(last_hidden_state=states[places]), "attention_mask": mask[places]}
 
 
 def _until_eos(ids: list[int], eos: int) -> list[int]:
     return ids[: ids.index(eos) + 1] if eos in ids else ids
 
 
-def _response(encoder: Encoder, example: Example, prompt_ids: tuple[int, ...], ids: list[int]) -> Response:
+def _response(encoder: Encoder, ask: Ask, said: Said) -> Response:
     return Response(
-        example=example,
-        prompt_text=encoder.prompt_text(example.prompt),
-        text=encoder.decode(ids),
-        prompt_ids=prompt_ids,
-        response_ids=tuple(ids),
-        finished=bool(ids) and ids[-1] == encoder.eos_id,
+        example=ask.example,
+        prompt_text=encoder.prompt_text(ask.example.prompt),
+        text=encoder.decode(said.ids),
+        prompt_ids=ask.prompt_ids,
+        response_ids=tuple(said.ids),
+        finished=bool(said.ids) and said.ids[-1] == encoder.eos_id,
+        seen=said.seen,
     )
 
 

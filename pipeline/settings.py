@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from pipeline.addresses import sound_addresses
 from pipeline.ranges import (
     Count,
     Dropped,
@@ -138,6 +139,7 @@ class EvalSettings(Section):
 
 
 class GenerationSettings(Section):
+    engine: Literal["generate", "continuous"]
     max_new_tokens: Count
     min_new_tokens: Whole
     do_sample: bool
@@ -166,6 +168,30 @@ class GenerationSettings(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def one_engine(self) -> GenerationSettings:
+        plain = {"num_beams": 1, "top_p": 1.0, "top_k": 0, "min_new_tokens": 0}
+        plain |= {"no_repeat_ngram_size": 0, "repetition_penalty": 1.0}
+        other = [f"{name} is {getattr(self, name)}" for name, value in plain.items() if getattr(self, name) != value]
+        if self.engine == "continuous" and other:
+            raise ValueError(
+                f"{other[0]} with engine continuous, wanted plain sampling or greedy decoding: say "
+                "generation.engine=generate"
+            )
+        return self
+
+
+class HttpSettings(Section):
+    """How servers are asked that are named in `reward` by their addresses."""
+
+    batch_size: Count
+    concurrency: Annotated[int, Field(ge=1, le=256)]
+    timeout: Positive
+    retries: Whole
+    backoff: NotNegative
+    max_request_mb: Positive
+    max_answer_mb: Positive
+
 
 class RewardSettings(Section):
     """How rewards given in `reward` are read; `reward` itself is a name, a path, or a mapping to weights."""
@@ -173,6 +199,8 @@ class RewardSettings(Section):
     normalise: Literal["none", "sigmoid"]
     batch_size: Count
     max_length: Count
+    workers: Whole
+    http: HttpSettings
 
 
 class ValueSettings(Section):
@@ -186,6 +214,70 @@ class ValueSettings(Section):
     patience: Count
     num_heads: Count
     dropout: Dropped
+
+
+class SamplerSettings(Section):
+    """How many responses on-policy RL samples for each prompt, and at which temperature."""
+
+    mode: Literal["static", "dynamic", "drop", "drop_fixed"]
+    k: Count
+    k_min: Whole
+    k_max: Count
+    capability: Literal["entropy", "reward", "combined", "confidence"]
+    entropy_weight: Fraction
+    entropy_range: Literal["full", "recent"] | Annotated[list[float], Field(min_length=2, max_length=2)]
+    reward_range: Annotated[list[float], Field(min_length=2, max_length=2)] | None
+    history: Count
+    discount: Fraction
+    temperature_min: Positive
+    temperature_max: Positive
+    temperature_by: Literal["constant", "capability", "incapability"]
+    budget: Count | None
+    skip_above: Fraction | None
+    recheck: Count
+    probe: Count | None
+    drop_share: Annotated[float, Field(gt=0, lt=1)]
+
+    @model_validator(mode="after")
+    def one_meaning(self) -> SamplerSettings:
+        if self.k_min > self.k_max:
+            raise ValueError(f"k_min is {self.k_min}, wanted at most k_max, {self.k_max}")
+        if self.temperature_min > self.temperature_max:
+            raise ValueError(f"temperature_min is {self.temperature_min}, wanted at most {self.temperature_max}")
+        for name, given in (("reward_range", self.reward_range), ("entropy_range", self.entropy_range)):
+            if isinstance(given, list) and not given[0] < given[1]:
+                raise ValueError(f"{name} is {given}, wanted a low and a higher number")
+        if (self.k_min == 0) != (self.skip_above is not None):
+            raise ValueError(
+                f"k_min is {self.k_min} and skip_above is {self.skip_above}, wanted both or neither: "
+                "sampler.k_min=0 lets prompts be left out, skip_above says which"
+            )
+        if self.probe is not None and self.capability in ("reward", "combined"):
+            raise ValueError(
+                f"probe is {self.probe} with capability {self.capability}, wanted one that does not look at rewards "
+                "(entropy): probes whose rewards decide how many more there are would bias their own baseline"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def fits_the_mode(self) -> SamplerSettings:
+        if self.mode != "dynamic":
+            for name in ("budget", "skip_above", "probe"):
+                if (value := getattr(self, name)) is not None:
+                    raise ValueError(f"{name} is {value} with mode {self.mode}, wanted null there, or mode dynamic")
+            return self
+        if not max(1, self.k_min) <= self.k <= self.k_max:
+            raise ValueError(
+                f"k is {self.k}, wanted a number from {max(1, self.k_min)} (k_min) to {self.k_max} (k_max)"
+            )
+        if self.probe is not None and self.probe > self.k_max:
+            raise ValueError(f"probe is {self.probe}, wanted at most k_max, {self.k_max}")
+        if self.probe is not None and self.budget is not None:
+            raise ValueError(
+                f"probe is {self.probe} and budget is {self.budget}, wanted one of them null: what is left over is not "
+                "known before the probes are"
+            )
+        return self
 
 
 class LaunchSettings(Section):
@@ -237,6 +329,7 @@ class Masking(Section):
 
 
 class Sft(Training):
+    train_on: Literal["last", "all"]
     masking: Masking
     generation: GenerationSettings
 
@@ -254,7 +347,7 @@ class RatioTolerance(Section):
     fp16: Positive
 
 
-RewardSpec = str | dict[str, float] | None
+RewardSpec = Annotated[str | dict[str, float] | None, BeforeValidator(sound_addresses)]
 
 
 class Rl(Training):
@@ -271,8 +364,26 @@ class Rl(Training):
     scale_steps: bool
     ratio_tolerance: RatioTolerance
     masking: Masking
+    sampler: SamplerSettings
     value: ValueSettings
     generation: GenerationSettings
+
+    @model_validator(mode="after")
+    def what_the_engine_tells(self) -> Rl:
+        s, cure = self.sampler, "say generation.engine=generate"
+        if self.generation.engine == "generate":
+            return self
+        if s.mode in ("drop", "drop_fixed") or s.capability == "confidence":
+            found = f"sampler.mode is {s.mode} and sampler.capability is {s.capability}"
+            raise ValueError(
+                f"{found}, wanted neither drop nor confidence, which engine continuous cannot tell: {cure}"
+            )
+        if (s.temperature_min, s.temperature_max) != (1.0, 1.0) and s.capability != "reward" and s.mode == "dynamic":
+            raise ValueError(
+                f"sampler.temperature_max is {s.temperature_max} with capability {s.capability}, wanted 1.0: engine "
+                f"continuous cannot tell the entropy at others: {cure}, or sampler.capability=reward"
+            )
+        return self
 
 
 class Score(WithModel):
@@ -299,7 +410,7 @@ class Evaluate(WithModel):
     num_samples: Whole
     train: TrainSettings
     reward: RewardSpec
-    monitors: list[str] | dict[str, str]
+    monitors: Annotated[list[str] | dict[str, str], BeforeValidator(sound_addresses)]
     rewards: RewardSettings
     generation: GenerationSettings
 
@@ -338,7 +449,7 @@ class GpuSettings(Section):
 
 
 class Bench(Training):
-    parts: list[Literal["steps", "semi_offline", "loop", "memory", "rouge", "startup", "peers"]]
+    parts: list[Literal["steps", "semi_offline", "sampling", "loop", "memory", "rouge", "startup", "peers"]]
     rounds: Count
     steps: Count
     clock: Literal["wall", "cpu"]

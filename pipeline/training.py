@@ -56,7 +56,8 @@ def train(
     found = checkpoints.load(engine)
     if found is None:
         prepare()
-    state, interval = found or (State(step=0, world=ranks.world), Interval(Tally()))
+    state, interval, memory = found or (State(step=0, world=ranks.world), Interval(Tally()), {})
+    course.windows.recall(memory)
     if found is not None and ranks.main:
         print(f"{directory}: goes on from step {state.step} of {course.max_steps}", flush=True)
     log = RunLog(

@@ -16,12 +16,12 @@ def make_head(hidden_size=4, vocabulary=7, seed=0):
     return torch.nn.Linear(hidden_size, vocabulary)
 
 
-def value_and_gradients(n, chunks, temperature=1.0):
+def value_and_gradients(n, chunks, temperatures=None):
     head = make_head()
     torch.manual_seed(1)
     hidden = torch.randn(n, 4, requires_grad=True)
     targets = torch.arange(n) % 7
-    logps = f.token_logps(hidden, head, targets, chunks, temperature)
+    logps = f.token_logps(hidden, head, targets, chunks, temperatures)
     (logps * torch.arange(1, n + 1)).sum().backward()
     return logps.detach(), hidden.grad, head.weight.grad, head.bias.grad
 
@@ -32,13 +32,14 @@ def test_token_logps_by_hand():
     logps = f.token_logps(hidden, lambda x: x, torch.tensor([0, 2]))
     torch.testing.assert_close(logps, torch.tensor([1 / 8, 5 / 8]).log())
     # temperature 1/2 squares the odds: 1, 4, 25 of total 30
-    hot = f.token_logps(hidden, lambda x: x, torch.tensor([0, 2]), temperature=0.5)
+    hot = f.token_logps(hidden, lambda x: x, torch.tensor([0, 2]), temperatures=torch.tensor([0.5, 0.5]))
     torch.testing.assert_close(hot, torch.tensor([1 / 30, 25 / 30]).log())
 
 
 @pytest.mark.parametrize("n", [10, 3, 2])  # 3 and 2 rows in 4 chunks leave empty slices
 def test_chunks_change_neither_value_nor_gradient(n):
-    for whole, cut in zip(value_and_gradients(n, 1, 0.7), value_and_gradients(n, 4, 0.7), strict=True):
+    heat = torch.linspace(0.7, 1.3, n)
+    for whole, cut in zip(value_and_gradients(n, 1, heat), value_and_gradients(n, 4, heat), strict=True):
         torch.testing.assert_close(cut, whole)
 
 

@@ -23,23 +23,39 @@ EQUAL_REWARDS = 1e-12  # below this difference rewards are those of one text, an
 K3_LARGEST_LOG_RATIO = 20.0  # e^20 = 5e8: beyond it a single token would drown the batch, and float32 overflows at 88
 
 
-def token_logps(hidden: Tensor, head: Head, targets: Tensor, chunks: int = 1, temperature: float = 1.0) -> Tensor:
+def token_logps(
+    hidden: Tensor, head: Head, targets: Tensor, chunks: int = 1, temperatures: Tensor | None = None
+) -> Tensor:
     """(N,) float32: the log-probability of each target, without ever holding (N, V) when `chunks` > 1.
 
-    hidden (N, H), targets (N,) int64. The head is called exactly `chunks` times, on slices that may be empty: under
-    ZeRO-3 every rank must call it equally often. With several chunks the logits are recomputed in backward instead of
-    being kept. N may be 0; the result hangs on `hidden` all the same, so that backward runs on every rank.
+    hidden (N, H), targets (N,) int64, temperatures (N,) > 0 or None for 1. The head is called exactly `chunks` times,
+    on slices that may be empty: under ZeRO-3 every rank must call it equally often. With several chunks the logits are
+    recomputed in backward instead of being kept. N may be 0; the result hangs on `hidden` all the same, so that
+    backward runs on every rank.
     """
+
+    def slice_logps(rows: Tensor, ids: Tensor, divisors: Tensor | None) -> Tensor:
+        return _Logps.apply(_logits(head, rows, divisors), ids)
+
+    return torch.cat(_in_slices(slice_logps, hidden, targets, temperatures, chunks))
+
+
+def _logits(head: Head, rows: Tensor, temperatures: Tensor | None) -> Tensor:
+    """(n, V) float32."""
+    logits = head(rows).float()
+    return logits if temperatures is None else logits / temperatures[:, None]
+
+
+def _in_slices(
+    work: Callable[..., Tensor], hidden: Tensor, targets: Tensor, temperatures: Tensor | None, chunks: int
+) -> list[Tensor]:
+    """What `work` makes of each of `chunks` slices; with several, what it keeps for backward is made again there."""
     assert chunks >= 1, f"chunks is {chunks}"
-
-    def slice_logps(rows: Tensor, ids: Tensor) -> Tensor:
-        logits = head(rows).float()  # (n, V) float32
-        return _Logps.apply(logits if temperature == 1.0 else logits / temperature, ids)
-
-    slices = zip(hidden.tensor_split(chunks), targets.tensor_split(chunks), strict=True)
+    divisors = [None] * chunks if temperatures is None else temperatures.tensor_split(chunks)
+    slices = zip(hidden.tensor_split(chunks), targets.tensor_split(chunks), divisors, strict=True)
     if chunks > 1 and torch.is_grad_enabled():
-        return torch.cat([checkpoint(slice_logps, rows, ids, use_reentrant=False) for rows, ids in slices])
-    return torch.cat([slice_logps(rows, ids) for rows, ids in slices])
+        return [checkpoint(work, *parts, use_reentrant=False) for parts in slices]
+    return [work(*parts) for parts in slices]
 
 
 class _Logps(torch.autograd.Function):
@@ -60,22 +76,18 @@ class _Logps(torch.autograd.Function):
         return grad_logits.scatter_add_(-1, ids[:, None], grad[:, None]), None
 
 
-def smoothed_logps(hidden: Tensor, head: Head, targets: Tensor, chunks: int = 1) -> tuple[Tensor, Tensor]:
+def smoothed_logps(
+    hidden: Tensor, head: Head, targets: Tensor, chunks: int = 1, temperatures: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(N,) float32 each: the log-probability of each target, and the mean log-probability over the vocabulary.
 
-    hidden (N, H), targets (N,) int64; slices and calls of the head as in `token_logps`.
+    Arguments, slices and calls of the head as in `token_logps`.
     """
-    assert chunks >= 1, f"chunks is {chunks}"
 
-    def slice_logps(rows: Tensor, ids: Tensor) -> Tensor:
-        return torch.stack(_SmoothLogps.apply(head(rows).float(), ids))  # (2, n)
+    def slice_logps(rows: Tensor, ids: Tensor, divisors: Tensor | None) -> Tensor:
+        return torch.stack(_SmoothLogps.apply(_logits(head, rows, divisors), ids))  # (2, n)
 
-    slices = zip(hidden.tensor_split(chunks), targets.tensor_split(chunks), strict=True)
-    if chunks > 1 and torch.is_grad_enabled():
-        parts = [checkpoint(slice_logps, rows, ids, use_reentrant=False) for rows, ids in slices]
-    else:
-        parts = [slice_logps(rows, ids) for rows, ids in slices]
-    logps, means = torch.cat(parts, dim=1)
+    logps, means = torch.cat(_in_slices(slice_logps, hidden, targets, temperatures, chunks), dim=1)
     return logps, means
 
 

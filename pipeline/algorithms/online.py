@@ -1,0 +1,203 @@
+"""Policy gradients on responses sampled from the policy: one formula, a number for each response and its likelihood.
+
+    L = rl_weight * L_RL + sft_weight * L_MLE
+    L_RL  = - (1/N) sum over prompts i, responses j of  u_ij A_ij s_ij,   s = sum over the response of logp_t
+    L_MLE =   mean over tokens of the references of  (1 - e) * nll_t + e * (- mean over the vocabulary of logp)
+
+A and u carry no gradient. N counts prompts that have responses, k_i those of prompt i.
+
+| objective | baseline      | A_ij                                                            |
+|-----------|---------------|-----------------------------------------------------------------|
+| reinforce | queue         | R_ij - mean of the last rewards of earlier steps                |
+| reinforce | mean          | R_ij - mean over the prompt's responses, its own included       |
+| reinforce | leave_one_out | R_ij - mean of the others; queue where there is only one        |
+| reinforce | group         | as mean, divided by the rewards' standard deviation             |
+| mrt       |               | alpha k_i q_ij (R_ij - sum_l q_il R_il), q_i = softmax(alpha s_i) |
+
+| mean_over | u_ij          | so that                                                         |
+|-----------|---------------|-----------------------------------------------------------------|
+| prompts   | 1 / k_i       | each prompt weighs the same: more samples change the noise only |
+| sequences | N / sum of k  | each response weighs the same                                   |
+| tokens    | N / tokens    | each token weighs the same                                      |
+
+R = r - kl_beta KL (kl_in: reward) - length_penalty * tokens - missing_eos_penalty where the response was cut off.
+kl_form k1 is s - s_ref, k3 sum_t e^z - 1 - z, z = ref_logp - logp: both estimate KL(policy, reference) of a response.
+kl_in: loss adds kl_beta u_ij sum_t k3 to L_RL instead, whose gradient is that of KL(reference, policy), a pull back all
+the same; k1 in the loss would have a gradient of mean zero, and is refused.
+
+Sources: Williams (1992), REINFORCE; Kool et al. (2019), leave_one_out; Shen et al., "Minimum Risk Training for Neural
+Machine Translation" (ACL 2016), mrt, here with its gradient written out, so that micro-batches may part a prompt's
+responses; Schulman (2020), k1 and k3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.algorithms.functional import (
+    EQUAL_REWARDS,
+    group_advantages,
+    item_numbers,
+    k3,
+    mean_stat,
+    sequence_logp,
+    smoothed_nll,
+    std_stat,
+)
+from pipeline.records import Batch, Needs, Stat
+
+MEAN_OVER = ("prompts", "targets")  # of L_RL, of L_MLE
+RESPONSES = "policy"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Which member of the family."""
+
+    objective: Literal["reinforce", "mrt"]
+    baseline: Literal["queue", "mean", "leave_one_out", "group"]
+    queue_size: int  # rewards remembered for the baseline
+    alpha: float  # of mrt: how much sharper q is than the policy
+    mean_over: Literal["prompts", "sequences", "tokens"]
+    rl_weight: float
+    sft_weight: float
+    label_smoothing: float
+    kl_beta: float
+    kl_form: Literal["k1", "k3"]
+    kl_in: Literal["reward", "loss"]
+    length_penalty: float  # taken off the reward for each token
+    missing_eos_penalty: float  # taken off the reward of a response that was cut off
+
+    def __post_init__(self) -> None:
+        for name in ("rl_weight", "sft_weight", "kl_beta"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: {getattr(self, name)}, wanted a number >= 0")
+        if self.rl_weight == 0 and self.sft_weight == 0:
+            raise ValueError("rl_weight: 0, and sft_weight is 0 too, wanted one above 0: nothing would be learned")
+        if self.queue_size < 1:
+            raise ValueError(f"queue_size: {self.queue_size}, wanted at least 1")
+        if not self.alpha > 0:
+            raise ValueError(f"alpha: {self.alpha}, wanted a number > 0")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing: {self.label_smoothing}, wanted a number in [0, 1)")
+        if self.kl_beta > 0 and (self.kl_form, self.kl_in) == ("k1", "loss"):
+            raise ValueError(
+                "kl_form: k1 with kl_in: loss, whose gradient is zero on average, wanted k3 there, or the penalty "
+                "in the reward: algorithm.settings.kl_in=reward"
+            )
+
+
+def needs(settings: Settings) -> Needs:
+    """Reference log-probabilities of the sampled responses where a KL term wants them."""
+    smoothed = settings.sft_weight > 0 and settings.label_smoothing > 0
+    return Needs(ref_logp=settings.kl_beta > 0, output="smoothed" if smoothed else "logp")
+
+
+class Told(NamedTuple):
+    """What is known of one prompt's k responses, (k,) float64 each."""
+
+    rewards: Tensor  # R, as `shaped` makes them
+    logps: Tensor  # s
+    lengths: Tensor  # tokens
+
+
+def shaped(rewards: Tensor, lengths: Tensor, finished: Tensor, kl: Tensor, settings: Settings) -> Tensor:
+    """R (k,) from raw rewards r, tokens, whether EOS came (bool), and the responses' KL, which is 0 where unknown."""
+    cut = settings.missing_eos_penalty * (~finished).double()
+    taken = settings.kl_beta * kl if settings.kl_in == "reward" else torch.zeros_like(rewards)
+    return rewards - taken - settings.length_penalty * lengths - cut
+
+
+def divergence(logp: Tensor, ref_logp: Tensor, form: str) -> Tensor:
+    """() the estimate of KL(policy, reference) in nats from one response's log-probabilities (T,) under both."""
+    return (logp - ref_logp).sum() if form == "k1" else k3(ref_logp - logp).sum()
+
+
+def advantages(told: Sequence[Told], queue_mean: float | None, settings: Settings) -> list[Tensor]:
+    """A, (k_i,) float64 for each prompt; queue_mean is None before anything was pushed: this step's mean stands in."""
+    if not told:
+        return []
+    usual = queue_mean if queue_mean is not None else float(torch.cat([group.rewards for group in told]).mean())
+    if settings.objective == "mrt":
+        return [_minimum_risk(group, settings.alpha) for group in told]
+    return [_compared(group.rewards, settings.baseline, usual) for group in told]
+
+
+def _compared(rewards: Tensor, baseline: str, usual: float) -> Tensor:
+    alone = len(rewards) == 1 and baseline == "leave_one_out"
+    if baseline == "queue" or alone:
+        return rewards - usual
+    return group_advantages(rewards[None], baseline)[0]
+
+
+def _minimum_risk(group: Told, alpha: float) -> Tensor:
+    """alpha k q (R - sum q R): with u = 1/k the gradient of - sum q R, for any k; 0 for k = 1 and for equal rewards."""
+    shares = (alpha * group.logps).softmax(0)
+    centred = group.rewards - (shares * group.rewards).sum()
+    spread = group.rewards.max() - group.rewards.min()
+    return torch.where(spread > EQUAL_REWARDS, alpha * len(shares) * shares * centred, 0.0)
+
+
+def shares(told: Sequence[Told], mean_over: str) -> list[Tensor]:
+    """u, (k_i,) float64 for each prompt."""
+    counts = [len(group.rewards) for group in told]
+    if mean_over == "prompts":
+        return [torch.full((k,), 1.0 / k, dtype=torch.float64) for k in counts]
+    total = sum(counts) if mean_over == "sequences" else float(sum(group.lengths.sum() for group in told))
+    return [torch.full((k,), len(told) / total, dtype=torch.float64) for k in counts]
+
+
+def loss(output: Tensor | tuple[Tensor, Tensor], batch: Batch, settings: Settings) -> tuple[Tensor, dict[str, Stat]]:
+    """(2,): the sums of rl_weight * L_RL over prompts and of sft_weight * L_MLE over tokens; and their statistics.
+
+    output: logp (B, T); with label smoothing the mean log-probability over the vocabulary (B, T) beside it.
+    `batch.numbers`: advantage A, share u, reward R; leads, 1 for a prompt's first response; behaviour, the s that the
+    sampler saw; target, 1 for a reference that is learned by likelihood, whose other numbers are 0.
+    """
+    logp, means = output if isinstance(output, tuple) else (output, None)
+    mask, present = batch.response_mask, batch.sequence_mask
+    number = {name: item_numbers(batch, name, like=logp) for name in batch.numbers}  # (B,) each
+    said = present & (number["target"] == 0)  # sampled
+    whole = sequence_logp(logp, mask)
+    per_sequence = -number["share"] * number["advantage"] * whole
+    known = {}
+    if batch.ref_logp is not None:
+        divergences = torch.where(mask, k3(batch.ref_logp - torch.where(mask, logp, 0.0)), 0.0).sum(1)
+        known["objective/kl"] = mean_stat(divergences, said)
+        if settings.kl_in == "loss":
+            per_sequence = per_sequence + settings.kl_beta * number["share"] * divergences
+    learned = mask & (present & (number["target"] > 0))[:, None]
+    smoothed = smoothed_nll(logp, logp if means is None else means, learned, settings.label_smoothing)
+    rl, mle = torch.where(said, per_sequence, 0.0).sum(), smoothed.sum()
+    if settings.sft_weight > 0:
+        known["loss/mle"] = mean_stat(smoothed, learned)
+    stats = {
+        "loss": _over(rl, number["leads"].sum()),
+        **known,
+        **_statistics(whole, number, mask, said),
+    }
+    return torch.stack([settings.rl_weight * rl, settings.sft_weight * mle]), stats
+
+
+def _over(total: Tensor, count: Tensor) -> Stat:
+    """The mean of a sum over `count` terms, as an additive record."""
+    return Stat("mean", torch.stack([count.double(), total.detach().double(), torch.zeros_like(count).double()]))
+
+
+def _statistics(whole: Tensor, number: dict[str, Tensor], mask: Tensor, said: Tensor) -> dict[str, Stat]:
+    """Of the sampled sequences. rollout/logp_gap: nats per token between the sampler and the pass with gradient."""
+    lengths = mask.sum(1)
+    gap = (whole.detach() - number["behaviour"]).abs() / lengths.clamp(min=1)
+    return {
+        "logps/policy": mean_stat(whole, said),
+        "rollout/logp_gap": mean_stat(gap, said),
+        "advantage/std": std_stat(number["advantage"], said),
+        "reward/mean": mean_stat(number["reward"], said),
+        "reward/std": std_stat(number["reward"], said),
+        "completions/mean_tokens": mean_stat(lengths.double(), said),
+    }
