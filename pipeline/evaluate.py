@@ -14,7 +14,7 @@ from pipeline.data import Packing, once
 from pipeline.engine import Engine, Ranks
 from pipeline.loop import Objective
 from pipeline.records import Example, Item, Response, Row, Scores
-from pipeline.rewards import Rewards, length_correlation
+from pipeline.rewards import Rewards, correlation, length_correlation
 from pipeline.tally import Tally
 
 
@@ -174,6 +174,24 @@ def pair_accuracy(chosen: Sequence[float], rejected: Sequence[float]) -> float:
     if not chosen:
         return math.nan
     return statistics.fmean(0.5 if c == r else float(c > r) for c, r in zip(chosen, rejected, strict=True))
+
+
+def agreement(examples: Sequence[Example], scores: Sequence[float]) -> dict[str, float]:
+    """How the scores of single responses follow their annotated rewards: eval/correlation, and eval/accuracy.
+
+    The accuracy is the share of the pairs of responses to one prompt, of different reward, that the scores put in the
+    same order; there is none where no prompt has such a pair. The correlation is Pearson's, NaN where all are equal.
+    """
+    rewards = [example.reward for example in examples]
+    groups: dict[object, list[int]] = {}
+    for i, example in enumerate(examples):
+        groups.setdefault(example.prompt, []).append(i)
+    ordered = [(i, j) for rows in groups.values() for i in rows for j in rows if rewards[i] > rewards[j]]
+    found = {"eval/correlation": correlation(scores, rewards)}
+    if ordered:
+        found["eval/accuracy"] = pair_accuracy([scores[i] for i, _ in ordered], [scores[j] for _, j in ordered])
+        found["eval/pairs"] = float(len(ordered))
+    return found
 
 
 def accuracy_by_source(

@@ -15,7 +15,7 @@ from pipeline.tasks import convert, find, hub, readers
 from pipeline.text import Encoder
 
 SPLITS = ("train", "validation", "test")
-NUMBERS = ("reward", "margin", "chosen_reward", "rejected_reward")
+NUMBERS = ("reward", "margin", "chosen_reward", "rejected_reward", "correctness")
 Report = Callable[[str], None]
 
 
@@ -129,44 +129,13 @@ def supervised(examples: Sequence[Example]) -> list[Example]:
 
 def scored(examples: Sequence[Example], data: DataSettings) -> list[Example]:
     """Rows with one logged response each: their own, else the chosen or both responses of the pair."""
-    nothing = {"chosen": None, "rejected": None, "chosen_reward": None, "rejected_reward": None, "margin": None}
-    return [replace(example, **nothing) for example in convert.to_scored(examples, data.responses)]
+    nothing = ("chosen", "rejected", "chosen_reward", "rejected_reward", "margin", "correctness")
+    return [replace(example, **dict.fromkeys(nothing)) for example in convert.to_scored(examples, data.responses)]
 
 
 def judgeable(examples: Sequence[Example], data: DataSettings) -> list[Example]:
     """Rows with candidates as they are; of all others the rows that `scored` makes."""
     return [row for one in examples for row in ([one] if one.candidates else scored([one], data))]
-
-
-def paired(examples: Sequence[Example], report: Report = print) -> list[Example]:
-    """Preference pairs: the rows' own, else made of the best and the worst scored row of each prompt.
-
-    Raises:
-        UserError: there is no pair, or none of two different responses.
-    """
-    if all(example.chosen is not None and example.rejected is not None for example in examples):
-        return _different(examples, report)
-    pairing = convert.to_pairs(examples)
-    if not pairing.examples:
-        raise UserError("data: no prompt has two rows of different reward, wanted pairs: give chosen and rejected")
-    report(
-        f"pairs: {len(pairing.examples) - pairing.pairs_given:,} made of scored rows, {pairing.pairs_given:,} given, "
-        f"{pairing.alone:,} rows without a second response, {pairing.tied:,} tied, {pairing.between:,} between"
-    )
-    return _different(pairing.examples, report)
-
-
-def _different(pairs: Sequence[Example], report: Report) -> list[Example]:
-    """The pairs, after a word about those whose two responses are the same: nothing is learned from them."""
-    same = sum(pair.chosen == pair.rejected for pair in pairs)
-    if same == len(pairs):
-        raise UserError(
-            f"{pairs[0].id}: chosen and rejected are the same text in all {same} pairs, wanted two different "
-            "responses: were the columns filled from one source?"
-        )
-    if same:
-        report(f"pairs: {same:,} of {len(pairs):,} have the same text as chosen and rejected: they teach nothing")
-    return list(pairs)
 
 
 def require(examples: Sequence[Example], columns: Sequence[str], why: str) -> None:

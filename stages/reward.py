@@ -1,17 +1,18 @@
-"""A reward model: from preference pairs (or scored responses) to runs/<run>/reward/<name>/model/."""
+"""A reward model: from preference pairs or scored responses to runs/<run>/reward/<name>/model/."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
-from pipeline import assembly, engine, evaluate, examples, runs, training
-from pipeline.data import Windows, once, packing_of
+from pipeline import assembly, engine, evaluate, examples, pairing, runs, training
+from pipeline.data import Packing, Windows, once, packing_of
 from pipeline.entry import run
 from pipeline.loop import Evaluation, Watch
-from pipeline.records import Item
+from pipeline.records import Example, Item
 from pipeline.settings import Reward
 from pipeline.text import coloured
 from reward_models import learned
@@ -24,16 +25,15 @@ def main(settings: Reward, words: Sequence[str]) -> None:
     if not ranks.on_main(lambda: runs.open_stage(directory, settings, words, assembly.inputs(settings, model))):
         return
 
-    # pairs -> tokens
+    # rows -> tokens
     module, algorithm, objective = assembly.objective_of(settings.algorithm)
     say = print if ranks.main else str
-    train = examples.paired(examples.load_train(settings.data, settings.seed, say), say)
-    held_out = examples.paired(examples.load(settings.data, "validation", settings.seed, say), say)
-    held_out = held_out[: settings.eval.max_rows]
-    examples.require([*train, *held_out], module.columns(algorithm), "algorithm.settings")
+    train, held_out = rows_of(settings, module, algorithm, say)
+    alone = not pairing.all_pairs(train)  # responses with a score each
+    made = examples.completion_rows if alone else examples.pair_rows
     encoder = assembly.encoder_of(settings, model, lambda: examples.texts(train, settings.template))
-    encoded = examples.encode(train, encoder, examples.pair_rows)
-    tested = examples.encode(held_out, encoder, examples.pair_rows)
+    encoded = examples.encode(train, encoder, made)
+    tested = examples.encode(held_out, encoder, made)
     say(f"{encoded.summary('train')}\n{tested.summary('validation')}\n{coloured(encoder, encoded.items[0].rows[0])}")
     ranks.on_main(lambda: examples.note(directory, encoded, tested))
 
@@ -44,9 +44,13 @@ def main(settings: Reward, words: Sequence[str]) -> None:
 
     def look(step: int) -> Evaluation:
         scalars = evaluate.held_out_loss(trainer, objective, tested.items, packing)
-        chosen, rejected = pair_scores(trainer, tested.items, packing)
-        scalars |= evaluate.accuracy_by_source(held_out, chosen, rejected)
-        return Evaluation(scalars, {"scores/margin": torch.tensor(chosen) - torch.tensor(rejected)})
+        scores = scores_of(trainer, tested.items, packing)
+        if alone:
+            rewards = [example.reward for example in held_out]
+            scalars |= evaluate.agreement(held_out, scores[0])
+            return Evaluation(scalars, {"scores/error": torch.tensor(scores[0]) - torch.tensor(rewards)})
+        scalars |= evaluate.accuracy_by_source(held_out, *scores)
+        return Evaluation(scalars, {"scores/margin": torch.tensor(scores[0]) - torch.tensor(scores[1])})
 
     course = training.Course(
         windows=Windows(
@@ -66,16 +70,34 @@ def main(settings: Reward, words: Sequence[str]) -> None:
     training.train(settings, directory, trainer, course)
 
 
+def rows_of(
+    settings: Reward, module: Any, algorithm: Any, say: Callable[[str], None]
+) -> tuple[list[Example], list[Example]]:
+    """What to learn from and what is held out: pairs, or every response by itself where its score will do.
+
+    Raises:
+        UserError: a row lacks what the objective learns from.
+    """
+    train = examples.load_train(settings.data, settings.seed, say)
+    held_out = examples.load(settings.data, "validation", settings.seed, say)
+    if module.pairs_only(algorithm) or pairing.all_pairs([*train, *held_out]):
+        train, held_out = pairing.paired(train, say), pairing.paired(held_out, say)[: settings.eval.max_rows]
+        examples.require([*train, *held_out], module.columns(algorithm), f"objective: {algorithm.objective}")
+        return train, held_out
+    train, held_out = (pairing.annotated(rows, settings.data) for rows in (train, held_out))
+    return train, held_out[: settings.eval.max_rows]
+
+
 @torch.no_grad()
-def pair_scores(trainer: engine.Engine, items: Sequence[Item], packing) -> tuple[list[float], list[float]]:
-    """Scores of the chosen and of the rejected responses, in the items' order, on every rank."""
+def scores_of(trainer: engine.Engine, items: Sequence[Item], packing: Packing) -> list[list[float]]:
+    """For each place in an item (chosen and rejected, or one) the scores in the items' order, on every rank."""
     trainer.train(False)
-    mine: dict[int, tuple[float, float]] = {}
+    places, mine = len(items[0].rows), {}
     for batch in once(items, packing, trainer.ranks.rank, trainer.ranks.world):
-        chosen, rejected = trainer(batch).cpu().chunk(2)
-        mine |= {i: (float(chosen[place]), float(rejected[place])) for place, i in enumerate(batch.items)}
-    merged = {i: pair for part in trainer.ranks.gather(mine) for i, pair in part.items()}
-    return [merged[i][0] for i in range(len(items))], [merged[i][1] for i in range(len(items))]
+        table = trainer(batch).cpu().reshape(places, -1).T.tolist()  # one row per item
+        mine |= dict(zip(batch.items, table, strict=False))  # a filler has scores, and is no item
+    merged = {i: row for part in trainer.ranks.gather(mine) for i, row in part.items()}
+    return [[merged[i][place] for i in range(len(items))] for place in range(places)]
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline import assembly, engine, examples, learn_data, learn_masked, learn_policy, runs, training
+from pipeline import assembly, engine, examples, learn_data, learn_masked, learn_pairs, learn_policy, runs, training
 from pipeline.entry import run
 from pipeline.lesson import Scene
 from pipeline.records import UserError
@@ -13,6 +13,7 @@ from pipeline.settings import DataSettings, ModelSettings, Rl
 LESSONS = {
     "data": learn_data.lesson,
     "masked data": learn_masked.lesson,
+    "pairs": learn_pairs.lesson,
     "policy": learn_policy.lesson,
 }  # by the algorithm's RESPONSES
 

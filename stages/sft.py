@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from pipeline import assembly, engine, evaluate, examples, rollout, runs, training
+from pipeline import assembly, engine, evaluate, examples, rollout, runs, training, turns
 from pipeline.data import Windows
 from pipeline.entry import run
 from pipeline.loop import Evaluation, Watch
@@ -24,12 +24,14 @@ def main(settings: Sft, words: Sequence[str]) -> None:
     # rows -> tokens
     say = print if ranks.main else str
     train = examples.supervised(examples.load_train(settings.data, settings.seed, say))
+    train = turns.learned(train, settings.train_on)
     held_out = examples.supervised(examples.load(settings.data, "validation", settings.seed, say))
     held_out = held_out[: settings.eval.max_rows]
     hides = settings.masking.rate > 0
     encoder = assembly.encoder_of(settings, model, lambda: examples.texts(train, settings.template), hides)
     encoded = examples.encode(train, encoder, examples.completion_rows)
-    tested = examples.encode(held_out, encoder, examples.completion_rows)
+    watched = held_out if settings.train_on == "last" else [row for one in held_out for row in turns.turns_of(one)]
+    tested = examples.encode(watched, encoder, examples.completion_rows)
     say(f"{encoded.summary('train')}\n{tested.summary('validation')}\n{coloured(encoder, encoded.items[0].rows[0])}")
     ranks.on_main(lambda: examples.note(directory, encoded, tested))
 
@@ -41,6 +43,11 @@ def main(settings: Sft, words: Sequence[str]) -> None:
     hidden = assembly.hidden(packing, encoder, policy, settings, spans=True) if hides else packing
     trainer = engine.Engine(policy, ranks, settings.train, settings.optimizer)
 
+    items = encoded.items
+    if settings.train_on == "all" and not (hides or policy.encoder_decoder):
+        items = turns.joined(items)
+        say(f"train: {len(encoded.items):,} turns read in {len(items):,} rows")
+
     def look(step: int) -> Evaluation:
         scalars = evaluate.held_out_loss(trainer, objective, tested.items, packing)
         scalars["eval/perplexity"] = math.exp(min(scalars["eval/loss"], 50.0))
@@ -49,11 +56,11 @@ def main(settings: Sft, words: Sequence[str]) -> None:
             scalars["eval/masked_loss"] = masked["eval/loss"]
         return Evaluation(scalars, samples=spoken(trainer, encoder, held_out, settings))
 
-    draw = training.epochs(len(encoded.items), settings.train.batch_size, settings.seed)
+    draw = training.epochs(len(items), settings.train.batch_size, settings.seed)
     course = training.Course(
-        windows=Windows(encoded.items, draw, hidden, ranks.rank, ranks.world),
+        windows=Windows(items, draw, hidden, ranks.rank, ranks.world),
         objective=objective,
-        max_steps=training.steps_for(settings, len(encoded.items)),
+        max_steps=training.steps_for(settings, len(items)),
         eval_steps=settings.train.eval_steps,
         evaluate=look,
         watch=Watch("eval/loss", larger_is_better=False),

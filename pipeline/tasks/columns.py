@@ -13,6 +13,7 @@ from pipeline.tasks.fields import (
     checked_number,
     checked_text,
     described,
+    first_of,
     has,
     messages,
     named_numbers,
@@ -25,10 +26,11 @@ from pipeline.tasks.fields import (
 
 COMPLETION = ("completion", "response")
 CHOSEN_REWARD = ("chosen_reward", "chosen_score", "score_chosen", "chosen_gpt_score")
+CORRECTNESS = ("correctness", "gpt_correctness")
 REJECTED_REWARD = ("rejected_reward", "rejected_score", "score_rejected", "rejected_gpt_score")
 CARRIED = (
     *("id", "source", "completion", "references", "reference", "candidates", "candidate_rewards", "chosen", "rejected"),
-    *("margin", "reward", "rewards", *CHOSEN_REWARD, *REJECTED_REWARD),
+    *("margin", "reward", "rewards", *CHOSEN_REWARD, *REJECTED_REWARD, *CORRECTNESS),
 )
 
 Prompt = str | tuple[Message, ...]
@@ -86,6 +88,7 @@ def carry(row: Columns, example: Example) -> Example:
         chosen_reward=_given(example.chosen_reward, row, *CHOSEN_REWARD),
         rejected_reward=_given(example.rejected_reward, row, *REJECTED_REWARD),
         margin=_given(example.margin, row, "margin"),
+        correctness=_correctness(row) if example.correctness is None else example.correctness,
         reward=_given(example.reward, row, "reward"),
         rewards=example.rewards or named_numbers(row, "rewards"),
     )
@@ -147,6 +150,13 @@ def _optional_response(row: Columns, name: str) -> str | None:
 
 def _given(value: float | None, row: Columns, *names: str) -> float | None:
     return value if value is not None else optional_number(row, *names)
+
+
+def _correctness(row: Columns) -> float | None:
+    """1 or 0 of a truth value, else the number."""
+    name = first_of(row, CORRECTNESS)
+    value = None if name is None else row[name]
+    return float(value) if isinstance(value, bool) else optional_number(row, *CORRECTNESS)
 
 
 def _is_list(row: Columns, name: str) -> bool:

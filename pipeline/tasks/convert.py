@@ -35,7 +35,7 @@ def to_scored(examples: Sequence[Example], which: Literal["chosen", "both"]) -> 
 
     A new row has the pair's prompt, references and source; the response as completion; chosen_reward or
     rejected_reward as its reward (None if the pair has none: to be scored); and the pair's id with "/chosen" or
-    "/rejected". The pair's margin and `rewards` are not kept. Raises UserError for a row with neither.
+    "/rejected". The pair's margin, correctness and `rewards` are not kept. Raises UserError for a row with neither.
     """
     assert which in ("chosen", "both"), which
     return [row for example in examples for row in _scored_rows(example, which)]
@@ -87,7 +87,14 @@ def _scored_rows(example: Example, which: str) -> list[Example]:
             "add the column `completion` (or `response`), or rename the one that holds it"
         )
     bare = replace(
-        example, chosen=None, rejected=None, chosen_reward=None, rejected_reward=None, margin=None, rewards={}
+        example,
+        chosen=None,
+        rejected=None,
+        chosen_reward=None,
+        rejected_reward=None,
+        margin=None,
+        correctness=None,
+        rewards={},
     )
     chosen = replace(bare, id=example.id + CHOSEN, completion=example.chosen, reward=example.chosen_reward)
     rejected = replace(bare, id=example.id + REJECTED, completion=example.rejected, reward=example.rejected_reward)
@@ -124,5 +131,8 @@ def _checked(example: Example) -> Example:
     if example.completion is None:
         raise UserError(f"{example.id}: no completion, wanted a scored row; add the column 'completion'")
     if example.reward is None:
-        raise UserError(f"{example.id}: no reward, wanted a scored row; add the column 'reward' or run stage=score")
+        raise UserError(
+            f"{example.id}: no reward, wanted a scored row; add the column 'reward' (or chosen and "
+            "rejected), or run stage=score"
+        )
     return example

@@ -22,6 +22,7 @@ from pipeline.tasks import hub
 from pipeline.tasks.json_rows import array_rows
 
 CANDIDATE_COLUMNS = ("data_src", "data_gt", "data_kd")  # of the headerless ranked-candidates TSV
+BAR, BARRED_COLUMNS = " ||| ", ("prompt", "completion", "score")  # of the text files that came with ESRL
 GZIP_MARK = b"\x1f\x8b"
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 SCORE_MARK = "<#SCORE#>"  # stands in every ranked-candidates cell and in no header
@@ -37,7 +38,7 @@ class RawRow:
 
 
 def raw_rows(path: str, header: Sequence[str] | None = None) -> Iterator[RawRow]:
-    """The rows of a local file, or of a hub data set `owner/name[/folder][:split]` where no such file exists.
+    """The rows of a local file, or, where there is none, of a hub data set `owner/name[/folder][@revision][:split]`.
 
     `header` names the columns of a csv or tsv file that has no header line.
     Raises UserError for a file that is absent, of unknown ending, badly encoded, cut short or damaged.
@@ -220,13 +221,23 @@ def _row(line: int, cells: Sequence[str], header: Sequence[str]) -> RawRow:
 
 
 def _txt(path: str, header: Sequence[str] | None) -> Iterator[RawRow]:
-    """Told by the first line: JSON lines, or cells separated by tabs."""
+    """Told by the first line: JSON lines, or cells separated by tabs or by bars."""
     first = next((line for _, line in text_lines(path) if line.strip()), "")
     if not first or first.lstrip().startswith("{"):
         return _json_lines(path, header)
     if "\t" in first:
         return _tsv(path, header)
+    if BAR in first:
+        return _barred(path, BARRED_COLUMNS[: first.count(BAR) + 1])
     raise UserError(f'{path}:1: plain text, wanted JSON lines or tab-separated cells; write {{"text": ...}} lines')
+
+
+def _barred(path: str, header: Sequence[str]) -> Iterator[RawRow]:
+    """Lines `prompt ||| completion`, with or without ` ||| score`; a line break within a cell is written as \\n."""
+    for number, line in text_lines(path):
+        if line.strip():
+            cells = line.rstrip("\r\n").split(BAR)
+            yield _row(number, [cell.replace("\\n", "\n") for cell in cells], header)
 
 
 def _parquet(path: str, header: Sequence[str] | None) -> Iterator[RawRow]:

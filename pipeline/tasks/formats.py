@@ -110,8 +110,9 @@ def candidates(row: Columns) -> Example:
 
 def published(row: Columns) -> Example:
     """A text and its summary, or a sentence and its question, under the names that public data sets give them."""
-    source = next(name for name in PUBLISHED if has(row, name))
-    return carry(row, Example("", text(row, source), completion=text(row, PUBLISHED[source])))
+    names = sorted(PUBLISHED, key=lambda name: name not in row)  # a fault is told of the column that is there
+    prompt = text(row, *names)
+    return carry(row, Example("", prompt, completion=text(row, PUBLISHED[first_of(row, names)])))
 
 
 def plain_text(row: Columns) -> Example:

@@ -65,7 +65,7 @@ def read(
     max_bad_rows: int = 0,
     report: Callable[[str], None] = print,
 ) -> ReadResult:
-    """The Examples of a local file, or of a hub data set `owner/name[/folder][:split]`, in their order.
+    """The Examples of a local file, or of a hub data set `owner/name[/folder][@revision][:split]`, in their order.
 
     Without `format` the first row's columns decide. Ids default to "<file stem>/<line>". `report` gets one line.
     Raises UserError for an unreadable or empty file, an unknown format, more than `max_bad_rows` bad rows, a filter

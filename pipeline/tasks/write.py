@@ -50,6 +50,7 @@ def row_of(example: Example) -> dict[str, object]:
         "chosen_reward": example.chosen_reward,
         "rejected_reward": example.rejected_reward,
         "margin": example.margin,
+        "correctness": example.correctness,
         "reward": example.reward,
         "rewards": dict(example.rewards) or None,
         "references": None if example.references == ((better,) if better else ()) else list(example.references),

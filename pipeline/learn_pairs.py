@@ -1,0 +1,71 @@
+"""Learning from preference pairs: pairs -> what the reference says of both responses -> every pair once per epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from pipeline import advantages, assembly, engine, examples, pairing, reference, runs, sampling, training
+from pipeline.data import Windows
+from pipeline.learn_data import Held, Look
+from pipeline.lesson import Lesson, Scene, refuse
+from pipeline.loop import Watch
+from pipeline.records import Example
+from pipeline.text import coloured
+
+
+def lesson(scene: Scene) -> Lesson:
+    """DPO: the start model's log-probabilities of both responses are known beforehand; nothing has to be judged."""
+    settings, ranks, model = scene.settings, scene.ranks, scene.model
+    refuse(settings, rows="all", sampling="all")
+    train, held_out = pairs_of(scene)
+    prompts = examples.unique_prompts(held_out)[: settings.eval.max_rows]
+    encoder = assembly.encoder_of(settings, model, list)
+    encoded = examples.encode(train, encoder, examples.pair_rows)
+    tested = examples.encode(held_out[: settings.eval.max_rows], encoder, examples.pair_rows)
+    scene.say(f"{encoded.summary('train')}\n{tested.summary('validation')}")
+    scene.say("\n".join(coloured(encoder, row) for row in encoded.items[0].rows))
+    ranks.on_main(lambda: examples.note(scene.directory, encoded, tested))
+
+    # what the reference says, before the first step changes it
+    policy = assembly.build_policy(model, encoder, settings.train, scene.data.max_response_length, settings.seed)
+    packing = assembly.packing(settings.train, ranks, policy, encoder)
+    trainer = engine.Engine(policy, ranks, settings.train, settings.optimizer)
+    ref = advantages.Reference(trainer, encoder, packing, settings, runs.fingerprint(model.path))
+    known = advantages.with_ref_logps(ref, [*encoded.items, *tested.items])
+    items, watched = known[: len(train)], known[len(train) :]
+    draw = training.epochs(len(items), settings.train.batch_size, settings.seed)
+
+    def prepare() -> None:
+        tolerance = settings.ratio_tolerance.model_dump()[settings.train.precision]
+        reference.check_ratio(trainer, items, draw(0), packing, tolerance)
+
+    course = training.Course(
+        windows=Windows(items, draw, packing, ranks.rank, ranks.world),
+        objective=scene.objective,
+        max_steps=training.steps_for(settings, len(items)),
+        eval_steps=settings.train.eval_steps,
+        evaluate=Look(ref, scene.objective, Held(items, watched, prompts, scene.judge), {}),
+        watch=Watch("eval/loss", False) if scene.judge is None else Watch("eval/reward/mean", True),
+        export=assembly.exporter(trainer, encoder),
+    )
+    return Lesson(trainer, course, prepare)
+
+
+def pairs_of(scene: Scene) -> tuple[list[Example], list[Example]]:
+    """The pairs to learn from, turned round at random if rewards are to be shuffled, and those held out."""
+    settings, say = scene.settings, scene.say
+    train = pairing.paired(examples.load_train(scene.data, settings.seed, say), say)
+    held_out = pairing.paired(examples.load(scene.data, "validation", settings.seed, say), say)
+    return with_shuffled_sides(train, settings.seed) if settings.shuffle_rewards else train, held_out
+
+
+def with_shuffled_sides(pairs: Sequence[Example], seed: int) -> list[Example]:
+    """The pairs, each turned round by a fair coin of its own: which response is better is not told any more."""
+    coins = torch.rand(len(pairs), generator=sampling.generator("sides", seed, 0)).tolist()
+    return [
+        replace(pair, chosen=pair.rejected, rejected=pair.chosen) if coin < 0.5 else pair
+        for pair, coin in zip(pairs, coins, strict=True)
+    ]

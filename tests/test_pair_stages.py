@@ -1,0 +1,106 @@
+"""Stages that learn from pairs, scores and conversations, for real, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from pipeline.records import UserError
+from tests.test_stages import SHORT, rows, train
+
+
+@pytest.fixture(scope="module", params=["llama", "t5"])
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with an SFT model."""
+    folder = tmp_path_factory.mktemp(request.param)
+    train("sft", folder, f"model.scratch.shape={request.param}", "max_steps=2", "learning_rate=1e-3", *SHORT)
+    return folder / "default"
+
+
+def test_dpo_starts_at_its_reference_and_learns_the_pairs(runs: Path, tmp_path: Path) -> None:
+    pairs = [
+        {"prompt": f"How do I boil egg {i}?", "chosen": f"Put {i} in hot water.", "rejected": f"Do not ask {i} of me."}
+        for i in range(48)
+    ]
+    words = [*written(tmp_path, pairs), "algo=dpo", "beta=0.5", *SHORT]
+    train("rl", runs.parent, *words, "max_steps=6", "learning_rate=3e-3")
+    lines = rows(runs / "rl" / "metrics.jsonl")
+    assert lines[0]["eval/loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert lines[0]["eval/rewards/margin"] == pytest.approx(0, abs=1e-4)
+    assert lines[0]["eval/logps/chosen"] == pytest.approx(lines[0]["eval/logps/ref_chosen"], abs=1e-3)
+    assert lines[1]["train/loss"] == pytest.approx(math.log(2), abs=1e-4)  # measured before the first step
+    assert lines[-1]["rewards/margin"] > 0.1 and lines[-1]["eval/rewards/accuracy"] > 0.9
+    assert all(line["train/grad_norm"] > 0 for line in lines[1:])
+    assert "eval/completions/mean_length" in lines[-1]
+    before = [path.name for path in (runs / "cache").iterdir()]
+    train("rl", runs.parent, *words, "name=again", "max_steps=1")
+    assert [path.name for path in (runs / "cache").iterdir()] == before  # the reference is not asked twice
+
+
+def test_dpo_with_dropout_is_stopped_before_its_first_step(runs: Path) -> None:
+    with pytest.raises(UserError, match=r"ratio_tolerance: policy and reference differ .*dropout"):
+        train("rl", runs.parent, "algo=dpo", "name=dropped", "model.dropout=0.3", "max_steps=1", *SHORT)
+
+
+def written(folder: Path, lines: list[dict]) -> list[str]:
+    """The words that name a file of these rows."""
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return [f"data.train={path}", "data.validation_fraction=0.3", "task=null", "data.task_size=null"]
+
+
+def annotated(count: int) -> list[dict]:
+    """Two answers to each request; the longer, the better."""
+    return [
+        {"prompt": f"How do I boil egg {i // 2}?", "completion": "In water. " * (1 + i % 2), "reward": float(i % 2)}
+        for i in range(count)
+    ]
+
+
+def test_a_reward_model_from_responses_by_themselves(tmp_path: Path) -> None:
+    given = written(tmp_path, annotated(48))
+    train("reward", tmp_path, *given, "name=scores", "objective=regression", "max_steps=12", "learning_rate=1e-2")
+    lines = rows(tmp_path / "default" / "reward" / "scores" / "metrics.jsonl")
+    assert lines[-1]["eval/mse"] < lines[0]["eval/mse"]
+    assert lines[-1]["eval/accuracy"] > 0.9 and lines[-1]["eval/correlation"] > 0.5
+    counts = json.loads((tmp_path / "default" / "reward" / "scores" / "data.json").read_text())
+    assert counts["train"]["responses"] == counts["train"]["rows"]  # one each
+    assert counts["train"]["rows"] % 2 == 0  # both answers to a request
+
+
+def test_a_reward_model_from_order_and_scores(tmp_path: Path) -> None:
+    answers = annotated(48)
+    pairs = [
+        {
+            "prompt": worse["prompt"],
+            "chosen": better["completion"],
+            "rejected": worse["completion"],
+            "chosen_gpt_score": 0.9,
+            "rejected_gpt_score": 0.2,
+            "gpt_correctness": i % 2,
+        }
+        for i, (worse, better) in enumerate(zip(answers[::2], answers[1::2], strict=True))
+    ]
+    given = written(tmp_path, pairs)
+    train("reward", tmp_path, *given, "name=mixed", "objective=mixed", "max_steps=8", "learning_rate=1e-2")
+    last = rows(tmp_path / "default" / "reward" / "mixed" / "metrics.jsonl")[-1]
+    assert last["eval/accuracy"] > 0.9 and last["eval/mse"] < 1
+
+
+@pytest.mark.parametrize("shape", ["llama", "t5"])
+def test_every_turn_of_a_conversation_is_learned(
+    tmp_path: Path, shape: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talks = [
+        {"instruction": f"And egg {i}?", "output": "In water.", "history": [["Can you boil?", "Yes."]]}
+        for i in range(30)
+    ]
+    words = [*written(tmp_path, talks), f"model.scratch.shape={shape}", "train_on=all", "max_steps=1"]
+    train("sft", tmp_path, *words, *SHORT)
+    counts = json.loads((tmp_path / "default" / "sft" / "data.json").read_text())
+    assert counts["train"]["rows"] % 2 == 0  # two turns each
+    assert ("turns read in" in capsys.readouterr().out) == (shape == "llama")
+    assert rows(tmp_path / "default" / "sft" / "metrics.jsonl")[-1]["train/loss"] > 0
