@@ -15,6 +15,7 @@ REQUIREMENTS = [
     "pyarrow>=15.0",
     "numpy>=1.26",
     "tqdm>=4.66",
+    "packaging>=24.0",
     "sacrebleu>=2.4",
 ]
 DEV = ["pytest>=8.0", "ruff>=0.9", "rouge-score>=0.1.2"]

@@ -55,7 +55,8 @@ ALIASES: dict[str, str] = {
     "kl_beta": "algorithm.settings.kl_beta",
     "kl_form": "algorithm.settings.kl_form",
     "kl_coef": "algorithm.settings.kl_beta",
-    "beta": "algorithm.settings.kl_beta",
+    "beta": "algorithm.settings.beta",
+    "objective": "algorithm.settings.objective",
     # generation
     "max_new_tokens": "generation.max_new_tokens",
     "min_new_tokens": "generation.min_new_tokens",

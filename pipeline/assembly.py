@@ -13,14 +13,16 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from pipeline import examples, model_checks, models, plugins, rewards, runs, vocabulary
+from pipeline import examples, http_reward, model_checks, models, plugins, rewards, runs, vocabulary
+from pipeline.addresses import is_address
 from pipeline.data import Packing, collate, packing_of
 from pipeline.engine import Engine, Ranks
 from pipeline.hiding import Hiding
+from pipeline.judges import Judges
 from pipeline.loop import Objective
 from pipeline.policy import Policy, RewardModel, check_head
 from pipeline.records import Batch, Item, Row, Stat, UserError
-from pipeline.rewards import Rewards, parse, resolve
+from pipeline.rewards import Rewards, is_learned, parse, resolve
 from pipeline.settings import (
     Algorithm,
     Common,
@@ -182,6 +184,7 @@ def build_rewards(
 ) -> Rewards | None:
     """The rewards that `spec` names; without a spec the run's own reward models, equal weights; None without any.
 
+    Models and servers are called from this process; with `read.workers` all others in worker processes.
     `monitors`, label -> reward, are only watched (weight 0): functions raw, reward models normalised as the others.
     """
     trained = runs.reward_models(settings)
@@ -190,13 +193,20 @@ def build_rewards(
     def load_learned(directory: str) -> Any:
         return learned.load(directory, settings.model, settings.template, read.max_length, read.batch_size, device)
 
+    def ask(address: str) -> Any:
+        return http_reward.connect(address, read.http)
+
     found = [
-        rewards.Reward(name, weight, resolve(name, load_learned, trained), read.normalise) for name, weight in pairs
+        rewards.Reward(name, weight, resolve(name, load_learned, ask, trained), read.normalise)
+        for name, weight in pairs
     ]
     for label, name in (monitors or {}).items():
         normalise = read.normalise if name in trained or Path(name).is_dir() else "none"
-        found.append(rewards.Reward(label, 0.0, resolve(name, load_learned, trained), normalise))
-    return Rewards(found) if found else None
+        found.append(rewards.Reward(label, 0.0, resolve(name, load_learned, ask, trained), normalise))
+    names = {name: name for name, _ in pairs} | dict(monitors or {})
+    apart = {label: name for label, name in names.items() if not (is_address(name) or is_learned(name, trained))}
+    judges = Judges(apart, read.workers) if apart and read.workers else None
+    return Rewards(found, judges) if found else None
 
 
 @contextmanager

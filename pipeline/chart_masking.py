@@ -92,11 +92,4 @@ MASKING = (
         "itself.",
         axis=(0.0, 1.0),
     ),
-    Chart(
-        GROUP,
-        "Parts of the loss",
-        ("loss/rl", "loss/mle"),
-        "The part that follows the rewards, before its weight, and the part that learns the references with masked "
-        "inputs. Only the second should fall steadily; the first has no level, only a gradient.",
-    ),
 )

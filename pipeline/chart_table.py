@@ -9,6 +9,9 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 
 from pipeline.chart_masking import MASKING
+from pipeline.chart_pairs import PAIRS
+from pipeline.chart_sampling import SAMPLING
+from pipeline.chart_speed import SPEED
 from pipeline.glossary import ORACLE, Chart
 
 REST = "Other measurements"  # the group of charts that no entry of CHARTS describes
@@ -30,6 +33,14 @@ CHARTS = (
         "Of the rows trained on, and of held-out ones. Most methods weight it, and the weights change with the data "
         "drawn and with the policy, so its level says little here: judge by the rewards.",
         stages=("rl",),
+    ),
+    Chart(
+        "Learning",
+        "Parts of the loss",
+        ("loss/rl", "loss/mle"),
+        "The part that follows the rewards, before its weight, and the part that learns the references, in "
+        "semi-offline RL with masked inputs. Only the second should fall steadily; the first has no level, only a "
+        "gradient.",
     ),
     Chart(
         "Learning",
@@ -83,8 +94,8 @@ CHARTS = (
         "Reward",
         ("reward/mean",),
         "The number the policy is trained to raise: the weighted sum of the rewards. On logged data it describes the "
-        "rows drawn, in semi-offline RL the compositions; the held-out curve, of the policy's own responses, is the "
-        "one that should rise.",
+        "rows drawn, in semi-offline RL the compositions, in on-policy RL the sampled responses; the held-out curve, "
+        "of the policy's own responses, is the one that should rise.",
     ),
     Chart(
         "Rewards",
@@ -114,7 +125,9 @@ CHARTS = (
         rule="length_correlation",
         axis=(-1.0, 1.0),
     ),
+    *PAIRS,
     *MASKING,
+    *SAMPLING,
     Chart(
         "Ratio to the reference",
         "Probability ratio",
@@ -194,8 +207,8 @@ CHARTS = (
         "Distance and certainty",
         "Log-probabilities",
         ("logps/*",),
-        "Log-probability of whole responses under the policy and under the fixed reference, in nats. The two "
-        "curves start together.",
+        "Log-probability of whole responses, in nats, under the policy and, where the method has one, under the "
+        "fixed reference. The two start together.",
         stages=("rl",),
     ),
     Chart(
@@ -238,41 +251,7 @@ CHARTS = (
         rule="repetition",
         axis=(0.0, None),
     ),
-    Chart(
-        "Speed",
-        "Tokens per second",
-        ("perf/tokens_per_second",),
-        "Training speed over all ranks.",
-        axis=(0.0, None),
-    ),
-    Chart(
-        "Speed",
-        "Tokens per step",
-        ("train/num_tokens",),
-        "Response tokens learned from in one step.",
-        axis=(0.0, None),
-    ),
-    Chart(
-        "Speed",
-        "Seconds per step",
-        ("perf/step_seconds",),
-        "Time of one optimizer step.",
-        axis=(0.0, None),
-    ),
-    Chart(
-        "Speed",
-        "Use of the hardware (MFU)",
-        ("perf/mfu",),
-        "Arithmetic done as a share of what the hardware could do.",
-        axis=(0.0, None),
-    ),
-    Chart(
-        "Speed",
-        "Peak memory",
-        ("perf/peak_memory_gb",),
-        "Most memory used on a device so far, in gigabytes. It should be flat after the first steps.",
-        axis=(0.0, None),
-    ),
+    *SPEED,
 )
 
 

@@ -99,7 +99,8 @@ def _frame(picture: Picture) -> Frame:
         low, high = min(low, picture.low), max(high, picture.low)
     if picture.high is not None and (high > picture.high or picture.high < high + room):
         low, high = min(low, picture.high), max(high, picture.high)
-    pad = 0.06 * ((high - low) or abs(high) or 1.0)
+    # No slope of less than a thousandth of the level fills the picture: its ticks would need more digits than fit.
+    pad = max(0.06 * ((high - low) or abs(high) or 1.0), 5e-4 * max(abs(low), abs(high)))
     bottom = low - pad if picture.axis[0] is None else min(picture.axis[0], low)
     top = high + pad if picture.axis[1] is None else max(picture.axis[1], high)
     first, last = _span(steps)
@@ -122,7 +123,7 @@ def _tick_text(value: float, step: float, largest: float) -> str:
     for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if largest >= 10 * unit or (letter != "k" and largest >= unit):
             return f"{value / unit:g}{letter}".replace("-", MINUS)
-    if step < 1e-3:
+    if step < 1e-3 and largest < 0.1:
         return f"{value:.1e}".replace(".0e-0", "e-").replace("e-0", "e-").replace("-", MINUS)
     digits = max(0, -math.floor(math.log10(step) + 1e-9))
     return f"{value:.{digits}f}".replace("-", MINUS)

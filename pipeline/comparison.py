@@ -35,6 +35,8 @@ COLUMNS = (
     Column("objective/kl", "KL", 2, False),
     Column("rl/kept_fraction", "kept", 2, False),
     Column("rl/value_r2", "value R2", 2, False),
+    Column("rl/generated_tokens", "generated tokens", 0, False),
+    Column("rl/tokens_saved", "saved", 2, False),
     Column("rl/seconds", "seconds", 0, False),
 )
 

@@ -96,6 +96,8 @@ FINAL = {
     "eval/accuracy": "held-out accuracy",
     "eval/length_accuracy": "accuracy of length alone",
     "eval/completions/mean_length": "words per response",
+    "generated_tokens": "tokens generated",
+    "tokens_saved": "share of tokens saved",
     "model_step": "step of the model kept",
 }
 

@@ -11,9 +11,11 @@ from typing import NamedTuple
 from pipeline.glossary import FINE, LOOK, TROUBLE, Limit, Rule
 from pipeline.rules_masking import MASKING
 from pipeline.rules_responses import RESPONSES
+from pipeline.rules_sampling import SAMPLING
 from pipeline.rules_training import TRAINING
 
-RULES: Mapping[str, Rule] = {**RESPONSES, **TRAINING, **MASKING}  # by quantity, in the order in which they are told
+# by quantity, in the order in which they are told
+RULES: Mapping[str, Rule] = {**RESPONSES, **TRAINING, **MASKING, **SAMPLING}
 LEVELS = (TROUBLE, LOOK, FINE)  # gravest first
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,10 +41,15 @@ def lesson(scene: Scene) -> Lesson:
     trainer = engine.Engine(policy, ranks, settings.train, settings.optimizer)
     shuffled = settings.seed if settings.shuffle_rewards else None
     composer = Composer(ranks, encoder, judge, held.items, scene.module, shuffled)
+    overlap = judge.elsewhere and trainer.stage < 3  # ZeRO-3 foresees each forward's backward to fetch weights in time
     draw = training.epochs(len(held.items), settings.train.batch_size, settings.seed)
     course = training.Course(
         windows=Windows(held.items, draw, hiding, ranks.rank, ranks.world),
-        objective=replace(scene.objective, loss=lambda output, batch: composer.loss(output, batch, scene.algorithm)),
+        objective=replace(
+            scene.objective,
+            loss=lambda output, batch: composer.loss(output, batch, scene.algorithm),
+            begin=partial(composer.begin, settings=scene.algorithm) if overlap else None,
+        ),
         max_steps=training.steps_for(settings, len(held.items)),
         eval_steps=settings.train.eval_steps,
         evaluate=Look(scene, trainer, encoder, held, composer, packing, hiding),
@@ -157,7 +163,7 @@ def check_shared(trainer: Engine, items: Sequence[Item], hiding: Packing, tolera
 def read_apart(batch: Batch, packing: Packing) -> tuple[Batch, Batch]:
     """Two batches of one response each, with the same tokens hidden."""
     given = batch.static
-    bare = replace(batch, static=None, segments=None)
+    bare = replace(batch, static=None)
     second = replace(bare, response_ids=given.ids, response_mask=given.mask, shown_ids=given.shown_ids)
     if packing.apart:
         return bare, second

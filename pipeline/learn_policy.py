@@ -31,6 +31,8 @@ from pipeline.sampler import Sampler, check_sampler, spoken_sampler
 from pipeline.settings import GenerationSettings, Rl
 from pipeline.text import Encoder
 
+TURN = 1_000_000  # more than the responses that a prompt has at once
+
 
 def lesson(scene: Scene) -> Lesson:
     """On-policy RL. train.batch_size counts prompts, each of which has several responses in the step."""
@@ -113,7 +115,8 @@ class Rollouts:
         ref_logps = self._ref_logps(judged)
         usual = self.sampler.queue.mean()
         self.lots, self.last = lots.valued(judged, ref_logps, usual, self.algorithm), step
-        self.items = [*lots.items_of(self.lots, ref_logps), *self._targets(asked)] or [self._silent(asked[0])]
+        items = [*lots.items_of(self.lots, ref_logps), *self._targets(asked)] or [self._silent(asked[0])]
+        self.items = items if self._tempered else lots.untempered(items)
         seconds = mean_stat(torch.tensor([time.monotonic() - began]))
         most = self.settings.sampler.k_max if self.settings.sampler.mode == "dynamic" else self.settings.sampler.k
         told = lots.statistics(self.lots, most, self.sampler.least, usual, generated)
@@ -123,6 +126,11 @@ class Rollouts:
         learned = range(len(self.items)) if any(lot.responses for lot in self.lots) or self._mixes else []
         plan = window(self.items, learned, self.packing, ranks.rank, ranks.world)
         return [collate(self.items, indices, self.packing, step) for indices in plan]
+
+    @property
+    def _tempered(self) -> bool:
+        s = self.settings.sampler
+        return (s.temperature_min, s.temperature_max) != (1.0, 1.0)
 
     @property
     def _mixes(self) -> bool:
@@ -148,10 +156,12 @@ class Rollouts:
     def _answered(self, found: Sequence[Lot], spans: Sequence[tuple[int, int]], step: int) -> list[Lot]:
         """The lots with their responses number `start` to `end` - 1 added."""
         places = [i for i, (start, end) in enumerate(spans) if end > start]
-        asks = [
-            Ask(found[i].example, found[i].prompt_ids, (found[i].share.temperature,) * (end - start), start)
-            for i, (start, end) in ((i, spans[i]) for i in places)
-        ]
+        keys = [lot.key for lot in found]
+        asks = []
+        for i in places:
+            (start, end), turn = spans[i], keys[:i].count(keys[i])  # a prompt that comes twice throws other dice
+            heat = (found[i].share.temperature,) * (end - start)
+            asks.append(Ask(found[i].example, found[i].prompt_ids, heat, turn * TURN + start))
         seed = self.settings.seed * 1_000_003 + step
         groups = rollout.answer(self.engine, self.encoder, asks, sampled(self.settings), seed) if asks else []
         more = dict(zip(places, groups, strict=True))
@@ -179,7 +189,8 @@ class Rollouts:
 
     def _ref_logps(self, found: Sequence[Lot]) -> list[Tensor]:
         """(T,) float32 of the reference for each response in order; nothing where no KL term wants them."""
-        items = [Item(lot.example, (row,), {"temperature": lot.share.temperature}) for lot in found for row in lot.rows]
+        heat = [{"temperature": lot.share.temperature} if self._tempered else {} for lot in found]
+        items = [Item(lot.example, (row,), each) for lot, each in zip(found, heat, strict=True) for row in lot.rows]
         if self.frozen is None or not items:
             return []
         saved = reference.reference_logps(self.frozen, items, self.packing)

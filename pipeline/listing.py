@@ -41,7 +41,10 @@ def help_text() -> str:
         _table("Stages (stage=)", stages),
         _table("Algorithms (algo=)", algorithms),
         _table("Recipes (recipe=)", _described(folder / "recipes")),
-        _row("Rewards (reward=)", [*plugins.available("reward_models", "reward"), "your/file.py"]),
+        _row(
+            "Rewards (reward=)",
+            [*plugins.available("reward_models", "reward"), "your/file.py", "http://HOST:PORT/PATH"],
+        ),
         _row("Tasks (task=)", [*plugins.available("pipeline.tasks", "examples"), "your/task.py"]),
         "Settings with their defaults: stages/common.yaml and stages/<stage>.yaml. Short names:",
         _wrapped(short),

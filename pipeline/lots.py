@@ -95,6 +95,12 @@ def target_item(example: Example, row: Row, with_reference: bool, target: bool =
     return Item(example, (row,), {**SILENT, "target": float(target)}, refs)
 
 
+def untempered(items: Sequence[Item]) -> list[Item]:
+    """The items without the number `temperature`, by which logits would be divided: where every one is 1."""
+    bare = [{name: x for name, x in item.numbers.items() if name != "temperature"} for item in items]
+    return [replace(item, numbers=numbers) for item, numbers in zip(items, bare, strict=True)]
+
+
 def record_of(lot: Lot, step: int) -> Record:
     """What the history keeps of a lot that has responses."""
     seen = [response.seen for response in lot.responses]
@@ -119,27 +125,30 @@ def statistics(
 ) -> dict[str, Stat]:
     """rollout/* of every kind of sampling, esrl/* of how it was shared out; the same on every rank.
 
-    generated: tokens sampled in the step, those thrown away included. tokens_saved: the share of the tokens that k_max
-    responses to every prompt would have taken, by the mean length of the prompt's own.
+    generated: tokens sampled in the step, those thrown away included. equal_groups: of the prompts with two responses
+    or more. tokens_saved: the share of the tokens that k_max responses to every prompt would have taken, by the mean
+    length of the prompt's own; like at_k_min nothing where all prompts get as many responses.
     """
     there = [lot for lot in lots if lot.responses]
+    shared_out = k_max > least
     known = [lot.share.capability for lot in lots if lot.share.capability is not None]
     lengths = [float(lot.told.lengths.mean()) for lot in there]
     full = k_max * sum(lengths)
     taken = sum(float(lot.told.lengths.sum()) for lot in there)
-    spreads = [float(lot.told.rewards.max() - lot.told.rewards.min()) for lot in there]
+    spreads = [float(lot.told.rewards.max() - lot.told.rewards.min()) for lot in there if len(lot.responses) > 1]
     entropies = [response.seen.entropy for lot in there for response in lot.responses]
     numbers = {
         "rollout/generated_tokens": [generated],
         "rollout/equal_groups": [float(spread <= EQUAL_REWARDS) for spread in spreads],
         "rollout/queue_mean": [] if queue_mean is None else [queue_mean],
+        "advantage/mean": [advantage for lot in there for advantage in lot.advantages],
         "objective/entropy": entropies,
         "esrl/capability": known,
         "esrl/known": [float(lot.share.capability is not None) for lot in lots],
         "esrl/samples_per_prompt": [float(len(lot.responses)) for lot in lots],
-        "esrl/at_k_min": [float(len(lot.responses) == least) for lot in there],
+        "esrl/at_k_min": [float(len(lot.responses) == least) for lot in there] if shared_out else [],
         "esrl/left_out": [float(not lot.responses) for lot in lots],
-        "esrl/tokens_saved": [1.0 - taken / full] if full else [],
+        "esrl/tokens_saved": [1.0 - taken / full] if full and shared_out else [],
     }
     return {name: mean_stat(torch.tensor(values, dtype=torch.float64)) for name, values in numbers.items()}
 

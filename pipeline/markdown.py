@@ -1,4 +1,4 @@
-"""Sample rows as Markdown, for TensorBoard: responses as one table, compositions as a section each. Pure.
+"""Sample rows as Markdown, for TensorBoard: a table of responses, a section per composed row or prompt. Pure.
 
 Rows are flat: keys within keys are joined by '/'.
 """
@@ -7,21 +7,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 TABLE_ROWS, TABLE_CHARACTERS = 16, 600  # of a table, and of a cell; the file of the samples keeps everything
-SECTIONS = 8  # of compositions
+SECTIONS = 8  # of compositions, of prompts
+SAID = ("reward", "advantage", "tokens", "response")  # of a sampled response
 
 Row = Mapping[str, Any]
 
 
 def pages(rows: Sequence[Row]) -> dict[str, str]:
-    """The Markdown of a sample table's first rows, by the name under which it is shown: samples, compositions."""
+    """The Markdown of a sample table's first rows, by the name under which it is shown."""
     composed = [row for row in rows if "compositions" in row]
-    others = [row for row in rows if "compositions" not in row]
+    sampled = [row for row in rows if row.get("kind") == "rollout"]
+    others = [row for row in rows if "compositions" not in row and row.get("kind") != "rollout"]
+    groups = [list(group) for _, group in groupby(sampled, key=lambda row: row["prompt"])]
     found = {
         "samples": table(others[:TABLE_ROWS]) if others else "",
         "compositions": "\n\n".join(section(row) for row in composed[:SECTIONS]),
+        "rollouts": "\n\n".join(rollout(group) for group in groups[:SECTIONS]),
     }
     return {name: text for name, text in found.items() if text}
 
@@ -51,6 +56,19 @@ def section(row: Row) -> str:
         lines(["reward", "", "text"], [greedy, *drawn]),
     ]
     return "\n\n".join([*parts, *([lines(["", "credit", "token", "instead of"], credit)] if credit else [])])
+
+
+def rollout(group: Sequence[Row]) -> str:
+    """The responses that one step sampled for one prompt (pipeline/lots.py), the best first."""
+    ranked = sorted(group, key=lambda row: -row["reward"])
+    known = ranked[0]["capability"]
+    about = [
+        "1 response" if len(group) == 1 else f"{len(group)} responses",
+        f"temperature {plain(ranked[0]['temperature'])}",
+    ]
+    about += [] if known is None else [f"capability {plain(known)}"]
+    body = [[plain(row[name]) for name in SAID] for row in ranked[:TABLE_ROWS]]
+    return "\n\n".join([f"**prompt:** {plain(ranked[0]['prompt'])}", ", ".join(about), lines(SAID, body)])
 
 
 def chips(parts: Sequence[Sequence[Any]]) -> str:

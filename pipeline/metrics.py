@@ -32,6 +32,8 @@ LAYOUT = {
             "each reward, held out": ["^eval/rewards/[^/]+/mean$"],
             "loss": ["^(train|eval)/loss$"],
             "pair accuracy and length alone": ["^(train|eval)/accuracy$", "^eval/length_accuracy$"],
+            "DPO: accuracy": ["^(eval/)?rewards/accuracy$"],
+            "DPO: implicit rewards": ["^(eval/)?rewards/(chosen|rejected|margin)$"],
         },
         "2 Ratio to the start model (clipped: at most 0.5; ess: from 0.3)": {
             "clipped share": ["^(eval/)?ratio/clip_fraction"],
@@ -59,10 +61,23 @@ LAYOUT = {
             "rows of equal rewards; texts that differ": ["^semi_offline/(equal_rewards|different_texts)$"],
             "held-out loss, inputs whole and masked": ["^eval/(masked_)?loss$"],
         },
-        "6 The machine": {
+        "6 Sampled responses (equal rewards: at most 0.5; at k_min: at most 0.8)": {
+            "tokens generated per step": ["^rollout/generated_tokens$"],
+            "responses per prompt": ["^esrl/samples_per_prompt$"],
+            "prompts of equal rewards, at k_min, left out, known": [
+                "^rollout/equal_groups$",
+                "^esrl/(at_k_min|left_out|known)$",
+            ],
+            "capability; share of tokens saved": ["^esrl/(capability|tokens_saved)$"],
+            "entropy, nats per token": ["^objective/entropy$"],
+            "mean reward, and that of earlier steps": ["^rollout/queue_mean$", "^reward/mean$"],
+            "sampler against learner, nats per token (at most 0.02)": ["^rollout/logp_gap$"],
+        },
+        "7 The machine": {
             "gradient norm": ["^train/grad_norm$"],
             "learning rate": ["^train/learning_rate$"],
             "tokens per second": ["^perf/tokens_per_second$"],
+            "seconds per step, of it sampling": ["^perf/(step|sampling)_seconds$"],
             "peak memory, GB": ["^perf/peak_memory_gb$"],
         },
     }.items()

@@ -67,6 +67,10 @@ mark{background:var(--chip);color:inherit;border-radius:3px;padding:0 .15em;marg
 .rank td:nth-child(3){white-space:pre-wrap;overflow-wrap:anywhere;text-align:left;width:100%}
 .rank td:first-child{text-align:right;min-width:0;white-space:nowrap}
 .rank tr.greedy td{background:var(--pale)}
+.said{margin:.2rem 0}.said td{font-size:.88rem;line-height:1.4;padding:.25rem .8rem .25rem 0;vertical-align:top}
+.said th{font-size:.76rem;padding:.1rem .8rem .1rem 0}.said th:first-child,
+.said td:first-child{text-align:right;min-width:3.6rem}
+.said th:last-child,.said td:last-child{text-align:left;white-space:pre-wrap;overflow-wrap:anywhere;width:100%}
 details{margin:.6rem 0}summary{cursor:pointer;color:var(--blue);font-size:.9rem}
 pre{background:var(--pale);border-radius:5px;padding:.7rem .9rem;overflow-x:auto;font:12.5px/1.5 ui-monospace,
 SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;margin:.5rem 0;white-space:pre-wrap;overflow-wrap:anywhere}
@@ -128,6 +132,15 @@ class Composed(NamedTuple):
     words: str  # about all texts
     texts: Sequence[Ranked]
     credit: Sequence[tuple[str, Sequence[tuple[str, str, str]]]]  # of some tokens: (name, (token, instead of, credit))
+
+
+class Said(NamedTuple):
+    """One of several responses to a prompt; all numbers are text."""
+
+    reward: str
+    advantage: str
+    tokens: str
+    text: str
 
 
 class Finding(NamedTuple):
@@ -261,6 +274,25 @@ def composed(shown: Composed) -> str:
         f'<div class="who told">{escape(shown.words)}</div><table class="rank"><tbody>\n{rows}</tbody></table>'
         f'<div class="pair">{said}</div></div>\n'
     )
+
+
+def said(prompt: str, words: str, best: Sequence[Said], between: Sequence[Said], worst: Sequence[Said]) -> str:
+    """A prompt above the responses to it, the best first; those between best and worst are a click away."""
+    middle = folded(f"{len(between)} between", _said_table(between)) if between else ""
+    return (
+        f'<div class="sample"><div class="text soft">{escape(prompt)}</div><div class="who told">{escape(words)}</div>'
+        f"{_said_table(best)}{middle}{_said_table(worst) if worst else ''}</div>\n"
+    )
+
+
+def _said_table(rows: Sequence[Said]) -> str:
+    head = "".join(f"<th>{name}</th>" for name in ("reward", "advantage", "tokens", "response"))
+    body = "".join(
+        f"<tr><td>{escape(one.reward)}</td><td>{escape(one.advantage)}</td><td>{escape(one.tokens)}</td>"
+        f"<td>{escape(one.text)}</td></tr>\n"
+        for one in rows
+    )
+    return f'<table class="said"><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table>\n'
 
 
 def marked(parts: Parts) -> str:

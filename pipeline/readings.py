@@ -38,6 +38,12 @@ def head(values: Sequence[float]) -> float:
     return tail(values[::-1])
 
 
+def total(points: Sequence[Point]) -> float:
+    """The sum over all steps of what is logged as the mean per step since the point before."""
+    starts = [0.0, *(step for step, _ in points)]
+    return math.fsum(value * (step - start) for start, (step, value) in zip(starts, points, strict=False))
+
+
 def of_policies(base: Numbers, other: Numbers, monitors: Sequence[str] = ()) -> dict[str, Reading]:
     """What an evaluation gives for one policy beside the first, by quantity.
 

@@ -8,9 +8,11 @@ from collections.abc import Callable, Mapping
 
 from pipeline.charts import number
 from pipeline.health import Reading
-from pipeline.readings import TAIL, Numbers, Series, correlation, head, noise, tail
+from pipeline.readings import TAIL, Numbers, Series, correlation, head, noise, tail, total
 
 SMALL_SOURCE = 30  # held-out pairs below which the accuracy on a source says nothing
+GENERATED, SAVED = "rollout/generated_tokens", "esrl/tokens_saved"
+ROUNDING = 1e-4  # of a mean that is 0 by construction, in standard deviations
 DECODED = ("eval/reward/mean", "eval/reward/se")
 
 Take = Callable[[Series, Numbers, Numbers], Reading | None]  # (curves, final numbers, facts) -> reading
@@ -161,6 +163,52 @@ def _carried_over(series: Series, results: Numbers, facts: Numbers) -> Reading |
     return Reading(change, "greedy compositions {}, decoded responses {}".format(*parts))
 
 
+def spent(series: Series) -> dict[str, float]:
+    """Tokens that a stage generated; and the share of tokens saved against k_max responses for all prompts."""
+    if GENERATED not in series:
+        return {}
+    found = {"generated_tokens": round(total(series[GENERATED]))}
+    saved = dict(series.get(SAVED, ()))
+    full = total([(step, tokens / (1.0 - saved.get(step, 0.0))) for step, tokens in series[GENERATED]])
+    return found | ({"tokens_saved": 1.0 - total(series[GENERATED]) / full} if saved and full else {})
+
+
+def _sampling_time(series: Series, results: Numbers, facts: Numbers) -> Reading | None:
+    made, all_of_it = (series.get(f"perf/{name}_seconds", []) for name in ("sampling", "step"))
+    if GENERATED not in series or not made or not total(all_of_it):
+        return None
+    share, tokens = total(made) / total(all_of_it), total(series[GENERATED])
+    text = f"{tokens / series[GENERATED][-1][0]:,.0f} a step, {tokens:,.0f} in all, in {share:.0%} of the time"
+    return Reading(share, text)
+
+
+def _tokens_saved(series: Series, results: Numbers, facts: Numbers) -> Reading | None:
+    found = spent(series)
+    if "tokens_saved" not in found:
+        return None
+    share, tokens = found["tokens_saved"], found["generated_tokens"]
+    return Reading(share, f"{share:.0%}, {tokens:,} tokens in place of {tokens / (1.0 - share):,.0f}")
+
+
+def _where_shared_out(tag: str) -> Take:
+    """The end of a share that says something only where prompts differ in how many responses they get."""
+
+    def take(series: Series, results: Numbers, facts: Numbers) -> Reading | None:
+        return _end(tag, share=True)(series, results, facts) if SAVED in series else None
+
+    return take
+
+
+def _baseline(series: Series, results: Numbers, facts: Numbers) -> Reading | None:
+    """How far the mean advantage lies from 0, which it is where responses are compared with one another."""
+    mean, spread = (_values(series, f"advantage/{name}") for name in ("mean", "std"))
+    if GENERATED not in series or not mean or not spread or tail(spread) <= 0:
+        return None
+    distance = abs(tail(mean)) / tail(spread)
+    text = f"mean advantage {number(tail(mean))}, {number(distance)} standard deviations"
+    return Reading(distance, text) if distance > ROUNDING else None
+
+
 TRAINING: Mapping[str, Take] = {
     "non_finite": _non_finite,
     "grad_spike": _grad_spike,
@@ -194,5 +242,13 @@ OF_KIND: Mapping[str, Mapping[str, Take]] = {
         "equal_rewards": _end("semi_offline/equal_rewards", share=True),
         "different_texts": _end("semi_offline/different_texts", share=True),
         "carried_over": _carried_over,
+        "logp_gap": _end("rollout/logp_gap", unit=" nats per token"),
+        "equal_groups": _end("rollout/equal_groups", share=True),
+        "at_k_min": _end("esrl/at_k_min", share=True),
+        "known": _where_shared_out("esrl/known"),
+        "left_out": _where_shared_out("esrl/left_out"),
+        "baseline": _baseline,
+        "tokens_saved": _tokens_saved,
+        "sampling_time": _sampling_time,
     },
 }

@@ -14,6 +14,7 @@ from pathlib import Path
 from pipeline import page
 from pipeline.health import Verdict
 from pipeline.metrics import flatten, write_text
+from pipeline.readings_stage import spent
 from pipeline.records import UserError
 from pipeline.report_curves import show_curves
 from pipeline.report_facts import duration, what_was_run
@@ -66,5 +67,5 @@ def _section(stage: Stage, found: Mapping[str, Verdict]) -> str:
     elif stage.results:
         columns = columns_of(stage.results)
         table = comparison if stage.kind == "evaluate" else side_by_side
-        html += table(columns) if columns else final_numbers(flatten(stage.results))
+        html += table(columns) if columns else final_numbers({**flatten(stage.results), **spent(stage.series)})
     return html + show_curves(stage.kind, stage.series, flatten(stage.results), found)

@@ -14,7 +14,8 @@ from pipeline.readings import Series, head
 
 FOLDED = ("Speed", REST)  # groups behind a line to click on
 # judged against the curve's own shape, or against another curve: no range of the axis
-UNDRAWN = ("overfit", "grad_spike", "best_step", "masked_start", "masked_end", "carried_over")
+UNDRAWN = ("overfit", "grad_spike", "best_step", "carried_over", "baseline", "sampling_time")
+UNDRAWN += ("masked_start", "masked_end")
 TWIN_ROWS = 8  # of a chart's numbers as a table
 
 

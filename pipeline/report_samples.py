@@ -1,4 +1,4 @@
-"""Prompts with every policy's response side by side, and what the rewards gave them; RL's compositions below them."""
+"""Prompts with every policy's response side by side, and what the rewards gave them; below, what RL learned from."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pipeline import page
 from pipeline.charts import MINUS, number
 from pipeline.records import UserError
 from pipeline.report_compositions import show_compositions
+from pipeline.report_rollouts import ROLLOUT, show_rollouts
 from pipeline.report_stages import json_object
 
 SAMPLES = 8
@@ -16,8 +17,8 @@ Answers = Mapping[str, Mapping]  # policy -> row of a samples file
 
 
 def show_samples(run_dir: Path, policies: Sequence[str]) -> str:
-    """Responses to a few prompts, and what RL made of some static responses; nothing where there are neither."""
-    shown = show_responses(run_dir, policies) + show_compositions(run_dir)
+    """Responses to a few prompts, what RL made of some static ones, what it sampled; nothing where there is nothing."""
+    shown = show_responses(run_dir, policies) + show_compositions(run_dir) + show_rollouts(run_dir)
     return page.heading(2, "Samples", "samples") + shown if shown else ""
 
 
@@ -59,7 +60,7 @@ def _rows(path: Path, more: Mapping[str, str]) -> list[dict]:
     rows = []
     for place, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
         row = {**json_object(line, f"{path}:{place}"), **more}
-        if "compositions" in row:
+        if "compositions" in row or row.get("kind") == ROLLOUT:
             continue
         missing = [key for key in ("policy", "id", "prompt", "response") if key not in row]
         if missing:

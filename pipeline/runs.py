@@ -29,6 +29,7 @@ FREE = (
     "train.save_total_limit",
     "train.non_finite",
     "eval.num_samples",
+    "rewards.workers",
 )
 NOTES = ("config.yaml", "inputs.json", "command.txt", "data.json", ".lock")  # of a start, before it does anything
 BLOCK = 1 << 24

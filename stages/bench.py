@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from pipeline import engine, runs
-from pipeline.bench import bare, bed, memory, overlap, peers, semi_offline, startup, steps
+from pipeline.bench import bare, bed, memory, overlap, peers, sampling, semi_offline, startup, steps
 from pipeline.bench.measure import Result, table
 from pipeline.entry import run
 from pipeline.metrics import write_json
@@ -23,6 +23,7 @@ from pipeline.settings import Bench
 PARTS: dict[str, Callable[[bed.Bed], list[Result]]] = {
     "steps": steps.measure,
     "semi_offline": semi_offline.measure,
+    "sampling": sampling.measure,
     "loop": bare.measure,
     "memory": memory.measure,
     "rouge": overlap.measure,

@@ -14,6 +14,8 @@ from pipeline import comparison, comparison_page, runs, schedule, study
 from pipeline.config import dump_yaml
 from pipeline.entry import run
 from pipeline.metrics import read_metrics, write_json, write_text
+from pipeline.readings import series_of
+from pipeline.readings_stage import spent
 from pipeline.settings import Compare
 from pipeline.study import Results, Study
 
@@ -51,9 +53,11 @@ def numbers(results: Results, plan: Study) -> dict[str, dict[str, float]]:
     judged = json.loads((results.evaluation / "results.json").read_text(encoding="utf-8"))
     found = {variant: comparison.with_sums(metrics, plan.weights) for variant, metrics in judged.items()}
     for variant, directory in results.variants.items():
-        first = read_metrics(directory / "metrics.jsonl")[0]
+        rows = read_metrics(directory / "metrics.jsonl")
+        first = rows[0]
         found[variant] |= {tag: first[name] for name, tag in OF_RL.items() if name in first}
         left = json.loads((directory / "results.json").read_text(encoding="utf-8"))
+        found[variant] |= {f"rl/{name}": value for name, value in spent(series_of(rows)).items()}
         found[variant]["rl/seconds"] = left["seconds"]
     return found
 

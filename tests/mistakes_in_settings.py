@@ -100,6 +100,50 @@ CONFIGURATION = [
         "algorithm.settings.clp=0.2",
         (C, "settings.clp", "has the settings", "did you mean 'algorithm.settings.clip"),
     ),
+    *(
+        Mistake(name, "rl", f"algo={words}", (C, *says))
+        for name, words, says in (
+            ("more samples at least than at most", "esrl sampler.k_min=9", ("k_min is 9", "wanted at most k_max, 8")),
+            ("no sample, and none left out", "esrl sampler.k_min=0", ("k_min is 0", "wanted both or neither")),
+            ("a first number out of bounds", "esrl sampler.k=9", ("k is 9", "wanted a number from 2 .* to 8")),
+            ("probes that look at rewards", "esrl sampler.probe=2 sampler.capability=reward", ("probe is 2", "bias")),
+            ("probes and a budget", "esrl sampler.probe=2 sampler.budget=64", ("probe is 2", "one of them null")),
+            ("a budget of fixed numbers", "reinforce sampler.budget=64", ("budget is 64 with mode static", "dynamic")),
+            ("a range upside down", "esrl 'sampler.reward_range=[1, 0]'", ("reward_range", "a low and a higher")),
+            ("no such temperature", "esrl sampler.temperature_min=0", ("temperature_min: 0", "more than 0")),
+        )
+    ),
+    *(
+        Mistake(name, "rl", f"model=SFT reward=length algo={words}", says)
+        for name, words, says in (
+            (
+                "one response to compare",
+                "mrt sampler.k=1",
+                ("sampler: 1 response", "mrt", "raise sampler.k"),
+            ),
+            (
+                "one response and its own mean",
+                "reinforce sampler.k=1 algorithm.settings.baseline=mean",
+                ("sampler: 1 response", "baseline: mean", "say algorithm.settings.baseline=queue"),
+            ),
+            (
+                "k1 in the loss",
+                "reinforce algorithm.settings.kl_beta=0.1 algorithm.settings.kl_form=k1",
+                ("kl_form: k1 with kl_in: loss", "wanted k3 there"),
+            ),
+            ("nothing to learn", "reinforce algorithm.settings.rl_weight=0", ("rl_weight: 0", "sft_weight is 0 too")),
+            (
+                "responses over the budget",
+                "reinforce train.max_tokens=50",
+                ("train.max_tokens: 50", "may have 60 tokens", "generation.max_new_tokens"),
+            ),
+            (
+                "batches that are dropped whole",
+                "esrl_drop generation.batch_size=5",
+                ("sampler.drop_share: 0.3 of a batch of 1", "raise generation.batch_size"),
+            ),
+        )
+    ),
     Mistake("a weight of text", "rl", "'reward={length: big}'", (C, "reward.length: 'big' is text", "wanted a number")),
     Mistake("a weight of nothing", "score", "'reward={length: 0}'", ("reward.length", "weight is 0", "other than 0")),
     Mistake("a list of rewards", "score", "reward=[length]", (C, r"reward: \['length'\]", "wanted text or a mapping")),

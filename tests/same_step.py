@@ -7,6 +7,7 @@ FOLDER/seen.pt.
 from __future__ import annotations
 
 import gc
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ from pipeline.tally import Interval, Tally
 from tests import masked, tiny
 
 ALGO = Path(__file__).parents[1] / "stages" / "algo"
+APART = ("semi_offline", "dpo", "reinforce", "mrt", "esrl", "esrl_drop")  # the last two sample otherwise, and no more
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 BUDGET = Packing(None, 40, False, tiny.PAD_ID)  # micro-batches of 2 to 4 rows, 1 to 4 pairs
 DRAWN = ((0, 1, 2, 3, 4), (8, 1, 8), (4,))  # rows of each step; on two ranks the last one leaves a filler
@@ -45,34 +47,52 @@ class Case:
 
     algorithm: Algorithm
     pairs: bool = False
+    scalar: bool = False  # scores, not log-probabilities
     masked: bool = False  # from hidden tokens of static responses
+    sampled: bool = False  # from responses whose coefficients are known, and references among them
     shape: str = "llama"
 
 
 @cache
 def cases() -> dict[str, Case]:
     """Every algorithm that ships, and the settings of theirs that change the formula."""
-    names = [path.stem for path in ALGO.glob("*.yaml") if path.stem != "semi_offline"]
+    names = [path.stem for path in ALGO.glob("*.yaml") if path.stem not in APART]
     offline = {name: Case(tiny.settings("rl", f"algo={name}").algorithm) for name in names}
     drawn = ("algo=semi_offline", "algorithm.settings.samples=5", "algorithm.settings.label_smoothing=0.1")
     semi_offline = tiny.settings("rl", *drawn).algorithm
     margin = ("algorithm.settings.use_margin=true", "algorithm.settings.center_coef=0.1")
+    smoothed = ("algo=dpo", "algorithm.settings.beta=0.5", "algorithm.settings.label_smoothing=0.1")
+    regression, mixed = (
+        tiny.settings("reward", f"algorithm.settings.objective={name}").algorithm for name in ("regression", "mixed")
+    )
+    mixed_in = [f"algorithm.settings.{word}" for word in ("rl_weight=0.7", "sft_weight=0.3", "label_smoothing=0.1")]
+    sampled = {
+        "reinforce": ["algo=reinforce"],
+        "reinforce_kl": ["algo=reinforce", "algorithm.settings.kl_beta=0.2"],
+        "reinforce_mixed": ["algo=reinforce", *mixed_in],
+        "mrt": ["algo=mrt"],
+    }
     return {
         **dict(sorted(offline.items())),
+        **{name: Case(tiny.settings("rl", *words).algorithm, sampled=True) for name, words in sampled.items()},
         "a_lol_k3": Case(tiny.settings("rl", "algo=a_lol_kl", "algorithm.settings.kl_form=k3").algorithm),
         "supervised": Case(tiny.settings("sft").algorithm),
-        "bradley_terry": Case(tiny.settings("reward", *margin).algorithm, pairs=True),
-        "regression": Case(tiny.settings("reward", "algorithm.settings.objective=regression").algorithm, pairs=True),
+        "bradley_terry": Case(tiny.settings("reward", *margin).algorithm, pairs=True, scalar=True),
+        "regression": Case(regression, pairs=True, scalar=True),
+        "regression_alone": Case(regression, scalar=True),
+        "mixed": Case(mixed, pairs=True, scalar=True),
+        "dpo": Case(tiny.settings("rl", "algo=dpo").algorithm, pairs=True),
+        "dpo_smoothed": Case(tiny.settings("rl", *smoothed).algorithm, pairs=True),
         "semi_offline": Case(semi_offline, masked=True),
         "semi_offline_t5": Case(semi_offline, masked=True, shape="t5"),
     }
 
 
 def model(case: Case) -> PreTrainedModel:
-    """A random model of one layer, with a scalar head for pairs."""
+    """A random model of one layer, with a scalar head where the case wants one."""
     layers = {"llama": "num_hidden_layers", "t5": "num_layers"}
     language = tiny.language_model(case.shape, **{layers[case.shape]: 1})
-    if not case.pairs:
+    if not case.scalar:
         return language
     language.config.num_labels = 1
     torch.manual_seed(0)
@@ -80,26 +100,53 @@ def model(case: Case) -> PreTrainedModel:
 
 
 def module(case: Case) -> nn.Module:
-    return RewardModel(model(case)) if case.pairs else Policy(model(case), 64)
+    return RewardModel(model(case)) if case.scalar else Policy(model(case), 64)
 
 
 @cache
 def rows() -> tuple[Item, ...]:
     """Nine rows of ragged lengths; rewards from 0, advantages of both signs, ratios inside and outside the clips."""
-    items = tiny.items(9, reward=lambda i: i / 8, advantage=lambda i: (3 * i % 7 - 2.5) / 5)
-    language, noise = tiny.language_model("llama", num_hidden_layers=1), torch.Generator().manual_seed(0)
-    found = []
-    for item in items:
-        logp = own_logps(language, item).detach()
-        ref = logp + 0.3 * torch.randn(logp.shape, generator=noise)
-        found.append(replace(item, ref_logp=(ref.clamp(max=0.0),)))
-    return tuple(found)
+    return referred(tiny.items(9, reward=lambda i: i / 8, advantage=lambda i: (3 * i % 7 - 2.5) / 5))
 
 
 @cache
 def pairs() -> tuple[Item, ...]:
+    """Nine pairs of ragged lengths, annotated, of which every second annotation is right."""
     numbers = {"margin": lambda i: i / 4, "chosen_reward": lambda i: i / 8, "rejected_reward": lambda i: -i % 3 / 3}
-    return tuple(tiny.items(9, pairs=True, **numbers))
+    return referred(tiny.items(9, pairs=True, **numbers, correctness=lambda i: i % 2))
+
+
+def referred(items: Sequence[Item]) -> tuple[Item, ...]:
+    """The items with the log-probabilities of a reference that is not far from the model."""
+    language, noise = tiny.language_model("llama", num_hidden_layers=1), torch.Generator().manual_seed(0)
+
+    def ref(item: Item, place: int) -> Tensor:
+        logp = own_logps(language, item, place).detach()
+        return (logp + 0.3 * torch.randn(logp.shape, generator=noise)).clamp(max=0.0)
+
+    return tuple(replace(item, ref_logp=tuple(ref(item, place) for place in range(len(item.rows)))) for item in items)
+
+
+@cache
+def responses() -> tuple[Item, ...]:
+    """The rows as responses at three temperatures, of three prompts; 1, 3 and 5 are references of theirs."""
+    found = []
+    for i, item in enumerate(rows()):
+        numbers = {
+            "leads": i in (0, 4, 8),
+            "share": 0.25 + i / 8,
+            "behaviour": -i,
+            "temperature": (1.0, 0.5, 2.0)[i % 3],
+        }
+        if i in (1, 3, 5):
+            numbers = {"leads": 0, "share": 0, "behaviour": 0, "temperature": 1, "advantage": 0, "reward": 0}
+        told = {**item.numbers, **numbers, "target": i in (1, 3, 5)}
+        found.append(replace(item, numbers={name: float(value) for name, value in told.items()}))
+    return tuple(found)
+
+
+def without_reference(items: Sequence[Item]) -> tuple[Item, ...]:
+    return tuple(replace(item, ref_logp=()) for item in items)
 
 
 @cache
@@ -111,12 +158,14 @@ def with_statics() -> tuple[Item, ...]:
 def items_of(case: Case) -> tuple[Item, ...]:
     if case.masked:
         return with_statics()
+    if case.sampled:
+        return responses() if case.algorithm.settings["kl_beta"] else without_reference(responses())
     return pairs() if case.pairs else rows()
 
 
-def own_logps(language: PreTrainedModel, item: Item) -> Tensor:
-    """(T,) by the model's own forward on the one row, without padding."""
-    row = item.rows[0]
+def own_logps(language: PreTrainedModel, item: Item, place: int = 0) -> Tensor:
+    """(T,) by the model's own forward on one row of the item, without padding."""
+    row = item.rows[place]
     logits = language(input_ids=torch.tensor([row.prompt_ids + row.response_ids])).logits[0].float()
     before = slice(len(row.prompt_ids) - 1, -1)
     return logits[before].log_softmax(-1).gather(1, torch.tensor(row.response_ids)[:, None])[:, 0]
@@ -164,7 +213,7 @@ def job_of(case: Case, trained: Engine, items: Sequence[Item], packing: Packing,
     )
 
 
-def run(job: Job) -> dict:
+def run(case: Case, job: Job) -> dict:
     """The losses and gradient norms of the steps, and the weights they leave (on rank 0)."""
     seen = []
     for step in range(len(DRAWN)):
@@ -172,18 +221,30 @@ def run(job: Job) -> dict:
         assert loop.one_step(job, step, interval) is None  # nothing that is not finite
         seen.append(interval.close(job.engine.ranks.all_sum)[0])
     norms = [values["train/grad_norm"] for values in seen]
-    return {"loss": [minimised(values) for values in seen], "grad_norm": norms, "weights": job.engine.state_dict()}
+    return {
+        "loss": [minimised(case, values) for values in seen],
+        "grad_norm": norms,
+        "weights": job.engine.state_dict(),
+    }
 
 
-def minimised(values: dict[str, float]) -> float:
-    """The number whose gradient was taken, as it was logged: one mean, or two of semi-offline RL with its weight 5."""
-    return 5.0 * values["loss/rl"] + values["loss/mle"] if "loss/rl" in values else values["train/loss"]
+def minimised(case: Case, values: dict[str, float]) -> float:
+    """The number whose gradient was taken, as it was logged: one mean, or two with their weights."""
+    if case.masked:
+        return 5.0 * values["loss/rl"] + values["loss/mle"]
+    if not case.sampled:
+        return values["train/loss"]
+    weights = case.algorithm.settings
+    parts = [weights["rl_weight"] * values["train/loss"]]
+    if weights["sft_weight"]:
+        parts.append(weights["sft_weight"] * values["loss/mle"])
+    return sum(part for part in parts if not math.isnan(part))  # a mean of nothing
 
 
 def steps(case: Case, zero: str, packing: Packing, folder: Path) -> dict:
     """What `run` gives for the case's own model and rows."""
     trained = tiny.trainer(module(case), zero, optimizer=OPTIMIZER)
-    return run(job_of(case, trained, items_of(case), packing, folder))
+    return run(case, job_of(case, trained, items_of(case), packing, folder))
 
 
 def main(folder: Path) -> None:

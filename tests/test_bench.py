@@ -13,11 +13,23 @@ import pytest
 import torch
 
 from pipeline import engine
-from pipeline.bench import bare, bed, first_step, memory, overlap, peers, semi_offline, semi_parts, startup, steps
+from pipeline.bench import (
+    bare,
+    bed,
+    first_step,
+    memory,
+    overlap,
+    peers,
+    sampling,
+    semi_offline,
+    semi_parts,
+    startup,
+    steps,
+)
 from pipeline.bench.long_rows import Sizes, long_bed
 from pipeline.bench.measure import Goal, Plan, Result, alternate, compared, peak, peak_megabytes, table
 from pipeline.layers import resolve
-from pipeline.records import UserError
+from pipeline.records import Response, Seen, UserError
 from tests import tiny
 
 TOY = [
@@ -175,6 +187,52 @@ def test_semi_offline(ground: bed.Bed) -> None:
         line.ratio for name, line in found.items() if name.startswith("semi-offline step, n = 64: ") and line.ratio
     ]
     assert len(shares) == 9 and sum(shares) == pytest.approx(1.0)
+
+
+TINY = sampling.Sizes(16, 1, 2, 400, "eager", 4, 2, (3, 6))
+
+
+def test_both_ways_of_sampling_have_the_gradient_of_what_they_sampled(ground: bed.Bed) -> None:
+    """The graph that is kept gives what one pass over the same ids gives."""
+    small = sampling.shaped(ground, TINY)
+    policy, length = small.engine.module, 6
+    two = sampling.two_stages(small, length)
+    one = sampling.one_stage(small, length)
+    assert all(len(answer.response_ids) == length for group in sampling.sample(small, length) for answer in group)
+    # a new model finds all of its V tokens alike: 2 rows of 6 tokens at about ln V each
+    whole = 2 * length * math.log(policy.vocab_size)
+    assert two.item() == pytest.approx(whole, rel=0.05) and one.item() == pytest.approx(whole, rel=0.05)
+    for total in (two, one):
+        total.backward()
+        assert sum(float(weight.grad.abs().sum()) for weight in policy.parameters()) > 0
+        policy.zero_grad()
+
+
+def test_each_piece_of_saved_memory_counts_once() -> None:
+    module = torch.nn.Linear(250, 1, bias=False)  # 1,000 bytes
+    rows = torch.ones(4, 250, requires_grad=True)  # 4,000 bytes, which the product keeps beside the weights
+
+    def work() -> torch.Tensor:
+        return (module(rows) + module(rows[:2]).sum()).sum()  # a part of the same memory: no more
+
+    assert sampling.saved_megabytes(module, work) == pytest.approx(0.005)
+
+
+def test_row_steps_after_the_end() -> None:
+    answers = [
+        Response(None, "", "", (5,), (6,) * length, False, Seen(torch.zeros(length), 0.0, 0.0, 0.0, batch))
+        for length, batch in ((4, 0), (2, 0), (1, 1))
+    ]
+    assert sampling.wasted(answers) == pytest.approx(2 / 9)  # 2 rows x 4 steps and 1 x 1, of which 2 come after an end
+
+
+def test_sampling(ground: bed.Bed) -> None:
+    ragged = TINY._replace(rows=4, lengths=(8,), copies=2, mean_length=3.0)
+    *lines, time, after = sampling.measure(ground, TINY._replace(lengths=(4, 16)), ragged)
+    assert [line.name.split(":")[0] for line in lines] == ["T = 4"] * 4 + ["T = 16"] * 4
+    assert all(line.ours > 0 and math.isfinite(line.ratio) for line in lines)
+    assert lines[4].ours < lines[4].other and lines[4].ratio > lines[0].ratio  # the graph of all steps costs the more
+    assert time.ratio > 0 and 0 < after.ours < 1 and "2 of 8 responses at a time" in time.note
 
 
 def test_loop(ground: bed.Bed) -> None:

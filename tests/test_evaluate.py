@@ -98,6 +98,19 @@ def test_accuracy_by_source() -> None:
     }
 
 
+def test_agreement_by_hand() -> None:
+    rows = [
+        Example("i", prompt, "c", reward=reward) for prompt, reward in zip("aaab", [1.0, 2.0, 2.0, 5.0], strict=True)
+    ]
+    found = evaluate.agreement(rows, [0.0, 1.0, -1.0, 4.0])
+    # prompt a: 1 < 2 twice, of which the scores order the first (0 < 1) and not the second (0 > -1)
+    assert (found["eval/accuracy"], found["eval/pairs"]) == (0.5, 2.0)
+    # rewards - 2.5: -1.5, -.5, -.5, 2.5; scores - 1: -1, 0, -2, 3: 10 / sqrt(9 * 14)
+    assert found["eval/correlation"] == pytest.approx(10 / math.sqrt(126))
+    alone = evaluate.agreement([rows[0], rows[3]], [1.0, 1.0])
+    assert math.isnan(alone.pop("eval/correlation")) and not alone
+
+
 def echo(prompts, completions, **columns) -> list[float]:
     return [float(len(prompt)) + float(text) for prompt, text in zip(prompts, completions, strict=True)]
 

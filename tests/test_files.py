@@ -16,7 +16,7 @@ from pyarrow import parquet
 from pipeline.records import UserError
 from pipeline.tasks.files import RawRow, raw_rows, stem
 from pipeline.tasks.find import split_files
-from pipeline.tasks.hub import HubName, is_hub_name, parse
+from pipeline.tasks.hub import HubName, folders, is_hub_name, parse
 
 ROWS = [{"prompt": "Grüße?", "n": 1}, {"prompt": "two\nlines \u2028 and a rare end", "n": 2}]
 
@@ -90,6 +90,17 @@ def test_ranked_candidates_have_no_header_and_no_quoting(tmp_path, name):
     assert rows_of(path) == [(1, first), (2, {"data_src": "second", "data_gt": "r", "data_kd": "d<#SCORE#>2"})]
 
 
+def test_text_between_bars(tmp_path):
+    path = write(tmp_path, "a.txt", "Two\\nlines ||| Yes || no\n\nHi ||| Hello\n")
+    expected = [
+        (1, {"prompt": "Two\nlines", "completion": "Yes || no"}),
+        (3, {"prompt": "Hi", "completion": "Hello"}),
+    ]
+    assert rows_of(path) == expected
+    scored = write(tmp_path, "b.txt", "Hi ||| Hello ||| 3\n")
+    assert rows_of(scored) == [(1, {"prompt": "Hi", "completion": "Hello", "score": "3"})]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "line", "fault"),
     [
@@ -98,6 +109,7 @@ def test_ranked_candidates_have_no_header_and_no_quoting(tmp_path, name):
         ("a.jsonl", "9" * 5000 + '\n{"a": 1}\n', 1, "wanted"),  # a number of 5000 digits
         ("a.json", '[{"a": 1},\n 7]', 2, "JSON of type int, wanted an object"),
         ("a.csv", "a,b\n1,2\n3\n", 3, "1 cells, wanted 2 (a, b)"),
+        ("a.txt", "a ||| b ||| 1\na ||| b\n", 2, "2 cells, wanted 3 (prompt, completion, score)"),
         ("a.tsv", "s\tr\tc<#SCORE#>1\ns\tr\n", 2, "2 cells, wanted 3 (data_src, data_gt, data_kd)"),
     ],
 )
@@ -173,6 +185,9 @@ def test_hub_names_are_told_from_files(tmp_path, monkeypatch):
         assert not is_hub_name(path), path
     assert parse("Anthropic/hh-rlhf/harmless-base:test") == HubName("Anthropic/hh-rlhf", "harmless-base", "test")
     assert parse("openai/summaries") == HubName("openai/summaries", None, None)
+    assert parse("a/b/c@refs/convert/parquet:test") == HubName("a/b", "c", "test", "refs/convert/parquet")
+    assert is_hub_name("a/b@refs/convert/parquet")
+    assert folders("a/b@v2:test", ["c"]) == {"c": "a/b/c@v2:test"}
     assert stem("Anthropic/hh-rlhf:test") == "Anthropic/hh-rlhf/test"
     assert stem("some/where/train.jsonl.gz") == "train"
 
@@ -180,16 +195,18 @@ def test_hub_names_are_told_from_files(tmp_path, monkeypatch):
 HUB_SCRIPT = """
 from pipeline.records import UserError
 from pipeline.tasks import files, find, hub
-print([(number, row["prompt"]) for number, row in hub.rows("owner/name/part:test")], hub.split_names("owner/name/part"))
+print([(number, row["prompt"]) for number, row in hub.rows("owner/name/part@v1:test")])
+print(hub.split_names("owner/name/part"))
 for ask in (files.raw_rows, find.split_files):
     try:
         list(ask("nobody/nothing"))
     except UserError as error:
         print(error)
-try:
-    list(hub.rows("owner/name/part:tset"))
-except UserError as error:
-    print(error)
+for ask in (lambda: list(hub.rows("owner/name/part:tset")), lambda: hub.split_names("owner/coded")):
+    try:
+        ask()
+    except UserError as error:
+        print(error)
 """
 
 
@@ -199,17 +216,21 @@ def test_the_hub_library_reads_splits_and_says_when_there_is_no_network(tmp_path
     part.mkdir(parents=True)
     write(part, "train.jsonl", '{"prompt": "a"}\n')
     write(part, "test.jsonl", '{"prompt": "b"}\n{"prompt": "c"}\n')
+    (tmp_path / "owner" / "coded").mkdir()
+    write(tmp_path / "owner" / "coded", "coded.py", "wants = 'to be run'\n")
     root = str(Path(__file__).parents[1])
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache"), "PYTHONPATH": root}
     command = [sys.executable, "-c", HUB_SCRIPT]
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     lines = run.stdout.splitlines()
-    assert lines[0] == "[(1, 'b'), (2, 'c')] ['train', 'test']"
-    for line in lines[1:3]:
+    assert lines[:2] == ["[(1, 'b'), (2, 'c')]", "['train', 'test']"]
+    for line in lines[2:4]:
         assert line.startswith("nobody/nothing: neither a local file nor readable from the hub (")
         assert line.endswith("bring the data as files with data.path= or data.train=")
-    assert "tset" in lines[3]
-    assert len(lines) == 4
+    assert "tset" in lines[4]
+    assert lines[5].startswith("owner/coded: neither a local file nor readable from the hub (Dataset scripts")
+    assert "name its files with owner/coded@refs/convert/parquet, or bring the data" in lines[5]
+    assert len(lines) == 6
 
 
 def test_split_files_finds_the_words_people_use(tmp_path):

@@ -68,6 +68,16 @@ ACCEPTED = [
     ),
     (
         "preference",
+        {"prompt": "p", "chosen": "c", "rejected": "r", "gpt_correctness": 1},
+        Example(ID, "p", references=("c",), chosen="c", rejected="r", correctness=1.0),
+    ),
+    (
+        "preference",
+        {"prompt": "p", "response": "not read", "chosen": "c", "rejected": "r", "gpt_correctness": False},
+        Example(ID, "p", references=("c",), chosen="c", rejected="r", correctness=0.0),
+    ),
+    (
+        "preference",
         {"prompt": "Hi", "chosen": [ASK, SAY], "rejected": [ASK, {**SAY, "content": "No"}], "score_chosen": 8},
         Example(ID, (USER,), references=("Hello",), chosen="Hello", rejected="No", chosen_reward=8.0),
     ),
@@ -236,6 +246,7 @@ BAD = [
     ("candidates", {**LISTED, "candidates": [{"text": "a"}, "b"]}, "candidates[1]: 'b' is text, wanted {"),
     ("candidates", {"prompt": "p"}, "candidates: missing, wanted a list"),
     ("published", {"article": "a", "highlights": " "}, "highlights: empty, wanted text"),
+    ("published", {"dialogue": None, "summary": "s"}, "dialogue: null, wanted text"),
     ("text", {"text": ""}, "text: empty, wanted text"),
     ("prompts", {"prompt": None}, "prompt: null, wanted text"),
 ]

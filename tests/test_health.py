@@ -7,7 +7,7 @@ import pytest
 from pipeline.glossary import FINE, LOOK, TROUBLE
 from pipeline.health import LEVELS, RULES, Reading, band, judge, wanted
 from pipeline.readings import of_policies, series_of
-from pipeline.readings_stage import of_stage
+from pipeline.readings_stage import of_stage, spent
 
 
 def level(quantity: str, value: float) -> str:
@@ -46,6 +46,14 @@ THRESHOLDS = {
     "equal_rewards": [(0.5, FINE), (0.51, LOOK), (0.9, LOOK), (0.91, TROUBLE)],
     "different_texts": [(0.24, LOOK), (0.25, FINE)],
     "carried_over": [(-2.1, TROUBLE), (-2.0, FINE)],
+    "logp_gap": [(1e-7, FINE), (0.02, FINE), (0.021, LOOK), (0.1, LOOK), (0.11, TROUBLE)],
+    "equal_groups": [(0.5, FINE), (0.51, LOOK), (0.9, LOOK), (0.91, TROUBLE)],
+    "at_k_min": [(0.8, FINE), (0.81, LOOK)],
+    "known": [(0.0, LOOK), (0.49, LOOK), (0.5, FINE)],
+    "left_out": [(0.5, FINE), (0.51, LOOK), (0.9, LOOK), (0.91, TROUBLE)],
+    "baseline": [(1.0, FINE), (1.1, LOOK)],
+    "tokens_saved": [(0.09, LOOK), (0.1, FINE)],
+    "sampling_time": [(0.9, FINE), (0.91, LOOK)],
 }
 
 
@@ -160,6 +168,36 @@ def test_compositions_that_do_not_gain_carry_nothing_over():
     rows = [{**row, "semi_offline/greedy_reward": 0.5 - row["step"]} for row in masked_rows(0.4, 0.1)]
     assert "carried_over" not in of_stage("rl", series_of(rows), {}, {})
     assert "carried_over" not in of_stage("rl", series_of(masked_rows(0.4)), {}, {})
+
+
+def sampled_rows(**shared_out: float) -> list[dict]:
+    """Two rows of two steps each: 600 and 100 tokens per step, of 2 seconds per step 1 to sample."""
+    stats = {"rollout/logp_gap": 0.125, "rollout/equal_groups": 0.25, "esrl/known": 0.0, "esrl/left_out": 0.75}
+    stats |= {"advantage/mean": -0.6, "advantage/std": 0.4, "perf/sampling_seconds": 1.0, "perf/step_seconds": 2.0}
+    tokens = [{"step": 2, "rollout/generated_tokens": 600.0}, {"step": 4, "rollout/generated_tokens": 100.0}]
+    return [{**row, **stats, **shared_out} for row in tokens]
+
+
+def test_curves_of_dynamic_sampling():
+    rows = sampled_rows(**{"esrl/at_k_min": 0.875, "esrl/tokens_saved": 0.75})
+    rows[0]["esrl/tokens_saved"] = 0.0
+    found = of_stage("rl", series_of(rows), {}, {})
+    # 2 * 600 + 2 * 100 = 1400 tokens in place of 2 * 600 + 2 * 100 / 0.25 = 2000; |-0.6| / 0.4; 1 s of 2 s
+    shares = {"equal_groups": 0.25, "known": 0.0, "left_out": 0.75, "at_k_min": 0.875, "tokens_saved": 0.3}
+    values = {quantity: reading.value for quantity, reading in found.items()}
+    assert values == pytest.approx({**shares, "logp_gap": 0.125, "baseline": 1.5, "sampling_time": 0.5})
+    assert found["tokens_saved"].text == "30%, 1,400 tokens in place of 2,000"
+    assert found["sampling_time"].text == "350 a step, 1,400 in all, in 50% of the time"
+    assert spent(series_of(rows)) == pytest.approx({"generated_tokens": 1400, "tokens_saved": 0.3})
+
+
+def test_a_fixed_number_of_samples_is_not_judged_as_a_dynamic_one():
+    nothing = dict.fromkeys(("esrl/at_k_min", "esrl/tokens_saved"))
+    rows = [{**row, "advantage/mean": 1e-9} for row in sampled_rows(**nothing)]  # compared with one another
+    found = of_stage("rl", series_of(rows), {}, {})
+    assert found.keys() == {"logp_gap", "equal_groups", "sampling_time"}
+    assert spent(series_of(rows)) == {"generated_tokens": 1400}
+    assert spent({}) == {}
 
 
 def test_curves_of_a_reward_model():

@@ -17,7 +17,7 @@ from pipeline.data import Packing, collate
 from pipeline.policy import Policy, RewardModel
 from pipeline.records import Example, Item, Response
 from reward_models import learned
-from stages.reward import pair_scores
+from stages.reward import scores_of
 from tests import same_step, tiny
 
 SHAPES = tiny.SHAPES
@@ -150,7 +150,7 @@ def scorer_of(tmp_path: Path, shape: str) -> RewardModel:
 def test_scores_of_pairs(tmp_path: Path, shape: str) -> None:
     scorer, items = scorer_of(tmp_path, shape), tiny.items(9, pairs=True)
     judge = engine.Engine(scorer, tiny.ranks(), tiny.train_settings(), None)
-    found = [pair_scores(judge, items, packing) for packing in packings(scorer.encoder_decoder, whole=True)]
+    found = [scores_of(judge, items, packing) for packing in packings(scorer.encoder_decoder, whole=True)]
     for chosen, rejected in found[1:]:
         assert chosen == pytest.approx(found[0][0], rel=1e-5, abs=1e-5)
         assert rejected == pytest.approx(found[0][1], rel=1e-5, abs=1e-5)

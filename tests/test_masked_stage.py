@@ -112,10 +112,15 @@ def test_stopped_and_started_again(base: Path) -> None:
     assert all((tensor == weights[1][name]).all() for name, tensor in weights[0].items())
 
 
-def test_reinforce(base: Path) -> None:
-    lines = learn(base, "reinforce", "algo=reinforce", "max_steps=2", "generation.max_new_tokens=6")
-    assert [line["step"] for line in lines] == [0, 1, 2]
-    assert all(line["train/grad_norm"] >= 0 and "reward/mean" in line for line in lines[1:])
+@pytest.mark.parametrize("base", ["llama"], indirect=True)
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+def test_worker_processes(base: Path, zero: str) -> None:
+    """Micro-batches of two rows whose rewards are computed here, and in two processes, while the next one runs."""
+    said = ["max_steps=2", "micro_batch_size=2", "max_tokens=null", "train.keep=last", f"zero={zero}"]
+    here, there = (learn(base, f"{zero}-{n}", *said, f"rewards.workers={n}") for n in (0, 2))
+    assert numbers(there) == numbers(here)
+    weights = [load_file(base / "default" / "rl" / f"{zero}-{n}" / "model" / "model.safetensors") for n in (0, 2)]
+    assert all((tensor == weights[1][name]).all() for name, tensor in weights[0].items())
 
 
 @pytest.mark.parametrize("base", ["llama"], indirect=True)

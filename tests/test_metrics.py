@@ -10,7 +10,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pipeline import starts
+from pipeline import markdown, starts
 from pipeline.algorithms.functional import mean_stat, std_stat
 from pipeline.metrics import LAYOUT, RunLog, flatten, read_metrics, write_json
 from pipeline.records import Stat, UserError
@@ -169,8 +169,40 @@ def test_the_layout_finds_the_tags_of_the_stages():
     tags += ["ratio/clip_fraction_low", "ratio/ess", "objective/kl", "value/r2", "eval/completions/clipped_fraction"]
     tags += ["semi_offline/greedy_reward", "semi_offline/mask_rate", "eval/masked_loss", "semi_offline/equal_rewards"]
     tags += ["eval/rewards/a/length_correlation", "train/grad_norm", "perf/tokens_per_second", "eval/accuracy/forum"]
+    tags += [f"esrl/{name}" for name in ("capability", "samples_per_prompt", "tokens_saved", "at_k_min", "known")]
+    tags += ["rollout/queue_mean", "rollout/equal_groups", "rollout/logp_gap", "objective/entropy"]
+    tags += ["perf/sampling_seconds", "esrl/left_out", "rollout/generated_tokens"]
     patterns = [one for charts in LAYOUT.values() for _, found in charts.values() for one in found]
     assert [tag for tag in tags if not any(re.search(one, tag) for one in patterns)] == ["eval/accuracy/forum"]
+
+
+def test_sampled_responses_are_grouped_by_prompt_the_best_first():
+    row = {"kind": "rollout", "prompt": "Why|?", "advantage": 0.0, "capability": None, "temperature": 1.0, "tokens": 3}
+    rows = [
+        {**row, "response": "worse", "reward": 0.25, "advantage": -0.25},
+        {**row, "response": "better *", "reward": 0.75, "advantage": 0.25},
+        {**row, "prompt": "b", "response": "x", "reward": 1.0, "capability": 0.5},
+    ]
+    pages = markdown.pages([{"id": "a", "response": "yes"}, *rows])
+    assert pages["samples"].splitlines() == ["| id | response |", "| --- | --- |", "| a | yes |"]
+    assert pages["rollouts"].splitlines() == [
+        "**prompt:** Why&#124;?",
+        "",
+        "2 responses, temperature 1",
+        "",
+        "| reward | advantage | tokens | response |",
+        "| --- | --- | --- | --- |",
+        r"| 0.75 | 0.25 | 3 | better \* |",
+        "| 0.25 | -0.25 | 3 | worse |",
+        "",
+        "**prompt:** b",
+        "",
+        "1 response, temperature 1, capability 0.5",
+        "",
+        "| reward | advantage | tokens | response |",
+        "| --- | --- | --- | --- |",
+        "| 1 | 0 | 3 | x |",
+    ]
 
 
 def test_every_start_is_noted(tmp_path):

@@ -30,9 +30,10 @@ from pipeline.records import UserError
 from tests.mistakes import Mistake, answers, judge, lines, pairs
 from tests.mistakes_in_data import DATA
 from tests.mistakes_in_models import MODELS, REWARDS, SYSTEM
+from tests.mistakes_in_pairs import PAIRS
 from tests.mistakes_in_settings import CONFIGURATION
 
-TABLE: list[Mistake] = [*CONFIGURATION, *DATA, *MODELS, *REWARDS, *SYSTEM]
+TABLE: list[Mistake] = [*CONFIGURATION, *DATA, *PAIRS, *MODELS, *REWARDS, *SYSTEM]
 
 WAIT = 300  # seconds that a process of its own may take on a busy machine; 10 on an idle one
 LENGTHS = ["max_prompt_length=48", "max_response_length=48"]

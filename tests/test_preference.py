@@ -1,4 +1,4 @@
-"""Reward-model losses on pairs against hand arithmetic."""
+"""Reward-model losses on pairs and on single responses against hand arithmetic."""
 
 import dataclasses
 import math
@@ -14,7 +14,13 @@ Settings = preference.Settings
 BT = Settings(objective="bradley_terry", use_margin=False, center_coef=0.0)
 MARGIN = dataclasses.replace(BT, use_margin=True)
 REGRESSION = Settings(objective="regression", use_margin=False, center_coef=0.0)
-NUMBERS = {"margin": [1.0, 0.0], "chosen_reward": [2.0, 0.0], "rejected_reward": [0.0, -1.0]}
+MIXED = dataclasses.replace(REGRESSION, objective="mixed")
+NUMBERS = {
+    "margin": [1.0, 0.0],
+    "chosen_reward": [2.0, 0.0],
+    "rejected_reward": [0.0, -1.0],
+    "correctness": [1.0, 0.0],
+}
 
 
 def make_batch(pairs=2, fillers=0, numbers=NUMBERS):
@@ -64,6 +70,49 @@ def test_regression_by_hand():
     assert gradient == pytest.approx([-1.0, -0.5, 0.0, 1.5])
 
 
+def test_golden_scores():
+    numbers = {"chosen_reward": [0.9], "rejected_reward": [0.2]}
+    total, gradient, stats = value_and_gradient(REGRESSION, [0.7, 0.1], make_batch(1, numbers=numbers))
+    # ((.7 - .9)^2 + (.1 - .2)^2) / 2 = (.04 + .01) / 2; slopes .7 - .9, .1 - .2
+    assert total == stats["mse"] == pytest.approx(0.025)
+    assert gradient == pytest.approx([-0.2, -0.1])
+
+
+def test_mixed_by_hand():
+    total, gradient, stats = value_and_gradient(MIXED, SCORES, make_batch())
+    # pair 1 is trusted: ((1 - 2)^2 + 0) / 2 = .5, slopes -1, 0; pair 2 is ranked: 1.313262, slopes -.731059, .731059
+    assert total == pytest.approx(0.5 + 1.313262, abs=1e-6)
+    assert gradient == pytest.approx([-1.0, -0.731059, 0.0, 0.731059], abs=1e-6)
+    assert stats["mse"] == pytest.approx(0.5)  # of the trusted pair alone
+
+
+def single_batch(rewards, fillers=0):
+    """Responses by themselves, each with its reward."""
+    n = len(rewards)
+    mask = torch.tensor([[True]] * n + [[False]] * fillers)
+    ids, lengths = torch.zeros_like(mask, dtype=torch.long), torch.ones(len(mask), dtype=torch.long)
+    numbers = {"reward": torch.tensor(rewards, dtype=torch.float64)}
+    return Batch(tuple(range(n)), ids, torch.ones_like(mask), lengths, ids, mask, numbers)
+
+
+def test_responses_by_themselves():
+    total, gradient, stats = value_and_gradient(REGRESSION, [0.7, 0.1, 0.5], single_batch([0.9, 0.2, 0.0]))
+    # .04 + .01 + .25; slopes 2 (s - reward)
+    assert total == pytest.approx(0.3)
+    assert gradient == pytest.approx([-0.4, -0.2, 1.0])
+    # scores' mean 1.3 / 3, their variance (.49 + .01 + .25) / 3 - (1.3 / 3)^2 = .062222
+    assert stats == pytest.approx(
+        {"loss": 0.1, "mse": 0.1, "scores/mean": 1.3 / 3, "scores/std": math.sqrt(0.0622222)}, abs=1e-6
+    )
+
+
+def test_fillers_of_single_responses_contribute_nothing():
+    total, gradient, stats = value_and_gradient(REGRESSION, [0.7, 0.1], single_batch([0.9, 0.2]))
+    padded = value_and_gradient(REGRESSION, [0.7, 0.1, math.nan], single_batch([0.9, 0.2], fillers=1))
+    assert padded == (total, [*gradient, 0.0], stats)
+    assert value_and_gradient(REGRESSION, [math.nan], single_batch([], fillers=1))[:2] == (0.0, [0.0])
+
+
 def test_statistics_by_hand():
     _, _, stats = value_and_gradient(BT, SCORES, make_batch())
     assert stats == pytest.approx(
@@ -84,7 +133,7 @@ def test_a_tie_is_half_right():
     assert value_and_gradient(BT, [0.0, 1.0, 0.0, 0.0], make_batch())[2]["accuracy"] == 0.75
 
 
-@pytest.mark.parametrize("settings", [BT, MARGIN, REGRESSION])
+@pytest.mark.parametrize("settings", [BT, MARGIN, REGRESSION, MIXED])
 def test_fillers_contribute_nothing(settings):
     total, gradient, stats = value_and_gradient(settings, SCORES, make_batch())
     nan = math.nan
@@ -96,7 +145,7 @@ def test_fillers_contribute_nothing(settings):
     assert (nothing, no_gradient) == (0.0, [0.0, 0.0])
 
 
-@pytest.mark.parametrize("settings", [BT, MARGIN, REGRESSION])
+@pytest.mark.parametrize("settings", [BT, MARGIN, REGRESSION, MIXED])
 def test_micro_batches_add_up(settings):
     total, gradient, _ = value_and_gradient(settings, SCORES, make_batch())
     parts = []
@@ -132,10 +181,11 @@ def test_descent_learns_the_order_and_not_from_shuffled_pairs():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"objective": "bt"}, "objective: 'bt', wanted bradley_terry, regression"),
+        ({"objective": "bt"}, "objective: 'bt', wanted bradley_terry, regression, mixed"),
         ({"center_coef": -1.0}, "center_coef: -1.0, wanted a number >= 0"),
         ({"objective": "regression", "center_coef": 0.1}, "center_coef: 0.1, wanted 0 where objective is regression"),
         ({"objective": "regression", "use_margin": True}, "use_margin: true, wanted false"),
+        ({"objective": "mixed", "use_margin": True}, "use_margin: true, wanted false where objective is mixed"),
     ],
 )
 def test_settings_out_of_range(wrong, message):
@@ -149,6 +199,9 @@ def test_missing_numbers_and_wrong_shapes_are_named():
         preference.loss(scores, bare, MARGIN)
     with pytest.raises(UserError, match="chosen_reward: the batch has no such number"):
         preference.loss(scores, bare, REGRESSION)
+    annotated = make_batch(numbers={name: NUMBERS[name] for name in ("chosen_reward", "rejected_reward")})
+    with pytest.raises(UserError, match="correctness: the batch has no such number"):
+        preference.loss(scores, annotated, MIXED)
     with pytest.raises(UserError, match=r"margin: shape is \(1,\), wanted \(2,\)"):
         preference.loss(scores, dataclasses.replace(bare, numbers={"margin": torch.zeros(1)}), MARGIN)
     with pytest.raises(AssertionError, match=r"scores: shape is \(3,\), wanted \(4,\)"):

@@ -217,6 +217,65 @@ def test_compositions_of_named_stages_are_a_click_away_and_mistakes_name_their_l
         build(run_dir)
 
 
+def sampled(prompt: str, *rewards: float) -> list[dict]:
+    """Responses to one prompt, as pipeline/lots.py makes them."""
+    mean = sum(rewards) / len(rewards)
+    shared = {"kind": "rollout", "prompt": prompt, "k": len(rewards), "capability": None, "temperature": 0.5}
+    return [
+        {**shared, "response": f"no. {i} <b>", "reward": r, "advantage": r - mean, "tokens": 1200 + i}
+        for i, r in enumerate(rewards)
+    ]
+
+
+def test_sampled_responses_stand_below_their_prompt_the_best_first(run_dir):
+    (run_dir / "evaluate" / "samples" / "policies.jsonl").unlink()
+    held_out = [{"id": "1", "prompt": "Why?", "response": "So.", "reward": 0.25}]
+    rows = [*sampled("few", 0.25, 0.75), *sampled("many", *range(10)), *sampled("same", 1.0, 1.0), *sampled("one", 2.0)]
+    write_rows(run_dir / "rl" / "samples" / "step-000000.jsonl", held_out)
+    write_rows(run_dir / "rl" / "samples" / "step-000004.jsonl", [*held_out, *sampled("Earlier?", 0.0)])
+    write_rows(run_dir / "rl" / "samples" / "step-000008.jsonl", [*held_out, *rows])
+    html = build(run_dir).read_text(encoding="utf-8")
+    parsed(html)
+    assert html.index("<b>step 8 reward 0.250</b>") < html.index("<h3>Sampled responses</h3>")  # and are none of these
+    shown = html[html.index("<h3>Sampled responses</h3>") : html.index('id="sft"')]
+    assert "4 prompts trained on, with all responses sampled at step 8" in shown and "1 more prompts" in shown
+    assert "Earlier?" not in shown and shown.count("All earn the same") == 1
+    assert "2 responses at temperature 0.500, mean reward 0.500. Capability before the step: unknown." in shown
+    best = "<td>0.750</td><td>+0.250</td><td>1,201</td><td>no. 1 &lt;b&gt;</td>"
+    assert shown.index(best) < shown.index("<td>0.250</td><td>\N{MINUS SIGN}0.250</td><td>1,200</td>")
+    # of ten the best four and the worst four, two between
+    assert shown.index("no. 6 ") < shown.index("<summary>2 between</summary>") < shown.index("no. 3 ")
+    assert "1 response at" in shown
+
+
+def test_a_broken_row_of_sampled_responses_names_its_line(run_dir):
+    path = run_dir / "rl" / "other" / "samples" / "step-000004.jsonl"
+    write_rows(path, sampled("a", 0.5))
+    assert "<summary>Sampled responses of other</summary>" in build(run_dir).read_text(encoding="utf-8")
+    write_rows(path, [*sampled("a", 0.5), {"kind": "rollout", "prompt": "a"}])
+    with pytest.raises(UserError, match=r"step-000004\.jsonl:2: no 'response' in the row; run the stage again"):
+        build(run_dir)
+
+
+def test_charts_of_sampled_responses():
+    tags = ["rollout/queue_mean", "reward/mean", "esrl/tokens_saved", "loss/mle", "perf/sampling_seconds"]
+    drawn = {chart.title: (chart.group, names) for chart, names in charts_for("rl", tags)}
+    assert drawn["Baseline"] == ("Sampled responses", ["rollout/queue_mean", "reward/mean"])
+    assert drawn["Parts of the loss"] == ("Learning", ["loss/mle"])  # with hidden tokens or without
+    assert drawn["Seconds of sampling per step"] == ("Speed", ["perf/sampling_seconds"])
+    rows = [{"step": i, **dict.fromkeys(tags, 0.5), "rollout/generated_tokens": 640.0} for i in (1, 2)]
+    parsed(show_curves("rl", series_of(rows), {}))
+
+
+def test_what_was_generated_stands_among_the_final_numbers(tmp_path):
+    rows = [{"step": i, "rollout/generated_tokens": 1000.0, "esrl/tokens_saved": 0.5} for i in (1, 2, 3)]
+    write_rows(tmp_path / "rl" / "metrics.jsonl", rows)
+    (tmp_path / "rl" / "results.json").write_text('{"steps": 3}')
+    html = build(tmp_path).read_text(encoding="utf-8")
+    assert "<dt>tokens generated</dt><dd>3,000</dd>" in html and "<dt>share of tokens saved</dt><dd>0.500</dd>" in html
+    assert "50%, 3,000 tokens in place of 6,000." in html
+
+
 def test_charts_of_hidden_tokens():
     tags = ["semi_offline/greedy_reward", "reward/mean", "eval/reward/mean", "eval/loss", "eval/masked_loss"]
     drawn = {chart.title: names for chart, names in charts_for("rl", tags)}
@@ -347,6 +406,12 @@ def test_odd_curves_draw_without_nonsense(points):
     svg = charts.line_chart(picture, 'a "quoted" <curve>')
     parsed(svg)
     assert "nan" not in svg and "inf" not in svg
+
+
+def test_ticks_of_a_nearly_level_curve_can_be_told_apart():
+    points = [(1, 10.8409), (2, 10.8396), (3, 10.8414)]
+    svg = charts.line_chart(charts.Picture([charts.Curve("a", "#000", points)]), "loss")
+    assert [tick for tick in ("10.835", "10.840", "10.845") if f">{tick}<" in svg] == ["10.835", "10.840", "10.845"]
 
 
 def test_curves_are_named_by_what_differs():

@@ -48,7 +48,6 @@ FORMULAS: dict[str, Callable[[Tensor, Tensor, float, float], Tensor]] = {
     "a_lol_kl": lambda n, ref, r, a: max(a, 0) * n.sum() + 0.2 * (ref.sum() - n.sum()),
     "a_lol_k3": lambda n, ref, r, a: max(a, 0) * n.sum() + 0.2 * ((ref - n).exp() - 1 - (ref - n)).sum(),
     "supervised": lambda n, ref, r, a: n.sum(),
-    "reinforce": lambda n, ref, r, a: a * n.sum(),
 }
 
 
@@ -56,7 +55,16 @@ def pair_loss(name: str, chosen: Tensor, rejected: Tensor, numbers: dict[str, fl
     if name == "bradley_terry":
         gap = chosen - rejected - numbers["margin"]
         return 0.1 * (chosen + rejected) ** 2 + F.softplus(-gap)
+    if name == "mixed" and numbers["correctness"] == 0:
+        return F.softplus(rejected - chosen)
     return ((chosen - numbers["chosen_reward"]) ** 2 + (rejected - numbers["rejected_reward"]) ** 2) / 2
+
+
+def dpo_loss(name: str, chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Of ln(pi / pi_ref) of each response: beta .1; or beta .5 and one label in ten wrong."""
+    if name == "dpo":
+        return F.softplus(0.1 * (rejected - chosen))
+    return 0.9 * F.softplus(0.5 * (rejected - chosen)) + 0.1 * F.softplus(0.5 * (chosen - rejected))
 
 
 def inverse(probabilities: Tensor, throws: Tensor) -> list[list[int]]:
@@ -96,14 +104,40 @@ def masked_loss(case: same_step.Case, model: nn.Module, item: Item, step: int) -
     return torch.stack([-5.0 * told / len(places), mle]), counts
 
 
+def sampled_loss(case: same_step.Case, model: nn.Module, item: Item) -> tuple[Tensor, Tensor]:
+    """- u A s with s at the row's temperature, and .2 u k3 in the loss; or of a reference its smoothed likelihood.
+
+    Both with their weights, and what they count for: a prompt, and the reference's tokens.
+    """
+    row, numbers, chosen = item.rows[0], item.numbers, case.algorithm.settings
+    logits = model(input_ids=torch.tensor([row.prompt_ids + row.response_ids])).logits[0]
+    logps = (logits[len(row.prompt_ids) - 1 : -1] / numbers["temperature"]).log_softmax(-1)
+    own = logps[range(len(logps)), list(row.response_ids)]
+    if numbers["target"]:
+        e = chosen["label_smoothing"]
+        mle = -((1 - e) * own + e * logps.mean(-1)).sum()
+        return torch.stack([mle * 0, chosen["sft_weight"] * mle]), torch.tensor([0.0, len(own)])
+    told = -numbers["share"] * numbers["advantage"] * own.sum()
+    if chosen["kl_beta"]:
+        z = item.ref_logp[0] - own
+        told = told + 0.2 * numbers["share"] * (z.exp() - 1 - z).sum()
+    return torch.stack([chosen["rl_weight"] * told, told * 0]), torch.tensor([numbers["leads"], 0.0])
+
+
 def item_loss(name: str, model: nn.Module, item: Item, step: int = 0) -> tuple[Tensor, int | Tensor]:
     """The loss of one item, and what it counts for in the mean; of a sum of two means both."""
-    if same_step.cases()[name].masked:
-        return masked_loss(same_step.cases()[name], model, item, step)
-    if same_step.cases()[name].pairs:
+    case = same_step.cases()[name]
+    if case.masked:
+        return masked_loss(case, model, item, step)
+    if case.sampled:
+        return sampled_loss(case, model, item)
+    if case.pairs and not case.scalar:
+        chosen, rejected = ((same_step.own_logps(model, item, i) - item.ref_logp[i]).sum() for i in (0, 1))
+        return dpo_loss(name, chosen, rejected), 1
+    if case.scalar:
         ids = [torch.tensor([row.prompt_ids + row.response_ids]) for row in item.rows]
-        chosen, rejected = (model(input_ids=row).logits[0, 0] for row in ids)
-        return pair_loss(name, chosen, rejected, item.numbers), 1
+        scores = [model(input_ids=row).logits[0, 0] for row in ids]
+        return pair_loss(name, *scores, item.numbers) if case.pairs else (scores[0] - item.numbers["reward"]) ** 2, 1
     nll = -same_step.own_logps(model, item)
     found = FORMULAS[name](nll, -item.ref_logp[0], item.numbers["reward"], item.numbers["advantage"])
     return found, len(nll) if name == "supervised" else 1
@@ -113,7 +147,8 @@ Losses = Sequence[tuple[Tensor, int | Tensor]]
 
 
 def exact(losses: Losses) -> Tensor:
-    return (sum(loss for loss, _ in losses) / sum(count for _, count in losses)).sum()
+    counts = torch.as_tensor(sum(count for _, count in losses))
+    return (sum(loss for loss, _ in losses) / counts.clamp(min=1)).sum()
 
 
 def mean_of_means(losses: Losses) -> Tensor:
@@ -315,5 +350,5 @@ def test_p16_training_asks_no_reference(tmp_path: Path) -> None:
     rows = prepared(ref, logged())
     job = same_step.job_of(same_step.cases()["alol"], ref.engine, rows, same_step.BUDGET, tmp_path)
     calls = counted(ref.engine)
-    same_step.run(job)
+    same_step.run(same_step.cases()["alol"], job)
     assert len(calls) == sum(len(job.windows.at(step)) for step in range(len(DRAWN))) > len(DRAWN)

@@ -117,6 +117,33 @@ def test_every_algorithm_trains(runs: Path, algo: str) -> None:
         assert lines[0]["advantage/kept_fraction"] == 1
 
 
+ON_POLICY = {
+    "reinforce": ["sampler.k=2"],
+    "mrt": ["sampler.k=2", "algorithm.settings.alpha=0.1"],
+    "esrl": ["sampler.k_max=3", "sampler.k=3", "algorithm.settings.kl_beta=0.05", "algorithm.settings.sft_weight=0.1"],
+    "esrl_drop": ["generation.batch_size=4"],
+}
+ON_POLICY_TAGS = {"train/loss", "reward/mean", "reward/std", "advantage/std", "objective/entropy", "logps/policy"}
+ON_POLICY_TAGS |= {f"rollout/{name}" for name in ("generated_tokens", "equal_groups", "logp_gap")}
+ON_POLICY_TAGS |= {f"esrl/{name}" for name in ("samples_per_prompt", "at_k_min", "left_out", "tokens_saved", "known")}
+
+
+@pytest.mark.parametrize("algo, words", ON_POLICY.items())
+def test_every_on_policy_algorithm_trains(runs: Path, algo: str, words: list[str]) -> None:
+    told = [f"algo={algo}", f"name={algo}", "max_steps=2", "batch_size=8", "learning_rate=1e-3", *words]
+    given = {word.split("=")[0] for word in told}
+    run("rl", runs.parent, *(word for word in SMALL_TRAIN if word.split("=")[0] not in given), *told, *SHORT)
+    lines = rows(runs / "rl" / algo / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    for line in lines[1:]:
+        assert line.keys() >= ON_POLICY_TAGS and line["train/grad_norm"] >= 0
+        assert line["rollout/logp_gap"] < 1e-5  # both stages say the same
+        assert ("objective/kl" in line) == (algo == "esrl") and ("loss/mle" in line) == (algo == "esrl")
+    table = rows(runs / "rl" / algo / "samples" / "step-000002.jsonl")
+    groups = [row for row in table if row.get("kind") == "rollout"]
+    assert groups and all(row["k"] >= 1 and row["tokens"] >= 1 for row in groups)
+
+
 def test_the_step_budget_counts_kept_rows(runs: Path) -> None:
     words = ["reward=length", "rewards.normalise=none", "generation.max_new_tokens=40", "name=budget", "max_steps=10"]
     train("rl", runs.parent, *words, "value.max_prompts=24", "value.epochs=2")

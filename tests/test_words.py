@@ -21,6 +21,7 @@ DRAWN = ("pipeline/page.py", "pipeline/charts.py", "pipeline/comparison_page.py"
 FILES = [path for folder in ("pipeline", "stages", "reward_models") for path in sorted((ROOT / folder).rglob("*.py"))]
 OTHERS = {"key", "slots"}  # of `key=value` itself; of a hostfile
 OF_THE_KILLER = {"processes", "kills"}  # tests/kill_and_resume.py
+OF_THE_SERVER = {"port", "host", "threads", "max_request_mb"}  # reward_models/serve.py
 
 
 def known() -> set[str]:
@@ -28,7 +29,7 @@ def known() -> set[str]:
     named = {*ALIASES, *SWITCHES, *CONTROL}
     own = {stage: {".".join(path) for path in known_paths(schema)} for stage, schema in STAGES.items()}
     passed = {f"{stage}.{name}" for stage in ("rl", "evaluate") for name in (*own[stage], *ALIASES)}
-    free = {".".join(path) for file in (ROOT / "stages" / "algo").glob("*.yaml") for path in read_layer(file)}
+    free = {".".join(path) for file in (ROOT / "stages").glob("**/*.yaml") for path in read_layer(file)}
     return named | passed | free | {name for names in own.values() for name in names}
 
 
@@ -50,4 +51,4 @@ def test_every_word_in_a_message_is_a_setting(path: Path):
 def test_every_word_in_the_readme_is_a_setting():
     used = set(WORD.findall((ROOT / "README.md").read_text(encoding="utf-8")))
     assert {"learning_rate", "kl_form", "rl.max_steps"} <= used  # it finds them
-    assert used <= known() | OTHERS | OF_THE_KILLER
+    assert used <= known() | OTHERS | OF_THE_KILLER | OF_THE_SERVER

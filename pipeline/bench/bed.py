@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from pipeline import assembly, examples, training
+from pipeline import assembly, examples, pairing, training
 from pipeline.bench.measure import Plan
 from pipeline.checkpoint import Checkpoints
 from pipeline.config import ROOT
@@ -58,7 +58,7 @@ def prepare(settings: Bench, ranks: Ranks, directory: Path, folder: Path) -> Bed
     rows = examples.load_train(settings.data, settings.seed, str)
     encoder = assembly.encoder_of(settings, settings.model, lambda: examples.texts(rows, settings.template))
     singles = examples.encode(examples.supervised(rows), encoder, examples.completion_rows).items
-    pairs = examples.encode(examples.paired(rows, str), encoder, examples.pair_rows).items
+    pairs = examples.encode(pairing.paired(rows, str), encoder, examples.pair_rows).items
     return Bed(settings, ranks, encoder, singles, pairs, directory, folder)
 
 

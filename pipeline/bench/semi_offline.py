@@ -21,11 +21,13 @@ from pipeline.bench.semi_parts import Semi, parts_of
 from pipeline.compositions import Composer
 from pipeline.data import Windows
 from pipeline.engine import Engine
+from pipeline.history import Queue
 from pipeline.layers import resolve
 from pipeline.loop import Job
 from pipeline.models import hugging_face
 from pipeline.policy import Policy
 from pipeline.rewards import Reward, Rewards
+from pipeline.sampler import Sampler
 from reward_models import rouge
 
 TIME, ONE = Goal(1.15), Goal(1)
@@ -74,21 +76,23 @@ def semi_job(bed: Bed, engine: Engine, samples: int) -> Semi:
 
 
 def online_job(bed: Bed, engine: Engine) -> Job:
-    """REINFORCE with responses as long as the references, whatever a new model would say."""
-    settings = resolve(["stage=rl", "algo=reinforce", f"algorithm.settings.samples={ONLINE_SAMPLES}"]).settings
+    """REINFORCE with responses as long as the references: a new model hardly ever says EOS."""
     length = bed.settings.data.max_response_length
-    free = learn_policy.sampled(settings.generation, ONLINE_SAMPLES)
+    words = [f"sampler.k={ONLINE_SAMPLES}", f"max_new_tokens={length}"]
+    settings = resolve(["stage=rl", "algo=reinforce", *words]).settings
+    _, algorithm, _ = assembly.objective_of(settings.algorithm)
     work = job(bed, engine, settings.algorithm, bed.singles, bed.settings.train.batch_size)
     windows = learn_policy.Rollouts(
         engine=engine,
+        frozen=None,
         encoder=bed.encoder,
         judge=JUDGE,
         prompts=[item.example for item in bed.singles],
         draw=work.windows.draw,
         packing=assembly.packing(bed.settings.train, bed.ranks, engine.module, bed.encoder),
-        generation=free.model_copy(update={"max_new_tokens": length, "min_new_tokens": length}),
-        baseline=settings.algorithm.settings["baseline"],
-        seed=settings.seed,
+        settings=settings,
+        algorithm=algorithm,
+        sampler=Sampler(settings.sampler, engine.module.vocab_size, Queue(algorithm.queue_size)),
     )
     return replace(work, windows=windows)
 

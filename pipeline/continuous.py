@@ -1,0 +1,135 @@
+"""Another engine that answers: transformers' continuous batching, where a response's place is taken when it ends.
+
+generate() decodes a batch until its longest response ends; here no step is spent on one that is done. What passes is
+token ids and log-probabilities, nothing else, so that a server could stand here as well.
+
+The same seed gives the same responses on the same machine: all are drawn from one stream of random numbers, in the
+order in which their turns come. So each depends on what it is asked together with, and on the number of ranks, which
+responses of generate() do not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import transformers
+from packaging.version import Version
+from transformers import GenerationConfig
+
+from pipeline.models import hugging_face
+from pipeline.policy import Policy
+from pipeline.records import Ask, Said, Seen, UserError
+from pipeline.sampling import generator
+from pipeline.settings import GenerationSettings
+
+if TYPE_CHECKING:
+    from transformers import ContinuousBatchingConfig
+    from transformers.generation.continuous_batching import ContinuousBatchingManager
+
+FIRST = "5.20"  # of transformers, whose continuous batching is as it is called here
+PAGE = 32  # tokens of one response that are stored together
+COLD = 0.5  # read by nobody: every request brings its own temperature
+POLL_SECONDS = 1.0  # after which it is asked whether the engine still runs
+
+
+def check_model(encoder_decoder: bool) -> None:
+    """Raises UserError where there is no continuous batching for a model of this kind, or none in transformers."""
+    cure = "say generation.engine=generate"
+    if encoder_decoder:
+        raise UserError(f"generation.engine: continuous with an encoder-decoder, wanted a causal model: {cure}")
+    if Version(transformers.__version__) < Version(FIRST):
+        raise UserError(
+            f"generation.engine: continuous with transformers {transformers.__version__}, wanted {FIRST} or newer: "
+            f"install that, or {cure}"
+        )
+
+
+def answer(
+    module: Policy, asks: Sequence[Ask], settings: GenerationSettings, config: GenerationConfig, seed: int
+) -> list[list[Said]]:
+    """What is said to each ask, sampled or greedy as `config` says; as many at a time as a batch of prompts has.
+
+    Only the log-probabilities are known of what was sampled. At temperature 1, minus their mean is the entropy without
+    bias; at others it is NaN, as confidence is at all. The program's random numbers are used: fork them.
+
+    Raises:
+        RuntimeError: the engine failed; with what it says.
+    """
+    check_model(module.encoder_decoder)
+    if not asks:
+        return []
+    requests = [(ask.prompt_ids, level) for ask in asks for level in ask.temperatures]
+    at_once = min(len(requests), settings.batch_size * max(len(ask.temperatures) for ask in asks))
+    stream = generator("continuous", seed, [(ask.example.id, ask.first) for ask in asks]).initial_seed()
+    tempered = config.do_sample and any(level != 1.0 for _, level in requests)
+    own = {"num_return_sequences": 1}  # each of the requests is one response
+    if tempered:  # without a temperature here, other than 1, those of the requests are refused
+        own["temperature"] = COLD
+    config = GenerationConfig(**{**config.to_diff_dict(), **own})
+    manager = hugging_face(module.model).init_continuous_batching(
+        generation_config=config,
+        continuous_batching_config=_batching(max(len(ask.prompt_ids) for ask in asks), config, at_once, stream),
+    )
+    found = iter(_run(manager, requests, config, tempered))
+    return [[_said(*next(found), level, config) for level in ask.temperatures] for ask in asks]
+
+
+def _batching(longest: int, config: GenerationConfig, at_once: int, seed: int) -> ContinuousBatchingConfig:
+    """Memory for `at_once` responses to prompts of the `longest` length, whatever the machine has."""
+    from transformers import ContinuousBatchingConfig  # older versions have none, and need none for generate()
+
+    return ContinuousBatchingConfig(
+        page_size=PAGE,
+        num_blocks=at_once * (-(-(longest + config.max_new_tokens) // PAGE) + 1),
+        max_batch_tokens=max(at_once, longest),
+        max_requests_per_batch=at_once,
+        return_logprobs=True,
+        seed=seed,
+        per_request_processors=True,
+        auto_switch_to_flash=False,
+        allow_block_sharing=False,
+    )
+
+
+def _run(
+    manager: ContinuousBatchingManager,
+    requests: Sequence[tuple[tuple[int, ...], float]],
+    config: GenerationConfig,
+    tempered: bool,
+) -> list[tuple[list[int], list[float]]]:
+    """Ids and log-probabilities of the response to each of `requests`, prompt ids and temperatures."""
+    names = [  # all before the start: which of them wait together must not depend on the speed of this loop
+        manager.add_request(list(ids), eos_token_id=config.eos_token_id, **({"temperature": level} if tempered else {}))
+        for ids, level in requests
+    ]
+    manager.start()
+    try:
+        found = _collected(manager, len(names))
+    finally:
+        manager.stop()
+        manager.destroy()
+    return [found[name] for name in names]
+
+
+def _collected(manager: ContinuousBatchingManager, count: int) -> dict[str, tuple[list[int], list[float]]]:
+    found = {}
+    while len(found) < count:
+        result = manager.get_result(timeout=POLL_SECONDS)
+        if result is None and not manager.is_running():
+            raise RuntimeError(f"continuous batching stopped after {len(found)} of {count} responses")
+        if result is None:
+            continue
+        if result.error is not None:
+            raise RuntimeError(f"continuous batching: a prompt of {len(result.prompt_ids)} tokens: {result.error}")
+        found[result.request_id] = (list(result.generated_tokens), list(result.logprobs))
+    return found
+
+
+def _said(ids: list[int], logps: list[float], temperature: float, config: GenerationConfig) -> Said:
+    if not config.do_sample:
+        return Said(ids, None)
+    entropy = -math.fsum(logps) / len(logps) if temperature == 1.0 else math.nan
+    return Said(ids, Seen(torch.tensor(logps), entropy, math.nan, math.nan, 0))
