@@ -138,6 +138,7 @@ def statistics(
     spreads = [float(lot.told.rewards.max() - lot.told.rewards.min()) for lot in there if len(lot.responses) > 1]
     entropies = [response.seen.entropy for lot in there for response in lot.responses]
     numbers = {
+        "reward/per_prompt": [sum(lot.raw) / len(lot.raw) for lot in there],  # where k varies, unlike reward/mean
         "rollout/generated_tokens": [generated],
         "rollout/equal_groups": [float(spread <= EQUAL_REWARDS) for spread in spreads],
         "rollout/queue_mean": [] if queue_mean is None else [queue_mean],

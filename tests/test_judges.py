@@ -220,14 +220,14 @@ def job_of(judge: Rewards, zero: str, folder: Path, watch: Callable[[str], None]
 @pytest.fixture(scope="module")
 def at_once(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict]:
     """Three steps judged here."""
-    yield same_step.run(job_of(rewards(file, ["overlap"], None), "zero0", tmp_path_factory.mktemp("here"), None))
+    yield same_step.run(CASE, job_of(rewards(file, ["overlap"], None), "zero0", tmp_path_factory.mktemp("here"), None))
 
 
 @pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2"])
 def test_the_same_steps(file: Path, judges: Judges, at_once: dict, zero: str, tmp_path: Path) -> None:
     """Each micro-batch's loss is taken after the next one's forward; ZeRO changes no bit on one process."""
     told: list[str] = []
-    found = same_step.run(job_of(rewards(file, ["overlap"], judges), zero, tmp_path, told.append))
+    found = same_step.run(CASE, job_of(rewards(file, ["overlap"], judges), zero, tmp_path, told.append))
     # rows 0 to 4; then 8, 1, 8; then 4
     assert told[:6] == ["begin (0,)", "begin (1,)", "rest (0,)", "begin (2,)", "rest (1,)", "begin (3,)"]
     assert told[6:10] == ["rest (2,)", "begin (4,)", "rest (3,)", "rest (4,)"]
