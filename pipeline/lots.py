@@ -136,7 +136,7 @@ def statistics(
     full = k_max * sum(lengths)
     taken = sum(float(lot.told.lengths.sum()) for lot in there)
     spreads = [float(lot.told.rewards.max() - lot.told.rewards.min()) for lot in there if len(lot.responses) > 1]
-    entropies = [response.seen.entropy for lot in there for response in lot.responses]
+    entropies = [sum(one.seen.entropy for one in lot.responses) / len(lot.responses) for lot in there]
     numbers = {
         "reward/per_prompt": [sum(lot.raw) / len(lot.raw) for lot in there],  # where k varies, unlike reward/mean
         "rollout/generated_tokens": [generated],

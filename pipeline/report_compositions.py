@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import page
+from pipeline import page, page_samples
 from pipeline.charts import MINUS, number
 from pipeline.records import UserError
 from pipeline.report_stages import json_object
@@ -40,7 +40,7 @@ def _last_look(folder: Path) -> str:
         "comparison, and nothing is learned from it. A token's credit is the advantage of the texts that have it in "
         "that place."
     )
-    shown = [page.composed(_composed(row, known.get(row["id"]), _step(first))) for row in rows]
+    shown = [page_samples.composed(_composed(row, known.get(row["id"]), _step(first))) for row in rows]
     rest = page.folded(f"{len(shown) - OPEN} more rows", "".join(shown[OPEN:])) if len(shown) > OPEN else ""
     return page.paragraph(words) + "".join(shown[:OPEN]) + rest
 
@@ -57,7 +57,7 @@ def compositions(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _composed(row: Mapping[str, Any], before: Mapping[str, Any] | None, when: str) -> page.Composed:
+def _composed(row: Mapping[str, Any], before: Mapping[str, Any] | None, when: str) -> page_samples.Composed:
     count = sum(flag for _, flag in row["static"]["parts"])
     texts = [("greedy", row["greedy"]), *(("", one) for one in row["compositions"])]
     texts.sort(key=lambda one: -one[1]["reward"])  # stable: the greedy one stands above equals
@@ -66,13 +66,13 @@ def _composed(row: Mapping[str, Any], before: Mapping[str, Any] | None, when: st
         words += f"; the best and the worst {len(row['compositions'])}"
     if before is not None:
         words += f". At {when}: mean {number(before['mean'])}, greedy {number(before['greedy']['reward'])}"
-    return page.Composed(
+    return page_samples.Composed(
         prompt=row["prompt"].strip(),
         reference=row["reference"],
         static=row["static"]["parts"],
         hidden=f"{count} tokens hidden",
         words=f"{words}.",
-        texts=[page.Ranked(number(one["reward"]), name, one["parts"]) for name, one in texts],
+        texts=[page_samples.Ranked(number(one["reward"]), name, one["parts"]) for name, one in texts],
         credit=[(name, _tokens(row[key])) for name, key in (("most credit", "praised"), ("least credit", "blamed"))],
     )
 

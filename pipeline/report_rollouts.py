@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from pipeline import page
+from pipeline import page, page_samples
 from pipeline.algorithms.functional import EQUAL_REWARDS
 from pipeline.charts import MINUS, number
 from pipeline.records import UserError
@@ -63,8 +63,8 @@ def rollouts(path: Path) -> list[list[dict[str, Any]]]:
 def _group(rows: Sequence[Mapping[str, Any]]) -> str:
     ranked = [_said(row) for row in sorted(rows, key=lambda row: -row["reward"])]
     if len(ranked) <= 2 * ENDS:
-        return page.said(rows[0]["prompt"].strip(), _about(rows), ranked, [], [])
-    return page.said(rows[0]["prompt"].strip(), _about(rows), ranked[:ENDS], ranked[ENDS:-ENDS], ranked[-ENDS:])
+        return page_samples.said(rows[0]["prompt"].strip(), _about(rows), ranked, [], [])
+    return page_samples.said(rows[0]["prompt"].strip(), _about(rows), ranked[:ENDS], ranked[ENDS:-ENDS], ranked[-ENDS:])
 
 
 def _about(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -77,8 +77,10 @@ def _about(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"{words}. Capability before the step: {sure}.{equal}"
 
 
-def _said(row: Mapping[str, Any]) -> page.Said:
-    return page.Said(number(row["reward"]), _signed(row["advantage"]), f"{row['tokens']:,}", str(row["response"]))
+def _said(row: Mapping[str, Any]) -> page_samples.Said:
+    return page_samples.Said(
+        number(row["reward"]), _signed(row["advantage"]), f"{row['tokens']:,}", str(row["response"])
+    )
 
 
 def _signed(value: float) -> str:

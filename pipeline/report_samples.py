@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipeline import page
+from pipeline import page, page_samples
 from pipeline.charts import MINUS, number
 from pipeline.records import UserError
 from pipeline.report_compositions import show_compositions
@@ -42,7 +42,7 @@ def show_responses(run_dir: Path, policies: Sequence[str]) -> str:
     count = min(SAMPLES, len(ranked))
     chosen = [ranked[round(i * (len(ranked) - 1) / max(1, count - 1))] for i in range(count)]
     words = f"{count} of {len(ranked)} {source}, evenly spaced from the largest gain in reward to the largest loss."
-    shown = "".join(page.sample(_prompt(answers), _responses(answers)) for answers in chosen)
+    shown = "".join(page_samples.sample(_prompt(answers), _responses(answers)) for answers in chosen)
     return page.paragraph(words) + shown
 
 
@@ -78,12 +78,12 @@ def _prompt(answers: Answers) -> str:
     return str(next(iter(answers.values()))["prompt"]).strip()
 
 
-def _responses(answers: Answers) -> list[page.Answer]:
+def _responses(answers: Answers) -> list[page_samples.Answer]:
     first = next(iter(answers.values())).get("reward")
     return [_response(policy, row, first) for policy, row in answers.items()]
 
 
-def _response(policy: str, row: Mapping, first: float | None) -> page.Answer:
+def _response(policy: str, row: Mapping, first: float | None) -> page_samples.Answer:
     reward, text = row.get("reward"), ""
     if reward is not None:
         gain = 0.0 if first is None else reward - first
@@ -91,4 +91,4 @@ def _response(policy: str, row: Mapping, first: float | None) -> page.Answer:
         text = f"reward {number(reward)}{change}"
     parts = [f"{name} {number(value)}" for name, value in (row.get("rewards") or {}).items() if value is not None]
     words = len(str(row["response"]).split())
-    return page.Answer(policy, text, ", ".join([*parts, f"{words} words"]), str(row["response"]))
+    return page_samples.Answer(policy, text, ", ".join([*parts, f"{words} words"]), str(row["response"]))

@@ -4,288 +4,33 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.addresses import sound_addresses
 from pipeline.ranges import (
     Count,
-    Dropped,
     FolderName,
     Fraction,
-    NotNegative,
-    Port,
     Positive,
     ResultName,
     Seed,
     Split,
     Whole,
 )
-
-
-class Section(BaseModel):
-    """Unknown keys and wrong types are errors, values never change, and every key must be given."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class LoraSettings(Section):
-    r: Whole
-    alpha: Positive
-    dropout: Dropped
-    target_modules: str | list[str]
-
-
-class ScratchSettings(Section):
-    """The small model that is made when no `model.path` is given."""
-
-    shape: Literal["llama", "t5", "bart"]
-    hidden_size: Count
-    num_layers: Count
-    num_heads: Count
-    vocab_size: Count
-    max_position_embeddings: Count
-
-
-class ModelSettings(Section):
-    path: str | None
-    revision: str | None
-    scratch: ScratchSettings
-    lora: LoraSettings
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"]
-    trust_remote_code: bool
-    dropout: Dropped | None
-
-
-class TemplateSettings(Section):
-    kind: Literal["text", "chat"]
-    prompt: str
-    response: str
-    human: str
-    assistant: str
-    system: str | None
-
-
-class DataSettings(Section):
-    task: str | None
-    task_size: Count | None
-    path: str | None
-    files: str | None
-    train: str | None
-    validation: str | None
-    test: str | None
-    format: str | None
-    responses: Literal["chosen", "both"]
-    sources: list[str] | None
-    exclude: list[str]
-    drop_abrupt: bool
-    max_rows: Count | None
-    max_bad_rows: Whole
-    validation_fraction: Fraction
-    max_prompt_length: Count
-    keep_of_prompt: Literal["end", "beginning"]
-    max_response_length: Count
-
-    @model_validator(mode="after")
-    def task_or_files(self) -> DataSettings:
-        files = next(
-            (name for name in ("path", "train", "validation", "test") if getattr(self, name) is not None), None
-        )
-        if self.task is not None and files is not None:
-            raise ValueError(f"both task and {files} are given, wanted one source of rows: say data.task=null")
-        if self.task is None and self.task_size is not None:
-            raise ValueError(f"task_size is {self.task_size}, wanted null without a task: say data.max_rows")
-        return self
-
-
-class TrainSettings(Section):
-    batch_size: Count
-    micro_batch_size: Count | None
-    max_tokens: Count | None
-    num_train_epochs: Positive | None
-    max_steps: Count | None
-    precision: Literal["fp32", "bf16", "fp16"]
-    zero: str
-    gradient_checkpointing: bool
-    logging_steps: Count
-    eval_steps: Count | None
-    save_steps: Count | None
-    save_total_limit: Count
-    keep: Literal["best", "last"]
-    non_finite: Literal["stop", "skip"]
-
-    @model_validator(mode="after")
-    def one_owner_each(self) -> TrainSettings:
-        if (self.micro_batch_size is None) == (self.max_tokens is None):
-            raise ValueError("wanted one of micro_batch_size and max_tokens, the other null")
-        if (self.num_train_epochs is None) == (self.max_steps is None):
-            raise ValueError("wanted one of num_train_epochs and max_steps, the other null")
-        return self
-
-
-class OptimizerSettings(Section):
-    learning_rate: Positive
-    lr_scheduler_type: Literal["linear", "cosine", "constant"]
-    warmup_ratio: Fraction
-    weight_decay: NotNegative
-    adam_beta1: Dropped
-    adam_beta2: Dropped
-    adam_epsilon: Positive
-    max_grad_norm: NotNegative
-
-
-class EvalSettings(Section):
-    max_rows: Count
-    num_samples: Whole
-
-
-class GenerationSettings(Section):
-    engine: Literal["generate", "continuous"]
-    max_new_tokens: Count
-    min_new_tokens: Whole
-    do_sample: bool
-    temperature: Positive
-    temperatures: Annotated[list[Positive], Field(min_length=1)] | None
-    top_p: Fraction
-    top_k: Whole
-    num_beams: Count
-    length_penalty: float
-    early_stopping: bool
-    no_repeat_ngram_size: Whole
-    repetition_penalty: Positive
-    num_return_sequences: Count
-    batch_size: Count
-
-    @model_validator(mode="after")
-    def one_way_of_decoding(self) -> GenerationSettings:
-        if self.min_new_tokens > self.max_new_tokens:
-            raise ValueError(
-                f"min_new_tokens is {self.min_new_tokens}, wanted at most max_new_tokens, {self.max_new_tokens}"
-            )
-        if self.temperatures is not None and (not self.do_sample or self.num_beams > 1):
-            raise ValueError(
-                "temperatures are given, wanted plain sampling to use them: say do_sample=true and num_beams=1, "
-                "or generation.temperatures=null"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def one_engine(self) -> GenerationSettings:
-        plain = {"num_beams": 1, "top_p": 1.0, "top_k": 0, "min_new_tokens": 0}
-        plain |= {"no_repeat_ngram_size": 0, "repetition_penalty": 1.0}
-        other = [f"{name} is {getattr(self, name)}" for name, value in plain.items() if getattr(self, name) != value]
-        if self.engine == "continuous" and other:
-            raise ValueError(
-                f"{other[0]} with engine continuous, wanted plain sampling or greedy decoding: say "
-                "generation.engine=generate"
-            )
-        return self
-
-
-class HttpSettings(Section):
-    """How servers are asked that are named in `reward` by their addresses."""
-
-    batch_size: Count
-    concurrency: Annotated[int, Field(ge=1, le=256)]
-    timeout: Positive
-    retries: Whole
-    backoff: NotNegative
-    max_request_mb: Positive
-    max_answer_mb: Positive
-
-
-class RewardSettings(Section):
-    """How rewards given in `reward` are read; `reward` itself is a name, a path, or a mapping to weights."""
-
-    normalise: Literal["none", "sigmoid"]
-    batch_size: Count
-    max_length: Count
-    workers: Whole
-    http: HttpSettings
-
-
-class ValueSettings(Section):
-    targets: Literal["policy", "data"]
-    samples_per_prompt: Count
-    max_prompts: Count
-    held_out_fraction: Annotated[float, Field(gt=0, lt=1)]
-    learning_rate: Positive
-    epochs: Count
-    batch_size: Count
-    patience: Count
-    num_heads: Count
-    dropout: Dropped
-
-
-class SamplerSettings(Section):
-    """How many responses on-policy RL samples for each prompt, and at which temperature."""
-
-    mode: Literal["static", "dynamic", "drop", "drop_fixed"]
-    k: Count
-    k_min: Whole
-    k_max: Count
-    capability: Literal["entropy", "reward", "combined", "confidence"]
-    entropy_weight: Fraction
-    entropy_range: Literal["full", "recent"] | Annotated[list[float], Field(min_length=2, max_length=2)]
-    reward_range: Annotated[list[float], Field(min_length=2, max_length=2)] | None
-    history: Count
-    discount: Fraction
-    temperature_min: Positive
-    temperature_max: Positive
-    temperature_by: Literal["constant", "capability", "incapability"]
-    budget: Count | None
-    skip_above: Fraction | None
-    recheck: Count
-    probe: Count | None
-    drop_share: Annotated[float, Field(gt=0, lt=1)]
-
-    @model_validator(mode="after")
-    def one_meaning(self) -> SamplerSettings:
-        if self.k_min > self.k_max:
-            raise ValueError(f"k_min is {self.k_min}, wanted at most k_max, {self.k_max}")
-        if self.temperature_min > self.temperature_max:
-            raise ValueError(f"temperature_min is {self.temperature_min}, wanted at most {self.temperature_max}")
-        for name, given in (("reward_range", self.reward_range), ("entropy_range", self.entropy_range)):
-            if isinstance(given, list) and not given[0] < given[1]:
-                raise ValueError(f"{name} is {given}, wanted a low and a higher number")
-        if (self.k_min == 0) != (self.skip_above is not None):
-            raise ValueError(
-                f"k_min is {self.k_min} and skip_above is {self.skip_above}, wanted both or neither: "
-                "sampler.k_min=0 lets prompts be left out, skip_above says which"
-            )
-        if self.probe is not None and self.capability in ("reward", "combined"):
-            raise ValueError(
-                f"probe is {self.probe} with capability {self.capability}, wanted one that does not look at rewards "
-                "(entropy): probes whose rewards decide how many more there are would bias their own baseline"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def fits_the_mode(self) -> SamplerSettings:
-        if self.mode != "dynamic":
-            for name in ("budget", "skip_above", "probe"):
-                if (value := getattr(self, name)) is not None:
-                    raise ValueError(f"{name} is {value} with mode {self.mode}, wanted null there, or mode dynamic")
-            return self
-        if not max(1, self.k_min) <= self.k <= self.k_max:
-            raise ValueError(
-                f"k is {self.k}, wanted a number from {max(1, self.k_min)} (k_min) to {self.k_max} (k_max)"
-            )
-        if self.probe is not None and self.probe > self.k_max:
-            raise ValueError(f"probe is {self.probe}, wanted at most k_max, {self.k_max}")
-        if self.probe is not None and self.budget is not None:
-            raise ValueError(
-                f"probe is {self.probe} and budget is {self.budget}, wanted one of them null: what is left over is not "
-                "known before the probes are"
-            )
-        return self
-
-
-class LaunchSettings(Section):
-    processes: Count
-    hostfile: str | None
-    launcher: Literal["auto", "single", "deepspeed", "torchrun", "srun"]
-    master_port: Port | None
-    ddp_timeout: Count
+from pipeline.sections import (
+    DataSettings,
+    EvalSettings,
+    GenerationSettings,
+    LaunchSettings,
+    ModelSettings,
+    OptimizerSettings,
+    RewardSettings,
+    SamplerSettings,
+    Section,
+    TemplateSettings,
+    TrainSettings,
+    ValueSettings,
+)
 
 
 class Algorithm(Section):

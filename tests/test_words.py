@@ -17,7 +17,10 @@ from pipeline.validation import known_paths
 
 ROOT = Path(__file__).resolve().parent.parent
 WORD = re.compile(r"(?<![\w{.-])([a-z_]+(?:\.[a-z_]+)*)=(?!=)")
-DRAWN = ("pipeline/page.py", "pipeline/charts.py", "pipeline/comparison_page.py")  # their words are HTML attributes
+DRAWN = (  # their words are HTML attributes
+    *("pipeline/page.py", "pipeline/page_samples.py"),
+    *("pipeline/charts.py", "pipeline/comparison_page.py"),
+)
 FILES = [path for folder in ("pipeline", "stages", "reward_models") for path in sorted((ROOT / folder).rglob("*.py"))]
 OTHERS = {"key", "slots"}  # of `key=value` itself; of a hostfile
 OF_THE_KILLER = {"processes", "kills"}  # tests/kill_and_resume.py

@@ -172,18 +172,14 @@ def _draw(logits: Tensor, throws: Tensor, forbidden: Tensor) -> Drawn:
 
 
 @torch.no_grad()
-def token_entropies(hidden: Tensor, head: Head, chunks: int = 1, temperature: float = 1.0) -> Tensor:
+def token_entropies(hidden: Tensor, head: Head, chunks: int = 1) -> Tensor:
     """(N,) float32: the entropy in nats of each position's distribution, in [0, ln V], without gradient.
 
     hidden (N, H); slices and calls of the head as in `token_logps`.
     """
     assert chunks >= 1, f"chunks is {chunks}"
-    return torch.cat([_entropies(head(rows), temperature) for rows in hidden.tensor_split(chunks)])
-
-
-def _entropies(logits: Tensor, temperature: float) -> Tensor:
-    probabilities = (logits.float() / temperature).softmax(-1)  # (n, V) float32
-    return torch.special.entr(probabilities).sum(-1)  # entr(p) = -p ln p, and 0 for p = 0
+    slices = hidden.tensor_split(chunks)  # entr(p) = -p ln p, and 0 for p = 0
+    return torch.cat([torch.special.entr(head(rows).float().softmax(-1)).sum(-1) for rows in slices])
 
 
 def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
