@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from pipeline import model_checks
 from pipeline.model_checks import HEADS, READ_ERRORS, unreadable
 from pipeline.records import UserError
-from pipeline.settings import LoraSettings, ModelSettings
+from pipeline.sections import LoraSettings, ModelSettings
 
 
 def with_lora(

@@ -23,17 +23,8 @@ from pipeline.loop import Objective
 from pipeline.policy import Policy, RewardModel, check_head
 from pipeline.records import Batch, Item, Row, Stat, UserError
 from pipeline.rewards import Rewards, is_learned, parse, resolve
-from pipeline.settings import (
-    Algorithm,
-    Common,
-    ModelSettings,
-    Reward,
-    RewardSettings,
-    Rl,
-    Sft,
-    TrainSettings,
-    WithModel,
-)
+from pipeline.sections import ModelSettings, RewardSettings, TrainSettings
+from pipeline.settings import Algorithm, Common, Reward, Rl, Sft, WithModel
 from pipeline.text import Encoder
 from pipeline.validation import one_complaint
 from reward_models import learned

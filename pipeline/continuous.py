@@ -23,7 +23,7 @@ from pipeline.models import hugging_face
 from pipeline.policy import Policy
 from pipeline.records import Ask, Said, Seen, UserError
 from pipeline.sampling import generator
-from pipeline.settings import GenerationSettings
+from pipeline.sections import GenerationSettings
 
 if TYPE_CHECKING:
     from transformers import ContinuousBatchingConfig

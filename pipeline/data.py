@@ -15,7 +15,7 @@ import torch
 
 from pipeline.hiding import Hiding
 from pipeline.records import Batch, Item, Stat, UserError
-from pipeline.settings import TrainSettings
+from pipeline.sections import TrainSettings
 from pipeline.text import pad
 
 Draw = Callable[[int], list[int]]  # step -> indices of the items of that step, the same on every rank

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from pipeline import faults
 from pipeline.launch import free_port
 from pipeline.records import Batch, UserError
-from pipeline.settings import OptimizerSettings, TrainSettings
+from pipeline.sections import OptimizerSettings, TrainSettings
 from pipeline.sharding import read_ds_config
 from pipeline.validation import one_complaint
 

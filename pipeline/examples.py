@@ -10,7 +10,7 @@ from pathlib import Path
 from pipeline import plugins
 from pipeline.metrics import write_json
 from pipeline.records import Example, Item, Row, UserError
-from pipeline.settings import DataSettings, TemplateSettings
+from pipeline.sections import DataSettings, TemplateSettings
 from pipeline.tasks import convert, find, hub, readers
 from pipeline.text import Encoder
 

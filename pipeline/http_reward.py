@@ -26,7 +26,7 @@ from urllib.parse import SplitResult, urljoin, urlsplit
 from pipeline.addresses import TOKEN, token, web_address
 from pipeline.records import RewardFunction, UserError
 from pipeline.rewards import shortened
-from pipeline.settings import HttpSettings
+from pipeline.sections import HttpSettings
 
 LONGEST_WAIT = 60.0  # seconds between two tries
 MEGABYTE = 10**6

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.records import UserError
-from pipeline.settings import LaunchSettings
+from pipeline.sections import LaunchSettings
 
 DISTRIBUTED = ("sft", "reward", "rl", "score", "generate", "evaluate")
 PORTS = range(20_000, 32_000)

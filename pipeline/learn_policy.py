@@ -28,7 +28,8 @@ from pipeline.records import Batch, Example, Item, Row, Stat
 from pipeline.rewards import Rewards
 from pipeline.rollout import Ask
 from pipeline.sampler import Sampler, check_sampler, spoken_sampler
-from pipeline.settings import GenerationSettings, Rl
+from pipeline.sections import GenerationSettings
+from pipeline.settings import Rl
 from pipeline.text import Encoder
 
 TURN = 1_000_000  # more than the responses that a prompt has at once

@@ -12,7 +12,8 @@ from pipeline.engine import Engine, Ranks
 from pipeline.loop import Objective
 from pipeline.records import Example, UserError
 from pipeline.rewards import Rewards
-from pipeline.settings import DataSettings, ModelSettings, Rl
+from pipeline.sections import DataSettings, ModelSettings
+from pipeline.settings import Rl
 from pipeline.text import Encoder
 from pipeline.training import Course
 

@@ -24,7 +24,7 @@ from pipeline.engine import Engine, Ranks
 from pipeline.metrics import RunLog
 from pipeline.nonfinite import Micro, trace
 from pipeline.records import Batch, PreemptedError, Stat, UserError
-from pipeline.settings import OptimizerSettings, TrainSettings
+from pipeline.sections import OptimizerSettings, TrainSettings
 from pipeline.tally import Interval, Tally
 
 Output = Tensor | tuple[Tensor, ...]

@@ -30,7 +30,7 @@ from pipeline.adapters import adapter_of, under, with_lora
 from pipeline.model_checks import READ_ERRORS, unreadable
 from pipeline.records import UserError
 from pipeline.scratch import small_config, train_tokenizer
-from pipeline.settings import ModelSettings
+from pipeline.sections import ModelSettings
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()

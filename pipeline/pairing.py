@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pipeline import examples
 from pipeline.examples import Report
 from pipeline.records import Example, UserError
-from pipeline.settings import DataSettings
+from pipeline.sections import DataSettings
 from pipeline.tasks import convert
 
 

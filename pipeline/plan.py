@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.settings import ModelSettings, Plan, Training
+from pipeline.sections import ModelSettings
+from pipeline.settings import Plan, Training
 from pipeline.sharding import read_ds_config
 
 GB = 1e9

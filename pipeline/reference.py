@@ -22,7 +22,7 @@ from pipeline import locks, value
 from pipeline.data import Packing, collate, once, window
 from pipeline.engine import Engine
 from pipeline.records import Item, UserError
-from pipeline.settings import ValueSettings
+from pipeline.sections import ValueSettings
 
 FORMAT = 2  # raise it when what is computed changes
 

@@ -30,7 +30,7 @@ from pipeline.model_checks import check_positions
 from pipeline.models import hugging_face
 from pipeline.records import Ask, Example, Response, Said, Seen, UserError
 from pipeline.sampling import generator
-from pipeline.settings import GenerationSettings
+from pipeline.sections import GenerationSettings
 from pipeline.text import Encoder, pad
 
 

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from pipeline.algorithms import capability
 from pipeline.history import History, Queue, Record
 from pipeline.records import UserError
-from pipeline.settings import Rl, SamplerSettings
+from pipeline.sections import SamplerSettings
+from pipeline.settings import Rl
 
 LOW, HIGH = 0.05, 0.95  # quantiles between which a reward or an entropy is good or bad, where no range is given
 

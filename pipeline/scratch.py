@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from pipeline.records import UserError
-from pipeline.settings import ScratchSettings
+from pipeline.sections import ScratchSettings
 
 SPECIAL = PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.records import Message, Row, UserError
-from pipeline.settings import TemplateSettings
+from pipeline.sections import TemplateSettings
 
 
 class Encoder:

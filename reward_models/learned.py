@@ -19,7 +19,7 @@ from pipeline.models import hugging_face, load_scalar, load_tokenizer
 from pipeline.policy import RewardModel
 from pipeline.ranges import Count
 from pipeline.records import RewardFunction, UserError
-from pipeline.settings import ModelSettings, Section, TemplateSettings
+from pipeline.sections import ModelSettings, Section, TemplateSettings
 from pipeline.text import Encoder, pad
 from pipeline.validation import one_complaint
 

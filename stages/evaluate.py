@@ -12,7 +12,8 @@ from pipeline.entry import run
 from pipeline.metrics import write_json, write_jsonl
 from pipeline.records import Example, Response, UserError
 from pipeline.rewards import Rewards, labelled
-from pipeline.settings import Evaluate, ModelSettings
+from pipeline.sections import ModelSettings
+from pipeline.settings import Evaluate
 
 SHOWN = {
     "reward/mean": "reward",

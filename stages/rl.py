@@ -8,7 +8,8 @@ from pipeline import assembly, engine, examples, learn_data, learn_masked, learn
 from pipeline.entry import run
 from pipeline.lesson import Scene
 from pipeline.records import UserError
-from pipeline.settings import DataSettings, ModelSettings, Rl
+from pipeline.sections import DataSettings, ModelSettings
+from pipeline.settings import Rl
 
 LESSONS = {
     "data": learn_data.lesson,

@@ -14,7 +14,8 @@ from pipeline import assembly, candidates, engine, evaluate, examples, runs
 from pipeline.entry import run
 from pipeline.metrics import write_json
 from pipeline.records import Example, Scores, UserError
-from pipeline.settings import DataSettings, Score
+from pipeline.sections import DataSettings
+from pipeline.settings import Score
 from pipeline.tasks.write import write_rows
 
 

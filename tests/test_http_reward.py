@@ -17,7 +17,7 @@ from pipeline.http_reward import connect
 from pipeline.layers import resolve
 from pipeline.records import Message, UserError
 from pipeline.rewards import Reward, Rewards
-from pipeline.settings import HttpSettings
+from pipeline.sections import HttpSettings
 
 Answer = tuple[int, bytes, dict[str, str]]  # status, body, headers beside Content-Length
 FAST = {"batch_size": 2, "concurrency": 2, "timeout": 5.0, "retries": 2, "backoff": 0.01}

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ("pipeline", "stages", "reward_models", "ds_configs", "tests")
 CONFIG = {
-    *("pipeline.records", "pipeline.settings", "pipeline.aliases", "pipeline.spelling"),
+    *("pipeline.records", "pipeline.sections", "pipeline.settings", "pipeline.aliases", "pipeline.spelling"),
     *("pipeline.validation", "pipeline.config"),
 }
 # file or folder -> the modules of ours it may import (with what lies below them)
@@ -21,7 +21,13 @@ ALLOWED = {
     "pipeline/spelling.py": set(),
     "pipeline/ranges.py": set(),
     "pipeline/addresses.py": {"pipeline.records"},
-    "pipeline/http_reward.py": {"pipeline.addresses", "pipeline.records", "pipeline.rewards", "pipeline.settings"},
+    "pipeline/http_reward.py": {
+        "pipeline.addresses",
+        "pipeline.records",
+        "pipeline.rewards",
+        "pipeline.sections",
+        "pipeline.settings",
+    },
     "pipeline/sections.py": {"pipeline.ranges"},
     "pipeline/settings.py": {"pipeline.addresses", "pipeline.ranges", "pipeline.sections"},
     "pipeline/aliases.py": set(),
@@ -35,7 +41,7 @@ ALLOWED = {
     "pipeline/layers.py": CONFIG,
     "pipeline/vocabulary.py": {"pipeline.records"},
     "pipeline/masks.py": {"pipeline.settings", "pipeline.vocabulary"},
-    "pipeline/launch.py": {"pipeline.records", "pipeline.settings"},
+    "pipeline/launch.py": {"pipeline.records", "pipeline.sections", "pipeline.settings"},
     "pipeline/algorithms": {"pipeline.records", "pipeline.algorithms.functional"},
     "pipeline/tasks": {"pipeline.records", "pipeline.spelling", "pipeline.tasks"},
     "pipeline/lanes.py": set(),
@@ -44,6 +50,7 @@ ALLOWED = {
         "pipeline.algorithms.capability",
         "pipeline.history",
         "pipeline.records",
+        "pipeline.sections",
         "pipeline.settings",
     },
     "pipeline/lots.py": {"pipeline.algorithms", "pipeline.history", "pipeline.records", "pipeline.sampler"},
@@ -62,6 +69,7 @@ ALLOWED = {
         "pipeline.policy",
         "pipeline.ranges",
         "pipeline.records",
+        "pipeline.sections",
         "pipeline.settings",
         "pipeline.tasks",
         "pipeline.text",

@@ -14,7 +14,7 @@ import pytest
 from pipeline import launch
 from pipeline.launch import command, environment, first_host, hosts, rank_environment
 from pipeline.records import UserError
-from pipeline.settings import LaunchSettings
+from pipeline.sections import LaunchSettings
 
 PYTHON = sys.executable
 DEEPSPEED = [PYTHON, "-m", "deepspeed.launcher.runner"]

@@ -32,7 +32,7 @@ from pipeline import engine, mask_token, models, rollout, scratch
 from pipeline.data import Packing, collate
 from pipeline.policy import Policy, RewardModel, check_head
 from pipeline.records import Example, Item, UserError
-from pipeline.settings import ModelSettings
+from pipeline.sections import ModelSettings
 from pipeline.text import Encoder
 from tests import tiny
 

@@ -15,7 +15,7 @@ from pipeline.data import Packing, collate
 from pipeline.models import hugging_face
 from pipeline.policy import Policy, RewardModel, check_head
 from pipeline.records import Batch, Item, Message, UserError
-from pipeline.settings import ModelSettings
+from pipeline.sections import ModelSettings
 from reward_models import learned
 from tests import tiny
 

@@ -20,7 +20,7 @@ from pipeline.addresses import TOKEN
 from pipeline.http_reward import connect
 from pipeline.plugins import available
 from pipeline.records import UserError
-from pipeline.settings import HttpSettings
+from pipeline.sections import HttpSettings
 from reward_models import chrf
 from reward_models.serve import main, options_of, server_of
 

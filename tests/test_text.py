@@ -11,7 +11,7 @@ from transformers import GPT2Tokenizer, PreTrainedTokenizerFast, T5Tokenizer
 
 from pipeline import models, scratch
 from pipeline.records import Message, UserError
-from pipeline.settings import ModelSettings
+from pipeline.sections import ModelSettings
 from pipeline.text import Encoder, coloured, pad
 from tests import tiny
 

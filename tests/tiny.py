@@ -28,7 +28,7 @@ from pipeline.algorithms import supervised
 from pipeline.data import Packing, Windows
 from pipeline.layers import resolve
 from pipeline.records import Example, Item, Row
-from pipeline.settings import TemplateSettings
+from pipeline.sections import TemplateSettings
 from pipeline.text import Encoder
 
 V, H = 352, 32

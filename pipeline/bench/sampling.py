@@ -24,7 +24,7 @@ from pipeline.engine import Engine
 from pipeline.layers import resolve
 from pipeline.models import hugging_face
 from pipeline.records import Ask, Item, Response, Row
-from pipeline.settings import GenerationSettings
+from pipeline.sections import GenerationSettings
 
 LESS = Goal(5.0, at_least=True)
 GOAL_LENGTH = 256  # tokens, at which LESS is asked for
