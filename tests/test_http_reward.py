@@ -283,8 +283,10 @@ def test_a_server_that_speaks_something_else():
 
         def greet() -> None:
             client, _ = server.accept()
-            client.recv(10)
             client.sendall(b"220 mail at your service\r\n")
+            client.shutdown(socket.SHUT_WR)
+            while client.recv(4096):  # closed with something unread, the connection would break before the greeting
+                pass
             client.close()
 
         thread = threading.Thread(target=greet)
