@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 
 from pipeline import assembly, engine, evaluate, examples, rollout, runs, training, turns
-from pipeline.data import Windows
+from pipeline.data import Packing, Windows
 from pipeline.entry import run
+from pipeline.examples import Report
 from pipeline.loop import Evaluation, Watch
-from pipeline.records import Example
+from pipeline.records import Example, Item
 from pipeline.settings import Sft
 from pipeline.text import Encoder, coloured
 
@@ -45,8 +46,7 @@ def main(settings: Sft, words: Sequence[str]) -> None:
 
     items = encoded.items
     if settings.train_on == "all" and not (hides or policy.encoder_decoder):
-        items = turns.joined(items)
-        say(f"train: {len(encoded.items):,} turns read in {len(items):,} rows")
+        items = in_fewer_rows(items, say)
 
     def look(step: int) -> Evaluation:
         scalars = evaluate.held_out_loss(trainer, objective, tested.items, packing)
@@ -56,9 +56,8 @@ def main(settings: Sft, words: Sequence[str]) -> None:
             scalars["eval/masked_loss"] = masked["eval/loss"]
         return Evaluation(scalars, samples=spoken(trainer, encoder, held_out, settings))
 
-    draw = training.epochs(len(items), settings.train.batch_size, settings.seed)
     course = training.Course(
-        windows=Windows(items, draw, hidden, ranks.rank, ranks.world),
+        windows=windows(items, hidden, settings, ranks),
         objective=objective,
         max_steps=training.steps_for(settings, len(items)),
         eval_steps=settings.train.eval_steps,
@@ -67,6 +66,19 @@ def main(settings: Sft, words: Sequence[str]) -> None:
         export=assembly.exporter(trainer, encoder),
     )
     training.train(settings, directory, trainer, course)
+
+
+def windows(items: Sequence[Item], packing: Packing, settings: Sft, ranks: engine.Ranks) -> Windows:
+    """Every row once per epoch."""
+    draw = training.epochs(len(items), settings.train.batch_size, settings.seed)
+    return Windows(items, draw, packing, ranks.rank, ranks.world)
+
+
+def in_fewer_rows(items: Sequence[Item], say: Report) -> list[Item]:
+    """Each conversation in one row where that changes nothing, after a word about it."""
+    found = turns.joined(items)
+    say(f"train: {len(items):,} turns read in {len(found):,} rows")
+    return found
 
 
 def spoken(

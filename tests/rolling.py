@@ -109,7 +109,7 @@ def job_of(case: Case, zero: str, folder: Path) -> Job:
     frozen = None
     if module.needs(algorithm).ref_logp:
         frozen = engine.Engine(policy(case), trained.ranks, tiny.train_settings(zero=zero), None)
-    packing = Packing(None, 60, trained.module.encoder_decoder, tiny.PAD_ID)
+    packing = Packing(None, 60, trained.module.encoder_decoder, tiny.PAD_ID, prompts_once=True)
     rollouts = Rollouts(
         engine=trained,
         frozen=frozen,

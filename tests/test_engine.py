@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -296,22 +293,7 @@ def test_config_mistakes(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """What two processes saw, all stages in one launch."""
-    folder = tmp_path_factory.mktemp("two")
-    root = Path(__file__).parents[1]
-    hidden = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    environment = {name: value for name, value in os.environ.items() if name not in hidden}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    made = subprocess.run(
-        [*command, "-m", "tests.two_ranks", str(folder)],
-        cwd=root,
-        env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert made.returncode == 0, made.stderr[-3000:]
-    return torch.load(folder / "seen.pt", weights_only=True)
+    return tiny.on_two_processes("tests.two_ranks", tmp_path_factory.mktemp("two"))
 
 
 @pytest.mark.parametrize("zero", STAGES)

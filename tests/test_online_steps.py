@@ -5,18 +5,14 @@ from __future__ import annotations
 import gc
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from pipeline.checkpoint import Checkpoints, State
 from pipeline.tally import Interval, Tally
-from tests import rolling
+from tests import rolling, tiny
 from tests.rolling import CASES, STAGES, STEPS
 
 WEIGHTS = 1e-5  # the same sums in another order, three steps long
@@ -40,21 +36,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict:
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """What two processes did, in one launch."""
-    folder, root = tmp_path_factory.mktemp("together"), Path(__file__).parents[1]
-    hidden = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    environment = {name: value for name, value in os.environ.items() if name not in hidden}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    made = subprocess.run(
-        [*command, "-m", "tests.rolling", str(folder)],
-        cwd=root,
-        env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=400,
-    )
-    assert made.returncode == 0, made.stderr[-3000:]
-    return torch.load(folder / "seen.pt", weights_only=True)
+    return tiny.on_two_processes("tests.rolling", tmp_path_factory.mktemp("together"))
 
 
 def gap(ours: dict, theirs: dict) -> float:
@@ -154,3 +136,14 @@ def test_t08_a_step_that_was_not_taken_is_not_remembered(tmp_path: Path) -> None
     before = job.windows.remembered(1)
     job.windows.at(1)
     assert job.windows.remembered(1) == before
+
+
+def test_a_prompt_that_comes_twice_in_a_step_has_other_responses(tmp_path: Path) -> None:
+    """Two prompts, four places: each turn throws dice of its own, so no sample is paid for twice."""
+    job = rolling.job_of(rolling.Case(("algo=reinforce",), prompts=2, per_step=4), "zero0", tmp_path)
+    job.windows.at(0)
+    said: dict[str, list] = {}
+    for lot in job.windows.lots:
+        said.setdefault(lot.key, []).append([response.response_ids for response in lot.responses])
+    assert [len(turns) for turns in said.values()] == [2, 2]
+    assert all(first != second for first, second in said.values())

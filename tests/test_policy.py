@@ -215,3 +215,23 @@ def test_dropout_has_one_owner(shape: str) -> None:
     assert not torch.allclose(policy(batch), policy(batch))
     models.set_dropout(policy.model, 0.0)
     assert torch.equal(policy(batch), policy(batch))
+
+
+@pytest.mark.parametrize("shape", ["t5", "bart"])
+def test_prompts_that_are_read_once(shape: str) -> None:
+    """Five responses to two prompts: the encoder reads two rows; values and gradients are those of five."""
+    rows = tiny.items(5)
+    prompts = [rows[i % 2].rows[0].prompt_ids for i in range(5)]
+    items = [Item(x.example, (replace(x.rows[0], prompt_ids=ids),)) for x, ids in zip(rows, prompts, strict=True)]
+    policy, found = policy_of(shape), {}
+    for once in (False, True):
+        batch = collate(items, range(5), Packing(None, 10**6, True, tiny.PAD_ID, prompts_once=once))
+        assert len(batch.input_ids) == (2 if once else 5)
+        policy.zero_grad()
+        logp = policy(batch)
+        (logp * torch.arange(1, 6)[:, None]).sum().backward()
+        found[once] = [logp.detach(), *(p.grad.clone() for p in policy.parameters() if p.grad is not None)]
+    torch.testing.assert_close(found[True][0], found[False][0], rtol=1e-5, atol=1e-5)
+    # of all parameters together: some, such as the keys' biases, have a gradient of 0 but for rounding
+    ours, theirs = (torch.cat([grad.flatten() for grad in found[once][1:]]) for once in (True, False))
+    assert (ours - theirs).norm() <= 1e-5 * theirs.norm()

@@ -7,9 +7,6 @@ table, one division, torch's AdamW.
 from __future__ import annotations
 
 import gc
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -216,22 +213,7 @@ def same(found: dict, wanted: dict) -> None:
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """What two processes did: every algorithm under every stage, in one launch."""
-    folder = tmp_path_factory.mktemp("same_step")
-    root = Path(__file__).parents[1]
-    hidden = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    environment = {name: value for name, value in os.environ.items() if name not in hidden}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    made = subprocess.run(
-        [*command, "-m", "tests.same_step", str(folder)],
-        cwd=root,
-        env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert made.returncode == 0, made.stderr[-3000:]
-    return torch.load(folder / "seen.pt", weights_only=True)
+    return tiny.on_two_processes("tests.same_step", tmp_path_factory.mktemp("same_step"))
 
 
 @pytest.mark.parametrize("zero", STAGES)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
+import sys
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -129,6 +132,25 @@ def ranks() -> engine.Ranks:
         for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):  # DeepSpeed goes on reading LOCAL_RANK
             os.environ.pop(name, None)
     return group
+
+
+def on_two_processes(module: str, folder: Path) -> Any:
+    """What rank 0 of `torchrun --nproc-per-node 2 -m MODULE FOLDER` writes to FOLDER/seen.pt."""
+    root = Path(__file__).parents[1]
+    hidden = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    made = subprocess.run(
+        [*command, "-m", module, str(folder)],
+        cwd=root,
+        env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=400,
+    )
+    assert made.returncode == 0, made.stderr[-3000:]
+    return torch.load(folder / "seen.pt", weights_only=True)
 
 
 # what training tests share: large epsilon makes Adam's step depend on the size of the gradient, not on its sign alone
