@@ -8,8 +8,8 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from pipeline import model_checks
+from pipeline.errors import UserError
 from pipeline.model_checks import HEADS, READ_ERRORS, unreadable
-from pipeline.records import UserError
 from pipeline.sections import LoraSettings, ModelSettings
 
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from urllib.parse import SplitResult, urlsplit
 
-from pipeline.records import UserError
+from pipeline.errors import UserError
 
 TOKEN = "TIFFIN_REWARD_TOKEN"  # the environment variable with the key
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from pipeline import evaluate, examples, reference, rewards, rollout, runs, sampling
 from pipeline.data import Draw, Packing
 from pipeline.engine import Engine, Ranks
-from pipeline.records import Example, Item, UserError
+from pipeline.errors import UserError
+from pipeline.records import Example, Item
 from pipeline.settings import Rl
 from pipeline.tasks.convert import CHOSEN, REJECTED
 from pipeline.text import Encoder

@@ -13,15 +13,16 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from pipeline import examples, http_reward, model_checks, models, plugins, rewards, runs, vocabulary
+from pipeline import examples, files, http_reward, model_checks, models, plugins, rewards, runs, vocabulary
 from pipeline.addresses import is_address
 from pipeline.data import Packing, collate, packing_of
 from pipeline.engine import Engine, Ranks
+from pipeline.errors import UserError
 from pipeline.hiding import Hiding
 from pipeline.judges import Judges
 from pipeline.loop import Objective
 from pipeline.policy import Policy, RewardModel, check_head
-from pipeline.records import Batch, Item, Row, Stat, UserError
+from pipeline.records import Batch, Item, Row, Stat
 from pipeline.rewards import Rewards, is_learned, parse, resolve
 from pipeline.sections import ModelSettings, RewardSettings, TrainSettings
 from pipeline.settings import Algorithm, Common, Reward, Rl, Sft, WithModel
@@ -85,12 +86,12 @@ def start_model(settings: Reward | Rl) -> ModelSettings:
 
 def inputs(settings: WithModel, model: ModelSettings) -> dict[str, str]:
     """Fingerprints of what a stage starts from: model and data."""
-    found = {"model": "new" if model.path is None else runs.fingerprint(model.path)}
+    found = {"model": "new" if model.path is None else files.fingerprint(model.path)}
     if settings.data.task is not None:
         source, _ = plugins.split(settings.data.task)
-        return {**found, "data": runs.fingerprint(source) if source.endswith(".py") else f"task {settings.data.task}"}
+        return {**found, "data": files.fingerprint(source) if source.endswith(".py") else f"task {settings.data.task}"}
     places = examples.split_places(settings.data)
-    return {**found, **{f"data.{split}": runs.fingerprint(place) for split, place in places.items()}}
+    return {**found, **{f"data.{split}": files.fingerprint(place) for split, place in places.items()}}
 
 
 def encoder_of(
@@ -236,4 +237,4 @@ def reward_inputs(settings: Common, spec: Any, own: bool = True) -> dict[str, st
     trained = runs.reward_models(settings)
     names = [name for name, _ in parse(spec)] or (list(trained) if own else [])
     places = {name: trained.get(name, name.split(".py:")[0] + (".py" if ".py:" in name else "")) for name in names}
-    return {f"reward {name}": runs.fingerprint(place) for name, place in places.items()}
+    return {f"reward {name}": files.fingerprint(place) for name, place in places.items()}

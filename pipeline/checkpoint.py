@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from pipeline.engine import Engine, Ranks
-from pipeline.metrics import write_json, write_text
-from pipeline.records import UserError
+from pipeline.errors import UserError
+from pipeline.files import write_json, write_text
 from pipeline.tally import Interval, Tally
 
 

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from pipeline.aliases import ADVICE, ALIASES, SWITCHES
-from pipeline.records import UserError
-from pipeline.spelling import did_you_mean
+from pipeline.errors import UserError, did_you_mean
 from pipeline.validation import SettingPath
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from pipeline.errors import UserError
 from pipeline.hiding import Hiding
-from pipeline.records import Batch, Item, Stat, UserError
+from pipeline.records import Batch, Item, Stat
 from pipeline.sections import TrainSettings
 from pipeline.text import pad
 

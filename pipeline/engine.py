@@ -19,9 +19,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from pipeline import faults
+from pipeline import errors
+from pipeline.errors import UserError
 from pipeline.launch import free_port
-from pipeline.records import Batch, UserError
+from pipeline.records import Batch
 from pipeline.sections import OptimizerSettings, TrainSettings
 from pipeline.sharding import read_ds_config
 from pipeline.validation import one_complaint
@@ -101,7 +102,7 @@ def _tried(work: Callable[[], Any]) -> tuple[Any, str | None]:
     except UserError as error:
         return None, str(error)
     except OSError as error:
-        mistake = faults.told(error)
+        mistake = errors.told(error)
         if mistake is None:
             raise
         return None, str(mistake)

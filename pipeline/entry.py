@@ -7,10 +7,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from pipeline import faults
+from pipeline import errors
+from pipeline.errors import PreemptedError, UserError
 from pipeline.launch import rank_environment
 from pipeline.layers import resolve
-from pipeline.records import PreemptedError, UserError
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -37,7 +37,7 @@ def leave(work: Callable[[], int]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except (OSError, RuntimeError) as error:
-        mistake = faults.told(error)
+        mistake = errors.told(error)
         if mistake is None:
             raise
         complain(mistake)

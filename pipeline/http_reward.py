@@ -24,7 +24,8 @@ from typing import NamedTuple
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from pipeline.addresses import TOKEN, token, web_address
-from pipeline.records import RewardFunction, UserError
+from pipeline.errors import UserError
+from pipeline.records import RewardFunction
 from pipeline.rewards import shortened
 from pipeline.sections import HttpSettings
 

@@ -13,8 +13,8 @@ import time
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 
+from pipeline.errors import UserError
 from pipeline.judges import Question, Values
-from pipeline.records import UserError
 from pipeline.rewards import Reward, call, loaded
 
 LOOK_SECONDS = 0.5  # between two looks whether the process that asks is still there

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from multiprocessing import Pipe
 
-from pipeline.records import UserError
+from pipeline.errors import UserError
 
 LOOK_SECONDS = 1.0  # between two looks whether a worker that does not answer is still there
 

@@ -25,7 +25,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pipeline.records import UserError
+from pipeline.errors import UserError
 from pipeline.sections import LaunchSettings
 
 DISTRIBUTED = ("sft", "reward", "rl", "score", "generate", "evaluate")

@@ -29,9 +29,8 @@ from pipeline.config import (
     read_with_lines,
     sub_layer,
 )
-from pipeline.records import UserError
+from pipeline.errors import UserError, did_you_mean
 from pipeline.settings import STAGES
-from pipeline.spelling import did_you_mean
 from pipeline.validation import SettingPath, describe, known_paths, nearest_path, validated
 
 CONTROL = ("stage", "recipe", "config", "dry_run")  # words that choose layers; not settings

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from pipeline import advantages, assembly, engine, evaluate, examples, reference, runs, training
+from pipeline import advantages, assembly, engine, evaluate, examples, files, reference, training
 from pipeline.data import Windows
 from pipeline.lesson import Lesson, Scene, spoken
 from pipeline.loop import Evaluation, Objective, Watch
@@ -37,7 +37,7 @@ def lesson(scene: Scene) -> Lesson:
     policy = assembly.build_policy(model, encoder, settings.train, scene.data.max_response_length, settings.seed)
     packing = assembly.packing(settings.train, ranks, policy, encoder)
     trainer = engine.Engine(policy, ranks, settings.train, settings.optimizer)
-    ref = advantages.Reference(trainer, encoder, packing, settings, runs.fingerprint(model.path))
+    ref = advantages.Reference(trainer, encoder, packing, settings, files.fingerprint(model.path))
     source = advantages.ValueData(prompts, encoded.items, scene.judge, scene.judge_key)
     items, watched, facts = referenced(ref, encoded.items, tested.items, source, needs)
 

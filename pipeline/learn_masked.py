@@ -15,10 +15,11 @@ from pipeline.algorithms.functional import Drawn
 from pipeline.compositions import Composer
 from pipeline.data import Packing, Windows, collate
 from pipeline.engine import Engine
+from pipeline.errors import UserError
 from pipeline.lesson import Lesson, Scene, refuse, required_judge, spoken
 from pipeline.loop import Evaluation, Objective, Watch
 from pipeline.masked_table import samples_of
-from pipeline.records import Batch, Example, Item, Row, UserError
+from pipeline.records import Batch, Example, Item, Row
 from pipeline.text import Encoder, coloured
 
 CLOSE = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.1}  # relative to the states' size, by precision

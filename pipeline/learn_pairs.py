@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from pipeline import advantages, assembly, engine, examples, pairing, reference, runs, sampling, training
+from pipeline import advantages, assembly, engine, examples, files, pairing, reference, sampling, training
 from pipeline.data import Windows
 from pipeline.learn_data import Held, Look
 from pipeline.lesson import Lesson, Scene, refuse
@@ -33,7 +33,7 @@ def lesson(scene: Scene) -> Lesson:
     policy = assembly.build_policy(model, encoder, settings.train, scene.data.max_response_length, settings.seed)
     packing = assembly.packing(settings.train, ranks, policy, encoder)
     trainer = engine.Engine(policy, ranks, settings.train, settings.optimizer)
-    ref = advantages.Reference(trainer, encoder, packing, settings, runs.fingerprint(model.path))
+    ref = advantages.Reference(trainer, encoder, packing, settings, files.fingerprint(model.path))
     known = advantages.with_ref_logps(ref, [*encoded.items, *tested.items])
     items, watched = known[: len(train)], known[len(train) :]
     draw = training.epochs(len(items), settings.train.batch_size, settings.seed)

@@ -9,8 +9,9 @@ from typing import Any
 
 from pipeline import evaluate, rollout
 from pipeline.engine import Engine, Ranks
+from pipeline.errors import UserError
 from pipeline.loop import Objective
-from pipeline.records import Example, UserError
+from pipeline.records import Example
 from pipeline.rewards import Rewards
 from pipeline.sections import DataSettings, ModelSettings
 from pipeline.settings import Rl

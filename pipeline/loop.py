@@ -21,9 +21,10 @@ from torch import Tensor
 from pipeline.checkpoint import Checkpoints, State
 from pipeline.data import Source
 from pipeline.engine import Engine, Ranks
+from pipeline.errors import PreemptedError, UserError
 from pipeline.metrics import RunLog
 from pipeline.nonfinite import Micro, trace
-from pipeline.records import Batch, PreemptedError, Stat, UserError
+from pipeline.records import Batch, Stat
 from pipeline.sections import OptimizerSettings, TrainSettings
 from pipeline.tally import Interval, Tally
 

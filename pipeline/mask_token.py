@@ -11,7 +11,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.records import UserError
+from pipeline.errors import UserError
 from pipeline.scratch import MULTIPLE
 
 MASK = "<mask>"  # what is added where a vocabulary has nothing to spare

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pipeline import markdown, starts
-from pipeline.records import UserError
+from pipeline.files import flatten, read_metrics, write_json, write_jsonl, write_text
 
 DIGITS = 6  # significant digits in metrics.jsonl
 PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal to draw a bar on
@@ -217,59 +216,6 @@ class _Progress:
         self._bar.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, float | None]]:
-    """The rows of a metrics.jsonl in file order; none if it is absent.
-
-    A torn last line, which a kill leaves, is dropped. Raises UserError on any other line that is no JSON object.
-    """
-    if not path.is_file():
-        return []
-    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")  # the last is empty, or torn
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: not a JSON object ({error.msg}); remove that line") from error
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise UserError(f"{path}:{number}: wanted a JSON object with a whole number as 'step'; remove that line")
-        rows.append(row)
-    return rows
-
-
-def write_json(path: Path, value: object) -> None:
-    """`value` as indented JSON at `path`, complete or absent; numbers that are not finite become null."""
-    write_text(path, json.dumps(_jsonable(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_jsonl(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """`rows` as JSON lines at `path`, complete or absent; numbers that are not finite become null."""
-    write_text(path, "".join(json.dumps(_jsonable(r), ensure_ascii=False, allow_nan=False) + "\n" for r in rows))
-
-
-def flatten(nested: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Mappings within mappings as one with keys joined by '/'."""
-    flat: dict[str, object] = {}
-    for key, value in nested.items():
-        flat |= flatten(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
-
-
-def write_text(path: Path, text: str) -> None:
-    """`text` in UTF-8 at `path`, complete or absent; its folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".tmp")
-    try:
-        with open(draft, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except OSError as error:  # a full disk, for instance, does not say of what file
-        draft.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from None
-
-
 def _truncate(path: Path, resume_step: int) -> list[dict[str, float | None]]:
     """Keep the rows up to `resume_step` (none for 0) and return them; the file is rewritten whole."""
     rows = [row for row in read_metrics(path) if resume_step and row["step"] <= resume_step]
@@ -286,11 +232,3 @@ def _drop_samples(folder: Path, resume_step: int) -> None:
 
 def _rounded(value: float) -> float | None:
     return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
-
-
-def _jsonable(value: object) -> object:
-    if isinstance(value, Mapping):
-        return {str(key): _jsonable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_jsonable(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

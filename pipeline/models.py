@@ -25,10 +25,10 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from pipeline import faults, first_token, mask_token, model_checks
+from pipeline import errors, first_token, mask_token, model_checks
 from pipeline.adapters import adapter_of, under, with_lora
+from pipeline.errors import UserError
 from pipeline.model_checks import READ_ERRORS, unreadable
-from pipeline.records import UserError
 from pipeline.scratch import small_config, train_tokenizer
 from pipeline.sections import ModelSettings
 
@@ -295,4 +295,4 @@ def _write(
         if "os error" not in str(error):
             raise
         shutil.rmtree(directory, ignore_errors=True)
-        raise UserError(f"{directory}: cannot be written ({error}), {faults.ROOM}") from None
+        raise UserError(f"{directory}: cannot be written ({error}), {errors.ROOM}") from None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.engine import Ranks
-from pipeline.metrics import write_jsonl
+from pipeline.files import write_jsonl
 from pipeline.records import Batch, Item
 
 SHOWN = 20  # names in a message; the file has all

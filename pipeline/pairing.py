@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipeline import examples
+from pipeline.errors import UserError
 from pipeline.examples import Report
-from pipeline.records import Example, UserError
+from pipeline.records import Example
 from pipeline.sections import DataSettings
 from pipeline.tasks import convert
 

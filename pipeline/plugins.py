@@ -22,8 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
-from pipeline.records import UserError
-from pipeline.spelling import did_you_mean
+from pipeline.errors import UserError, did_you_mean
 
 Result = TypeVar("Result")
 

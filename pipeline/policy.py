@@ -14,8 +14,9 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from pipeline import attention
 from pipeline.algorithms import functional
+from pipeline.errors import UserError
 from pipeline.models import hugging_face
-from pipeline.records import Batch, UserError
+from pipeline.records import Batch
 
 CHUNK_ELEMENTS = 1 << 25  # logits alive at a time: 128 MB in float32
 

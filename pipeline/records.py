@@ -15,14 +15,6 @@ if TYPE_CHECKING:  # shapes and types only: the command line answers without loa
     from torch import Tensor
 
 
-class UserError(Exception):
-    """Something only the user can mend: one line with the place, what was found, what was wanted, the cure."""
-
-
-class PreemptedError(Exception):
-    """SIGTERM came, and what a resume needs is saved: one line that says so."""
-
-
 class Message(NamedTuple):
     """One turn of a chat prompt; `role` is system, user or assistant."""
 

@@ -21,7 +21,8 @@ from torch import Tensor
 from pipeline import locks, value
 from pipeline.data import Packing, collate, once, window
 from pipeline.engine import Engine
-from pipeline.records import Item, UserError
+from pipeline.errors import UserError
+from pipeline.records import Item
 from pipeline.sections import ValueSettings
 
 FORMAT = 2  # raise it when what is computed changes

@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline import page
+from pipeline.errors import UserError
+from pipeline.files import flatten, write_text
 from pipeline.health import Verdict
-from pipeline.metrics import flatten, write_text
 from pipeline.readings_stage import spent
-from pipeline.records import UserError
 from pipeline.report_curves import show_curves
 from pipeline.report_facts import duration, what_was_run
 from pipeline.report_look import look, of_evaluation

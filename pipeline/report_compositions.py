@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline import page, page_samples
 from pipeline.charts import MINUS, number
-from pipeline.records import UserError
+from pipeline.errors import UserError
 from pipeline.report_stages import json_object
 
 OPEN = 3  # rows that stand there without a click

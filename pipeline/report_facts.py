@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pipeline import page
 from pipeline.charts import NOTHING, number
+from pipeline.errors import UserError
 from pipeline.layers import resolve
-from pipeline.records import UserError
 from pipeline.report_stages import Stage
 from pipeline.runs import dotted
 

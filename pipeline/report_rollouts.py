@@ -14,7 +14,7 @@ from typing import Any
 from pipeline import page, page_samples
 from pipeline.algorithms.functional import EQUAL_REWARDS
 from pipeline.charts import MINUS, number
-from pipeline.records import UserError
+from pipeline.errors import UserError
 from pipeline.report_stages import json_object
 
 ROLLOUT = "rollout"  # the kind of these rows

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline import page, page_samples
 from pipeline.charts import MINUS, number
-from pipeline.records import UserError
+from pipeline.errors import UserError
 from pipeline.report_compositions import show_compositions
 from pipeline.report_rollouts import ROLLOUT, show_rollouts
 from pipeline.report_stages import json_object

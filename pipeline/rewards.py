@@ -27,9 +27,9 @@ from torch import Tensor
 
 from pipeline import plugins
 from pipeline.addresses import is_address
+from pipeline.errors import UserError, did_you_mean
 from pipeline.judges import Judges
-from pipeline.records import RewardFunction, Scores, UserError
-from pipeline.spelling import did_you_mean
+from pipeline.records import RewardFunction, Scores
 
 FOLDER = "reward_models"
 LARGEST = 3.4e38  # of a float32, in which models are trained

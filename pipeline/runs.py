@@ -6,7 +6,6 @@ a second start neither redoes what is done nor continues what has become somethi
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shlex
 import shutil
@@ -16,8 +15,8 @@ from typing import Any
 
 from pipeline import locks
 from pipeline.config import dump_yaml, load_yaml
-from pipeline.metrics import write_json, write_text
-from pipeline.records import UserError
+from pipeline.errors import UserError
+from pipeline.files import write_json, write_text
 from pipeline.settings import Common
 
 # What may differ between two starts of one stage: nothing here changes a weight or a reported number.
@@ -32,7 +31,6 @@ FREE = (
     "rewards.workers",
 )
 NOTES = ("config.yaml", "inputs.json", "command.txt", "data.json", ".lock")  # of a start, before it does anything
-BLOCK = 1 << 24
 
 
 def run_dir(settings: Common) -> Path:
@@ -66,22 +64,6 @@ def reward_models(settings: Common) -> dict[str, str]:
     folder = run_dir(settings) / "reward"
     found = sorted(folder.iterdir()) if folder.is_dir() else []
     return {path.name: str(path / "model") for path in found if finished(path) and (path / "model").is_dir()}
-
-
-def fingerprint(path: str | Path) -> str:
-    """sha256 over the names and bytes of a file, or of a model directory's files; the text itself for hub names."""
-    place = Path(path)
-    digest = hashlib.sha256()
-    if not place.exists():
-        digest.update(str(path).encode())
-        return digest.hexdigest()
-    files = sorted(p for p in place.iterdir() if p.is_file()) if place.is_dir() else [place]
-    for file in files:
-        digest.update(file.name.encode())
-        with open(file, "rb") as stream:
-            while block := stream.read(BLOCK):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def open_stage(directory: Path, settings: Common, words: Sequence[str], inputs: Mapping[str, str]) -> bool:

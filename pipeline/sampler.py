@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from pipeline.algorithms import capability
+from pipeline.errors import UserError
 from pipeline.history import History, Queue, Record
-from pipeline.records import UserError
 from pipeline.sections import SamplerSettings
 from pipeline.settings import Rl
 

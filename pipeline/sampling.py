@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from pipeline.records import UserError
+from pipeline.errors import UserError
 
 
 def epoch_rows(n: int, batch_size: int, step: int, seed: int) -> list[int]:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from pipeline import runs
 from pipeline.config import load_yaml
+from pipeline.errors import PreemptedError
 from pipeline.launch import command, environment, tell
-from pipeline.records import PreemptedError
 from pipeline.study import Task
 
 POLL_SECONDS = 0.2

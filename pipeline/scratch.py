@@ -18,7 +18,7 @@ from transformers import (
     T5Config,
 )
 
-from pipeline.records import UserError
+from pipeline.errors import UserError
 from pipeline.sections import ScratchSettings
 
 SPECIAL = PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"

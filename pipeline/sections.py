@@ -6,15 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from pipeline.ranges import (
-    Count,
-    Dropped,
-    Fraction,
-    NotNegative,
-    Port,
-    Positive,
-    Whole,
-)
+from pipeline.ranges import Count, Dropped, Fraction, NotNegative, Port, Positive, Whole
 
 
 class Section(BaseModel):

@@ -7,16 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.addresses import sound_addresses
-from pipeline.ranges import (
-    Count,
-    FolderName,
-    Fraction,
-    Positive,
-    ResultName,
-    Seed,
-    Split,
-    Whole,
-)
+from pipeline.ranges import Count, FolderName, Fraction, Positive, ResultName, Seed, Split, Whole
 from pipeline.sections import (
     DataSettings,
     EvalSettings,

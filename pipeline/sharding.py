@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.records import UserError
+from pipeline.errors import UserError
 
 DS_CONFIGS = Path(__file__).parent.parent / "ds_configs"
 STAGES = (0, 1, 2, 3)

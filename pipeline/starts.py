@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.records import UserError
+from pipeline.errors import UserError
 
 NAME = "starts.jsonl"
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "peft")

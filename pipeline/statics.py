@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.records import Example, Row, UserError
+from pipeline.errors import UserError
+from pipeline.records import Example, Row
 from pipeline.text import Encoder
 
 

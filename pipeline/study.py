@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from pipeline import runs
 from pipeline.config import WHOLE, Layer, Leaf, as_word, parse_overrides
+from pipeline.errors import UserError
 from pipeline.layers import Resolved, merge, reaching, resolve, resolve_steps
-from pipeline.records import UserError
 from pipeline.rewards import labelled, parse
 from pipeline.settings import Compare
 

@@ -13,7 +13,8 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.records import Message, Row, UserError
+from pipeline.errors import UserError
+from pipeline.records import Message, Row
 from pipeline.sections import TemplateSettings
 
 

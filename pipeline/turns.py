@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from pipeline.records import Example, Item, Row, UserError
+from pipeline.errors import UserError
+from pipeline.records import Example, Item, Row
 
 
 def learned(examples: Sequence[Example], which: str) -> list[Example]:

@@ -9,8 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from pipeline.records import UserError
-from pipeline.spelling import did_you_mean
+from pipeline.errors import UserError, did_you_mean
 
 SettingPath = tuple[str, ...]  # ("optimizer", "learning_rate")
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from pipeline.records import UserError
+from pipeline.errors import UserError
 from pipeline.sampling import epoch_rows
 
 AllSum = Callable[[Tensor], Tensor]  # the elementwise sum over ranks

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.records import UserError
+from pipeline.errors import UserError
 
 MARKS = (".", ",")  # after which the released code draws no mask
 

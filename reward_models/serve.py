@@ -24,8 +24,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from pipeline import addresses, plugins
-from pipeline.records import UserError
-from pipeline.spelling import did_you_mean
+from pipeline.errors import UserError, did_you_mean
 from reward_models import _comet
 
 MEGABYTE = 10**6

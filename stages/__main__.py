@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 from pipeline.config import ROOT, Layer, dump_yaml, parse_overrides
 from pipeline.entry import leave
+from pipeline.errors import UserError
 from pipeline.launch import DISTRIBUTED, command, environment, run
 from pipeline.layers import Resolved, resolve_steps
 from pipeline.listing import help_text
-from pipeline.records import UserError
 from pipeline.settings import Training
 
 HELP = ("stage=help", "--help", "-h")

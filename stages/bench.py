@@ -17,7 +17,7 @@ from pipeline import engine, runs
 from pipeline.bench import bare, bed, memory, overlap, peers, sampling, semi_offline, startup, steps
 from pipeline.bench.measure import Result, table
 from pipeline.entry import run
-from pipeline.metrics import write_json
+from pipeline.files import write_json
 from pipeline.settings import Bench
 
 PARTS: dict[str, Callable[[bed.Bed], list[Result]]] = {

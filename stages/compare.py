@@ -13,7 +13,7 @@ from pathlib import Path
 from pipeline import comparison, comparison_page, runs, schedule, study
 from pipeline.config import dump_yaml
 from pipeline.entry import run
-from pipeline.metrics import read_metrics, write_json, write_text
+from pipeline.files import read_metrics, write_json, write_text
 from pipeline.readings import series_of
 from pipeline.readings_stage import spent
 from pipeline.settings import Compare

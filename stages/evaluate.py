@@ -6,11 +6,12 @@ import gc
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline import assembly, engine, evaluate, examples, rollout, runs
+from pipeline import assembly, engine, evaluate, examples, files, rollout, runs
 from pipeline.engine import Ranks
 from pipeline.entry import run
-from pipeline.metrics import write_json, write_jsonl
-from pipeline.records import Example, Response, UserError
+from pipeline.errors import UserError
+from pipeline.files import write_json, write_jsonl
+from pipeline.records import Example, Response
 from pipeline.rewards import Rewards, labelled
 from pipeline.sections import ModelSettings
 from pipeline.settings import Evaluate
@@ -28,10 +29,12 @@ def main(settings: Evaluate, words: Sequence[str]) -> None:
     directory = runs.stage_dir(settings, "evaluate")
     models = {name: assembly.policy_model(settings, place) for name, place in settings.policies.items()}
     inputs = assembly.inputs(settings, settings.model)
-    inputs |= {f"policy {name}": runs.fingerprint(model.path) for name, model in models.items()}
+    inputs |= {f"policy {name}": files.fingerprint(model.path) for name, model in models.items()}
     inputs |= assembly.reward_inputs(settings, settings.reward)
     monitors = labelled(settings.monitors)
-    inputs |= {f"monitor {label}": runs.fingerprint(place) for label, place in monitors.items() if Path(place).is_dir()}
+    inputs |= {
+        f"monitor {label}": files.fingerprint(place) for label, place in monitors.items() if Path(place).is_dir()
+    }
     if not ranks.on_main(lambda: runs.open_stage(directory, settings, words, inputs)):
         return
     say = print if ranks.main else str

@@ -12,7 +12,7 @@ from functools import partial
 from pipeline import assembly, candidates, engine, evaluate, examples, rollout, runs
 from pipeline.candidates import Gathered
 from pipeline.entry import run
-from pipeline.metrics import write_json
+from pipeline.files import write_json
 from pipeline.records import Example, Response
 from pipeline.settings import Generate
 from pipeline.tasks.write import write_rows

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from pipeline import assembly, engine, examples, learn_data, learn_masked, learn_pairs, learn_policy, runs, training
 from pipeline.entry import run
+from pipeline.errors import UserError
 from pipeline.lesson import Scene
-from pipeline.records import UserError
 from pipeline.sections import DataSettings, ModelSettings
 from pipeline.settings import Rl
 

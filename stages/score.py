@@ -12,8 +12,9 @@ from collections.abc import Sequence
 
 from pipeline import assembly, candidates, engine, evaluate, examples, runs
 from pipeline.entry import run
-from pipeline.metrics import write_json
-from pipeline.records import Example, Scores, UserError
+from pipeline.errors import UserError
+from pipeline.files import write_json
+from pipeline.records import Example, Scores
 from pipeline.sections import DataSettings
 from pipeline.settings import Score
 from pipeline.tasks.write import write_rows

@@ -6,7 +6,7 @@ from statistics import correlation, mean
 
 import pytest
 
-from pipeline.records import UserError
+from pipeline.errors import UserError
 from pipeline.tasks.assistant import examples, ideal
 from pipeline.tasks.assistant_truth import judge, truth
 from pipeline.tasks.assistant_world import FILLERS, find_request, normalise, requests, split_of, topics

@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.aliases import ALGORITHM_IDS, ALIASES, SWITCHES
 from pipeline.config import ROOT, Leaf, dump_yaml, load_yaml, parse_overrides
+from pipeline.errors import UserError
 from pipeline.layers import House, merge, nested, resolve, resolve_steps
-from pipeline.records import UserError
 from pipeline.settings import STAGES
 from pipeline.validation import known_paths
 

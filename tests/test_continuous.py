@@ -9,7 +9,8 @@ import torch
 
 from pipeline import continuous, rollout
 from pipeline.data import Packing, collate
-from pipeline.records import Ask, Item, UserError
+from pipeline.errors import UserError
+from pipeline.records import Ask, Item
 from tests import tiny
 from tests.test_rollout import PROMPTS, generation, ids_of, speaker
 

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.records import Example, Message, UserError
+from pipeline.errors import UserError
+from pipeline.records import Example, Message
 from pipeline.tasks.convert import to_pairs, to_scored, to_supervised
 from pipeline.tasks.readers import read
 from pipeline.tasks.write import row_of, write_rows

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from pipeline.data import Packing, Windows, collate, group, once, packing_of, padded_tokens, window
-from pipeline.records import Example, Item, UserError
+from pipeline.errors import UserError
+from pipeline.records import Example, Item
 from pipeline.training import epochs
 from tests import tiny
 

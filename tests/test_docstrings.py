@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from pipeline.records import UserError
+from pipeline.errors import UserError
 from pipeline.tasks.docstrings import SPLIT_SHARES, examples, first_sentence, split_of
 
 

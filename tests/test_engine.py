@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from pipeline import engine, models, rollout, sharding
 from pipeline.algorithms import supervised
 from pipeline.data import Packing, collate
+from pipeline.errors import UserError
 from pipeline.models import hugging_face
 from pipeline.policy import Policy
-from pipeline.records import UserError
 from tests import tiny, two_ranks
 
 STAGES = ["zero0", "zero1", "zero2", "zero3"]

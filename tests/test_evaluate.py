@@ -11,9 +11,10 @@ import torch
 from pipeline import evaluate
 from pipeline.algorithms import supervised
 from pipeline.data import Packing
+from pipeline.errors import UserError
 from pipeline.loop import Objective
 from pipeline.policy import Policy
-from pipeline.records import Example, Message, Response, Scores, UserError
+from pipeline.records import Example, Message, Response, Scores
 from pipeline.rewards import Reward, Rewards
 from tests import tiny
 

@@ -13,7 +13,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from pipeline.records import UserError
+from pipeline.errors import UserError
 from pipeline.tasks.files import RawRow, raw_rows, stem
 from pipeline.tasks.find import split_files
 from pipeline.tasks.hub import HubName, folders, is_hub_name, parse

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from pipeline.records import Example, Message, UserError
+from pipeline.errors import UserError
+from pipeline.records import Example, Message
 from pipeline.tasks.formats import FORMATS
 from pipeline.tasks.readers import read
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from pipeline.algorithms import functional as f
-from pipeline.records import Batch, UserError
+from pipeline.errors import UserError
+from pipeline.records import Batch
 
 NAN = math.nan
 

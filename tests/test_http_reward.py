@@ -13,9 +13,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from pipeline.addresses import TOKEN, web_address
+from pipeline.errors import UserError
 from pipeline.http_reward import connect
 from pipeline.layers import resolve
-from pipeline.records import Message, UserError
+from pipeline.records import Message
 from pipeline.rewards import Reward, Rewards
 from pipeline.sections import HttpSettings
 

@@ -19,9 +19,9 @@ import torch
 from pipeline import assembly
 from pipeline.compositions import Composer
 from pipeline.data import Packing
+from pipeline.errors import UserError
 from pipeline.judges import Judges, Question, cuts, lost
 from pipeline.loop import Job
-from pipeline.records import UserError
 from pipeline.rewards import Reward, Rewards, loaded
 from tests import masked, same_step, tiny
 

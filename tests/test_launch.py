@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from pipeline import launch
+from pipeline.errors import UserError
 from pipeline.launch import command, environment, first_host, hosts, rank_environment
-from pipeline.records import UserError
 from pipeline.sections import LaunchSettings
 
 PYTHON = sys.executable

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import locks
-from pipeline.records import UserError
+from pipeline.errors import UserError
 
 HOLDER = """
 import sys, time

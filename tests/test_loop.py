@@ -20,9 +20,10 @@ from pipeline.algorithms import offline, supervised
 from pipeline.checkpoint import Checkpoints, State
 from pipeline.data import Packing, Windows, collate
 from pipeline.engine import Engine
+from pipeline.errors import PreemptedError, UserError
 from pipeline.loop import Evaluation, Objective, Watch
 from pipeline.policy import Policy
-from pipeline.records import Item, PreemptedError, UserError
+from pipeline.records import Item
 from pipeline.tally import Interval, Tally
 from tests import tiny
 

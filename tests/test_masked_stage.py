@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from pipeline.records import PreemptedError
+from pipeline.errors import PreemptedError
 from tests.test_stages import SHORT, SMALL_TRAIN, TINY, rows, run, train
 
 SHAPES = ("llama", "t5")

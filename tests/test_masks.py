@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import ByT5Tokenizer, GPT2Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, T5Tokenizer
 
 from pipeline import scratch
+from pipeline.errors import UserError
 from pipeline.masks import draw
-from pipeline.records import UserError
 from pipeline.settings import Masking
 from pipeline.tasks import assistant
 from pipeline.vocabulary import Vocabulary, vocabulary

@@ -12,8 +12,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pipeline import markdown, starts
 from pipeline.algorithms.functional import mean_stat, std_stat
-from pipeline.metrics import LAYOUT, RunLog, flatten, read_metrics, write_json
-from pipeline.records import Stat, UserError
+from pipeline.errors import UserError
+from pipeline.files import flatten, read_metrics, write_json
+from pipeline.metrics import LAYOUT, RunLog
+from pipeline.records import Stat
 from pipeline.tally import Tally
 
 VALUES = torch.tensor([1.0, 2.0, 3.0, 6.0])

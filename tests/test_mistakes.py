@@ -21,12 +21,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import faults
+from pipeline import errors
 from pipeline.aliases import ALIASES
 from pipeline.config import ROOT
+from pipeline.errors import UserError
 from pipeline.launch import command, free_port
 from pipeline.layers import resolve_steps
-from pipeline.records import UserError
 from tests.mistakes import Mistake, answers, judge, lines, pairs
 from tests.mistakes_in_data import DATA
 from tests.mistakes_in_models import MODELS, REWARDS, SYSTEM
@@ -74,7 +74,7 @@ def start(words: list[str]) -> None:
         try:
             importlib.import_module(f"stages.{step.stage}").main(step.settings, list(step.words))
         except (OSError, RuntimeError) as error:
-            mistake = faults.told(error)
+            mistake = errors.told(error)
             if mistake is None:
                 raise
             raise mistake from error
@@ -246,7 +246,7 @@ def test_a_port_that_is_taken_is_told_before_anything_starts(tmp_path: Path) -> 
     ],
 )
 def test_what_the_machine_refuses_is_told_and_what_is_ours_is_not_hidden(error: OSError, told: str | None) -> None:
-    mistake = faults.told(error)
+    mistake = errors.told(error)
     assert (mistake is None) if told is None else (told in str(mistake))
 
 

@@ -5,7 +5,7 @@ from datetime import date, datetime
 
 import pytest
 
-from pipeline.records import UserError
+from pipeline.errors import UserError
 from pipeline.tasks import numeral_words as words
 from pipeline.tasks.numerals import KINDS, MOST, SPLITS, examples, roman, split_of
 

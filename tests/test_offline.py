@@ -9,7 +9,8 @@ import torch
 
 from pipeline.algorithms import offline
 from pipeline.algorithms.functional import merge, reduce
-from pipeline.records import Batch, Needs, UserError
+from pipeline.errors import UserError
+from pipeline.records import Batch, Needs
 
 Settings = offline.Settings
 NAN = math.nan

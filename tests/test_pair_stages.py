@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.records import UserError
+from pipeline.errors import UserError
 from tests.test_stages import SHORT, rows, train
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline import plugins
-from pipeline.records import UserError
+from pipeline.errors import UserError
 from reward_models import length, rouge
 
 FOLDER = "reward_models"

@@ -8,7 +8,8 @@ import torch
 
 from pipeline.algorithms import preference
 from pipeline.algorithms.functional import reduce
-from pipeline.records import Batch, Needs, UserError
+from pipeline.errors import UserError
+from pipeline.records import Batch, Needs
 
 Settings = preference.Settings
 BT = Settings(objective="bradley_terry", use_margin=False, center_coef=0.0)

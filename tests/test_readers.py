@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.records import UserError
+from pipeline.errors import UserError
 from pipeline.tasks.readers import Filters, read
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

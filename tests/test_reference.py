@@ -11,8 +11,9 @@ import torch
 from pipeline import advantages, models, reference, value
 from pipeline.algorithms import offline
 from pipeline.data import Packing, collate
+from pipeline.errors import UserError
 from pipeline.policy import Policy
-from pipeline.records import Item, UserError
+from pipeline.records import Item
 from tests import tiny
 
 PACKING = Packing(None, 60, False, tiny.PAD_ID)

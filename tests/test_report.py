@@ -9,10 +9,10 @@ import pytest
 
 from pipeline import charts
 from pipeline.chart_table import CHARTS, charts_for
+from pipeline.errors import UserError
 from pipeline.glossary import metric_of
 from pipeline.health import RULES
 from pipeline.readings import series_of
-from pipeline.records import UserError
 from pipeline.report import build
 from pipeline.report_curves import bounds, show_curves
 

@@ -12,8 +12,8 @@ import pytest
 
 from pipeline.checkpoint import Checkpoints, State
 from pipeline.config import ROOT
+from pipeline.errors import UserError
 from pipeline.policy import Policy
-from pipeline.records import UserError
 from pipeline.tally import Interval, Tally
 from tests import tiny
 from tests.test_stages import SHORT, SMALL_TRAIN, run, train

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.records import UserError
+from pipeline.errors import UserError
 from pipeline.rewards import Reward, Rewards, bounds, length_correlation, parse, resolve, shortened
 from reward_models import length, rouge
 

@@ -7,8 +7,9 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from pipeline import engine, rollout
+from pipeline.errors import UserError
 from pipeline.policy import Policy
-from pipeline.records import Example, UserError
+from pipeline.records import Example
 from pipeline.text import Encoder
 from tests import tiny
 

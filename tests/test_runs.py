@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import runs
+from pipeline import files, runs
 from pipeline.config import load_yaml
-from pipeline.metrics import write_json
-from pipeline.records import UserError
+from pipeline.errors import UserError
+from pipeline.files import write_json
 from tests import tiny
 
 WORDS = ["stage=sft", "data.train=my rows.jsonl"]
@@ -105,15 +105,15 @@ def test_fingerprints_follow_names_and_bytes(tmp_path: Path) -> None:
     model.mkdir()
     (model / "a.bin").write_bytes(b"one")
     (model / "b.bin").write_bytes(b"two")
-    first = runs.fingerprint(model)
-    assert runs.fingerprint(str(model)) == first
+    first = files.fingerprint(model)
+    assert files.fingerprint(str(model)) == first
     (model / "a.bin").write_bytes(b"0ne")
-    changed = runs.fingerprint(model)
+    changed = files.fingerprint(model)
     (model / "a.bin").write_bytes(b"one")
-    assert runs.fingerprint(model) == first
+    assert files.fingerprint(model) == first
     (model / "a.bin").rename(model / "c.bin")
-    assert len({first, changed, runs.fingerprint(model), runs.fingerprint(model / "b.bin")}) == 4
-    assert runs.fingerprint("org/name") != runs.fingerprint("org/other")
+    assert len({first, changed, files.fingerprint(model), files.fingerprint(model / "b.bin")}) == 4
+    assert files.fingerprint("org/name") != files.fingerprint("org/other")
 
 
 def test_where_stages_lie(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline import sampling
-from pipeline.records import UserError
+from pipeline.errors import UserError
 
 ADVANTAGES = [0.3, -0.2, 0.1, 0.0, 0.6]
 

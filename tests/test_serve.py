@@ -17,9 +17,9 @@ from typing import NamedTuple
 import pytest
 
 from pipeline.addresses import TOKEN
+from pipeline.errors import UserError
 from pipeline.http_reward import connect
 from pipeline.plugins import available
-from pipeline.records import UserError
 from pipeline.sections import HttpSettings
 from reward_models import chrf
 from reward_models.serve import main, options_of, server_of

@@ -10,9 +10,10 @@ import torch
 from pipeline import turns
 from pipeline.algorithms import supervised
 from pipeline.data import Packing, collate
+from pipeline.errors import UserError
 from pipeline.examples import completion_rows, encode
 from pipeline.policy import Policy
-from pipeline.records import Example, Message, Row, UserError
+from pipeline.records import Example, Message, Row
 from pipeline.text import Encoder
 from tests import tiny
 

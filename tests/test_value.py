@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from pipeline.records import UserError
+from pipeline.errors import UserError
 from pipeline.value import ValueHead, fit, predict
 
 H = 16

@@ -14,8 +14,9 @@ import torch
 from pipeline import engine, reference, rollout
 from pipeline.checkpoint import Checkpoints, State
 from pipeline.data import Packing
+from pipeline.errors import UserError
 from pipeline.policy import Policy
-from pipeline.records import Example, UserError
+from pipeline.records import Example
 from pipeline.tally import Interval, Tally
 from tests import tiny
 

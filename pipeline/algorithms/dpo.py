@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.algorithms.functional import masked_sum, mean_stat, sequence_logp
-from pipeline.records import Batch, Needs, Stat, UserError
+from pipeline.errors import UserError
+from pipeline.records import Batch, Needs, Stat
 
 MEAN_OVER = "pairs"
 RESPONSES = "pairs"

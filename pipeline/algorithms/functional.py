@@ -15,7 +15,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.records import Batch, Stat, UserError
+from pipeline.errors import UserError
+from pipeline.records import Batch, Stat
 
 Head = Callable[[Tensor], Tensor]  # hidden states (N, H) -> logits (N, V)
 

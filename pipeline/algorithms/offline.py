@@ -41,16 +41,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pipeline.algorithms.functional import (
-    clip_ratio,
-    ess_stat,
-    item_numbers,
-    k3,
-    mean_stat,
-    sequence_logp,
-    std_stat,
-)
-from pipeline.records import Batch, Needs, Stat, UserError
+from pipeline.algorithms.functional import clip_ratio, ess_stat, item_numbers, k3, mean_stat, sequence_logp, std_stat
+from pipeline.errors import UserError
+from pipeline.records import Batch, Needs, Stat
 
 MEAN_OVER = "sequences"
 RESPONSES = "data"

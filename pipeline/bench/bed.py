@@ -15,11 +15,12 @@ from pipeline.checkpoint import Checkpoints
 from pipeline.config import ROOT
 from pipeline.data import Packing, Windows, packing_of
 from pipeline.engine import Engine, Ranks
+from pipeline.errors import UserError
 from pipeline.layers import resolve
 from pipeline.loop import Evaluation, Job, Watch, one_step, summary
 from pipeline.metrics import RunLog
 from pipeline.policy import Policy, RewardModel
-from pipeline.records import Item, UserError
+from pipeline.records import Item
 from pipeline.settings import Algorithm, Bench
 from pipeline.tally import Interval, Tally
 from pipeline.text import Encoder

@@ -58,7 +58,7 @@ def main(clock: str, words: Sequence[str]) -> dict[str, float]:
 
 def load() -> None:
     """Import what a training stage imports."""
-    from pipeline import assembly, engine, evaluate, examples, rollout, runs, training  # noqa: F401
+    from pipeline import training  # noqa: F401
 
 
 if __name__ == "__main__":

@@ -24,8 +24,9 @@ from pipeline import models
 from pipeline.bench.bed import Bed, algorithm_of, environment, even, job, new_engine, new_policy, new_scalar, stepper
 from pipeline.bench.measure import Goal, Result, compared, timed
 from pipeline.bench.steps import with_advantages
+from pipeline.errors import UserError
 from pipeline.loop import Job
-from pipeline.records import Item, UserError
+from pipeline.records import Item
 
 FASTER = Goal(1.2, at_least=True)
 WORKER = Path(__file__).with_name("trl_worker.py")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pipeline.bench.bed import Bed, environment
 from pipeline.bench.measure import Result
-from pipeline.records import UserError
+from pipeline.errors import UserError
 
 SHOWN = 6  # libraries
 ONE_STEP = ("max_steps=1", "train.logging_steps=1", "train.eval_steps=null", "eval.max_rows=8", "eval.num_samples=0")

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from random import Random
 from typing import TypeVar
 
-from pipeline.records import Example, UserError
-from pipeline.spelling import did_you_mean
+from pipeline.errors import UserError, did_you_mean
+from pipeline.records import Example
 from pipeline.tasks.assistant_truth import judge
 from pipeline.tasks.assistant_world import (
     CARELESS,

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
-from pipeline.records import Example, UserError
+from pipeline.errors import UserError
+from pipeline.records import Example
 
 CHOSEN, REJECTED = "/chosen", "/rejected"  # what the ids of the two rows of a pair end with
 

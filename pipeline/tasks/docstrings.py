@@ -18,8 +18,8 @@ from inspect import cleandoc
 from pathlib import Path
 from random import Random
 
-from pipeline.records import Example, UserError
-from pipeline.spelling import did_you_mean
+from pipeline.errors import UserError, did_you_mean
+from pipeline.records import Example
 
 TASK = "docstrings"
 SPLIT_SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}  # of the modules

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from pipeline.errors import did_you_mean
 from pipeline.records import Message
-from pipeline.spelling import did_you_mean
 
 Columns = Mapping[str, object]
 

@@ -16,8 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.records import UserError
-from pipeline.spelling import did_you_mean
+from pipeline.errors import UserError, did_you_mean
 from pipeline.tasks import hub
 from pipeline.tasks.json_rows import array_rows
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.records import UserError
+from pipeline.errors import UserError
 from pipeline.tasks import hub
 from pipeline.tasks.files import known_ending, stem
 

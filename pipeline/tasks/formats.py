@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
+from pipeline.errors import did_you_mean
 from pipeline.records import Example
-from pipeline.spelling import did_you_mean
 from pipeline.tasks.columns import (
     CARRIED,
     COMPLETION,
@@ -22,16 +22,7 @@ from pipeline.tasks.columns import (
     prompt_of,
     response_of,
 )
-from pipeline.tasks.fields import (
-    Columns,
-    RowError,
-    first_of,
-    has,
-    number,
-    optional_number,
-    optional_text,
-    text,
-)
+from pipeline.tasks.fields import Columns, RowError, first_of, has, number, optional_number, optional_text, text
 from pipeline.tasks.released import candidates_tsv, gen_task, hh, prefix_suffix
 
 REWARD = ("reward", "score")

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.records import UserError
+from pipeline.errors import UserError
 
 _NAME = re.compile(
     r"(?P<owner>[\w-][\w.-]*)/(?P<name>[\w.-]+)(?:/(?P<folder>[\w./-]+))?"

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 
-from pipeline.records import UserError
+from pipeline.errors import UserError
 
 _DECODER = json.JSONDecoder()
 _BLANK = re.compile(r"[ \t\r\n]*")

@@ -32,8 +32,8 @@ from calendar import monthrange
 from collections.abc import Callable, Iterator
 from random import Random
 
-from pipeline.records import Example, UserError
-from pipeline.spelling import did_you_mean
+from pipeline.errors import UserError, did_you_mean
+from pipeline.records import Example
 from pipeline.tasks import numeral_words as words
 
 TASK = "numerals"

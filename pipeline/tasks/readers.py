@@ -12,8 +12,8 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.records import Example, UserError
-from pipeline.spelling import did_you_mean
+from pipeline.errors import UserError, did_you_mean
+from pipeline.records import Example
 from pipeline.tasks.fields import Columns, RowError, described
 from pipeline.tasks.files import RawRow, candidate_header, is_tab_separated, raw_rows, stem
 from pipeline.tasks.formats import FORMATS, detect, unused_columns

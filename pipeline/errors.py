@@ -1,12 +1,12 @@
-"""What the machine refuses - room, permission, a place that is something else - as one line for the user."""
+"""What only a user can mend, in one line: the errors that say so, the system's own in words, near misses of names."""
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
 import shutil
-
-from pipeline.records import UserError
+from collections.abc import Iterable
 
 ROOM = "wanted room: free some, or raise the quota; the same command goes on from what is whole"
 RIGHT = "wanted a place that may be read and written: mend its rights, or choose another runs_dir="
@@ -27,6 +27,14 @@ CURES = {
 TORCH_MARKS = ("PytorchStreamWriter failed", "iostream error", "unexpected pos")  # torch.save on a full disk
 
 
+class UserError(Exception):
+    """Something only the user can mend: one line with the place, what was found, what was wanted, the cure."""
+
+
+class PreemptedError(Exception):
+    """SIGTERM came, and what a resume needs is saved: one line that says so."""
+
+
 def told(error: OSError | RuntimeError) -> UserError | None:
     """The line for an error that only the user can mend, None where the error is of another kind."""
     if isinstance(error, shutil.Error):  # copytree's: a list of (source, target, reason)
@@ -39,3 +47,9 @@ def told(error: OSError | RuntimeError) -> UserError | None:
     if isinstance(error, RuntimeError) and any(mark in message for mark in TORCH_MARKS):
         return UserError(f"disk: weights cannot be written ({message[:120]}), {ROOM}")
     return None
+
+
+def did_you_mean(wrong: str, known: Iterable[str]) -> str:
+    """ "; did you mean 'x'?" for the known name nearest to `wrong`, or nothing where none is near."""
+    near = difflib.get_close_matches(wrong, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,91 @@
+"""Text and JSON files written whole or not at all, metrics.jsonl read back, and fingerprints. Needs no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pipeline.errors import UserError
+
+BLOCK = 1 << 24
+
+
+def fingerprint(path: str | Path) -> str:
+    """sha256 over the names and bytes of a file, or of a model directory's files; the text itself for hub names."""
+    place = Path(path)
+    digest = hashlib.sha256()
+    if not place.exists():
+        digest.update(str(path).encode())
+        return digest.hexdigest()
+    files = sorted(p for p in place.iterdir() if p.is_file()) if place.is_dir() else [place]
+    for file in files:
+        digest.update(file.name.encode())
+        with open(file, "rb") as stream:
+            while block := stream.read(BLOCK):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def read_metrics(path: Path) -> list[dict[str, float | None]]:
+    """The rows of a metrics.jsonl in file order; none if it is absent.
+
+    A torn last line, which a kill leaves, is dropped. Raises UserError on any other line that is no JSON object.
+    """
+    if not path.is_file():
+        return []
+    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")  # the last is empty, or torn
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{number}: not a JSON object ({error.msg}); remove that line") from error
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise UserError(f"{path}:{number}: wanted a JSON object with a whole number as 'step'; remove that line")
+        rows.append(row)
+    return rows
+
+
+def write_json(path: Path, value: object) -> None:
+    """`value` as indented JSON at `path`, complete or absent; numbers that are not finite become null."""
+    write_text(path, json.dumps(_jsonable(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """`rows` as JSON lines at `path`, complete or absent; numbers that are not finite become null."""
+    write_text(path, "".join(json.dumps(_jsonable(r), ensure_ascii=False, allow_nan=False) + "\n" for r in rows))
+
+
+def flatten(nested: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Mappings within mappings as one with keys joined by '/'."""
+    flat: dict[str, object] = {}
+    for key, value in nested.items():
+        flat |= flatten(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def write_text(path: Path, text: str) -> None:
+    """`text` in UTF-8 at `path`, complete or absent; its folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".tmp")
+    try:
+        with open(draft, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except OSError as error:  # a full disk, for instance, does not say of what file
+        draft.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _jsonable(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
