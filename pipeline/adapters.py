@@ -8,9 +8,9 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from pipeline import model_checks
+from pipeline.config.sections import LoraSettings, ModelSettings
 from pipeline.errors import UserError
 from pipeline.model_checks import HEADS, READ_ERRORS, unreadable
-from pipeline.sections import LoraSettings, ModelSettings
 
 
 def with_lora(

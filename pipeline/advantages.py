@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from pipeline import evaluate, examples, reference, rewards, rollout, runs, sampling
+from pipeline.config.schema import Rl
 from pipeline.data import Draw, Packing
 from pipeline.engine import Engine, Ranks
 from pipeline.errors import UserError
 from pipeline.records import Example, Item
-from pipeline.settings import Rl
 from pipeline.tasks.convert import CHOSEN, REJECTED
 from pipeline.text import Encoder
 

@@ -14,7 +14,10 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from pipeline import examples, files, http_reward, model_checks, models, plugins, rewards, runs, vocabulary
-from pipeline.addresses import is_address
+from pipeline.config.reward_spec import is_address, parse
+from pipeline.config.schema import Algorithm, Common, Reward, Rl, Sft, WithModel
+from pipeline.config.sections import ModelSettings, RewardSettings, TrainSettings
+from pipeline.config.validate import one_complaint
 from pipeline.data import Packing, collate, packing_of
 from pipeline.engine import Engine, Ranks
 from pipeline.errors import UserError
@@ -23,11 +26,8 @@ from pipeline.judges import Judges
 from pipeline.loop import Objective
 from pipeline.policy import Policy, RewardModel, check_head
 from pipeline.records import Batch, Item, Row, Stat
-from pipeline.rewards import Rewards, is_learned, parse, resolve
-from pipeline.sections import ModelSettings, RewardSettings, TrainSettings
-from pipeline.settings import Algorithm, Common, Reward, Rl, Sft, WithModel
+from pipeline.rewards import Rewards, is_learned, resolve
 from pipeline.text import Encoder
-from pipeline.validation import one_complaint
 from reward_models import learned
 
 

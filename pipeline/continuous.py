@@ -19,12 +19,12 @@ import transformers
 from packaging.version import Version
 from transformers import GenerationConfig
 
+from pipeline.config.sections import GenerationSettings
 from pipeline.errors import UserError
 from pipeline.models import hugging_face
 from pipeline.policy import Policy
 from pipeline.records import Ask, Said, Seen
 from pipeline.sampling import generator
-from pipeline.sections import GenerationSettings
 
 if TYPE_CHECKING:
     from transformers import ContinuousBatchingConfig

@@ -20,12 +20,12 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from pipeline import errors
+from pipeline.config.deepspeed import read_ds_config
+from pipeline.config.sections import OptimizerSettings, TrainSettings
+from pipeline.config.validate import one_complaint
 from pipeline.errors import UserError
 from pipeline.launch import free_port
 from pipeline.records import Batch
-from pipeline.sections import OptimizerSettings, TrainSettings
-from pipeline.sharding import read_ds_config
-from pipeline.validation import one_complaint
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from pipeline import errors
+from pipeline.config.resolve import resolve
 from pipeline.errors import PreemptedError, UserError
 from pipeline.launch import rank_environment
-from pipeline.layers import resolve
 
 USER_ERROR = 2
 INTERRUPTED = 130

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline import plugins
+from pipeline.config.sections import DataSettings, TemplateSettings
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.records import Example, Item, Row
-from pipeline.sections import DataSettings, TemplateSettings
 from pipeline.tasks import convert, find, hub, readers
 from pipeline.text import Encoder
 

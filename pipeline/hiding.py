@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from pipeline import masks
+from pipeline.config.schema import Masking
 from pipeline.records import Batch, Item, Row, Static
 from pipeline.sampling import generator
-from pipeline.settings import Masking
 from pipeline.text import pad
 from pipeline.vocabulary import Vocabulary
 

@@ -23,11 +23,11 @@ from threading import Event
 from typing import NamedTuple
 from urllib.parse import SplitResult, urljoin, urlsplit
 
-from pipeline.addresses import TOKEN, token, web_address
+from pipeline.config.reward_spec import TOKEN, token, web_address
+from pipeline.config.sections import HttpSettings
 from pipeline.errors import UserError
 from pipeline.records import RewardFunction
 from pipeline.rewards import shortened
-from pipeline.sections import HttpSettings
 
 LONGEST_WAIT = 60.0  # seconds between two tries
 MEGABYTE = 10**6

@@ -25,8 +25,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.sections import LaunchSettings
 from pipeline.errors import UserError
-from pipeline.sections import LaunchSettings
 
 DISTRIBUTED = ("sft", "reward", "rl", "score", "generate", "evaluate")
 PORTS = range(20_000, 32_000)

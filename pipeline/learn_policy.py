@@ -18,6 +18,8 @@ from torch import Tensor
 from pipeline import assembly, engine, evaluate, examples, lots, reference, rollout, statics, training
 from pipeline.algorithms import capability
 from pipeline.algorithms.functional import mean_stat
+from pipeline.config.schema import Rl
+from pipeline.config.sections import GenerationSettings
 from pipeline.data import Draw, Packing, collate, window
 from pipeline.engine import Engine
 from pipeline.history import Queue, prompt_key
@@ -28,8 +30,6 @@ from pipeline.records import Batch, Example, Item, Row, Stat
 from pipeline.rewards import Rewards
 from pipeline.rollout import Ask
 from pipeline.sampler import Sampler, check_sampler, spoken_sampler
-from pipeline.sections import GenerationSettings
-from pipeline.settings import Rl
 from pipeline.text import Encoder
 
 TURN = 1_000_000  # more than the responses that a prompt has at once

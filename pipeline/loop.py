@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoint import Checkpoints, State
+from pipeline.config.sections import OptimizerSettings, TrainSettings
 from pipeline.data import Source
 from pipeline.engine import Engine, Ranks
 from pipeline.errors import PreemptedError, UserError
 from pipeline.metrics import RunLog
 from pipeline.nonfinite import Micro, trace
 from pipeline.records import Batch, Stat
-from pipeline.sections import OptimizerSettings, TrainSettings
 from pipeline.tally import Interval, Tally
 
 Output = Tensor | tuple[Tensor, ...]

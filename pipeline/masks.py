@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pipeline.settings import Masking
+from pipeline.config.schema import Masking
 from pipeline.vocabulary import Vocabulary
 
 

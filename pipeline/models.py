@@ -27,10 +27,10 @@ from transformers.utils import logging as transformers_logging
 
 from pipeline import errors, first_token, mask_token, model_checks
 from pipeline.adapters import adapter_of, under, with_lora
+from pipeline.config.sections import ModelSettings
 from pipeline.errors import UserError
 from pipeline.model_checks import READ_ERRORS, unreadable
 from pipeline.scratch import small_config, train_tokenizer
-from pipeline.sections import ModelSettings
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipeline import examples
+from pipeline.config.sections import DataSettings
 from pipeline.errors import UserError
 from pipeline.examples import Report
 from pipeline.records import Example
-from pipeline.sections import DataSettings
 from pipeline.tasks import convert
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.sections import ModelSettings
-from pipeline.settings import Plan, Training
-from pipeline.sharding import read_ds_config
+from pipeline.config.deepspeed import read_ds_config
+from pipeline.config.schema import Plan, Training
+from pipeline.config.sections import ModelSettings
 
 GB = 1e9
 

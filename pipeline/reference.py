@@ -19,11 +19,11 @@ import transformers
 from torch import Tensor
 
 from pipeline import locks, value
+from pipeline.config.sections import ValueSettings
 from pipeline.data import Packing, collate, once, window
 from pipeline.engine import Engine
 from pipeline.errors import UserError
 from pipeline.records import Item
-from pipeline.sections import ValueSettings
 
 FORMAT = 2  # raise it when what is computed changes
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pipeline import page
 from pipeline.charts import NOTHING, number
+from pipeline.config.resolve import resolve
 from pipeline.errors import UserError
-from pipeline.layers import resolve
 from pipeline.report_stages import Stage
 from pipeline.runs import dotted
 

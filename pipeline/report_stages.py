@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline import starts
-from pipeline.config import load_yaml
+from pipeline.config.yaml_layers import load_yaml
 from pipeline.errors import UserError
 from pipeline.files import flatten, read_metrics
 from pipeline.health import Verdict, judge

@@ -26,7 +26,7 @@ import numpy as np
 from torch import Tensor
 
 from pipeline import plugins
-from pipeline.addresses import is_address
+from pipeline.config.reward_spec import is_address
 from pipeline.errors import UserError, did_you_mean
 from pipeline.judges import Judges
 from pipeline.records import RewardFunction, Scores
@@ -142,28 +142,6 @@ def bounds(rewards: Sequence[Reward]) -> tuple[float, float] | None:
         return None
     weights = [reward.weight for reward in rewards]
     return sum(min(weight, 0.0) for weight in weights), sum(max(weight, 0.0) for weight in weights)
-
-
-def parse(spec: object) -> list[tuple[str, float]]:
-    """`reward=` of the configuration, None, a name or a mapping of names to weights, as (name, weight)."""
-    if spec is None:
-        return []
-    if isinstance(spec, str) and spec.strip():
-        return [(spec.strip(), 1.0)]
-    if not isinstance(spec, Mapping) or not spec:
-        raise UserError(
-            f"reward: {spec!r}, wanted a name, a path, or names with weights: {{helpfulness: 1.0, length: -0.1}}"
-        )
-    for name, weight in spec.items():
-        number = isinstance(weight, Real) and not isinstance(weight, bool)
-        if not isinstance(name, str) or not number or not math.isfinite(weight) or weight == 0:
-            raise UserError(f"reward.{name}: the weight is {weight!r}, wanted a finite number other than 0")
-    return [(name, float(weight)) for name, weight in spec.items()]
-
-
-def labelled(monitors: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
-    """`monitors=` of the configuration as label -> reward; those in a list are their own labels."""
-    return dict(monitors) if isinstance(monitors, Mapping) else {name: name for name in monitors}
 
 
 def resolve(

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import locks
-from pipeline.config import dump_yaml, load_yaml
+from pipeline.config.schema import Common
+from pipeline.config.yaml_layers import dump_yaml, load_yaml
 from pipeline.errors import UserError
 from pipeline.files import write_json, write_text
-from pipeline.settings import Common
 
 # What may differ between two starts of one stage: nothing here changes a weight or a reported number.
 FREE = (

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from pipeline.algorithms import capability
+from pipeline.config.schema import Rl
+from pipeline.config.sections import SamplerSettings
 from pipeline.errors import UserError
 from pipeline.history import History, Queue, Record
-from pipeline.sections import SamplerSettings
-from pipeline.settings import Rl
 
 LOW, HIGH = 0.05, 0.95  # quantiles between which a reward or an entropy is good or bad, where no range is given
 

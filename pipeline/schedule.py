@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline import runs
-from pipeline.config import load_yaml
+from pipeline.config.yaml_layers import load_yaml
 from pipeline.errors import PreemptedError
 from pipeline.launch import command, environment, tell
 from pipeline.study import Task

@@ -18,8 +18,8 @@ from transformers import (
     T5Config,
 )
 
+from pipeline.config.sections import ScratchSettings
 from pipeline.errors import UserError
-from pipeline.sections import ScratchSettings
 
 SPECIAL = PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline import runs
-from pipeline.config import WHOLE, Layer, Leaf, as_word, parse_overrides
+from pipeline.config.resolve import Resolved, merge, reaching, resolve, resolve_steps
+from pipeline.config.reward_spec import labelled, parse
+from pipeline.config.schema import Compare
+from pipeline.config.yaml_layers import WHOLE, Layer, Leaf, as_word, parse_overrides
 from pipeline.errors import UserError
-from pipeline.layers import Resolved, merge, reaching, resolve, resolve_steps
-from pipeline.rewards import labelled, parse
-from pipeline.settings import Compare
 
 SECOND = "second:"  # what the labels of the next home's reward models begin with
 START = "sft"  # the policy all variants start from

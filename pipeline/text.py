@@ -13,9 +13,9 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.config.sections import TemplateSettings
 from pipeline.errors import UserError
 from pipeline.records import Message, Row
-from pipeline.sections import TemplateSettings
 
 
 class Encoder:

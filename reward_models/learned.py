@@ -14,15 +14,14 @@ from typing import Literal
 import torch
 from pydantic import ValidationError
 
+from pipeline.config.sections import Count, ModelSettings, Section, TemplateSettings
+from pipeline.config.validate import one_complaint
 from pipeline.errors import UserError
 from pipeline.model_checks import positions, read_object
 from pipeline.models import hugging_face, load_scalar, load_tokenizer
 from pipeline.policy import RewardModel
-from pipeline.ranges import Count
 from pipeline.records import RewardFunction
-from pipeline.sections import ModelSettings, Section, TemplateSettings
 from pipeline.text import Encoder, pad
-from pipeline.validation import one_complaint
 
 INPUT_FILE = "reward_input.json"
 

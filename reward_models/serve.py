@@ -23,7 +23,8 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from pipeline import addresses, plugins
+from pipeline import plugins
+from pipeline.config import reward_spec
 from pipeline.errors import UserError, did_you_mean
 from reward_models import _comet
 
@@ -62,7 +63,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, options: Options, reward: Callable[..., Any]) -> None:
         self.options, self.reward = options, reward
-        self.token = addresses.token()
+        self.token = reward_spec.token()
         self.turns = threading.Semaphore(options.threads)
         super().__init__((options.host, options.port), Handler)
 
@@ -106,7 +107,7 @@ class Handler(BaseHTTPRequestHandler):
                 body += piece
         sent = self.headers.get("Authorization", "").encode()
         if self.server.token and not hmac.compare_digest(sent, f"Bearer {self.server.token}".encode()):
-            raise RefusedError(401, f"the key is missing or another, wanted the one in {addresses.TOKEN}")
+            raise RefusedError(401, f"the key is missing or another, wanted the one in {reward_spec.TOKEN}")
         if int(length) > limit:
             raise RefusedError(413, f"a request of {int(length):,} bytes, wanted at most {limit:,}")
         return bytes(body)

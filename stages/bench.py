@@ -16,9 +16,9 @@ import torch
 from pipeline import engine, runs
 from pipeline.bench import bare, bed, memory, overlap, peers, sampling, semi_offline, startup, steps
 from pipeline.bench.measure import Result, table
+from pipeline.config.schema import Bench
 from pipeline.entry import run
 from pipeline.files import write_json
-from pipeline.settings import Bench
 
 PARTS: dict[str, Callable[[bed.Bed], list[Result]]] = {
     "steps": steps.measure,

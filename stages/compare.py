@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline import comparison, comparison_page, runs, schedule, study
-from pipeline.config import dump_yaml
+from pipeline.config.schema import Compare
+from pipeline.config.yaml_layers import dump_yaml
 from pipeline.entry import run
 from pipeline.files import read_metrics, write_json, write_text
 from pipeline.readings import series_of
 from pipeline.readings_stage import spent
-from pipeline.settings import Compare
 from pipeline.study import Results, Study
 
 BASELINES = (study.START, "nll")

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline import assembly, engine, evaluate, examples, files, rollout, runs
+from pipeline.config.reward_spec import labelled
+from pipeline.config.schema import Evaluate
+from pipeline.config.sections import ModelSettings
 from pipeline.engine import Ranks
 from pipeline.entry import run
 from pipeline.errors import UserError
 from pipeline.files import write_json, write_jsonl
 from pipeline.records import Example, Response
-from pipeline.rewards import Rewards, labelled
-from pipeline.sections import ModelSettings
-from pipeline.settings import Evaluate
+from pipeline.rewards import Rewards
 
 SHOWN = {
     "reward/mean": "reward",

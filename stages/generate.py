@@ -11,10 +11,10 @@ from functools import partial
 
 from pipeline import assembly, candidates, engine, evaluate, examples, rollout, runs
 from pipeline.candidates import Gathered
+from pipeline.config.schema import Generate
 from pipeline.entry import run
 from pipeline.files import write_json
 from pipeline.records import Example, Response
-from pipeline.settings import Generate
 from pipeline.tasks.write import write_rows
 from pipeline.text import Encoder
 

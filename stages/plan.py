@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipeline import plan
+from pipeline.config.schema import Plan
 from pipeline.entry import run
-from pipeline.settings import Plan
 
 
 def main(settings: Plan, words: Sequence[str]) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipeline import report, runs
+from pipeline.config.schema import Report
 from pipeline.entry import run
-from pipeline.settings import Report
 
 
 def main(settings: Report, words: Sequence[str]) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from pipeline import assembly, engine, evaluate, examples, pairing, runs, training
+from pipeline.config.schema import Reward
 from pipeline.data import Packing, Windows, once, packing_of
 from pipeline.entry import run
 from pipeline.loop import Evaluation, Watch
 from pipeline.records import Example, Item
-from pipeline.settings import Reward
 from pipeline.text import coloured
 from reward_models import learned
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipeline import assembly, engine, examples, learn_data, learn_masked, learn_pairs, learn_policy, runs, training
+from pipeline.config.schema import Rl
+from pipeline.config.sections import DataSettings, ModelSettings
 from pipeline.entry import run
 from pipeline.errors import UserError
 from pipeline.lesson import Scene
-from pipeline.sections import DataSettings, ModelSettings
-from pipeline.settings import Rl
 
 LESSONS = {
     "data": learn_data.lesson,

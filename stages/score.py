@@ -11,12 +11,12 @@ import statistics
 from collections.abc import Sequence
 
 from pipeline import assembly, candidates, engine, evaluate, examples, runs
+from pipeline.config.schema import Score
+from pipeline.config.sections import DataSettings
 from pipeline.entry import run
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.records import Example, Scores
-from pipeline.sections import DataSettings
-from pipeline.settings import Score
 from pipeline.tasks.write import write_rows
 
 

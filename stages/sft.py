@@ -6,12 +6,12 @@ import math
 from collections.abc import Sequence
 
 from pipeline import assembly, engine, evaluate, examples, rollout, runs, training, turns
+from pipeline.config.schema import Sft
 from pipeline.data import Packing, Windows
 from pipeline.entry import run
 from pipeline.examples import Report
 from pipeline.loop import Evaluation, Watch
 from pipeline.records import Example, Item
-from pipeline.settings import Sft
 from pipeline.text import Encoder, coloured
 
 

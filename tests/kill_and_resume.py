@@ -34,9 +34,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline import (
-    training,  # noqa: F401  (so that forks need not)
-)
 from tests import moments, sameness
 from tests.starts import Forked, Fresh
 

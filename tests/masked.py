@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from transformers import PegasusConfig, PegasusForConditionalGeneration, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
+from pipeline.config.schema import Masking
 from pipeline.data import Packing
 from pipeline.hiding import Hiding
 from pipeline.mask_token import with_mask
 from pipeline.policy import Policy
 from pipeline.records import Batch, Example, Item, Row
 from pipeline.rewards import Reward, Rewards
-from pipeline.settings import Masking
 from pipeline.text import Encoder
 from pipeline.vocabulary import Vocabulary, vocabulary
 from tests import tiny

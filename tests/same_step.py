@@ -21,6 +21,7 @@ from transformers import LlamaForSequenceClassification, PreTrainedModel
 from pipeline import assembly, loop
 from pipeline.checkpoint import Checkpoints
 from pipeline.compositions import Composer
+from pipeline.config.schema import Algorithm
 from pipeline.data import Packing, Windows
 from pipeline.engine import Engine, Ranks
 from pipeline.hiding import Hiding
@@ -28,7 +29,6 @@ from pipeline.loop import Evaluation, Job, Objective, Watch
 from pipeline.metrics import RunLog
 from pipeline.policy import Policy, RewardModel
 from pipeline.records import Item
-from pipeline.settings import Algorithm
 from pipeline.tally import Interval, Tally
 from tests import masked, tiny
 

@@ -22,10 +22,10 @@ from typing import NoReturn
 
 import psutil
 
-from pipeline.config import ROOT
+from pipeline.config.resolve import resolve
+from pipeline.config.yaml_layers import ROOT
 from pipeline.entry import run
 from pipeline.launch import free_port
-from pipeline.layers import resolve
 
 GRACE_SECONDS = 1.0  # between the end of one rank and SIGTERM to the others, as DeepSpeed's launcher waits
 PATIENCE_SECONDS = 90.0  # for processes that were told to end

@@ -28,8 +28,8 @@ from pipeline.bench import (
 )
 from pipeline.bench.long_rows import Sizes, long_bed
 from pipeline.bench.measure import Goal, Plan, Result, alternate, compared, peak, peak_megabytes, table
+from pipeline.config.resolve import resolve
 from pipeline.errors import UserError
-from pipeline.layers import resolve
 from pipeline.records import Response, Seen
 from tests import tiny
 

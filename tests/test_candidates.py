@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from pipeline import candidates, examples, statics
+from pipeline.config.resolve import resolve
 from pipeline.errors import UserError
-from pipeline.layers import resolve
 from pipeline.records import Example, Message, Response, Scores
 from pipeline.rewards import Reward, Rewards
 from pipeline.tasks import readers

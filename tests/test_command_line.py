@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from pipeline import environment
-from pipeline.config import ROOT
-from pipeline.settings import STAGES
+from pipeline.config.schema import STAGES
+from pipeline.config.yaml_layers import ROOT
 
 
 def stages(*words: str, cwd: Path, module: str = "stages") -> subprocess.CompletedProcess[str]:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from pipeline import advantages, comparison, comparison_page, schedule, study
+from pipeline.config.resolve import resolve
 from pipeline.errors import UserError
-from pipeline.layers import resolve
 from pipeline.records import Example
 from pipeline.study import Task
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline.aliases import ALGORITHM_IDS, ALIASES, SWITCHES
-from pipeline.config import ROOT, Leaf, dump_yaml, load_yaml, parse_overrides
+from pipeline.config.aliases import ALGORITHM_IDS, ALIASES, SWITCHES
+from pipeline.config.resolve import House, merge, nested, resolve, resolve_steps
+from pipeline.config.schema import STAGES
+from pipeline.config.validate import known_paths
+from pipeline.config.yaml_layers import ROOT, Leaf, dump_yaml, load_yaml, parse_overrides
 from pipeline.errors import UserError
-from pipeline.layers import House, merge, nested, resolve, resolve_steps
-from pipeline.settings import STAGES
-from pipeline.validation import known_paths
 
 
 def values(*words: str) -> dict:

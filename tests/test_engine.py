@@ -12,8 +12,9 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from pipeline import engine, models, rollout, sharding
+from pipeline import engine, models, rollout
 from pipeline.algorithms import supervised
+from pipeline.config import deepspeed
 from pipeline.data import Packing, collate
 from pipeline.errors import UserError
 from pipeline.models import hugging_face
@@ -249,7 +250,7 @@ def test_fp16_needs_a_gpu() -> None:
         tiny.trainer(policy(), precision="fp16")
 
 
-CONFIGS = sorted(path.stem for path in sharding.DS_CONFIGS.glob("*.json"))
+CONFIGS = sorted(path.stem for path in deepspeed.DS_CONFIGS.glob("*.json"))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -273,18 +274,18 @@ def test_what_another_setting_owns_is_refused(tmp_path: Path, key: str) -> None:
     file = tmp_path / "mine.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 1}, key: 1}))
     with pytest.raises(UserError, match=rf"{key} is set there, but .* decides it: remove it"):
-        sharding.read_ds_config(str(file))
+        deepspeed.read_ds_config(str(file))
 
 
 def test_config_mistakes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train\.zero: 'zero5' is no file, wanted one of zero0, zero1"):
-        sharding.read_ds_config("zero5")
+        deepspeed.read_ds_config("zero5")
     file = tmp_path / "torn.json"
     file.write_text('{\n  "zero_optimization": {,\n}')
     with pytest.raises(UserError, match=r"torn\.json:2: "):
-        sharding.read_ds_config(str(file))
+        deepspeed.read_ds_config(str(file))
     file.write_text('{"zero_optimization": {"stage": 1}}')
-    assert sharding.read_ds_config(str(file)) == {"zero_optimization": {"stage": 1}}
+    assert deepspeed.read_ds_config(str(file)) == {"zero_optimization": {"stage": 1}}
 
 
 # two ranks

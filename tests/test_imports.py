@@ -28,7 +28,7 @@ LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in 
 LIBRARIES_OF_ALGORITHMS = {"torch", "__future__", *sys.stdlib_module_names}
 # module -> the one file that imports it
 ONE_IMPORTER = {
-    "yaml": "pipeline/config.py",
+    "yaml": "pipeline/config/yaml_layers.py",
     "deepspeed": "pipeline/engine.py",
     "torch.distributed": "pipeline/engine.py",
     "torch.utils.tensorboard": "pipeline/metrics.py",

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from pipeline import launch
+from pipeline.config.sections import LaunchSettings
 from pipeline.errors import UserError
 from pipeline.launch import command, environment, first_host, hosts, rank_environment
-from pipeline.sections import LaunchSettings
 
 PYTHON = sys.executable
 DEEPSPEED = [PYTHON, "-m", "deepspeed.launcher.runner"]

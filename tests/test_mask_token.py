@@ -29,11 +29,11 @@ from transformers import (
 )
 
 from pipeline import engine, mask_token, models, rollout, scratch
+from pipeline.config.sections import ModelSettings
 from pipeline.data import Packing, collate
 from pipeline.errors import UserError
 from pipeline.policy import Policy, RewardModel, check_head
 from pipeline.records import Example, Item
-from pipeline.sections import ModelSettings
 from pipeline.text import Encoder
 from tests import tiny
 

@@ -10,9 +10,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import ByT5Tokenizer, GPT2Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, T5Tokenizer
 
 from pipeline import scratch
+from pipeline.config.schema import Masking
 from pipeline.errors import UserError
 from pipeline.masks import draw
-from pipeline.settings import Masking
 from pipeline.tasks import assistant
 from pipeline.vocabulary import Vocabulary, vocabulary
 from tests import tiny

@@ -11,12 +11,12 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from pipeline import assembly, models
+from pipeline.config.sections import ModelSettings
 from pipeline.data import Packing, collate
 from pipeline.errors import UserError
 from pipeline.models import hugging_face
 from pipeline.policy import Policy, RewardModel, check_head
 from pipeline.records import Batch, Item, Message
-from pipeline.sections import ModelSettings
 from reward_models import learned
 from tests import tiny
 

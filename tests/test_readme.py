@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.layers import resolve_steps
+from pipeline.config.resolve import resolve_steps
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = re.findall(r"bash run\.sh[^\n`#]*", (ROOT / "README.md").read_text(encoding="utf-8"))

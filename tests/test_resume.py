@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.checkpoint import Checkpoints, State
-from pipeline.config import ROOT
+from pipeline.config.yaml_layers import ROOT
 from pipeline.errors import UserError
 from pipeline.policy import Policy
 from pipeline.tally import Interval, Tally

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.config.reward_spec import parse
 from pipeline.errors import UserError
-from pipeline.rewards import Reward, Rewards, bounds, length_correlation, parse, resolve, shortened
+from pipeline.rewards import Reward, Rewards, bounds, length_correlation, resolve, shortened
 from reward_models import length, rouge
 
 

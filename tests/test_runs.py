@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import files, runs
-from pipeline.config import load_yaml
+from pipeline.config.yaml_layers import load_yaml
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from tests import tiny

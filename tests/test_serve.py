@@ -16,11 +16,11 @@ from typing import NamedTuple
 
 import pytest
 
-from pipeline.addresses import TOKEN
+from pipeline.config.reward_spec import TOKEN
+from pipeline.config.sections import HttpSettings
 from pipeline.errors import UserError
 from pipeline.http_reward import connect
 from pipeline.plugins import available
-from pipeline.sections import HttpSettings
 from reward_models import chrf
 from reward_models.serve import main, options_of, server_of
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.config.resolve import resolve
 from pipeline.errors import UserError
-from pipeline.layers import resolve
 from pipeline.tasks import readers
 
 TINY = [

@@ -10,9 +10,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Tokenizer, PreTrainedTokenizerFast, T5Tokenizer
 
 from pipeline import models, scratch
+from pipeline.config.sections import ModelSettings
 from pipeline.errors import UserError
 from pipeline.records import Message
-from pipeline.sections import ModelSettings
 from pipeline.text import Encoder, coloured, pad
 from tests import tiny
 

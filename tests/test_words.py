@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.aliases import ALIASES, SWITCHES
-from pipeline.config import read_layer
-from pipeline.layers import CONTROL
-from pipeline.settings import STAGES
-from pipeline.validation import known_paths
+from pipeline.config.aliases import ALIASES, SWITCHES
+from pipeline.config.resolve import CONTROL
+from pipeline.config.schema import STAGES
+from pipeline.config.validate import known_paths
+from pipeline.config.yaml_layers import read_layer
 
 ROOT = Path(__file__).resolve().parent.parent
 WORD = re.compile(r"(?<![\w{.-])([a-z_]+(?:\.[a-z_]+)*)=(?!=)")

@@ -28,10 +28,10 @@ from transformers import (
 
 from pipeline import engine, scratch
 from pipeline.algorithms import supervised
+from pipeline.config.resolve import resolve
+from pipeline.config.sections import TemplateSettings
 from pipeline.data import Packing, Windows
-from pipeline.layers import resolve
 from pipeline.records import Example, Item, Row
-from pipeline.sections import TemplateSettings
 from pipeline.text import Encoder
 
 V, H = 352, 32

@@ -12,16 +12,16 @@ from torch import nn
 from pipeline import assembly, examples, pairing, training
 from pipeline.bench.measure import Plan
 from pipeline.checkpoint import Checkpoints
-from pipeline.config import ROOT
+from pipeline.config.resolve import resolve
+from pipeline.config.schema import Algorithm, Bench
+from pipeline.config.yaml_layers import ROOT
 from pipeline.data import Packing, Windows, packing_of
 from pipeline.engine import Engine, Ranks
 from pipeline.errors import UserError
-from pipeline.layers import resolve
 from pipeline.loop import Evaluation, Job, Watch, one_step, summary
 from pipeline.metrics import RunLog
 from pipeline.policy import Policy, RewardModel
 from pipeline.records import Item
-from pipeline.settings import Algorithm, Bench
 from pipeline.tally import Interval, Tally
 from pipeline.text import Encoder
 

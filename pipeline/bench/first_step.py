@@ -26,8 +26,8 @@ def main(clock: str, words: Sequence[str]) -> dict[str, float]:
     take("imports", load)
     from pipeline import assembly, engine, examples, training
     from pipeline.algorithms import supervised
+    from pipeline.config.resolve import resolve
     from pipeline.data import Windows
-    from pipeline.layers import resolve
 
     settings = take("settings", lambda: resolve(words).settings)
     ranks = take("process group", lambda: engine.start(settings.launch.ddp_timeout))

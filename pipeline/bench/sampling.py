@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from pipeline import assembly, examples, rollout
 from pipeline.bench.bed import Bed, even, new_policy, packing
 from pipeline.bench.measure import Goal, Plan, Result, alternate, compared, peak_megabytes, timed
+from pipeline.config.resolve import resolve
+from pipeline.config.sections import GenerationSettings
 from pipeline.data import collate
 from pipeline.engine import Engine
-from pipeline.layers import resolve
 from pipeline.models import hugging_face
 from pipeline.records import Ask, Item, Response, Row
-from pipeline.sections import GenerationSettings
 
 LESS = Goal(5.0, at_least=True)
 GOAL_LENGTH = 256  # tokens, at which LESS is asked for

@@ -19,10 +19,10 @@ from pipeline.bench.long_rows import Sizes, long_bed
 from pipeline.bench.measure import Goal, Plan, Result, alternate, compared, timed
 from pipeline.bench.semi_parts import Semi, parts_of
 from pipeline.compositions import Composer
+from pipeline.config.resolve import resolve
 from pipeline.data import Windows
 from pipeline.engine import Engine
 from pipeline.history import Queue
-from pipeline.layers import resolve
 from pipeline.loop import Job
 from pipeline.models import hugging_face
 from pipeline.policy import Policy

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline import plugins
-from pipeline.aliases import ALGORITHM_IDS, ALIASES, SWITCHES
-from pipeline.config import ROOT, first_comment
-from pipeline.settings import STAGES
+from pipeline.config.aliases import ALGORITHM_IDS, ALIASES, SWITCHES
+from pipeline.config.schema import STAGES
+from pipeline.config.yaml_layers import ROOT, first_comment
 
 USAGE = """\
 bash run.sh [stage=STAGE] [recipe=RECIPE] [config=FILE.yaml] [key=value ...]

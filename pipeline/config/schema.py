@@ -6,21 +6,28 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from pipeline.addresses import sound_addresses
-from pipeline.ranges import Count, FolderName, Fraction, Positive, ResultName, Seed, Split, Whole
-from pipeline.sections import (
+from pipeline.config.reward_spec import sound_addresses
+from pipeline.config.sections import (
+    Count,
     DataSettings,
     EvalSettings,
+    FolderName,
+    Fraction,
     GenerationSettings,
     LaunchSettings,
     ModelSettings,
     OptimizerSettings,
+    Positive,
+    ResultName,
     RewardSettings,
     SamplerSettings,
     Section,
+    Seed,
+    Split,
     TemplateSettings,
     TrainSettings,
     ValueSettings,
+    Whole,
 )
 
 

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from pipeline.aliases import ADVICE, ALIASES, SWITCHES
+from pipeline.config.aliases import ADVICE, ALIASES, SWITCHES
+from pipeline.config.validate import SettingPath
 from pipeline.errors import UserError, did_you_mean
-from pipeline.validation import SettingPath
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 COMMAND_LINE = "command line"
 WHOLE = {("reward",), ("policies",), ("monitors",)}  # mappings that a later layer replaces instead of merging into
 

@@ -1,9 +1,11 @@
-"""Addresses of reward servers, and the key they are asked with, which no address may hold."""
+"""What names rewards: a name, a path, an address or a mapping with weights; and the key that servers are asked with."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from urllib.parse import SplitResult, urlsplit
 
 from pipeline.errors import UserError
@@ -55,3 +57,25 @@ def token() -> str:
     if not found.isascii() or any(sign.isspace() or not sign.isprintable() for sign in found):
         raise UserError(f"{TOKEN}: it holds blanks or signs that are not ASCII, wanted the key alone")
     return found
+
+
+def parse(spec: object) -> list[tuple[str, float]]:
+    """`reward=` of the configuration, None, a name or a mapping of names to weights, as (name, weight)."""
+    if spec is None:
+        return []
+    if isinstance(spec, str) and spec.strip():
+        return [(spec.strip(), 1.0)]
+    if not isinstance(spec, Mapping) or not spec:
+        raise UserError(
+            f"reward: {spec!r}, wanted a name, a path, or names with weights: {{helpfulness: 1.0, length: -0.1}}"
+        )
+    for name, weight in spec.items():
+        number = isinstance(weight, Real) and not isinstance(weight, bool)
+        if not isinstance(name, str) or not number or not math.isfinite(weight) or weight == 0:
+            raise UserError(f"reward.{name}: the weight is {weight!r}, wanted a finite number other than 0")
+    return [(name, float(weight)) for name, weight in spec.items()]
+
+
+def labelled(monitors: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
+    """`monitors=` of the configuration as label -> reward; those in a list are their own labels."""
+    return dict(monitors) if isinstance(monitors, Mapping) else {name: name for name in monitors}

@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from pipeline.aliases import ALGORITHM_IDS
-from pipeline.config import (
+from pipeline.config.aliases import ALGORITHM_IDS
+from pipeline.config.schema import STAGES
+from pipeline.config.validate import SettingPath, describe, known_paths, nearest_path, validated
+from pipeline.config.yaml_layers import (
     COMMAND_LINE,
     ROOT,
     WHOLE,
@@ -30,8 +32,6 @@ from pipeline.config import (
     sub_layer,
 )
 from pipeline.errors import UserError, did_you_mean
-from pipeline.settings import STAGES
-from pipeline.validation import SettingPath, describe, known_paths, nearest_path, validated
 
 CONTROL = ("stage", "recipe", "config", "dry_run")  # words that choose layers; not settings
 EXCLUSIVE = (  # giving one of a pair takes back the other, if only an earlier layer gave it

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 
-DS_CONFIGS = Path(__file__).parent.parent / "ds_configs"
+DS_CONFIGS = Path(__file__).parent.parent.parent / "ds_configs"
 STAGES = (0, 1, 2, 3)
 OWNED = {  # key of the file -> the setting that decides it
     "train_batch_size": "train.batch_size",
