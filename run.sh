@@ -28,5 +28,5 @@ for word in "$@"; do
     extras=(dev)
   fi
 done
-python="$("$python" -m pipeline.environment "${extras[@]+"${extras[@]}"}")"
+python="$("$python" -m pipeline.launch.environment "${extras[@]+"${extras[@]}"}")"
 exec "$python" -m stages "$@"

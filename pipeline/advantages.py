@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline import evaluate, examples, reference, rewards, rollout, runs, sampling
+from pipeline import evaluate, examples, reference, rewards, rollout, sampling
 from pipeline.config.schema import Rl
 from pipeline.data import Draw, Packing
 from pipeline.engine import Engine, Ranks
 from pipeline.errors import UserError
+from pipeline.launch import run_dir
 from pipeline.records import Example, Item
 from pipeline.tasks.convert import CHOSEN, REJECTED
 from pipeline.text import Encoder
@@ -45,7 +46,7 @@ class Reference:
             device=self.engine.ranks.device.type,
             **parts,
         )
-        return runs.run_dir(settings) / "cache" / f"{name}-{key}.pt"
+        return run_dir.run_dir(settings) / "cache" / f"{name}-{key}.pt"
 
 
 def with_rewards(ranks: Ranks, rows: list[Example], judge: rewards.Rewards | None, settings: Rl) -> list[Example]:

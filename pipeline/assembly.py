@@ -13,9 +13,9 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from pipeline import examples, files, http_reward, model_checks, models, plugins, rewards, runs, vocabulary
+from pipeline import examples, files, http_reward, model_checks, models, plugins, rewards, vocabulary
 from pipeline.config.reward_spec import is_address, parse
-from pipeline.config.schema import Algorithm, Common, Reward, Rl, Sft, WithModel
+from pipeline.config.schema import Algorithm, Common, Rl, Sft, WithModel
 from pipeline.config.sections import ModelSettings, RewardSettings, TrainSettings
 from pipeline.config.validate import one_complaint
 from pipeline.data import Packing, collate, packing_of
@@ -23,6 +23,7 @@ from pipeline.engine import Engine, Ranks
 from pipeline.errors import UserError
 from pipeline.hiding import Hiding
 from pipeline.judges import Judges
+from pipeline.launch import run_dir
 from pipeline.loop import Objective
 from pipeline.policy import Policy, RewardModel, check_head
 from pipeline.records import Batch, Item, Row, Stat
@@ -64,24 +65,6 @@ def _validated(schema: type, values: dict[str, Any]) -> Any:
     if unknown:
         raise UserError(f"algorithm.settings.{unknown[0]}: no such setting, wanted one of {', '.join(sorted(known))}")
     return TypeAdapter(schema).validate_python(values)
-
-
-def start_model(settings: Reward | Rl) -> ModelSettings:
-    """The run's SFT model if start_from says so and it is there, else the model that is named, else a new one.
-
-    Raises:
-        UserError: a model is named, and the SFT model was made of another.
-    """
-    found = runs.model_of(settings, "sft") if settings.start_from == "sft" else None
-    if found is None:
-        return settings.model
-    made_of, named = runs.settings_of(found.parent)["model"]["path"], settings.model.path
-    if named not in (None, made_of, str(found)):
-        raise UserError(
-            f"model.path: {named}, but {found.parent} was made of {made_of or 'a new model'}: "
-            "say start_from=model to start from it, or choose another run="
-        )
-    return settings.model.model_copy(update={"path": str(found), "revision": None})
 
 
 def inputs(settings: WithModel, model: ModelSettings) -> dict[str, str]:
@@ -179,7 +162,7 @@ def build_rewards(
     Models and servers are called from this process; with `read.workers` all others in worker processes.
     `monitors`, label -> reward, are only watched (weight 0): functions raw, reward models normalised as the others.
     """
-    trained = runs.reward_models(settings)
+    trained = run_dir.reward_models(settings)
     pairs = parse(spec) or [(name, 1.0) for name in trained]
 
     def load_learned(directory: str) -> Any:
@@ -211,30 +194,9 @@ def inference(settings: Any, model: ModelSettings, ranks: Ranks) -> Iterator[tup
     yield Engine(policy, ranks, train, None), encoder, packing(train, ranks, policy, encoder)
 
 
-def policy_model(settings: WithModel, place: str | None) -> ModelSettings:
-    """The model called `place`: a stage of the run (sft, rl, rl/name), a directory, or a hub name; None: the newest.
-
-    Raises:
-        UserError: there is no such policy.
-    """
-    names = ["rl", "sft"] if place is None else [place]
-    found = next((path for name in names if (path := runs.model_of(settings, name))), None)
-    if found is not None:
-        return settings.model.model_copy(update={"path": str(found)})
-    if place is None and settings.model.path is not None:
-        return settings.model
-    if place is not None and (Path(place).is_dir() or ("/" in place and not place.startswith(("rl/", "sft/")))):
-        return settings.model.model_copy(update={"path": place})
-    stage = (place or "sft").split("/")[0]
-    raise UserError(
-        f"policy {place or 'rl or sft'}: {runs.run_dir(settings)} holds none: make it with "
-        f"bash run.sh stage={stage} run={settings.run}, or name a model directory"
-    )
-
-
 def reward_inputs(settings: Common, spec: Any, own: bool = True) -> dict[str, str]:
     """Fingerprints of the reward models and files that `spec` stands for; without one, if `own`, those of the run."""
-    trained = runs.reward_models(settings)
+    trained = run_dir.reward_models(settings)
     names = [name for name, _ in parse(spec)] or (list(trained) if own else [])
     places = {name: trained.get(name, name.split(".py:")[0] + (".py" if ".py:" in name else "")) for name in names}
     return {f"reward {name}": files.fingerprint(place) for name, place in places.items()}

@@ -24,7 +24,7 @@ from pipeline.config.deepspeed import read_ds_config
 from pipeline.config.sections import OptimizerSettings, TrainSettings
 from pipeline.config.validate import one_complaint
 from pipeline.errors import UserError
-from pipeline.launch import free_port
+from pipeline.launch.launcher import free_port
 from pipeline.records import Batch
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")

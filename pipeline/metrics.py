@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline import markdown, starts
+from pipeline import markdown
 from pipeline.files import flatten, read_metrics, write_json, write_jsonl, write_text
+from pipeline.launch import provenance
 
 DIGITS = 6  # significant digits in metrics.jsonl
 PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal to draw a bar on
@@ -115,7 +116,7 @@ class RunLog:
         self._board = SummaryWriter(str(self._directory / "tensorboard"), purge_step=purge, flush_secs=30)
         self._board.add_custom_scalars(LAYOUT)
         self._write_hparams(hparams)
-        starts.note(self._directory, resume_step)
+        provenance.note(self._directory, resume_step)
         self._progress = _Progress(resume_step, total_steps, description)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:

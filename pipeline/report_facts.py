@@ -10,8 +10,8 @@ from pipeline import page
 from pipeline.charts import NOTHING, number
 from pipeline.config.resolve import resolve
 from pipeline.errors import UserError
+from pipeline.launch.run_dir import dotted
 from pipeline.report_stages import Stage
-from pipeline.runs import dotted
 
 WHERE = ("run", "runs_dir", "name")  # which directory it is, not what was done
 

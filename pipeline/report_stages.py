@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline import starts
 from pipeline.config.yaml_layers import load_yaml
 from pipeline.errors import UserError
 from pipeline.files import flatten, read_metrics
 from pipeline.health import Verdict, judge
+from pipeline.launch import provenance
 from pipeline.readings import Series, series_of
 from pipeline.readings_stage import of_stage
 
@@ -107,7 +107,7 @@ def _stage(run_dir: Path, folder: Path, kind: str) -> Stage:
         (rows[-1].get("time") or 0.0) if rows else 0.0,
         _object(folder / "results.json"),
         _object(folder / "data.json"),
-        starts.read(folder),
+        provenance.read(folder),
     )
 
 

@@ -13,9 +13,9 @@ from pipeline.config.help import help_text
 from pipeline.config.resolve import Resolved, resolve_steps
 from pipeline.config.schema import Training
 from pipeline.config.yaml_layers import ROOT, Layer, dump_yaml, parse_overrides
-from pipeline.entry import leave
 from pipeline.errors import UserError
-from pipeline.launch import DISTRIBUTED, command, environment, run
+from pipeline.launch.entry import leave
+from pipeline.launch.launcher import DISTRIBUTED, command, environment, run
 
 HELP = ("stage=help", "--help", "-h")
 TEST = "stage=test"

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
-from pipeline import engine, runs
+from pipeline import engine
 from pipeline.bench import bare, bed, memory, overlap, peers, sampling, semi_offline, startup, steps
 from pipeline.bench.measure import Result, table
 from pipeline.config.schema import Bench
-from pipeline.entry import run
 from pipeline.files import write_json
+from pipeline.launch import run_dir
+from pipeline.launch.entry import run
 
 PARTS: dict[str, Callable[[bed.Bed], list[Result]]] = {
     "steps": steps.measure,
@@ -34,7 +35,7 @@ PARTS: dict[str, Callable[[bed.Bed], list[Result]]] = {
 
 def main(settings: Bench, words: Sequence[str]) -> None:
     ranks = engine.start(settings.launch.ddp_timeout)
-    directory = runs.stage_dir(settings, "bench")
+    directory = run_dir.stage_dir(settings, "bench")
     directory.mkdir(parents=True, exist_ok=True)
     found: list[Result] = []
     with tempfile.TemporaryDirectory() as folder:

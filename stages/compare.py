@@ -10,27 +10,28 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline import comparison, comparison_page, runs, schedule, study
+from pipeline import comparison, comparison_page
 from pipeline.config.schema import Compare
 from pipeline.config.yaml_layers import dump_yaml
-from pipeline.entry import run
 from pipeline.files import read_metrics, write_json, write_text
+from pipeline.launch import comparison_plan, run_dir, scheduler
+from pipeline.launch.comparison_plan import Results, Study
+from pipeline.launch.entry import run
 from pipeline.readings import series_of
 from pipeline.readings_stage import spent
-from pipeline.study import Results, Study
 
-BASELINES = (study.START, "nll")
+BASELINES = (comparison_plan.START, "nll")
 OF_RL = {"advantage/kept_fraction": "rl/kept_fraction", "value/r2": "rl/value_r2"}  # known before the first step
 
 
 def main(settings: Compare, words: Sequence[str]) -> None:
-    directory = runs.stage_dir(settings, "compare")
-    plan = study.plan(settings, words)
+    directory = run_dir.stage_dir(settings, "compare")
+    plan = comparison_plan.plan(settings, words)
     directory.mkdir(parents=True, exist_ok=True)
     write_text(directory / "command.txt", "bash run.sh " + shlex.join(words) + "\n")
     write_text(directory / "config.yaml", dump_yaml(settings.model_dump()))
 
-    failed = schedule.run_all(plan.tasks, settings.jobs, directory / "logs")
+    failed = scheduler.run_all(plan.tasks, settings.jobs, directory / "logs")
     if failed:
         raise SystemExit(next(iter(failed.values())))  # each has had its line
     write(directory, plan)

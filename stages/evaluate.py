@@ -6,14 +6,15 @@ import gc
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline import assembly, engine, evaluate, examples, files, rollout, runs
+from pipeline import assembly, engine, evaluate, examples, files, rollout
 from pipeline.config.reward_spec import labelled
 from pipeline.config.schema import Evaluate
 from pipeline.config.sections import ModelSettings
 from pipeline.engine import Ranks
-from pipeline.entry import run
 from pipeline.errors import UserError
 from pipeline.files import write_json, write_jsonl
+from pipeline.launch import run_dir
+from pipeline.launch.entry import run
 from pipeline.records import Example, Response
 from pipeline.rewards import Rewards
 
@@ -27,8 +28,8 @@ SHOWN = {
 
 def main(settings: Evaluate, words: Sequence[str]) -> None:
     ranks = engine.start(settings.launch.ddp_timeout)
-    directory = runs.stage_dir(settings, "evaluate")
-    models = {name: assembly.policy_model(settings, place) for name, place in settings.policies.items()}
+    directory = run_dir.stage_dir(settings, "evaluate")
+    models = {name: run_dir.policy_model(settings, place) for name, place in settings.policies.items()}
     inputs = assembly.inputs(settings, settings.model)
     inputs |= {f"policy {name}": files.fingerprint(model.path) for name, model in models.items()}
     inputs |= assembly.reward_inputs(settings, settings.reward)
@@ -36,7 +37,7 @@ def main(settings: Evaluate, words: Sequence[str]) -> None:
     inputs |= {
         f"monitor {label}": files.fingerprint(place) for label, place in monitors.items() if Path(place).is_dir()
     }
-    if not ranks.on_main(lambda: runs.open_stage(directory, settings, words, inputs)):
+    if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs)):
         return
     say = print if ranks.main else str
     judge = assembly.build_rewards(settings, settings.reward, settings.rewards, ranks.device, monitors)

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from pipeline import assembly, candidates, engine, evaluate, examples, rollout, runs
+from pipeline import assembly, candidates, engine, evaluate, examples, rollout
 from pipeline.candidates import Gathered
 from pipeline.config.schema import Generate
-from pipeline.entry import run
 from pipeline.files import write_json
+from pipeline.launch import run_dir
+from pipeline.launch.entry import run
 from pipeline.records import Example, Response
 from pipeline.tasks.write import write_rows
 from pipeline.text import Encoder
@@ -23,10 +24,10 @@ BATCHES = 20  # on each rank between two words about how far it is
 
 def main(settings: Generate, words: Sequence[str]) -> None:
     ranks = engine.start(settings.launch.ddp_timeout)
-    directory = runs.stage_dir(settings, "generate")
-    model = assembly.policy_model(settings, settings.policy)
+    directory = run_dir.stage_dir(settings, "generate")
+    model = run_dir.policy_model(settings, settings.policy)
     inputs = assembly.inputs(settings, model) | assembly.reward_inputs(settings, settings.reward, own=False)
-    if not ranks.on_main(lambda: runs.open_stage(directory, settings, words, inputs)):
+    if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs)):
         return
     say = partial(print, flush=True) if ranks.main else str
     judge = None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pipeline import plan
 from pipeline.config.schema import Plan
-from pipeline.entry import run
+from pipeline.launch.entry import run
 
 
 def main(settings: Plan, words: Sequence[str]) -> None:

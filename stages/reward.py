@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from pipeline import assembly, engine, evaluate, examples, pairing, runs, training
+from pipeline import assembly, engine, evaluate, examples, pairing, training
 from pipeline.config.schema import Reward
 from pipeline.data import Packing, Windows, once, packing_of
-from pipeline.entry import run
+from pipeline.launch import run_dir
+from pipeline.launch.entry import run
 from pipeline.loop import Evaluation, Watch
 from pipeline.records import Example, Item
 from pipeline.text import coloured
@@ -20,9 +21,9 @@ from reward_models import learned
 
 def main(settings: Reward, words: Sequence[str]) -> None:
     ranks = engine.start(settings.launch.ddp_timeout)
-    directory = runs.stage_dir(settings, "reward")
-    model = assembly.start_model(settings)
-    if not ranks.on_main(lambda: runs.open_stage(directory, settings, words, assembly.inputs(settings, model))):
+    directory = run_dir.stage_dir(settings, "reward")
+    model = run_dir.start_model(settings)
+    if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, assembly.inputs(settings, model))):
         return
 
     # rows -> tokens

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline import assembly, engine, examples, learn_data, learn_masked, learn_pairs, learn_policy, runs, training
+from pipeline import assembly, engine, examples, learn_data, learn_masked, learn_pairs, learn_policy, training
 from pipeline.config.schema import Rl
 from pipeline.config.sections import DataSettings, ModelSettings
-from pipeline.entry import run
 from pipeline.errors import UserError
+from pipeline.launch import run_dir
+from pipeline.launch.entry import run
 from pipeline.lesson import Scene
 
 LESSONS = {
@@ -21,11 +22,11 @@ LESSONS = {
 
 def main(settings: Rl, words: Sequence[str]) -> None:
     ranks = engine.start(settings.launch.ddp_timeout)
-    directory = runs.stage_dir(settings, "rl")
+    directory = run_dir.stage_dir(settings, "rl")
     model, data = start_model(settings), scored_data(settings)
     judge_key = assembly.reward_inputs(settings, settings.reward)
     inputs = assembly.inputs(settings.model_copy(update={"data": data}), model) | judge_key
-    if not ranks.on_main(lambda: runs.open_stage(directory, settings, words, inputs)):
+    if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs)):
         return
     module, algorithm, objective = assembly.objective_of(settings.algorithm)
     judge = assembly.build_rewards(settings, settings.reward, settings.rewards, ranks.device)
@@ -36,10 +37,10 @@ def main(settings: Rl, words: Sequence[str]) -> None:
 
 def start_model(settings: Rl) -> ModelSettings:
     """The model to start from. Raises UserError where there is none: RL does not begin with a new one."""
-    model = assembly.start_model(settings)
+    model = run_dir.start_model(settings)
     if model.path is None:
         raise UserError(
-            f"stage=rl: {runs.run_dir(settings)}/sft holds no model to start from: make one with "
+            f"stage=rl: {run_dir.run_dir(settings)}/sft holds no model to start from: make one with "
             f"bash run.sh stage=sft run={settings.run} data.train=FILE, or give model="
         )
     return model
@@ -47,8 +48,8 @@ def start_model(settings: Rl) -> ModelSettings:
 
 def scored_data(settings: Rl) -> DataSettings:
     """Where the rows come from: `scored`, else the run's score stage, else data.*."""
-    left = runs.run_dir(settings) / "score"
-    place = settings.scored or (str(left) if runs.finished(left) else None)
+    left = run_dir.run_dir(settings) / "score"
+    place = settings.scored or (str(left) if run_dir.finished(left) else None)
     if place is None:
         return settings.data
     return examples.read_from(settings.data, path=place)

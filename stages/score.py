@@ -10,19 +10,20 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from pipeline import assembly, candidates, engine, evaluate, examples, runs
+from pipeline import assembly, candidates, engine, evaluate, examples
 from pipeline.config.schema import Score
 from pipeline.config.sections import DataSettings
-from pipeline.entry import run
 from pipeline.errors import UserError
 from pipeline.files import write_json
+from pipeline.launch import run_dir
+from pipeline.launch.entry import run
 from pipeline.records import Example, Scores
 from pipeline.tasks.write import write_rows
 
 
 def main(settings: Score, words: Sequence[str]) -> None:
     ranks = engine.start(settings.launch.ddp_timeout)
-    directory = runs.stage_dir(settings, "score")
+    directory = run_dir.stage_dir(settings, "score")
     data = data_of(settings)
     judge = assembly.build_rewards(settings, settings.reward, settings.rewards, ranks.device)
     if judge is None:
@@ -32,7 +33,7 @@ def main(settings: Score, words: Sequence[str]) -> None:
         )
     inputs = assembly.inputs(settings.model_copy(update={"data": data}), settings.model)
     inputs |= assembly.reward_inputs(settings, settings.reward)
-    if not ranks.on_main(lambda: runs.open_stage(directory, settings, words, inputs)):
+    if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs)):
         return
     say = print if ranks.main else str
     results: dict[str, object] = {}
@@ -53,8 +54,8 @@ def data_of(settings: Score) -> DataSettings:
     """Where the rows come from: data.*, or the run's generate stage. Raises UserError where that has left none."""
     if settings.of == "data":
         return settings.data
-    left = runs.run_dir(settings) / "generate"
-    if not runs.finished(left):
+    left = run_dir.run_dir(settings) / "generate"
+    if not run_dir.finished(left):
         raise UserError(
             f"of=generate: {left} holds no finished rows, wanted responses or candidates to score: make them with "
             f"bash run.sh stage=generate run={settings.run} splits=[train,validation]"

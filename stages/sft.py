@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from pipeline import assembly, engine, evaluate, examples, rollout, runs, training, turns
+from pipeline import assembly, engine, evaluate, examples, rollout, training, turns
 from pipeline.config.schema import Sft
 from pipeline.data import Packing, Windows
-from pipeline.entry import run
 from pipeline.examples import Report
+from pipeline.launch import run_dir
+from pipeline.launch.entry import run
 from pipeline.loop import Evaluation, Watch
 from pipeline.records import Example, Item
 from pipeline.text import Encoder, coloured
@@ -17,9 +18,9 @@ from pipeline.text import Encoder, coloured
 
 def main(settings: Sft, words: Sequence[str]) -> None:
     ranks = engine.start(settings.launch.ddp_timeout)
-    directory = runs.stage_dir(settings, "sft")
+    directory = run_dir.stage_dir(settings, "sft")
     model = settings.model
-    if not ranks.on_main(lambda: runs.open_stage(directory, settings, words, assembly.inputs(settings, model))):
+    if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, assembly.inputs(settings, model))):
         return
 
     # rows -> tokens

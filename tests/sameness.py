@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pipeline import starts
+from pipeline.launch import provenance
 
 UNFINISHED = ("part-*", "*.part", "*.tmp", "checkpoints")
 TIMES = ("time", "seconds")
@@ -38,7 +38,9 @@ def leftovers(run: Path) -> list[str]:
 def files(run: Path) -> set[str]:
     """All files but TensorBoard's, whose names are times, locks, which hold nothing, and the list of starts."""
     names = (path.relative_to(run) for path in run.rglob("*") if path.is_file())
-    return {str(name) for name in names if "tensorboard" not in name.parts and name.name not in (".lock", starts.NAME)}
+    return {
+        str(name) for name in names if "tensorboard" not in name.parts and name.name not in (".lock", provenance.NAME)
+    }
 
 
 def content(path: Path) -> object:

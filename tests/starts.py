@@ -24,8 +24,8 @@ import psutil
 
 from pipeline.config.resolve import resolve
 from pipeline.config.yaml_layers import ROOT
-from pipeline.entry import run
-from pipeline.launch import free_port
+from pipeline.launch.entry import run
+from pipeline.launch.launcher import free_port
 
 GRACE_SECONDS = 1.0  # between the end of one rank and SIGTERM to the others, as DeepSpeed's launcher waits
 PATIENCE_SECONDS = 90.0  # for processes that were told to end

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import environment
 from pipeline.config.schema import STAGES
 from pipeline.config.yaml_layers import ROOT
+from pipeline.launch import environment
 
 
 def stages(*words: str, cwd: Path, module: str = "stages") -> subprocess.CompletedProcess[str]:

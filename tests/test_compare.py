@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import advantages, comparison, comparison_page, schedule, study
+from pipeline import advantages, comparison, comparison_page
 from pipeline.config.resolve import resolve
 from pipeline.errors import UserError
+from pipeline.launch import comparison_plan, scheduler
+from pipeline.launch.comparison_plan import Task
 from pipeline.records import Example
-from pipeline.study import Task
 
 RECIPE = """
 all:
@@ -39,9 +40,9 @@ def recipe(tmp_path: Path) -> str:
     return str(file)
 
 
-def planned(*words: str) -> study.Study:
+def planned(*words: str) -> comparison_plan.Study:
     given = ["stage=compare", *words]
-    return study.plan(resolve(given).settings, given)
+    return comparison_plan.plan(resolve(given).settings, given)
 
 
 def settings(*words: str):
@@ -65,7 +66,7 @@ def test_candidates_are_made_before_they_are_scored_and_learned_from():
 
 
 def test_a_variant_has_the_settings_of_all_then_its_own():
-    named = study.variants_of(
+    named = comparison_plan.variants_of(
         settings("algos=nll, alol", "variants={mine: {algo: alol, lr: 0.5, max_steps: 7}}", "rl.max_steps=9")
     )
     assert list(named) == ["nll", "alol", "mine"]
@@ -101,13 +102,13 @@ def test_a_recipe_must_be_named():
 
 @pytest.mark.parametrize("given", [3, "3", [3]])
 def test_one_seed(given):
-    assert study.seeds_of(given) == [3]
+    assert comparison_plan.seeds_of(given) == [3]
 
 
 # what each step is told
 
 
-def words_of(plan: study.Study, name: str) -> tuple[str, ...]:
+def words_of(plan: comparison_plan.Study, name: str) -> tuple[str, ...]:
     return next(task.step.words for task in plan.tasks if task.name == name)
 
 
@@ -169,13 +170,13 @@ def tasks_of(spec: dict[str, tuple[str, int]]) -> list[Task]:
 def test_lanes_advance_side_by_side():
     tasks = tasks_of({"a": ("", 1), "b": ("a", 1), "c": ("a", 1), "d": ("", 2), "e": ("d", 2)})
     order, done, running = [], set(), []
-    while task := schedule.choose(tasks, done, running, {}):
+    while task := scheduler.choose(tasks, done, running, {}):
         running.append(task)
         order.append(task.name[0])
         if len(running) == 2:
             done.add(running.pop(0).name)
     assert order == ["a", "d", "b", "e", "c"]
-    assert schedule.choose(tasks, {"a/report"}, [], {"b/report": 1, "c/report": 1, "d/report": 1}) is None
+    assert scheduler.choose(tasks, {"a/report"}, [], {"b/report": 1, "c/report": 1, "d/report": 1}) is None
 
 
 def test_a_step_that_fails_stops_what_waits_for_it_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
@@ -183,7 +184,7 @@ def test_a_step_that_fails_stops_what_waits_for_it_alone(tmp_path: Path, capfd: 
     first = Task(resolve([*words, "run=a"]), frozenset(), 1)
     second = Task(resolve([*words, "run=b"]), frozenset({first.name}), 1)
     before = signal.getsignal(signal.SIGTERM)
-    assert schedule.run_all([first, second], 2, tmp_path / "logs") == {"a/report": 2}
+    assert scheduler.run_all([first, second], 2, tmp_path / "logs") == {"a/report": 2}
     assert signal.getsignal(signal.SIGTERM) is before
     assert [file.name for file in (tmp_path / "logs").iterdir()] == ["a.report.log"]
     assert "a/report ended with exit code 2: tiffin: " in capfd.readouterr().err
@@ -269,7 +270,7 @@ def test_a_comparison_end_to_end(recipe: str, tmp_path: Path, capsys: pytest.Cap
     words += ["algos=nll", "variants={shuffled: {algo: alol, shuffle_rewards: true, rows: best_half}}"]
     words += ["rl.max_steps=2", "rl.eval.max_rows=6"]
     compare = resolve(words)
-    for task in study.plan(compare.settings, words).tasks:
+    for task in comparison_plan.plan(compare.settings, words).tasks:
         importlib.import_module(f"stages.{task.step.stage}").main(task.step.settings, list(task.step.words))
     capsys.readouterr()
     importlib.import_module("stages.compare").main(compare.settings, words)

@@ -100,5 +100,5 @@ def test_development_packages_are_not_imported(file: str):
 
 
 def test_the_command_line_starts_without_installed_packages():
-    library = {module.split(".")[0] for module in imports("pipeline/environment.py")}
+    library = {module.split(".")[0] for module in imports("pipeline/launch/environment.py")}
     assert library <= set(sys.stdlib_module_names)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import launch
 from pipeline.config.sections import LaunchSettings
 from pipeline.errors import UserError
-from pipeline.launch import command, environment, first_host, hosts, rank_environment
+from pipeline.launch import launcher as launch
+from pipeline.launch.launcher import command, environment, first_host, hosts, rank_environment
 
 PYTHON = sys.executable
 DEEPSPEED = [PYTHON, "-m", "deepspeed.launcher.runner"]
@@ -177,7 +177,7 @@ signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(75))
 pathlib.Path("ready").touch()
 time.sleep(30)
 """
-FORWARDS = "import os, sys; from pipeline.launch import run; sys.exit(run(sys.argv[1:], os.environ))"
+FORWARDS = "import os, sys; from pipeline.launch.launcher import run; sys.exit(run(sys.argv[1:], os.environ))"
 OUTER = "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))"  # a launcher which knows no signals
 
 

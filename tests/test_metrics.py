@@ -10,10 +10,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pipeline import markdown, starts
+from pipeline import markdown
 from pipeline.algorithms.functional import mean_stat, std_stat
 from pipeline.errors import UserError
 from pipeline.files import flatten, read_metrics, write_json
+from pipeline.launch import provenance
 from pipeline.metrics import LAYOUT, RunLog
 from pipeline.records import Stat
 from pipeline.tally import Tally
@@ -210,17 +211,17 @@ def test_sampled_responses_are_grouped_by_prompt_the_best_first():
 def test_every_start_is_noted(tmp_path):
     log_in(tmp_path).close()
     log_in(tmp_path, resume_step=3).close()
-    noted = starts.read(tmp_path)
+    noted = provenance.read(tmp_path)
     assert [start["step"] for start in noted] == [0, 3]
     assert noted[0]["versions"]["torch"] == torch.__version__ and noted[0]["device"]
-    with open(tmp_path / starts.NAME, "a") as file:
+    with open(tmp_path / provenance.NAME, "a") as file:
         file.write('{"step": 9')  # torn by a kill
-    assert len(starts.read(tmp_path)) == 2
-    starts.note(tmp_path, 6)  # after a torn line
-    assert [row["step"] for row in starts.read(tmp_path)][2:] == [6]
-    (tmp_path / starts.NAME).write_text("not json\n")
+    assert len(provenance.read(tmp_path)) == 2
+    provenance.note(tmp_path, 6)  # after a torn line
+    assert [row["step"] for row in provenance.read(tmp_path)][2:] == [6]
+    (tmp_path / provenance.NAME).write_text("not json\n")
     with pytest.raises(UserError, match=r"starts\.jsonl:1: not JSON"):
-        starts.read(tmp_path)
+        provenance.read(tmp_path)
 
 
 def test_samples_keep_every_row_whole(tmp_path):

@@ -26,7 +26,7 @@ from pipeline.config.aliases import ALIASES
 from pipeline.config.resolve import resolve_steps
 from pipeline.config.yaml_layers import ROOT
 from pipeline.errors import UserError
-from pipeline.launch import command, free_port
+from pipeline.launch.launcher import command, free_port
 from tests.mistakes import Mistake, answers, judge, lines, pairs
 from tests.mistakes_in_data import DATA
 from tests.mistakes_in_models import MODELS, REWARDS, SYSTEM

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import files, runs
+from pipeline import files
 from pipeline.config.yaml_layers import load_yaml
 from pipeline.errors import UserError
 from pipeline.files import write_json
+from pipeline.launch import run_dir
 from tests import tiny
 
 WORDS = ["stage=sft", "data.train=my rows.jsonl"]
@@ -22,7 +23,7 @@ def settings(*words: str):
 
 
 def opened(tmp_path: Path, *words: str, inputs: dict | None = None) -> bool:
-    return runs.open_stage(tmp_path / "sft", settings(*words), WORDS, inputs or INPUTS)
+    return run_dir.open_stage(tmp_path / "sft", settings(*words), WORDS, inputs or INPUTS)
 
 
 def test_a_fresh_stage_notes_what_it_is(tmp_path: Path) -> None:
@@ -118,21 +119,21 @@ def test_fingerprints_follow_names_and_bytes(tmp_path: Path) -> None:
 
 def test_where_stages_lie(tmp_path: Path) -> None:
     here = settings(f"runs_dir={tmp_path}", "run=r")
-    assert runs.stage_dir(here, "sft") == tmp_path / "r" / "sft"
+    assert run_dir.stage_dir(here, "sft") == tmp_path / "r" / "sft"
     named = settings(f"runs_dir={tmp_path}", "run=r", "name=one")
-    assert runs.stage_dir(named, "sft") == tmp_path / "r" / "sft" / "one"
+    assert run_dir.stage_dir(named, "sft") == tmp_path / "r" / "sft" / "one"
 
 
 def test_only_finished_models_count(tmp_path: Path) -> None:
     here = settings(f"runs_dir={tmp_path}", "run=r")
     model = tmp_path / "r" / "sft" / "model"
     model.mkdir(parents=True)
-    assert runs.model_of(here, "sft") is None
+    assert run_dir.model_of(here, "sft") is None
     write_json(model.parent / "results.json", {})
-    assert runs.model_of(here, "sft") == model
+    assert run_dir.model_of(here, "sft") == model
     for name, done in (("b", True), ("a", True), ("c", False)):
         folder = tmp_path / "r" / "reward" / name
         (folder / "model").mkdir(parents=True)
         if done:
             write_json(folder / "results.json", {})
-    assert runs.reward_models(here) == {name: str(tmp_path / "r" / "reward" / name / "model") for name in ("a", "b")}
+    assert run_dir.reward_models(here) == {name: str(tmp_path / "r" / "reward" / name / "model") for name in ("a", "b")}

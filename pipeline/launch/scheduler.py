@@ -13,11 +13,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline import runs
 from pipeline.config.yaml_layers import load_yaml
 from pipeline.errors import PreemptedError
-from pipeline.launch import command, environment, tell
-from pipeline.study import Task
+from pipeline.launch import run_dir
+from pipeline.launch.comparison_plan import Task
+from pipeline.launch.launcher import command, environment, tell
 
 POLL_SECONDS = 0.2
 
@@ -32,8 +32,8 @@ def finished(tasks: Sequence[Task]) -> set[str]:
     for task in tasks:
         config = task.directory / "config.yaml"
         if config.is_file():
-            runs.refuse_other(task.directory, task.step.settings, load_yaml(config), {}, {})
-            if runs.finished(task.directory) and task.after <= done:
+            run_dir.refuse_other(task.directory, task.step.settings, load_yaml(config), {}, {})
+            if run_dir.finished(task.directory) and task.after <= done:
                 done.add(task.name)
     return done
 

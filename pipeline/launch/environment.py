@@ -1,6 +1,6 @@
 """Finds or makes the Python environment that run.sh hands over to. Standard library only: it runs before any install.
 
-`python -m pipeline.environment [dev]` prints the interpreter to use: this one if its packages are within the ranges of
+`python -m pipeline.launch.environment [dev]` prints the interpreter to use: this one if its packages are within the ranges of
 setup.py, else that of `.venv` beside it, made with the pins of constraints.txt where needed. Exit code 2 on failure.
 """
 
@@ -19,7 +19,7 @@ import venv
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 VENV = ROOT / ".venv"
 MARKER = VENV / ".tiffin-ready"  # written last: without it, an install was interrupted and is done again
 COMPARE: dict[str, Callable[[tuple[int, ...], tuple[int, ...]], bool]] = {

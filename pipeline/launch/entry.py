@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from pipeline import errors
 from pipeline.config.resolve import resolve
 from pipeline.errors import PreemptedError, UserError
-from pipeline.launch import rank_environment
+from pipeline.launch.launcher import rank_environment
 
 USER_ERROR = 2
 INTERRUPTED = 130

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline import runs
 from pipeline.config.resolve import Resolved, merge, reaching, resolve, resolve_steps
 from pipeline.config.reward_spec import labelled, parse
 from pipeline.config.schema import Compare
 from pipeline.config.yaml_layers import WHOLE, Layer, Leaf, as_word, parse_overrides
 from pipeline.errors import UserError
+from pipeline.launch import run_dir
 
 SECOND = "second:"  # what the labels of the next home's reward models begin with
 START = "sft"  # the policy all variants start from
@@ -44,7 +44,7 @@ class Task:
 
     @property
     def directory(self) -> Path:
-        return runs.stage_dir(self.step.settings, self.step.stage)
+        return run_dir.stage_dir(self.step.settings, self.step.stage)
 
     @property
     def name(self) -> str:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import locks
-from pipeline.config.schema import Common
+from pipeline.config.schema import Common, Reward, Rl, WithModel
+from pipeline.config.sections import ModelSettings
 from pipeline.config.yaml_layers import dump_yaml, load_yaml
 from pipeline.errors import UserError
 from pipeline.files import write_json, write_text
@@ -127,3 +128,42 @@ def refuse_other(
                 f"{directory}: its {name} has changed since it was started: choose another run= or name=, "
                 "or remove the directory"
             )
+
+
+def start_model(settings: Reward | Rl) -> ModelSettings:
+    """The run's SFT model if start_from says so and it is there, else the model that is named, else a new one.
+
+    Raises:
+        UserError: a model is named, and the SFT model was made of another.
+    """
+    found = model_of(settings, "sft") if settings.start_from == "sft" else None
+    if found is None:
+        return settings.model
+    made_of, named = settings_of(found.parent)["model"]["path"], settings.model.path
+    if named not in (None, made_of, str(found)):
+        raise UserError(
+            f"model.path: {named}, but {found.parent} was made of {made_of or 'a new model'}: "
+            "say start_from=model to start from it, or choose another run="
+        )
+    return settings.model.model_copy(update={"path": str(found), "revision": None})
+
+
+def policy_model(settings: WithModel, place: str | None) -> ModelSettings:
+    """The model called `place`: a stage of the run (sft, rl, rl/name), a directory, or a hub name; None: the newest.
+
+    Raises:
+        UserError: there is no such policy.
+    """
+    names = ["rl", "sft"] if place is None else [place]
+    found = next((path for name in names if (path := model_of(settings, name))), None)
+    if found is not None:
+        return settings.model.model_copy(update={"path": str(found)})
+    if place is None and settings.model.path is not None:
+        return settings.model
+    if place is not None and (Path(place).is_dir() or ("/" in place and not place.startswith(("rl/", "sft/")))):
+        return settings.model.model_copy(update={"path": place})
+    stage = (place or "sft").split("/")[0]
+    raise UserError(
+        f"policy {place or 'rl or sft'}: {run_dir(settings)} holds none: make it with "
+        f"bash run.sh stage={stage} run={settings.run}, or name a model directory"
+    )
