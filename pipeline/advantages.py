@@ -14,15 +14,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline import evaluate, examples, reference, rewards, rollout, sampling
+from pipeline import evaluate, reference, rewards, rollout
 from pipeline.config.schema import Rl
-from pipeline.data import Draw, Packing
+from pipeline.data import dataset, sampling
+from pipeline.data.batching import Draw, Packing
+from pipeline.data.convert import CHOSEN, REJECTED
+from pipeline.data.tokenization import Encoder
 from pipeline.engine import Engine, Ranks
 from pipeline.errors import UserError
 from pipeline.launch import run_dir
 from pipeline.records import Example, Item
-from pipeline.tasks.convert import CHOSEN, REJECTED
-from pipeline.text import Encoder
 
 
 @dataclass(frozen=True)
@@ -143,14 +144,14 @@ def with_values(ref: Reference, items: list[Item], source: ValueData) -> tuple[l
     saved = reference.cached(ref.cache("values", **parts), ref.engine, compute)
     values = saved["values"].tolist()
     gains = [item.numbers["reward"] - v for item, v in zip(items, values, strict=True)]
-    return examples.with_numbers(items, value=values, advantage=gains), saved["report"]
+    return dataset.with_numbers(items, value=values, advantage=gains), saved["report"]
 
 
 def value_targets(ref: Reference, source: ValueData) -> reference.Targets:
     """Prompts with the reward to expect: of fresh responses of the reference, or of the logged ones."""
     settings = ref.settings.value
     if settings.targets == "policy":
-        prompts = examples.unique_prompts(source.prompts)[: settings.max_prompts]
+        prompts = dataset.unique_prompts(source.prompts)[: settings.max_prompts]
         generation = ref.settings.generation.model_copy(
             update={"do_sample": True, "num_beams": 1, "num_return_sequences": settings.samples_per_prompt}
         )
@@ -162,9 +163,9 @@ def value_targets(ref: Reference, source: ValueData) -> reference.Targets:
         logged: dict[object, list[float]] = {}
         for item in source.logged:
             logged.setdefault(item.example.prompt, []).append(item.numbers["reward"])
-        prompts = examples.unique_prompts([item.example for item in source.logged])[: settings.max_prompts]
+        prompts = dataset.unique_prompts([item.example for item in source.logged])[: settings.max_prompts]
         expected = [statistics.fmean(logged[example.prompt]) for example in prompts]
-    encoded = examples.encode(prompts, ref.encoder, examples.prompt_rows).items
+    encoded = dataset.encode(prompts, ref.encoder, dataset.prompt_rows).items
     low, high = value_range(source.judge, expected)
     order = sampling.epoch_rows(len(prompts), len(prompts), 0, ref.settings.seed)
     mask = torch.zeros(len(prompts), dtype=torch.bool)

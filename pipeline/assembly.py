@@ -13,22 +13,23 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from pipeline import examples, files, http_reward, model_checks, models, plugins, rewards, vocabulary
+from pipeline import files, http_reward, model_checks, models, plugins, rewards
 from pipeline.config.reward_spec import is_address, parse
 from pipeline.config.schema import Algorithm, Common, Rl, Sft, WithModel
 from pipeline.config.sections import ModelSettings, RewardSettings, TrainSettings
 from pipeline.config.validate import one_complaint
-from pipeline.data import Packing, collate, packing_of
+from pipeline.data import dataset, vocabulary
+from pipeline.data.batching import Packing, collate, packing_of
+from pipeline.data.masking import Hiding
+from pipeline.data.tokenization import Encoder
 from pipeline.engine import Engine, Ranks
 from pipeline.errors import UserError
-from pipeline.hiding import Hiding
 from pipeline.judges import Judges
 from pipeline.launch import run_dir
 from pipeline.loop import Objective
 from pipeline.policy import Policy, RewardModel, check_head
 from pipeline.records import Batch, Item, Row, Stat
 from pipeline.rewards import Rewards, is_learned, resolve
-from pipeline.text import Encoder
 from reward_models import learned
 
 
@@ -73,7 +74,7 @@ def inputs(settings: WithModel, model: ModelSettings) -> dict[str, str]:
     if settings.data.task is not None:
         source, _ = plugins.split(settings.data.task)
         return {**found, "data": files.fingerprint(source) if source.endswith(".py") else f"task {settings.data.task}"}
-    places = examples.split_places(settings.data)
+    places = dataset.split_places(settings.data)
     return {**found, **{f"data.{split}": files.fingerprint(place) for split, place in places.items()}}
 
 

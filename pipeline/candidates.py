@@ -8,10 +8,10 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from pipeline import evaluate
+from pipeline.data.columns import ranked
 from pipeline.engine import Ranks
 from pipeline.records import Example, Response, Scores
 from pipeline.rewards import Rewards
-from pipeline.tasks.columns import ranked
 
 
 class Gathered(NamedTuple):

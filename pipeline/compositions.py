@@ -15,11 +15,11 @@ from torch import Tensor
 
 from pipeline import evaluate
 from pipeline.algorithms.functional import Drawn, mean_stat, std_stat
+from pipeline.data.sampling import generator
+from pipeline.data.tokenization import Encoder
 from pipeline.engine import Ranks
 from pipeline.records import Batch, Example, Item, Scores, Stat, Static
 from pipeline.rewards import Rewards
-from pipeline.sampling import generator
-from pipeline.text import Encoder
 
 
 @dataclass(frozen=True)

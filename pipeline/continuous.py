@@ -20,11 +20,11 @@ from packaging.version import Version
 from transformers import GenerationConfig
 
 from pipeline.config.sections import GenerationSettings
+from pipeline.data.sampling import generator
 from pipeline.errors import UserError
 from pipeline.models import hugging_face
 from pipeline.policy import Policy
 from pipeline.records import Ask, Said, Seen
-from pipeline.sampling import generator
 
 if TYPE_CHECKING:
     from transformers import ContinuousBatchingConfig

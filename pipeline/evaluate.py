@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.data import Packing, once
+from pipeline.data.batching import Packing, once
 from pipeline.engine import Engine, Ranks
 from pipeline.loop import Objective
 from pipeline.records import Example, Item, Response, Row, Scores

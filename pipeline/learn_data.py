@@ -8,14 +8,15 @@ from typing import NamedTuple
 
 import torch
 
-from pipeline import advantages, assembly, engine, evaluate, examples, files, reference, training
-from pipeline.data import Windows
+from pipeline import advantages, assembly, engine, evaluate, files, reference, training
+from pipeline.data import dataset
+from pipeline.data.batching import Windows
+from pipeline.data.sampling import step_budget
+from pipeline.data.tokenization import coloured
 from pipeline.lesson import Lesson, Scene, spoken
 from pipeline.loop import Evaluation, Objective, Watch
 from pipeline.records import Example, Item, Needs
 from pipeline.rewards import Rewards
-from pipeline.sampling import step_budget
-from pipeline.text import coloured
 
 HISTOGRAM_ROWS = 128  # held-out rows whose ratio to the reference is drawn at each evaluation
 
@@ -27,11 +28,11 @@ def lesson(scene: Scene) -> Lesson:
     needs = scene.module.needs(algorithm)
     train, held_out, prompts = rewarded_rows(scene, needs)
     encoder = assembly.encoder_of(settings, model, list)
-    encoded = examples.encode(train, encoder, examples.completion_rows)
-    tested = examples.encode(held_out, encoder, examples.completion_rows)
+    encoded = dataset.encode(train, encoder, dataset.completion_rows)
+    tested = dataset.encode(held_out, encoder, dataset.completion_rows)
     scene.say(f"{encoded.summary('train')}\n{tested.summary('validation')}")
     scene.say(coloured(encoder, encoded.items[0].rows[0]))
-    ranks.on_main(lambda: examples.note(scene.directory, encoded, tested))
+    ranks.on_main(lambda: dataset.note(scene.directory, encoded, tested))
 
     # what the reference says, before the first step changes it
     policy = assembly.build_policy(model, encoder, settings.train, scene.data.max_response_length, settings.seed)
@@ -76,9 +77,9 @@ class Rows(NamedTuple):
 def rewarded_rows(scene: Scene, needs: Needs) -> Rows:
     """The rows with their rewards, where they are needed; those to learn from chosen, or shuffled, as asked for."""
     settings, data, say = scene.settings, scene.data, scene.say
-    train = examples.scored(examples.load_train(data, settings.seed, say), data)
-    held_out = examples.scored(examples.load(data, "validation", settings.seed, say), data)
-    prompts = examples.unique_prompts(held_out)
+    train = dataset.scored(dataset.load_train(data, settings.seed, say), data)
+    held_out = dataset.scored(dataset.load(data, "validation", settings.seed, say), data)
+    prompts = dataset.unique_prompts(held_out)
     held_out = held_out[: settings.eval.max_rows]
     if needs.rewards or settings.rows != "all" or settings.shuffle_rewards:
         rows = advantages.with_rewards(scene.ranks, [*train, *held_out], scene.judge, settings)

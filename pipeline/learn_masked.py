@@ -9,18 +9,19 @@ from typing import Any
 
 import torch
 
-from pipeline import assembly, engine, evaluate, examples, statics, training
+from pipeline import assembly, engine, evaluate, statics, training
 from pipeline.algorithms import functional, supervised
 from pipeline.algorithms.functional import Drawn
 from pipeline.compositions import Composer
-from pipeline.data import Packing, Windows, collate
+from pipeline.data import dataset
+from pipeline.data.batching import Packing, Windows, collate
+from pipeline.data.tokenization import Encoder, coloured
 from pipeline.engine import Engine
 from pipeline.errors import UserError
 from pipeline.lesson import Lesson, Scene, refuse, required_judge, spoken
 from pipeline.loop import Evaluation, Objective, Watch
 from pipeline.masked_table import samples_of
 from pipeline.records import Batch, Example, Item, Row
-from pipeline.text import Encoder, coloured
 
 CLOSE = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.1}  # relative to the states' size, by precision
 
@@ -72,22 +73,22 @@ class Held:
 def rows_of(scene: Scene, encoder: Encoder) -> Held:
     """What is learned from and looked at, after a word about both."""
     settings, data = scene.settings, scene.data
-    train = examples.load_train(data, settings.seed, scene.say)
-    held_out = examples.load(data, "validation", settings.seed, scene.say)
-    encoded = examples.encode(train, encoder, reference_rows)
-    tested = examples.encode(held_out[: settings.eval.max_rows], encoder, reference_rows)
+    train = dataset.load_train(data, settings.seed, scene.say)
+    held_out = dataset.load(data, "validation", settings.seed, scene.say)
+    encoded = dataset.encode(train, encoder, reference_rows)
+    tested = dataset.encode(held_out[: settings.eval.max_rows], encoder, reference_rows)
     items = with_statics(encoded.items, encoder, settings.static)
     short = statics.wordless([row for item in items for row in item.statics], encoder)
     scene.say(f"{encoded.summary('train')}\n{tested.summary('validation')}")
     scene.say(f"static responses: {settings.static}, {short:,} of them without a word")
     scene.say(coloured(encoder, encoded.items[0].rows[0]))
-    scene.ranks.on_main(lambda: examples.note(scene.directory, encoded, tested))
-    return Held(items, tested.items, examples.unique_prompts(held_out)[: settings.eval.max_rows])
+    scene.ranks.on_main(lambda: dataset.note(scene.directory, encoded, tested))
+    return Held(items, tested.items, dataset.unique_prompts(held_out)[: settings.eval.max_rows])
 
 
 def reference_rows(example: Example, encoder: Encoder) -> tuple[Row, ...]:
     """The reference text as the response. Raises UserError where there is none."""
-    return (encoder.encode(example.prompt, statics.reference_text(example)),)
+    return (encoder.encode(example.prompt, dataset.reference_text(example)),)
 
 
 def with_statics(items: Sequence[Item], encoder: Encoder, which: str) -> list[Item]:

@@ -7,13 +7,15 @@ from dataclasses import replace
 
 import torch
 
-from pipeline import advantages, assembly, engine, examples, files, pairing, reference, sampling, training
-from pipeline.data import Windows
+from pipeline import advantages, assembly, engine, files, reference, training
+from pipeline.data import dataset, sampling
+from pipeline.data import pairs as pairing
+from pipeline.data.batching import Windows
+from pipeline.data.tokenization import coloured
 from pipeline.learn_data import Held, Look
 from pipeline.lesson import Lesson, Scene, refuse
 from pipeline.loop import Watch
 from pipeline.records import Example
-from pipeline.text import coloured
 
 
 def lesson(scene: Scene) -> Lesson:
@@ -21,13 +23,13 @@ def lesson(scene: Scene) -> Lesson:
     settings, ranks, model = scene.settings, scene.ranks, scene.model
     refuse(settings, rows="all", sampling="all")
     train, held_out = pairs_of(scene)
-    prompts = examples.unique_prompts(held_out)[: settings.eval.max_rows]
+    prompts = dataset.unique_prompts(held_out)[: settings.eval.max_rows]
     encoder = assembly.encoder_of(settings, model, list)
-    encoded = examples.encode(train, encoder, examples.pair_rows)
-    tested = examples.encode(held_out[: settings.eval.max_rows], encoder, examples.pair_rows)
+    encoded = dataset.encode(train, encoder, dataset.pair_rows)
+    tested = dataset.encode(held_out[: settings.eval.max_rows], encoder, dataset.pair_rows)
     scene.say(f"{encoded.summary('train')}\n{tested.summary('validation')}")
     scene.say("\n".join(coloured(encoder, row) for row in encoded.items[0].rows))
-    ranks.on_main(lambda: examples.note(scene.directory, encoded, tested))
+    ranks.on_main(lambda: dataset.note(scene.directory, encoded, tested))
 
     # what the reference says, before the first step changes it
     policy = assembly.build_policy(model, encoder, settings.train, scene.data.max_response_length, settings.seed)
@@ -57,8 +59,8 @@ def lesson(scene: Scene) -> Lesson:
 def pairs_of(scene: Scene) -> tuple[list[Example], list[Example]]:
     """The pairs to learn from, turned round at random if rewards are to be shuffled, and those held out."""
     settings, say = scene.settings, scene.say
-    train = pairing.paired(examples.load_train(scene.data, settings.seed, say), say)
-    held_out = pairing.paired(examples.load(scene.data, "validation", settings.seed, say), say)
+    train = pairing.paired(dataset.load_train(scene.data, settings.seed, say), say)
+    held_out = pairing.paired(dataset.load(scene.data, "validation", settings.seed, say), say)
     return with_shuffled_sides(train, settings.seed) if settings.shuffle_rewards else train, held_out
 
 

@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline import assembly, engine, evaluate, examples, lots, reference, rollout, statics, training
+from pipeline import assembly, engine, evaluate, lots, reference, rollout, training
 from pipeline.algorithms import capability
 from pipeline.algorithms.functional import mean_stat
 from pipeline.config.schema import Rl
 from pipeline.config.sections import GenerationSettings
-from pipeline.data import Draw, Packing, collate, window
+from pipeline.data import dataset
+from pipeline.data.batching import Draw, Packing, collate, window
+from pipeline.data.tokenization import Encoder
 from pipeline.engine import Engine
 from pipeline.history import Queue, prompt_key
 from pipeline.lesson import Lesson, Scene, refuse, required_judge, spoken
@@ -30,7 +32,6 @@ from pipeline.records import Batch, Example, Item, Row, Stat
 from pipeline.rewards import Rewards
 from pipeline.rollout import Ask
 from pipeline.sampler import Sampler, check_sampler, spoken_sampler
-from pipeline.text import Encoder
 
 TURN = 1_000_000  # more than the responses that a prompt has at once
 
@@ -41,8 +42,8 @@ def lesson(scene: Scene) -> Lesson:
     refuse(settings, rows="all", sampling="all", shuffle_rewards=False)
     judge = required_judge(scene)
     check_sampler(settings, scene.algorithm)
-    prompts = examples.unique_prompts(examples.load_train(scene.data, settings.seed, scene.say))
-    held_out = examples.unique_prompts(examples.load(scene.data, "validation", settings.seed, scene.say))
+    prompts = dataset.unique_prompts(dataset.load_train(scene.data, settings.seed, scene.say))
+    held_out = dataset.unique_prompts(dataset.load(scene.data, "validation", settings.seed, scene.say))
     held_out = held_out[: settings.eval.max_rows]
     encoder = assembly.encoder_of(settings, scene.model, list)
     longest = max(settings.generation.max_new_tokens, settings.data.max_response_length)
@@ -201,7 +202,7 @@ class Rollouts:
         """The references of the prompts, where their likelihood is learned too."""
         if not self._mixes:
             return []
-        rows = [self.encoder.encode(example.prompt, statics.reference_text(example)) for example in asked]
+        rows = [self.encoder.encode(example.prompt, dataset.reference_text(example)) for example in asked]
         return [
             lots.target_item(example, row, self.frozen is not None) for example, row in zip(asked, rows, strict=True)
         ]

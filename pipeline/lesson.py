@@ -10,12 +10,12 @@ from typing import Any
 from pipeline import evaluate, rollout
 from pipeline.config.schema import Rl
 from pipeline.config.sections import DataSettings, ModelSettings
+from pipeline.data.tokenization import Encoder
 from pipeline.engine import Engine, Ranks
 from pipeline.errors import UserError
 from pipeline.loop import Objective
 from pipeline.records import Example
 from pipeline.rewards import Rewards
-from pipeline.text import Encoder
 from pipeline.training import Course
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pipeline.checkpoint import Checkpoints, State
 from pipeline.config.sections import OptimizerSettings, TrainSettings
-from pipeline.data import Source
+from pipeline.data.batching import Source
 from pipeline.engine import Engine, Ranks
 from pipeline.errors import PreemptedError, UserError
 from pipeline.metrics import RunLog

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pipeline import locks, value
 from pipeline.config.sections import ValueSettings
-from pipeline.data import Packing, collate, once, window
+from pipeline.data.batching import Packing, collate, once, window
 from pipeline.engine import Engine
 from pipeline.errors import UserError
 from pipeline.records import Item

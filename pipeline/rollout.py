@@ -26,13 +26,13 @@ from transformers.modeling_outputs import BaseModelOutput
 from pipeline import continuous, mask_token
 from pipeline.algorithms import capability
 from pipeline.config.sections import GenerationSettings
+from pipeline.data.sampling import generator
+from pipeline.data.tokenization import Encoder, pad
 from pipeline.engine import Engine
 from pipeline.errors import UserError
 from pipeline.model_checks import check_positions
 from pipeline.models import hugging_face
 from pipeline.records import Ask, Example, Response, Said, Seen
-from pipeline.sampling import generator
-from pipeline.text import Encoder, pad
 
 
 def generate(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pipeline.data.dataset import reference_text
+from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
 from pipeline.records import Example, Row
-from pipeline.text import Encoder
 
 
 def static_rows(example: Example, encoder: Encoder, which: str) -> tuple[Row, ...]:
@@ -29,17 +30,6 @@ def static_texts(example: Example, which: str) -> tuple[str, ...]:
         )
     chosen = {"worst": example.candidates[-1:], "best": example.candidates[:1], "random": example.candidates}
     return chosen[which]
-
-
-def reference_text(example: Example) -> str:
-    """The first reference, else the completion. Raises UserError where there is neither."""
-    found = example.references[0] if example.references else example.completion
-    if not found:
-        raise UserError(
-            f"{example.id}: no reference text, wanted one to learn from: give the row a column `completion` "
-            "or `references`"
-        )
-    return found
 
 
 def wordless(rows: Sequence[Row], encoder: Encoder) -> int:

@@ -10,12 +10,12 @@ from typing import Any
 
 from pipeline.checkpoint import Checkpoints, State
 from pipeline.config.schema import Training
-from pipeline.data import Draw, Source
+from pipeline.data.batching import Draw, Source
+from pipeline.data.sampling import epoch_rows
 from pipeline.engine import Engine
 from pipeline.files import flatten
 from pipeline.loop import Evaluation, Job, Objective, Watch, keep, run
 from pipeline.metrics import RunLog
-from pipeline.sampling import epoch_rows
 from pipeline.tally import Interval, Tally
 
 

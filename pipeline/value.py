@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from pipeline.data.sampling import epoch_rows
 from pipeline.errors import UserError
-from pipeline.sampling import epoch_rows
 
 AllSum = Callable[[Tensor], Tensor]  # the elementwise sum over ranks
 

@@ -16,12 +16,12 @@ from pydantic import ValidationError
 
 from pipeline.config.sections import Count, ModelSettings, Section, TemplateSettings
 from pipeline.config.validate import one_complaint
+from pipeline.data.tokenization import Encoder, pad
 from pipeline.errors import UserError
 from pipeline.model_checks import positions, read_object
 from pipeline.models import hugging_face, load_scalar, load_tokenizer
 from pipeline.policy import RewardModel
 from pipeline.records import RewardFunction
-from pipeline.text import Encoder, pad
 
 INPUT_FILE = "reward_input.json"
 

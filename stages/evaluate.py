@@ -6,10 +6,11 @@ import gc
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline import assembly, engine, evaluate, examples, files, rollout
+from pipeline import assembly, engine, evaluate, files, rollout
 from pipeline.config.reward_spec import labelled
 from pipeline.config.schema import Evaluate
 from pipeline.config.sections import ModelSettings
+from pipeline.data import dataset
 from pipeline.engine import Ranks
 from pipeline.errors import UserError
 from pipeline.files import write_json, write_jsonl
@@ -43,7 +44,7 @@ def main(settings: Evaluate, words: Sequence[str]) -> None:
     judge = assembly.build_rewards(settings, settings.reward, settings.rewards, ranks.device, monitors)
     if judge is None:
         raise UserError("stage=evaluate: nothing to judge with: give reward=NAME, or train one with stage=reward")
-    prompts = examples.unique_prompts(examples.load(settings.data, settings.split, settings.seed, say))
+    prompts = dataset.unique_prompts(dataset.load(settings.data, settings.split, settings.seed, say))
     prompts = prompts[: settings.max_rows]
 
     results, samples = judged(settings, models, prompts, judge, ranks)

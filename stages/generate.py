@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from pipeline import assembly, candidates, engine, evaluate, examples, rollout
+from pipeline import assembly, candidates, engine, evaluate, rollout
 from pipeline.candidates import Gathered
 from pipeline.config.schema import Generate
+from pipeline.data import dataset
+from pipeline.data.tokenization import Encoder
+from pipeline.data.write import write_rows
 from pipeline.files import write_json
 from pipeline.launch import run_dir
 from pipeline.launch.entry import run
 from pipeline.records import Example, Response
-from pipeline.tasks.write import write_rows
-from pipeline.text import Encoder
 
 BATCHES = 20  # on each rank between two words about how far it is
 
@@ -34,7 +35,7 @@ def main(settings: Generate, words: Sequence[str]) -> None:
     if settings.reward is not None:
         judge = assembly.build_rewards(settings, settings.reward, settings.rewards, ranks.device)
     prompts = {
-        split: examples.unique_prompts(examples.load_split(settings.data, split, settings.seed, say))
+        split: dataset.unique_prompts(dataset.load_split(settings.data, split, settings.seed, say))
         for split in settings.splits
     }
     results: dict[str, object] = {}

@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 
-from pipeline import assembly, engine, evaluate, examples, pairing, training
+from pipeline import assembly, engine, evaluate, training
 from pipeline.config.schema import Reward
-from pipeline.data import Packing, Windows, once, packing_of
+from pipeline.data import dataset, pairs
+from pipeline.data.batching import Packing, Windows, once, packing_of
+from pipeline.data.tokenization import coloured
 from pipeline.launch import run_dir
 from pipeline.launch.entry import run
 from pipeline.loop import Evaluation, Watch
 from pipeline.records import Example, Item
-from pipeline.text import coloured
 from reward_models import learned
 
 
@@ -30,13 +31,13 @@ def main(settings: Reward, words: Sequence[str]) -> None:
     module, algorithm, objective = assembly.objective_of(settings.algorithm)
     say = print if ranks.main else str
     train, held_out = rows_of(settings, module, algorithm, say)
-    alone = not pairing.all_pairs(train)  # responses with a score each
-    made = examples.completion_rows if alone else examples.pair_rows
-    encoder = assembly.encoder_of(settings, model, lambda: examples.texts(train, settings.template))
-    encoded = examples.encode(train, encoder, made)
-    tested = examples.encode(held_out, encoder, made)
+    alone = not pairs.all_pairs(train)  # responses with a score each
+    made = dataset.completion_rows if alone else dataset.pair_rows
+    encoder = assembly.encoder_of(settings, model, lambda: dataset.texts(train, settings.template))
+    encoded = dataset.encode(train, encoder, made)
+    tested = dataset.encode(held_out, encoder, made)
     say(f"{encoded.summary('train')}\n{tested.summary('validation')}\n{coloured(encoder, encoded.items[0].rows[0])}")
-    ranks.on_main(lambda: examples.note(directory, encoded, tested))
+    ranks.on_main(lambda: dataset.note(directory, encoded, tested))
 
     # tokens -> model
     scorer = assembly.build_scalar(model, encoder, settings.train, settings.seed)
@@ -79,13 +80,13 @@ def rows_of(
     Raises:
         UserError: a row lacks what the objective learns from.
     """
-    train = examples.load_train(settings.data, settings.seed, say)
-    held_out = examples.load(settings.data, "validation", settings.seed, say)
-    if module.pairs_only(algorithm) or pairing.all_pairs([*train, *held_out]):
-        train, held_out = pairing.paired(train, say), pairing.paired(held_out, say)[: settings.eval.max_rows]
-        examples.require([*train, *held_out], module.columns(algorithm), f"objective: {algorithm.objective}")
+    train = dataset.load_train(settings.data, settings.seed, say)
+    held_out = dataset.load(settings.data, "validation", settings.seed, say)
+    if module.pairs_only(algorithm) or pairs.all_pairs([*train, *held_out]):
+        train, held_out = pairs.paired(train, say), pairs.paired(held_out, say)[: settings.eval.max_rows]
+        dataset.require([*train, *held_out], module.columns(algorithm), f"objective: {algorithm.objective}")
         return train, held_out
-    train, held_out = (pairing.annotated(rows, settings.data) for rows in (train, held_out))
+    train, held_out = (pairs.annotated(rows, settings.data) for rows in (train, held_out))
     return train, held_out[: settings.eval.max_rows]
 
 

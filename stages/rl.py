@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline import assembly, engine, examples, learn_data, learn_masked, learn_pairs, learn_policy, training
+from pipeline import assembly, engine, learn_data, learn_masked, learn_pairs, learn_policy, training
 from pipeline.config.schema import Rl
 from pipeline.config.sections import DataSettings, ModelSettings
+from pipeline.data import dataset
 from pipeline.errors import UserError
 from pipeline.launch import run_dir
 from pipeline.launch.entry import run
@@ -52,7 +53,7 @@ def scored_data(settings: Rl) -> DataSettings:
     place = settings.scored or (str(left) if run_dir.finished(left) else None)
     if place is None:
         return settings.data
-    return examples.read_from(settings.data, path=place)
+    return dataset.read_from(settings.data, path=place)
 
 
 if __name__ == "__main__":

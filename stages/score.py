@@ -10,15 +10,16 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from pipeline import assembly, candidates, engine, evaluate, examples
+from pipeline import assembly, candidates, engine, evaluate
 from pipeline.config.schema import Score
 from pipeline.config.sections import DataSettings
+from pipeline.data import dataset
+from pipeline.data.write import write_rows
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.launch import run_dir
 from pipeline.launch.entry import run
 from pipeline.records import Example, Scores
-from pipeline.tasks.write import write_rows
 
 
 def main(settings: Score, words: Sequence[str]) -> None:
@@ -38,7 +39,7 @@ def main(settings: Score, words: Sequence[str]) -> None:
     say = print if ranks.main else str
     results: dict[str, object] = {}
     for split in splits_of(settings.splits, data):
-        rows = examples.judgeable(examples.load_split(data, split, settings.seed, say), data)
+        rows = dataset.judgeable(dataset.load_split(data, split, settings.seed, say), data)
         judged = candidates.judged(ranks, judge, rows)
         if ranks.main:
             write_rows(str(directory / f"{split}.jsonl"), judged.rows)
@@ -60,15 +61,15 @@ def data_of(settings: Score) -> DataSettings:
             f"of=generate: {left} holds no finished rows, wanted responses or candidates to score: make them with "
             f"bash run.sh stage=generate run={settings.run} splits=[train,validation]"
         )
-    files = {split: left / f"{split}.jsonl" for split in examples.SPLITS}
-    return examples.read_from(settings.data, **{split: str(file) for split, file in files.items() if file.is_file()})
+    files = {split: left / f"{split}.jsonl" for split in dataset.SPLITS}
+    return dataset.read_from(settings.data, **{split: str(file) for split, file in files.items() if file.is_file()})
 
 
 def splits_of(asked: Sequence[str], data: DataSettings) -> list[str]:
     """The splits asked for that the data have; validation is cut from train where it has no file of its own."""
     if data.task is not None:
         return list(asked)
-    there = {*examples.split_places(data)}
+    there = {*dataset.split_places(data)}
     return [split for split in asked if split in there or (split == "validation" and "train" in there)]
 
 

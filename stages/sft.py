@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from pipeline import assembly, engine, evaluate, examples, rollout, training, turns
+from pipeline import assembly, engine, evaluate, rollout, training
 from pipeline.config.schema import Sft
-from pipeline.data import Packing, Windows
-from pipeline.examples import Report
+from pipeline.data import conversations, dataset
+from pipeline.data.batching import Packing, Windows
+from pipeline.data.dataset import Report
+from pipeline.data.tokenization import Encoder, coloured
 from pipeline.launch import run_dir
 from pipeline.launch.entry import run
 from pipeline.loop import Evaluation, Watch
 from pipeline.records import Example, Item
-from pipeline.text import Encoder, coloured
 
 
 def main(settings: Sft, words: Sequence[str]) -> None:
@@ -25,17 +26,19 @@ def main(settings: Sft, words: Sequence[str]) -> None:
 
     # rows -> tokens
     say = print if ranks.main else str
-    train = examples.supervised(examples.load_train(settings.data, settings.seed, say))
-    train = turns.learned(train, settings.train_on)
-    held_out = examples.supervised(examples.load(settings.data, "validation", settings.seed, say))
+    train = dataset.supervised(dataset.load_train(settings.data, settings.seed, say))
+    train = conversations.learned(train, settings.train_on)
+    held_out = dataset.supervised(dataset.load(settings.data, "validation", settings.seed, say))
     held_out = held_out[: settings.eval.max_rows]
     hides = settings.masking.rate > 0
-    encoder = assembly.encoder_of(settings, model, lambda: examples.texts(train, settings.template), hides)
-    encoded = examples.encode(train, encoder, examples.completion_rows)
-    watched = held_out if settings.train_on == "last" else [row for one in held_out for row in turns.turns_of(one)]
-    tested = examples.encode(watched, encoder, examples.completion_rows)
+    encoder = assembly.encoder_of(settings, model, lambda: dataset.texts(train, settings.template), hides)
+    encoded = dataset.encode(train, encoder, dataset.completion_rows)
+    watched = (
+        held_out if settings.train_on == "last" else [row for one in held_out for row in conversations.turns_of(one)]
+    )
+    tested = dataset.encode(watched, encoder, dataset.completion_rows)
     say(f"{encoded.summary('train')}\n{tested.summary('validation')}\n{coloured(encoder, encoded.items[0].rows[0])}")
-    ranks.on_main(lambda: examples.note(directory, encoded, tested))
+    ranks.on_main(lambda: dataset.note(directory, encoded, tested))
 
     # tokens -> model
     _, _, objective = assembly.objective_of(settings.algorithm)
@@ -77,7 +80,7 @@ def windows(items: Sequence[Item], packing: Packing, settings: Sft, ranks: engin
 
 def in_fewer_rows(items: Sequence[Item], say: Report) -> list[Item]:
     """Each conversation in one row where that changes nothing, after a word about it."""
-    found = turns.joined(items)
+    found = conversations.joined(items)
     say(f"train: {len(items):,} turns read in {len(found):,} rows")
     return found
 

@@ -12,14 +12,14 @@ from torch import Tensor
 from transformers import PegasusConfig, PegasusForConditionalGeneration, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from pipeline.config.schema import Masking
-from pipeline.data import Packing
-from pipeline.hiding import Hiding
+from pipeline.data.batching import Packing
+from pipeline.data.masking import Hiding
+from pipeline.data.tokenization import Encoder
+from pipeline.data.vocabulary import Vocabulary, vocabulary
 from pipeline.mask_token import with_mask
 from pipeline.policy import Policy
 from pipeline.records import Batch, Example, Item, Row
 from pipeline.rewards import Reward, Rewards
-from pipeline.text import Encoder
-from pipeline.vocabulary import Vocabulary, vocabulary
 from tests import tiny
 
 SHAPES = (*tiny.SHAPES, "qwen2", "pegasus")

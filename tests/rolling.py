@@ -15,7 +15,8 @@ import torch
 
 from pipeline import assembly, engine, loop
 from pipeline.algorithms import functional
-from pipeline.data import Packing
+from pipeline.data.batching import Packing
+from pipeline.data.sampling import epoch_rows
 from pipeline.history import Queue
 from pipeline.learn_policy import Rollouts
 from pipeline.loop import Job
@@ -23,7 +24,6 @@ from pipeline.policy import Policy
 from pipeline.records import Example
 from pipeline.rewards import Reward, Rewards
 from pipeline.sampler import Sampler
-from pipeline.sampling import epoch_rows
 from pipeline.tally import Interval, Tally
 from tests import same_step, tiny
 

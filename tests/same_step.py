@@ -22,9 +22,9 @@ from pipeline import assembly, loop
 from pipeline.checkpoint import Checkpoints
 from pipeline.compositions import Composer
 from pipeline.config.schema import Algorithm
-from pipeline.data import Packing, Windows
+from pipeline.data.batching import Packing, Windows
+from pipeline.data.masking import Hiding
 from pipeline.engine import Engine, Ranks
-from pipeline.hiding import Hiding
 from pipeline.loop import Evaluation, Job, Objective, Watch
 from pipeline.metrics import RunLog
 from pipeline.policy import Policy, RewardModel

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline import candidates, examples, statics
+from pipeline import candidates, statics
 from pipeline.config.resolve import resolve
+from pipeline.data import dataset, readers
+from pipeline.data.write import write_rows
 from pipeline.errors import UserError
 from pipeline.records import Example, Message, Response, Scores
 from pipeline.rewards import Reward, Rewards
-from pipeline.tasks import readers
-from pipeline.tasks.write import write_rows
 from reward_models import length, rouge
 from stages import score
 from tests import tiny
@@ -85,16 +85,16 @@ def test_rows_with_candidates_are_read_back_as_written(tmp_path, row: Example) -
 def test_rows_to_judge() -> None:
     data = resolve(["stage=score", "data.responses=both"]).settings.data
     bare, pair = replace(RANKED, completion=None), Example("p", "q", chosen="c", rejected="r")
-    rows = examples.judgeable([bare, RANKED, pair, ROW], data)
+    rows = dataset.judgeable([bare, RANKED, pair, ROW], data)
     assert rows[:2] == [bare, RANKED] and rows[-1] == ROW
     assert [(row.id, row.completion) for row in rows[2:4]] == [("p/chosen", "c"), ("p/rejected", "r")]
     with pytest.raises(UserError, match="a: neither a completion nor chosen"):
-        examples.judgeable([replace(ROW, completion=None)], data)
+        dataset.judgeable([replace(ROW, completion=None)], data)
 
 
 def test_a_prompt_asked_once_has_the_references_of_all_its_rows() -> None:
     second, other = Example("b", "the cat", "ran far", ("ran", "ran far")), Example("c", "a dog")
-    asked = examples.unique_prompts([ROW, other, second])
+    asked = dataset.unique_prompts([ROW, other, second])
     assert asked == [replace(ROW, references=("sat on a mat", "ran", "ran far")), other]
 
 
@@ -137,16 +137,16 @@ def test_splits_that_are_not_there_are_passed_by(tmp_path) -> None:
     data = resolve(["stage=score"]).settings.data
     three = ["train", "validation", "test"]
     (tmp_path / "t.jsonl").write_text('{"prompt": "p", "candidates": ["a"]}\n')
-    only_test = examples.read_from(data, test=str(tmp_path / "t.jsonl"))
+    only_test = dataset.read_from(data, test=str(tmp_path / "t.jsonl"))
     assert score.splits_of(three, only_test) == ["test"]
-    assert score.splits_of(three, examples.read_from(data, train="t.jsonl")) == ["train", "validation"]
+    assert score.splits_of(three, dataset.read_from(data, train="t.jsonl")) == ["train", "validation"]
     with pytest.raises(UserError, match=r"no validation split, only test: give data\.validation="):
-        examples.load(only_test, "validation", 0, quiet)
+        dataset.load(only_test, "validation", 0, quiet)
 
 
 def test_rows_of_a_stage_need_no_filter() -> None:
     words = ["task=assistant", "data.task_size=9", "data.sources=[helpful]", "data.format=hh", "data.max_rows=3"]
-    data = examples.read_from(resolve(["stage=score", *words]).settings.data, path="left")
+    data = dataset.read_from(resolve(["stage=score", *words]).settings.data, path="left")
     assert (data.path, data.task, data.task_size, data.sources, data.format) == ("left", None, None, None, None)
     assert data.max_rows == 3  # not how rows are read, but how many
 

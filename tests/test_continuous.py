@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline import continuous, rollout
-from pipeline.data import Packing, collate
+from pipeline.data.batching import Packing, collate
 from pipeline.errors import UserError
 from pipeline.records import Ask, Item
 from tests import tiny

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
+from pipeline.data.convert import to_pairs, to_scored, to_supervised
+from pipeline.data.readers import read
+from pipeline.data.write import row_of, write_rows
 from pipeline.errors import UserError
 from pipeline.records import Example, Message
-from pipeline.tasks.convert import to_pairs, to_scored, to_supervised
-from pipeline.tasks.readers import read
-from pipeline.tasks.write import row_of, write_rows
 
 PAIR = Example(
     "a",

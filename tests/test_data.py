@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from pipeline.data import Packing, Windows, collate, group, once, packing_of, padded_tokens, window
+from pipeline.data.batching import Packing, Windows, collate, group, once, packing_of, padded_tokens, window
 from pipeline.errors import UserError
 from pipeline.records import Example, Item
 from pipeline.training import epochs

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from pipeline import engine, models, rollout
 from pipeline.algorithms import supervised
 from pipeline.config import deepspeed
-from pipeline.data import Packing, collate
+from pipeline.data.batching import Packing, collate
 from pipeline.errors import UserError
 from pipeline.models import hugging_face
 from pipeline.policy import Policy

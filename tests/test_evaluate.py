@@ -10,7 +10,7 @@ import torch
 
 from pipeline import evaluate
 from pipeline.algorithms import supervised
-from pipeline.data import Packing
+from pipeline.data.batching import Packing
 from pipeline.errors import UserError
 from pipeline.loop import Objective
 from pipeline.policy import Policy

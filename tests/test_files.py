@@ -13,10 +13,10 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from pipeline.data.files import RawRow, raw_rows, stem
+from pipeline.data.hub import HubName, folders, is_hub_name, parse
+from pipeline.data.splits import split_files
 from pipeline.errors import UserError
-from pipeline.tasks.files import RawRow, raw_rows, stem
-from pipeline.tasks.find import split_files
-from pipeline.tasks.hub import HubName, folders, is_hub_name, parse
 
 ROWS = [{"prompt": "Grüße?", "n": 1}, {"prompt": "two\nlines \u2028 and a rare end", "n": 2}]
 
@@ -193,11 +193,11 @@ def test_hub_names_are_told_from_files(tmp_path, monkeypatch):
 
 
 HUB_SCRIPT = """
-from pipeline.records import UserError
-from pipeline.tasks import files, find, hub
+from pipeline.data import files, hub, splits
+from pipeline.errors import UserError
 print([(number, row["prompt"]) for number, row in hub.rows("owner/name/part@v1:test")])
 print(hub.split_names("owner/name/part"))
-for ask in (files.raw_rows, find.split_files):
+for ask in (files.raw_rows, splits.split_files):
     try:
         list(ask("nobody/nothing"))
     except UserError as error:

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
+from pipeline.data.formats import FORMATS
+from pipeline.data.readers import read
 from pipeline.errors import UserError
 from pipeline.records import Example, Message
-from pipeline.tasks.formats import FORMATS
-from pipeline.tasks.readers import read
 
 ASK, SAY = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 USER, ASSISTANT = Message("user", "Hi"), Message("assistant", "Hello")

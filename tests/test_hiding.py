@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.data import Packing, collate
-from pipeline.hiding import Hiding
+from pipeline.data.batching import Packing, collate
+from pipeline.data.masking import Hiding
 from pipeline.records import Batch, Item
 from tests import masked, tiny
 from tests.masked import hidden_of

@@ -13,7 +13,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
 from pipeline import assembly, engine, evaluate, models, reference, rollout
-from pipeline.data import Packing, collate
+from pipeline.data.batching import Packing, collate
 from pipeline.policy import Policy, RewardModel
 from pipeline.records import Example, Item, Response
 from reward_models import learned

@@ -18,7 +18,7 @@ import torch
 
 from pipeline import assembly
 from pipeline.compositions import Composer
-from pipeline.data import Packing
+from pipeline.data.batching import Packing
 from pipeline.errors import UserError
 from pipeline.judges import Judges, Question, cuts, lost
 from pipeline.loop import Job

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.sections import LaunchSettings
+from pipeline.config.yaml_layers import ROOT
 from pipeline.errors import UserError
-from pipeline.launch import launcher as launch
-from pipeline.launch.launcher import command, environment, first_host, hosts, rank_environment
+from pipeline.launch.launcher import command, environment, first_host, hosts, rank_environment, run
 
 PYTHON = sys.executable
 DEEPSPEED = [PYTHON, "-m", "deepspeed.launcher.runner"]
@@ -166,9 +166,9 @@ def test_two_real_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launche
     _stage(tmp_path, RANKS)
     monkeypatch.chdir(tmp_path)  # python -m looks there first
     chosen = settings(processes=2, launcher=launcher)
-    env = {**environment(chosen, "sft", os.environ), "PYTHONPATH": f"{tmp_path}:{Path(launch.__file__).parent.parent}"}
+    env = {**environment(chosen, "sft", os.environ), "PYTHONPATH": f"{tmp_path}:{ROOT}"}
     argv = command(chosen, "sft", ["reward={a: 1.0, b/c.py: 0.2}"], env)
-    assert launch.run(argv, env) == code
+    assert run(argv, env) == code
 
 
 WAITS = """
@@ -184,7 +184,7 @@ OUTER = "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))"  # a l
 @pytest.mark.parametrize("outer", [[], [PYTHON, "-c", OUTER]])
 def test_sigterm_reaches_the_rank_and_its_exit_code_comes_back(tmp_path: Path, outer: list[str]):
     _stage(tmp_path, WAITS)
-    root = str(Path(launch.__file__).parent.parent)
+    root = str(ROOT)
     env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{root}"}
     process = subprocess.Popen(
         [PYTHON, "-c", FORWARDS, *outer, PYTHON, "-m", "stages.sft"], env=env, cwd=tmp_path, stdin=subprocess.DEVNULL
@@ -197,4 +197,4 @@ def test_sigterm_reaches_the_rank_and_its_exit_code_comes_back(tmp_path: Path, o
 
 
 def test_a_killed_child_is_128_and_the_signal():
-    assert launch.run([PYTHON, "-c", "import os; os.kill(os.getpid(), 9)"], os.environ) == 137
+    assert run([PYTHON, "-c", "import os; os.kill(os.getpid(), 9)"], os.environ) == 137

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from pipeline import assembly, evaluate, loop, training
 from pipeline.algorithms import offline, supervised
 from pipeline.checkpoint import Checkpoints, State
-from pipeline.data import Packing, Windows, collate
+from pipeline.data.batching import Packing, Windows, collate
 from pipeline.engine import Engine
 from pipeline.errors import PreemptedError, UserError
 from pipeline.loop import Evaluation, Objective, Watch

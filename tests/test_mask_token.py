@@ -30,11 +30,11 @@ from transformers import (
 
 from pipeline import engine, mask_token, models, rollout, scratch
 from pipeline.config.sections import ModelSettings
-from pipeline.data import Packing, collate
+from pipeline.data.batching import Packing, collate
+from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
 from pipeline.policy import Policy, RewardModel, check_head
 from pipeline.records import Example, Item
-from pipeline.text import Encoder
 from tests import tiny
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "tokenizers"

@@ -11,10 +11,10 @@ from transformers import ByT5Tokenizer, GPT2Tokenizer, PreTrainedTokenizerBase, 
 
 from pipeline import scratch
 from pipeline.config.schema import Masking
+from pipeline.data.masking import draw
+from pipeline.data.vocabulary import Vocabulary, vocabulary
 from pipeline.errors import UserError
-from pipeline.masks import draw
 from pipeline.tasks import assistant
-from pipeline.vocabulary import Vocabulary, vocabulary
 from tests import tiny
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "tokenizers"  # real vocabularies, where there are any

@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 
 from pipeline import assembly, models
 from pipeline.config.sections import ModelSettings
-from pipeline.data import Packing, collate
+from pipeline.data.batching import Packing, collate
 from pipeline.errors import UserError
 from pipeline.models import hugging_face
 from pipeline.policy import Policy, RewardModel, check_head

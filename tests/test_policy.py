@@ -17,7 +17,7 @@ from transformers import (
 
 from pipeline import models
 from pipeline.algorithms import supervised
-from pipeline.data import Packing, collate
+from pipeline.data.batching import Packing, collate
 from pipeline.policy import Policy, RewardModel, check_head
 from pipeline.records import Batch, Item
 from tests import tiny

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.data.readers import Filters, read
 from pipeline.errors import UserError
-from pipeline.tasks.readers import Filters, read
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 SCORED, PAIR = {"prompt": "p", "completion": "c", "reward": 1}, {"prompt": "p", "chosen": "c", "rejected": "r"}
@@ -164,7 +164,7 @@ def test_the_flags_of_the_real_preference_data_leave_no_bad_row():
 
 
 def test_sources_of_a_hub_set_are_its_folders() -> None:
-    from pipeline.tasks import hub
+    from pipeline.data import hub
 
     assert hub.folders("Anthropic/hh-rlhf:test", ["helpful-base", "harmless-base"]) == {
         "helpful-base": "Anthropic/hh-rlhf/helpful-base:test",

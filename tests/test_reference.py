@@ -10,7 +10,7 @@ import torch
 
 from pipeline import advantages, models, reference, value
 from pipeline.algorithms import offline
-from pipeline.data import Packing, collate
+from pipeline.data.batching import Packing, collate
 from pipeline.errors import UserError
 from pipeline.policy import Policy
 from pipeline.records import Item

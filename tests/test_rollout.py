@@ -7,10 +7,10 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from pipeline import engine, rollout
+from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
 from pipeline.policy import Policy
 from pipeline.records import Example
-from pipeline.text import Encoder
 from tests import tiny
 
 PROMPTS = [Example(str(i), " ".join(tiny.WORDS[i % 4 : 2 + 3 * i % 11])) for i in range(7)]

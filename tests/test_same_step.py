@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline import advantages, assembly, reference
-from pipeline.data import Packing, collate
+from pipeline.data.batching import Packing, collate
 from pipeline.engine import Engine
 from pipeline.policy import Policy
 from pipeline.records import Item

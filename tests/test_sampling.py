@@ -7,7 +7,7 @@ from itertools import islice
 import pytest
 import torch
 
-from pipeline import sampling
+from pipeline.data import sampling
 from pipeline.errors import UserError
 
 ADVANTAGES = [0.3, -0.2, 0.1, 0.0, 0.6]

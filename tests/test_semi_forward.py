@@ -15,7 +15,7 @@ from pipeline import attention, compositions
 from pipeline.algorithms import semi_offline, supervised
 from pipeline.algorithms.functional import Drawn
 from pipeline.compositions import Composer
-from pipeline.data import Packing, collate, padded_tokens
+from pipeline.data.batching import Packing, collate, padded_tokens
 from pipeline.models import hugging_face
 from pipeline.policy import Policy
 from pipeline.records import Batch, Item

@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeline import rollout
 from pipeline.algorithms import semi_offline, supervised
 from pipeline.compositions import Composer
-from pipeline.data import Windows
+from pipeline.data.batching import Windows
 from pipeline.engine import Engine
 from pipeline.loop import Objective
 from pipeline.policy import Policy

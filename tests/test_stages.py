@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from pipeline.config.resolve import resolve
+from pipeline.data import readers
 from pipeline.errors import UserError
-from pipeline.tasks import readers
 
 TINY = [
     "runs_dir=RUNS",

@@ -11,9 +11,9 @@ from transformers import GPT2Tokenizer, PreTrainedTokenizerFast, T5Tokenizer
 
 from pipeline import models, scratch
 from pipeline.config.sections import ModelSettings
+from pipeline.data.tokenization import Encoder, coloured, pad
 from pipeline.errors import UserError
 from pipeline.records import Message
-from pipeline.text import Encoder, coloured, pad
 from tests import tiny
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "tokenizers"
@@ -90,7 +90,7 @@ def test_responses_are_cut_on_the_right_and_lose_eos() -> None:
 
 
 def test_cuts_are_counted() -> None:
-    from pipeline.examples import completion_rows, encode
+    from pipeline.data.dataset import completion_rows, encode
     from pipeline.records import Example
 
     rows = [Example("a", "the cat sat on a mat", "ran"), Example("b", "the", "cat sat on a mat and ran")]

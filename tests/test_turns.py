@@ -7,14 +7,14 @@ import copy
 import pytest
 import torch
 
-from pipeline import turns
 from pipeline.algorithms import supervised
-from pipeline.data import Packing, collate
+from pipeline.data import conversations
+from pipeline.data.batching import Packing, collate
+from pipeline.data.dataset import completion_rows, encode
+from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
-from pipeline.examples import completion_rows, encode
 from pipeline.policy import Policy
 from pipeline.records import Example, Message, Row
-from pipeline.text import Encoder
 from tests import tiny
 
 # user turns stand between marks of their own, assistant turns end with EOS
@@ -43,11 +43,11 @@ def encoder(kind: str = "chat", prompt_limit: int = 64, response_limit: int = 64
 
 
 def items(made: Encoder, *examples: Example) -> list:
-    return encode(turns.learned(examples, "all"), made, completion_rows).items
+    return encode(conversations.learned(examples, "all"), made, completion_rows).items
 
 
 def test_a_row_for_each_assistant_turn():
-    rows = turns.learned([LONG, SHORT], "all")
+    rows = conversations.learned([LONG, SHORT], "all")
     assert [(row.id, row.completion, len(row.prompt)) for row in rows] == [
         ("a/turn-1", "sat on", 1),
         ("a/turn-2", "and ran far", 3),
@@ -55,20 +55,20 @@ def test_a_row_for_each_assistant_turn():
         ("b", "the cat ran", 1),
     ]
     assert rows[0] == Example("a/turn-1", LONG.prompt[:1], "sat on", ("sat on",), source="s")
-    assert turns.learned([LONG, SHORT], "last") == [LONG, SHORT]
+    assert conversations.learned([LONG, SHORT], "last") == [LONG, SHORT]
 
 
 def test_text_prompts_and_first_words_of_an_assistant_are_left_alone():
     text = Example("t", "Human: Hi", "Hello")
     greeted = Example("g", (Message("assistant", "Hello"), Message("user", "Hi")), "Yes")
-    assert turns.turns_of(text) == [text] and turns.turns_of(greeted) == [greeted]
+    assert conversations.turns_of(text) == [text] and conversations.turns_of(greeted) == [greeted]
     with pytest.raises(UserError, match=r"train_on: all, but none of 2 rows has an assistant turn .*`history`"):
-        turns.learned([text, greeted], "all")
+        conversations.learned([text, greeted], "all")
 
 
 def test_rows_are_joined_where_one_begins_the_next():
     apart = items(encoder(), LONG, SHORT)
-    whole = turns.joined(apart)
+    whole = conversations.joined(apart)
     assert [item.example.id for item in whole] == ["a", "b"]
     row, last = whole[0].rows[0], apart[2].rows[0]
     assert row.prompt_ids + row.response_ids == last.prompt_ids + last.response_ids  # what generation would read
@@ -81,14 +81,14 @@ def test_rows_are_joined_where_one_begins_the_next():
 @pytest.mark.parametrize("made", [encoder("text"), encoder(prompt_limit=5)], ids=["no EOS in the history", "cut"])
 def test_rows_that_do_not_begin_one_another_stay_apart(made: Encoder):
     apart = items(made, LONG)
-    assert len(apart) == 3 and turns.joined(apart)[-1] == apart[-1]
+    assert len(apart) == 3 and conversations.joined(apart)[-1] == apart[-1]
 
 
 def test_a_cut_response_is_learned_as_far_as_it_goes():
     """ "and ran far" without its end and EOS: what follows in the history is read and not learned."""
     apart = items(encoder(response_limit=2), LONG)
     assert apart[1].rows[0].cut_response
-    (whole,) = turns.joined(apart)
+    (whole,) = conversations.joined(apart)
     assert sum(whole.rows[0].learned) == sum(len(item.rows[0].response_ids) for item in apart) == 6
 
 
@@ -107,7 +107,7 @@ def one_pass(shape: str, rows: list, size: int) -> tuple[float, list[torch.Tenso
 @pytest.mark.parametrize("size", [1, 2])
 def test_joined_rows_have_the_loss_and_gradient_of_rows_apart(shape: str, size: int):
     apart = items(encoder(), LONG, SHORT)
-    wanted, found = one_pass(shape, apart, 1), one_pass(shape, turns.joined(apart), size)
+    wanted, found = one_pass(shape, apart, 1), one_pass(shape, conversations.joined(apart), size)
     assert found[0] == pytest.approx(wanted[0], rel=1e-5)
     for ours, theirs in zip(found[1], wanted[1], strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)

@@ -30,9 +30,9 @@ from pipeline import engine, scratch
 from pipeline.algorithms import supervised
 from pipeline.config.resolve import resolve
 from pipeline.config.sections import TemplateSettings
-from pipeline.data import Packing, Windows
+from pipeline.data.batching import Packing, Windows
+from pipeline.data.tokenization import Encoder
 from pipeline.records import Example, Item, Row
-from pipeline.text import Encoder
 
 V, H = 352, 32
 PAD_ID, EOS_ID = 0, 2

@@ -13,7 +13,7 @@ import torch
 
 from pipeline import engine, reference, rollout
 from pipeline.checkpoint import Checkpoints, State
-from pipeline.data import Packing
+from pipeline.data.batching import Packing
 from pipeline.errors import UserError
 from pipeline.policy import Policy
 from pipeline.records import Example

@@ -9,13 +9,16 @@ from pathlib import Path
 
 from torch import nn
 
-from pipeline import assembly, examples, pairing, training
+from pipeline import assembly, training
 from pipeline.bench.measure import Plan
 from pipeline.checkpoint import Checkpoints
 from pipeline.config.resolve import resolve
 from pipeline.config.schema import Algorithm, Bench
 from pipeline.config.yaml_layers import ROOT
-from pipeline.data import Packing, Windows, packing_of
+from pipeline.data import dataset
+from pipeline.data import pairs as pairing
+from pipeline.data.batching import Packing, Windows, packing_of
+from pipeline.data.tokenization import Encoder
 from pipeline.engine import Engine, Ranks
 from pipeline.errors import UserError
 from pipeline.loop import Evaluation, Job, Watch, one_step, summary
@@ -23,7 +26,6 @@ from pipeline.metrics import RunLog
 from pipeline.policy import Policy, RewardModel
 from pipeline.records import Item
 from pipeline.tally import Interval, Tally
-from pipeline.text import Encoder
 
 RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 MANY = 1_000_000  # steps that a bench's job could take
@@ -56,10 +58,10 @@ def prepare(settings: Bench, ranks: Ranks, directory: Path, folder: Path) -> Bed
         if settings.clock == "cpu":
             raise UserError("clock: cpu, but the work is the GPU's: say clock=wall")
         settings = for_gpu(settings)
-    rows = examples.load_train(settings.data, settings.seed, str)
-    encoder = assembly.encoder_of(settings, settings.model, lambda: examples.texts(rows, settings.template))
-    singles = examples.encode(examples.supervised(rows), encoder, examples.completion_rows).items
-    pairs = examples.encode(pairing.paired(rows, str), encoder, examples.pair_rows).items
+    rows = dataset.load_train(settings.data, settings.seed, str)
+    encoder = assembly.encoder_of(settings, settings.model, lambda: dataset.texts(rows, settings.template))
+    singles = dataset.encode(dataset.supervised(rows), encoder, dataset.completion_rows).items
+    pairs = dataset.encode(pairing.paired(rows, str), encoder, dataset.pair_rows).items
     return Bed(settings, ranks, encoder, singles, pairs, directory, folder)
 
 

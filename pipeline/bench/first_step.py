@@ -24,18 +24,19 @@ def main(clock: str, words: Sequence[str]) -> dict[str, float]:
         return result
 
     take("imports", load)
-    from pipeline import assembly, engine, examples, training
+    from pipeline import assembly, engine, training
     from pipeline.algorithms import supervised
     from pipeline.config.resolve import resolve
-    from pipeline.data import Windows
+    from pipeline.data import dataset
+    from pipeline.data.batching import Windows
 
     settings = take("settings", lambda: resolve(words).settings)
     ranks = take("process group", lambda: engine.start(settings.launch.ddp_timeout))
-    rows = take("data", lambda: examples.supervised(examples.load_train(settings.data, settings.seed, str)))
+    rows = take("data", lambda: dataset.supervised(dataset.load_train(settings.data, settings.seed, str)))
 
     def encode() -> Any:
-        encoder = assembly.encoder_of(settings, settings.model, lambda: examples.texts(rows, settings.template))
-        return encoder, examples.encode(rows, encoder, examples.completion_rows).items
+        encoder = assembly.encoder_of(settings, settings.model, lambda: dataset.texts(rows, settings.template))
+        return encoder, dataset.encode(rows, encoder, dataset.completion_rows).items
 
     encoder, items = take("tokens", encode)
     longest = settings.data.max_response_length

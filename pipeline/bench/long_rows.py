@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from pipeline import assembly, examples, statics
+from pipeline import assembly, statics
 from pipeline.bench.bed import Bed, even
+from pipeline.data import dataset
+from pipeline.data.tokenization import Encoder
 from pipeline.records import Example, Item, Row
-from pipeline.text import Encoder
 
 JOINED = 16  # rows of the task in one row
 STEPS = 12  # whose rows all differ; then they come again
@@ -44,10 +45,10 @@ def long_bed(bed: Bed, sizes: Sizes, shape: str) -> Bed:
     whole = {"batch_size": sizes.rows, "micro_batch_size": sizes.rows, "max_tokens": None}
     parts = {"data": data, "model": settings.model.model_copy(update={"scratch": scratch})}
     settings = settings.model_copy(update={**parts, "train": settings.train.model_copy(update=whole)})
-    rows = examples.load_train(data, settings.seed, str)
-    encoder = assembly.encoder_of(settings, settings.model, lambda: examples.texts(rows, settings.template), mask=True)
+    rows = dataset.load_train(data, settings.seed, str)
+    encoder = assembly.encoder_of(settings, settings.model, lambda: dataset.texts(rows, settings.template), mask=True)
     longer = joined(rows)[: sizes.rows * STEPS]
-    items = even(examples.encode(longer, encoder, both_rows).items, sizes.prompt, sizes.response)
+    items = even(dataset.encode(longer, encoder, both_rows).items, sizes.prompt, sizes.response)
     return replace(bed, settings=settings, encoder=encoder, singles=[read_beside(i, encoder) for i in items], pairs=[])
 
 
@@ -66,7 +67,7 @@ def joined(rows: Sequence[Example]) -> list[Example]:
 def both_rows(example: Example, encoder: Encoder) -> tuple[Row, ...]:
     """The reference and the candidate."""
     return (
-        encoder.encode(example.prompt, statics.reference_text(example)),
+        encoder.encode(example.prompt, dataset.reference_text(example)),
         *statics.static_rows(example, encoder, "worst"),
     )
 

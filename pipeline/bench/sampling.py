@@ -16,12 +16,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pipeline import assembly, examples, rollout
+from pipeline import assembly, rollout
 from pipeline.bench.bed import Bed, even, new_policy, packing
 from pipeline.bench.measure import Goal, Plan, Result, alternate, compared, peak_megabytes, timed
 from pipeline.config.resolve import resolve
 from pipeline.config.sections import GenerationSettings
-from pipeline.data import collate
+from pipeline.data import dataset
+from pipeline.data.batching import collate
 from pipeline.engine import Engine
 from pipeline.models import hugging_face
 from pipeline.records import Ask, Item, Response, Row
@@ -75,9 +76,9 @@ def shaped(bed: Bed, sizes: Sizes) -> Ground:
     tokens = sizes.rows * sizes.copies * (sizes.prompt + longest)
     train = settings.train.model_copy(update={"max_tokens": tokens, "micro_batch_size": None, "precision": "fp32"})
     settings = settings.model_copy(update={"model": model, "data": data, "train": train})
-    rows = examples.load_train(data, settings.seed, str)
-    encoder = assembly.encoder_of(settings, model, lambda: examples.texts(rows, settings.template))
-    items = examples.encode(examples.supervised(rows), encoder, examples.completion_rows).items[: sizes.rows]
+    rows = dataset.load_train(data, settings.seed, str)
+    encoder = assembly.encoder_of(settings, model, lambda: dataset.texts(rows, settings.template))
+    items = dataset.encode(dataset.supervised(rows), encoder, dataset.completion_rows).items[: sizes.rows]
     bed = replace(bed, settings=settings, encoder=encoder, singles=even(items, sizes.prompt, longest), pairs=[])
     heats = (1.0,) * sizes.copies
     asks = [Ask(item.example, item.rows[0].prompt_ids, heats) for item in bed.singles]

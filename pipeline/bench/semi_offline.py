@@ -20,7 +20,7 @@ from pipeline.bench.measure import Goal, Plan, Result, alternate, compared, time
 from pipeline.bench.semi_parts import Semi, parts_of
 from pipeline.compositions import Composer
 from pipeline.config.resolve import resolve
-from pipeline.data import Windows
+from pipeline.data.batching import Windows
 from pipeline.engine import Engine
 from pipeline.history import Queue
 from pipeline.loop import Job

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from pipeline import examples, reference
+from pipeline import reference
 from pipeline.bench.bed import Bed, algorithm_of, job, new_engine, new_policy, packing, stepper
 from pipeline.bench.measure import Goal, Result, alternate, compared, peak_megabytes
+from pipeline.data import dataset
 from pipeline.engine import Engine
 from pipeline.loop import Job
 from pipeline.records import Item
@@ -31,7 +32,7 @@ def with_advantages(bed: Bed, engine: Engine) -> list[Item]:
     saved = reference.reference_logps(engine, bed.singles, packing(bed))
     items = reference.with_reference(bed.singles, saved)
     ones = [1.0] * len(items)
-    return examples.with_numbers(items, reward=ones, value=[0.0] * len(items), advantage=ones)
+    return dataset.with_numbers(items, reward=ones, value=[0.0] * len(items), advantage=ones)
 
 
 def peak_of(work: Job, step: int) -> float:

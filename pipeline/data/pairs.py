@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline import examples
 from pipeline.config.sections import DataSettings
+from pipeline.data import convert, dataset
+from pipeline.data.dataset import Report
 from pipeline.errors import UserError
-from pipeline.examples import Report
 from pipeline.records import Example
-from pipeline.tasks import convert
 
 
 def all_pairs(rows: Sequence[Example]) -> bool:
@@ -53,6 +52,6 @@ def annotated(rows: Sequence[Example], data: DataSettings) -> list[Example]:
     Raises:
         UserError: a response has none.
     """
-    alone = examples.scored(rows, data.model_copy(update={"responses": "both"}))
-    examples.require(alone, ("reward",), "objective: regression")
+    alone = dataset.scored(rows, data.model_copy(update={"responses": "both"}))
+    dataset.require(alone, ("reward",), "objective: regression")
     return alone

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from pipeline.records import Example, Message
-from pipeline.tasks.columns import carry, ranked
-from pipeline.tasks.fields import (
+from pipeline.data.columns import carry, ranked
+from pipeline.data.fields import (
     Columns,
     RowError,
     checked_list,
@@ -18,6 +17,7 @@ from pipeline.tasks.fields import (
     optional_text,
     text,
 )
+from pipeline.records import Example, Message
 
 HH_MARK = "\n\nAssistant:"  # before each answer of an hh-rlhf transcript
 TURN_TAGS = {"<|prompter|>": "user", "<|assistant|>": "assistant"}

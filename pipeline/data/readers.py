@@ -12,11 +12,11 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
+from pipeline.data.fields import Columns, RowError, described
+from pipeline.data.files import RawRow, candidate_header, is_tab_separated, raw_rows, stem
+from pipeline.data.formats import FORMATS, detect, unused_columns
 from pipeline.errors import UserError, did_you_mean
 from pipeline.records import Example
-from pipeline.tasks.fields import Columns, RowError, described
-from pipeline.tasks.files import RawRow, candidate_header, is_tab_separated, raw_rows, stem
-from pipeline.tasks.formats import FORMATS, detect, unused_columns
 
 NAMED = 3  # bad rows that a message quotes
 LISTED_SOURCES = 12  # sources that a message lists

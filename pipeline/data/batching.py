@@ -14,10 +14,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from pipeline.config.sections import TrainSettings
+from pipeline.data.masking import Hiding
+from pipeline.data.tokenization import pad
 from pipeline.errors import UserError
-from pipeline.hiding import Hiding
 from pipeline.records import Batch, Item, Stat
-from pipeline.text import pad
 
 Draw = Callable[[int], list[int]]  # step -> indices of the items of that step, the same on every rank
 

@@ -10,9 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
-from pipeline.errors import did_you_mean
-from pipeline.records import Example
-from pipeline.tasks.columns import (
+from pipeline.data.columns import (
     CARRIED,
     COMPLETION,
     Prompt,
@@ -22,8 +20,10 @@ from pipeline.tasks.columns import (
     prompt_of,
     response_of,
 )
-from pipeline.tasks.fields import Columns, RowError, first_of, has, number, optional_number, optional_text, text
-from pipeline.tasks.released import candidates_tsv, gen_task, hh, prefix_suffix
+from pipeline.data.fields import Columns, RowError, first_of, has, number, optional_number, optional_text, text
+from pipeline.data.released import candidates_tsv, gen_task, hh, prefix_suffix
+from pipeline.errors import did_you_mean
+from pipeline.records import Example
 
 REWARD = ("reward", "score")
 PUBLISHED = {"article": "highlights", "document": "summary", "dialogue": "summary", "sentence": "question"}

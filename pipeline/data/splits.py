@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.data import hub
+from pipeline.data.files import known_ending, stem
 from pipeline.errors import UserError
-from pipeline.tasks import hub
-from pipeline.tasks.files import known_ending, stem
 
 SPLIT_WORDS = {"train": ("train",), "validation": ("validation", "val", "valid", "dev"), "test": ("test",)}
 

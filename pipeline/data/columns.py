@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from pipeline.records import Example, Message
-from pipeline.tasks.fields import (
+from pipeline.data.fields import (
     Columns,
     RowError,
     checked_list,
@@ -23,6 +22,7 @@ from pipeline.tasks.fields import (
     text,
     texts,
 )
+from pipeline.records import Example, Message
 
 COMPLETION = ("completion", "response")
 CHOSEN_REWARD = ("chosen_reward", "chosen_score", "score_chosen", "chosen_gpt_score")

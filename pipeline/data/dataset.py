@@ -9,11 +9,11 @@ from pathlib import Path
 
 from pipeline import plugins
 from pipeline.config.sections import DataSettings, TemplateSettings
+from pipeline.data import convert, hub, readers, splits
+from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.records import Example, Item, Row
-from pipeline.tasks import convert, find, hub, readers
-from pipeline.text import Encoder
 
 SPLITS = ("train", "validation", "test")
 NUMBERS = ("reward", "margin", "chosen_reward", "rejected_reward", "correctness")
@@ -81,7 +81,7 @@ def split_places(data: DataSettings) -> dict[str, str]:
     """
     named = {split: getattr(data, split) for split in SPLITS if getattr(data, split) is not None}
     if data.path is not None:
-        named = {**find.split_files(data.path, data.files), **named}
+        named = {**splits.split_files(data.path, data.files), **named}
     if not named:
         raise UserError(
             "data: none is named, wanted rows to learn from: give data.train=FILE, data.path=DIRECTORY "
@@ -250,3 +250,14 @@ def unique_prompts(examples: Sequence[Example]) -> list[Example]:
         replace(rows[0], references=tuple(dict.fromkeys(text for row in rows for text in row.references)))
         for rows in groups.values()
     ]
+
+
+def reference_text(example: Example) -> str:
+    """The first reference, else the completion. Raises UserError where there is neither."""
+    found = example.references[0] if example.references else example.completion
+    if not found:
+        raise UserError(
+            f"{example.id}: no reference text, wanted one to learn from: give the row a column `completion` "
+            "or `references`"
+        )
+    return found
