@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +12,22 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from pipeline import files, http_reward, model_checks, models, plugins, rewards
+from pipeline import files, http_reward, plugins, rewards
 from pipeline.config.reward_spec import is_address, parse
-from pipeline.config.schema import Algorithm, Common, Rl, Sft, WithModel
-from pipeline.config.sections import ModelSettings, RewardSettings, TrainSettings
+from pipeline.config.schema import Algorithm, Common, WithModel
+from pipeline.config.sections import ModelSettings, RewardSettings
 from pipeline.config.validate import one_complaint
-from pipeline.data import dataset, vocabulary
-from pipeline.data.batching import Packing, collate, packing_of
-from pipeline.data.masking import Hiding
+from pipeline.data import dataset
+from pipeline.data.batching import Packing
 from pipeline.data.tokenization import Encoder
 from pipeline.engine import Engine, Ranks
 from pipeline.errors import UserError
 from pipeline.judges import Judges
 from pipeline.launch import run_dir
 from pipeline.loop import Objective
-from pipeline.policy import Policy, RewardModel, check_head
-from pipeline.records import Batch, Item, Row, Stat
+from pipeline.models import loading
+from pipeline.models.build import build_policy, encoder_of, packing
+from pipeline.records import Batch, Stat
 from pipeline.rewards import Rewards, is_learned, resolve
 from reward_models import learned
 
@@ -78,66 +77,6 @@ def inputs(settings: WithModel, model: ModelSettings) -> dict[str, str]:
     return {**found, **{f"data.{split}": files.fingerprint(place) for split, place in places.items()}}
 
 
-def encoder_of(
-    settings: WithModel, model: ModelSettings, texts: Callable[[], list[str]], mask: bool = False
-) -> Encoder:
-    """The tokenizer of `model`, or one made from `texts()` for a new model, behind the stage's template and limits.
-
-    `mask`: with a mask token, one that the vocabulary has to spare, or a new one.
-    """
-    tokenizer = models.load_tokenizer(model, texts() if model.path is None else [], mask)
-    data = settings.data
-    return Encoder(tokenizer, settings.template, data.max_prompt_length, data.max_response_length, data.keep_of_prompt)
-
-
-def build_policy(
-    model: ModelSettings, encoder: Encoder, train: TrainSettings, max_response: int, seed: int, mask: bool = False
-) -> Policy:
-    """The policy as a module, checked once against the model's own forward; `mask`: it reads the mask token."""
-    lm = models.load_policy(model, encoder.tokenizer, seed, weight_type(train), mask)
-    model_checks.check_positions(models.hugging_face(lm).config, encoder.max_prompt_length, max_response, whole=False)
-    limit = train.max_tokens if train.max_tokens is not None else train.micro_batch_size * max_response
-    policy = Policy(lm, limit)
-    row = Row(tuple(encoder.encode_prompt("a")[0]), (encoder.eos_id, encoder.eos_id))
-    apart = Packing(1, None, policy.encoder_decoder, encoder.pad_id)
-    check_head(policy, collate([Item(None, (row,))], [0], apart))
-    enable_checkpointing(lm, train)
-    return policy
-
-
-def build_scalar(model: ModelSettings, encoder: Encoder, train: TrainSettings, seed: int) -> RewardModel:
-    """A reward model to train; a checkpoint without a scalar head gets a fresh one."""
-    scalar = models.load_scalar(model, encoder.tokenizer, seed, new_head=True, dtype=weight_type(train))
-    config = models.hugging_face(scalar).config
-    model_checks.check_positions(config, encoder.max_prompt_length, encoder.max_response_length, whole=True)
-    enable_checkpointing(scalar, train)
-    return RewardModel(scalar)
-
-
-def weight_type(train: TrainSettings) -> torch.dtype:
-    """The type weights are read in: half the memory under bf16; DeepSpeed keeps the float32 master it trains."""
-    return torch.bfloat16 if train.precision == "bf16" else torch.float32
-
-
-def enable_checkpointing(model: Any, train: TrainSettings) -> None:
-    """Recompute activations in backward if asked for; under LoRA the inputs must carry gradients for it."""
-    if train.gradient_checkpointing:
-        models.hugging_face(model).gradient_checkpointing_enable({"use_reentrant": False})
-        models.hugging_face(model).enable_input_require_grads()
-
-
-def packing(train: TrainSettings, ranks: Ranks, policy: Policy, encoder: Encoder) -> Packing:
-    return packing_of(train, ranks.world, policy.encoder_decoder, encoder.pad_id)
-
-
-def hidden(packing: Packing, encoder: Encoder, policy: Policy, settings: Sft | Rl, **more: Any) -> Packing:
-    """`packing` for batches whose responses are partly hidden, as `settings.masking` says; `more` is of `Hiding`."""
-    words = vocabulary.vocabulary(encoder.tokenizer, policy.vocab_size)
-    if settings.masking.span != "token":
-        words.require_words()
-    return replace(packing, hiding=Hiding(words, settings.masking, settings.seed, **more))
-
-
 def exporter(engine: Engine, encoder: Encoder, then: Callable[[Path], None] | None = None) -> Callable[[Path], None]:
     """A function, called by all ranks, that writes the engine's model as a Hugging Face (or PEFT) directory."""
 
@@ -145,7 +84,7 @@ def exporter(engine: Engine, encoder: Encoder, then: Callable[[Path], None] | No
         weights = engine.state_dict()
         if engine.ranks.main:
             own = {name.removeprefix("model."): weight for name, weight in weights.items()}
-            models.save(directory, engine.module.model, own, encoder.tokenizer, then)
+            loading.save(directory, engine.module.model, own, encoder.tokenizer, then)
         engine.ranks.barrier()
 
     return export
@@ -192,7 +131,7 @@ def inference(settings: Any, model: ModelSettings, ranks: Ranks) -> Iterator[tup
     longest = settings.generation.max_new_tokens
     policy = build_policy(model, encoder, settings.train, longest, settings.seed)
     train = settings.train.model_copy(update={"batch_size": ranks.world * (settings.train.micro_batch_size or 1)})
-    yield Engine(policy, ranks, train, None), encoder, packing(train, ranks, policy, encoder)
+    yield Engine(policy, ranks, train, None), encoder, packing(train, ranks.world, policy, encoder)
 
 
 def reward_inputs(settings: Common, spec: Any, own: bool = True) -> dict[str, str]:

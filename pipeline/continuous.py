@@ -22,8 +22,8 @@ from transformers import GenerationConfig
 from pipeline.config.sections import GenerationSettings
 from pipeline.data.sampling import generator
 from pipeline.errors import UserError
-from pipeline.models import hugging_face
-from pipeline.policy import Policy
+from pipeline.models.loading import hugging_face
+from pipeline.models.policy import Policy
 from pipeline.records import Ask, Said, Seen
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from pipeline.data.sampling import step_budget
 from pipeline.data.tokenization import coloured
 from pipeline.lesson import Lesson, Scene, spoken
 from pipeline.loop import Evaluation, Objective, Watch
+from pipeline.models import build
 from pipeline.records import Example, Item, Needs
 from pipeline.rewards import Rewards
 
@@ -27,7 +28,7 @@ def lesson(scene: Scene) -> Lesson:
     # rows -> rewards -> tokens
     needs = scene.module.needs(algorithm)
     train, held_out, prompts = rewarded_rows(scene, needs)
-    encoder = assembly.encoder_of(settings, model, list)
+    encoder = build.encoder_of(settings, model, list)
     encoded = dataset.encode(train, encoder, dataset.completion_rows)
     tested = dataset.encode(held_out, encoder, dataset.completion_rows)
     scene.say(f"{encoded.summary('train')}\n{tested.summary('validation')}")
@@ -35,8 +36,8 @@ def lesson(scene: Scene) -> Lesson:
     ranks.on_main(lambda: dataset.note(scene.directory, encoded, tested))
 
     # what the reference says, before the first step changes it
-    policy = assembly.build_policy(model, encoder, settings.train, scene.data.max_response_length, settings.seed)
-    packing = assembly.packing(settings.train, ranks, policy, encoder)
+    policy = build.build_policy(model, encoder, settings.train, scene.data.max_response_length, settings.seed)
+    packing = build.packing(settings.train, ranks.world, policy, encoder)
     trainer = engine.Engine(policy, ranks, settings.train, settings.optimizer)
     ref = advantages.Reference(trainer, encoder, packing, settings, files.fingerprint(model.path))
     source = advantages.ValueData(prompts, encoded.items, scene.judge, scene.judge_key)

@@ -21,6 +21,7 @@ from pipeline.errors import UserError
 from pipeline.lesson import Lesson, Scene, refuse, required_judge, spoken
 from pipeline.loop import Evaluation, Objective, Watch
 from pipeline.masked_table import samples_of
+from pipeline.models import build
 from pipeline.records import Batch, Example, Item, Row
 
 CLOSE = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.1}  # relative to the states' size, by precision
@@ -31,13 +32,13 @@ def lesson(scene: Scene) -> Lesson:
     settings, ranks = scene.settings, scene.ranks
     refuse(settings, rows="all", sampling="all")
     judge = required_judge(scene)
-    encoder = assembly.encoder_of(settings, scene.model, list, mask=True)
+    encoder = build.encoder_of(settings, scene.model, list, mask=True)
     held = rows_of(scene, encoder)
 
     longest = scene.data.max_response_length
-    policy = assembly.build_policy(scene.model, encoder, settings.train, longest, settings.seed, mask=True)
-    packing = assembly.packing(settings.train, ranks, policy, encoder)
-    hiding = assembly.hidden(
+    policy = build.build_policy(scene.model, encoder, settings.train, longest, settings.seed, mask=True)
+    packing = build.packing(settings.train, ranks.world, policy, encoder)
+    hiding = build.hidden(
         packing, encoder, policy, settings, samples=scene.algorithm.samples, share_prompt=settings.share_prompt
     )
     trainer = engine.Engine(policy, ranks, settings.train, settings.optimizer)

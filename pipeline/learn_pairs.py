@@ -15,6 +15,7 @@ from pipeline.data.tokenization import coloured
 from pipeline.learn_data import Held, Look
 from pipeline.lesson import Lesson, Scene, refuse
 from pipeline.loop import Watch
+from pipeline.models import build
 from pipeline.records import Example
 
 
@@ -24,7 +25,7 @@ def lesson(scene: Scene) -> Lesson:
     refuse(settings, rows="all", sampling="all")
     train, held_out = pairs_of(scene)
     prompts = dataset.unique_prompts(held_out)[: settings.eval.max_rows]
-    encoder = assembly.encoder_of(settings, model, list)
+    encoder = build.encoder_of(settings, model, list)
     encoded = dataset.encode(train, encoder, dataset.pair_rows)
     tested = dataset.encode(held_out[: settings.eval.max_rows], encoder, dataset.pair_rows)
     scene.say(f"{encoded.summary('train')}\n{tested.summary('validation')}")
@@ -32,8 +33,8 @@ def lesson(scene: Scene) -> Lesson:
     ranks.on_main(lambda: dataset.note(scene.directory, encoded, tested))
 
     # what the reference says, before the first step changes it
-    policy = assembly.build_policy(model, encoder, settings.train, scene.data.max_response_length, settings.seed)
-    packing = assembly.packing(settings.train, ranks, policy, encoder)
+    policy = build.build_policy(model, encoder, settings.train, scene.data.max_response_length, settings.seed)
+    packing = build.packing(settings.train, ranks.world, policy, encoder)
     trainer = engine.Engine(policy, ranks, settings.train, settings.optimizer)
     ref = advantages.Reference(trainer, encoder, packing, settings, files.fingerprint(model.path))
     known = advantages.with_ref_logps(ref, [*encoded.items, *tested.items])

@@ -28,6 +28,7 @@ from pipeline.history import Queue, prompt_key
 from pipeline.lesson import Lesson, Scene, refuse, required_judge, spoken
 from pipeline.loop import Evaluation, Watch
 from pipeline.lots import Lot
+from pipeline.models import build
 from pipeline.records import Batch, Example, Item, Row, Stat
 from pipeline.rewards import Rewards
 from pipeline.rollout import Ask
@@ -45,13 +46,13 @@ def lesson(scene: Scene) -> Lesson:
     prompts = dataset.unique_prompts(dataset.load_train(scene.data, settings.seed, scene.say))
     held_out = dataset.unique_prompts(dataset.load(scene.data, "validation", settings.seed, scene.say))
     held_out = held_out[: settings.eval.max_rows]
-    encoder = assembly.encoder_of(settings, scene.model, list)
+    encoder = build.encoder_of(settings, scene.model, list)
     longest = max(settings.generation.max_new_tokens, settings.data.max_response_length)
-    policy = assembly.build_policy(scene.model, encoder, settings.train, longest, settings.seed)
-    packing = replace(assembly.packing(settings.train, ranks, policy, encoder), prompts_once=True)
+    policy = build.build_policy(scene.model, encoder, settings.train, longest, settings.seed)
+    packing = replace(build.packing(settings.train, ranks.world, policy, encoder), prompts_once=True)
     frozen = None
     if scene.module.needs(scene.algorithm).ref_logp:
-        frozen = assembly.build_policy(scene.model, encoder, settings.train, longest, settings.seed)
+        frozen = build.build_policy(scene.model, encoder, settings.train, longest, settings.seed)
         frozen = engine.Engine(frozen, ranks, settings.train, None)
     trainer = engine.Engine(policy, ranks, settings.train, settings.optimizer)
     rollouts = Rollouts(

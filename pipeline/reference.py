@@ -18,11 +18,12 @@ import torch
 import transformers
 from torch import Tensor
 
-from pipeline import locks, value
+from pipeline import locks
 from pipeline.config.sections import ValueSettings
 from pipeline.data.batching import Packing, collate, once, window
 from pipeline.engine import Engine
 from pipeline.errors import UserError
+from pipeline.models import value_head
 from pipeline.records import Item
 
 FORMAT = 2  # raise it when what is computed changes
@@ -126,15 +127,15 @@ class Targets:
 
 def fit_value(
     engine: Engine, targets: Targets, packing: Packing, settings: ValueSettings, seed: int
-) -> tuple[value.ValueHead, dict[str, float]]:
+) -> tuple[value_head.ValueHead, dict[str, float]]:
     """A value head over the frozen reference, fitted by all ranks together; the same on all of them."""
     states = prompt_states(engine, targets.items, packing)
     hidden = engine.ranks.from_main(next(iter(states.values())).shape[1] if states else None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head = value.ValueHead(hidden, targets.low, targets.high, settings.num_heads, settings.dropout)
+        head = value_head.ValueHead(hidden, targets.low, targets.high, settings.num_heads, settings.dropout)
     owned = sorted(states)
-    report = value.fit(
+    report = value_head.fit(
         head.to(engine.ranks.device),
         [states[i] for i in owned],
         targets.rewards,
@@ -156,7 +157,7 @@ def fit_value(
 
 
 @torch.no_grad()
-def values_of(engine: Engine, head: value.ValueHead, items: Sequence[Item], packing: Packing) -> Tensor:
+def values_of(engine: Engine, head: value_head.ValueHead, items: Sequence[Item], packing: Packing) -> Tensor:
     """(n,) float32: V of each item's prompt; states live for one micro-batch only."""
     engine.train(False)
     head.eval()

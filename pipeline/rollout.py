@@ -23,15 +23,16 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
-from pipeline import continuous, mask_token
+from pipeline import continuous
 from pipeline.algorithms import capability
 from pipeline.config.sections import GenerationSettings
 from pipeline.data.sampling import generator
 from pipeline.data.tokenization import Encoder, pad
 from pipeline.engine import Engine
 from pipeline.errors import UserError
-from pipeline.model_checks import check_positions
-from pipeline.models import hugging_face
+from pipeline.models import mask_token
+from pipeline.models.checks import check_positions
+from pipeline.models.loading import hugging_face
 from pipeline.records import Ask, Example, Response, Said, Seen
 
 

@@ -18,9 +18,9 @@ from pipeline.config.sections import Count, ModelSettings, Section, TemplateSett
 from pipeline.config.validate import one_complaint
 from pipeline.data.tokenization import Encoder, pad
 from pipeline.errors import UserError
-from pipeline.model_checks import positions, read_object
-from pipeline.models import hugging_face, load_scalar, load_tokenizer
-from pipeline.policy import RewardModel
+from pipeline.models.checks import positions, read_object
+from pipeline.models.loading import hugging_face, load_scalar, load_tokenizer
+from pipeline.models.policy import RewardModel
 from pipeline.records import RewardFunction
 
 INPUT_FILE = "reward_input.json"

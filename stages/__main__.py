@@ -75,7 +75,7 @@ def describe(step: Resolved, argv: Sequence[str]) -> str:
     added = [f"{name}={value}" for name, value in env.items() if name not in os.environ]
     lines = [f"# {title(step)}", shlex.join([*added, *argv]), "", dump_yaml(step.settings.model_dump())]
     if isinstance(step.settings, Training):
-        from pipeline.plan import estimate
+        from pipeline.models.memory import estimate
 
         lines.append(estimate(step.settings))
     return "\n".join(lines)

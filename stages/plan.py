@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline import plan
 from pipeline.config.schema import Plan
 from pipeline.launch.entry import run
+from pipeline.models import memory
 
 
 def main(settings: Plan, words: Sequence[str]) -> None:
-    print(plan.estimate(settings), flush=True)
+    print(memory.estimate(settings), flush=True)
 
 
 if __name__ == "__main__":

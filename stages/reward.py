@@ -16,6 +16,7 @@ from pipeline.data.tokenization import coloured
 from pipeline.launch import run_dir
 from pipeline.launch.entry import run
 from pipeline.loop import Evaluation, Watch
+from pipeline.models import build
 from pipeline.records import Example, Item
 from reward_models import learned
 
@@ -33,14 +34,14 @@ def main(settings: Reward, words: Sequence[str]) -> None:
     train, held_out = rows_of(settings, module, algorithm, say)
     alone = not pairs.all_pairs(train)  # responses with a score each
     made = dataset.completion_rows if alone else dataset.pair_rows
-    encoder = assembly.encoder_of(settings, model, lambda: dataset.texts(train, settings.template))
+    encoder = build.encoder_of(settings, model, lambda: dataset.texts(train, settings.template))
     encoded = dataset.encode(train, encoder, made)
     tested = dataset.encode(held_out, encoder, made)
     say(f"{encoded.summary('train')}\n{tested.summary('validation')}\n{coloured(encoder, encoded.items[0].rows[0])}")
     ranks.on_main(lambda: dataset.note(directory, encoded, tested))
 
     # tokens -> model
-    scorer = assembly.build_scalar(model, encoder, settings.train, settings.seed)
+    scorer = build.build_scalar(model, encoder, settings.train, settings.seed)
     packing = packing_of(settings.train, ranks.world, scorer.encoder_decoder, encoder.pad_id, whole=True)
     trainer = engine.Engine(scorer, ranks, settings.train, settings.optimizer)
 

@@ -14,6 +14,7 @@ from pipeline.data.tokenization import Encoder, coloured
 from pipeline.launch import run_dir
 from pipeline.launch.entry import run
 from pipeline.loop import Evaluation, Watch
+from pipeline.models import build
 from pipeline.records import Example, Item
 
 
@@ -31,7 +32,7 @@ def main(settings: Sft, words: Sequence[str]) -> None:
     held_out = dataset.supervised(dataset.load(settings.data, "validation", settings.seed, say))
     held_out = held_out[: settings.eval.max_rows]
     hides = settings.masking.rate > 0
-    encoder = assembly.encoder_of(settings, model, lambda: dataset.texts(train, settings.template), hides)
+    encoder = build.encoder_of(settings, model, lambda: dataset.texts(train, settings.template), hides)
     encoded = dataset.encode(train, encoder, dataset.completion_rows)
     watched = (
         held_out if settings.train_on == "last" else [row for one in held_out for row in conversations.turns_of(one)]
@@ -43,9 +44,9 @@ def main(settings: Sft, words: Sequence[str]) -> None:
     # tokens -> model
     _, _, objective = assembly.objective_of(settings.algorithm)
     longest = settings.data.max_response_length
-    policy = assembly.build_policy(model, encoder, settings.train, longest, settings.seed, hides)
-    packing = assembly.packing(settings.train, ranks, policy, encoder)
-    hidden = assembly.hidden(packing, encoder, policy, settings, spans=True) if hides else packing
+    policy = build.build_policy(model, encoder, settings.train, longest, settings.seed, hides)
+    packing = build.packing(settings.train, ranks.world, policy, encoder)
+    hidden = build.hidden(packing, encoder, policy, settings, spans=True) if hides else packing
     trainer = engine.Engine(policy, ranks, settings.train, settings.optimizer)
 
     items = encoded.items

@@ -16,8 +16,8 @@ from pipeline.data.batching import Packing
 from pipeline.data.masking import Hiding
 from pipeline.data.tokenization import Encoder
 from pipeline.data.vocabulary import Vocabulary, vocabulary
-from pipeline.mask_token import with_mask
-from pipeline.policy import Policy
+from pipeline.models.mask_token import with_mask
+from pipeline.models.policy import Policy
 from pipeline.records import Batch, Example, Item, Row
 from pipeline.rewards import Reward, Rewards
 from tests import tiny

@@ -20,7 +20,7 @@ from pipeline.data.sampling import epoch_rows
 from pipeline.history import Queue
 from pipeline.learn_policy import Rollouts
 from pipeline.loop import Job
-from pipeline.policy import Policy
+from pipeline.models.policy import Policy
 from pipeline.records import Example
 from pipeline.rewards import Reward, Rewards
 from pipeline.sampler import Sampler

@@ -27,7 +27,7 @@ from pipeline.data.masking import Hiding
 from pipeline.engine import Engine, Ranks
 from pipeline.loop import Evaluation, Job, Objective, Watch
 from pipeline.metrics import RunLog
-from pipeline.policy import Policy, RewardModel
+from pipeline.models.policy import Policy, RewardModel
 from pipeline.records import Item
 from pipeline.tally import Interval, Tally
 from tests import masked, tiny

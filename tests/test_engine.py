@@ -12,13 +12,14 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from pipeline import engine, models, rollout
+from pipeline import engine, rollout
 from pipeline.algorithms import supervised
 from pipeline.config import deepspeed
 from pipeline.data.batching import Packing, collate
 from pipeline.errors import UserError
-from pipeline.models import hugging_face
-from pipeline.policy import Policy
+from pipeline.models import loading
+from pipeline.models.loading import hugging_face
+from pipeline.models.policy import Policy
 from tests import tiny, two_ranks
 
 STAGES = ["zero0", "zero1", "zero2", "zero3"]
@@ -175,7 +176,7 @@ def test_export_under_zero_3_is_what_transformers_loads(tmp_path: Path, shape: s
     assert {name: weight.shape for name, weight in weights.items() if name in names} == {
         n: p.shape for n, p in names.items()
     }
-    models.save(tmp_path / "model", trained.module.model, weights, tiny.tokenizer())
+    loading.save(tmp_path / "model", trained.module.model, weights, tiny.tokenizer())
     auto = AutoModelForCausalLM if shape == "llama" else AutoModelForSeq2SeqLM
     loaded, report = auto.from_pretrained(tmp_path / "model", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
@@ -192,7 +193,7 @@ def test_a_save_that_lost_a_weight_is_not_renamed(tmp_path: Path) -> None:
     module = tiny.language_model("llama")
     weights = {**module.state_dict(), "model.norm.weight": torch.empty(0)}
     with pytest.raises(RuntimeError, match=r"model\.norm\.weight"):
-        models.save(tmp_path / "model", module, weights, tiny.tokenizer())
+        loading.save(tmp_path / "model", module, weights, tiny.tokenizer())
     assert not (tmp_path / "model").exists()
 
 
@@ -224,12 +225,12 @@ def test_nothing_to_load(tmp_path: Path) -> None:
 @pytest.mark.parametrize("lora", [0, 4])
 def test_generation_under_zero_3_leaves_training_as_it_was(tmp_path: Path, lora: int) -> None:
     start = tiny.language_model("llama")
-    models.save(tmp_path / "m", start, start.state_dict(), tiny.tokenizer())
+    loading.save(tmp_path / "m", start, start.state_dict(), tiny.tokenizer())
     chosen = tiny.settings("sft").model
     chosen = chosen.model_copy(update={"path": str(tmp_path / "m"), "lora": chosen.lora.model_copy(update={"r": lora})})
     found = []
     for zero, speaks in (("zero0", True), ("zero3", True), ("zero3", False)):
-        trained = tiny.trainer(Policy(models.load_policy(chosen, tiny.tokenizer(), 0), 64), zero)
+        trained = tiny.trainer(Policy(loading.load_policy(chosen, tiny.tokenizer(), 0), 64), zero)
         norms = tiny.two_steps(trained, ITEMS)
         tokens = two_ranks.speak(trained, do_sample=False) if speaks else None
         norms += tiny.two_steps(trained, ITEMS)

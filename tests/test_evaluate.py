@@ -13,7 +13,7 @@ from pipeline.algorithms import supervised
 from pipeline.data.batching import Packing
 from pipeline.errors import UserError
 from pipeline.loop import Objective
-from pipeline.policy import Policy
+from pipeline.models.policy import Policy
 from pipeline.records import Example, Message, Response, Scores
 from pipeline.rewards import Reward, Rewards
 from tests import tiny

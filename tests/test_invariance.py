@@ -12,9 +12,10 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
-from pipeline import assembly, engine, evaluate, models, reference, rollout
+from pipeline import assembly, engine, evaluate, reference, rollout
 from pipeline.data.batching import Packing, collate
-from pipeline.policy import Policy, RewardModel
+from pipeline.models import loading
+from pipeline.models.policy import Policy, RewardModel
 from pipeline.records import Example, Item, Response
 from reward_models import learned
 from stages.reward import scores_of
@@ -116,7 +117,7 @@ def encoder_only(kind: str) -> torch.nn.Module:
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 def test_encoders_score_alike_in_any_company(tmp_path: Path, kind: str) -> None:
     model = encoder_only(kind)
-    models.save(tmp_path / kind, model, model.state_dict(), tiny.tokenizer())
+    loading.save(tmp_path / kind, model, model.state_dict(), tiny.tokenizer())
     scorer, items = RewardModel(model), tiny.items(9)
     with torch.no_grad():
         together = scorer(collate(items, range(9), packings(False, whole=True)[3]))
@@ -141,9 +142,9 @@ def test_encoders_score_alike_in_any_company(tmp_path: Path, kind: str) -> None:
 def scorer_of(tmp_path: Path, shape: str) -> RewardModel:
     """A reward model of any shape whose head says something."""
     language = tiny.language_model(shape)
-    models.save(tmp_path / shape, language, language.state_dict(), tiny.tokenizer())
+    loading.save(tmp_path / shape, language, language.state_dict(), tiny.tokenizer())
     settings = tiny.settings("reward").model.model_copy(update={"path": str(tmp_path / shape)})
-    return RewardModel(tiny.spread(models.load_scalar(settings, tiny.tokenizer(), 0, new_head=True)).eval())
+    return RewardModel(tiny.spread(loading.load_scalar(settings, tiny.tokenizer(), 0, new_head=True)).eval())
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -150,7 +150,7 @@ RANKS = """
 import sys
 import torch
 import torch.distributed as dist
-from pipeline.entry import leave
+from pipeline.launch.entry import leave
 
 dist.init_process_group("gloo")
 total = torch.tensor([dist.get_rank() + 1.0])

@@ -22,7 +22,7 @@ from pipeline.data.batching import Packing, Windows, collate
 from pipeline.engine import Engine
 from pipeline.errors import PreemptedError, UserError
 from pipeline.loop import Evaluation, Objective, Watch
-from pipeline.policy import Policy
+from pipeline.models.policy import Policy
 from pipeline.records import Item
 from pipeline.tally import Interval, Tally
 from tests import tiny

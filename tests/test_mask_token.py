@@ -28,12 +28,13 @@ from transformers import (
     T5Tokenizer,
 )
 
-from pipeline import engine, mask_token, models, rollout, scratch
+from pipeline import engine, rollout
 from pipeline.config.sections import ModelSettings
 from pipeline.data.batching import Packing, collate
 from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
-from pipeline.policy import Policy, RewardModel, check_head
+from pipeline.models import loading, mask_token, scratch
+from pipeline.models.policy import Policy, RewardModel, check_head
 from pipeline.records import Example, Item
 from tests import tiny
 
@@ -81,7 +82,7 @@ def language_model(shape: str, rows: int) -> PreTrainedModel:
 def saved(tmp_path: Path, shape: str, rows: int, tokenizer: PreTrainedTokenizerBase | None = None) -> ModelSettings:
     """Settings that load a saved random model."""
     model = language_model(shape, rows)
-    models.save(tmp_path / "base", model, model.state_dict(), plain() if tokenizer is None else tokenizer)
+    loading.save(tmp_path / "base", model, model.state_dict(), plain() if tokenizer is None else tokenizer)
     return opened_at(tmp_path / "base")
 
 
@@ -97,7 +98,7 @@ def with_lora(settings: ModelSettings) -> ModelSettings:
 def logits_of(model: nn.Module, mask_id: int | None = None) -> Tensor:
     """(1, 6, V) of a response that reads the mask at one place, if it is given."""
     response = torch.tensor([[5, 9, 7 if mask_id is None else mask_id, 8, 6, 11]])
-    if models.hugging_face(model).config.is_encoder_decoder:
+    if loading.hugging_face(model).config.is_encoder_decoder:
         return model(input_ids=torch.tensor([[9, 12, 7, 2]]), decoder_input_ids=response).logits
     return model(input_ids=response, use_cache=False).logits
 
@@ -119,12 +120,12 @@ def test_a_scratch_vocabulary_gets_a_last_token(tmp_path: Path) -> None:
 
 def test_a_tokenizer_is_masked_only_when_asked(tmp_path: Path) -> None:
     settings = saved(tmp_path, "llama", ROWS)
-    assert models.load_tokenizer(settings, []).mask_token is None
-    assert models.load_tokenizer(settings, [], mask=True).mask_token_id == ROWS
+    assert loading.load_tokenizer(settings, []).mask_token is None
+    assert loading.load_tokenizer(settings, [], mask=True).mask_token_id == ROWS
     new = tiny.settings("sft").model
     texts = [TEXT] * 4
-    assert models.load_tokenizer(new, texts).mask_token is None
-    assert models.load_tokenizer(new, texts, mask=True).mask_token == "<mask>"
+    assert loading.load_tokenizer(new, texts).mask_token is None
+    assert loading.load_tokenizer(new, texts, mask=True).mask_token == "<mask>"
 
 
 def words(*extra: str, **roles: str) -> PreTrainedTokenizerBase:
@@ -163,14 +164,14 @@ def test_real_vocabularies(tmp_path: Path) -> None:
     mask_token.with_mask(t5)
     assert (t5.mask_token_id, len(t5)) == (32099, length)  # as in the released runs
     assert t5(TEXT)["input_ids"] == before
-    gpt2 = models.with_pad(GPT2Tokenizer.from_pretrained(DATA / "gpt2"))
+    gpt2 = loading.with_pad(GPT2Tokenizer.from_pretrained(DATA / "gpt2"))
     before = gpt2(TEXT)["input_ids"]
     mask_token.with_mask(gpt2)
     assert (gpt2.mask_token_id, len(gpt2)) == (50257, 50258)
     assert gpt2(TEXT)["input_ids"] == before
     for tokenizer in (t5, gpt2):
         tokenizer.save_pretrained(tmp_path / tokenizer.mask_token.strip("<>"))
-        again = models.load_tokenizer(opened_at(tmp_path / tokenizer.mask_token.strip("<>")), [])
+        again = loading.load_tokenizer(opened_at(tmp_path / tokenizer.mask_token.strip("<>")), [])
         assert (again.mask_token_id, len(again)) == (tokenizer.mask_token_id, len(tokenizer))
         assert again(TEXT)["input_ids"] == tokenizer(TEXT)["input_ids"]
 
@@ -182,8 +183,8 @@ def test_real_vocabularies(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_full_matrix_grows_by_means(tmp_path: Path, shape: str, dtype: torch.dtype) -> None:
     settings = saved(tmp_path, shape, ROWS)
-    old = models.load_policy(settings, plain(), 0, dtype)
-    new = models.load_policy(settings, masked(), 0, dtype, mask=True)
+    old = loading.load_policy(settings, plain(), 0, dtype)
+    new = loading.load_policy(settings, masked(), 0, dtype, mask=True)
     assert new.config.vocab_size == GROWN and GROWN % 64 == 0 and GROWN > ROWS
     matrices = [new.get_input_embeddings().weight, new.get_output_embeddings().weight]
     for weight, first in zip(matrices, [old.get_input_embeddings(), old.get_output_embeddings()], strict=True):
@@ -209,15 +210,15 @@ def shared_names(model: PreTrainedModel) -> set[str]:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_grown_model_is_reopened_as_it_was(tmp_path: Path, shape: str) -> None:
-    model = models.load_policy(saved(tmp_path, shape, ROWS), masked(), 0, mask=True)
+    model = loading.load_policy(saved(tmp_path, shape, ROWS), masked(), 0, mask=True)
     with torch.no_grad():
         model.get_input_embeddings().weight[MASK_ID] += 0.5  # learned
-    models.save(tmp_path / "sft", model, model.state_dict(), masked())
+    loading.save(tmp_path / "sft", model, model.state_dict(), masked())
     settings = opened_at(tmp_path / "sft")
-    tokenizer = models.load_tokenizer(settings, [])
+    tokenizer = loading.load_tokenizer(settings, [])
     assert tokenizer.mask_token_id == MASK_ID
     for mask in (True, False):
-        again = models.load_policy(settings, tokenizer, 0, mask=mask)
+        again = loading.load_policy(settings, tokenizer, 0, mask=mask)
         assert torch.equal(logits_of(again, MASK_ID), logits_of(model, MASK_ID))
     policy = Policy(again, 64)
     check_head(policy, collate(tiny.items(1), [0], Packing(1, None, policy.encoder_decoder, tiny.PAD_ID)))
@@ -226,8 +227,8 @@ def test_a_grown_model_is_reopened_as_it_was(tmp_path: Path, shape: str) -> None
 @pytest.mark.parametrize("shape", ["qwen2", "llama_untied"])
 def test_a_spare_row_becomes_the_mean_and_nothing_grows(tmp_path: Path, shape: str) -> None:
     settings = saved(tmp_path, shape, ROWS + 10)
-    old = models.load_policy(settings, plain(), 0)
-    new = models.load_policy(settings, masked(), 0, mask=True)
+    old = loading.load_policy(settings, plain(), 0)
+    new = loading.load_policy(settings, masked(), 0, mask=True)
     first, weight = old.get_input_embeddings().weight, new.get_input_embeddings().weight
     others = torch.arange(ROWS + 10) != MASK_ID
     assert torch.equal(weight[others], first[others])
@@ -242,7 +243,7 @@ def test_what_pretraining_taught_the_mask_stays(tmp_path: Path) -> None:
     hole.add_tokens([AddedToken("<extra_id_0>", special=True)])
     for tokenizer in (own, hole):
         settings = saved(tmp_path, "t5", ROWS + 10, tokenizer)
-        model = models.load_policy(settings, models.load_tokenizer(settings, [], mask=True), 0, mask=True)
+        model = loading.load_policy(settings, loading.load_tokenizer(settings, [], mask=True), 0, mask=True)
         assert torch.equal(model.shared.weight, language_model("t5", ROWS + 10).shared.weight)
 
 
@@ -250,7 +251,7 @@ def test_a_reserved_token_starts_as_the_mean(tmp_path: Path) -> None:
     tokenizer = plain()
     tokenizer.add_tokens([AddedToken("<|reserved_special_token_0|>", special=True), AddedToken("<x>", special=True)])
     settings = saved(tmp_path, "llama", ROWS + 2, tokenizer)
-    model = models.load_policy(settings, models.load_tokenizer(settings, [], mask=True), 0, mask=True)
+    model = loading.load_policy(settings, loading.load_tokenizer(settings, [], mask=True), 0, mask=True)
     first = language_model("llama", ROWS + 2).get_input_embeddings().weight
     assert model.config.vocab_size == ROWS + 2
     others = torch.arange(ROWS + 2) != ROWS
@@ -264,7 +265,7 @@ def test_only_a_mask_makes_a_model_grow(tmp_path: Path) -> None:
     two.add_tokens(["one"])
     for tokenizer, mask in ((copy.deepcopy(two), False), (mask_token.with_mask(two), False), (two, True)):
         with pytest.raises(UserError, match=rf"has {ROWS} embeddings but its tokenizer has \d+ tokens"):
-            models.load_policy(settings, tokenizer, 0, mask=mask)
+            loading.load_policy(settings, tokenizer, 0, mask=mask)
 
 
 @pytest.mark.parametrize("mask", [False, True])
@@ -272,12 +273,12 @@ def test_a_checkpoint_for_summaries_opens_and_speaks_as_elsewhere(tmp_path: Path
     """As BART's: its mask token has no row, and `generate` of transformers makes it say BOS before all else."""
     model = language_model("bart", ROWS)
     model.generation_config.update(forced_bos_token_id=1)
-    models.save(tmp_path / "base", model, model.state_dict(), masked())
+    loading.save(tmp_path / "base", model, model.state_dict(), masked())
     settings = opened_at(tmp_path / "base")
-    tokenizer = models.load_tokenizer(settings, [], mask)
-    policy = models.load_policy(settings, tokenizer, 0, mask=mask)
+    tokenizer = loading.load_tokenizer(settings, [], mask)
+    policy = loading.load_policy(settings, tokenizer, 0, mask=mask)
     assert policy.config.vocab_size == GROWN
-    models.save(tmp_path / "sft", policy, policy.state_dict(), tokenizer)
+    loading.save(tmp_path / "sft", policy, policy.state_dict(), tokenizer)
 
     speech = tiny.settings("rl").generation.model_copy(update={"max_new_tokens": 6})
     speaker = engine.Engine(Policy(policy, 64), tiny.ranks(), tiny.train_settings(), None)
@@ -289,14 +290,14 @@ def test_a_checkpoint_for_summaries_opens_and_speaks_as_elsewhere(tmp_path: Path
 
 def test_separate_embeddings_are_refused(tmp_path: Path) -> None:
     model = tiny.language_model("bart", vocab_size=ROWS, tie_word_embeddings=False)
-    models.save(tmp_path / "base", model, model.state_dict(), plain())
+    loading.save(tmp_path / "base", model, model.state_dict(), plain())
     with pytest.raises(UserError, match=r"model\.path: .*base reads and writes with separate embeddings"):
-        models.load_policy(opened_at(tmp_path / "base"), masked(), 0, mask=True)
+        loading.load_policy(opened_at(tmp_path / "base"), masked(), 0, mask=True)
 
 
 def test_a_new_model_has_room_for_its_mask() -> None:
     tokenizer = masked()
-    model = models.load_policy(tiny.settings("sft").model, tokenizer, 0, mask=True)
+    model = loading.load_policy(tiny.settings("sft").model, tokenizer, 0, mask=True)
     assert model.config.vocab_size % 64 == 0 and model.config.vocab_size > tokenizer.mask_token_id
 
 
@@ -308,7 +309,7 @@ def learn(model: nn.Module) -> None:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3)
     response = torch.tensor([[5, MASK_ID, 7, MASK_ID, 6, 11]])
     read = {"input_ids": response, "labels": response}
-    if models.hugging_face(model).config.is_encoder_decoder:
+    if loading.hugging_face(model).config.is_encoder_decoder:
         labels = torch.tensor([[9, 8, 7, 6, 5, 2]])
         read = {"input_ids": torch.tensor([[9, 12, 7, 2]]), "decoder_input_ids": response, "labels": labels}
     for _ in range(3):
@@ -321,38 +322,38 @@ def learn(model: nn.Module) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_adapters_learn_the_row_and_come_back(tmp_path: Path, shape: str, rows: int) -> None:
     settings, tokenizer = saved(tmp_path, shape, rows), masked()
-    base = models.load_policy(settings, tokenizer, 0, mask=True)
-    first = models.load_policy(with_lora(settings), tokenizer, 0, mask=True)
+    base = loading.load_policy(settings, tokenizer, 0, mask=True)
+    first = loading.load_policy(with_lora(settings), tokenizer, 0, mask=True)
     assert torch.equal(logits_of(first, MASK_ID), logits_of(base, MASK_ID))
     trained = [name for name, p in first.named_parameters() if p.requires_grad and "lora_" not in name]
     assert len(trained) == 1 and "trainable_tokens_delta" in trained[0]
     learn(first)
     row = first.get_parameter(trained[0])[0]
     assert not torch.allclose(row, base.get_input_embeddings().weight[MASK_ID], atol=1e-3)
-    models.save(tmp_path / "sft", first, first.state_dict(), tokenizer)
+    loading.save(tmp_path / "sft", first, first.state_dict(), tokenizer)
     with safe_open(tmp_path / "sft" / "adapter_model.safetensors", "pt") as file:
         others = [name for name in file.keys() if "lora_" not in name]  # noqa: SIM118  (safe_open is no mapping)
         assert others == [trained[0].removesuffix(".default")]  # the row, not the matrix
     # the next stage's policy, which does or does not go on learning the mask
     below = opened_at(tmp_path / "sft")
-    again = models.load_tokenizer(below, [])
+    again = loading.load_tokenizer(below, [])
     assert again.mask_token_id == MASK_ID
     for mask in (True, False):
-        opened = models.load_policy(below, again, 0, mask=mask)
+        opened = loading.load_policy(below, again, 0, mask=mask)
         assert torch.equal(opened.get_input_embeddings().weight[MASK_ID], row)
         torch.testing.assert_close(logits_of(opened, MASK_ID), logits_of(first, MASK_ID), atol=2e-5, rtol=2e-5)
-        on_top = models.load_policy(with_lora(below), again, 0, mask=mask)
+        on_top = loading.load_policy(with_lora(below), again, 0, mask=mask)
         assert torch.equal(logits_of(on_top, MASK_ID), logits_of(opened, MASK_ID))
         learn(on_top)
-        models.save(tmp_path / "rl", on_top, on_top.state_dict(), again)
-        last = models.load_policy(opened_at(tmp_path / "rl"), again, 0)
+        loading.save(tmp_path / "rl", on_top, on_top.state_dict(), again)
+        last = loading.load_policy(opened_at(tmp_path / "rl"), again, 0)
         torch.testing.assert_close(logits_of(last, MASK_ID), logits_of(on_top, MASK_ID), atol=2e-5, rtol=2e-5)
         assert not torch.allclose(logits_of(last, MASK_ID), logits_of(opened, MASK_ID), atol=1e-2)
 
 
 def test_plain_adapters_train_no_row(tmp_path: Path) -> None:
     """A tokenizer that brings its mask changes nothing for those who do not mask."""
-    model = models.load_policy(with_lora(saved(tmp_path, "bart", ROWS + 10, masked())), masked(), 0)
+    model = loading.load_policy(with_lora(saved(tmp_path, "bart", ROWS + 10, masked())), masked(), 0)
     assert all("lora_" in name for name, p in model.named_parameters() if p.requires_grad)
 
 
@@ -360,22 +361,22 @@ def test_a_row_is_learned_once(tmp_path: Path) -> None:
     settings = with_lora(saved(tmp_path, "llama", ROWS))
     both = settings.lora.model_copy(update={"target_modules": ["embed_tokens", "q_proj"]})
     with pytest.raises(UserError, match=r"model\.lora\.target_modules: trainable_token_indices .* wanted all-linear"):
-        models.load_policy(settings.model_copy(update={"lora": both}), masked(), 0, mask=True)
+        loading.load_policy(settings.model_copy(update={"lora": both}), masked(), 0, mask=True)
 
 
 def test_a_reward_model_starts_from_grown_adapters(tmp_path: Path) -> None:
-    policy = models.load_policy(with_lora(saved(tmp_path, "llama", ROWS)), masked(), 0, mask=True)
+    policy = loading.load_policy(with_lora(saved(tmp_path, "llama", ROWS)), masked(), 0, mask=True)
     learn(policy)
-    models.save(tmp_path / "sft", policy, policy.state_dict(), masked())
+    loading.save(tmp_path / "sft", policy, policy.state_dict(), masked())
     below = opened_at(tmp_path / "sft")
-    scorer = RewardModel(models.load_scalar(with_lora(below), masked(), 0, new_head=True)).eval()
+    scorer = RewardModel(loading.load_scalar(with_lora(below), masked(), 0, new_head=True)).eval()
     items = [Item(None, (tiny.row([5, 6], [7, MASK_ID, 2]),))]
     batch = collate(items, [0], Packing(1, None, False, tiny.PAD_ID, True))
     with torch.no_grad():
-        torch.nn.init.normal_(models.hugging_face(scorer.model).score.weight)
+        torch.nn.init.normal_(loading.hugging_face(scorer.model).score.weight)
         wanted = scorer(batch)
-    models.save(tmp_path / "reward", scorer.model, scorer.model.state_dict(), masked())
-    opened = RewardModel(models.load_scalar(opened_at(tmp_path / "reward"), masked(), 0, False)).eval()
+    loading.save(tmp_path / "reward", scorer.model, scorer.model.state_dict(), masked())
+    opened = RewardModel(loading.load_scalar(opened_at(tmp_path / "reward"), masked(), 0, False)).eval()
     torch.testing.assert_close(opened(batch), wanted, atol=1e-4, rtol=1e-4)
 
 
@@ -421,8 +422,8 @@ def test_the_mask_is_never_said(shape: str, ways: dict) -> None:
 def test_exports_tell_other_tools_to_be_silent(tmp_path: Path, lora: bool) -> None:
     settings = saved(tmp_path, "llama", ROWS)
     assert GenerationConfig.from_pretrained(settings.path).suppress_tokens is None
-    model = models.load_policy(with_lora(settings) if lora else settings, masked(), 0, mask=True)
-    models.save(tmp_path / "sft", model, model.state_dict(), masked())
+    model = loading.load_policy(with_lora(settings) if lora else settings, masked(), 0, mask=True)
+    loading.save(tmp_path / "sft", model, model.state_dict(), masked())
     told = json.loads((tmp_path / "sft" / "generation_config.json").read_text())["suppress_tokens"]
     assert told == list(range(MASK_ID, GROWN))
     assert model.generation_config.suppress_tokens is None

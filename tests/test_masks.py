@@ -9,11 +9,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import ByT5Tokenizer, GPT2Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, T5Tokenizer
 
-from pipeline import scratch
 from pipeline.config.schema import Masking
 from pipeline.data.masking import draw
 from pipeline.data.vocabulary import Vocabulary, vocabulary
 from pipeline.errors import UserError
+from pipeline.models import scratch
 from pipeline.tasks import assistant
 from tests import tiny
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from pipeline import assembly, models
 from pipeline.config.sections import ModelSettings
 from pipeline.data.batching import Packing, collate
 from pipeline.errors import UserError
-from pipeline.models import hugging_face
-from pipeline.policy import Policy, RewardModel, check_head
+from pipeline.models import build, loading
+from pipeline.models.loading import hugging_face
+from pipeline.models.policy import Policy, RewardModel, check_head
 from pipeline.records import Batch, Item, Message
 from reward_models import learned
 from tests import tiny
@@ -35,7 +35,7 @@ def batch_of(policy: Policy | RewardModel, items: list[Item], *indices: int) -> 
 def saved(tmp_path: Path, shape: str) -> ModelSettings:
     """Settings that load a saved random model."""
     model = tiny.language_model(shape)
-    models.save(tmp_path / shape, model, model.state_dict(), tiny.tokenizer())
+    loading.save(tmp_path / shape, model, model.state_dict(), tiny.tokenizer())
     return tiny.settings("sft").model.model_copy(update={"path": str(tmp_path / shape)})
 
 
@@ -51,15 +51,15 @@ def take_step(module: torch.nn.Module, output: torch.Tensor) -> None:
 
 
 def save_own(directory: Path, module: Policy | RewardModel) -> str:
-    models.save(directory, module.model, module.model.state_dict(), tiny.tokenizer())
+    loading.save(directory, module.model, module.model.state_dict(), tiny.tokenizer())
     return str(directory)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_lora_trains_the_adapters_and_nothing_else(tmp_path: Path, shape: str) -> None:
     settings, items = saved(tmp_path, shape), tiny.items(4)
-    plain = Policy(models.load_policy(settings, tiny.tokenizer(), 0), 64).eval()
-    policy = Policy(models.load_policy(with_lora(settings), tiny.tokenizer(), 0), 64).eval()
+    plain = Policy(loading.load_policy(settings, tiny.tokenizer(), 0), 64).eval()
+    policy = Policy(loading.load_policy(with_lora(settings), tiny.tokenizer(), 0), 64).eval()
     batch = batch_of(policy, items)
     torch.testing.assert_close(policy(batch), plain(batch))  # B starts at zero
     check_head(policy, batch_of(policy, items, 0))
@@ -73,17 +73,17 @@ def test_lora_trains_the_adapters_and_nothing_else(tmp_path: Path, shape: str) -
 @pytest.mark.parametrize("shape", SHAPES)
 def test_adapters_are_what_the_next_stage_opens(tmp_path: Path, shape: str) -> None:
     settings, items = saved(tmp_path, shape), tiny.items(4)
-    policy = Policy(models.load_policy(with_lora(settings), tiny.tokenizer(), 0), 64).eval()
+    policy = Policy(loading.load_policy(with_lora(settings), tiny.tokenizer(), 0), 64).eval()
     batch = batch_of(policy, items)
     take_step(policy, policy(batch))
     first = settings.model_copy(update={"path": save_own(tmp_path / "first", policy)})
-    opened = Policy(models.load_policy(first, tiny.tokenizer(), 0), 64).eval()
+    opened = Policy(loading.load_policy(first, tiny.tokenizer(), 0), 64).eval()
     torch.testing.assert_close(opened(batch), policy(batch), atol=1e-4, rtol=1e-4)
     # adapters upon adapters: the second belong to the first, not to the model below them
-    on_top = Policy(models.load_policy(with_lora(first), tiny.tokenizer(), 0), 64).eval()
+    on_top = Policy(loading.load_policy(with_lora(first), tiny.tokenizer(), 0), 64).eval()
     take_step(on_top, -on_top(batch))
     second = settings.model_copy(update={"path": save_own(tmp_path / "second", on_top)})
-    reopened = Policy(models.load_policy(second, tiny.tokenizer(), 0), 64).eval()
+    reopened = Policy(loading.load_policy(second, tiny.tokenizer(), 0), 64).eval()
     torch.testing.assert_close(reopened(batch), on_top(batch), atol=1e-4, rtol=1e-4)
     assert not torch.allclose(reopened(batch), opened(batch), atol=1e-2)
 
@@ -91,10 +91,10 @@ def test_adapters_are_what_the_next_stage_opens(tmp_path: Path, shape: str) -> N
 @pytest.mark.parametrize("shape", SHAPES)
 def test_adapters_of_a_reward_model_keep_their_head(tmp_path: Path, shape: str) -> None:
     settings, items = saved(tmp_path, shape), tiny.items(4)
-    policy = Policy(models.load_policy(with_lora(settings), tiny.tokenizer(), 0), 64).eval()
+    policy = Policy(loading.load_policy(with_lora(settings), tiny.tokenizer(), 0), 64).eval()
     take_step(policy, policy(batch_of(policy, items)))
     sft = settings.model_copy(update={"path": save_own(tmp_path / "sft", policy)})
-    scorer = RewardModel(models.load_scalar(with_lora(sft), tiny.tokenizer(), 0, new_head=True)).eval()
+    scorer = RewardModel(loading.load_scalar(with_lora(sft), tiny.tokenizer(), 0, new_head=True)).eval()
     batch = batch_of(scorer, items)
     if not policy.encoder_decoder:  # the adapters of the policy are in the reward model's body
         states = hugging_face(scorer.model).base_model(input_ids=batch.input_ids).last_hidden_state
@@ -102,22 +102,22 @@ def test_adapters_of_a_reward_model_keep_their_head(tmp_path: Path, shape: str) 
     for _ in range(3):
         take_step(scorer, scorer(batch))
     path = save_own(tmp_path / "reward", scorer)
-    opened = RewardModel(models.load_scalar(sft.model_copy(update={"path": path}), tiny.tokenizer(), 0, False)).eval()
+    opened = RewardModel(loading.load_scalar(sft.model_copy(update={"path": path}), tiny.tokenizer(), 0, False)).eval()
     torch.testing.assert_close(opened(batch), scorer(batch), atol=1e-4, rtol=1e-4)
     assert opened(batch).abs().min() > 1e-3
     with pytest.raises(UserError, match="belong to a reward model, wanted a policy's"):
-        models.load_policy(sft.model_copy(update={"path": path}), tiny.tokenizer(), 0)
+        loading.load_policy(sft.model_copy(update={"path": path}), tiny.tokenizer(), 0)
     with pytest.raises(UserError, match=r"no scalar head .* bash run\.sh stage=reward"):
-        models.load_scalar(sft, tiny.tokenizer(), 0, new_head=False)
+        loading.load_scalar(sft, tiny.tokenizer(), 0, new_head=False)
 
 
 def test_adapters_need_a_model(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model\.lora\.r: .* give model="):
-        models.load_policy(with_lora(tiny.settings("sft").model), tiny.tokenizer(), 0)
+        loading.load_policy(with_lora(tiny.settings("sft").model), tiny.tokenizer(), 0)
     wrong = with_lora(saved(tmp_path, "llama"))
     wrong = wrong.model_copy(update={"lora": wrong.lora.model_copy(update={"target_modules": ["q_prj"]})})
     with pytest.raises(UserError, match=r"model\.lora\.target_modules: "):
-        models.load_policy(wrong, tiny.tokenizer(), 0)
+        loading.load_policy(wrong, tiny.tokenizer(), 0)
 
 
 # reward models
@@ -127,12 +127,12 @@ READ = learned.Input(template=tiny.PLAIN, max_prompt_length=16, keep_of_prompt="
 
 def scorer_of(tmp_path: Path, shape: str) -> tuple[RewardModel, str]:
     """A reward model with random weights and the directory it was saved to, as stage=reward does."""
-    model = models.load_scalar(saved(tmp_path, shape), tiny.tokenizer(), 0, new_head=True)
+    model = loading.load_scalar(saved(tmp_path, shape), tiny.tokenizer(), 0, new_head=True)
     head = dict(model.named_children()).get("score", dict(model.named_children()).get("classification_head"))
     tiny.spread(head, scale=1.0)
     directory = tmp_path / "scorer"
     encoder = tiny.encoder(READ.max_prompt_length, READ.max_response_length, prompt="Q {prompt} A")
-    models.save(directory, model, model.state_dict(), tiny.tokenizer(), partial(learned.save_input, encoder=encoder))
+    loading.save(directory, model, model.state_dict(), tiny.tokenizer(), partial(learned.save_input, encoder=encoder))
     return RewardModel(model).eval(), str(directory)
 
 
@@ -222,7 +222,7 @@ def test_a_policy_is_no_reward_model(tmp_path: Path, shape: str) -> None:
 
 def test_the_first_scores_of_a_new_decoder_are_zero(tmp_path: Path) -> None:
     for settings in (saved(tmp_path, "llama"), tiny.settings("sft").model):
-        scorer = RewardModel(models.load_scalar(settings, tiny.tokenizer(), 0, new_head=True)).eval()
+        scorer = RewardModel(loading.load_scalar(settings, tiny.tokenizer(), 0, new_head=True)).eval()
         rows = [tiny.encoder().encode("the cat", text) for text in ("sat", "ran far away")]
         assert scorer(batch_of(scorer, [Item(None, (row,)) for row in rows])).tolist() == [0.0, 0.0]
 
@@ -234,13 +234,13 @@ def test_model_mistakes(tmp_path: Path) -> None:
     settings = tiny.settings("sft").model
     nowhere = settings.model_copy(update={"path": "./nowhere"})
     with pytest.raises(UserError, match=r"model\.path: \./nowhere does not exist"):
-        models.load_policy(nowhere, tiny.tokenizer(), 0)
+        loading.load_policy(nowhere, tiny.tokenizer(), 0)
     with pytest.raises(UserError, match=r"has no config\.json"):
-        models.load_policy(settings.model_copy(update={"path": str(tmp_path)}), tiny.tokenizer(), 0)
+        loading.load_policy(settings.model_copy(update={"path": str(tmp_path)}), tiny.tokenizer(), 0)
     small = tiny.language_model("llama", vocab_size=64)
-    models.save(tmp_path / "small", small, small.state_dict(), tiny.tokenizer())
+    loading.save(tmp_path / "small", small, small.state_dict(), tiny.tokenizer())
     with pytest.raises(UserError, match=r"has 64 embeddings but its tokenizer has \d+ tokens"):
-        models.load_policy(settings.model_copy(update={"path": str(tmp_path / "small")}), tiny.tokenizer(), 0)
+        loading.load_policy(settings.model_copy(update={"path": str(tmp_path / "small")}), tiny.tokenizer(), 0)
 
 
 @pytest.mark.parametrize("shape", ["llama", "t5", "bart"])
@@ -248,7 +248,7 @@ def test_scratch_models(shape: str) -> None:
     settings = tiny.settings("sft").model
     sizes = {"shape": shape, "hidden_size": 32, "num_layers": 1, "num_heads": 2}
     settings = settings.model_copy(update={"scratch": settings.scratch.model_copy(update=sizes)})
-    first, again, other = (models.load_policy(settings, tiny.tokenizer(), seed) for seed in (1, 1, 2))
+    first, again, other = (loading.load_policy(settings, tiny.tokenizer(), seed) for seed in (1, 1, 2))
     weights = [model.get_input_embeddings().weight for model in (first, again, other)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     assert weights[0].shape[0] % 64 == 0 and weights[0].shape[0] >= len(tiny.tokenizer())
@@ -261,8 +261,8 @@ def test_checkpointing_changes_no_gradient(tmp_path: Path) -> None:
     """Under LoRA too, where the inputs of the first layer carry no gradient by themselves."""
     gradients = []
     for checkpointing in (False, True):
-        lm = models.load_policy(with_lora(saved(tmp_path, "llama")), tiny.tokenizer(), 0)
-        assembly.enable_checkpointing(lm, tiny.train_settings(gradient_checkpointing=checkpointing))
+        lm = loading.load_policy(with_lora(saved(tmp_path, "llama")), tiny.tokenizer(), 0)
+        build.enable_checkpointing(lm, tiny.train_settings(gradient_checkpointing=checkpointing))
         policy = Policy(lm, 64).train()
         policy(batch_of(policy, tiny.items(3))).sum().backward()
         gradients.append({name: p.grad for name, p in policy.named_parameters() if p.grad is not None})

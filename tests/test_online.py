@@ -14,7 +14,7 @@ from pipeline.algorithms import functional, online
 from pipeline.algorithms.functional import reduce
 from pipeline.algorithms.online import Told
 from pipeline.history import Queue
-from pipeline.policy import token_temperatures
+from pipeline.models.policy import token_temperatures
 from pipeline.records import Batch
 from tests import tiny
 

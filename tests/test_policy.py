@@ -15,10 +15,10 @@ from transformers import (
     GraniteForCausalLM,
 )
 
-from pipeline import models
 from pipeline.algorithms import supervised
 from pipeline.data.batching import Packing, collate
-from pipeline.policy import Policy, RewardModel, check_head
+from pipeline.models import loading
+from pipeline.models.policy import Policy, RewardModel, check_head
 from pipeline.records import Batch, Item
 from tests import tiny
 
@@ -210,10 +210,10 @@ def test_check_head_refuses_what_it_does_not_know() -> None:
 def test_dropout_has_one_owner(shape: str) -> None:
     policy, items = policy_of(shape), tiny.items(3)
     batch = batch_of(policy, items)
-    models.set_dropout(policy.model, 0.5)
+    loading.set_dropout(policy.model, 0.5)
     policy.train()
     assert not torch.allclose(policy(batch), policy(batch))
-    models.set_dropout(policy.model, 0.0)
+    loading.set_dropout(policy.model, 0.0)
     assert torch.equal(policy(batch), policy(batch))
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import advantages, models, reference, value
+from pipeline import advantages, reference
 from pipeline.algorithms import offline
 from pipeline.data.batching import Packing, collate
 from pipeline.errors import UserError
-from pipeline.policy import Policy
+from pipeline.models import loading, value_head
+from pipeline.models.policy import Policy
 from pipeline.records import Item
 from tests import tiny
 
@@ -131,7 +132,7 @@ def targets(count: int = 12) -> reference.Targets:
     return reference.Targets(prompts, rewards, torch.arange(count) % 4 == 0, 0.0, 1.0)
 
 
-def fitted(engine, epochs: int = 3) -> tuple[value.ValueHead, dict[str, float]]:
+def fitted(engine, epochs: int = 3) -> tuple[value_head.ValueHead, dict[str, float]]:
     fit = {"learning_rate": 1e-3, "epochs": epochs, "batch_size": 4, "patience": epochs, "dropout": 0.1}
     settings = tiny.settings("rl").value.model_copy(update=fit)
     return reference.fit_value(engine, targets(), PACKING, settings, seed=0)
@@ -157,7 +158,7 @@ def test_the_head_learns_what_the_states_tell(tmp_path: Path) -> None:
 def test_p14_values_do_not_depend_on_the_packing(tmp_path: Path, shape: str) -> None:
     trained = reference_of(tmp_path, shape).engine
     torch.manual_seed(0)
-    head = value.ValueHead(tiny.H, 0.0, 1.0, heads=8, dropout=0.1)
+    head = value_head.ValueHead(tiny.H, 0.0, 1.0, heads=8, dropout=0.1)
     encoder_decoder = trained.module.encoder_decoder
     packings = [
         Packing(1, None, encoder_decoder, 0),
@@ -174,7 +175,7 @@ def test_p14_values_do_not_depend_on_the_packing(tmp_path: Path, shape: str) -> 
 def test_p14_appended_response_tokens_do_not_change_values(tmp_path: Path) -> None:
     trained = reference_of(tmp_path).engine
     torch.manual_seed(0)
-    head = value.ValueHead(tiny.H, 0.0, 1.0, heads=8, dropout=0.1)
+    head = value_head.ValueHead(tiny.H, 0.0, 1.0, heads=8, dropout=0.1)
     bare = reference.values_of(trained, head, targets().items, PACKING)
     torch.testing.assert_close(reference.values_of(trained, head, tiny.items(12), PACKING), bare, atol=1e-5, rtol=1e-5)
 
@@ -202,7 +203,7 @@ def test_other_weights_are_noticed(tmp_path: Path) -> None:
 def test_dropout_is_noticed(tmp_path: Path) -> None:
     ref = reference_of(tmp_path)
     items = advantages.with_ref_logps(ref, rewarded(9))
-    models.set_dropout(ref.engine.module.model, 0.2)  # silent in evaluation mode, where the reference was asked
+    loading.set_dropout(ref.engine.module.model, 0.2)  # silent in evaluation mode, where the reference was asked
     with pytest.raises(UserError, match="is dropout on"):
         reference.check_ratio(ref.engine, items, range(9), PACKING, 1e-3)
 

@@ -13,7 +13,7 @@ import pytest
 from pipeline.checkpoint import Checkpoints, State
 from pipeline.config.yaml_layers import ROOT
 from pipeline.errors import UserError
-from pipeline.policy import Policy
+from pipeline.models.policy import Policy
 from pipeline.tally import Interval, Tally
 from tests import tiny
 from tests.test_stages import SHORT, SMALL_TRAIN, run, train

@@ -9,7 +9,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from pipeline import engine, rollout
 from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
-from pipeline.policy import Policy
+from pipeline.models.policy import Policy
 from pipeline.records import Example
 from tests import tiny
 

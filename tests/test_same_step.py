@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from pipeline import advantages, assembly, reference
 from pipeline.data.batching import Packing, collate
 from pipeline.engine import Engine
-from pipeline.policy import Policy
+from pipeline.models.policy import Policy
 from pipeline.records import Item
 from tests import masked, same_step, tiny
 from tests.same_step import DRAWN, STAGES

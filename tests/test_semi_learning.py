@@ -17,7 +17,7 @@ from pipeline.compositions import Composer
 from pipeline.data.batching import Windows
 from pipeline.engine import Engine
 from pipeline.loop import Objective
-from pipeline.policy import Policy
+from pipeline.models.policy import Policy
 from pipeline.records import Example, Item
 from pipeline.rewards import Reward, Rewards
 from pipeline.training import epochs

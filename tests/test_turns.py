@@ -13,7 +13,7 @@ from pipeline.data.batching import Packing, collate
 from pipeline.data.dataset import completion_rows, encode
 from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
-from pipeline.policy import Policy
+from pipeline.models.policy import Policy
 from pipeline.records import Example, Message, Row
 from tests import tiny
 

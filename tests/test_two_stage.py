@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pipeline import engine, rollout
 from pipeline.algorithms.functional import sequence_logp
 from pipeline.data.batching import Packing, collate
-from pipeline.policy import Policy
+from pipeline.models.policy import Policy
 from pipeline.records import Batch, Example, Item, Response, Row
 from pipeline.rollout import Ask, Dice
 from tests import tiny

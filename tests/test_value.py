@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
-from pipeline.value import ValueHead, fit, predict
+from pipeline.models.value_head import ValueHead, fit, predict
 
 H = 16
 FITTING = {"learning_rate": 0.01, "epochs": 8, "batch_size": 8, "patience": 8, "seed": 0}

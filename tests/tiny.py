@@ -26,12 +26,13 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from pipeline import engine, scratch
+from pipeline import engine
 from pipeline.algorithms import supervised
 from pipeline.config.resolve import resolve
 from pipeline.config.sections import TemplateSettings
 from pipeline.data.batching import Packing, Windows
 from pipeline.data.tokenization import Encoder
+from pipeline.models import scratch
 from pipeline.records import Example, Item, Row
 
 V, H = 352, 32

@@ -15,7 +15,7 @@ from pipeline import engine, reference, rollout
 from pipeline.checkpoint import Checkpoints, State
 from pipeline.data.batching import Packing
 from pipeline.errors import UserError
-from pipeline.policy import Policy
+from pipeline.models.policy import Policy
 from pipeline.records import Example
 from pipeline.tally import Interval, Tally
 from tests import tiny

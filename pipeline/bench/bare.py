@@ -14,7 +14,7 @@ from pipeline.bench.bed import Bed, algorithm_of, job, new_engine, new_policy, s
 from pipeline.bench.measure import Goal, Result, Step, alternate, compared
 from pipeline.engine import PRECISIONS, adam_arguments, parameter_groups
 from pipeline.loop import learning_rate
-from pipeline.models import hugging_face
+from pipeline.models.loading import hugging_face
 from pipeline.records import Batch
 
 TIME = Goal(1.05)

@@ -23,7 +23,8 @@ from pipeline.engine import Engine, Ranks
 from pipeline.errors import UserError
 from pipeline.loop import Evaluation, Job, Watch, one_step, summary
 from pipeline.metrics import RunLog
-from pipeline.policy import Policy, RewardModel
+from pipeline.models import build
+from pipeline.models.policy import Policy, RewardModel
 from pipeline.records import Item
 from pipeline.tally import Interval, Tally
 
@@ -59,7 +60,7 @@ def prepare(settings: Bench, ranks: Ranks, directory: Path, folder: Path) -> Bed
             raise UserError("clock: cpu, but the work is the GPU's: say clock=wall")
         settings = for_gpu(settings)
     rows = dataset.load_train(settings.data, settings.seed, str)
-    encoder = assembly.encoder_of(settings, settings.model, lambda: dataset.texts(rows, settings.template))
+    encoder = build.encoder_of(settings, settings.model, lambda: dataset.texts(rows, settings.template))
     singles = dataset.encode(dataset.supervised(rows), encoder, dataset.completion_rows).items
     pairs = dataset.encode(pairing.paired(rows, str), encoder, dataset.pair_rows).items
     return Bed(settings, ranks, encoder, singles, pairs, directory, folder)
@@ -93,11 +94,11 @@ def algorithm_of(*words: str) -> Algorithm:
 def new_policy(bed: Bed) -> Policy:
     settings = bed.settings
     longest = settings.data.max_response_length
-    return assembly.build_policy(settings.model, bed.encoder, settings.train, longest, settings.seed)
+    return build.build_policy(settings.model, bed.encoder, settings.train, longest, settings.seed)
 
 
 def new_scalar(bed: Bed) -> RewardModel:
-    return assembly.build_scalar(bed.settings.model, bed.encoder, bed.settings.train, bed.settings.seed)
+    return build.build_scalar(bed.settings.model, bed.encoder, bed.settings.train, bed.settings.seed)
 
 
 def new_engine(bed: Bed, module: nn.Module) -> Engine:

@@ -24,27 +24,28 @@ def main(clock: str, words: Sequence[str]) -> dict[str, float]:
         return result
 
     take("imports", load)
-    from pipeline import assembly, engine, training
+    from pipeline import engine, training
     from pipeline.algorithms import supervised
     from pipeline.config.resolve import resolve
     from pipeline.data import dataset
     from pipeline.data.batching import Windows
+    from pipeline.models import build as models_build
 
     settings = take("settings", lambda: resolve(words).settings)
     ranks = take("process group", lambda: engine.start(settings.launch.ddp_timeout))
     rows = take("data", lambda: dataset.supervised(dataset.load_train(settings.data, settings.seed, str)))
 
     def encode() -> Any:
-        encoder = assembly.encoder_of(settings, settings.model, lambda: dataset.texts(rows, settings.template))
+        encoder = models_build.encoder_of(settings, settings.model, lambda: dataset.texts(rows, settings.template))
         return encoder, dataset.encode(rows, encoder, dataset.completion_rows).items
 
     encoder, items = take("tokens", encode)
     longest = settings.data.max_response_length
-    build = lambda: assembly.build_policy(settings.model, encoder, settings.train, longest, settings.seed)  # noqa: E731
+    build = lambda: models_build.build_policy(settings.model, encoder, settings.train, longest, settings.seed)  # noqa: E731
     policy = take("model", build)
     trainer = take("engine", lambda: engine.Engine(policy, ranks, settings.train, settings.optimizer))
     draw = training.epochs(len(items), settings.train.batch_size, settings.seed)
-    packing = assembly.packing(settings.train, ranks, policy, encoder)
+    packing = models_build.packing(settings.train, ranks.world, policy, encoder)
 
     def step() -> None:
         window = Windows(items, draw, packing, ranks.rank, ranks.world).at(0)

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from pipeline import assembly, statics
+from pipeline import statics
 from pipeline.bench.bed import Bed, even
 from pipeline.data import dataset
 from pipeline.data.tokenization import Encoder
+from pipeline.models import build
 from pipeline.records import Example, Item, Row
 
 JOINED = 16  # rows of the task in one row
@@ -46,7 +47,7 @@ def long_bed(bed: Bed, sizes: Sizes, shape: str) -> Bed:
     parts = {"data": data, "model": settings.model.model_copy(update={"scratch": scratch})}
     settings = settings.model_copy(update={**parts, "train": settings.train.model_copy(update=whole)})
     rows = dataset.load_train(data, settings.seed, str)
-    encoder = assembly.encoder_of(settings, settings.model, lambda: dataset.texts(rows, settings.template), mask=True)
+    encoder = build.encoder_of(settings, settings.model, lambda: dataset.texts(rows, settings.template), mask=True)
     longer = joined(rows)[: sizes.rows * STEPS]
     items = even(dataset.encode(longer, encoder, both_rows).items, sizes.prompt, sizes.response)
     return replace(bed, settings=settings, encoder=encoder, singles=[read_beside(i, encoder) for i in items], pairs=[])

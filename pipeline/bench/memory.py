@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pipeline.algorithms.functional import token_logps
 from pipeline.bench.bed import Bed
 from pipeline.bench.measure import Goal, Result, peak_megabytes, timed
-from pipeline.policy import CHUNK_ELEMENTS
+from pipeline.models.policy import CHUNK_ELEMENTS
 
 LESS = Goal(5.0, at_least=True)
 

@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
-from pipeline import models
 from pipeline.bench.bed import Bed, algorithm_of, environment, even, job, new_engine, new_policy, new_scalar, stepper
 from pipeline.bench.measure import Goal, Result, compared, timed
 from pipeline.bench.steps import with_advantages
 from pipeline.errors import UserError
 from pipeline.loop import Job
+from pipeline.models import loading
 from pipeline.records import Item
 
 FASTER = Goal(1.2, at_least=True)
@@ -176,7 +176,7 @@ def peer_job(bed: Bed, match: Match, steps: int, options: dict[str, Any]) -> dic
     model = bed.folder / "model"
     if not model.is_dir():
         policy = new_policy(bed)
-        models.save(model, policy.model, policy.model.state_dict(), bed.encoder.tokenizer)
+        loading.save(model, policy.model, policy.model.state_dict(), bed.encoder.tokenizer)
     return {
         "trainer": match.trainer,
         "model": str(model),

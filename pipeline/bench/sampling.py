@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pipeline import assembly, rollout
+from pipeline import rollout
 from pipeline.bench.bed import Bed, even, new_policy, packing
 from pipeline.bench.measure import Goal, Plan, Result, alternate, compared, peak_megabytes, timed
 from pipeline.config.resolve import resolve
@@ -24,7 +24,8 @@ from pipeline.config.sections import GenerationSettings
 from pipeline.data import dataset
 from pipeline.data.batching import collate
 from pipeline.engine import Engine
-from pipeline.models import hugging_face
+from pipeline.models import build
+from pipeline.models.loading import hugging_face
 from pipeline.records import Ask, Item, Response, Row
 
 LESS = Goal(5.0, at_least=True)
@@ -77,7 +78,7 @@ def shaped(bed: Bed, sizes: Sizes) -> Ground:
     train = settings.train.model_copy(update={"max_tokens": tokens, "micro_batch_size": None, "precision": "fp32"})
     settings = settings.model_copy(update={"model": model, "data": data, "train": train})
     rows = dataset.load_train(data, settings.seed, str)
-    encoder = assembly.encoder_of(settings, model, lambda: dataset.texts(rows, settings.template))
+    encoder = build.encoder_of(settings, model, lambda: dataset.texts(rows, settings.template))
     items = dataset.encode(dataset.supervised(rows), encoder, dataset.completion_rows).items[: sizes.rows]
     bed = replace(bed, settings=settings, encoder=encoder, singles=even(items, sizes.prompt, longest), pairs=[])
     heats = (1.0,) * sizes.copies

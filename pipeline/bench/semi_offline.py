@@ -24,8 +24,9 @@ from pipeline.data.batching import Windows
 from pipeline.engine import Engine
 from pipeline.history import Queue
 from pipeline.loop import Job
-from pipeline.models import hugging_face
-from pipeline.policy import Policy
+from pipeline.models import build
+from pipeline.models.loading import hugging_face
+from pipeline.models.policy import Policy
 from pipeline.rewards import Reward, Rewards
 from pipeline.sampler import Sampler
 from reward_models import rouge
@@ -55,8 +56,8 @@ def measure_shape(bed: Bed, shape: str) -> list[Result]:
 def masked_job(bed: Bed, engine: Engine) -> Job:
     """M-FT on the references."""
     settings = resolve(["stage=sft", "masking.rate=0.4"]).settings
-    packing = assembly.packing(bed.settings.train, bed.ranks, engine.module, bed.encoder)
-    hidden = assembly.hidden(packing, bed.encoder, engine.module, settings, spans=True)
+    packing = build.packing(bed.settings.train, bed.ranks.world, engine.module, bed.encoder)
+    hidden = build.hidden(packing, bed.encoder, engine.module, settings, spans=True)
     items = [replace(item, statics=()) for item in bed.singles]
     work = job(bed, engine, settings.algorithm, items, bed.settings.train.batch_size)
     return replace(work, windows=Windows(items, work.windows.draw, hidden, bed.ranks.rank, bed.ranks.world))
@@ -66,8 +67,8 @@ def semi_job(bed: Bed, engine: Engine, samples: int) -> Semi:
     """Semi-offline RL with so many samples on references and static responses."""
     settings = resolve(["stage=rl", "algo=semi_offline", f"algorithm.settings.samples={samples}"]).settings
     module, algorithm, objective = assembly.objective_of(settings.algorithm)
-    packing = assembly.packing(bed.settings.train, bed.ranks, engine.module, bed.encoder)
-    hidden = assembly.hidden(packing, bed.encoder, engine.module, settings, samples=samples)
+    packing = build.packing(bed.settings.train, bed.ranks.world, engine.module, bed.encoder)
+    hidden = build.hidden(packing, bed.encoder, engine.module, settings, samples=samples)
     composer = Composer(bed.ranks, bed.encoder, JUDGE, bed.singles, module)
     work = job(bed, engine, settings.algorithm, bed.singles, bed.settings.train.batch_size)
     windows = Windows(bed.singles, work.windows.draw, hidden, bed.ranks.rank, bed.ranks.world)
@@ -89,7 +90,7 @@ def online_job(bed: Bed, engine: Engine) -> Job:
         judge=JUDGE,
         prompts=[item.example for item in bed.singles],
         draw=work.windows.draw,
-        packing=assembly.packing(bed.settings.train, bed.ranks, engine.module, bed.encoder),
+        packing=build.packing(bed.settings.train, bed.ranks.world, engine.module, bed.encoder),
         settings=settings,
         algorithm=algorithm,
         sampler=Sampler(settings.sampler, engine.module.vocab_size, Queue(algorithm.queue_size)),

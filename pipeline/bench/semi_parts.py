@@ -13,7 +13,7 @@ from pipeline.algorithms import functional
 from pipeline.bench.measure import Plan, Result, timed
 from pipeline.compositions import Composer
 from pipeline.loop import Job, learning_rate
-from pipeline.policy import Policy, spread
+from pipeline.models.policy import Policy, spread
 from pipeline.records import Batch
 
 

@@ -1,7 +1,8 @@
 """Finds or makes the Python environment that run.sh hands over to. Standard library only: it runs before any install.
 
 `python -m pipeline.launch.environment [dev]` prints the interpreter to use: this one if its packages are within the
-ranges of setup.py, else that of `.venv` beside it, made with the pins of constraints.txt where needed. Exit code 2 on failure.
+ranges of setup.py, else that of `.venv` beside it, made with the pins of constraints.txt where needed. Exit code 2 on
+failure.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import UserError
-from pipeline.scratch import MULTIPLE
+from pipeline.models.scratch import MULTIPLE
 
 MASK = "<mask>"  # what is added where a vocabulary has nothing to spare
 HOLES = ("<extra_id_0>", "<mask_2>")  # seen in pretraining as a hole in the text: what was learned stays

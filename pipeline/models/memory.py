@@ -106,8 +106,8 @@ def shape_of(settings: Training) -> Shape:
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    from pipeline.adapters import with_lora
-    from pipeline.models import load_config
+    from pipeline.models.loading import load_config
+    from pipeline.models.lora import with_lora
 
     config = load_config(settings.model, Vocabulary(settings.model))
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM

@@ -25,12 +25,13 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from pipeline import errors, first_token, mask_token, model_checks
-from pipeline.adapters import adapter_of, under, with_lora
+from pipeline import errors
 from pipeline.config.sections import ModelSettings
 from pipeline.errors import UserError
-from pipeline.model_checks import READ_ERRORS, unreadable
-from pipeline.scratch import small_config, train_tokenizer
+from pipeline.models import checks, mask_token
+from pipeline.models.checks import READ_ERRORS, unreadable
+from pipeline.models.lora import adapter_of, under, with_lora
+from pipeline.models.scratch import small_config, train_tokenizer
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -53,7 +54,7 @@ def load_tokenizer(settings: ModelSettings, texts: Sequence[str], mask: bool = F
 
 def _read_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer as it is."""
-    model_checks.check_files(settings.path)
+    checks.check_files(settings.path)
     try:
         return AutoTokenizer.from_pretrained(
             settings.path, revision=settings.revision, trust_remote_code=settings.trust_remote_code
@@ -108,16 +109,16 @@ def load_policy(
         mask: the model shall read the tokenizer's mask token, and learn its embedding under LoRA too.
     """
     config = load_config(settings, tokenizer)
-    model_checks.check_kind(settings.path, config)
+    checks.check_kind(settings.path, config)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = _load(auto, settings, config, Making(seed, dtype, new_head=False))
     if config.is_encoder_decoder:
-        first_token.start_from_forced(model)
+        start_from_forced(model)
     mask = mask or mask_token.lacks_row(model, tokenizer)
     if mask and settings.path is not None:
         known = _read_tokenizer(settings).mask_token_id == tokenizer.mask_token_id
         mask_token.give_row(model, tokenizer, known)
-    model_checks.check_vocabulary(settings.path, model, tokenizer)
+    checks.check_vocabulary(settings.path, model, tokenizer)
     task = "SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM"
     return with_lora(model, settings.lora, task, [tokenizer.mask_token_id] if mask else None)
 
@@ -138,7 +139,7 @@ def load_scalar(
     config = load_config(settings, tokenizer)
     config.num_labels = 1
     model = _load(AutoModelForSequenceClassification, settings, config, Making(seed, dtype, new_head))
-    model_checks.check_vocabulary(settings.path, model, tokenizer)
+    checks.check_vocabulary(settings.path, model, tokenizer)
     return with_lora(model, settings.lora, "SEQ_CLS")
 
 
@@ -223,7 +224,7 @@ def _from_checkpoint(auto: type, settings: ModelSettings, config: PretrainedConf
         )
     except READ_ERRORS as error:
         raise UserError(unreadable(settings.path, "weights", error)) from None
-    if model_checks.check_report(settings.path, report, model, new_head):
+    if checks.check_report(settings.path, report, model, new_head):
         zero_head(model)
     return model
 
@@ -270,7 +271,7 @@ def save(
     _write(part, model, weights, tokenizer)
     if then is not None:
         then(part)
-    model_checks.verify(part, weights)
+    checks.verify(part, weights)
     shutil.rmtree(directory, ignore_errors=True)
     os.replace(part, directory)
 
@@ -296,3 +297,16 @@ def _write(
             raise
         shutil.rmtree(directory, ignore_errors=True)
         raise UserError(f"{directory}: cannot be written ({error}), {errors.ROOM}") from None
+
+
+def start_from_forced(model: PreTrainedModel) -> None:
+    """Let the token that `model` is forced to say first be the one that its decoder starts from, in what is saved too.
+
+    Without it a checkpoint would spend its first words' probability on that token, and the `generate` of transformers
+    would force a token that training never showed.
+    """
+    speech = model.generation_config
+    if speech is None or not isinstance(speech.forced_bos_token_id, int):
+        return
+    model.config.decoder_start_token_id = speech.decoder_start_token_id = speech.forced_bos_token_id
+    speech.forced_bos_token_id = None

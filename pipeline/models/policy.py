@@ -12,10 +12,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
-from pipeline import attention
 from pipeline.algorithms import functional
 from pipeline.errors import UserError
-from pipeline.models import hugging_face
+from pipeline.models import attention
+from pipeline.models.loading import hugging_face
 from pipeline.records import Batch
 
 CHUNK_ELEMENTS = 1 << 25  # logits alive at a time: 128 MB in float32

@@ -7,10 +7,10 @@ from pathlib import Path
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
-from pipeline import model_checks
 from pipeline.config.sections import LoraSettings, ModelSettings
 from pipeline.errors import UserError
-from pipeline.model_checks import HEADS, READ_ERRORS, unreadable
+from pipeline.models import checks
+from pipeline.models.checks import HEADS, READ_ERRORS, unreadable
 
 
 def with_lora(
@@ -31,7 +31,7 @@ def with_lora(
     try:
         return get_peft_model(model, config)
     except (TypeError, ValueError) as error:  # the former where the embeddings are among the targets, beside `tokens`
-        found, names = str(error).splitlines()[0].split(". ")[0], ", ".join(model_checks.linear_names(model))
+        found, names = str(error).splitlines()[0].split(". ")[0], ", ".join(checks.linear_names(model))
         raise UserError(f"model.lora.target_modules: {found}, wanted all-linear, or some of {names}") from None
 
 
@@ -39,12 +39,12 @@ def adapter_of(settings: ModelSettings) -> PeftConfig | None:
     """What `settings.path` says of itself if it holds adapters, as an earlier stage with LoRA leaves them."""
     if settings.path is None or not (Path(settings.path) / "adapter_config.json").is_file():
         return None
-    model_checks.check_files(settings.path)
+    checks.check_files(settings.path)
     try:
         adapter = PeftConfig.from_pretrained(settings.path)
     except READ_ERRORS as error:
         raise UserError(unreadable(settings.path, "adapter_config.json", error)) from None
-    model_checks.check_adapter(settings.path)
+    checks.check_adapter(settings.path)
     if adapter.base_model_name_or_path is None:
         raise UserError(f"model.path: the adapters of {settings.path} do not say what model they belong to")
     return adapter
