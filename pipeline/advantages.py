@@ -14,16 +14,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline import evaluate, reference, rewards, rollout
+from pipeline import reference
 from pipeline.config.schema import Rl
 from pipeline.data import dataset, sampling
 from pipeline.data.batching import Draw, Packing
 from pipeline.data.convert import CHOSEN, REJECTED
 from pipeline.data.tokenization import Encoder
-from pipeline.engine import Engine, Ranks
 from pipeline.errors import UserError
 from pipeline.launch import run_dir
 from pipeline.records import Example, Item
+from pipeline.rewards import rewards, scoring
+from pipeline.rollout import generate
+from pipeline.trainer.engine import Engine, Ranks
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def with_rewards(ranks: Ranks, rows: list[Example], judge: rewards.Rewards | Non
             f"{missing.id}: no reward, and nothing to score it with: add a `reward` column, give reward=, "
             f"or train one with bash run.sh stage=reward run={settings.run}"
         )
-    scores = evaluate.score_texts(ranks, judge, rows, [row.completion for row in rows])
+    scores = scoring.score_texts(ranks, judge, rows, [row.completion for row in rows])
     return [replace(row, reward=total) for row, total in zip(rows, scores.total, strict=True)]
 
 
@@ -155,8 +157,8 @@ def value_targets(ref: Reference, source: ValueData) -> reference.Targets:
         generation = ref.settings.generation.model_copy(
             update={"do_sample": True, "num_beams": 1, "num_return_sequences": settings.samples_per_prompt}
         )
-        answers = rollout.generate(ref.engine, ref.encoder, prompts, generation, ref.settings.seed)
-        totals = evaluate.score_responses(ref.engine.ranks, source.judge, answers).total
+        answers = generate.generate(ref.engine, ref.encoder, prompts, generation, ref.settings.seed)
+        totals = scoring.score_responses(ref.engine.ranks, source.judge, answers).total
         n = settings.samples_per_prompt
         expected = [statistics.fmean(totals[i * n : (i + 1) * n]) for i in range(len(prompts))]
     else:

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline import evaluate
 from pipeline.algorithms.functional import Drawn, mean_stat, std_stat
 from pipeline.data.sampling import generator
 from pipeline.data.tokenization import Encoder
-from pipeline.engine import Ranks
 from pipeline.records import Batch, Example, Item, Scores, Stat, Static
-from pipeline.rewards import Rewards
+from pipeline.rewards import scoring
+from pipeline.rewards.rewards import Rewards
+from pipeline.trainer.engine import Ranks
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,8 @@ def judging(judge: Rewards, examples: Sequence[Example], texts: list[list[str]])
         asked += [(example, text) for text in first]
         places.append(first)
     owners = [example for example, _ in asked]
-    prompts = [evaluate.plain_prompt(example) for example in owners]
-    scores = judge.begin(prompts, [text for _, text in asked], evaluate.reward_columns(owners))
+    prompts = [scoring.plain_prompt(example) for example in owners]
+    scores = judge.begin(prompts, [text for _, text in asked], scoring.reward_columns(owners))
     order = [first[text] for first, group in zip(places, texts, strict=True) for text in group]
 
     return lambda: spread(scores(), order)

@@ -8,16 +8,18 @@ from typing import NamedTuple
 
 import torch
 
-from pipeline import advantages, assembly, engine, evaluate, files, reference, training
+from pipeline import advantages, files, reference
 from pipeline.data import dataset
 from pipeline.data.batching import Windows
 from pipeline.data.sampling import step_budget
 from pipeline.data.tokenization import coloured
 from pipeline.lesson import Lesson, Scene, spoken
-from pipeline.loop import Evaluation, Objective, Watch
 from pipeline.models import build
 from pipeline.records import Example, Item, Needs
-from pipeline.rewards import Rewards
+from pipeline.rewards.rewards import Rewards
+from pipeline.trainer import engine, evaluation, loop
+from pipeline.trainer.loop import Evaluation, Watch
+from pipeline.trainer.objective import Objective
 
 HISTOGRAM_ROWS = 128  # held-out rows whose ratio to the reference is drawn at each evaluation
 
@@ -55,14 +57,14 @@ def lesson(scene: Scene) -> Lesson:
             reference.check_ratio(trainer, items, drawn.draw(0), packing, tolerance)
 
     held = Held(items, watched, prompts[: settings.eval.max_rows], scene.judge)
-    course = training.Course(
+    course = loop.Course(
         windows=Windows(items, drawn.draw, packing, ranks.rank, ranks.world),
         objective=scene.objective,
-        max_steps=budget(training.steps_for(settings, len(items))),
+        max_steps=budget(loop.steps_for(settings, len(items))),
         eval_steps=None if settings.train.eval_steps is None else budget(settings.train.eval_steps),
         evaluate=Look(ref, scene.objective, held, facts),
         watch=Watch("eval/loss", False) if scene.judge is None else Watch("eval/reward/mean", True),
-        export=assembly.exporter(trainer, encoder),
+        export=loop.exporter(trainer, encoder),
     )
     return Lesson(trainer, course, prepare)
 
@@ -121,13 +123,13 @@ class Look:
 
     def __call__(self, step: int) -> Evaluation:
         ref, held = self.ref, self.held
-        scalars = evaluate.held_out_loss(ref.engine, self.objective, held.watched, ref.packing)
+        scalars = evaluation.held_out_loss(ref.engine, self.objective, held.watched, ref.packing)
         found, samples = spoken(ref.engine, ref.encoder, held.prompts, held.judge, ref.settings)
         scalars |= found
         histograms = {}
         if held.watched[0].ref_logp:
             shown = held.watched[:HISTOGRAM_ROWS]
-            histograms["ratio/log"] = evaluate.log_ratios(ref.engine, shown, ref.packing)
+            histograms["ratio/log"] = evaluation.log_ratios(ref.engine, shown, ref.packing)
         if step == 0:
             scalars, histograms = scalars | self.facts, histograms | self.of_rows()
         return Evaluation(scalars, histograms, samples)

@@ -9,20 +9,22 @@ from typing import Any
 
 import torch
 
-from pipeline import assembly, engine, evaluate, statics, training
+from pipeline import statics
 from pipeline.algorithms import functional, supervised
 from pipeline.algorithms.functional import Drawn
 from pipeline.compositions import Composer
 from pipeline.data import dataset
 from pipeline.data.batching import Packing, Windows, collate
 from pipeline.data.tokenization import Encoder, coloured
-from pipeline.engine import Engine
 from pipeline.errors import UserError
 from pipeline.lesson import Lesson, Scene, refuse, required_judge, spoken
-from pipeline.loop import Evaluation, Objective, Watch
 from pipeline.masked_table import samples_of
 from pipeline.models import build
 from pipeline.records import Batch, Example, Item, Row
+from pipeline.trainer import evaluation, loop
+from pipeline.trainer.engine import Engine
+from pipeline.trainer.loop import Evaluation, Watch
+from pipeline.trainer.objective import Objective
 
 CLOSE = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.1}  # relative to the states' size, by precision
 
@@ -41,23 +43,23 @@ def lesson(scene: Scene) -> Lesson:
     hiding = build.hidden(
         packing, encoder, policy, settings, samples=scene.algorithm.samples, share_prompt=settings.share_prompt
     )
-    trainer = engine.Engine(policy, ranks, settings.train, settings.optimizer)
+    trainer = Engine(policy, ranks, settings.train, settings.optimizer)
     shuffled = settings.seed if settings.shuffle_rewards else None
     composer = Composer(ranks, encoder, judge, held.items, scene.module, shuffled)
     overlap = judge.elsewhere and trainer.stage < 3  # ZeRO-3 foresees each forward's backward to fetch weights in time
-    draw = training.epochs(len(held.items), settings.train.batch_size, settings.seed)
-    course = training.Course(
+    draw = loop.epochs(len(held.items), settings.train.batch_size, settings.seed)
+    course = loop.Course(
         windows=Windows(held.items, draw, hiding, ranks.rank, ranks.world),
         objective=replace(
             scene.objective,
             loss=lambda output, batch: composer.loss(output, batch, scene.algorithm),
             begin=partial(composer.begin, settings=scene.algorithm) if overlap else None,
         ),
-        max_steps=training.steps_for(settings, len(held.items)),
+        max_steps=loop.steps_for(settings, len(held.items)),
         eval_steps=settings.train.eval_steps,
         evaluate=Look(scene, trainer, encoder, held, composer, packing, hiding),
         watch=Watch("eval/reward/mean", True),
-        export=assembly.exporter(trainer, encoder),
+        export=loop.exporter(trainer, encoder),
     )
     return Lesson(trainer, course, lambda: check_shared(trainer, held.items, hiding, CLOSE[settings.train.precision]))
 
@@ -111,9 +113,9 @@ class Look:
 
     def __call__(self, step: int) -> Evaluation:
         settings = self.scene.settings
-        scalars = evaluate.held_out_loss(self.engine, LIKELIHOOD, self.held.tested, self.plain)
+        scalars = evaluation.held_out_loss(self.engine, LIKELIHOOD, self.held.tested, self.plain)
         masked = replace(self.hiding, hiding=replace(self.hiding.hiding, samples=0))
-        read_masked = evaluate.held_out_loss(self.engine, LIKELIHOOD, self.held.tested, masked)
+        read_masked = evaluation.held_out_loss(self.engine, LIKELIHOOD, self.held.tested, masked)
         scalars["eval/masked_loss"] = read_masked["eval/loss"]
         found, samples = spoken(self.engine, self.encoder, self.held.prompts, self.scene.judge, settings)
         histograms, table = self.composed()

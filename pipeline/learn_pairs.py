@@ -7,16 +7,17 @@ from dataclasses import replace
 
 import torch
 
-from pipeline import advantages, assembly, engine, files, reference, training
+from pipeline import advantages, files, reference
 from pipeline.data import dataset, sampling
 from pipeline.data import pairs as pairing
 from pipeline.data.batching import Windows
 from pipeline.data.tokenization import coloured
 from pipeline.learn_data import Held, Look
 from pipeline.lesson import Lesson, Scene, refuse
-from pipeline.loop import Watch
 from pipeline.models import build
 from pipeline.records import Example
+from pipeline.trainer import engine, loop
+from pipeline.trainer.loop import Watch
 
 
 def lesson(scene: Scene) -> Lesson:
@@ -39,20 +40,20 @@ def lesson(scene: Scene) -> Lesson:
     ref = advantages.Reference(trainer, encoder, packing, settings, files.fingerprint(model.path))
     known = advantages.with_ref_logps(ref, [*encoded.items, *tested.items])
     items, watched = known[: len(train)], known[len(train) :]
-    draw = training.epochs(len(items), settings.train.batch_size, settings.seed)
+    draw = loop.epochs(len(items), settings.train.batch_size, settings.seed)
 
     def prepare() -> None:
         tolerance = settings.ratio_tolerance.model_dump()[settings.train.precision]
         reference.check_ratio(trainer, items, draw(0), packing, tolerance)
 
-    course = training.Course(
+    course = loop.Course(
         windows=Windows(items, draw, packing, ranks.rank, ranks.world),
         objective=scene.objective,
-        max_steps=training.steps_for(settings, len(items)),
+        max_steps=loop.steps_for(settings, len(items)),
         eval_steps=settings.train.eval_steps,
         evaluate=Look(ref, scene.objective, Held(items, watched, prompts, scene.judge), {}),
         watch=Watch("eval/loss", False) if scene.judge is None else Watch("eval/reward/mean", True),
-        export=assembly.exporter(trainer, encoder),
+        export=loop.exporter(trainer, encoder),
     )
     return Lesson(trainer, course, prepare)
 

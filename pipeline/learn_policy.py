@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline import assembly, engine, evaluate, lots, reference, rollout, training
+from pipeline import reference
 from pipeline.algorithms import capability
 from pipeline.algorithms.functional import mean_stat
 from pipeline.config.schema import Rl
@@ -23,16 +23,19 @@ from pipeline.config.sections import GenerationSettings
 from pipeline.data import dataset
 from pipeline.data.batching import Draw, Packing, collate, window
 from pipeline.data.tokenization import Encoder
-from pipeline.engine import Engine
-from pipeline.history import Queue, prompt_key
 from pipeline.lesson import Lesson, Scene, refuse, required_judge, spoken
-from pipeline.loop import Evaluation, Watch
-from pipeline.lots import Lot
 from pipeline.models import build
 from pipeline.records import Batch, Example, Item, Row, Stat
-from pipeline.rewards import Rewards
-from pipeline.rollout import Ask
-from pipeline.sampler import Sampler, check_sampler, spoken_sampler
+from pipeline.rewards import scoring
+from pipeline.rewards.rewards import Rewards
+from pipeline.rollout import generate
+from pipeline.rollout import groups as rollout_groups
+from pipeline.rollout.allocation import Queue, Sampler, check_sampler, prompt_key, spoken_sampler
+from pipeline.rollout.generate import Ask
+from pipeline.rollout.groups import Lot
+from pipeline.trainer import loop
+from pipeline.trainer.engine import Engine
+from pipeline.trainer.loop import Evaluation, Watch
 
 TURN = 1_000_000  # more than the responses that a prompt has at once
 
@@ -53,36 +56,36 @@ def lesson(scene: Scene) -> Lesson:
     frozen = None
     if scene.module.needs(scene.algorithm).ref_logp:
         frozen = build.build_policy(scene.model, encoder, settings.train, longest, settings.seed)
-        frozen = engine.Engine(frozen, ranks, settings.train, None)
-    trainer = engine.Engine(policy, ranks, settings.train, settings.optimizer)
+        frozen = Engine(frozen, ranks, settings.train, None)
+    trainer = Engine(policy, ranks, settings.train, settings.optimizer)
     rollouts = Rollouts(
         engine=trainer,
         frozen=frozen,
         encoder=encoder,
         judge=judge,
         prompts=prompts,
-        draw=training.epochs(len(prompts), settings.train.batch_size, settings.seed),
+        draw=loop.epochs(len(prompts), settings.train.batch_size, settings.seed),
         packing=packing,
         settings=settings,
         algorithm=scene.algorithm,
         sampler=Sampler(settings.sampler, policy.vocab_size, Queue(scene.algorithm.queue_size)),
     )
     scene.say(f"train: {len(prompts):,} prompts, {spoken_sampler(settings)}, sampled at every step")
-    course = training.Course(
+    course = loop.Course(
         windows=rollouts,
         objective=scene.objective,
-        max_steps=training.steps_for(settings, len(prompts)),
+        max_steps=loop.steps_for(settings, len(prompts)),
         eval_steps=settings.train.eval_steps,
         evaluate=Look(scene, trainer, encoder, held_out, judge, rollouts),
         watch=Watch("eval/reward/mean", True),
-        export=assembly.exporter(trainer, encoder),
+        export=loop.exporter(trainer, encoder),
     )
     return Lesson(trainer, course, lambda: None)
 
 
 def sampled(settings: Rl) -> GenerationSettings:
     """The policy's own distribution, which the gradient is an expectation over; the dropping modes narrow it."""
-    free = rollout.free(settings.generation)
+    free = generate.free(settings.generation)
     if settings.sampler.mode != "drop":
         return free
     return free.model_copy(update={"top_p": settings.generation.top_p, "top_k": settings.generation.top_k})
@@ -117,12 +120,12 @@ class Rollouts:
         judged = self._judged(self._kept(said))
         ref_logps = self._ref_logps(judged)
         usual = self.sampler.queue.mean()
-        self.lots, self.last = lots.valued(judged, ref_logps, usual, self.algorithm), step
-        items = [*lots.items_of(self.lots, ref_logps), *self._targets(asked)] or [self._silent(asked[0])]
-        self.items = items if self._tempered else lots.untempered(items)
+        self.lots, self.last = rollout_groups.valued(judged, ref_logps, usual, self.algorithm), step
+        items = [*rollout_groups.items_of(self.lots, ref_logps), *self._targets(asked)] or [self._silent(asked[0])]
+        self.items = items if self._tempered else rollout_groups.untempered(items)
         seconds = mean_stat(torch.tensor([time.monotonic() - began]))
         most = self.settings.sampler.k_max if self.settings.sampler.mode == "dynamic" else self.settings.sampler.k
-        told = lots.statistics(self.lots, most, self.sampler.least, usual, generated)
+        told = rollout_groups.statistics(self.lots, most, self.sampler.least, usual, generated)
         self.stats = {name: Stat(kind, sums.to(ranks.device)) for name, (kind, sums) in told.items()} | {
             "perf/sampling_seconds": Stat(seconds.kind, seconds.sums.to(ranks.device))
         }
@@ -151,7 +154,7 @@ class Rollouts:
         if not any(probed):
             return found
         after = [
-            replace(lot, share=self.sampler.after_probe(lots.record_of(lot, step))) if probe else lot
+            replace(lot, share=self.sampler.after_probe(rollout_groups.record_of(lot, step))) if probe else lot
             for lot, probe in zip(found, probed, strict=True)
         ]
         return self._answered(after, [(len(lot.responses), lot.share.k) for lot in after], step)
@@ -166,7 +169,7 @@ class Rollouts:
             heat = (found[i].share.temperature,) * (end - start)
             asks.append(Ask(found[i].example, found[i].prompt_ids, heat, turn * TURN + start))
         seed = self.settings.seed * 1_000_003 + step
-        groups = rollout.answer(self.engine, self.encoder, asks, sampled(self.settings), seed) if asks else []
+        groups = generate.answer(self.engine, self.encoder, asks, sampled(self.settings), seed) if asks else []
         more = dict(zip(places, groups, strict=True))
         return [replace(lot, responses=(*lot.responses, *more.get(i, ()))) for i, lot in enumerate(found)]
 
@@ -187,7 +190,7 @@ class Rollouts:
 
     def _judged(self, found: Sequence[Lot]) -> list[Lot]:
         flat = [response for lot in found for response in lot.responses]
-        totals = iter(evaluate.score_responses(self.engine.ranks, self.judge, flat).total)
+        totals = iter(scoring.score_responses(self.engine.ranks, self.judge, flat).total)
         return [replace(lot, raw=tuple(next(totals) for _ in lot.responses)) for lot in found]
 
     def _ref_logps(self, found: Sequence[Lot]) -> list[Tensor]:
@@ -205,13 +208,14 @@ class Rollouts:
             return []
         rows = [self.encoder.encode(example.prompt, dataset.reference_text(example)) for example in asked]
         return [
-            lots.target_item(example, row, self.frozen is not None) for example, row in zip(asked, rows, strict=True)
+            rollout_groups.target_item(example, row, self.frozen is not None)
+            for example, row in zip(asked, rows, strict=True)
         ]
 
     def _silent(self, example: Example) -> Item:
         """What a step of fillers is made from, when every prompt was left out."""
         row = Row(tuple(self.encoder.encode_prompt(example.prompt)[0]), (self.encoder.eos_id,))
-        return lots.target_item(example, row, self.frozen is not None, target=False)
+        return rollout_groups.target_item(example, row, self.frozen is not None, target=False)
 
     def _learn_of(self) -> None:
         """Let the sampler know of the last step."""
@@ -219,7 +223,7 @@ class Rollouts:
             return
         for lot in self.lots:
             if lot.responses:
-                self.sampler.learn(lot.key, lots.record_of(lot, self.last), lot.told.rewards.tolist())
+                self.sampler.learn(lot.key, rollout_groups.record_of(lot, self.last), lot.told.rewards.tolist())
             else:
                 self.sampler.learn(lot.key, None)
         self.last = None
@@ -255,4 +259,4 @@ class Look:
         if last:
             histograms["esrl/samples"] = torch.tensor([float(len(lot.responses)) for lot in last])
             histograms["advantage"] = torch.tensor([weight for lot in last for weight in lot.advantages])
-        return Evaluation(found, histograms, [*samples, *lots.table(last, settings.eval.num_samples)])
+        return Evaluation(found, histograms, [*samples, *rollout_groups.table(last, settings.eval.num_samples)])

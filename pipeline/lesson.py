@@ -7,16 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import evaluate, rollout
 from pipeline.config.schema import Rl
 from pipeline.config.sections import DataSettings, ModelSettings
 from pipeline.data.tokenization import Encoder
-from pipeline.engine import Engine, Ranks
 from pipeline.errors import UserError
-from pipeline.loop import Objective
 from pipeline.records import Example
-from pipeline.rewards import Rewards
-from pipeline.training import Course
+from pipeline.rewards import scoring
+from pipeline.rewards.rewards import Rewards
+from pipeline.rollout import generate
+from pipeline.trainer import evaluation
+from pipeline.trainer.engine import Engine, Ranks
+from pipeline.trainer.loop import Course
+from pipeline.trainer.objective import Objective
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,10 @@ def spoken(
     engine: Engine, encoder: Encoder, prompts: Sequence[Example], judge: Rewards | None, settings: Rl
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """eval/... of fresh responses to `prompts`, with what `judge` says of them; and a few of them as samples."""
-    answers = rollout.generate(engine, encoder, prompts, settings.generation, settings.seed)
-    found, samples = evaluate.completion_statistics(answers), []
+    answers = generate.generate(engine, encoder, prompts, settings.generation, settings.seed)
+    found, samples = evaluation.completion_statistics(answers), []
     if judge is not None:
-        scores = evaluate.score_responses(engine.ranks, judge, answers)
-        found |= evaluate.reward_statistics(scores, [answer.text for answer in answers])
-        samples = evaluate.sample_rows(answers, scores, settings.eval.num_samples)
+        scores = scoring.score_responses(engine.ranks, judge, answers)
+        found |= evaluation.reward_statistics(scores, [answer.text for answer in answers])
+        samples = evaluation.sample_rows(answers, scores, settings.eval.num_samples)
     return {f"eval/{name}": value for name, value in found.items()}, samples

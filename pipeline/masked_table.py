@@ -13,12 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline import evaluate
 from pipeline.algorithms.functional import Drawn
 from pipeline.compositions import Composed, credits
 from pipeline.data import dataset, vocabulary
 from pipeline.data.tokenization import Encoder
 from pipeline.records import Batch
+from pipeline.rewards import scoring
 
 SHOWN = 4  # texts of a row, from the best and from the worst; and tokens of the most and of the least credit
 BROKEN = "\N{REPLACEMENT CHARACTER}"  # what decoding makes of bytes that are no character
@@ -39,7 +39,7 @@ def samples_of(encoder: Encoder, batch: Batch, drawn: Drawn, found: Composed, we
         rows.append(
             {
                 "id": example.id,
-                "prompt": evaluate.plain_prompt(example),
+                "prompt": scoring.plain_prompt(example),
                 "reference": dataset.reference_text(example),
                 "static": {"text": encoder.decode(ids.tolist()), "parts": parts(encoder, ids, hidden)},
                 **texts(encoder, found, i, hidden),

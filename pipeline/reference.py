@@ -21,10 +21,10 @@ from torch import Tensor
 from pipeline import locks
 from pipeline.config.sections import ValueSettings
 from pipeline.data.batching import Packing, collate, once, window
-from pipeline.engine import Engine
 from pipeline.errors import UserError
 from pipeline.models import value_head
 from pipeline.records import Item
+from pipeline.trainer.engine import Engine
 
 FORMAT = 2  # raise it when what is computed changes
 

@@ -1,6 +1,7 @@
 """On-policy RL's sample tables for the report: a prompt, then the responses sampled for it, the best first.
 
-Read are the rows of kind "rollout", which pipeline/lots.py makes, in a stage's samples/step-N.jsonl of its last look.
+Read are the rows of kind "rollout", which pipeline/rollout/groups.py makes, in a stage's samples/step-N.jsonl of its
+last look.
 """
 
 from __future__ import annotations

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from pipeline import engine
 from pipeline.bench import bare, bed, memory, overlap, peers, sampling, semi_offline, startup, steps
 from pipeline.bench.measure import Result, table
 from pipeline.config.schema import Bench
 from pipeline.files import write_json
 from pipeline.launch import run_dir
 from pipeline.launch.entry import run
+from pipeline.trainer import engine
 
 PARTS: dict[str, Callable[[bed.Bed], list[Result]]] = {
     "steps": steps.measure,

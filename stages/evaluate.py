@@ -6,18 +6,21 @@ import gc
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline import assembly, engine, evaluate, files, rollout
+from pipeline import files
 from pipeline.config.reward_spec import labelled
 from pipeline.config.schema import Evaluate
 from pipeline.config.sections import ModelSettings
 from pipeline.data import dataset
-from pipeline.engine import Ranks
 from pipeline.errors import UserError
 from pipeline.files import write_json, write_jsonl
 from pipeline.launch import run_dir
 from pipeline.launch.entry import run
 from pipeline.records import Example, Response
-from pipeline.rewards import Rewards
+from pipeline.rewards import build, scoring
+from pipeline.rewards.rewards import Rewards
+from pipeline.rollout import generate
+from pipeline.trainer import engine, evaluation
+from pipeline.trainer.engine import Ranks
 
 SHOWN = {
     "reward/mean": "reward",
@@ -31,9 +34,9 @@ def main(settings: Evaluate, words: Sequence[str]) -> None:
     ranks = engine.start(settings.launch.ddp_timeout)
     directory = run_dir.stage_dir(settings, "evaluate")
     models = {name: run_dir.policy_model(settings, place) for name, place in settings.policies.items()}
-    inputs = assembly.inputs(settings, settings.model)
+    inputs = dataset.inputs(settings, settings.model)
     inputs |= {f"policy {name}": files.fingerprint(model.path) for name, model in models.items()}
-    inputs |= assembly.reward_inputs(settings, settings.reward)
+    inputs |= build.reward_inputs(settings, settings.reward)
     monitors = labelled(settings.monitors)
     inputs |= {
         f"monitor {label}": files.fingerprint(place) for label, place in monitors.items() if Path(place).is_dir()
@@ -41,7 +44,7 @@ def main(settings: Evaluate, words: Sequence[str]) -> None:
     if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs)):
         return
     say = print if ranks.main else str
-    judge = assembly.build_rewards(settings, settings.reward, settings.rewards, ranks.device, monitors)
+    judge = build.build_rewards(settings, settings.reward, settings.rewards, ranks.device, monitors)
     if judge is None:
         raise UserError("stage=evaluate: nothing to judge with: give reward=NAME, or train one with stage=reward")
     prompts = dataset.unique_prompts(dataset.load(settings.data, settings.split, settings.seed, say))
@@ -67,20 +70,20 @@ def judged(
     results: dict[str, dict[str, float]] = {}
     samples: dict[str, list[dict]] = {}
     for name in [*names[1:], names[0]]:
-        with assembly.inference(settings, models[name], ranks) as (speaker, encoder, packing):
-            answers = rollout.generate(speaker, encoder, prompts, settings.generation, settings.seed)
-            free = rollout.free(settings.generation)
+        with generate.inference(settings, models[name], ranks) as (speaker, encoder, packing):
+            answers = generate.generate(speaker, encoder, prompts, settings.generation, settings.seed)
+            free = generate.free(settings.generation)
             same = free == settings.generation
-            drawn = answers if same else rollout.generate(speaker, encoder, prompts, free, settings.seed)
-            sampled[name] = drawn, evaluate.response_logps(speaker, drawn, packing)
-            scores = evaluate.score_responses(ranks, judge, answers)
-            results[name] = evaluate.reward_statistics(scores, [answer.text for answer in answers])
-            results[name] |= evaluate.completion_statistics(answers)
-            samples[name] = evaluate.sample_rows(answers, scores, settings.num_samples, policy=name)
+            drawn = answers if same else generate.generate(speaker, encoder, prompts, free, settings.seed)
+            sampled[name] = drawn, evaluation.response_logps(speaker, drawn, packing)
+            scores = scoring.score_responses(ranks, judge, answers)
+            results[name] = evaluation.reward_statistics(scores, [answer.text for answer in answers])
+            results[name] |= evaluation.completion_statistics(answers)
+            samples[name] = evaluation.sample_rows(answers, scores, settings.num_samples, policy=name)
             if name == names[0]:
                 for other, (responses, logps) in sampled.items():
-                    under = evaluate.response_logps(speaker, responses, packing)
-                    results[other] |= evaluate.sampled_kl(logps, under)
+                    under = evaluation.response_logps(speaker, responses, packing)
+                    results[other] |= evaluation.sampled_kl(logps, under)
         del speaker
         gc.collect()
     return {name: results[name] for name in names}, [row for name in names for row in samples[name]]

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from pipeline import assembly, candidates, engine, evaluate, rollout
-from pipeline.candidates import Gathered
 from pipeline.config.schema import Generate
 from pipeline.data import dataset
 from pipeline.data.tokenization import Encoder
@@ -19,6 +17,10 @@ from pipeline.files import write_json
 from pipeline.launch import run_dir
 from pipeline.launch.entry import run
 from pipeline.records import Example, Response
+from pipeline.rewards import build, candidates
+from pipeline.rewards.candidates import Gathered
+from pipeline.rollout import generate
+from pipeline.trainer import engine, evaluation
 
 BATCHES = 20  # on each rank between two words about how far it is
 
@@ -27,28 +29,28 @@ def main(settings: Generate, words: Sequence[str]) -> None:
     ranks = engine.start(settings.launch.ddp_timeout)
     directory = run_dir.stage_dir(settings, "generate")
     model = run_dir.policy_model(settings, settings.policy)
-    inputs = assembly.inputs(settings, model) | assembly.reward_inputs(settings, settings.reward, own=False)
+    inputs = dataset.inputs(settings, model) | build.reward_inputs(settings, settings.reward, own=False)
     if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs)):
         return
     say = partial(print, flush=True) if ranks.main else str
     judge = None
     if settings.reward is not None:
-        judge = assembly.build_rewards(settings, settings.reward, settings.rewards, ranks.device)
+        judge = build.build_rewards(settings, settings.reward, settings.rewards, ranks.device)
     prompts = {
         split: dataset.unique_prompts(dataset.load_split(settings.data, split, settings.seed, say))
         for split in settings.splits
     }
     results: dict[str, object] = {}
-    with assembly.inference(settings, model, ranks) as (speaker, encoder, _):
+    with generate.inference(settings, model, ranks) as (speaker, encoder, _):
         for split, rows in prompts.items():
             asked = rows[: settings.max_rows]
             answers = responses(speaker, encoder, asked, settings, lambda done, split=split: say(f"{split}: {done}"))
             found = candidates.gathered(answers, settings.generation.num_return_sequences)
-            statistics = evaluate.completion_statistics(answers)
+            statistics = evaluation.completion_statistics(answers)
             if judge is not None and found.rows:
                 judged = candidates.judged(ranks, judge, found.rows)
                 found = found._replace(rows=judged.rows)
-                statistics |= evaluate.reward_statistics(judged.scores, judged.texts)
+                statistics |= evaluation.reward_statistics(judged.scores, judged.texts)
             if ranks.main:
                 write_rows(str(directory / f"{split}.jsonl"), found.rows)
             results[split] = {**counts(found), **statistics}
@@ -70,7 +72,7 @@ def responses(
     answers: list[Response] = []
     for start in range(0, len(asked), part):
         some = asked[start : start + part]
-        answers += rollout.generate(speaker, encoder, some, settings.generation, settings.seed)
+        answers += generate.generate(speaker, encoder, some, settings.generation, settings.seed)
         if len(asked) > part:
             tell(f"{start + len(some):,} of {len(asked):,} prompts")
     return answers

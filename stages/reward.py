@@ -8,16 +8,17 @@ from typing import Any
 
 import torch
 
-from pipeline import assembly, engine, evaluate, training
 from pipeline.config.schema import Reward
 from pipeline.data import dataset, pairs
 from pipeline.data.batching import Packing, Windows, once, packing_of
 from pipeline.data.tokenization import coloured
 from pipeline.launch import run_dir
 from pipeline.launch.entry import run
-from pipeline.loop import Evaluation, Watch
 from pipeline.models import build
 from pipeline.records import Example, Item
+from pipeline.trainer import engine, evaluation, loop
+from pipeline.trainer.loop import Evaluation, Watch
+from pipeline.trainer.objective import objective_of
 from reward_models import learned
 
 
@@ -25,11 +26,11 @@ def main(settings: Reward, words: Sequence[str]) -> None:
     ranks = engine.start(settings.launch.ddp_timeout)
     directory = run_dir.stage_dir(settings, "reward")
     model = run_dir.start_model(settings)
-    if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, assembly.inputs(settings, model))):
+    if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, dataset.inputs(settings, model))):
         return
 
     # rows -> tokens
-    module, algorithm, objective = assembly.objective_of(settings.algorithm)
+    module, algorithm, objective = objective_of(settings.algorithm)
     say = print if ranks.main else str
     train, held_out = rows_of(settings, module, algorithm, say)
     alone = not pairs.all_pairs(train)  # responses with a score each
@@ -46,31 +47,31 @@ def main(settings: Reward, words: Sequence[str]) -> None:
     trainer = engine.Engine(scorer, ranks, settings.train, settings.optimizer)
 
     def look(step: int) -> Evaluation:
-        scalars = evaluate.held_out_loss(trainer, objective, tested.items, packing)
+        scalars = evaluation.held_out_loss(trainer, objective, tested.items, packing)
         scores = scores_of(trainer, tested.items, packing)
         if alone:
             rewards = [example.reward for example in held_out]
-            scalars |= evaluate.agreement(held_out, scores[0])
+            scalars |= evaluation.agreement(held_out, scores[0])
             return Evaluation(scalars, {"scores/error": torch.tensor(scores[0]) - torch.tensor(rewards)})
-        scalars |= evaluate.accuracy_by_source(held_out, *scores)
+        scalars |= evaluation.accuracy_by_source(held_out, *scores)
         return Evaluation(scalars, {"scores/margin": torch.tensor(scores[0]) - torch.tensor(scores[1])})
 
-    course = training.Course(
+    course = loop.Course(
         windows=Windows(
             encoded.items,
-            training.epochs(len(encoded.items), settings.train.batch_size, settings.seed),
+            loop.epochs(len(encoded.items), settings.train.batch_size, settings.seed),
             packing,
             ranks.rank,
             ranks.world,
         ),
         objective=objective,
-        max_steps=training.steps_for(settings, len(encoded.items)),
+        max_steps=loop.steps_for(settings, len(encoded.items)),
         eval_steps=settings.train.eval_steps,
         evaluate=look,
         watch=Watch("eval/loss", larger_is_better=False),
-        export=assembly.exporter(trainer, encoder, partial(learned.save_input, encoder=encoder)),
+        export=loop.exporter(trainer, encoder, partial(learned.save_input, encoder=encoder)),
     )
-    training.train(settings, directory, trainer, course)
+    loop.train(settings, directory, trainer, course)
 
 
 def rows_of(

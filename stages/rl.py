@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline import assembly, engine, learn_data, learn_masked, learn_pairs, learn_policy, training
+from pipeline import learn_data, learn_masked, learn_pairs, learn_policy
 from pipeline.config.schema import Rl
 from pipeline.config.sections import DataSettings, ModelSettings
 from pipeline.data import dataset
@@ -12,6 +12,9 @@ from pipeline.errors import UserError
 from pipeline.launch import run_dir
 from pipeline.launch.entry import run
 from pipeline.lesson import Scene
+from pipeline.rewards import build
+from pipeline.trainer import engine, loop
+from pipeline.trainer.objective import objective_of
 
 LESSONS = {
     "data": learn_data.lesson,
@@ -25,15 +28,15 @@ def main(settings: Rl, words: Sequence[str]) -> None:
     ranks = engine.start(settings.launch.ddp_timeout)
     directory = run_dir.stage_dir(settings, "rl")
     model, data = start_model(settings), scored_data(settings)
-    judge_key = assembly.reward_inputs(settings, settings.reward)
-    inputs = assembly.inputs(settings.model_copy(update={"data": data}), model) | judge_key
+    judge_key = build.reward_inputs(settings, settings.reward)
+    inputs = dataset.inputs(settings.model_copy(update={"data": data}), model) | judge_key
     if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs)):
         return
-    module, algorithm, objective = assembly.objective_of(settings.algorithm)
-    judge = assembly.build_rewards(settings, settings.reward, settings.rewards, ranks.device)
+    module, algorithm, objective = objective_of(settings.algorithm)
+    judge = build.build_rewards(settings, settings.reward, settings.rewards, ranks.device)
     scene = Scene(settings, ranks, directory, model, data, judge, judge_key, module, algorithm, objective)
     lesson = LESSONS[module.RESPONSES](scene)
-    training.train(settings, directory, lesson.engine, lesson.course, lesson.prepare)
+    loop.train(settings, directory, lesson.engine, lesson.course, lesson.prepare)
 
 
 def start_model(settings: Rl) -> ModelSettings:

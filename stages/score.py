@@ -10,7 +10,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from pipeline import assembly, candidates, engine, evaluate
 from pipeline.config.schema import Score
 from pipeline.config.sections import DataSettings
 from pipeline.data import dataset
@@ -20,20 +19,22 @@ from pipeline.files import write_json
 from pipeline.launch import run_dir
 from pipeline.launch.entry import run
 from pipeline.records import Example, Scores
+from pipeline.rewards import build, candidates
+from pipeline.trainer import engine, evaluation
 
 
 def main(settings: Score, words: Sequence[str]) -> None:
     ranks = engine.start(settings.launch.ddp_timeout)
     directory = run_dir.stage_dir(settings, "score")
     data = data_of(settings)
-    judge = assembly.build_rewards(settings, settings.reward, settings.rewards, ranks.device)
+    judge = build.build_rewards(settings, settings.reward, settings.rewards, ranks.device)
     if judge is None:
         raise UserError(
             "stage=score: nothing to score with: give reward=NAME (length, rouge, your/file.py ...), "
             f"or train one with bash run.sh stage=reward run={settings.run}"
         )
-    inputs = assembly.inputs(settings.model_copy(update={"data": data}), settings.model)
-    inputs |= assembly.reward_inputs(settings, settings.reward)
+    inputs = dataset.inputs(settings.model_copy(update={"data": data}), settings.model)
+    inputs |= build.reward_inputs(settings, settings.reward)
     if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs)):
         return
     say = print if ranks.main else str
@@ -43,7 +44,7 @@ def main(settings: Score, words: Sequence[str]) -> None:
         judged = candidates.judged(ranks, judge, rows)
         if ranks.main:
             write_rows(str(directory / f"{split}.jsonl"), judged.rows)
-        found = evaluate.reward_statistics(judged.scores, judged.texts) | by_source(judged.of, judged.scores)
+        found = evaluation.reward_statistics(judged.scores, judged.texts) | by_source(judged.of, judged.scores)
         results[split] = {"rows": len(rows), "candidates": sum(len(row.candidates) for row in rows), **found}
         say(f"{split}: {len(rows):,} rows, reward {statistics.fmean(judged.scores.total):.4f}")
     if ranks.main:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from pipeline import assembly, engine, evaluate, rollout, training
 from pipeline.config.schema import Sft
 from pipeline.data import conversations, dataset
 from pipeline.data.batching import Packing, Windows
@@ -13,16 +12,19 @@ from pipeline.data.dataset import Report
 from pipeline.data.tokenization import Encoder, coloured
 from pipeline.launch import run_dir
 from pipeline.launch.entry import run
-from pipeline.loop import Evaluation, Watch
 from pipeline.models import build
 from pipeline.records import Example, Item
+from pipeline.rollout import generate
+from pipeline.trainer import engine, evaluation, loop
+from pipeline.trainer.loop import Evaluation, Watch
+from pipeline.trainer.objective import objective_of
 
 
 def main(settings: Sft, words: Sequence[str]) -> None:
     ranks = engine.start(settings.launch.ddp_timeout)
     directory = run_dir.stage_dir(settings, "sft")
     model = settings.model
-    if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, assembly.inputs(settings, model))):
+    if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, dataset.inputs(settings, model))):
         return
 
     # rows -> tokens
@@ -42,7 +44,7 @@ def main(settings: Sft, words: Sequence[str]) -> None:
     ranks.on_main(lambda: dataset.note(directory, encoded, tested))
 
     # tokens -> model
-    _, _, objective = assembly.objective_of(settings.algorithm)
+    _, _, objective = objective_of(settings.algorithm)
     longest = settings.data.max_response_length
     policy = build.build_policy(model, encoder, settings.train, longest, settings.seed, hides)
     packing = build.packing(settings.train, ranks.world, policy, encoder)
@@ -54,28 +56,28 @@ def main(settings: Sft, words: Sequence[str]) -> None:
         items = in_fewer_rows(items, say)
 
     def look(step: int) -> Evaluation:
-        scalars = evaluate.held_out_loss(trainer, objective, tested.items, packing)
+        scalars = evaluation.held_out_loss(trainer, objective, tested.items, packing)
         scalars["eval/perplexity"] = math.exp(min(scalars["eval/loss"], 50.0))
         if hides:
-            masked = evaluate.held_out_loss(trainer, objective, tested.items, hidden)
+            masked = evaluation.held_out_loss(trainer, objective, tested.items, hidden)
             scalars["eval/masked_loss"] = masked["eval/loss"]
         return Evaluation(scalars, samples=spoken(trainer, encoder, held_out, settings))
 
-    course = training.Course(
+    course = loop.Course(
         windows=windows(items, hidden, settings, ranks),
         objective=objective,
-        max_steps=training.steps_for(settings, len(items)),
+        max_steps=loop.steps_for(settings, len(items)),
         eval_steps=settings.train.eval_steps,
         evaluate=look,
         watch=Watch("eval/loss", larger_is_better=False),
-        export=assembly.exporter(trainer, encoder),
+        export=loop.exporter(trainer, encoder),
     )
-    training.train(settings, directory, trainer, course)
+    loop.train(settings, directory, trainer, course)
 
 
 def windows(items: Sequence[Item], packing: Packing, settings: Sft, ranks: engine.Ranks) -> Windows:
     """Every row once per epoch."""
-    draw = training.epochs(len(items), settings.train.batch_size, settings.seed)
+    draw = loop.epochs(len(items), settings.train.batch_size, settings.seed)
     return Windows(items, draw, packing, ranks.rank, ranks.world)
 
 
@@ -92,7 +94,7 @@ def spoken(
     """What the model says now to the first held-out prompts, as rows of a sample table."""
     shown = held_out[: settings.eval.num_samples]
     generation = settings.generation.model_copy(update={"max_new_tokens": settings.data.max_response_length})
-    answers = rollout.generate(trainer, encoder, shown, generation, settings.seed) if shown else []
+    answers = generate.generate(trainer, encoder, shown, generation, settings.seed) if shown else []
     return [{"id": a.example.id, "prompt": a.prompt_text, "response": a.text} for a in answers]
 
 

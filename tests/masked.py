@@ -19,7 +19,7 @@ from pipeline.data.vocabulary import Vocabulary, vocabulary
 from pipeline.models.mask_token import with_mask
 from pipeline.models.policy import Policy
 from pipeline.records import Batch, Example, Item, Row
-from pipeline.rewards import Reward, Rewards
+from pipeline.rewards.rewards import Reward, Rewards
 from tests import tiny
 
 SHAPES = (*tiny.SHAPES, "qwen2", "pegasus")

@@ -13,18 +13,18 @@ from typing import Any
 
 import torch
 
-from pipeline import assembly, engine, loop
 from pipeline.algorithms import functional
 from pipeline.data.batching import Packing
 from pipeline.data.sampling import epoch_rows
-from pipeline.history import Queue
 from pipeline.learn_policy import Rollouts
-from pipeline.loop import Job
 from pipeline.models.policy import Policy
 from pipeline.records import Example
-from pipeline.rewards import Reward, Rewards
-from pipeline.sampler import Sampler
-from pipeline.tally import Interval, Tally
+from pipeline.rewards.rewards import Reward, Rewards
+from pipeline.rollout.allocation import Queue, Sampler
+from pipeline.trainer import engine, loop
+from pipeline.trainer.loop import Job
+from pipeline.trainer.metrics import Interval, Tally
+from pipeline.trainer.objective import objective_of
 from tests import same_step, tiny
 
 STEPS, SEED = 3, 7
@@ -104,7 +104,7 @@ def job_of(case: Case, zero: str, folder: Path) -> Job:
     k = () if "sampler.k" in given or "algo=esrl_drop" in case.words else ("sampler.k=4",)
     size = () if "generation.batch_size" in given else ("generation.batch_size=3",)
     settings = tiny.settings("rl", *usual, *k, *size, *case.words)
-    module, algorithm, objective = assembly.objective_of(settings.algorithm)
+    module, algorithm, objective = objective_of(settings.algorithm)
     trained = tiny.trainer(policy(case), zero, optimizer=same_step.OPTIMIZER)
     frozen = None
     if module.needs(algorithm).ref_logp:

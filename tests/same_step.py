@@ -18,18 +18,19 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForSequenceClassification, PreTrainedModel
 
-from pipeline import assembly, loop
-from pipeline.checkpoint import Checkpoints
 from pipeline.compositions import Composer
 from pipeline.config.schema import Algorithm
 from pipeline.data.batching import Packing, Windows
 from pipeline.data.masking import Hiding
-from pipeline.engine import Engine, Ranks
-from pipeline.loop import Evaluation, Job, Objective, Watch
-from pipeline.metrics import RunLog
 from pipeline.models.policy import Policy, RewardModel
 from pipeline.records import Item
-from pipeline.tally import Interval, Tally
+from pipeline.trainer import loop
+from pipeline.trainer.checkpoint import Checkpoints
+from pipeline.trainer.engine import Engine, Ranks
+from pipeline.trainer.logger import RunLog
+from pipeline.trainer.loop import Evaluation, Job, Watch
+from pipeline.trainer.metrics import Interval, Tally
+from pipeline.trainer.objective import Objective, objective_of
 from tests import masked, tiny
 
 ALGO = Path(__file__).parents[1] / "stages" / "algo"
@@ -184,8 +185,8 @@ def packing_of(case: Case, packing: Packing) -> Packing:
     return replace(packing, encoder_decoder=case.shape == "t5", hiding=hiding())
 
 
-def objective_of(case: Case, ranks: Ranks, items: Sequence[Item]) -> Objective:
-    module, settings, objective = assembly.objective_of(case.algorithm)
+def objective_for(case: Case, ranks: Ranks, items: Sequence[Item]) -> Objective:
+    module, settings, objective = objective_of(case.algorithm)
     if not case.masked:
         return objective
     composer = Composer(ranks, masked.encoder(), masked.judge(), items, module)
@@ -198,7 +199,7 @@ def job_of(case: Case, trained: Engine, items: Sequence[Item], packing: Packing,
     nothing: Callable[[object], Evaluation] = lambda _: Evaluation({})  # noqa: E731
     return Job(
         engine=trained,
-        objective=objective_of(case, ranks, items),
+        objective=objective_for(case, ranks, items),
         windows=Windows(items, lambda step: list(DRAWN[step]), packing_of(case, packing), ranks.rank, ranks.world),
         evaluate=nothing,
         export=nothing,

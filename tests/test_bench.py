@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import engine
 from pipeline.bench import (
     bare,
     bed,
@@ -31,6 +30,7 @@ from pipeline.bench.measure import Goal, Plan, Result, alternate, compared, peak
 from pipeline.config.resolve import resolve
 from pipeline.errors import UserError
 from pipeline.records import Response, Seen
+from pipeline.trainer import engine
 from tests import tiny
 
 TOY = [

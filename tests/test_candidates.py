@@ -7,13 +7,14 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline import candidates, statics
+from pipeline import statics
 from pipeline.config.resolve import resolve
 from pipeline.data import dataset, readers
 from pipeline.data.write import write_rows
 from pipeline.errors import UserError
 from pipeline.records import Example, Message, Response, Scores
-from pipeline.rewards import Reward, Rewards
+from pipeline.rewards import candidates
+from pipeline.rewards.rewards import Reward, Rewards
 from reward_models import length, rouge
 from stages import score
 from tests import tiny

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.algorithms import capability
-from pipeline.history import Queue, Record
-from pipeline.sampler import Sampler
+from pipeline.rollout.allocation import Queue, Record, Sampler
 from tests import tiny
 
 

@@ -12,7 +12,6 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from pipeline import engine, rollout
 from pipeline.algorithms import supervised
 from pipeline.config import deepspeed
 from pipeline.data.batching import Packing, collate
@@ -20,6 +19,8 @@ from pipeline.errors import UserError
 from pipeline.models import loading
 from pipeline.models.loading import hugging_face
 from pipeline.models.policy import Policy
+from pipeline.rollout import generate
+from pipeline.trainer import engine
 from tests import tiny, two_ranks
 
 STAGES = ["zero0", "zero1", "zero2", "zero3"]
@@ -319,7 +320,7 @@ def test_what_two_ranks_say_is_what_the_saved_weights_say(seen: dict, zero: str)
     for place, example in enumerate(two_ranks.PROMPTS):
         prompt = torch.tensor([tiny.encoder().encode_prompt(example.prompt)[0]])
         out = module.model.generate(prompt, max_new_tokens=6, do_sample=False, attention_mask=torch.ones_like(prompt))
-        ids = rollout._until_eos(out[0, prompt.shape[1] :].tolist(), tiny.EOS_ID)
+        ids = generate._until_eos(out[0, prompt.shape[1] :].tolist(), tiny.EOS_ID)
         assert seen[zero]["greedy"][place] == tuple(ids)
     assert seen[zero]["sampled"] == two_ranks.speak(speaker, do_sample=True)  # whatever the number of ranks
 

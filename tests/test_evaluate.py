@@ -8,31 +8,32 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeline import evaluate
 from pipeline.algorithms import supervised
 from pipeline.data.batching import Packing
 from pipeline.errors import UserError
-from pipeline.loop import Objective
 from pipeline.models.policy import Policy
 from pipeline.records import Example, Message, Response, Scores
-from pipeline.rewards import Reward, Rewards
+from pipeline.rewards import scoring
+from pipeline.rewards.rewards import Reward, Rewards
+from pipeline.trainer import evaluation
+from pipeline.trainer.objective import Objective
 from tests import tiny
 
 
 def test_distinct_by_hand() -> None:
     texts = [["a", "b", "a", "b"], ["A", "b"]]
     # pairs: ab ba ab | ab (lower-cased): 4, of which 2 differ
-    assert evaluate.distinct(texts, 2) == 2 / 4
-    assert evaluate.distinct(texts, 1) == 2 / 6
-    assert evaluate.distinct([["a"], []], 2) != evaluate.distinct([["a"], []], 2)  # NaN: there are no pairs
+    assert evaluation.distinct(texts, 2) == 2 / 4
+    assert evaluation.distinct(texts, 1) == 2 / 6
+    assert evaluation.distinct([["a"], []], 2) != evaluation.distinct([["a"], []], 2)  # NaN: there are no pairs
 
 
 def test_repetition_by_hand() -> None:
     # threes of a b c a b c: abc bca cab abc: 4, 3 of them new
-    assert evaluate.repetition(list("abcabc")) == 1 / 4
-    assert evaluate.repetition(list("aaaaa")) == pytest.approx(2 / 3)  # aaa three times
-    assert evaluate.repetition(["a", "b"]) == 0.0
-    assert evaluate.repetition([]) == 0.0
+    assert evaluation.repetition(list("abcabc")) == 1 / 4
+    assert evaluation.repetition(list("aaaaa")) == pytest.approx(2 / 3)  # aaa three times
+    assert evaluation.repetition(["a", "b"]) == 0.0
+    assert evaluation.repetition([]) == 0.0
 
 
 def response(text: str, ids: int, finished: bool) -> Response:
@@ -40,7 +41,7 @@ def response(text: str, ids: int, finished: bool) -> Response:
 
 
 def test_completion_statistics_by_hand() -> None:
-    found = evaluate.completion_statistics([response("a b c", 4, True), response("a b c a b c d", 9, False)])
+    found = evaluation.completion_statistics([response("a b c", 4, True), response("a b c a b c d", 9, False)])
     assert found == {
         "completions/mean_length": 5.0,  # (3 + 7) / 2 words
         "completions/mean_tokens": 6.5,  # (4 + 9) / 2
@@ -55,12 +56,12 @@ def test_sampled_kl_by_hand() -> None:
     policy = [torch.tensor([-1.0, -2.0]), torch.tensor([-0.5])]
     reference = [torch.tensor([-1.5, -1.0]), torch.tensor([-0.5])]
     # d = .5, -1 | 0;  k3 = e^-.5 - .5 + e^1 - 2 (= e^-d - 1 + d) = .1065307 + .7182818 = .8248125 | 0;  k1 = -.5 | 0
-    found = evaluate.sampled_kl(policy, reference)
+    found = evaluation.sampled_kl(policy, reference)
     assert found["objective/kl"] == pytest.approx(0.8248125 / 2, abs=1e-6)
     assert found["objective/kl_k1"] == pytest.approx(-0.25)
     # population std of (.8248125, 0) is half of it; over sqrt 2
     assert found["objective/kl_se"] == pytest.approx(0.8248125 / 2 / math.sqrt(2), abs=1e-6)
-    assert evaluate.sampled_kl(reference, reference)["objective/kl"] == 0.0
+    assert evaluation.sampled_kl(reference, reference)["objective/kl"] == 0.0
 
 
 def test_sampled_kl_is_the_divergence_in_the_mean() -> None:
@@ -69,15 +70,15 @@ def test_sampled_kl_is_the_divergence_in_the_mean() -> None:
     p, q = torch.randn(6).softmax(0), torch.randn(6).softmax(0)
     exact = float((p * (p / q).log()).sum())
     drawn = torch.multinomial(p, 20_000, replacement=True)
-    found = evaluate.sampled_kl(list(p.log()[drawn][:, None]), list(q.log()[drawn][:, None]))
+    found = evaluation.sampled_kl(list(p.log()[drawn][:, None]), list(q.log()[drawn][:, None]))
     assert found["objective/kl"] == pytest.approx(exact, abs=4 * found["objective/kl_se"])
     assert found["objective/kl_k1"] == pytest.approx(exact, abs=0.03)
     assert 0 < found["objective/kl_se"] < 0.01
 
 
 def test_pair_accuracy_by_hand() -> None:
-    assert evaluate.pair_accuracy([1.0, 0.0, 2.0, 3.0], [0.0, 1.0, 2.0, -1.0]) == (1 + 0 + 0.5 + 1) / 4
-    assert math.isnan(evaluate.pair_accuracy([], []))
+    assert evaluation.pair_accuracy([1.0, 0.0, 2.0, 3.0], [0.0, 1.0, 2.0, -1.0]) == (1 + 0 + 0.5 + 1) / 4
+    assert math.isnan(evaluation.pair_accuracy([], []))
 
 
 def test_accuracy_by_source() -> None:
@@ -85,7 +86,7 @@ def test_accuracy_by_source() -> None:
         return Example("i", "p", chosen="w " * chosen, rejected="w " * rejected, source=source)
 
     pairs = [pair("kind", 1, 3), pair("kind", 2, 5), pair("wild", 4, 1), pair("", 2, 2)]
-    found = evaluate.accuracy_by_source(pairs, [1.0, 0.0, 1.0, 0.5], [0.0, 1.0, 0.0, 0.5])
+    found = evaluation.accuracy_by_source(pairs, [1.0, 0.0, 1.0, 0.5], [0.0, 1.0, 0.0, 0.5])
     assert found == {
         "eval/accuracy": (1 + 0 + 1 + 0.5) / 4,
         "eval/length_accuracy": pytest.approx(5 / 8),  # longer wins: 0 0 1 .5 = 3/8; so shorter wins 5/8
@@ -103,12 +104,12 @@ def test_agreement_by_hand() -> None:
     rows = [
         Example("i", prompt, "c", reward=reward) for prompt, reward in zip("aaab", [1.0, 2.0, 2.0, 5.0], strict=True)
     ]
-    found = evaluate.agreement(rows, [0.0, 1.0, -1.0, 4.0])
+    found = evaluation.agreement(rows, [0.0, 1.0, -1.0, 4.0])
     # prompt a: 1 < 2 twice, of which the scores order the first (0 < 1) and not the second (0 > -1)
     assert (found["eval/accuracy"], found["eval/pairs"]) == (0.5, 2.0)
     # rewards - 2.5: -1.5, -.5, -.5, 2.5; scores - 1: -1, 0, -2, 3: 10 / sqrt(9 * 14)
     assert found["eval/correlation"] == pytest.approx(10 / math.sqrt(126))
-    alone = evaluate.agreement([rows[0], rows[3]], [1.0, 1.0])
+    alone = evaluation.agreement([rows[0], rows[3]], [1.0, 1.0])
     assert math.isnan(alone.pop("eval/correlation")) and not alone
 
 
@@ -128,7 +129,7 @@ def test_score_texts_hands_over_all_columns() -> None:
         return [0.25, 0.75]
 
     rewards = Rewards([Reward("watching", 2.0, watching), Reward("sum", -1.0, lambda prompts, **_: [1.0, 2.0])])
-    scores = evaluate.score_texts(tiny.ranks(), rewards, rows, ["first", "second"])
+    scores = scoring.score_texts(tiny.ranks(), rewards, rows, ["first", "second"])
     assert seen["prompts"] == ["xy", "user: hello\n\nassistant: hi"]
     assert seen["completions"] == ["first", "second"]
     assert seen["raw_prompt"] == [rows[0].prompt, rows[1].prompt]
@@ -139,15 +140,15 @@ def test_score_texts_hands_over_all_columns() -> None:
 
 def test_score_texts_of_nothing_and_of_a_bad_reward() -> None:
     rewards = Rewards([Reward("echo", 1.0, echo)])
-    assert evaluate.score_texts(tiny.ranks(), rewards, [], []).total == []
+    assert scoring.score_texts(tiny.ranks(), rewards, [], []).total == []
     bad = Rewards([Reward("bad", 1.0, lambda prompts, completions, **_: [float("nan")])])
     with pytest.raises(UserError, match="bad"):
-        evaluate.score_texts(tiny.ranks(), bad, [Example("a", "p")], ["x"])
+        scoring.score_texts(tiny.ranks(), bad, [Example("a", "p")], ["x"])
 
 
 def test_reward_statistics_by_hand() -> None:
     scores = Scores({"n": [4.0, 8.0]}, {"n": [0.0, 1.0]}, [1.0, 3.0])
-    found = evaluate.reward_statistics(scores, ["a", "a b c"])
+    found = evaluation.reward_statistics(scores, ["a", "a b c"])
     assert found["reward/mean"] == 2.0 and found["reward/std"] == 1.0
     assert found["reward/se"] == pytest.approx(1 / math.sqrt(2))
     assert found["reward/length_correlation"] == pytest.approx(1.0)
@@ -156,17 +157,17 @@ def test_reward_statistics_by_hand() -> None:
 
 def test_sample_rows() -> None:
     scores = Scores({"n": [4.0, 8.0]}, {"n": [0.0, 1.0]}, [1.0, 3.0])
-    rows = evaluate.sample_rows([response("a", 1, True), response("b", 1, True)], scores, 1, policy="rl")
+    rows = evaluation.sample_rows([response("a", 1, True), response("b", 1, True)], scores, 1, policy="rl")
     assert rows == [{"policy": "rl", "id": "a", "prompt": "p", "response": "a", "reward": 1.0, "rewards": {"n": 0.0}}]
-    assert len(evaluate.sample_rows([response("a", 1, True), response("b", 1, True)], scores, 9)) == 2
+    assert len(evaluation.sample_rows([response("a", 1, True), response("b", 1, True)], scores, 9)) == 2
 
 
 @pytest.mark.parametrize("budget", [24, 4096])
 def test_held_out_loss_is_one_mean_over_tokens(budget: int) -> None:
     trained, items = tiny.trainer(Policy(tiny.language_model("llama"), 64)), tiny.items(7)
     objective = Objective(lambda logp, batch: supervised.loss(logp, batch, supervised.Settings(0.0)), "tokens")
-    found = evaluate.held_out_loss(trained, objective, items, Packing(None, budget, False, tiny.PAD_ID))
-    logps = evaluate.response_logps(trained, responses_of(items), Packing(None, 30, False, tiny.PAD_ID))
+    found = evaluation.held_out_loss(trained, objective, items, Packing(None, budget, False, tiny.PAD_ID))
+    logps = evaluation.response_logps(trained, responses_of(items), Packing(None, 30, False, tiny.PAD_ID))
     by_hand = -float(torch.cat(logps).mean())
     assert found["eval/loss"] == pytest.approx(by_hand, rel=1e-5)
 
@@ -178,9 +179,9 @@ def responses_of(items) -> list[Response]:
 
 def test_response_logps_are_in_order() -> None:
     trained, items = tiny.trainer(Policy(tiny.language_model("llama"), 64)), tiny.items(7)
-    together = evaluate.response_logps(trained, responses_of(items), Packing(None, 30, False, tiny.PAD_ID))
+    together = evaluation.response_logps(trained, responses_of(items), Packing(None, 30, False, tiny.PAD_ID))
     for item, row in zip(items, together, strict=True):
-        (alone,) = evaluate.response_logps(trained, responses_of([item]), Packing(1, None, False, tiny.PAD_ID))
+        (alone,) = evaluation.response_logps(trained, responses_of([item]), Packing(1, None, False, tiny.PAD_ID))
         torch.testing.assert_close(row, alone, atol=1e-5, rtol=1e-5)
         assert len(row) == len(item.rows[0].response_ids)
 
@@ -190,5 +191,5 @@ def test_log_ratios_are_sums_over_responses() -> None:
     trained, items = tiny.trainer(Policy(tiny.language_model("llama"), 64)), tiny.items(7)
     packing = Packing(None, 30, False, tiny.PAD_ID)
     sure = [replace(item, ref_logp=(torch.zeros(len(item.rows[0].response_ids)),)) for item in items]
-    own = [float(row.sum()) for row in evaluate.response_logps(trained, responses_of(items), packing)]
-    assert sorted(evaluate.log_ratios(trained, sure, packing).tolist()) == pytest.approx(sorted(own), rel=1e-5)
+    own = [float(row.sum()) for row in evaluation.response_logps(trained, responses_of(items), packing)]
+    assert sorted(evaluation.log_ratios(trained, sure, packing).tolist()) == pytest.approx(sorted(own), rel=1e-5)

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.history import History, Queue, prompt_key
-from pipeline.sampler import Sampler, Share
+from pipeline.rollout.allocation import History, Queue, Sampler, Share, prompt_key
 from tests.test_capability import record, sampler
 
 

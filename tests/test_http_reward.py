@@ -16,9 +16,9 @@ from pipeline.config.resolve import resolve
 from pipeline.config.reward_spec import TOKEN, web_address
 from pipeline.config.sections import HttpSettings
 from pipeline.errors import UserError
-from pipeline.http_reward import connect
 from pipeline.records import Message
-from pipeline.rewards import Reward, Rewards
+from pipeline.rewards.http import connect
+from pipeline.rewards.rewards import Reward, Rewards
 
 Answer = tuple[int, bytes, dict[str, str]]  # status, body, headers beside Content-Length
 FAST = {"batch_size": 2, "concurrency": 2, "timeout": 5.0, "retries": 2, "backoff": 0.01}

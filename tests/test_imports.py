@@ -29,10 +29,10 @@ LIBRARIES_OF_ALGORITHMS = {"torch", "__future__", *sys.stdlib_module_names}
 # module -> the one file that imports it
 ONE_IMPORTER = {
     "yaml": "pipeline/config/yaml_layers.py",
-    "deepspeed": "pipeline/engine.py",
-    "torch.distributed": "pipeline/engine.py",
-    "torch.utils.tensorboard": "pipeline/metrics.py",
-    "tensorboard": "pipeline/metrics.py",
+    "deepspeed": "pipeline/trainer/engine.py",
+    "torch.distributed": "pipeline/trainer/engine.py",
+    "torch.utils.tensorboard": "pipeline/trainer/logger.py",
+    "tensorboard": "pipeline/trainer/logger.py",
 }
 DEVELOPMENT_ONLY = {"pytest", "ruff", "rouge_score", "nltk"}
 FILES = sorted(

@@ -12,11 +12,14 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
-from pipeline import assembly, engine, evaluate, reference, rollout
+from pipeline import reference
 from pipeline.data.batching import Packing, collate
 from pipeline.models import loading
 from pipeline.models.policy import Policy, RewardModel
 from pipeline.records import Example, Item, Response
+from pipeline.rollout import generate
+from pipeline.trainer import engine, evaluation
+from pipeline.trainer.objective import objective_of
 from reward_models import learned
 from stages.reward import scores_of
 from tests import same_step, tiny
@@ -61,7 +64,7 @@ def test_reference_and_response_logps(shape: str) -> None:
         found = reference.reference_logps(speaking, items, packing)
         assert torch.equal(found["lengths"], alone["lengths"])
         torch.testing.assert_close(found["logp"], alone["logp"], **CLOSE)
-        again = evaluate.response_logps(speaking, spoken(mixed), packing)
+        again = evaluation.response_logps(speaking, spoken(mixed), packing)
         for place, i in enumerate(ORDER):
             torch.testing.assert_close(again[place], rows[i], **CLOSE)
 
@@ -70,12 +73,12 @@ def test_reference_and_response_logps(shape: str) -> None:
 def test_held_out_statistics(name: str) -> None:
     """Every statistic: means, deviations, effective shares."""
     case = same_step.cases()[name]
-    objective = assembly.objective_of(case.algorithm)[2]
+    objective = objective_of(case.algorithm)[2]
     judged = engine.Engine(same_step.module(case), tiny.ranks(), tiny.train_settings(), None)
     items = list(same_step.items_of(case))
     mixed = [items[i] for i in ORDER]
-    found = [evaluate.held_out_loss(judged, objective, items, packing) for packing in packings(False)]
-    found += [evaluate.held_out_loss(judged, objective, mixed, packing) for packing in packings(False)[1:3]]
+    found = [evaluation.held_out_loss(judged, objective, items, packing) for packing in packings(False)]
+    found += [evaluation.held_out_loss(judged, objective, mixed, packing) for packing in packings(False)[1:3]]
     assert found[0]["eval/loss"] != 0
     all_alike(found)
 
@@ -87,15 +90,15 @@ def test_the_divergence_of_two_policies() -> None:
     )
     answers, found = spoken(tiny.items(9)), []
     for packing in packings(False):
-        both = [evaluate.response_logps(one, answers, packing) for one in (speaking, other)]
-        found.append(evaluate.sampled_kl(both[0], [torch.clamp(r, min=-3) for r in both[1]]))
+        both = [evaluation.response_logps(one, answers, packing) for one in (speaking, other)]
+        found.append(evaluation.sampled_kl(both[0], [torch.clamp(r, min=-3) for r in both[1]]))
     assert found[0]["objective/kl"] > 1
     all_alike(found)
 
 
 def test_log_ratios() -> None:
     speaking, items = speaker("llama"), list(same_step.rows())
-    found = [evaluate.log_ratios(speaking, items, packing).sort().values for packing in packings(False)]
+    found = [evaluation.log_ratios(speaking, items, packing).sort().values for packing in packings(False)]
     for ratios in found[1:]:
         torch.testing.assert_close(ratios, found[0], atol=1e-4, rtol=1e-5)  # sums of 60 nats, rounded by 4e-6
 
@@ -172,7 +175,7 @@ def sayer(shape: str, **changes) -> Say:
 
     def say(batch_size: int, order: Sequence[int] = range(9), seed: int = 0) -> list[tuple]:
         settings = generation.model_copy(update={"batch_size": batch_size})
-        found = rollout.generate(speaking, tiny.encoder(), [PROMPTS[i] for i in order], settings, seed)
+        found = generate.generate(speaking, tiny.encoder(), [PROMPTS[i] for i in order], settings, seed)
         n = settings.num_return_sequences
         by_prompt = {i: [a.response_ids for a in found[p * n : (p + 1) * n]] for p, i in enumerate(order)}
         return [by_prompt[i] for i in sorted(by_prompt)]

@@ -16,13 +16,13 @@ import psutil
 import pytest
 import torch
 
-from pipeline import assembly
 from pipeline.compositions import Composer
 from pipeline.data.batching import Packing
 from pipeline.errors import UserError
-from pipeline.judges import Judges, Question, cuts, lost
-from pipeline.loop import Job
-from pipeline.rewards import Reward, Rewards, loaded
+from pipeline.rewards.rewards import Reward, Rewards, loaded
+from pipeline.rewards.workers import Judges, Question, cuts, lost
+from pipeline.trainer.loop import Job
+from pipeline.trainer.objective import objective_of
 from tests import masked, same_step, tiny
 
 # texts are numbers; `overlap` is that of tests/masked.py
@@ -170,7 +170,7 @@ def test_workers_end_when_they_are_forgotten(file: Path) -> None:
 
 def test_workers_end_with_the_process_that_asks(tmp_path: Path) -> None:
     """Whatever ends it, and in the middle of a judgement."""
-    code = "import sys; from pipeline.judges import Judges; "
+    code = "import sys; from pipeline.rewards.workers import Judges; "
     code += "Judges({'mine': sys.argv[1]}, 1).ask(['mine'], [''], ['a'], {})()"
     endings = (signal.SIGINT, signal.SIGKILL)
     folders = [tmp_path / number.name for number in endings]
@@ -200,7 +200,7 @@ def job_of(judge: Rewards, zero: str, folder: Path, watch: Callable[[str], None]
     trained = tiny.trainer(same_step.module(CASE), zero, optimizer=same_step.OPTIMIZER)
     items = same_step.items_of(CASE)
     job = same_step.job_of(CASE, trained, items, ROWS, folder)
-    module, settings, objective = assembly.objective_of(CASE.algorithm)
+    module, settings, objective = objective_of(CASE.algorithm)
     composer = Composer(trained.ranks, masked.encoder(), judge, items, module)
 
     def begin(output, batch):

@@ -15,16 +15,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline import assembly, evaluate, loop, training
 from pipeline.algorithms import offline, supervised
-from pipeline.checkpoint import Checkpoints, State
 from pipeline.data.batching import Packing, Windows, collate
-from pipeline.engine import Engine
 from pipeline.errors import PreemptedError, UserError
-from pipeline.loop import Evaluation, Objective, Watch
 from pipeline.models.policy import Policy
 from pipeline.records import Item
-from pipeline.tally import Interval, Tally
+from pipeline.trainer import evaluation, loop
+from pipeline.trainer.checkpoint import Checkpoints, State
+from pipeline.trainer.engine import Engine
+from pipeline.trainer.loop import Evaluation, Watch
+from pipeline.trainer.metrics import Interval, Tally
+from pipeline.trainer.objective import Objective, count_terms
 from tests import tiny
 
 PACKING = Packing(None, 40, False, tiny.PAD_ID)
@@ -63,10 +64,10 @@ def test_terms_of_the_mean() -> None:
     items = tiny.items(3)
     batch = collate(items, range(3), PACKING)
     tokens = sum(len(item.rows[0].response_ids) for item in items)
-    assert [loop.count_terms(batch, over) for over in ("tokens", "sequences")] == [tokens, 3]
+    assert [count_terms(batch, over) for over in ("tokens", "sequences")] == [tokens, 3]
     filler = collate(items, (), PACKING)
-    assert [loop.count_terms(filler, over) for over in ("tokens", "sequences", "pairs")] == [0, 0, 0]
-    assert loop.count_terms(collate(tiny.items(3, pairs=True), range(3), PACKING), "pairs") == 3
+    assert [count_terms(filler, over) for over in ("tokens", "sequences", "pairs")] == [0, 0, 0]
+    assert count_terms(collate(tiny.items(3, pairs=True), range(3), PACKING), "pairs") == 3
 
 
 def test_due() -> None:
@@ -85,7 +86,7 @@ def test_steps_for() -> None:
     def steps(rows: int, **train) -> int:
         settings = tiny.settings("sft")
         update = {"max_steps": None, "num_train_epochs": None, "batch_size": 8, **train}
-        return training.steps_for(settings.model_copy(update={"train": settings.train.model_copy(update=update)}), rows)
+        return loop.steps_for(settings.model_copy(update={"train": settings.train.model_copy(update=update)}), rows)
 
     assert steps(100, max_steps=7) == 7
     assert steps(100, num_train_epochs=2.0) == 25  # 200 / 8
@@ -127,23 +128,23 @@ class Toy:
         settings = tiny.settings("sft", *(f"train.{name}={value}" for name, value in words.items()))
         trained = self.engine()
         torch.manual_seed(0)
-        export = assembly.exporter(trained, tiny.encoder())
+        export = loop.exporter(trained, tiny.encoder())
 
         def look(step: int) -> Evaluation:
             self.at_evaluation(step)
-            found = evaluate.held_out_loss(trained, self.objective, items, PACKING)
+            found = evaluation.held_out_loss(trained, self.objective, items, PACKING)
             return Evaluation(found, {"lengths": torch.arange(3.0)}, [{"id": "a", "response": f"at {step}"}])
 
         def exporting(place: Path) -> None:
             self.at_export(place)
             export(place)
 
-        draw = training.epochs(len(items), settings.train.batch_size, settings.seed)
-        course = training.Course(
+        draw = loop.epochs(len(items), settings.train.batch_size, settings.seed)
+        course = loop.Course(
             Windows(items, draw, PACKING, 0, 1), self.objective, self.steps, settings.train.eval_steps, look,
             Watch("eval/loss", self.larger_is_better), exporting,
         )  # fmt: skip
-        training.train(settings, self.directory, trained, course, prepare)
+        loop.train(settings, self.directory, trained, course, prepare)
 
     def weights(self, folder: str = "model") -> dict[str, torch.Tensor]:
         return load_file(self.directory / folder / "model.safetensors")
@@ -324,7 +325,7 @@ REWARDED = Objective(lambda logp, batch: offline.loss(logp, batch, BY_REWARD), "
 def test_a_loss_that_is_no_number_names_its_row_and_stops(tmp_path: Path, zero: str) -> None:
     """A row first drawn in the second step: the weights of the first are saved, and its row is written down."""
     toy = Toy(tmp_path / "sft", zero=zero, objective=REWARDED)
-    drawn = [training.epochs(9, 4, tiny.settings("sft").seed)(step) for step in range(2)]
+    drawn = [loop.epochs(9, 4, tiny.settings("sft").seed)(step) for step in range(2)]
     bad = next(row for row in drawn[1] if row not in drawn[0])
     with pytest.raises(UserError) as error:
         toy.run(tiny.items(9, reward=lambda i: math.inf if i == bad else 1.0))
@@ -359,7 +360,7 @@ def test_a_step_that_is_not_finite_is_never_taken(zero: str, precision: str) -> 
 
 def test_steps_that_are_not_finite_are_left_out_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     toy = Toy(tmp_path / "sft", objective=REWARDED, words={"non_finite": "skip", "logging_steps": 3}, steps=6)
-    drawn = [training.epochs(9, 4, tiny.settings("sft").seed)(step) for step in range(6)]
+    drawn = [loop.epochs(9, 4, tiny.settings("sft").seed)(step) for step in range(6)]
     toy.run(tiny.items(9, reward=lambda i: math.nan if i == 2 else 1.0))
     skipped = [2 in rows for rows in drawn]
     shares = [row["train/skipped_fraction"] for row in toy.rows() if "train/skipped_fraction" in row]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from pipeline import lots
 from pipeline.algorithms.online import Told
-from pipeline.lots import Lot
 from pipeline.records import Example, Response, Seen
-from pipeline.sampler import Share
+from pipeline.rollout import groups
+from pipeline.rollout.allocation import Share
+from pipeline.rollout.groups import Lot
 
 
 def lot(rewards: list[float], length: int, entropy: float = 0.5, capability: float | None = None) -> Lot:
@@ -30,7 +30,7 @@ STEP = [lot([1.0, 1.0, 2.0, 3.0], 10, capability=0.5), lot([2.0, 2.0], 5), lot([
 
 
 def test_statistics_by_hand() -> None:
-    found = means(lots.statistics(STEP, k_max=4, least=1, queue_mean=None, generated=60))
+    found = means(groups.statistics(STEP, k_max=4, least=1, queue_mean=None, generated=60))
     # taken 4 * 10 + 2 * 5 + 1 * 5 = 55 of 4 * (10 + 5 + 5) = 80; one of the two prompts with several responses is equal
     assert found["esrl/tokens_saved"] == 1 - 55 / 80 and found["rollout/equal_groups"] == 0.5
     assert found["esrl/at_k_min"] == 1 / 3 and found["esrl/left_out"] == 0.25 and found["esrl/known"] == 0.5
@@ -40,13 +40,13 @@ def test_statistics_by_hand() -> None:
 
 
 def test_where_all_prompts_get_as_many_nothing_is_shared_out() -> None:
-    found = means(lots.statistics([lot([1.0], 3), lot([1.0], 4)], k_max=1, least=1, queue_mean=0.25, generated=7))
+    found = means(groups.statistics([lot([1.0], 3), lot([1.0], 4)], k_max=1, least=1, queue_mean=0.25, generated=7))
     alone = ("esrl/tokens_saved", "esrl/at_k_min", "rollout/equal_groups")  # one response equals no other
     assert [found[name] for name in alone] == [None] * 3 and found["rollout/queue_mean"] == 0.25
 
 
 def test_a_table_keeps_the_responses_of_a_prompt_together() -> None:
-    rows = lots.table(STEP, 2)
+    rows = groups.table(STEP, 2)
     assert [(row["kind"], row["reward"], row["advantage"], row["k"]) for row in rows] == [
         ("rollout", 1.0, 0.0, 4),
         ("rollout", 1.0, 0.0, 4),

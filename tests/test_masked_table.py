@@ -6,10 +6,11 @@ from types import SimpleNamespace
 
 import torch
 
-from pipeline import markdown, masked_table
+from pipeline import masked_table
 from pipeline.algorithms.functional import Drawn
 from pipeline.compositions import Composed, composed_ids
 from pipeline.records import Example, Scores
+from pipeline.trainer import markdown
 from tests import masked
 
 ENCODER = masked.encoder()

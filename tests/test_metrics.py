@@ -10,14 +10,14 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pipeline import markdown
 from pipeline.algorithms.functional import mean_stat, std_stat
 from pipeline.errors import UserError
 from pipeline.files import flatten, read_metrics, write_json
 from pipeline.launch import provenance
-from pipeline.metrics import LAYOUT, RunLog
 from pipeline.records import Stat
-from pipeline.tally import Tally
+from pipeline.trainer import markdown
+from pipeline.trainer.logger import LAYOUT, RunLog
+from pipeline.trainer.metrics import Tally
 
 VALUES = torch.tensor([1.0, 2.0, 3.0, 6.0])
 

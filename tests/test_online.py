@@ -13,9 +13,9 @@ from torch import Tensor
 from pipeline.algorithms import functional, online
 from pipeline.algorithms.functional import reduce
 from pipeline.algorithms.online import Told
-from pipeline.history import Queue
 from pipeline.models.policy import token_temperatures
 from pipeline.records import Batch
+from pipeline.rollout.allocation import Queue
 from tests import tiny
 
 F64 = torch.float64

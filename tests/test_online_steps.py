@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint import Checkpoints, State
-from pipeline.tally import Interval, Tally
+from pipeline.trainer.checkpoint import Checkpoints, State
+from pipeline.trainer.metrics import Interval, Tally
 from tests import rolling, tiny
 from tests.rolling import CASES, STAGES, STEPS
 

@@ -218,7 +218,7 @@ def test_compositions_of_named_stages_are_a_click_away_and_mistakes_name_their_l
 
 
 def sampled(prompt: str, *rewards: float) -> list[dict]:
-    """Responses to one prompt, as pipeline/lots.py makes them."""
+    """Responses to one prompt, as pipeline/rollout/groups.py makes them."""
     mean = sum(rewards) / len(rewards)
     shared = {"kind": "rollout", "prompt": prompt, "k": len(rewards), "capability": None, "temperature": 0.5}
     return [

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint import Checkpoints, State
 from pipeline.config.yaml_layers import ROOT
 from pipeline.errors import UserError
 from pipeline.models.policy import Policy
-from pipeline.tally import Interval, Tally
+from pipeline.trainer.checkpoint import Checkpoints, State
+from pipeline.trainer.metrics import Interval, Tally
 from tests import tiny
 from tests.test_stages import SHORT, SMALL_TRAIN, run, train
 

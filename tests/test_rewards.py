@@ -11,7 +11,8 @@ import torch
 
 from pipeline.config.reward_spec import parse
 from pipeline.errors import UserError
-from pipeline.rewards import Reward, Rewards, bounds, length_correlation, resolve, shortened
+from pipeline.rewards.rewards import Reward, Rewards, bounds, resolve, shortened
+from pipeline.trainer.evaluation import length_correlation
 from reward_models import length, rouge
 
 

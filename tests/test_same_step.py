@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline import advantages, assembly, reference
+from pipeline import advantages, reference
 from pipeline.data.batching import Packing, collate
-from pipeline.engine import Engine
 from pipeline.models.policy import Policy
 from pipeline.records import Item
+from pipeline.trainer.engine import Engine
+from pipeline.trainer.objective import objective_of
 from tests import masked, same_step, tiny
 from tests.same_step import DRAWN, STAGES
 
@@ -311,7 +312,7 @@ def test_p16_cached_is_live(tmp_path: Path, name: str) -> None:
 
     module, objective = (
         Policy(moved(tiny.language_model("llama")), 64),
-        assembly.objective_of(ref.settings.algorithm)[2],
+        objective_of(ref.settings.algorithm)[2],
     )
     batch = collate(cached, range(9), WHOLE)
     total, _ = objective.loss(module(batch), batch)

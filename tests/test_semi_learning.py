@@ -11,16 +11,16 @@ from functools import cache
 
 from torch import Tensor
 
-from pipeline import rollout
 from pipeline.algorithms import semi_offline, supervised
 from pipeline.compositions import Composer
 from pipeline.data.batching import Windows
-from pipeline.engine import Engine
-from pipeline.loop import Objective
 from pipeline.models.policy import Policy
 from pipeline.records import Example, Item
-from pipeline.rewards import Reward, Rewards
-from pipeline.training import epochs
+from pipeline.rewards.rewards import Reward, Rewards
+from pipeline.rollout import generate
+from pipeline.trainer.engine import Engine
+from pipeline.trainer.loop import epochs
+from pipeline.trainer.objective import Objective
 from tests import masked, tiny
 
 WORDS = ["cat", "sat", "on", "mat", "and", "ran"]
@@ -66,7 +66,7 @@ def windows(policy: Policy, samples: int) -> Windows:
 def greedy_reward(trained: Engine) -> float:
     """Of responses that are really decoded, one for each prompt."""
     generation = tiny.settings("rl").generation.model_copy(update={"max_new_tokens": 6})
-    answers = rollout.generate(trained, masked.encoder(), [Example(word, word) for word in WORDS], generation, SEED)
+    answers = generate.generate(trained, masked.encoder(), [Example(word, word) for word in WORDS], generation, SEED)
     return sum(right([a.example.prompt for a in answers], [a.text for a in answers])) / len(answers)
 
 

@@ -19,8 +19,8 @@ import pytest
 from pipeline.config.reward_spec import TOKEN
 from pipeline.config.sections import HttpSettings
 from pipeline.errors import UserError
-from pipeline.http_reward import connect
 from pipeline.plugins import available
+from pipeline.rewards.http import connect
 from reward_models import chrf
 from reward_models.serve import main, options_of, server_of
 

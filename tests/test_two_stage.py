@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline import engine, rollout
 from pipeline.algorithms.functional import sequence_logp
 from pipeline.data.batching import Packing, collate
 from pipeline.models.policy import Policy
 from pipeline.records import Batch, Example, Item, Response, Row
-from pipeline.rollout import Ask, Dice
+from pipeline.rollout import generate
+from pipeline.rollout.generate import Ask, Dice
+from pipeline.trainer import engine
 from tests import tiny
 
 LEVELS = (1.0, 0.7, 1.5)
@@ -32,7 +33,7 @@ def speaker(shape: str) -> engine.Engine:
 
 def generation(**changes):
     usual = {"max_new_tokens": 8, "batch_size": 3}
-    return rollout.free(tiny.settings("rl").generation).model_copy(update={**usual, **changes})
+    return generate.free(tiny.settings("rl").generation).model_copy(update={**usual, **changes})
 
 
 @cache
@@ -59,7 +60,7 @@ def batch_of(module: Policy, answered: Sequence[Ask], said: Sequence[Sequence[Re
 def test_t01_both_stages_say_the_same(shape: str) -> None:
     """Per token, at mixed temperatures, whatever the left padding of stage 1 and the right padding of stage 2."""
     speaking = speaker(shape)
-    said = rollout.answer(speaking, tiny.encoder(), asks(), generation(max_new_tokens=24), seed=1)
+    said = generate.answer(speaking, tiny.encoder(), asks(), generation(max_new_tokens=24), seed=1)
     flat = [response for responses in said for response in responses]
     batch = batch_of(speaking.module, asks(), said)
     second = speaking(batch).detach()
@@ -77,7 +78,7 @@ def test_t01_both_stages_say_the_same(shape: str) -> None:
 def test_t01_entropies_are_those_of_the_parallel_pass(shape: str) -> None:
     """Mean nats per token of the untempered policy, EOS included, what comes after it not."""
     speaking = speaker(shape)
-    said = rollout.answer(speaking, tiny.encoder(), asks(), generation(), seed=1)
+    said = generate.answer(speaking, tiny.encoder(), asks(), generation(), seed=1)
     batch = batch_of(speaking.module, asks(), said)
     entropies = speaking(batch, output="entropy")
     wanted = [float(row[mask].mean()) for row, mask in zip(entropies, batch.response_mask, strict=True)]
@@ -90,7 +91,7 @@ def test_topping_up_is_asking_for_all_at_once(shape: str) -> None:
     speaking, usual = speaker(shape), (1.0, 1.0, 1.0)
 
     def ids(levels: tuple[float, ...], first: int) -> list[list[tuple[int, ...]]]:
-        said = rollout.answer(speaking, tiny.encoder(), asks(levels, first), generation(), seed=2)
+        said = generate.answer(speaking, tiny.encoder(), asks(levels, first), generation(), seed=2)
         return [[response.response_ids for response in responses] for responses in said]
 
     whole = ids((*usual, 1.0, 1.0), 0)
@@ -102,14 +103,14 @@ def test_topping_up_is_asking_for_all_at_once(shape: str) -> None:
 def test_large_seeds() -> None:
     """The largest that settings allow, times a million twice, is beyond 64 bits."""
     seed = 10**9 * 1_000_003 + 10**6
-    assert rollout.answer(speaker("llama"), tiny.encoder(), asks(), generation(max_new_tokens=1), seed)
+    assert generate.answer(speaker("llama"), tiny.encoder(), asks(), generation(max_new_tokens=1), seed)
 
 
 def test_no_gradient_in_stage_1() -> None:
     """T-03: nothing hangs on a graph, and not a byte is saved for backward."""
     speaking = speaker("llama")
     with saved() as sizes:
-        said = rollout.answer(speaking, tiny.encoder(), asks(), generation(), seed=1)
+        said = generate.answer(speaking, tiny.encoder(), asks(), generation(), seed=1)
     assert not sizes
     for response in (response for responses in said for response in responses):
         assert response.seen.logps.grad_fn is None and not response.seen.logps.requires_grad
@@ -207,7 +208,7 @@ def test_t05_dice_row_by_row() -> None:
 
     ln .2447 = -1.4076 and ln .8668 = -.1429; H = .8324 at temperature 1, which is what the policy's entropy is.
     """
-    dice = Dice(torch.tensor([[0.8], [0.8]]), torch.tensor([[1.0], [0.5]]), rollout.LogitsProcessorList())
+    dice = Dice(torch.tensor([[0.8], [0.8]]), torch.tensor([[1.0], [0.5]]), generate.LogitsProcessorList())
     scores = dice(torch.zeros(2, 1), torch.tensor([[2.0, 1.0, 0.0]] * 2))
     assert scores.argmax(1).tolist() == [1, 0]
     first, second = dice.seen([1, 1], local=5)
@@ -219,7 +220,7 @@ def test_t05_dice_row_by_row() -> None:
 
 def test_t06_what_comes_after_the_end_is_not_seen() -> None:
     """A row of one token beside one of three: only the released code's score reads on."""
-    dice = Dice(torch.full((2, 3), 0.1), torch.ones(2, 1), rollout.LogitsProcessorList())
+    dice = Dice(torch.full((2, 3), 0.1), torch.ones(2, 1), generate.LogitsProcessorList())
     for level in (0.0, 9.0, 9.0):
         dice(torch.zeros(2, 1), torch.tensor([[level, 0.0]] * 2))
     short, long = dice.seen([1, 3], local=0)
@@ -232,9 +233,9 @@ def test_t06_what_comes_after_the_end_is_not_seen() -> None:
 def test_a_batch_is_its_prompts_alone(shape: str) -> None:
     """Ids, and what was seen but for the batch's own number and the released code's score."""
     speaking = speaker(shape)
-    together = rollout.answer(speaking, tiny.encoder(), asks(), generation(batch_size=7), seed=3)
+    together = generate.answer(speaking, tiny.encoder(), asks(), generation(batch_size=7), seed=3)
     for i, ask in enumerate(asks()):
-        (alone,) = rollout.answer(speaking, tiny.encoder(), [ask], generation(), seed=3)
+        (alone,) = generate.answer(speaking, tiny.encoder(), [ask], generation(), seed=3)
         for one, other in zip(alone, together[i], strict=True):
             assert one.response_ids == other.response_ids
             torch.testing.assert_close(one.seen.logps, other.seen.logps, atol=1e-5, rtol=1e-5)

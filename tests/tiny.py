@@ -26,7 +26,6 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from pipeline import engine
 from pipeline.algorithms import supervised
 from pipeline.config.resolve import resolve
 from pipeline.config.sections import TemplateSettings
@@ -34,6 +33,7 @@ from pipeline.data.batching import Packing, Windows
 from pipeline.data.tokenization import Encoder
 from pipeline.models import scratch
 from pipeline.records import Example, Item, Row
+from pipeline.trainer import engine
 
 V, H = 352, 32
 PAD_ID, EOS_ID = 0, 2

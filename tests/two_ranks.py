@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import engine, reference, rollout
-from pipeline.checkpoint import Checkpoints, State
+from pipeline import reference
 from pipeline.data.batching import Packing
 from pipeline.errors import UserError
 from pipeline.models.policy import Policy
 from pipeline.records import Example
-from pipeline.tally import Interval, Tally
+from pipeline.rollout import generate
+from pipeline.trainer import engine
+from pipeline.trainer.checkpoint import Checkpoints, State
+from pipeline.trainer.metrics import Interval, Tally
 from tests import tiny
 
 PROMPTS = [Example(str(i), " ".join(tiny.WORDS[i : 2 * i + 1])) for i in range(5)]
@@ -56,7 +58,7 @@ def train(zero: str, precision: str) -> tuple[engine.Engine, dict]:
 
 def speak(trained: engine.Engine, **changes) -> list[tuple[int, ...]]:
     generation = tiny.settings("rl").generation.model_copy(update={"max_new_tokens": 6, "batch_size": 2, **changes})
-    answers = rollout.generate(trained, tiny.encoder(), PROMPTS, generation, seed=3)
+    answers = generate.generate(trained, tiny.encoder(), PROMPTS, generation, seed=3)
     assert [answer.example for answer in answers] == PROMPTS  # on every rank, in order
     return [answer.response_ids for answer in answers]
 

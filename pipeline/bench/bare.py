@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from pipeline.bench.bed import Bed, algorithm_of, job, new_engine, new_policy, stepper
 from pipeline.bench.measure import Goal, Result, Step, alternate, compared
-from pipeline.engine import PRECISIONS, adam_arguments, parameter_groups
-from pipeline.loop import learning_rate
 from pipeline.models.loading import hugging_face
 from pipeline.records import Batch
+from pipeline.trainer.engine import PRECISIONS, adam_arguments, parameter_groups
+from pipeline.trainer.loop import learning_rate
 
 TIME = Goal(1.05)
 

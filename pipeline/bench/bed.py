@@ -9,9 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from pipeline import assembly, training
 from pipeline.bench.measure import Plan
-from pipeline.checkpoint import Checkpoints
 from pipeline.config.resolve import resolve
 from pipeline.config.schema import Algorithm, Bench
 from pipeline.config.yaml_layers import ROOT
@@ -19,14 +17,17 @@ from pipeline.data import dataset
 from pipeline.data import pairs as pairing
 from pipeline.data.batching import Packing, Windows, packing_of
 from pipeline.data.tokenization import Encoder
-from pipeline.engine import Engine, Ranks
 from pipeline.errors import UserError
-from pipeline.loop import Evaluation, Job, Watch, one_step, summary
-from pipeline.metrics import RunLog
 from pipeline.models import build
 from pipeline.models.policy import Policy, RewardModel
 from pipeline.records import Item
-from pipeline.tally import Interval, Tally
+from pipeline.trainer import loop
+from pipeline.trainer.checkpoint import Checkpoints
+from pipeline.trainer.engine import Engine, Ranks
+from pipeline.trainer.logger import RunLog
+from pipeline.trainer.loop import Evaluation, Job, Watch, one_step, summary
+from pipeline.trainer.metrics import Interval, Tally
+from pipeline.trainer.objective import objective_of
 
 RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 MANY = 1_000_000  # steps that a bench's job could take
@@ -112,8 +113,8 @@ def packing(bed: Bed) -> Packing:
 def job(bed: Bed, engine: Engine, algorithm: Algorithm, items: list[Item], size: int) -> Job:
     """A training of `items`, `size` of them per step, as a stage would put it together."""
     settings, ranks = bed.settings, bed.ranks
-    _, _, objective = assembly.objective_of(algorithm)
-    draw = training.epochs(len(items), size, settings.seed)
+    _, _, objective = objective_of(algorithm)
+    draw = loop.epochs(len(items), size, settings.seed)
     return Job(
         engine=engine,
         objective=objective,

@@ -24,12 +24,12 @@ def main(clock: str, words: Sequence[str]) -> dict[str, float]:
         return result
 
     take("imports", load)
-    from pipeline import engine, training
     from pipeline.algorithms import supervised
     from pipeline.config.resolve import resolve
     from pipeline.data import dataset
     from pipeline.data.batching import Windows
     from pipeline.models import build as models_build
+    from pipeline.trainer import engine, loop
 
     settings = take("settings", lambda: resolve(words).settings)
     ranks = take("process group", lambda: engine.start(settings.launch.ddp_timeout))
@@ -44,7 +44,7 @@ def main(clock: str, words: Sequence[str]) -> dict[str, float]:
     build = lambda: models_build.build_policy(settings.model, encoder, settings.train, longest, settings.seed)  # noqa: E731
     policy = take("model", build)
     trainer = take("engine", lambda: engine.Engine(policy, ranks, settings.train, settings.optimizer))
-    draw = training.epochs(len(items), settings.train.batch_size, settings.seed)
+    draw = loop.epochs(len(items), settings.train.batch_size, settings.seed)
     packing = models_build.packing(settings.train, ranks.world, policy, encoder)
 
     def step() -> None:
@@ -60,7 +60,7 @@ def main(clock: str, words: Sequence[str]) -> dict[str, float]:
 
 def load() -> None:
     """Import what a training stage imports."""
-    from pipeline import training  # noqa: F401
+    from pipeline.trainer import loop  # noqa: F401
 
 
 if __name__ == "__main__":

@@ -24,9 +24,9 @@ from pipeline.bench.bed import Bed, algorithm_of, environment, even, job, new_en
 from pipeline.bench.measure import Goal, Result, compared, timed
 from pipeline.bench.steps import with_advantages
 from pipeline.errors import UserError
-from pipeline.loop import Job
 from pipeline.models import loading
 from pipeline.records import Item
+from pipeline.trainer.loop import Job
 
 FASTER = Goal(1.2, at_least=True)
 WORKER = Path(__file__).with_name("trl_worker.py")

@@ -16,17 +16,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pipeline import rollout
 from pipeline.bench.bed import Bed, even, new_policy, packing
 from pipeline.bench.measure import Goal, Plan, Result, alternate, compared, peak_megabytes, timed
 from pipeline.config.resolve import resolve
 from pipeline.config.sections import GenerationSettings
 from pipeline.data import dataset
 from pipeline.data.batching import collate
-from pipeline.engine import Engine
 from pipeline.models import build
 from pipeline.models.loading import hugging_face
 from pipeline.records import Ask, Item, Response, Row
+from pipeline.rollout import generate
+from pipeline.trainer.engine import Engine
 
 LESS = Goal(5.0, at_least=True)
 GOAL_LENGTH = 256  # tokens, at which LESS is asked for
@@ -133,12 +133,12 @@ def sample(ground: Ground, length: int) -> list[list[Response]]:
     settings = spoken_settings().model_copy(
         update={"max_new_tokens": length, "min_new_tokens": length, "batch_size": len(ground.asks)}
     )
-    return rollout.answer(ground.engine, ground.bed.encoder, ground.asks, settings, seed=0)
+    return generate.answer(ground.engine, ground.bed.encoder, ground.asks, settings, seed=0)
 
 
 def spoken_settings() -> GenerationSettings:
     """Plain sampling, as on-policy RL samples."""
-    return rollout.free(resolve(["stage=rl", "algo=reinforce"]).settings.generation)
+    return generate.free(resolve(["stage=rl", "algo=reinforce"]).settings.generation)
 
 
 def two_stages(ground: Ground, length: int) -> Tensor:
@@ -207,7 +207,7 @@ class Turns:
     def take(self, seed: int) -> None:
         groups: list[list[Response]] = []
         parts = self.ground.engine, self.ground.bed.encoder, self.ground.asks, self.settings
-        seconds = timed(lambda: groups.extend(rollout.answer(*parts, seed)), self.ground.bed.plan.clock)
+        seconds = timed(lambda: groups.extend(generate.answer(*parts, seed)), self.ground.bed.plan.clock)
         self.responses = [response for group in groups for response in group]
         self.seconds_per_token = seconds / sum(self.lengths)
 

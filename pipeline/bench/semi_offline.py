@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
-from pipeline import assembly, learn_policy
+from pipeline import learn_policy
 from pipeline.bench.bed import Bed, job, new_engine, new_policy, stepper
 from pipeline.bench.long_rows import Sizes, long_bed
 from pipeline.bench.measure import Goal, Plan, Result, alternate, compared, timed
@@ -21,14 +21,14 @@ from pipeline.bench.semi_parts import Semi, parts_of
 from pipeline.compositions import Composer
 from pipeline.config.resolve import resolve
 from pipeline.data.batching import Windows
-from pipeline.engine import Engine
-from pipeline.history import Queue
-from pipeline.loop import Job
 from pipeline.models import build
 from pipeline.models.loading import hugging_face
 from pipeline.models.policy import Policy
-from pipeline.rewards import Reward, Rewards
-from pipeline.sampler import Sampler
+from pipeline.rewards.rewards import Reward, Rewards
+from pipeline.rollout.allocation import Queue, Sampler
+from pipeline.trainer.engine import Engine
+from pipeline.trainer.loop import Job
+from pipeline.trainer.objective import objective_of
 from reward_models import rouge
 
 TIME, ONE = Goal(1.15), Goal(1)
@@ -66,7 +66,7 @@ def masked_job(bed: Bed, engine: Engine) -> Job:
 def semi_job(bed: Bed, engine: Engine, samples: int) -> Semi:
     """Semi-offline RL with so many samples on references and static responses."""
     settings = resolve(["stage=rl", "algo=semi_offline", f"algorithm.settings.samples={samples}"]).settings
-    module, algorithm, objective = assembly.objective_of(settings.algorithm)
+    module, algorithm, objective = objective_of(settings.algorithm)
     packing = build.packing(bed.settings.train, bed.ranks.world, engine.module, bed.encoder)
     hidden = build.hidden(packing, bed.encoder, engine.module, settings, samples=samples)
     composer = Composer(bed.ranks, bed.encoder, JUDGE, bed.singles, module)
@@ -81,7 +81,7 @@ def online_job(bed: Bed, engine: Engine) -> Job:
     length = bed.settings.data.max_response_length
     words = [f"sampler.k={ONLINE_SAMPLES}", f"max_new_tokens={length}"]
     settings = resolve(["stage=rl", "algo=reinforce", *words]).settings
-    _, algorithm, _ = assembly.objective_of(settings.algorithm)
+    _, algorithm, _ = objective_of(settings.algorithm)
     work = job(bed, engine, settings.algorithm, bed.singles, bed.settings.train.batch_size)
     windows = learn_policy.Rollouts(
         engine=engine,

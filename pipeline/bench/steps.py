@@ -6,9 +6,9 @@ from pipeline import reference
 from pipeline.bench.bed import Bed, algorithm_of, job, new_engine, new_policy, packing, stepper
 from pipeline.bench.measure import Goal, Result, alternate, compared, peak_megabytes
 from pipeline.data import dataset
-from pipeline.engine import Engine
-from pipeline.loop import Job
 from pipeline.records import Item
+from pipeline.trainer.engine import Engine
+from pipeline.trainer.loop import Job
 
 TIME, MEMORY = Goal(1.05), Goal(1.02)
 

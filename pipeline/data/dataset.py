@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline import plugins
-from pipeline.config.sections import DataSettings, TemplateSettings
+from pipeline import files, plugins
+from pipeline.config.schema import WithModel
+from pipeline.config.sections import DataSettings, ModelSettings, TemplateSettings
 from pipeline.data import convert, hub, readers, splits
 from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
@@ -261,3 +262,13 @@ def reference_text(example: Example) -> str:
             "or `references`"
         )
     return found
+
+
+def inputs(settings: WithModel, model: ModelSettings) -> dict[str, str]:
+    """Fingerprints of what a stage starts from: model and data."""
+    found = {"model": "new" if model.path is None else files.fingerprint(model.path)}
+    if settings.data.task is not None:
+        source, _ = plugins.split(settings.data.task)
+        return {**found, "data": files.fingerprint(source) if source.endswith(".py") else f"task {settings.data.task}"}
+    places = split_places(settings.data)
+    return {**found, **{f"data.{split}": files.fingerprint(place) for split, place in places.items()}}

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.engine import Ranks
 from pipeline.files import write_jsonl
 from pipeline.records import Batch, Item
+from pipeline.trainer.engine import Ranks
 
 SHOWN = 20  # names in a message; the file has all
 

@@ -1,7 +1,8 @@
 """Worker processes that judge texts, so that this process can run the model meanwhile.
 
-Each is `pipeline/judge_worker.py` at the other end of a pipe. It is started anew, not forked, and without the stage's
-own imports, which take three times as long as a worker's. It ends when this process does, whatever ends that.
+Each is `pipeline/rewards/worker_main.py` at the other end of a pipe. It is started anew, not forked, and without
+the stage's own imports, which take three times as long as a worker's. It ends when this process does,
+whatever ends that.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class Worker:
 
     def __init__(self, names: Mapping[str, str]):
         self._pipe, theirs = Pipe()
-        command = [sys.executable, "-u", "-m", "pipeline.judge_worker", str(theirs.fileno())]
+        command = [sys.executable, "-u", "-m", "pipeline.rewards.worker_main", str(theirs.fileno())]
         # in a session of its own: Ctrl-C is for this process alone
         self._process = subprocess.Popen(
             command, env=environment(), stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True

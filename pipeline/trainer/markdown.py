@@ -59,7 +59,7 @@ def section(row: Row) -> str:
 
 
 def rollout(group: Sequence[Row]) -> str:
-    """The responses that one step sampled for one prompt (pipeline/lots.py), the best first."""
+    """The responses that one step sampled for one prompt (pipeline/rollout/groups.py), the best first."""
     ranked = sorted(group, key=lambda row: -row["reward"])
     known = ranked[0]["capability"]
     about = [

@@ -1,6 +1,6 @@
 """A worker process of `judges.py`: is told the names of rewards, then answers each question by values or an error.
 
-`python -m pipeline.judge_worker N`, with N the file descriptor of its end of the pipe.
+`python -m pipeline.rewards.worker_main N`, with N the file descriptor of its end of the pipe.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from multiprocessing.connection import Connection
 
 from pipeline.errors import UserError
-from pipeline.judges import Question, Values
-from pipeline.rewards import Reward, call, loaded
+from pipeline.rewards.rewards import Reward, call, loaded
+from pipeline.rewards.workers import Question, Values
 
 LOOK_SECONDS = 0.5  # between two looks whether the process that asks is still there
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import NamedTuple
 
-from pipeline import evaluate
 from pipeline.data.columns import ranked
-from pipeline.engine import Ranks
 from pipeline.records import Example, Response, Scores
-from pipeline.rewards import Rewards
+from pipeline.rewards import scoring
+from pipeline.rewards.rewards import Rewards
+from pipeline.trainer.engine import Ranks
 
 
 class Gathered(NamedTuple):
@@ -65,7 +65,7 @@ def judged(ranks: Ranks, judge: Rewards, rows: Sequence[Example]) -> Judged:
     counts = [len(row.candidates) or 1 for row in rows]
     of = [row for row, count in zip(rows, counts, strict=True) for _ in range(count)]
     texts = [text for row in rows for text in row.candidates or (row.completion,)]
-    scores = evaluate.score_texts(ranks, judge, of, texts)
+    scores = scoring.score_texts(ranks, judge, of, texts)
     starts = accumulate(counts, initial=0)
     found = [_with_scores(row, scores, start) for row, start in zip(rows, starts, strict=False)]
     return Judged(found, of, texts, scores)

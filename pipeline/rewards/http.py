@@ -27,7 +27,7 @@ from pipeline.config.reward_spec import TOKEN, token, web_address
 from pipeline.config.sections import HttpSettings
 from pipeline.errors import UserError
 from pipeline.records import RewardFunction
-from pipeline.rewards import shortened
+from pipeline.rewards.rewards import shortened
 
 LONGEST_WAIT = 60.0  # seconds between two tries
 MEGABYTE = 10**6

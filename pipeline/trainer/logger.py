@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline import markdown
 from pipeline.files import flatten, read_metrics, write_json, write_jsonl, write_text
 from pipeline.launch import provenance
+from pipeline.trainer import markdown
 
 DIGITS = 6  # significant digits in metrics.jsonl
 PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal to draw a bar on

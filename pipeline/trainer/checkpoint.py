@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from pipeline.engine import Engine, Ranks
 from pipeline.errors import UserError
 from pipeline.files import write_json, write_text
-from pipeline.tally import Interval, Tally
+from pipeline.trainer.engine import Engine, Ranks
+from pipeline.trainer.metrics import Interval, Tally
 
 
 @dataclass(frozen=True)

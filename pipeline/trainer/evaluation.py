@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from pipeline.data.batching import Packing, once
-from pipeline.engine import Engine, Ranks
-from pipeline.loop import Objective
 from pipeline.records import Example, Item, Response, Row, Scores
-from pipeline.rewards import Rewards, correlation, length_correlation
-from pipeline.tally import Tally
+from pipeline.trainer.engine import Engine
+from pipeline.trainer.metrics import Tally
+from pipeline.trainer.objective import Objective
 
 
 @torch.no_grad()
@@ -27,51 +26,6 @@ def held_out_loss(engine: Engine, objective: Objective, items: Sequence[Item], p
         _, stats = objective.loss(objective.ask(engine, batch), batch.to(engine.ranks.device))
         tally.add({f"eval/{name}": stat for name, stat in stats.items()})
     return tally.reduce(engine.ranks.all_sum)
-
-
-def score_texts(ranks: Ranks, rewards: Rewards, examples: Sequence[Example], completions: Sequence[str]) -> Scores:
-    """Judge one completion per example; ranks share the work and all get the whole result.
-
-    Raises:
-        UserError: a reward fails, by the checks of `rewards`; on every rank, wherever it failed.
-    """
-    mine = list(range(ranks.rank, len(examples), ranks.world))
-    own = [examples[i] for i in mine]
-    prompts = [plain_prompt(example) for example in own]
-    texts = [completions[i] for i in mine]
-    part = ranks.agreed(lambda: rewards.score(prompts, texts, reward_columns(own)))
-    parts = ranks.gather((mine, part))
-
-    def merged(values: list[tuple[list[int], Sequence[float]]]) -> list[float]:
-        whole = dict(pair for indices, numbers in values for pair in zip(indices, numbers, strict=True))
-        return [whole[i] for i in range(len(examples))]
-
-    def by_name(field: str) -> dict[str, list[float]]:
-        return {name: merged([(i, getattr(p, field)[name]) for i, p in parts]) for name in getattr(part, field)}
-
-    return Scores(by_name("raw"), by_name("normalised"), merged([(i, p.total) for i, p in parts]))
-
-
-def reward_columns(examples: Sequence[Example]) -> dict[str, list[Any]]:
-    """The columns that rewards are called with beside prompts and completions; one entry per example."""
-    return {
-        "id": [example.id for example in examples],
-        "source": [example.source for example in examples],
-        "references": [list(example.references) for example in examples],
-        "raw_prompt": [example.prompt for example in examples],
-    }
-
-
-def score_responses(ranks: Ranks, rewards: Rewards, responses: Sequence[Response]) -> Scores:
-    """Judge decoded responses."""
-    return score_texts(ranks, rewards, [r.example for r in responses], [r.text for r in responses])
-
-
-def plain_prompt(example: Example) -> str:
-    """The prompt as rewards see it: the row's own text, or "role: content" paragraphs of a chat."""
-    if isinstance(example.prompt, str):
-        return example.prompt
-    return "\n\n".join(f"{turn.role}: {turn.content}" for turn in example.prompt)
 
 
 def reward_statistics(scores: Scores, texts: Sequence[str]) -> dict[str, float]:
@@ -210,3 +164,18 @@ def accuracy_by_source(
         result[f"eval/length_accuracy{suffix}"] = max(longer, 1.0 - longer)
         result[f"eval/pairs{suffix}"] = float(len(rows))
     return result
+
+
+def length_correlation(values: Sequence[float], completions: Sequence[str]) -> float:
+    """Pearson correlation of the values with the number of words; NaN where one of the two does not vary."""
+    return correlation(values, [float(len(text.split())) for text in completions])
+
+
+def correlation(xs: Sequence[float], ys: Sequence[float]) -> float:
+    """Pearson's; NaN where one of the two does not vary."""
+    if len(set(xs)) < 2 or len(set(ys)) < 2:
+        return math.nan
+    try:
+        return statistics.correlation(xs, ys)
+    except statistics.StatisticsError:  # they vary, but by less than a float's square can hold
+        return math.nan

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,8 +27,8 @@ from torch import Tensor
 from pipeline import plugins
 from pipeline.config.reward_spec import is_address
 from pipeline.errors import UserError, did_you_mean
-from pipeline.judges import Judges
 from pipeline.records import RewardFunction, Scores
+from pipeline.rewards.workers import Judges
 
 FOLDER = "reward_models"
 LARGEST = 3.4e38  # of a float32, in which models are trained
@@ -119,21 +118,6 @@ def checked(name: str, values: object, completions: Sequence[str], first: int = 
         )
     pairs = zip(values, completions, strict=True)
     return [_number(name, i, value, text) for i, (value, text) in enumerate(pairs, first)]
-
-
-def length_correlation(values: Sequence[float], completions: Sequence[str]) -> float:
-    """Pearson correlation of the values with the number of words; NaN where one of the two does not vary."""
-    return correlation(values, [float(len(text.split())) for text in completions])
-
-
-def correlation(xs: Sequence[float], ys: Sequence[float]) -> float:
-    """Pearson's; NaN where one of the two does not vary."""
-    if len(set(xs)) < 2 or len(set(ys)) < 2:
-        return math.nan
-    try:
-        return statistics.correlation(xs, ys)
-    except statistics.StatisticsError:  # they vary, but by less than a float's square can hold
-        return math.nan
 
 
 def bounds(rewards: Sequence[Reward]) -> tuple[float, float] | None:

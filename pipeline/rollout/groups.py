@@ -12,9 +12,8 @@ from torch import Tensor
 from pipeline.algorithms import online
 from pipeline.algorithms.functional import EQUAL_REWARDS, mean_stat
 from pipeline.algorithms.online import Told
-from pipeline.history import Record
 from pipeline.records import Example, Item, Response, Row, Stat
-from pipeline.sampler import Share
+from pipeline.rollout.allocation import Record, Share
 
 
 @dataclass(frozen=True)

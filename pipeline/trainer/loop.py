@@ -18,50 +18,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint import Checkpoints, State
+from pipeline.config.schema import Training
 from pipeline.config.sections import OptimizerSettings, TrainSettings
-from pipeline.data.batching import Source
-from pipeline.engine import Engine, Ranks
+from pipeline.data.batching import Draw, Source
+from pipeline.data.sampling import epoch_rows
+from pipeline.data.tokenization import Encoder
 from pipeline.errors import PreemptedError, UserError
-from pipeline.metrics import RunLog
-from pipeline.nonfinite import Micro, trace
+from pipeline.files import flatten
+from pipeline.models import loading
 from pipeline.records import Batch, Stat
-from pipeline.tally import Interval, Tally
-
-Output = Tensor | tuple[Tensor, ...]
-Loss = Callable[[Output, Batch], tuple[Tensor, dict[str, Stat]]]
-Rest = Callable[[], tuple[Tensor, dict[str, Stat]]]  # of a loss that has begun
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What is minimised: the mean over `mean_over` of a loss that returns a sum; or the sum of several such means.
-
-    With one name in `mean_over` the loss returns a scalar, with k of them (k,), in their order.
-
-    `begin` starts what the loss waits for and returns the rest of it, which is called after the next micro-batch's
-    forward: two micro-batches' activations are in memory.
-    """
-
-    loss: Loss
-    mean_over: str | tuple[str, ...]  # tokens | sequences | pairs | items | prompts | targets
-    output: str = "logp"  # what the loss wants of the module
-    begin: Callable[[Output, Batch], Rest] | None = None
-
-    def ask(self, engine: Engine, batch: Batch) -> Output:
-        """What the module says of `batch`."""
-        return engine(batch) if self.output == "logp" else engine(batch, output=self.output)
-
-    def terms(self, window: Sequence[Batch]) -> Tensor:
-        """What the micro-batches add to the divisors of the means: () float64, or (k,)."""
-
-        def count(name: str) -> int:
-            return sum(count_terms(batch, name) for batch in window)
-
-        one = isinstance(self.mean_over, str)
-        return torch.tensor(
-            count(self.mean_over) if one else [count(name) for name in self.mean_over], dtype=torch.float64
-        )
+from pipeline.trainer.checkpoint import Checkpoints, State
+from pipeline.trainer.engine import Engine, Ranks
+from pipeline.trainer.logger import RunLog
+from pipeline.trainer.metrics import Interval, Tally
+from pipeline.trainer.nonfinite import Micro, trace
+from pipeline.trainer.objective import Objective, Output, Rest
 
 
 @dataclass(frozen=True)
@@ -267,24 +238,6 @@ def due(step: int, every: int | None, last: int) -> bool:
     return step == last or (every is not None and step % every == 0)
 
 
-def count_terms(batch: Batch, mean_over: str) -> int:
-    """What this micro-batch adds to the divisor of the mean; fillers add nothing.
-
-    prompts: responses that the number `leads` marks, one per prompt. targets: tokens of rows that `target` marks.
-    """
-    if mean_over == "tokens":
-        return int(batch.response_mask.sum())
-    if mean_over == "items":  # pairs, or rows alone
-        return len(batch.items)
-    if mean_over == "prompts":
-        return int(batch.numbers["leads"].sum())
-    if mean_over == "targets":
-        tokens = batch.response_mask[: len(batch.items)].sum(1)
-        return int(tokens[batch.numbers["target"] > 0].sum())
-    sequences = int(batch.sequence_mask.sum())
-    return sequences // 2 if mean_over == "pairs" else sequences
-
-
 def learning_rate(step: int, max_steps: int, settings: OptimizerSettings) -> float:
     """The rate of `step`, counted from 0: linear warm-up, then constant, or linear or cosine down to 0."""
     warmup = math.ceil(max_steps * settings.warmup_ratio)
@@ -293,3 +246,97 @@ def learning_rate(step: int, max_steps: int, settings: OptimizerSettings) -> flo
     progress = (step - warmup) / max(1, max_steps - warmup)
     factors = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
     return settings.learning_rate * factors[settings.lr_scheduler_type]
+
+
+@dataclass(frozen=True)
+class Course:
+    """What is learned, from what, for how long, and how it is looked at."""
+
+    windows: Source
+    objective: Objective
+    max_steps: int
+    eval_steps: int | None
+    evaluate: Callable[[int], Evaluation]
+    watch: Watch
+    export: Callable[[Path], None]
+
+
+def steps_for(settings: Training, rows: int) -> int:
+    """Optimizer steps of the run: max_steps, or as many as num_train_epochs of `rows` need, at least 1."""
+    if settings.train.max_steps is not None:
+        return settings.train.max_steps
+    return max(1, math.ceil(rows * settings.train.num_train_epochs / settings.train.batch_size))
+
+
+def epochs(rows: int, batch_size: int, seed: int) -> Draw:
+    """Every row once per epoch, in a new order each; epochs follow one another without a gap."""
+    return lambda step: epoch_rows(rows, batch_size, step, seed)
+
+
+def train(
+    settings: Training, directory: Path, engine: Engine, course: Course, prepare: Callable[[], None] = lambda: None
+) -> None:
+    """Run or resume a course and leave model/ and results.json.
+
+    Args:
+        prepare: called when training starts from nothing, with the untouched weights in the engine.
+    """
+    ranks = engine.ranks
+    checkpoints = Checkpoints(directory, ranks, settings.train.save_total_limit)
+    found = checkpoints.load(engine)
+    if found is None:
+        prepare()
+    state, interval, memory = found or (State(step=0, world=ranks.world), Interval(Tally()), {})
+    course.windows.recall(memory)
+    if found is not None and ranks.main:
+        print(f"{directory}: goes on from step {state.step} of {course.max_steps}", flush=True)
+    log = RunLog(
+        directory,
+        flatten(settings.model_dump()),
+        resume_step=state.step,
+        enabled=ranks.main,
+        total_steps=course.max_steps,
+        description="/".join(directory.parts[-2:]),
+    )
+    job = Job(
+        engine=engine,
+        objective=course.objective,
+        windows=course.windows,
+        evaluate=course.evaluate,
+        export=course.export,
+        train=settings.train,
+        optimizer=settings.optimizer,
+        max_steps=course.max_steps,
+        eval_steps=course.eval_steps,
+        watch=course.watch,
+        log=log,
+        checkpoints=checkpoints,
+        directory=directory,
+    )
+    state = run(job, state, interval)
+    keep(job, state)
+    log.finish(results(state, settings.train.keep, course.max_steps))
+    log.close()
+    ranks.barrier()
+    checkpoints.clear()
+
+
+def results(state: State, kept: str, steps: int) -> dict[str, Any]:
+    """The stage's final numbers: those of the weights that became model/."""
+    best = kept == "best" and state.best_step is not None
+    seen: Mapping[str, float] = state.best_seen if best else state.last_seen
+    step = state.best_step if best else state.step
+    return {**seen, "model_step": step, "steps": steps, "seconds": round(state.seconds, 1)}
+
+
+def exporter(engine: Engine, encoder: Encoder, then: Callable[[Path], None] | None = None) -> Callable[[Path], None]:
+    """A function, called by all ranks, that writes the engine's model as a Hugging Face (or PEFT) directory."""
+
+    def export(directory: Path) -> None:
+        weights = engine.state_dict()
+        if engine.ranks.main:
+            own = {name.removeprefix("model."): weight for name, weight in weights.items()}
+            loading.save(directory, engine.module.model, own, encoder.tokenizer, then)
+        engine.ranks.barrier()
+
+    return export
