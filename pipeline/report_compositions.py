@@ -1,6 +1,6 @@
 """Semi-offline RL's sample tables for the report: what was hidden, the texts made of it with their rewards, the credit.
 
-Read are the rows of pipeline/masked_table.py in a stage's samples/step-N.jsonl, of its first and of its last look.
+Read are the rows of pipeline/rl/composition_samples.py in a stage's samples/step-N.jsonl, of its first and of its last look.
 """
 
 from __future__ import annotations

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline import learn_data, learn_masked, learn_pairs, learn_policy
 from pipeline.config.schema import Rl
 from pipeline.config.sections import DataSettings, ModelSettings
 from pipeline.data import dataset
 from pipeline.errors import UserError
 from pipeline.launch import run_dir
 from pipeline.launch.entry import run
-from pipeline.lesson import Scene
 from pipeline.rewards import build
+from pipeline.rl import dpo, offline, on_policy, semi_offline
+from pipeline.rl.context import Scene
 from pipeline.trainer import engine, loop
 from pipeline.trainer.objective import objective_of
 
 LESSONS = {
-    "data": learn_data.lesson,
-    "masked data": learn_masked.lesson,
-    "pairs": learn_pairs.lesson,
-    "policy": learn_policy.lesson,
+    "data": offline.lesson,
+    "masked data": semi_offline.lesson,
+    "pairs": dpo.lesson,
+    "policy": on_policy.lesson,
 }  # by the algorithm's RESPONSES
 
 

@@ -16,10 +16,10 @@ import torch
 from pipeline.algorithms import functional
 from pipeline.data.batching import Packing
 from pipeline.data.sampling import epoch_rows
-from pipeline.learn_policy import Rollouts
 from pipeline.models.policy import Policy
 from pipeline.records import Example
 from pipeline.rewards.rewards import Reward, Rewards
+from pipeline.rl.on_policy import Rollouts
 from pipeline.rollout.allocation import Queue, Sampler
 from pipeline.trainer import engine, loop
 from pipeline.trainer.loop import Job

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForSequenceClassification, PreTrainedModel
 
-from pipeline.compositions import Composer
 from pipeline.config.schema import Algorithm
 from pipeline.data.batching import Packing, Windows
 from pipeline.data.masking import Hiding
 from pipeline.models.policy import Policy, RewardModel
 from pipeline.records import Item
+from pipeline.rl.compositions import Composer
 from pipeline.trainer import loop
 from pipeline.trainer.checkpoint import Checkpoints
 from pipeline.trainer.engine import Engine, Ranks

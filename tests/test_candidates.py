@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline import statics
 from pipeline.config.resolve import resolve
 from pipeline.data import dataset, readers
 from pipeline.data.write import write_rows
@@ -15,6 +14,7 @@ from pipeline.errors import UserError
 from pipeline.records import Example, Message, Response, Scores
 from pipeline.rewards import candidates
 from pipeline.rewards.rewards import Reward, Rewards
+from pipeline.rl import semi_offline
 from reward_models import length, rouge
 from stages import score
 from tests import tiny
@@ -103,22 +103,24 @@ def test_what_static_rl_starts_from() -> None:
     encoder = tiny.encoder()
     texts = {"worst": ["mat"], "best": ["the old dog ran"], "random": list(RANKED.candidates)}
     for which, wanted in {**texts, "reference": ["sat on a mat"]}.items():
-        assert statics.static_rows(RANKED, encoder, which) == tuple(encoder.encode("the cat", text) for text in wanted)
-    assert statics.static_texts(replace(ROW, references=()), "reference") == ("sat on a mat",)
-    assert statics.static_texts(Example("a", "p", "logged", ("gold",)), "reference") == ("gold",)
+        assert semi_offline.static_rows(RANKED, encoder, which) == tuple(
+            encoder.encode("the cat", text) for text in wanted
+        )
+    assert semi_offline.static_texts(replace(ROW, references=()), "reference") == ("sat on a mat",)
+    assert semi_offline.static_texts(Example("a", "p", "logged", ("gold",)), "reference") == ("gold",)
 
 
 def test_a_static_row_cut_at_the_limit_has_no_eos() -> None:
-    whole = statics.static_rows(RANKED, tiny.encoder(), "best")[0]
-    cut = statics.static_rows(RANKED, tiny.encoder(response_limit=3), "best")[0]
+    whole = semi_offline.static_rows(RANKED, tiny.encoder(), "best")[0]
+    cut = semi_offline.static_rows(RANKED, tiny.encoder(response_limit=3), "best")[0]
     assert whole.response_ids[-1] == tiny.EOS_ID and not whole.cut_response
     assert cut.response_ids == whole.response_ids[:3] and tiny.EOS_ID not in cut.response_ids and cut.cut_response
 
 
 def test_static_rows_without_a_word_are_counted() -> None:
     odd = replace(RANKED, candidates=(" .", "mat", "?!"), candidate_rewards=())
-    rows = statics.static_rows(odd, tiny.encoder(), "random")
-    assert len(rows) == 3 and statics.wordless(rows, tiny.encoder()) == 2
+    rows = semi_offline.static_rows(odd, tiny.encoder(), "random")
+    assert len(rows) == 3 and semi_offline.wordless(rows, tiny.encoder()) == 2
 
 
 @pytest.mark.parametrize(
@@ -131,7 +133,7 @@ def test_static_rows_without_a_word_are_counted() -> None:
 )
 def test_rows_that_static_rl_cannot_start_from(row: Example, which: str, found: str) -> None:
     with pytest.raises(UserError, match=found):
-        statics.static_rows(row, tiny.encoder(), which)
+        semi_offline.static_rows(row, tiny.encoder(), which)
 
 
 def test_splits_that_are_not_there_are_passed_by(tmp_path) -> None:

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import advantages, comparison, comparison_page
+from pipeline import comparison, comparison_page
 from pipeline.config.resolve import resolve
 from pipeline.errors import UserError
 from pipeline.launch import comparison_plan, scheduler
 from pipeline.launch.comparison_plan import Task
 from pipeline.records import Example
+from pipeline.rl import advantages
 
 RECIPE = """
 all:

@@ -9,8 +9,8 @@ import torch
 from pipeline.algorithms import dpo
 from pipeline.algorithms.functional import reduce
 from pipeline.errors import UserError
-from pipeline.learn_pairs import with_shuffled_sides
 from pipeline.records import Batch, Example, Needs
+from pipeline.rl.dpo import with_shuffled_sides
 
 PLAIN = dpo.Settings(beta=0.1, label_smoothing=0.0)
 SMOOTHED = dataclasses.replace(PLAIN, label_smoothing=0.1)

@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
-from pipeline import reference
 from pipeline.data.batching import Packing, collate
 from pipeline.models import loading
 from pipeline.models.policy import Policy, RewardModel
 from pipeline.records import Example, Item, Response
+from pipeline.rl import reference
 from pipeline.rollout import generate
 from pipeline.trainer import engine, evaluation
 from pipeline.trainer.objective import objective_of

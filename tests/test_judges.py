@@ -16,11 +16,11 @@ import psutil
 import pytest
 import torch
 
-from pipeline.compositions import Composer
 from pipeline.data.batching import Packing
 from pipeline.errors import UserError
 from pipeline.rewards.rewards import Reward, Rewards, loaded
 from pipeline.rewards.workers import Judges, Question, cuts, lost
+from pipeline.rl.compositions import Composer
 from pipeline.trainer.loop import Job
 from pipeline.trainer.objective import objective_of
 from tests import masked, same_step, tiny

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import torch
 
-from pipeline import masked_table
 from pipeline.algorithms.functional import Drawn
-from pipeline.compositions import Composed, composed_ids
 from pipeline.records import Example, Scores
+from pipeline.rl import composition_samples
+from pipeline.rl.compositions import Composed, composed_ids
 from pipeline.trainer import markdown
 from tests import masked
 
@@ -26,28 +26,28 @@ def hidden_at(ids: torch.Tensor, *places: int) -> torch.Tensor:
 
 def test_hidden_tokens_stand_alone_and_the_rest_together():
     ids = ids_of("on a mat, far")  # ▁on ▁a ▁mat <0x2C> ▁far </s>
-    assert masked_table.parts(ENCODER, ids, hidden_at(ids, 0, 2)) == [
+    assert composition_samples.parts(ENCODER, ids, hidden_at(ids, 0, 2)) == [
         ["on", True],
         [" a", False],
         [" mat", True],
         [", far", False],
     ]
-    assert masked_table.parts(ENCODER, ids, hidden_at(ids)) == [["on a mat, far", False]]
-    assert masked_table.parts(ENCODER, ids[:0], hidden_at(ids)[:0]) == []
+    assert composition_samples.parts(ENCODER, ids, hidden_at(ids)) == [["on a mat, far", False]]
+    assert composition_samples.parts(ENCODER, ids[:0], hidden_at(ids)[:0]) == []
 
 
 def test_a_character_of_two_tokens_stands_at_its_last():
     ids = ids_of("cat é")  # ▁cat ▁ <0xC3> <0xA9> </s>
-    assert masked_table.parts(ENCODER, ids, hidden_at(ids, 2, 3)) == [["cat ", False], ["", True], ["é", True]]
-    assert masked_table.written(ENCODER, ids[[0, 2]].tolist()) == [" cat", "<0xC3>"]  # half of one has no text
-    assert masked_table.written(ENCODER, []) == []
+    assert composition_samples.parts(ENCODER, ids, hidden_at(ids, 2, 3)) == [["cat ", False], ["", True], ["é", True]]
+    assert composition_samples.written(ENCODER, ids[[0, 2]].tolist()) == [" cat", "<0xC3>"]  # half of one has no text
+    assert composition_samples.written(ENCODER, []) == []
 
 
 def test_credit_is_added_up_by_place_and_token():
     cat, sat, on, mat = (int(ids_of(word)[0]) for word in ("cat", "sat", "on", "mat"))
     tokens = torch.tensor([[cat, sat, cat, on]])
     told = torch.tensor([[0.5, 0.0, -0.25, -0.25]])  # cat: 0.5 - 0.25; sat has neither praise nor blame
-    assert masked_table.praised(ENCODER, [mat], tokens, told) == {
+    assert composition_samples.praised(ENCODER, [mat], tokens, told) == {
         "praised": [{"token": " cat", "instead_of": " mat", "credit": 0.25}],
         "blamed": [{"token": " on", "instead_of": " mat", "credit": -0.25}],
     }
@@ -70,7 +70,7 @@ def table() -> list[dict]:
     rewards = torch.tensor([[0.25, 0.75, 0.5], [0.5, 0.5, 0.5]])
     found = Composed(examples, composed, texts, Scores({}, {}, []), rewards)
     weights = torch.tensor([[-0.25, 0.25], [0.0, 0.0]])
-    return masked_table.samples_of(ENCODER, SimpleNamespace(static=static), drawn, found, weights)
+    return composition_samples.samples_of(ENCODER, SimpleNamespace(static=static), drawn, found, weights)
 
 
 def test_rows_hold_the_texts_best_first_and_the_greedy_one():

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import advantages, reference
 from pipeline.algorithms import offline
 from pipeline.data.batching import Packing, collate
 from pipeline.errors import UserError
 from pipeline.models import loading, value_head
 from pipeline.models.policy import Policy
 from pipeline.records import Item
+from pipeline.rl import advantages, reference
 from tests import tiny
 
 PACKING = Packing(None, 60, False, tiny.PAD_ID)

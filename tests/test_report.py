@@ -173,7 +173,7 @@ def test_before_an_evaluation_the_samples_of_rl_are_shown(run_dir):
 
 
 def composed(name: str, mean: float) -> dict:
-    """A row of the table of compositions, as pipeline/masked_table.py makes it."""
+    """A row of the table of compositions, as pipeline/rl/composition_samples.py makes it."""
     text = {"reward": mean, "text": "a <b>", "parts": [["a", False], [" <b>", True]]}
     return {
         "id": name,

@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline import compositions
 from pipeline.algorithms import semi_offline, supervised
 from pipeline.algorithms.functional import Drawn
-from pipeline.compositions import Composer
 from pipeline.data.batching import Packing, collate, padded_tokens
 from pipeline.models import attention
 from pipeline.models.loading import hugging_face
 from pipeline.models.policy import Policy
 from pipeline.records import Batch, Item
+from pipeline.rl import compositions
+from pipeline.rl.compositions import Composer
 from tests import masked, tiny
 
 SHAPES = masked.SHAPES

@@ -12,11 +12,11 @@ from functools import cache
 from torch import Tensor
 
 from pipeline.algorithms import semi_offline, supervised
-from pipeline.compositions import Composer
 from pipeline.data.batching import Windows
 from pipeline.models.policy import Policy
 from pipeline.records import Example, Item
 from pipeline.rewards.rewards import Reward, Rewards
+from pipeline.rl.compositions import Composer
 from pipeline.rollout import generate
 from pipeline.trainer.engine import Engine
 from pipeline.trainer.loop import epochs

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import reference
 from pipeline.data.batching import Packing
 from pipeline.errors import UserError
 from pipeline.models.policy import Policy
 from pipeline.records import Example
+from pipeline.rl import reference
 from pipeline.rollout import generate
 from pipeline.trainer import engine
 from pipeline.trainer.checkpoint import Checkpoints, State

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from pipeline import statics
 from pipeline.bench.bed import Bed, even
 from pipeline.data import dataset
 from pipeline.data.tokenization import Encoder
 from pipeline.models import build
 from pipeline.records import Example, Item, Row
+from pipeline.rl import semi_offline
 
 JOINED = 16  # rows of the task in one row
 STEPS = 12  # whose rows all differ; then they come again
@@ -69,7 +69,7 @@ def both_rows(example: Example, encoder: Encoder) -> tuple[Row, ...]:
     """The reference and the candidate."""
     return (
         encoder.encode(example.prompt, dataset.reference_text(example)),
-        *statics.static_rows(example, encoder, "worst"),
+        *semi_offline.static_rows(example, encoder, "worst"),
     )
 
 

@@ -13,18 +13,18 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
-from pipeline import learn_policy
 from pipeline.bench.bed import Bed, job, new_engine, new_policy, stepper
 from pipeline.bench.long_rows import Sizes, long_bed
 from pipeline.bench.measure import Goal, Plan, Result, alternate, compared, timed
 from pipeline.bench.semi_parts import Semi, parts_of
-from pipeline.compositions import Composer
 from pipeline.config.resolve import resolve
 from pipeline.data.batching import Windows
 from pipeline.models import build
 from pipeline.models.loading import hugging_face
 from pipeline.models.policy import Policy
 from pipeline.rewards.rewards import Reward, Rewards
+from pipeline.rl import on_policy
+from pipeline.rl.compositions import Composer
 from pipeline.rollout.allocation import Queue, Sampler
 from pipeline.trainer.engine import Engine
 from pipeline.trainer.loop import Job
@@ -83,7 +83,7 @@ def online_job(bed: Bed, engine: Engine) -> Job:
     settings = resolve(["stage=rl", "algo=reinforce", *words]).settings
     _, algorithm, _ = objective_of(settings.algorithm)
     work = job(bed, engine, settings.algorithm, bed.singles, bed.settings.train.batch_size)
-    windows = learn_policy.Rollouts(
+    windows = on_policy.Rollouts(
         engine=engine,
         frozen=None,
         encoder=bed.encoder,

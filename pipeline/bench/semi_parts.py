@@ -11,9 +11,9 @@ import torch
 
 from pipeline.algorithms import functional
 from pipeline.bench.measure import Plan, Result, timed
-from pipeline.compositions import Composer
 from pipeline.models.policy import Policy, spread
 from pipeline.records import Batch
+from pipeline.rl.compositions import Composer
 from pipeline.trainer.loop import Job, learning_rate
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pipeline import reference
 from pipeline.bench.bed import Bed, algorithm_of, job, new_engine, new_policy, packing, stepper
 from pipeline.bench.measure import Goal, Result, alternate, compared, peak_megabytes
 from pipeline.data import dataset
 from pipeline.records import Item
+from pipeline.rl import reference
 from pipeline.trainer.engine import Engine
 from pipeline.trainer.loop import Job
 

@@ -38,7 +38,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def section(row: Row) -> str:
-    """A row of pipeline/masked_table.py: hidden and drawn tokens stand out as code."""
+    """A row of pipeline/rl/composition_samples.py: hidden and drawn tokens stand out as code."""
     count = sum(hidden for _, hidden in row["static/parts"])
     greedy = [plain(row["greedy/reward"]), "greedy", chips(row["greedy/parts"])]
     drawn = [[plain(one["reward"]), "", chips(one["parts"])] for one in row["compositions"]]

@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 
-from pipeline import statics
 from pipeline.algorithms import functional, supervised
 from pipeline.algorithms.functional import Drawn
-from pipeline.compositions import Composer
 from pipeline.data import dataset
 from pipeline.data.batching import Packing, Windows, collate
+from pipeline.data.dataset import reference_text
 from pipeline.data.tokenization import Encoder, coloured
 from pipeline.errors import UserError
-from pipeline.lesson import Lesson, Scene, refuse, required_judge, spoken
-from pipeline.masked_table import samples_of
 from pipeline.models import build
 from pipeline.records import Batch, Example, Item, Row
+from pipeline.rl.composition_samples import samples_of
+from pipeline.rl.compositions import Composer
+from pipeline.rl.context import Lesson, Scene, refuse, required_judge, spoken
 from pipeline.trainer import evaluation, loop
 from pipeline.trainer.engine import Engine
 from pipeline.trainer.loop import Evaluation, Watch
@@ -81,7 +81,7 @@ def rows_of(scene: Scene, encoder: Encoder) -> Held:
     encoded = dataset.encode(train, encoder, reference_rows)
     tested = dataset.encode(held_out[: settings.eval.max_rows], encoder, reference_rows)
     items = with_statics(encoded.items, encoder, settings.static)
-    short = statics.wordless([row for item in items for row in item.statics], encoder)
+    short = wordless([row for item in items for row in item.statics], encoder)
     scene.say(f"{encoded.summary('train')}\n{tested.summary('validation')}")
     scene.say(f"static responses: {settings.static}, {short:,} of them without a word")
     scene.say(coloured(encoder, encoded.items[0].rows[0]))
@@ -96,7 +96,7 @@ def reference_rows(example: Example, encoder: Encoder) -> tuple[Row, ...]:
 
 def with_statics(items: Sequence[Item], encoder: Encoder, which: str) -> list[Item]:
     """The items with the static responses that `which` chooses. Raises UserError where a row has none."""
-    return [replace(item, statics=statics.static_rows(item.example, encoder, which)) for item in items]
+    return [replace(item, statics=static_rows(item.example, encoder, which)) for item in items]
 
 
 @dataclass(frozen=True)
@@ -180,3 +180,30 @@ def read_apart(batch: Batch, packing: Packing) -> tuple[Batch, Batch]:
         read = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=packing.pad_id)
         pairs.append(replace(one, input_ids=read, input_mask=torch.ones_like(read, dtype=torch.bool)))
     return pairs[0], pairs[1]
+
+
+def static_rows(example: Example, encoder: Encoder, which: str) -> tuple[Row, ...]:
+    """What static RL may start from: the `worst` or the `best` candidate, all of them (`random`), or the `reference`.
+
+    A row without a single word stays. One cut at the limit has no EOS.
+    Raises UserError where the example has no candidates, or no reference text.
+    """
+    return tuple(encoder.encode(example.prompt, text) for text in static_texts(example, which))
+
+
+def static_texts(example: Example, which: str) -> tuple[str, ...]:
+    """The texts of `static_rows`; candidates are taken to stand best first."""
+    if which == "reference":
+        return (reference_text(example),)
+    if not example.candidates:
+        raise UserError(
+            f"{example.id}: no candidates, wanted some for static={which} to start from: make them with bash run.sh "
+            "stage=generate num_return_sequences=8, rank them with stage=score of=generate, or say static=reference"
+        )
+    chosen = {"worst": example.candidates[-1:], "best": example.candidates[:1], "random": example.candidates}
+    return chosen[which]
+
+
+def wordless(rows: Sequence[Row], encoder: Encoder) -> int:
+    """How many of `rows` hold no letter and no digit in what is left of the response."""
+    return sum(not any(char.isalnum() for char in encoder.decode(row.response_ids)) for row in rows)

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline import reference
 from pipeline.algorithms import capability
 from pipeline.algorithms.functional import mean_stat
 from pipeline.config.schema import Rl
@@ -23,11 +22,12 @@ from pipeline.config.sections import GenerationSettings
 from pipeline.data import dataset
 from pipeline.data.batching import Draw, Packing, collate, window
 from pipeline.data.tokenization import Encoder
-from pipeline.lesson import Lesson, Scene, refuse, required_judge, spoken
 from pipeline.models import build
 from pipeline.records import Batch, Example, Item, Row, Stat
 from pipeline.rewards import scoring
 from pipeline.rewards.rewards import Rewards
+from pipeline.rl import reference
+from pipeline.rl.context import Lesson, Scene, refuse, required_judge, spoken
 from pipeline.rollout import generate
 from pipeline.rollout import groups as rollout_groups
 from pipeline.rollout.allocation import Queue, Sampler, check_sampler, prompt_key, spoken_sampler

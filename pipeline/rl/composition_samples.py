@@ -14,11 +14,11 @@ from typing import Any
 from torch import Tensor
 
 from pipeline.algorithms.functional import Drawn
-from pipeline.compositions import Composed, credits
 from pipeline.data import dataset, vocabulary
 from pipeline.data.tokenization import Encoder
 from pipeline.records import Batch
 from pipeline.rewards import scoring
+from pipeline.rl.compositions import Composed, credits
 
 SHOWN = 4  # texts of a row, from the best and from the worst; and tokens of the most and of the least credit
 BROKEN = "\N{REPLACEMENT CHARACTER}"  # what decoding makes of bytes that are no character

@@ -7,15 +7,16 @@ from dataclasses import replace
 
 import torch
 
-from pipeline import advantages, files, reference
+from pipeline import files
 from pipeline.data import dataset, sampling
 from pipeline.data import pairs as pairing
 from pipeline.data.batching import Windows
 from pipeline.data.tokenization import coloured
-from pipeline.learn_data import Held, Look
-from pipeline.lesson import Lesson, Scene, refuse
 from pipeline.models import build
 from pipeline.records import Example
+from pipeline.rl import advantages, reference
+from pipeline.rl.context import Lesson, Scene, refuse
+from pipeline.rl.offline import Held, Look
 from pipeline.trainer import engine, loop
 from pipeline.trainer.loop import Watch
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline import reference
 from pipeline.config.schema import Rl
 from pipeline.data import dataset, sampling
 from pipeline.data.batching import Draw, Packing
@@ -24,6 +23,7 @@ from pipeline.errors import UserError
 from pipeline.launch import run_dir
 from pipeline.records import Example, Item
 from pipeline.rewards import rewards, scoring
+from pipeline.rl import reference
 from pipeline.rollout import generate
 from pipeline.trainer.engine import Engine, Ranks
 

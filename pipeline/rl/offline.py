@@ -8,15 +8,16 @@ from typing import NamedTuple
 
 import torch
 
-from pipeline import advantages, files, reference
+from pipeline import files
 from pipeline.data import dataset
 from pipeline.data.batching import Windows
 from pipeline.data.sampling import step_budget
 from pipeline.data.tokenization import coloured
-from pipeline.lesson import Lesson, Scene, spoken
 from pipeline.models import build
 from pipeline.records import Example, Item, Needs
 from pipeline.rewards.rewards import Rewards
+from pipeline.rl import advantages, reference
+from pipeline.rl.context import Lesson, Scene, spoken
 from pipeline.trainer import engine, evaluation, loop
 from pipeline.trainer.loop import Evaluation, Watch
 from pipeline.trainer.objective import Objective
