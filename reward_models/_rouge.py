@@ -73,7 +73,7 @@ def _rouge_l(gold: Text, found: Sequence[Text]) -> list[float]:
 
 
 def _shared(gold: Iterable[Hashable], found: Iterable[Iterable[Hashable]]) -> list[int]:
-    """How many of each text find a partner of their own in `gold`: what is common to both when they are sorted."""
+    """How many items of each text find an equal of their own in `gold`: the subsequence common to both once sorted."""
     wanted = sorted(gold)
     known = {*wanted}.__contains__
     return [LCSseq.similarity(wanted, sorted(filter(known, grams))) for grams in found]
@@ -114,9 +114,9 @@ def _f1(hits: int, offered: int, wanted: int) -> float:
 def lcs_positions(line: Sequence[str], other: Sequence[str]) -> Iterator[int]:
     """Where in `line` one longest common subsequence with `other` stands, the last first.
 
-    Of several it is the one rouge-score takes, which rapidfuzz's is not: from the end, and where the last tokens differ
-    and either can go, that of `line` goes. Bit i of rows[j] is 0 where line[i] adds one to what is common to line[:i]
-    and other[:j].
+    Of several it is the one that rouge-score takes, which rapidfuzz's is not: read from the end, and where the last
+    tokens differ and either can go, that of `line` goes. In rows[j] bit i is 0 where line[i] adds one to what line[:i]
+    and other[:j] have in common.
 
     Source: Hyyro 2004, "Bit-parallel LCS-length computation revisited".
     """
