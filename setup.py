@@ -17,6 +17,8 @@ REQUIREMENTS = [
     "tqdm>=4.66",
     "packaging>=24.0",
     "sacrebleu>=2.4",
+    "nltk>=3.10.3",  # before it, the stemmer took quadratic time for a long run of y
+    "rapidfuzz>=3.0",
 ]
 DEV = ["pytest>=8.0", "ruff>=0.9", "rouge-score>=0.1.2"]
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.text_overlap import rouge
 from reward_models._references import References, runs
 from reward_models._released import punctuated
+from reward_models._rouge import rouge
 
 MEAN_OF = ("rouge1", "rouge2", "rougeL")
 

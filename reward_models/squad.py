@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
-from operator import truediv
+from collections.abc import Iterable, Sequence
+from functools import reduce
+from operator import or_, truediv
 
-from pipeline.lanes import Places, side_by_side, subsequences
+from rapidfuzz.distance import LCSseq
+
 from reward_models._references import References, runs
 from reward_models._released import question
 
@@ -50,21 +51,37 @@ def bleu4(prompts: list[str], completions: list[str], references: References = N
     return [bleu for _, bleu in _parts(completions, references)]
 
 
-class _Gold:
-    """The references of a row, as both parts need them."""
-
-    def __init__(self, texts: Sequence[str]) -> None:
-        kept = [text.strip().lower() for text in texts]
-        self.places = [Places(text.split(" ")) for text in kept]
-        words = [text.split() for text in kept]
-        self.lengths = [*map(len, words)]
-        self.counts = [_most(of_length) for of_length in zip(*map(_grams, words), strict=True)]
+def _parts(completions: Sequence[str], references: References) -> list[tuple[float, float]]:
+    """ROUGE-L and BLEU-4 of each completion."""
+    values: list[tuple[float, float]] = []
+    for texts, neighbours in runs(completions, references, "squad"):
+        gold, questions = [text.strip().lower() for text in texts], [*map(question, neighbours)]
+        values += zip(_rouges(gold, questions), _bleus(gold, questions), strict=True)
+    return values
 
 
-@lru_cache(maxsize=512)
-def _gold(texts: tuple[str, ...]) -> _Gold:
-    """`_Gold(texts)`, kept: the references of a row are compared with many completions."""
-    return _Gold(texts)
+def _rouges(gold: Sequence[str], texts: Sequence[str]) -> list[float]:
+    wanted = [*map(_between_blanks, gold)]
+    return [_rouge(wanted, _between_blanks(text)) for text in texts]
+
+
+def _between_blanks(text: str) -> list[str]:
+    """The words; an empty one, which rapidfuzz takes for the character 0, is a blank here."""
+    return [word or " " for word in text.split(" ")]
+
+
+def _rouge(gold: Sequence[Sequence[str]], words: Sequence[str]) -> float:
+    common = [LCSseq.similarity(wanted, words) for wanted in gold]
+    precision = max(common) / len(words)
+    recall = max(map(truediv, common, map(len, gold)))
+    return (1 + RECALL) * precision * recall / (recall + RECALL * precision) if precision else 0.0
+
+
+def _bleus(gold: Sequence[str], texts: Sequence[str]) -> list[float]:
+    words = [text.split() for text in gold]
+    lengths = [*map(len, words)]
+    counts = [reduce(or_, map(Counter, of_length)) for of_length in zip(*map(_grams, words), strict=True)]
+    return [_bleu(lengths, counts, text.split()) for text in texts]
 
 
 def _grams(words: Sequence[str]) -> list[Grams]:
@@ -73,51 +90,14 @@ def _grams(words: Sequence[str]) -> list[Grams]:
     return [zip(*tails[:n], strict=False) for n in range(1, LONGEST + 1)]
 
 
-def _most(of_texts: Iterable[Grams]) -> dict[tuple[str, ...], int]:
-    """How often each n-gram stands in the text that has most of it."""
-    most: Counter = Counter()
-    for of_text in of_texts:
-        most |= Counter(of_text)
-    return dict(most)
-
-
-def _parts(completions: Sequence[str], references: References) -> list[tuple[float, float]]:
-    """ROUGE-L and BLEU-4 of each completion."""
-    values: list[tuple[float, float]] = []
-    for texts, neighbours in runs(completions, references, "squad"):
-        kept, questions = _gold(tuple(texts)), [*map(question, neighbours)]
-        bleus = [_bleu(text.split(), kept) for text in questions]
-        values += zip(_rouges([text.split(" ") for text in questions], kept), bleus, strict=True)
-    return values
-
-
-def _rouges(texts: Sequence[Sequence[str]], kept: _Gold) -> list[float]:
-    common = [subsequences(side_by_side(places, texts)) for places in kept.places]  # by reference, then by text
-    wanted = [places.length for places in kept.places]
-    return [_f(of_text, len(words), wanted) for words, of_text in zip(texts, zip(*common, strict=True), strict=True)]
-
-
-def _f(common: Sequence[int], length: int, wanted: Sequence[int]) -> float:
-    """`common`: length of the longest common subsequence with each reference; `wanted`: the references' lengths."""
-    precision = max(common) / length
-    recall = max(map(truediv, common, wanted))
-    return (1 + RECALL) * precision * recall / (recall + RECALL * precision) if precision else 0.0
-
-
-def _bleu(words: Sequence[str], kept: _Gold) -> float:
+def _bleu(lengths: Sequence[int], counts: Sequence[Counter], words: Sequence[str]) -> float:
+    """`lengths` of the references; `counts` of each n-gram in the reference that has most of it, n from 1."""
     length = len(words)
     product = 1.0
-    for i, (offered, counts) in enumerate(zip(_grams(words), kept.counts, strict=True)):
-        product *= (_clipped(offered, counts) + FOUND) / (max(length - i, 0) + OFFERED)
-    closest = min(kept.lengths, key=lambda wanted: (abs(wanted - length), wanted))
+    for i, (offered, most) in enumerate(zip(_grams(words), counts, strict=True)):
+        clipped = (Counter(filter(most.__contains__, offered)) & most).total()
+        product *= (clipped + FOUND) / (max(length - i, 0) + OFFERED)
+    closest = min(lengths, key=lambda wanted: (abs(wanted - length), wanted))
     ratio = (length + FOUND) / (closest + OFFERED)
     penalty = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
     return product ** (1 / LONGEST) * penalty
-
-
-def _clipped(offered: Grams, counts: Mapping[tuple[str, ...], int]) -> int:
-    """How many of the n-grams the references have, each no more often than the reference that has most of it."""
-    found = [*filter(counts.__contains__, offered)]
-    if len(set(found)) == len(found):
-        return len(found)
-    return sum(min(times, counts[gram]) for gram, times in Counter(found).items())

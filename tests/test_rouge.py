@@ -1,29 +1,32 @@
-"""ROUGE and the stemmer against the packages they must equal, and by hand."""
+"""ROUGE against the package it must equal, and by hand."""
 
 from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
-import re
-from itertools import pairwise
+import subprocess
+import sys
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
 from nltk.stem.porter import PorterStemmer
-from rouge_score.rouge_scorer import RougeScorer
+from rapidfuzz.distance import LCSseq
+from rouge_score.rouge_scorer import RougeScorer, lcs_ind
+from rouge_score.tokenize import tokenize
 
-from pipeline import stemmer
-from pipeline.lanes import Places, places, shared, shared_pairs, side_by_side, subsequences
-from pipeline.text_overlap import Reference, rouge, tokens
 from reward_models import length as length_reward
 from reward_models import rouge as rouge_reward
 from reward_models._released import punctuated
+from reward_models._rouge import lcs_positions, rouge, stem, tokens
 
 KINDS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 THEIRS = {stemmed: RougeScorer(list(KINDS), use_stemmer=stemmed) for stemmed in (True, False)}
 PORTER = PorterStemmer()
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT.parent / "shared" / "data"
 
 ODD_TEXTS = (
     "",
@@ -44,8 +47,11 @@ ODD_TEXTS = (
     "one\ntwo\n\nthree two\n   \none",
     "yyyy yyyyyyyy sayyyying y",
     "x" * 300,
+    "y" * 3000 + "ing",
+    "a\nb\na\n" * 20,
+    "the cat\r\nthe dog\rthe end",
 )
-# One word and more for every rule of every step, and for the forms that NLTK adds.
+# One word and more for every rule of every step of the stemmer, and for the forms that NLTK adds.
 RULE_WORDS = """
     caresses ponies ties dies flies caress cats gas this agreed feed bleed seed plastered bled motoring sing king
     conflated troubled sized hopping tanned falling hissing fizzed failing filing died spied tried dried lied
@@ -73,11 +79,10 @@ def their_scores(references: list[str], candidate: str, stemmed: bool) -> dict[s
     return {kind: scores[kind].fmeasure for kind in KINDS}
 
 
-def random_text(draw: random.Random) -> str:
-    """Up to 14 words, many of them repeated, with punctuation, line breaks and rule words."""
-    words = [
-        draw.choice((*"abcde", "the", "running", "runs", "42", "é", *RULE_WORDS)) for _ in range(draw.randint(0, 14))
-    ]
+def random_text(draw: random.Random, longest: int = 14) -> str:
+    """Up to so many words, many of them repeated, with punctuation, line breaks and rule words."""
+    kinds = (*"abcde", "the", "running", "runs", "42", "é", *RULE_WORDS)
+    words = [draw.choice(kinds) for _ in range(draw.randint(0, longest))]
     return "".join(word + draw.choice((" ", " ", " ", "\n", ", ", "-", ".\n\n")) for word in words)
 
 
@@ -88,37 +93,89 @@ def test_by_hand():
     assert scores == pytest.approx({"rouge1": 2 / 3, "rouge2": 1 / 5, "rougeL": 2 / 3, "rougeLsum": 2 / 3})
 
 
-def test_lanes_by_hand():
-    # "a b a" stands at a: bits 0 and 2 = 5, b: bit 1 = 2
-    assert places("aba") == {"a": 5, "b": 2}
-    lanes = side_by_side(Places("aba"), ["aaab", "bba", "", "xab"])
-    # bytes of the lanes side by side, the first text in the lowest: a, b, -, x = 5, 2, 0, 0 = 5 + 2 * 256
-    assert lanes.steps[0] == 5 + 2 * 256
-    # of a, a, a, b two a and the b find a place; of b, b, a one b and the a; of x, a, b two
-    assert shared(lanes) == [3, 2, 0, 2]
-    # pairs of the reference: ab, ba. aa aa ab: 1; bb ba: 1; none; xa ab: 1
-    assert shared_pairs(lanes) == [1, 1, 0, 1]
-    # aa or ab; ba; nothing; ab
-    assert subsequences(lanes) == [2, 2, 0, 2]
-
-
-def test_lanes_do_not_spill_at_any_length():
-    # n times a against n, n + 1 and 1 of them: the masks fill each lane to its last bit
-    for n in (1, 7, 8, 9, 15, 16, 17, 63, 64, 65):
-        lanes = side_by_side(Places("a" * n), ["a" * n, "a" * (n + 1), "a", "b"])
-        assert shared(lanes) == [n, n, 1, 0]
-        assert shared_pairs(lanes) == [n - 1, n - 1, 0, 0]
-        assert subsequences(lanes) == [n, n, 1, 0]
-
-
-def test_lanes_without_texts_or_reference():
-    assert subsequences(side_by_side(Places("ab"), [])) == []
-    assert shared(side_by_side(Places(""), ["ab", ""])) == [0, 0]
-
-
 def test_tokens():
     assert tokens("The boys' 2 running-shoes", stemmed=True) == ["the", "boy", "2", "run", "shoe"]
     assert tokens("The boys' 2 running-shoes", stemmed=False) == ["the", "boys", "2", "running", "shoes"]
+
+
+def test_tokens_equal_rouge_score():
+    draw = random.Random(3)
+    alphabet = [chr(i) for i in range(0x250)] + [*"aeiouylltssdbczrngi1  \n\u212a\u0130\ufb01\u2028\ud7ff\U0001f642"]
+    texts = [*ODD_TEXTS, *RULE_WORDS, " ".join(PORTER.pool), "".join(map(chr, range(0x3000)))]
+    texts += ["".join(draw.choices(alphabet, k=60)) for _ in range(300)]
+    texts += ["".join(draw.choices("aeioouylltssdbczrngi1 ", k=200)) for _ in range(300)]
+    for text in texts:
+        assert tokens(text) == tokenize(text, PORTER), text
+        assert tokens(text, stemmed=False) == tokenize(text, None), text
+
+
+def test_short_words_are_not_stemmed():
+    assert [stem(word) for word in ("sky", "was", "ing", "is", "")] == ["sky", "was", "ing", "is", ""]
+
+
+def test_the_subsequence_is_the_one_rouge_score_takes():
+    # every pair of lines of up to six tokens of two kinds, and of up to four of three: ties of every sort
+    for kinds, longest in (("ab", 6), ("abc", 4)):
+        lines = ["".join(line) for n in range(longest + 1) for line in product(kinds, repeat=n)]
+        for line, other in product(lines, repeat=2):
+            assert [*lcs_positions(line, other)][::-1] == lcs_ind(line, other), (line, other)
+
+
+def test_long_subsequences_are_the_ones_rouge_score_takes():
+    draw = random.Random(21)
+    for length in (31, 32, 33, 63, 64, 65, 130):
+        for kinds in ("ab", "abcdefgh", [*map(str, range(99))]):
+            line, other = draw.choices(kinds, k=length), draw.choices(kinds, k=draw.randint(1, 2 * length))
+            positions = [*lcs_positions(line, other)][::-1]
+            assert positions == lcs_ind(line, other)
+            assert len(positions) == LCSseq.similarity(line, other)
+
+
+def test_which_subsequence_is_taken_decides_the_union():
+    # a b a b against the lines "a" and "b a b": of the a's the last is taken, position 2, and b a b stands at 1, 2, 3:
+    # the union is 3 of 4 tokens. The first a instead, position 0, would have made it 4 of 4
+    reference, candidate = "a b a b", "a\nb a b"
+    assert [*lcs_positions("abab", "a")] == [2]
+    # hits 3 of 4 and 4: F = 3/4
+    assert our_scores([reference], candidate, stemmed=False)["rougeLsum"] == pytest.approx(3 / 4)
+    assert our_scores([reference], candidate, stemmed=False) == their_scores([reference], candidate, stemmed=False)
+
+
+@pytest.mark.parametrize("stemmed", [True, False])
+def test_lines_of_few_words_equal_rouge_score(stemmed):
+    draw = random.Random(11)
+    for _ in range(200):
+        kinds = draw.choice((["a", "b"], ["a", "b", "c", "d"], ["run", "runs", "running", "ran", "skies", "sky"]))
+        references, candidates = ([lines_of(draw, kinds) for _ in range(3)] for _ in range(2))
+        wanted = [their_scores(references, candidate, stemmed) for candidate in candidates]
+        assert all_scores(references, candidates, stemmed) == wanted
+
+
+def lines_of(draw: random.Random, kinds: list[str]) -> str:
+    """Up to six lines of up to nine words, empty ones among them."""
+    lines = [" ".join(draw.choices(kinds, k=draw.randint(0, 9))) for _ in range(draw.randint(0, 6))]
+    return "\n".join(lines)
+
+
+def test_long_texts_equal_rouge_score():
+    draw = random.Random(19)
+    for longest in (70, 300):
+        texts = [random_text(draw, longest) for _ in range(6)]
+        wanted = [their_scores(texts[:2], candidate, True) for candidate in texts[2:]]
+        assert all_scores(texts[:2], texts[2:], True) == wanted
+
+
+def test_nothing_is_downloaded(tmp_path: Path):
+    code = (
+        "import socket\n"
+        "def connect(*_): raise SystemExit('a connection was opened')\n"
+        "socket.socket.connect = connect\n"
+        "from reward_models._rouge import rouge\n"
+        "assert rouge(['rouge1', 'rougeLsum'], ['connections'], ['connected']) == [[1.0, 1.0]]\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "NLTK_DATA": str(tmp_path / "data")}
+    subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, check=True, timeout=120)
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize("stemmed", [True, False])
@@ -166,41 +223,7 @@ def test_real_texts_equal_rouge_score(path, prompt, completion):
         assert our_scores(references, row[prompt], True) == their_scores(references, row[prompt], True)
 
 
-def test_every_rule_of_the_stemmer_equals_nltk():
-    rules = [ending for ending, _ in (*stemmer._STEP_2, *stemmer._STEP_3, *stemmer._STEP_4)]
-    endings = [*rules, *"s ss sses ies ied eed ed ing y e ll logi ion sion tion at bl iz".split()]  # noqa: SIM905
-    starts = "r tr gr ro con hopp fizz fil nat ol ab sy yy gener relat commun 1b".split()  # noqa: SIM905
-    words = {start + ending for start in starts for ending in endings} | set(RULE_WORDS) | set(PORTER.pool)
-    words |= {start + first + second for start in ("t", "con") for first in rules for second in endings}
-    assert len(words) > 3000
-    for word in words:
-        if len(word) > 3:
-            assert stemmer.stem(word) == PORTER.stem(word), word
-
-
-def test_random_words_equal_nltk():
-    draw = random.Random(3)
-    for _ in range(20_000):
-        word = "".join(draw.choice("aeioouylltssdbczrngi1") for _ in range(draw.randint(4, 11)))
-        assert stemmer.stem(word) == PORTER.stem(word), word
-
-
-def test_words_of_real_text_stem_like_nltk():
-    file = DATA / "scitldr" / "test.jsonl.gz"
-    if not file.exists():
-        pytest.skip(f"no {file}")
-    words = set(re.findall("[a-z0-9]{4,}", gzip.decompress(file.read_bytes()).decode().lower()))
-    assert len(words) > 5000
-    assert [word for word in words if stemmer.stem(word) != PORTER.stem(word)] == []
-
-
-def test_short_words_are_not_stemmed():
-    assert [stemmer.stem(word) for word in ("sky", "was", "ing", "is", "")] == ["sky", "was", "ing", "is", ""]
-
-
 def test_stemmed_and_plain_are_kept_apart():
-    assert Reference("running", True).tokens == ["run"]
-    assert Reference("running", False).tokens == ["running"]
     assert our_scores(["running"], "runs", True)["rouge1"] == 1.0
     assert our_scores(["running"], "runs", False)["rouge1"] == 0.0
 

@@ -20,7 +20,7 @@ from pipeline.data.batching import Packing, collate
 from pipeline.models.policy import Policy
 from pipeline.records import Item
 from pipeline.rl import advantages
-from pipeline.rl.reference import reference_logps
+from pipeline.rl.reference import fit_value
 from pipeline.trainer.engine import Engine
 from pipeline.trainer.objective import objective_of
 from tests import masked, same_step, tiny
@@ -278,7 +278,7 @@ def live(folder: Path, name: str, rows: list[Item]) -> list[Item]:
     ref = reference_of(folder, name)
     source = advantages.ValueData([], rows, None, None)
     targets, settings = advantages.value_targets(ref, source), ref.settings
-    head, _ = rl_reference.fit_value(ref.engine, targets, ref.packing, settings.value, settings.seed)
+    head, _ = fit_value(ref.engine, targets, ref.packing, settings.value, settings.seed)
     model, head, found = tiny.language_model("llama"), head.eval(), []
     for row in rows:
         with torch.no_grad():

@@ -16,7 +16,7 @@ from reward_models._released import question
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "squad_qg" / "test.jsonl.gz"
 BOAT = ["what colour is the boat ?", "which colour does the old boat have ?"]
-WORDS = (*"abcd", "who", "(b)", "it's", "50%", "a.b", "x,", "?", "-", "[1]", "$5", "<s>", "</s>", "É")
+WORDS = (*"abcd", "who", "(b)", "it's", "50%", "a.b", "x,", "?", "-", "[1]", "$5", "<s>", "</s>", "É", "\0")
 
 
 def parts(references: list[str], completion: str) -> tuple[float, float, float]:
@@ -79,6 +79,11 @@ def test_a_completion_is_put_into_the_words_of_the_references():
 def test_full_stops_and_commas_of_references_are_never_met():
     # a , b against itself: its comma is the word <sep2>: 2 of 3 words
     assert squad.rougeL([""], ["a , b"], references=[["a , b"]])[0] < 1
+
+
+def test_an_empty_word_is_not_the_character_0():
+    # a - b with "" and with the character 0 between them: 2 of 3 words are common, P = R = F = 2/3
+    assert squad.rougeL([""], ["a \0 b"], references=[["a  b"]])[0] == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize("function", [squad.reward, squad.rougeL, squad.bleu4])

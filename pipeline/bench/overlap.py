@@ -14,8 +14,8 @@ from dataclasses import replace
 from pipeline.bench import plain_squad
 from pipeline.bench.bed import Bed
 from pipeline.bench.measure import Goal, Result, alternate, compared
-from pipeline.text_overlap import rouge
 from reward_models import squad
+from reward_models._rouge import rouge
 
 FAST = Goal(2.0)  # milliseconds
 CANDIDATES, WORDS = 64, 60
