@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +26,8 @@ from pipeline.nonfinite import Micro, trace
 from pipeline.records import Batch, PreemptedError, Stat, UserError
 from pipeline.sections import OptimizerSettings, TrainSettings
 from pipeline.tally import Interval, Tally
+
+logger = logging.getLogger("tiffin")
 
 Output = Tensor | tuple[Tensor, ...]
 Loss = Callable[[Output, Batch], tuple[Tensor, dict[str, Stat]]]
@@ -180,8 +182,7 @@ def one_step(job: Job, step: int, interval: Interval) -> str | None:
         trouble = trace(job.directory, ranks, job.windows.items, step + 1, done, norm)
         if job.train.non_finite == "stop":
             return trouble
-        if ranks.main:
-            print(f"{trouble}; left out", file=sys.stderr, flush=True)
+        logger.warning(f"{trouble}; left out")
     if math.isfinite(norm):
         interval.tally.merge(tally)
     interval.add(step_stats(window, norm, rate, ranks.device), time.monotonic() - began)

@@ -18,7 +18,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from pipeline import locks, value
+from pipeline import runs, value
 from pipeline.data import Packing, collate, once, window
 from pipeline.engine import Engine
 from pipeline.records import Item, UserError
@@ -49,7 +49,7 @@ def cached(path: Path, engine: Engine, compute: Callable[[], Any]) -> Any:
     """The content of `path`; computed by all ranks and written by rank 0 (complete or absent) where it is missing."""
     ranks = engine.ranks
     path.parent.mkdir(parents=True, exist_ok=True)
-    with locks.waiting(path.parent) if ranks.main else nullcontext():
+    with runs.waiting(path.parent) if ranks.main else nullcontext():
         if not ranks.from_main(path.is_file()):
             content = compute()
             if ranks.main:

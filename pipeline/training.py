@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from pipeline.metrics import RunLog, flatten
 from pipeline.sampling import epoch_rows
 from pipeline.settings import Training
 from pipeline.tally import Interval, Tally
+
+logger = logging.getLogger("tiffin")
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,8 @@ def train(
         prepare()
     state, interval, memory = found or (State(step=0, world=ranks.world), Interval(Tally()), {})
     course.windows.recall(memory)
-    if found is not None and ranks.main:
-        print(f"{directory}: goes on from step {state.step} of {course.max_steps}", flush=True)
+    if found is not None:
+        logger.info(f"{directory}: goes on from step {state.step} of {course.max_steps}")
     log = RunLog(
         directory,
         flatten(settings.model_dump()),
