@@ -15,7 +15,7 @@ import json
 import socket
 import ssl
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http.client import HTTPException, IncompleteRead
@@ -74,7 +74,9 @@ def connect(name: str, settings: HttpSettings) -> RewardFunction:
         """Chat messages among the columns go out as objects with role and content."""
         rows = {"prompts": prompts, "completions": completions, **columns}
         whole = {name: [_plain(value) for value in values] for name, values in rows.items()}
-        return _ask(server, list(_requests(server, whole, 0, len(completions))))
+        count, size = len(completions), settings.batch_size
+        parts = [_requests(server, whole, start, min(start + size, count)) for start in range(0, count, size)]
+        return _ask(server, [request for part in parts for request in part])
 
     return reward
 
@@ -84,26 +86,18 @@ def _plain(value: object) -> object:
     return [message._asdict() for message in value] if isinstance(value, tuple) else value
 
 
-def _requests(server: _Server, columns: Mapping[str, list], start: int, stop: int) -> Iterator[tuple[int, bytes]]:
-    """(rows, body) of the requests that the rows from `start` to `stop` make, in order: of batch_size rows each, halved
-    until none is too large. Raises UserError for a row that alone is."""
-    if stop - start > (size := server.settings.batch_size):
-        for first in range(start, stop, size):
-            yield from _requests(server, columns, first, min(first + size, stop))
-        return
+def _requests(server: _Server, columns: Mapping[str, list], start: int, stop: int) -> list[tuple[int, bytes]]:
+    """(rows, body) of the rows from `start` to `stop`, halved until none is too large. Raises UserError for one row."""
     body = json.dumps({name: values[start:stop] for name, values in columns.items()}).encode("ascii")
-    if len(body) <= (limit := server.settings.max_request_mb) * MEGABYTE:
-        if start < stop:
-            yield stop - start, body
-    elif stop - start > 1:
-        middle = (start + stop) // 2
-        yield from _requests(server, columns, start, middle)
-        yield from _requests(server, columns, middle, stop)
-    else:
-        found = (
-            f"completion {start} '{shortened(columns['completions'][start])}' makes a request of {len(body):,} bytes"
-        )
+    limit = server.settings.max_request_mb
+    if len(body) <= limit * MEGABYTE:
+        return [(stop - start, body)]
+    if stop - start == 1:
+        text = shortened(columns["completions"][start])
+        found = f"completion {start} '{text}' makes a request of {len(body):,} bytes"
         raise server.error(f"{found}, wanted at most {limit:g} MB: say rewards.http.max_request_mb={limit * 2:g}")
+    middle = (start + stop) // 2
+    return _requests(server, columns, start, middle) + _requests(server, columns, middle, stop)
 
 
 def _ask(server: _Server, requests: Sequence[tuple[int, bytes]]) -> list[float]:
