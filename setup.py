@@ -6,6 +6,8 @@ REQUIREMENTS = [
     "torch>=2.6",
     "deepspeed>=0.18.3",
     "transformers>=5.0",
+    "tokenizers>=0.22",
+    "safetensors>=0.4.3",
     "peft>=0.17",
     "datasets>=4.0",
     "sentencepiece>=0.2",
@@ -16,11 +18,14 @@ REQUIREMENTS = [
     "numpy>=1.26",
     "tqdm>=4.66",
     "packaging>=24.0",
+    "jinja2>=3.1",
+    "filelock>=3.25",
+    "urllib3>=2.2",
     "sacrebleu>=2.4",
     "nltk>=3.10.3",  # before it, the stemmer took quadratic time for a long run of y
     "rapidfuzz>=3.0",
 ]
-DEV = ["pytest>=8.0", "ruff>=0.9", "rouge-score>=0.1.2"]
+DEV = ["pytest>=8.0", "ruff>=0.9", "rouge-score>=0.1.2", "nltk>=3.9", "psutil>=5.9"]
 
 setup(
     name="tiffin",

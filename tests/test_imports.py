@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from pipeline.launch.environment import requirements
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ("pipeline", "stages", "reward_models", "ds_configs", "tests")
@@ -35,10 +38,17 @@ ONE_IMPORTER = {
     "tensorboard": "pipeline/trainer/logger.py",
     "nltk": "reward_models/_rouge.py",
 }
-DEVELOPMENT_ONLY = {"pytest", "ruff", "rouge_score"}
+DEVELOPMENT_ONLY = {"pytest", "ruff", "rouge_score", "psutil"}
+PACKAGE_OF = {"yaml": "pyyaml"}  # module -> package, where the names differ by more than case and "_"
+NOT_INSTALLED = {
+    "comet": "asks for versions that clash with training's: served from an environment of its own",
+    "trl": "the peer that speed is compared with, in an environment of its own",
+}
 FILES = sorted(
     path.relative_to(ROOT).as_posix() for folder in OURS if folder != "tests" for path in (ROOT / folder).rglob("*.py")
 )
+
+TESTS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("*.py"))
 
 
 def imports(file: str) -> Iterator[str]:
@@ -98,6 +108,24 @@ def test_one_importer(module: str):
 @pytest.mark.parametrize("file", FILES)
 def test_development_packages_are_not_imported(file: str):
     assert not {module.split(".")[0] for module in imports(file)} & DEVELOPMENT_ONLY
+
+
+def distribution(text: str) -> str:
+    """The name of a package as registries compare it: of a module, of a line in setup.py or in constraints.txt."""
+    return re.match(r"[\w-]+", PACKAGE_OF.get(text, text))[0].replace("_", "-").lower()
+
+
+@pytest.mark.parametrize("file", [*FILES, *TESTS])
+def test_what_is_imported_is_asked_for(file: str):
+    """Whatever another package happens to bring is named too: the next version of that one may bring it no more."""
+    foreign = {module.split(".")[0] for module in imports(file)} - {*OURS, *sys.stdlib_module_names, *NOT_INSTALLED}
+    asked = {distribution(one) for one in requirements(dev=file in TESTS)}
+    assert {distribution(module) for module in foreign} <= asked
+
+
+def test_what_is_asked_for_is_pinned():
+    pinned = {distribution(line) for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines()[1:]}
+    assert {distribution(one) for one in requirements(dev=True)} <= pinned
 
 
 def test_the_command_line_starts_without_installed_packages():

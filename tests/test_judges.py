@@ -27,7 +27,7 @@ from tests import masked, same_step, tiny
 
 # texts are numbers; `overlap` is that of tests/masked.py
 REWARDS = """
-import os, time
+import os, sys, time
 from pathlib import Path
 
 def number(prompts, completions, **columns):
@@ -35,6 +35,9 @@ def number(prompts, completions, **columns):
 
 def process(prompts, completions, **columns):
     return [os.getpid()] * len(completions)
+
+def torch_is_loaded(prompts, completions, **columns):
+    return ["torch" in sys.modules] * len(completions)
 
 def second_fails(prompts, completions, **columns):
     return [1 / (float(text) - 6) for text in completions]
@@ -63,7 +66,10 @@ def overlap(prompts, completions, **columns):
         return 0.01 * text.count("a") + len({*text.split()} & {*reference.split()}) / 4
     return [one(text, given[0]) for text, given in zip(completions, columns["references"])]
 """
-NAMES = ("number", "process", "second_fails", "second_is_nan", "nothing", "lambdas", "column", "overlap")
+NAMES = (
+    *("number", "process", "torch_is_loaded", "second_fails", "second_is_nan", "nothing"),
+    *("lambdas", "column", "overlap"),
+)
 TEXTS = [str(i) for i in range(7)]
 
 
@@ -112,6 +118,11 @@ def test_each_part_in_a_process_of_its_own(file: Path, judges: Judges) -> None:
     assert len({*found}) == 3 and os.getpid() not in found
     again = score(rewards(file, ["process"], judges), TEXTS).raw["process"]
     assert again == [first] * 2 + [second] * 2 + [third] * 3  # each is asked for the same part again
+
+
+def test_workers_load_no_torch(file: Path, judges: Judges) -> None:
+    found = [score(rewards(file, ["torch_is_loaded"], known), ["1"]).raw["torch_is_loaded"] for known in (judges, None)]
+    assert found == [[0.0], [1.0]]
 
 
 def test_what_workers_do_not_know_is_called_here(file: Path, judges: Judges) -> None:

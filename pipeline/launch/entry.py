@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ USER_ERROR = 2
 INTERRUPTED = 130
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on
 
+logger = logging.getLogger("tiffin")  # what a program says while it runs; results that were asked for are printed
+
 
 def run(main: Callable[[Any, list[str]], None], stage: str) -> NoReturn:
     """Call `main(settings, words)` with the settings that the process's words mean for `stage`, then exit."""
@@ -28,6 +31,7 @@ def run(main: Callable[[Any, list[str]], None], stage: str) -> NoReturn:
 def leave(work: Callable[[], int]) -> NoReturn:
     """Exit with what `work` returns; 2 and one line on stderr for a UserError or what the machine refuses; 130 when
     interrupted; 75 when saved after SIGTERM."""
+    speak()
     try:
         code = work()
     except UserError as error:
@@ -54,12 +58,27 @@ def leave(work: Callable[[], int]) -> NoReturn:
     sys.exit(0)
 
 
+class Lines(logging.Handler):
+    """Each record as a line: on stdout, or on stderr behind `tiffin: ` where it is a warning or worse."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        grave = record.levelno >= logging.WARNING
+        text = f"tiffin: {record.getMessage()}" if grave else record.getMessage()
+        print(text, file=sys.stderr if grave else sys.stdout, flush=True)
+
+
+def speak() -> None:
+    """Have this process say what `tiffin` is told to log; of a launch's ranks only the first says more than errors."""
+    logger.handlers, logger.propagate = [Lines()], False
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+
+
 def complain(error: UserError | PreemptedError) -> None:
     """One line on stderr, from one rank per machine: all ranks of a machine meet the same error."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f"rank {rank}: "
-        print(f"tiffin: {where}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        logger.error(f"{where}{' '.join(str(error).split())}")
 
 
 def _call(main: Callable[[Any, list[str]], None], stage: str, words: Sequence[str]) -> int:
@@ -67,5 +86,6 @@ def _call(main: Callable[[Any, list[str]], None], stage: str, words: Sequence[st
     if resolved.stage != stage:
         raise UserError(f"command line: stage={resolved.stage}, but this is stages/{stage}.py")
     os.environ.update(rank_environment(resolved.settings.launch, os.environ))
+    speak()  # now that the rank is known, under srun too
     main(resolved.settings, list(words))
     return 0

@@ -6,14 +6,18 @@ a second start neither redoes what is done nor continues what has become somethi
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline import locks
+from filelock import FileLock, SoftFileLock, Timeout
+
 from pipeline.config.schema import Common, Reward, Rl, WithModel
 from pipeline.config.sections import ModelSettings
 from pipeline.config.yaml_layers import dump_yaml, load_yaml
@@ -32,6 +36,10 @@ FREE = (
     "rewards.workers",
 )
 NOTES = ("config.yaml", "inputs.json", "command.txt", "data.json", ".lock")  # of a start, before it does anything
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # a file system that knows none
+
+logger = logging.getLogger("tiffin")
+_held: dict[Path, FileLock] = {}  # a lock that is forgotten is free
 
 
 def run_dir(settings: Common) -> Path:
@@ -67,6 +75,50 @@ def reward_models(settings: Common) -> dict[str, str]:
     return {path.name: str(path / "model") for path in found if finished(path) and (path / "model").is_dir()}
 
 
+def claim(directory: Path) -> None:
+    """Hold `directory` until this process ends, however it ends; what one holds one may claim again.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    path = (directory / ".lock").resolve()
+    if path in _held:
+        return
+    lock = FileLock(path)
+    try:
+        _acquire(lock, timeout=0)
+    except Timeout:
+        raise UserError(
+            f"{directory}: another process is at work there, wanted one at a time: wait for it, or choose another "
+            "run= or name="
+        ) from None
+    _held[path] = lock
+
+
+@contextmanager
+def waiting(directory: Path) -> Iterator[None]:
+    """Hold `directory` for a while, once whoever holds it lets go."""
+    lock = FileLock(directory / ".lock")
+    _acquire(lock, timeout=-1)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _acquire(lock: FileLock, timeout: float) -> None:
+    """Take the lock; where the file system has none, say so and go on."""
+    try:
+        lock.acquire(timeout)
+        if not isinstance(lock, SoftFileLock):
+            return
+        lock.release()  # a file that would stay where a process is killed
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    logger.warning(f"{lock.lock_file}: this file system has no locks: start one process at a time")
+
+
 def open_stage(directory: Path, settings: Common, words: Sequence[str], inputs: Mapping[str, str]) -> bool:
     """Start or continue a stage: compare with what an earlier start noted, then note what this one is.
 
@@ -80,13 +132,13 @@ def open_stage(directory: Path, settings: Common, words: Sequence[str], inputs: 
         UserError: it was started with other settings or inputs, or another process is at work there.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    locks.claim(directory)
+    claim(directory)
     config, noted = directory / "config.yaml", directory / "inputs.json"
     if config.is_file() and noted.is_file() and begun(directory):
         refuse_other(directory, settings, load_yaml(config), dict(inputs), json.loads(noted.read_text("utf-8")))
         if finished(directory):
             shutil.rmtree(directory / "checkpoints", ignore_errors=True)  # a kill between the two leaves them
-            print(f"{directory} is done; remove it to do it again", flush=True)
+            logger.info(f"{directory} is done; remove it to do it again")
             return False
         return True
     if finished(directory):

@@ -4,9 +4,9 @@ POST {"prompts": [...], "completions": [...], "references": [[...], ...], ...}: 
 entry per completion. The answer is 200 with {"rewards": [number, ...]}. A request without rows asks whether the server
 is there. `reward_models/README.md` says it for those who write one, `reward_models/serve.py` is one.
 
-Requests are independent of each other, so the values do not depend on how rows are cut into requests. Each has its own
-connection and thread. What may pass (nobody listens, a cut connection, a time-out, 429, 5xx) is tried again after a
-wait that doubles; all else ends the run at once. Redirects are not followed: the key would go where it leads.
+Requests are independent of each other, so the values do not depend on how rows are cut into requests. What may pass
+(nobody listens, a cut connection, a time-out, 429, 5xx) is tried again after a wait that doubles; all else ends the run
+at once. Redirects are not followed: the key would go where it leads.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ import json
 import socket
 import ssl
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead
+from http.client import HTTPException, IncompleteRead
 from threading import Event
-from typing import NamedTuple
-from urllib.parse import SplitResult, urljoin, urlsplit
+from urllib.parse import urljoin, urlsplit
+
+import urllib3
+from urllib3.exceptions import HTTPError
 
 from pipeline.config.reward_spec import TOKEN, token, web_address
 from pipeline.config.sections import HttpSettings
@@ -36,34 +38,19 @@ START = "start it first (python -m reward_models.serve reward=NAME serves one of
 
 
 class _PassingError(Exception):
-    """What was found instead of an answer, where that may be gone the next time.
-
-    `wait`: the seconds that the server asks for before that, 0 where it does not say.
-    """
-
-    def __init__(self, found: str, wait: float = 0.0) -> None:
-        super().__init__(found)
-        self.wait = wait
-
-
-class _Answer(NamedTuple):
-    status: int
-    location: str  # of a redirect
-    wait: str  # the header Retry-After
-    body: bytes
+    """What was found instead of an answer, and the seconds that the server asks for before another try, if it does."""
 
 
 @dataclass(frozen=True)
 class _Server:
-    """Whom to ask, with which key, and how patiently."""
+    """Whom to ask, and how patiently."""
 
-    name: str
-    address: SplitResult
-    token: str
+    address: str
+    pool: urllib3.PoolManager
     settings: HttpSettings
 
     def error(self, complaint: str) -> UserError:
-        return UserError(f"reward {self.name}: {complaint}")
+        return UserError(f"reward {self.address}: {complaint}")
 
 
 def connect(name: str, settings: HttpSettings) -> RewardFunction:
@@ -72,51 +59,46 @@ def connect(name: str, settings: HttpSettings) -> RewardFunction:
     Raises:
         UserError: the server is not there, or does not answer a request without rows as a reward does.
     """
-    server = _Server(name, web_address(name), token(), settings)
+    web_address(name)
+    headers = {"Content-Type": "application/json", "Accept": "application/json", "Connection": "close"}
+    headers |= {"Authorization": f"Bearer {key}"} if (key := token()) else {}
+    tls = ssl.create_default_context()  # the system's authorities, and those of SSL_CERT_FILE
+    pool = urllib3.PoolManager(headers=headers, maxsize=settings.concurrency, retries=False, ssl_context=tls)
+    server = _Server(name, pool, settings)
     try:
         answer = _once(server, b'{"prompts": [], "completions": []}')
     except _PassingError as error:
-        raise server.error(f"{error}, wanted a server that answers: {START}") from None
+        raise server.error(f"{error.args[0]}, wanted a server that answers: {START}") from None
     _values(server, answer, 0)
 
     def reward(prompts: Sequence[str], completions: Sequence[str], **columns: Sequence) -> list[float]:
         """Chat messages among the columns go out as objects with role and content."""
         rows = {"prompts": prompts, "completions": completions, **columns}
         whole = {name: [_plain(value) for value in values] for name, values in rows.items()}
-        return _ask(server, list(_requests(server, whole)))
+        count, size = len(completions), settings.batch_size
+        parts = [_requests(server, whole, start, min(start + size, count)) for start in range(0, count, size)]
+        return _ask(server, [request for part in parts for request in part])
 
     return reward
 
 
 def _plain(value: object) -> object:
     """Messages, which are named tuples, as objects; all else as it is."""
-    if isinstance(value, tuple):
-        return [message._asdict() for message in value]
-    return value
+    return [message._asdict() for message in value] if isinstance(value, tuple) else value
 
 
-def _requests(server: _Server, columns: Mapping[str, list]) -> Iterator[tuple[int, bytes]]:
-    """(rows, body) of the requests that `columns` make, in order."""
-    count = len(columns["completions"])
-    size = server.settings.batch_size
-    for start in range(0, count, size):
-        yield from _fitting(server, columns, start, min(start + size, count))
-
-
-def _fitting(server: _Server, columns: Mapping[str, list], start: int, stop: int) -> Iterator[tuple[int, bytes]]:
-    """The rows from `start` to `stop` as one request, halved until none is too large. Raises UserError for one row."""
+def _requests(server: _Server, columns: Mapping[str, list], start: int, stop: int) -> list[tuple[int, bytes]]:
+    """(rows, body) of the rows from `start` to `stop`, halved until none is too large. Raises UserError for one row."""
     body = json.dumps({name: values[start:stop] for name, values in columns.items()}).encode("ascii")
     limit = server.settings.max_request_mb
     if len(body) <= limit * MEGABYTE:
-        yield stop - start, body
-        return
+        return [(stop - start, body)]
     if stop - start == 1:
         text = shortened(columns["completions"][start])
         found = f"completion {start} '{text}' makes a request of {len(body):,} bytes"
         raise server.error(f"{found}, wanted at most {limit:g} MB: say rewards.http.max_request_mb={limit * 2:g}")
     middle = (start + stop) // 2
-    yield from _fitting(server, columns, start, middle)
-    yield from _fitting(server, columns, middle, stop)
+    return _requests(server, columns, start, middle) + _requests(server, columns, middle, stop)
 
 
 def _ask(server: _Server, requests: Sequence[tuple[int, bytes]]) -> list[float]:
@@ -138,8 +120,8 @@ def _patiently(server: _Server, body: bytes, over: Event) -> bytes:
         try:
             return _once(server, body)
         except _PassingError as error:
-            found, asked = str(error), error.wait
-        if tries <= server.settings.retries and over.wait(min(max(wait, asked), LONGEST_WAIT)):
+            found, *asked = error.args
+        if tries <= server.settings.retries and over.wait(min(max([wait, *asked]), LONGEST_WAIT)):
             break
         wait *= 2
     told = f"{found}; {tries} tries in {time.monotonic() - since:.0f} s"
@@ -149,78 +131,65 @@ def _patiently(server: _Server, body: bytes, over: Event) -> bytes:
 
 def _once(server: _Server, body: bytes) -> bytes:
     """The body of the answer to one request. Raises _PassingError, and UserError for what does not pass."""
-    answer = _heard(server, body)
-    if answer.status == 200:
-        return answer.body
-    found = f"it answered {answer.status}"
-    if 300 <= answer.status < 400:
-        place = urlsplit(urljoin(server.name, answer.location))
+    try:
+        response, answer = _exchange(server, body)
+    except HTTPError as error:
+        raise _unanswered(server, error) from None
+    if response.status == 200:
+        return answer
+    found = f"it answered {response.status}"
+    if 300 <= response.status < 400:
+        place = urlsplit(urljoin(server.address, response.headers.get("Location", "")))
         shown = shortened(f"{place.scheme}://{place.netloc.rpartition('@')[2]}{place.path}")
         raise server.error(f"{found}, a redirect to {shown}, wanted the address itself: give that, if it is right")
-    found += f" ({said})" if (said := _said(answer.body)) else ""
-    if answer.status == 429 or answer.status >= 500:
-        raise _PassingError(found, float(answer.wait) if answer.wait.isdecimal() else 0.0)
-    cure = f"give the right key in {TOKEN}" if answer.status in (401, 403) else "correct the address or the data"
+    found += f" ({said})" if (said := _said(answer)) else ""
+    if response.status == 429 or response.status >= 500:
+        wait = response.headers.get("Retry-After", "")
+        raise _PassingError(found, float(wait) if wait.isdecimal() else 0.0)
+    cure = f"give the right key in {TOKEN}" if response.status in (401, 403) else "correct the address or the data"
     raise server.error(f"{found}, wanted 200: {cure}")
 
 
-def _heard(server: _Server, body: bytes) -> _Answer:
-    """One answer, of whatever status. Raises as `_once` does where there is none."""
-    try:
-        return _exchange(server, body)
-    except TimeoutError:
-        raise _PassingError(f"no answer within {server.settings.timeout:g} s") from None
-    except ssl.SSLEOFError:
-        raise _PassingError("the connection broke") from None
-    except ssl.SSLCertVerificationError as error:
-        found = f"its certificate does not hold ({error.verify_message})"
-        raise server.error(f"{found}, wanted one that SSL_CERT_FILE's authorities signed") from None
-    except ssl.SSLError as error:
-        found = f"no TLS with this server ({error.reason})"
-        raise server.error(f"{found}, wanted https: is it an http:// address?") from None
-    except ConnectionRefusedError:
-        raise _PassingError("nobody listens there") from None
-    except socket.gaierror as error:
-        raise _PassingError(f"its host is not known ({error.strerror})") from None
-    except (OSError, IncompleteRead) as error:
-        raise _PassingError(f"the connection broke ({shortened(str(error))})") from None
-    except HTTPException as error:
-        found = f"what answers speaks no HTTP ({type(error).__name__})"
-        raise server.error(f"{found}, wanted an http server: correct the address, or say https://") from None
+def _exchange(server: _Server, body: bytes) -> tuple[urllib3.BaseHTTPResponse, bytes]:
+    """One answer and its body, read in pieces, so that neither an endless nor a trickling one is waited for."""
+    seconds, limit = server.settings.timeout, server.settings.max_answer_mb
+    deadline, answer = time.monotonic() + seconds, bytearray()
+    options = {"body": body, "timeout": seconds, "redirect": False, "preload_content": False}
+    with server.pool.request("POST", server.address, **options) as response:
+        while piece := response.read1(CHUNK):
+            answer += piece
+            if len(answer) > limit * MEGABYTE:
+                found = f"its answer is larger than {limit:g} MB, wanted numbers: is this a reward?"
+                raise server.error(f"{found} rewards.http.max_answer_mb= sets the limit")
+            if time.monotonic() > deadline:
+                raise HTTPError from TimeoutError()
+    return response, bytes(answer)
 
 
-def _exchange(server: _Server, body: bytes) -> _Answer:
-    """Send one request and read the answer. Raises OSError and HTTPException, and UserError for one too large."""
-    address, seconds = server.address, server.settings.timeout
-    kind = HTTPSConnection if address.scheme == "https" else HTTPConnection
-    connection = kind(str(address.hostname), address.port, timeout=seconds)
-    headers = {"Content-Type": "application/json", "Accept": "application/json", "Connection": "close"}
-    if server.token:
-        headers["Authorization"] = f"Bearer {server.token}"
-    deadline = time.monotonic() + seconds
-    try:
-        connection.request("POST", address.path or "/", body, headers)
-        with connection.getresponse() as response:
-            told = [response.getheader(name, "") for name in ("Location", "Retry-After")]
-            return _Answer(response.status, *told, _read(server, response, deadline))
-    finally:
-        connection.close()
-
-
-def _read(server: _Server, response: HTTPResponse, deadline: float) -> bytes:
-    """The body, in pieces, so that neither an endless nor a trickling one is waited for."""
-    pieces, size, limit = [], 0, server.settings.max_answer_mb
-    while piece := response.read1(CHUNK):
-        pieces.append(piece)
-        size += len(piece)
-        if size > limit * MEGABYTE:
-            found = f"its answer is larger than {limit:g} MB"
-            raise server.error(f"{found}, wanted numbers: is this a reward? rewards.http.max_answer_mb= sets the limit")
-        if time.monotonic() > deadline:
-            raise TimeoutError
-    if response.length:
-        raise IncompleteRead(b"".join(pieces), response.length)
-    return b"".join(pieces)
+def _unanswered(server: _Server, error: HTTPError) -> Exception:
+    """What to raise where no answer came: _PassingError, or UserError for what does not pass."""
+    cause: BaseException = error
+    while below := cause.__cause__ or cause.__context__:  # down to what the socket, TLS or the parser said
+        cause = below
+    cure = None
+    match cause:
+        case TimeoutError():
+            found = f"no answer within {server.settings.timeout:g} s"
+        case ConnectionRefusedError():
+            found = "nobody listens there"
+        case socket.gaierror():
+            found = f"its host is not known ({cause.strerror})"
+        case ssl.SSLCertVerificationError():
+            found = f"its certificate does not hold ({cause.verify_message})"
+            cure = "one that SSL_CERT_FILE's authorities signed"
+        case ssl.SSLError() if not isinstance(cause, ssl.SSLEOFError):
+            found, cure = f"no TLS with this server ({cause.reason})", "https: is it an http:// address?"
+        case HTTPException() if not isinstance(cause, OSError | IncompleteRead):  # those of a connection that ended
+            found = f"what answers speaks no HTTP ({type(cause).__name__})"
+            cure = "an http server: correct the address, or say https://"
+        case _:
+            found = f"the connection broke ({shortened(str(cause))})"
+    return _PassingError(found) if cure is None else server.error(f"{found}, wanted {cure}")
 
 
 def _values(server: _Server, body: bytes, count: int) -> list[float]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +23,6 @@ from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
-from torch import Tensor
 
 from pipeline import plugins
 from pipeline.config.reward_spec import is_address
@@ -106,7 +106,7 @@ def checked(name: str, values: object, completions: Sequence[str], first: int = 
 
     Booleans count as 0 and 1. Raises UserError that names the reward, the index and the text.
     """
-    if isinstance(values, Tensor | np.ndarray):
+    if isinstance(values, np.ndarray) or _is_tensor(values):
         values = values.tolist()
     if not isinstance(values, list | tuple):
         raise UserError(
@@ -193,13 +193,18 @@ def _sigmoid(x: float) -> float:
 
 
 def _number(name: str, index: int, value: object, text: str) -> float:
-    if isinstance(value, np.generic | np.ndarray | Tensor) and value.ndim == 0:
+    if (isinstance(value, np.generic | np.ndarray) or _is_tensor(value)) and value.ndim == 0:
         value = value.item()
     if isinstance(value, Real) and abs(value) <= LARGEST:
         return float(value)
     found = f"{value!r:.40}" if value is None or isinstance(value, Real | str) else f"a {type(value).__name__}"
     cure = "a reward that cannot score a text must raise, and say why"
     raise UserError(f"reward {name}: {found} for completion {index} '{shortened(text)}', wanted a finite float; {cure}")
+
+
+def _is_tensor(value: object) -> bool:
+    """Whether it is torch's; a worker process whose rewards do without torch does not load it."""
+    return "torch" in sys.modules and isinstance(value, sys.modules["torch"].Tensor)
 
 
 def shortened(text: str) -> str:

@@ -1,8 +1,8 @@
 """Worker processes that judge texts, so that this process can run the model meanwhile.
 
-Each is `pipeline/rewards/worker_main.py` at the other end of a pipe. It is started anew, not forked, and without
-the stage's own imports, which take three times as long as a worker's. It ends when this process does,
-whatever ends that.
+Each is `pipeline/rewards/worker_main.py` at the other end of a pipe. It is started anew, not forked, and ends when
+this process does, whatever ends that. Not a ProcessPoolExecutor: its workers would make the stage's own imports again, torch
+among them, which takes ten times as long; it does not tell how a worker ended; and with it Ctrl-C waits for rewards.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from multiprocessing import Pipe
@@ -56,10 +55,15 @@ class Judges:
             if start < end:
                 part = {name: list(values[start:end]) for name, values in columns.items()}
                 texts = list(prompts[start:end]), list(completions[start:end])
-                asked.append((worker, worker.ask(Question(list(rewards), start, *texts, part))))
+                asked.append(worker.ask(Question(list(rewards), start, *texts, part)))
 
         def values() -> Values:
-            parts = [worker.answer(number) for worker, number in asked]
+            try:
+                parts = [answer.result() for answer in asked]
+            except KeyboardInterrupt:  # Python waits for its threads when it ends, and they for an answer
+                for worker in self._workers:
+                    worker.process.kill()
+                raise
             return {reward: [value for part in parts for value in part[reward]] for reward in rewards}
 
         return values
@@ -71,56 +75,36 @@ def cuts(size: int, parts: int) -> list[tuple[int, int]]:
 
 
 class Worker:
-    """One worker process. It is sent a question when it has answered the one before, so that sending never waits."""
+    """One worker process, and a thread that puts one question after the other to it."""
 
     def __init__(self, names: Mapping[str, str]):
         self._pipe, theirs = Pipe()
         command = [sys.executable, "-u", "-m", "pipeline.rewards.worker_main", str(theirs.fileno())]
         # in a session of its own: Ctrl-C is for this process alone
-        self._process = subprocess.Popen(
+        self.process = subprocess.Popen(
             command, env=environment(), stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True
         )
         theirs.close()
-        self._open: deque[tuple[int, Question]] = deque()  # not answered; the first one has been sent
-        self._answers: dict[int, Values | UserError] = {}
-        self._count = 0
-        self._send(dict(names))
+        self._thread = ThreadPoolExecutor(1)
+        self._thread.submit(self._pipe.send, dict(names))  # a worker that is gone is found where its answer is read
 
-    def ask(self, question: Question) -> int:
-        """The number under which `answer` has the answer."""
-        self._count += 1
-        self._open.append((self._count, question))
-        if len(self._open) == 1:
-            self._send(question)
-        return self._count
+    def ask(self, question: Question) -> Future[Values]:
+        """The values to come; or a UserError, where the answer is one, or where the worker is gone."""
+        return self._thread.submit(self._answer, question)
 
-    def answer(self, number: int) -> Values:
-        """Wait for the answer. Raises UserError, where that is one, or where the worker is gone."""
-        while number not in self._answers:
-            self._receive()
-        found = self._answers.pop(number)
+    def _answer(self, question: Question) -> Values:
+        try:
+            self._pipe.send(question)
+            # a process that the worker has started may hold the pipe open when the worker is gone
+            while not self._pipe.poll(LOOK_SECONDS):
+                if self.process.poll() is not None and not self._pipe.poll():
+                    raise EOFError
+            found = self._pipe.recv()
+        except (EOFError, ConnectionError):
+            raise UserError(lost(self.process.wait(), question)) from None
         if isinstance(found, UserError):
             raise found
         return found
-
-    def _send(self, message: object) -> None:
-        with suppress(ConnectionError):  # a worker that is gone is found where its answer is read
-            self._pipe.send(message)
-
-    def _receive(self) -> None:
-        """Take the answer to the question that is open, and send the next one."""
-        number, question = self._open[0]
-        try:
-            # a process that the worker has started may hold the pipe open when the worker is gone
-            while not self._pipe.poll(LOOK_SECONDS):
-                if self._process.poll() is not None and not self._pipe.poll():
-                    raise EOFError
-            self._answers[number] = self._pipe.recv()
-        except (EOFError, ConnectionError):
-            raise UserError(lost(self._process.wait(), question)) from None
-        self._open.popleft()
-        if self._open:
-            self._send(self._open[0][1])
 
 
 def environment() -> dict[str, str]:

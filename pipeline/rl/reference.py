@@ -18,10 +18,10 @@ import torch
 import transformers
 from torch import Tensor
 
-from pipeline import locks
 from pipeline.config.sections import ValueSettings
 from pipeline.data.batching import Packing, collate, once, window
 from pipeline.errors import UserError
+from pipeline.launch import run_dir
 from pipeline.models import value_head
 from pipeline.records import Item
 from pipeline.trainer.engine import Engine
@@ -51,7 +51,7 @@ def cached(path: Path, engine: Engine, compute: Callable[[], Any]) -> Any:
     """The content of `path`; computed by all ranks and written by rank 0 (complete or absent) where it is missing."""
     ranks = engine.ranks
     path.parent.mkdir(parents=True, exist_ok=True)
-    with locks.waiting(path.parent) if ranks.main else nullcontext():
+    with run_dir.waiting(path.parent) if ranks.main else nullcontext():
         if not ranks.from_main(path.is_file()):
             content = compute()
             if ranks.main:

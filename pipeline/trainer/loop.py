@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +33,8 @@ from pipeline.trainer.logger import RunLog
 from pipeline.trainer.metrics import Interval, Tally
 from pipeline.trainer.nonfinite import Micro, trace
 from pipeline.trainer.objective import Objective, Output, Rest
+
+logger = logging.getLogger("tiffin")
 
 
 @dataclass(frozen=True)
@@ -152,8 +154,7 @@ def one_step(job: Job, step: int, interval: Interval) -> str | None:
         trouble = trace(job.directory, ranks, job.windows.items, step + 1, done, norm)
         if job.train.non_finite == "stop":
             return trouble
-        if ranks.main:
-            print(f"{trouble}; left out", file=sys.stderr, flush=True)
+        logger.warning(f"{trouble}; left out")
     if math.isfinite(norm):
         interval.tally.merge(tally)
     interval.add(step_stats(window, norm, rate, ranks.device), time.monotonic() - began)
@@ -288,8 +289,8 @@ def train(
         prepare()
     state, interval, memory = found or (State(step=0, world=ranks.world), Interval(Tally()), {})
     course.windows.recall(memory)
-    if found is not None and ranks.main:
-        print(f"{directory}: goes on from step {state.step} of {course.max_steps}", flush=True)
+    if found is not None:
+        logger.info(f"{directory}: goes on from step {state.step} of {course.max_steps}")
     log = RunLog(
         directory,
         flatten(settings.model_dump()),
