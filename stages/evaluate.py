@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,9 @@ from pipeline.rewards.rewards import Rewards
 from pipeline.rollout import generate
 from pipeline.trainer import engine, evaluation
 from pipeline.trainer.engine import Ranks
+from pipeline.trainer.model import build_inference
+
+logger = logging.getLogger("tiffin")
 
 SHOWN = {
     "reward/mean": "reward",
@@ -43,11 +47,10 @@ def main(settings: Evaluate, words: Sequence[str]) -> None:
     }
     if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs)):
         return
-    say = print if ranks.main else str
     judge = build.build_rewards(settings, settings.reward, settings.rewards, ranks.device, monitors)
     if judge is None:
         raise UserError("stage=evaluate: nothing to judge with: give reward=NAME, or train one with stage=reward")
-    prompts = dataset.unique_prompts(dataset.load(settings.data, settings.split, settings.seed, say))
+    prompts = dataset.unique_prompts(dataset.load(settings.data, settings.split, settings.seed, logger.info))
     prompts = prompts[: settings.max_rows]
 
     results, samples = judged(settings, models, prompts, judge, ranks)
@@ -70,21 +73,21 @@ def judged(
     results: dict[str, dict[str, float]] = {}
     samples: dict[str, list[dict]] = {}
     for name in [*names[1:], names[0]]:
-        with generate.inference(settings, models[name], ranks) as (speaker, encoder, packing):
-            answers = generate.generate(speaker, encoder, prompts, settings.generation, settings.seed)
-            free = generate.free(settings.generation)
-            same = free == settings.generation
-            drawn = answers if same else generate.generate(speaker, encoder, prompts, free, settings.seed)
-            sampled[name] = drawn, evaluation.response_logps(speaker, drawn, packing)
-            scores = scoring.score_responses(ranks, judge, answers)
-            results[name] = evaluation.reward_statistics(scores, [answer.text for answer in answers])
-            results[name] |= evaluation.completion_statistics(answers)
-            samples[name] = evaluation.sample_rows(answers, scores, settings.num_samples, policy=name)
-            if name == names[0]:
-                for other, (responses, logps) in sampled.items():
-                    under = evaluation.response_logps(speaker, responses, packing)
-                    results[other] |= evaluation.sampled_kl(logps, under)
-        del speaker
+        policy = build_inference(settings, ranks, models[name])
+        answers = generate.generate(policy.engine, policy.encoder, prompts, settings.generation, settings.seed)
+        free = generate.free(settings.generation)
+        same = free == settings.generation
+        drawn = answers if same else generate.generate(policy.engine, policy.encoder, prompts, free, settings.seed)
+        sampled[name] = drawn, evaluation.response_logps(policy.engine, drawn, policy.packing)
+        scores = scoring.score_responses(ranks, judge, answers)
+        results[name] = evaluation.reward_statistics(scores, [answer.text for answer in answers])
+        results[name] |= evaluation.completion_statistics(answers)
+        samples[name] = evaluation.sample_rows(answers, scores, settings.num_samples, policy=name)
+        if name == names[0]:
+            for other, (responses, logps) in sampled.items():
+                under = evaluation.response_logps(policy.engine, responses, policy.packing)
+                results[other] |= evaluation.sampled_kl(logps, under)
+        del policy
         gc.collect()
     return {name: results[name] for name in names}, [row for name in names for row in samples[name]]
 

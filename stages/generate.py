@@ -6,12 +6,11 @@ num_return_sequences=k), or diverse samples (these, and generation.temperatures=
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+import logging
+from collections.abc import Sequence
 
 from pipeline.config.schema import Generate
 from pipeline.data import dataset
-from pipeline.data.tokenization import Encoder
 from pipeline.data.write import write_rows
 from pipeline.files import write_json
 from pipeline.launch import run_dir
@@ -21,6 +20,9 @@ from pipeline.rewards import build, candidates
 from pipeline.rewards.candidates import Gathered
 from pipeline.rollout import generate
 from pipeline.trainer import engine, evaluation
+from pipeline.trainer.model import Model, build_inference
+
+logger = logging.getLogger("tiffin")
 
 BATCHES = 20  # on each rank between two words about how far it is
 
@@ -32,49 +34,42 @@ def main(settings: Generate, words: Sequence[str]) -> None:
     inputs = dataset.inputs(settings, model) | build.reward_inputs(settings, settings.reward, own=False)
     if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs)):
         return
-    say = partial(print, flush=True) if ranks.main else str
     judge = None
     if settings.reward is not None:
         judge = build.build_rewards(settings, settings.reward, settings.rewards, ranks.device)
     prompts = {
-        split: dataset.unique_prompts(dataset.load_split(settings.data, split, settings.seed, say))
+        split: dataset.unique_prompts(dataset.load_split(settings.data, split, settings.seed, logger.info))
         for split in settings.splits
     }
     results: dict[str, object] = {}
-    with generate.inference(settings, model, ranks) as (speaker, encoder, _):
-        for split, rows in prompts.items():
-            asked = rows[: settings.max_rows]
-            answers = responses(speaker, encoder, asked, settings, lambda done, split=split: say(f"{split}: {done}"))
-            found = candidates.gathered(answers, settings.generation.num_return_sequences)
-            statistics = evaluation.completion_statistics(answers)
-            if judge is not None and found.rows:
-                judged = candidates.judged(ranks, judge, found.rows)
-                found = found._replace(rows=judged.rows)
-                statistics |= evaluation.reward_statistics(judged.scores, judged.texts)
-            if ranks.main:
-                write_rows(str(directory / f"{split}.jsonl"), found.rows)
-            results[split] = {**counts(found), **statistics}
-            say(f"{directory / split}.jsonl: {summary(found, len(answers))}")
+    policy = build_inference(settings, ranks, model)
+    for split, rows in prompts.items():
+        asked = rows[: settings.max_rows]
+        answers = responses(policy, asked, settings, split)
+        found = candidates.gathered(answers, settings.generation.num_return_sequences)
+        statistics = evaluation.completion_statistics(answers)
+        if judge is not None and found.rows:
+            judged = candidates.judged(ranks, judge, found.rows)
+            found = found._replace(rows=judged.rows)
+            statistics |= evaluation.reward_statistics(judged.scores, judged.texts)
+        if ranks.main:
+            write_rows(str(directory / f"{split}.jsonl"), found.rows)
+        results[split] = {**counts(found), **statistics}
+        logger.info(f"{directory / split}.jsonl: {summary(found, len(answers))}")
     if ranks.main:
         write_json(directory / "results.json", results)
     ranks.barrier()
 
 
-def responses(
-    speaker: engine.Engine,
-    encoder: Encoder,
-    asked: Sequence[Example],
-    settings: Generate,
-    tell: Callable[[str], object],
-) -> list[Response]:
+def responses(policy: Model, asked: Sequence[Example], settings: Generate, split: str) -> list[Response]:
     """Those to `asked`, part by part; after each of several parts a word about how far it is."""
-    part = BATCHES * settings.generation.batch_size * speaker.ranks.world
+    part = BATCHES * settings.generation.batch_size * policy.ranks.world
     answers: list[Response] = []
     for start in range(0, len(asked), part):
         some = asked[start : start + part]
-        answers += generate.generate(speaker, encoder, some, settings.generation, settings.seed)
+        answers += generate.generate(policy.engine, policy.encoder, some, settings.generation, settings.seed)
         if len(asked) > part:
-            tell(f"{start + len(some):,} of {len(asked):,} prompts")
+            logger.info(f"{split}: {start + len(some):,} of {len(asked):,} prompts")
     return answers
 
 

@@ -10,33 +10,33 @@ from pipeline.data import dataset
 from pipeline.errors import UserError
 from pipeline.launch import run_dir
 from pipeline.launch.entry import run
-from pipeline.rewards import build
+from pipeline.rewards.build import build_rewards, reward_inputs
 from pipeline.rl import dpo, offline, on_policy, semi_offline
-from pipeline.rl.context import Scene
-from pipeline.trainer import engine, loop
+from pipeline.rl.context import Context
+from pipeline.trainer import engine
+from pipeline.trainer.loop import fit
 from pipeline.trainer.objective import objective_of
 
-LESSONS = {
-    "data": offline.lesson,
-    "masked data": semi_offline.lesson,
-    "pairs": dpo.lesson,
-    "policy": on_policy.lesson,
+TRAINERS = {
+    "data": offline.trainer,
+    "masked data": semi_offline.trainer,
+    "pairs": dpo.trainer,
+    "policy": on_policy.trainer,
 }  # by the algorithm's RESPONSES
 
 
 def main(settings: Rl, words: Sequence[str]) -> None:
     ranks = engine.start(settings.launch.ddp_timeout)
     directory = run_dir.stage_dir(settings, "rl")
-    model, data = start_model(settings), scored_data(settings)
-    judge_key = build.reward_inputs(settings, settings.reward)
-    inputs = dataset.inputs(settings.model_copy(update={"data": data}), model) | judge_key
+    start, data = start_model(settings), scored_data(settings)
+    rewards_key = reward_inputs(settings, settings.reward)
+    inputs = dataset.inputs(settings.model_copy(update={"data": data}), start) | rewards_key
     if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs)):
         return
     module, algorithm, objective = objective_of(settings.algorithm)
-    judge = build.build_rewards(settings, settings.reward, settings.rewards, ranks.device)
-    scene = Scene(settings, ranks, directory, model, data, judge, judge_key, module, algorithm, objective)
-    lesson = LESSONS[module.RESPONSES](scene)
-    loop.train(settings, directory, lesson.engine, lesson.course, lesson.prepare)
+    rewards = build_rewards(settings, settings.reward, settings.rewards, ranks.device)
+    context = Context(settings, ranks, directory, start, data, rewards, rewards_key, module, algorithm, objective)
+    fit(TRAINERS[module.RESPONSES](context))
 
 
 def start_model(settings: Rl) -> ModelSettings:

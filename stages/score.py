@@ -7,6 +7,7 @@ that stays what it was, the text to compare with, and gets no reward. A row with
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections.abc import Sequence
 
@@ -21,6 +22,8 @@ from pipeline.launch.entry import run
 from pipeline.records import Example, Scores
 from pipeline.rewards import build, candidates
 from pipeline.trainer import engine, evaluation
+
+logger = logging.getLogger("tiffin")
 
 
 def main(settings: Score, words: Sequence[str]) -> None:
@@ -37,16 +40,15 @@ def main(settings: Score, words: Sequence[str]) -> None:
     inputs |= build.reward_inputs(settings, settings.reward)
     if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs)):
         return
-    say = print if ranks.main else str
     results: dict[str, object] = {}
     for split in splits_of(settings.splits, data):
-        rows = dataset.judgeable(dataset.load_split(data, split, settings.seed, say), data)
+        rows = dataset.judgeable(dataset.load_split(data, split, settings.seed, logger.info), data)
         judged = candidates.judged(ranks, judge, rows)
         if ranks.main:
             write_rows(str(directory / f"{split}.jsonl"), judged.rows)
         found = evaluation.reward_statistics(judged.scores, judged.texts) | by_source(judged.of, judged.scores)
         results[split] = {"rows": len(rows), "candidates": sum(len(row.candidates) for row in rows), **found}
-        say(f"{split}: {len(rows):,} rows, reward {statistics.fmean(judged.scores.total):.4f}")
+        logger.info(f"{split}: {len(rows):,} rows, reward {statistics.fmean(judged.scores.total):.4f}")
     if ranks.main:
         write_json(directory / "results.json", results)
     ranks.barrier()

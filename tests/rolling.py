@@ -22,7 +22,7 @@ from pipeline.rewards.rewards import Reward, Rewards
 from pipeline.rl.on_policy import Rollouts
 from pipeline.rollout.allocation import Queue, Sampler
 from pipeline.trainer import engine, loop
-from pipeline.trainer.loop import Job
+from pipeline.trainer.loop import Trainer
 from pipeline.trainer.metrics import Interval, Tally
 from pipeline.trainer.objective import objective_of
 from tests import same_step, tiny
@@ -97,7 +97,7 @@ def examples(count: int) -> list[Example]:
     return [Example(str(i), " ".join(words[i : 2 * i + 1]), completion=" ".join(words[i::4])) for i in range(count)]
 
 
-def job_of(case: Case, zero: str, folder: Path) -> Job:
+def trainer_of(case: Case, zero: str, folder: Path) -> Trainer:
     """What the loop is given to take the case's steps."""
     usual = ("generation.max_new_tokens=6", "sampler.k_max=4", "seed=7")
     given = [word.split("=")[0] for word in case.words]
@@ -122,24 +122,24 @@ def job_of(case: Case, zero: str, folder: Path) -> Job:
         algorithm=algorithm,
         sampler=Sampler(settings.sampler, tiny.V, Queue(algorithm.queue_size)),
     )
-    plain = same_step.job_of(same_step.cases()["nll"], trained, [], packing, folder)
+    plain = same_step.trainer_of(same_step.cases()["nll"], trained, [], packing, folder)
     return replace(plain, windows=rollouts, objective=objective, max_steps=STEPS)
 
 
-def run(job: Job, first: int = 0, steps: int = STEPS) -> list[dict[str, Any]]:
+def run(trainer: Trainer, first: int = 0, steps: int = STEPS) -> list[dict[str, Any]]:
     """What was planned, said and logged in each step."""
     seen = []
     for step in range(first, steps):
         interval = Interval(Tally())
-        assert loop.one_step(job, step, interval) is None  # nothing that is not finite
-        lots = job.windows.lots
+        assert loop.one_step(trainer, step, interval) is None  # nothing that is not finite
+        lots = trainer.windows.lots
         seen.append(
             {
                 "plan": [(lot.key, lot.share.k, lot.share.temperature) for lot in lots],
                 "ids": [[response.response_ids for response in lot.responses] for lot in lots],
                 "advantages": [list(lot.advantages) for lot in lots],
-                "stats": {name: functional.reduce(stat) for name, stat in job.windows.stats.items()},
-                "logged": interval.close(job.engine.ranks.all_sum)[0],
+                "stats": {name: functional.reduce(stat) for name, stat in trainer.windows.stats.items()},
+                "logged": interval.close(trainer.engine.ranks.all_sum)[0],
             }
         )
     return seen
@@ -147,9 +147,9 @@ def run(job: Job, first: int = 0, steps: int = STEPS) -> list[dict[str, Any]]:
 
 def steps_of(case: Case, zero: str, folder: Path) -> dict[str, Any]:
     """All that can be compared: the steps, the weights they leave (on rank 0), and what is remembered."""
-    job = job_of(case, zero, folder)
-    seen = run(job)
-    return {"steps": seen, "weights": job.engine.state_dict(), "memory": job.windows.remembered(STEPS)}
+    trainer = trainer_of(case, zero, folder)
+    seen = run(trainer)
+    return {"steps": seen, "weights": trainer.engine.state_dict(), "memory": trainer.windows.remembered(STEPS)}
 
 
 def main(folder: Path) -> None:

@@ -25,10 +25,8 @@ from pipeline.models.policy import Policy, RewardModel
 from pipeline.records import Item
 from pipeline.rl.compositions import Composer
 from pipeline.trainer import loop
-from pipeline.trainer.checkpoint import Checkpoints
 from pipeline.trainer.engine import Engine, Ranks
-from pipeline.trainer.logger import RunLog
-from pipeline.trainer.loop import Evaluation, Job, Watch
+from pipeline.trainer.loop import HELD_OUT_LOSS, Evaluation, Trainer
 from pipeline.trainer.metrics import Interval, Tally
 from pipeline.trainer.objective import Objective, objective_of
 from tests import masked, tiny
@@ -193,39 +191,37 @@ def objective_for(case: Case, ranks: Ranks, items: Sequence[Item]) -> Objective:
     return replace(objective, loss=lambda output, batch: composer.loss(output, batch, settings))
 
 
-def job_of(case: Case, trained: Engine, items: Sequence[Item], packing: Packing, folder: Path) -> Job:
+def trainer_of(case: Case, trained: Engine, items: Sequence[Item], packing: Packing, folder: Path) -> Trainer:
     """What the loop is given to take the steps of DRAWN; nothing is evaluated, logged or exported."""
     ranks = trained.ranks
     nothing: Callable[[object], Evaluation] = lambda _: Evaluation({})  # noqa: E731
-    return Job(
+    changed = {"train": tiny.train_settings(), "optimizer": tiny.optimizer_settings(**OPTIMIZER)}
+    return Trainer(
         engine=trained,
         objective=objective_for(case, ranks, items),
         windows=Windows(items, lambda step: list(DRAWN[step]), packing_of(case, packing), ranks.rank, ranks.world),
         evaluate=nothing,
         export=nothing,
-        train=tiny.train_settings(),
-        optimizer=tiny.optimizer_settings(**OPTIMIZER),
+        settings=tiny.settings("sft").model_copy(update=changed),
         max_steps=len(DRAWN),
         eval_steps=None,
-        watch=Watch("eval/loss", False),
-        log=RunLog(folder, {}, resume_step=0, enabled=False, total_steps=len(DRAWN), description=""),
-        checkpoints=Checkpoints(folder, ranks, 1),
+        best_metric=HELD_OUT_LOSS,
         directory=folder,
     )
 
 
-def run(case: Case, job: Job) -> dict:
+def run(case: Case, trainer: Trainer) -> dict:
     """The losses and gradient norms of the steps, and the weights they leave (on rank 0)."""
     seen = []
     for step in range(len(DRAWN)):
         interval = Interval(Tally())
-        assert loop.one_step(job, step, interval) is None  # nothing that is not finite
-        seen.append(interval.close(job.engine.ranks.all_sum)[0])
+        assert loop.one_step(trainer, step, interval) is None  # nothing that is not finite
+        seen.append(interval.close(trainer.engine.ranks.all_sum)[0])
     norms = [values["train/grad_norm"] for values in seen]
     return {
         "loss": [minimised(case, values) for values in seen],
         "grad_norm": norms,
-        "weights": job.engine.state_dict(),
+        "weights": trainer.engine.state_dict(),
     }
 
 
@@ -245,7 +241,7 @@ def minimised(case: Case, values: dict[str, float]) -> float:
 def steps(case: Case, zero: str, packing: Packing, folder: Path) -> dict:
     """What `run` gives for the case's own model and rows."""
     trained = tiny.trainer(module(case), zero, optimizer=OPTIMIZER)
-    return run(case, job_of(case, trained, items_of(case), packing, folder))
+    return run(case, trainer_of(case, trained, items_of(case), packing, folder))
 
 
 def main(folder: Path) -> None:

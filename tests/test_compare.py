@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 from pipeline.launch import comparison_plan, scheduler
 from pipeline.launch.comparison_plan import Task
 from pipeline.records import Example
-from pipeline.rl import advantages
+from pipeline.rl import rows as rl_rows
 
 RECIPE = """
 all:
@@ -241,25 +241,25 @@ def rows(*rewards: float) -> list[Example]:
 
 def test_shuffled_rewards_are_the_same_numbers_on_other_rows():
     own = rows(*range(20))
-    moved = advantages.with_shuffled_rewards(own, seed=1)
+    moved = rl_rows.with_shuffled_rewards(own, seed=1)
     assert Counter(row.reward for row in moved) == Counter(row.reward for row in own)
     assert [row.completion for row in moved] == [row.completion for row in own]
     assert sum(a.reward != b.reward for a, b in zip(moved, own, strict=True)) > 10
-    assert moved == advantages.with_shuffled_rewards(own, seed=1) != advantages.with_shuffled_rewards(own, seed=2)
+    assert moved == rl_rows.with_shuffled_rewards(own, seed=1) != rl_rows.with_shuffled_rewards(own, seed=2)
 
 
 def test_halves_by_reward():
     own = rows(3, 1, 2, 2, 0)  # ranked: r0, r2, r3, r1, r4; halves of 3
-    assert [row.id for row in advantages.chosen_rows(own, "best_half")] == ["r0", "r2", "r3"]
-    assert [row.id for row in advantages.chosen_rows(own, "worst_half")] == ["r1", "r3", "r4"]
-    assert advantages.chosen_rows(own, "all") is own
+    assert [row.id for row in rl_rows.chosen_rows(own, "best_half")] == ["r0", "r2", "r3"]
+    assert [row.id for row in rl_rows.chosen_rows(own, "worst_half")] == ["r1", "r3", "r4"]
+    assert rl_rows.chosen_rows(own, "all") is own
 
 
 def test_the_chosen_sides_of_pairs():
     pair = [Example("7/chosen", "p", completion="a"), Example("7/rejected", "p", completion="b")]
-    assert advantages.chosen_rows(pair, "chosen") == pair[:1]
+    assert rl_rows.chosen_rows(pair, "chosen") == pair[:1]
     with pytest.raises(UserError, match=r"none of 2 rows is a side of a pair.*rows=best_half"):
-        advantages.chosen_rows(rows(1, 2), "chosen")
+        rl_rows.chosen_rows(rows(1, 2), "chosen")
 
 
 # all of it, small

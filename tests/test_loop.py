@@ -20,11 +20,12 @@ from pipeline.data.batching import Packing, Windows, collate
 from pipeline.errors import PreemptedError, UserError
 from pipeline.models.policy import Policy
 from pipeline.records import Item
-from pipeline.trainer import evaluation, loop
+from pipeline.trainer import evaluation, loop, schedule
 from pipeline.trainer.checkpoint import Checkpoints, State
 from pipeline.trainer.engine import Engine
-from pipeline.trainer.loop import Evaluation, Watch
+from pipeline.trainer.loop import BestMetric, Evaluation
 from pipeline.trainer.metrics import Interval, Tally
+from pipeline.trainer.model import Model
 from pipeline.trainer.objective import Objective, count_terms
 from tests import tiny
 
@@ -37,7 +38,7 @@ TOKENS = Objective(lambda logp, batch: supervised.loss(logp, batch, supervised.S
 
 def rates(kind: str, steps: int, warmup: float) -> list[float]:
     settings = tiny.optimizer_settings(learning_rate=1.0, lr_scheduler_type=kind, warmup_ratio=warmup)
-    return [loop.learning_rate(step, steps, settings) for step in range(steps)]
+    return [schedule.learning_rate(step, steps, settings) for step in range(steps)]
 
 
 def test_learning_rates_by_hand() -> None:
@@ -71,12 +72,12 @@ def test_terms_of_the_mean() -> None:
 
 
 def test_due() -> None:
-    assert [step for step in range(1, 8) if loop.due(step, 3, 7)] == [3, 6, 7]
-    assert [step for step in range(1, 8) if loop.due(step, None, 7)] == [7]
+    assert [step for step in range(1, 8) if schedule.due(step, 3, 7)] == [3, 6, 7]
+    assert [step for step in range(1, 8) if schedule.due(step, None, 7)] == [7]
 
 
-def test_watch() -> None:
-    up, down = Watch("r", True), Watch("l", False)
+def test_best_metric() -> None:
+    up, down = BestMetric("r", True), BestMetric("l", False)
     assert up.better(1.0, None) and up.better(1.0, 0.5) and not up.better(1.0, 1.0)
     assert down.better(0.5, 1.0) and not down.better(1.0, 0.5)
     assert not up.better(math.nan, None) and not down.better(math.nan, 3.0)
@@ -86,7 +87,7 @@ def test_steps_for() -> None:
     def steps(rows: int, **train) -> int:
         settings = tiny.settings("sft")
         update = {"max_steps": None, "num_train_epochs": None, "batch_size": 8, **train}
-        return loop.steps_for(settings.model_copy(update={"train": settings.train.model_copy(update=update)}), rows)
+        return schedule.steps_for(settings.model_copy(update={"train": settings.train.model_copy(update=update)}), rows)
 
     assert steps(100, max_steps=7) == 7
     assert steps(100, num_train_epochs=2.0) == 25  # 200 / 8
@@ -128,9 +129,9 @@ class Toy:
         settings = tiny.settings("sft", *(f"train.{name}={value}" for name, value in words.items()))
         trained = self.engine()
         torch.manual_seed(0)
-        export = loop.exporter(trained, tiny.encoder())
+        export = Model(trained, tiny.encoder(), PACKING).export
 
-        def look(step: int) -> Evaluation:
+        def evaluate(step: int) -> Evaluation:
             self.at_evaluation(step)
             found = evaluation.held_out_loss(trained, self.objective, items, PACKING)
             return Evaluation(found, {"lengths": torch.arange(3.0)}, [{"id": "a", "response": f"at {step}"}])
@@ -139,12 +140,21 @@ class Toy:
             self.at_export(place)
             export(place)
 
-        draw = loop.epochs(len(items), settings.train.batch_size, settings.seed)
-        course = loop.Course(
-            Windows(items, draw, PACKING, 0, 1), self.objective, self.steps, settings.train.eval_steps, look,
-            Watch("eval/loss", self.larger_is_better), exporting,
-        )  # fmt: skip
-        loop.train(settings, self.directory, trained, course, prepare)
+        draw = schedule.epochs(len(items), settings.train.batch_size, settings.seed)
+        trainer = loop.Trainer(
+            engine=trained,
+            settings=settings,
+            directory=self.directory,
+            windows=Windows(items, draw, PACKING, 0, 1),
+            objective=self.objective,
+            max_steps=self.steps,
+            eval_steps=settings.train.eval_steps,
+            evaluate=evaluate,
+            best_metric=BestMetric("eval/loss", self.larger_is_better),
+            export=exporting,
+            prepare=prepare,
+        )
+        loop.fit(trainer)
 
     def weights(self, folder: str = "model") -> dict[str, torch.Tensor]:
         return load_file(self.directory / folder / "model.safetensors")
@@ -325,7 +335,7 @@ REWARDED = Objective(lambda logp, batch: offline.loss(logp, batch, BY_REWARD), "
 def test_a_loss_that_is_no_number_names_its_row_and_stops(tmp_path: Path, zero: str) -> None:
     """A row first drawn in the second step: the weights of the first are saved, and its row is written down."""
     toy = Toy(tmp_path / "sft", zero=zero, objective=REWARDED)
-    drawn = [loop.epochs(9, 4, tiny.settings("sft").seed)(step) for step in range(2)]
+    drawn = [schedule.epochs(9, 4, tiny.settings("sft").seed)(step) for step in range(2)]
     bad = next(row for row in drawn[1] if row not in drawn[0])
     with pytest.raises(UserError) as error:
         toy.run(tiny.items(9, reward=lambda i: math.inf if i == bad else 1.0))
@@ -360,7 +370,7 @@ def test_a_step_that_is_not_finite_is_never_taken(zero: str, precision: str) -> 
 
 def test_steps_that_are_not_finite_are_left_out_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     toy = Toy(tmp_path / "sft", objective=REWARDED, words={"non_finite": "skip", "logging_steps": 3}, steps=6)
-    drawn = [loop.epochs(9, 4, tiny.settings("sft").seed)(step) for step in range(6)]
+    drawn = [schedule.epochs(9, 4, tiny.settings("sft").seed)(step) for step in range(6)]
     toy.run(tiny.items(9, reward=lambda i: math.nan if i == 2 else 1.0))
     skipped = [2 in rows for rows in drawn]
     shares = [row["train/skipped_fraction"] for row in toy.rows() if "train/skipped_fraction" in row]
@@ -399,5 +409,5 @@ def test_a_row_of_the_log_goes_across_a_resume(tmp_path: Path, whole: Toy) -> No
 
 def test_the_logged_rates_are_the_schedules(whole: Toy) -> None:
     settings = tiny.settings("sft").optimizer
-    wanted = [loop.learning_rate(step, 6, settings) for step in range(6)]
+    wanted = [schedule.learning_rate(step, 6, settings) for step in range(6)]
     assert [row["train/learning_rate"] for row in whole.rows()[1:]] == pytest.approx(wanted, rel=1e-5)

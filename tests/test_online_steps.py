@@ -116,11 +116,11 @@ def test_dropping_keeps_half_of_batches_of_two(alone: dict) -> None:
 @pytest.mark.parametrize("name", ["esrl", "references and KL"])
 def test_t08_a_resume_is_as_if_never_left(tmp_path: Path, alone: dict, name: str) -> None:
     """Saved after two steps and loaded into other weights: history, plans, responses and weights, bit for bit."""
-    job = rolling.job_of(CASES[name], "zero0", tmp_path)
-    rolling.run(job, 0, 2)
-    checkpoints = Checkpoints(tmp_path, job.engine.ranks, 1)
-    checkpoints.save(job.engine, State(step=2, world=1), Interval(Tally()), job.windows.remembered(2))
-    other = rolling.job_of(CASES[name], "zero0", tmp_path)
+    trainer = rolling.trainer_of(CASES[name], "zero0", tmp_path)
+    rolling.run(trainer, 0, 2)
+    checkpoints = Checkpoints(tmp_path, trainer.engine.ranks, 1)
+    checkpoints.save(trainer.engine, State(step=2, world=1), Interval(Tally()), trainer.windows.remembered(2))
+    other = rolling.trainer_of(CASES[name], "zero0", tmp_path)
     state, _, memory = checkpoints.load(other.engine)
     other.windows.recall(memory)
     (last,) = rolling.run(other, state.step, STEPS)
@@ -131,19 +131,19 @@ def test_t08_a_resume_is_as_if_never_left(tmp_path: Path, alone: dict, name: str
 
 def test_t08_a_step_that_was_not_taken_is_not_remembered(tmp_path: Path) -> None:
     """Where a step's gradient is not finite the state before it is saved, and the step is made again as it was."""
-    job = rolling.job_of(CASES["esrl"], "zero0", tmp_path)
-    rolling.run(job, 0, 1)
-    before = job.windows.remembered(1)
-    job.windows.at(1)
-    assert job.windows.remembered(1) == before
+    trainer = rolling.trainer_of(CASES["esrl"], "zero0", tmp_path)
+    rolling.run(trainer, 0, 1)
+    before = trainer.windows.remembered(1)
+    trainer.windows.at(1)
+    assert trainer.windows.remembered(1) == before
 
 
 def test_a_prompt_that_comes_twice_in_a_step_has_other_responses(tmp_path: Path) -> None:
     """Two prompts, four places: each turn throws dice of its own, so no sample is paid for twice."""
-    job = rolling.job_of(rolling.Case(("algo=reinforce",), prompts=2, per_step=4), "zero0", tmp_path)
-    job.windows.at(0)
+    trainer = rolling.trainer_of(rolling.Case(("algo=reinforce",), prompts=2, per_step=4), "zero0", tmp_path)
+    trainer.windows.at(0)
     said: dict[str, list] = {}
-    for lot in job.windows.lots:
+    for lot in trainer.windows.lots:
         said.setdefault(lot.key, []).append([response.response_ids for response in lot.responses])
     assert [len(turns) for turns in said.values()] == [2, 2]
     assert all(first != second for first, second in said.values())

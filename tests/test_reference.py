@@ -14,18 +14,20 @@ from pipeline.errors import UserError
 from pipeline.models import loading, value_head
 from pipeline.models.policy import Policy
 from pipeline.records import Item
-from pipeline.rl import advantages, reference
+from pipeline.rl import reference, values
+from pipeline.rl.reference import ReferencePolicy
+from pipeline.trainer.model import Model
 from tests import tiny
 
 PACKING = Packing(None, 60, False, tiny.PAD_ID)
 WHOLE = Packing(None, 10**6, False, tiny.PAD_ID)
 
 
-def reference_of(tmp_path: Path, shape: str = "llama", *words: str, weights: str = "w") -> advantages.Reference:
+def reference_of(tmp_path: Path, shape: str = "llama", *words: str, weights: str = "w") -> ReferencePolicy:
     settings = tiny.settings("rl", f"runs_dir={tmp_path}", *words)
     trained = tiny.trainer(Policy(tiny.language_model(shape), 64))
     packing = replace(PACKING, encoder_decoder=trained.module.encoder_decoder)
-    return advantages.Reference(trained, tiny.encoder(), packing, settings, weights)
+    return ReferencePolicy(Model(trained, tiny.encoder(), packing), settings, weights)
 
 
 def rewarded(count: int, **options) -> list[Item]:
@@ -35,16 +37,16 @@ def rewarded(count: int, **options) -> list[Item]:
 @pytest.mark.parametrize("shape", tiny.SHAPES)
 def test_cached_logps_are_live_ones(tmp_path: Path, shape: str) -> None:
     ref = reference_of(tmp_path, shape)
-    items = advantages.with_ref_logps(ref, rewarded(9))
-    module = ref.engine.module
+    items = reference.with_ref_logps(ref, rewarded(9))
+    module = ref.model.engine.module
     for i, item in enumerate(items):
         with torch.no_grad():
-            live = module(collate(items, [i], ref.packing))[0]
+            live = module(collate(items, [i], ref.model.packing))[0]
         torch.testing.assert_close(item.ref_logp[0], live, atol=1e-5, rtol=1e-5)
 
 
 def test_pairs_keep_their_two_rows(tmp_path: Path) -> None:
-    items = advantages.with_ref_logps(reference_of(tmp_path), tiny.items(5, pairs=True))
+    items = reference.with_ref_logps(reference_of(tmp_path), tiny.items(5, pairs=True))
     assert [[len(logp) for logp in item.ref_logp] for item in items] == [
         [len(row.response_ids) for row in item.rows] for item in items
     ]
@@ -53,11 +55,11 @@ def test_pairs_keep_their_two_rows(tmp_path: Path) -> None:
 def test_the_loss_with_the_cache_is_the_live_loss(tmp_path: Path) -> None:
     """A policy that has moved, against a second copy of the reference in memory."""
     ref, twin = reference_of(tmp_path), Policy(tiny.language_model("llama"), 64)
-    items = advantages.with_ref_logps(ref, rewarded(9))
-    tiny.two_steps(ref.engine, items)
+    items = reference.with_ref_logps(ref, rewarded(9))
+    tiny.two_steps(ref.model.engine, items)
     batch = collate(items, range(9), WHOLE)
     settings = offline.Settings("advantage", "sequence", 0.9, 0.1, 0.0, "none")
-    logp = ref.engine(batch)
+    logp = ref.model.engine(batch)
     cached, _ = offline.loss(logp, batch, settings)
     with torch.no_grad():
         live, _ = offline.loss(logp, replace(batch, ref_logp=twin(batch)), settings)
@@ -68,11 +70,11 @@ def test_the_loss_with_the_cache_is_the_live_loss(tmp_path: Path) -> None:
 
 def test_the_cache_is_read_not_made_again(tmp_path: Path) -> None:
     ref, items = reference_of(tmp_path), rewarded(6)
-    first = advantages.with_ref_logps(ref, items)
+    first = reference.with_ref_logps(ref, items)
     (file,) = (tmp_path / "default" / "cache").glob("*.pt")
     made = file.stat().st_mtime_ns
-    tiny.two_steps(ref.engine, items * 2)  # the engine could not say it any more
-    again = advantages.with_ref_logps(ref, items)
+    tiny.two_steps(ref.model.engine, items * 2)  # the engine could not say it any more
+    again = reference.with_ref_logps(ref, items)
     assert file.stat().st_mtime_ns == made and len(list(file.parent.glob("*.pt"))) == 1
     assert all(torch.equal(a.ref_logp[0], b.ref_logp[0]) for a, b in zip(first, again, strict=True))
 
@@ -103,7 +105,7 @@ def test_a_torn_cache_file_is_not_used(tmp_path: Path) -> None:
     path = ref.cache("ref_logps", rows=reference.rows_digest(items))
     path.parent.mkdir(parents=True)
     path.with_suffix(".part").write_bytes(b"torn")
-    assert len(advantages.with_ref_logps(ref, items)) == 6 and path.is_file()
+    assert len(reference.with_ref_logps(ref, items)) == 6 and path.is_file()
 
 
 # values
@@ -117,29 +119,29 @@ def test_log_probabilities_that_are_no_numbers_name_their_rows(tmp_path: Path) -
         token in (*item.rows[0].prompt_ids, *item.rows[0].response_ids) for item in items if item != items[2]
     )
     with torch.no_grad():
-        ref.engine.module.model.model.embed_tokens.weight[token] = torch.nan
-    ref.engine.module.model.lm_head.weight = torch.nn.Parameter(
+        ref.model.engine.module.model.model.embed_tokens.weight[token] = torch.nan
+    ref.model.engine.module.model.lm_head.weight = torch.nn.Parameter(
         torch.randn(tiny.V, tiny.H)
     )  # untied: only reading hurts
     with pytest.raises(UserError, match="reference log-probabilities: not finite on rows row 2, wanted numbers"):
-        advantages.with_ref_logps(ref, items)
+        reference.with_ref_logps(ref, items)
     assert not list(tmp_path.rglob("*.pt"))
 
 
-def targets(count: int = 12) -> reference.Targets:
+def targets(count: int = 12) -> values.Targets:
     prompts = [replace(item, rows=(replace(item.rows[0], response_ids=()),)) for item in tiny.items(count)]
     rewards = torch.tensor([0.1 + 0.8 * (len(item.rows[0].prompt_ids) > 5) for item in prompts])
-    return reference.Targets(prompts, rewards, torch.arange(count) % 4 == 0, 0.0, 1.0)
+    return values.Targets(prompts, rewards, torch.arange(count) % 4 == 0, 0.0, 1.0)
 
 
 def fitted(engine, epochs: int = 3) -> tuple[value_head.ValueHead, dict[str, float]]:
     fit = {"learning_rate": 1e-3, "epochs": epochs, "batch_size": 4, "patience": epochs, "dropout": 0.1}
     settings = tiny.settings("rl").value.model_copy(update=fit)
-    return reference.fit_value(engine, targets(), PACKING, settings, seed=0)
+    return values.fit_value(engine, targets(), PACKING, settings, seed=0)
 
 
 def test_p15_the_reference_is_not_touched_by_the_fit(tmp_path: Path) -> None:
-    trained = reference_of(tmp_path).engine
+    trained = reference_of(tmp_path).model.engine
     before = {name: weight.clone() for name, weight in trained.state_dict().items()}
     state = torch.get_rng_state()
     _, report = fitted(trained)
@@ -150,13 +152,13 @@ def test_p15_the_reference_is_not_touched_by_the_fit(tmp_path: Path) -> None:
 
 
 def test_the_head_learns_what_the_states_tell(tmp_path: Path) -> None:
-    _, report = fitted(reference_of(tmp_path).engine, epochs=30)
+    _, report = fitted(reference_of(tmp_path).model.engine, epochs=30)
     assert report["value/fit_mse"] < 0.1  # the rewards are 0.1 and 0.9: their mean alone leaves up to 0.16
 
 
 @pytest.mark.parametrize("shape", tiny.SHAPES)
 def test_p14_values_do_not_depend_on_the_packing(tmp_path: Path, shape: str) -> None:
-    trained = reference_of(tmp_path, shape).engine
+    trained = reference_of(tmp_path, shape).model.engine
     torch.manual_seed(0)
     head = value_head.ValueHead(tiny.H, 0.0, 1.0, heads=8, dropout=0.1)
     encoder_decoder = trained.module.encoder_decoder
@@ -165,19 +167,19 @@ def test_p14_values_do_not_depend_on_the_packing(tmp_path: Path, shape: str) -> 
         Packing(None, 40, encoder_decoder, 0),
         Packing(12, None, encoder_decoder, 0),
     ]
-    found = [reference.values_of(trained, head, targets().items, packing) for packing in packings]
-    for values in found[1:]:
-        torch.testing.assert_close(values, found[0], atol=1e-5, rtol=1e-5)
+    found = [values.values_of(trained, head, targets().items, packing) for packing in packings]
+    for others in found[1:]:
+        torch.testing.assert_close(others, found[0], atol=1e-5, rtol=1e-5)
     assert found[0].std() > 1e-3
-    assert torch.equal(reference.values_of(trained, head.train(), targets().items, packings[0]), found[0])  # eval mode
+    assert torch.equal(values.values_of(trained, head.train(), targets().items, packings[0]), found[0])  # eval mode
 
 
 def test_p14_appended_response_tokens_do_not_change_values(tmp_path: Path) -> None:
-    trained = reference_of(tmp_path).engine
+    trained = reference_of(tmp_path).model.engine
     torch.manual_seed(0)
     head = value_head.ValueHead(tiny.H, 0.0, 1.0, heads=8, dropout=0.1)
-    bare = reference.values_of(trained, head, targets().items, PACKING)
-    torch.testing.assert_close(reference.values_of(trained, head, tiny.items(12), PACKING), bare, atol=1e-5, rtol=1e-5)
+    bare = values.values_of(trained, head, targets().items, PACKING)
+    torch.testing.assert_close(values.values_of(trained, head, tiny.items(12), PACKING), bare, atol=1e-5, rtol=1e-5)
 
 
 # the check before the first step
@@ -185,32 +187,32 @@ def test_p14_appended_response_tokens_do_not_change_values(tmp_path: Path) -> No
 
 def test_p1_the_ratio_is_one_before_the_first_step(tmp_path: Path) -> None:
     ref = reference_of(tmp_path)
-    items = advantages.with_ref_logps(ref, rewarded(9))
+    items = reference.with_ref_logps(ref, rewarded(9))
     other = Packing(2, None, False, tiny.PAD_ID)
-    assert reference.check_ratio(ref.engine, items, [3, 3, 0, 8], other, 1e-3) < 1e-5
+    assert reference.check_ratio(ref.model.engine, items, [3, 3, 0, 8], other, 1e-3) < 1e-5
 
 
 def test_other_weights_are_noticed(tmp_path: Path) -> None:
     ref = reference_of(tmp_path)
-    items = advantages.with_ref_logps(ref, rewarded(9))
-    tiny.two_steps(ref.engine, items)
+    items = reference.with_ref_logps(ref, rewarded(9))
+    tiny.two_steps(ref.model.engine, items)
     with pytest.raises(UserError) as error:
-        reference.check_ratio(ref.engine, items, range(9), PACKING, 1e-3)
+        reference.check_ratio(ref.model.engine, items, range(9), PACKING, 1e-3)
     text = str(error.value)
     assert "\n" not in text and "nats per token before the first step" in text and "model.dropout=0.0" in text
 
 
 def test_dropout_is_noticed(tmp_path: Path) -> None:
     ref = reference_of(tmp_path)
-    items = advantages.with_ref_logps(ref, rewarded(9))
-    loading.set_dropout(ref.engine.module.model, 0.2)  # silent in evaluation mode, where the reference was asked
+    items = reference.with_ref_logps(ref, rewarded(9))
+    loading.set_dropout(ref.model.engine.module.model, 0.2)  # silent in evaluation mode, where the reference was asked
     with pytest.raises(UserError, match="is dropout on"):
-        reference.check_ratio(ref.engine, items, range(9), PACKING, 1e-3)
+        reference.check_ratio(ref.model.engine, items, range(9), PACKING, 1e-3)
 
 
 def test_a_ratio_that_is_no_number_is_noticed(tmp_path: Path) -> None:
     ref = reference_of(tmp_path)
-    items = advantages.with_ref_logps(ref, rewarded(9))
+    items = reference.with_ref_logps(ref, rewarded(9))
     items[4] = replace(items[4], ref_logp=(torch.full_like(items[4].ref_logp[0], float("nan")),))
     with pytest.raises(UserError, match="nan nats per token"):
-        reference.check_ratio(ref.engine, items, range(9), PACKING, 1e-3)
+        reference.check_ratio(ref.model.engine, items, range(9), PACKING, 1e-3)

@@ -19,9 +19,11 @@ from torch.nn import functional as F
 from pipeline.data.batching import Packing, collate
 from pipeline.models.policy import Policy
 from pipeline.records import Item
-from pipeline.rl import advantages
-from pipeline.rl.reference import fit_value
+from pipeline.rl import reference, values
+from pipeline.rl.reference import ReferencePolicy
+from pipeline.rl.values import ValueData
 from pipeline.trainer.engine import Engine
+from pipeline.trainer.model import Model
 from pipeline.trainer.objective import objective_of
 from tests import masked, same_step, tiny
 from tests.same_step import DRAWN, STAGES
@@ -247,12 +249,12 @@ CACHED = ["r_lol", "alol", "a_lol_seq", "a_lol_kl", "a_lol_k3"]
 WHOLE = Packing(9, None, False, tiny.PAD_ID)
 
 
-def reference_of(folder: Path, name: str, seed: int = 0) -> advantages.Reference:
+def reference_of(folder: Path, name: str, seed: int = 0) -> ReferencePolicy:
     words = ("value.targets=data", "value.epochs=3", f"runs_dir={folder}")
     policy = Policy(tiny.language_model("llama", seed), 64)
     trained = tiny.trainer(policy, optimizer=same_step.OPTIMIZER)
     settings = tiny.settings("rl", *words).model_copy(update={"algorithm": same_step.cases()[name].algorithm})
-    return advantages.Reference(trained, tiny.encoder(), same_step.BUDGET, settings, "weights")
+    return ReferencePolicy(Model(trained, tiny.encoder(), same_step.BUDGET), settings, "weights")
 
 
 def counted(trained: Engine) -> list[int]:
@@ -262,10 +264,10 @@ def counted(trained: Engine) -> list[int]:
     return calls
 
 
-def prepared(ref: advantages.Reference, rows: list[Item]) -> list[Item]:
+def prepared(ref: ReferencePolicy, rows: list[Item]) -> list[Item]:
     """The rows with reference log-probabilities, values and advantages, from the cache where it is there."""
-    rows = advantages.with_ref_logps(ref, rows)
-    return advantages.with_values(ref, rows, advantages.ValueData([], rows, None, None))[0]
+    rows = reference.with_ref_logps(ref, rows)
+    return reference.with_values(ref, rows, ValueData([], rows, None, None))[0]
 
 
 def logged() -> list[Item]:
@@ -276,9 +278,9 @@ def logged() -> list[Item]:
 def live(folder: Path, name: str, rows: list[Item]) -> list[Item]:
     """The same, by a reference in memory, one row at a time."""
     ref = reference_of(folder, name)
-    source = advantages.ValueData([], rows, None, None)
-    targets, settings = advantages.value_targets(ref, source), ref.settings
-    head, _ = fit_value(ref.engine, targets, ref.packing, settings.value, settings.seed)
+    source = ValueData([], rows, None, None)
+    targets, settings = values.value_targets(ref.model, ref.settings, source), ref.settings
+    head, _ = values.fit_value(ref.model.engine, targets, ref.model.packing, settings.value, settings.seed)
     model, head, found = tiny.language_model("llama"), head.eval(), []
     for row in rows:
         with torch.no_grad():
@@ -303,9 +305,9 @@ def moved(model: nn.Module) -> nn.Module:
 def test_p16_cached_is_live(tmp_path: Path, name: str) -> None:
     """Loss and gradient of a policy that has moved, with the cache read again and with a second model in memory."""
     ref, rows = reference_of(tmp_path, name), logged()
-    before = ref.engine.state_dict()
+    before = ref.model.engine.state_dict()
     prepared(ref, rows)
-    assert all(torch.equal(weight, before[key]) for key, weight in ref.engine.state_dict().items())
+    assert all(torch.equal(weight, before[key]) for key, weight in ref.model.engine.state_dict().items())
     other = reference_of(tmp_path, name, seed=1)  # could not say it: only the files can
     calls = counted(other.engine)
     cached = prepared(other, rows)
@@ -332,7 +334,7 @@ def test_p16_training_asks_no_reference(tmp_path: Path) -> None:
     """As many forwards as micro-batches."""
     ref = reference_of(tmp_path, "alol")
     rows = prepared(ref, logged())
-    job = same_step.job_of(same_step.cases()["alol"], ref.engine, rows, same_step.BUDGET, tmp_path)
-    calls = counted(ref.engine)
-    same_step.run(same_step.cases()["alol"], job)
-    assert len(calls) == sum(len(job.windows.at(step)) for step in range(len(DRAWN))) > len(DRAWN)
+    trainer = same_step.trainer_of(same_step.cases()["alol"], ref.model.engine, rows, same_step.BUDGET, tmp_path)
+    calls = counted(ref.model.engine)
+    same_step.run(same_step.cases()["alol"], trainer)
+    assert len(calls) == sum(len(trainer.windows.at(step)) for step in range(len(DRAWN))) > len(DRAWN)

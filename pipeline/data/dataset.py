@@ -171,7 +171,6 @@ class Encoded:
     response_tokens: int
     cut_prompts: int
     cut_responses: int
-    dropped: int = 0
 
     def counts(self) -> dict[str, int]:
         """What data.json says of a split: rows, responses (two in a pair), tokens, and how many were cut."""
@@ -185,14 +184,11 @@ class Encoded:
         }
 
     def summary(self, name: str) -> str:
-        parts = [
-            f"{name}: {len(self.items):,} rows",
-            f"{self.tokens:,} tokens ({self.response_tokens:,} of responses)",
-            f"{self.cut_prompts:,} prompts and {self.cut_responses:,} responses cut",
-        ]
-        if self.dropped:
-            parts.append(f"{self.dropped:,} rows dropped")
-        return ", ".join(parts)
+        """The counts in one line."""
+        return (
+            f"{name}: {len(self.items):,} rows, {self.tokens:,} tokens ({self.response_tokens:,} of responses), "
+            f"{self.cut_prompts:,} prompts and {self.cut_responses:,} responses cut"
+        )
 
 
 def encode(

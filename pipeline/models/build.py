@@ -1,18 +1,15 @@
-"""What a stage trains: tokenizer with limits, policy or reward model, how its rows are packed. Built once per stage."""
+"""The parts of a model: its tokenizer behind template and limits, and the policy or reward model as a module."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 
-from pipeline.config.schema import Rl, Sft, WithModel
+from pipeline.config.schema import WithModel
 from pipeline.config.sections import ModelSettings, TrainSettings
-from pipeline.data import vocabulary
-from pipeline.data.batching import Packing, collate, packing_of
-from pipeline.data.masking import Hiding
+from pipeline.data.batching import Packing, collate
 from pipeline.data.tokenization import Encoder
 from pipeline.models import checks, loading
 from pipeline.models.policy import Policy, RewardModel, check_head
@@ -31,7 +28,7 @@ def encoder_of(
     return Encoder(tokenizer, settings.template, data.max_prompt_length, data.max_response_length, data.keep_of_prompt)
 
 
-def build_policy(
+def policy_module(
     model: ModelSettings, encoder: Encoder, train: TrainSettings, max_response: int, seed: int, mask: bool = False
 ) -> Policy:
     """The policy as a module, checked once against the model's own forward; `mask`: it reads the mask token."""
@@ -46,7 +43,7 @@ def build_policy(
     return policy
 
 
-def build_scalar(model: ModelSettings, encoder: Encoder, train: TrainSettings, seed: int) -> RewardModel:
+def reward_module(model: ModelSettings, encoder: Encoder, train: TrainSettings, seed: int) -> RewardModel:
     """A reward model to train; a checkpoint without a scalar head gets a fresh one."""
     scalar = loading.load_scalar(model, encoder.tokenizer, seed, new_head=True, dtype=weight_type(train))
     config = loading.hugging_face(scalar).config
@@ -65,15 +62,3 @@ def enable_checkpointing(model: Any, train: TrainSettings) -> None:
     if train.gradient_checkpointing:
         loading.hugging_face(model).gradient_checkpointing_enable({"use_reentrant": False})
         loading.hugging_face(model).enable_input_require_grads()
-
-
-def packing(train: TrainSettings, world: int, policy: Policy, encoder: Encoder) -> Packing:
-    return packing_of(train, world, policy.encoder_decoder, encoder.pad_id)
-
-
-def hidden(packing: Packing, encoder: Encoder, policy: Policy, settings: Sft | Rl, **more: Any) -> Packing:
-    """`packing` for batches whose responses are partly hidden, as `settings.masking` says; `more` is of `Hiding`."""
-    words = vocabulary.vocabulary(encoder.tokenizer, policy.vocab_size)
-    if settings.masking.span != "token":
-        words.require_words()
-    return replace(packing, hiding=Hiding(words, settings.masking, settings.seed, **more))

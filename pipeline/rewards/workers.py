@@ -1,8 +1,9 @@
 """Worker processes that judge texts, so that this process can run the model meanwhile.
 
 Each is `pipeline/rewards/worker_main.py` at the other end of a pipe. It is started anew, not forked, and ends when
-this process does, whatever ends that. Not a ProcessPoolExecutor: its workers would make the stage's own imports again, torch
-among them, which takes ten times as long; it does not tell how a worker ended; and with it Ctrl-C waits for rewards.
+this process does, whatever ends that. Not a ProcessPoolExecutor: its workers would make the stage's own imports again,
+torch among them, which takes ten times as long; it does not tell how a worker ended; and with it Ctrl-C waits for
+rewards.
 """
 
 from __future__ import annotations

@@ -2,75 +2,68 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
-from pipeline import files
-from pipeline.data import dataset, sampling
-from pipeline.data import pairs as pairing
+from pipeline.data import dataset, pairs, sampling
 from pipeline.data.batching import Windows
-from pipeline.data.tokenization import coloured
-from pipeline.models import build
+from pipeline.files import fingerprint
 from pipeline.records import Example
-from pipeline.rl import advantages, reference
-from pipeline.rl.context import Lesson, Scene, refuse
-from pipeline.rl.offline import Held, Look
-from pipeline.trainer import engine, loop
-from pipeline.trainer.loop import Watch
+from pipeline.rl.context import Context, refuse
+from pipeline.rl.offline import Watched, check_start, evaluate
+from pipeline.rl.reference import ReferencePolicy, annotate
+from pipeline.trainer.loop import HELD_OUT_LOSS, REWARD, Trainer
+from pipeline.trainer.model import build_policy, encode
+from pipeline.trainer.schedule import epochs, steps_for
+
+logger = logging.getLogger("tiffin")
 
 
-def lesson(scene: Scene) -> Lesson:
+def trainer(context: Context) -> Trainer:
     """DPO: the start model's log-probabilities of both responses are known beforehand; nothing has to be judged."""
-    settings, ranks, model = scene.settings, scene.ranks, scene.model
+    settings, ranks = context.settings, context.ranks
     refuse(settings, rows="all", sampling="all")
-    train, held_out = pairs_of(scene)
+    train, held_out = preference_pairs(context)
     prompts = dataset.unique_prompts(held_out)[: settings.eval.max_rows]
-    encoder = build.encoder_of(settings, model, list)
-    encoded = dataset.encode(train, encoder, dataset.pair_rows)
-    tested = dataset.encode(held_out[: settings.eval.max_rows], encoder, dataset.pair_rows)
-    scene.say(f"{encoded.summary('train')}\n{tested.summary('validation')}")
-    scene.say("\n".join(coloured(encoder, row) for row in encoded.items[0].rows))
-    ranks.on_main(lambda: dataset.note(scene.directory, encoded, tested))
+    policy = build_policy(settings, ranks, context.start)
+    items, tested = encode(policy, context.directory, train, held_out[: settings.eval.max_rows], dataset.pair_rows)
 
     # what the reference says, before the first step changes it
-    policy = build.build_policy(model, encoder, settings.train, scene.data.max_response_length, settings.seed)
-    packing = build.packing(settings.train, ranks.world, policy, encoder)
-    trainer = engine.Engine(policy, ranks, settings.train, settings.optimizer)
-    ref = advantages.Reference(trainer, encoder, packing, settings, files.fingerprint(model.path))
-    known = advantages.with_ref_logps(ref, [*encoded.items, *tested.items])
-    items, watched = known[: len(train)], known[len(train) :]
-    draw = loop.epochs(len(items), settings.train.batch_size, settings.seed)
-
-    def prepare() -> None:
-        tolerance = settings.ratio_tolerance.model_dump()[settings.train.precision]
-        reference.check_ratio(trainer, items, draw(0), packing, tolerance)
-
-    course = loop.Course(
-        windows=Windows(items, draw, packing, ranks.rank, ranks.world),
-        objective=scene.objective,
-        max_steps=loop.steps_for(settings, len(items)),
+    reference = ReferencePolicy(policy, settings, fingerprint(context.start.path))
+    annotated, _ = annotate(reference, [*items, *tested], context.module.needs(context.algorithm))
+    items, tested = annotated[: len(items)], annotated[len(items) :]
+    draw = epochs(len(items), settings.train.batch_size, settings.seed)
+    return Trainer(
+        engine=policy.engine,
+        settings=settings,
+        directory=context.directory,
+        windows=Windows(items, draw, policy.packing, ranks.rank, ranks.world),
+        objective=context.objective,
+        max_steps=steps_for(settings, len(items)),
         eval_steps=settings.train.eval_steps,
-        evaluate=Look(ref, scene.objective, Held(items, watched, prompts, scene.judge), {}),
-        watch=Watch("eval/loss", False) if scene.judge is None else Watch("eval/reward/mean", True),
-        export=loop.exporter(trainer, encoder),
+        evaluate=partial(evaluate, context, policy, Watched(tested, prompts, items, {})),
+        best_metric=HELD_OUT_LOSS if context.rewards is None else REWARD,
+        export=policy.export,
+        prepare=partial(check_start, context, policy, items, draw(0)),
     )
-    return Lesson(trainer, course, prepare)
 
 
-def pairs_of(scene: Scene) -> tuple[list[Example], list[Example]]:
+def preference_pairs(context: Context) -> tuple[list[Example], list[Example]]:
     """The pairs to learn from, turned round at random if rewards are to be shuffled, and those held out."""
-    settings, say = scene.settings, scene.say
-    train = pairing.paired(dataset.load_train(scene.data, settings.seed, say), say)
-    held_out = pairing.paired(dataset.load(scene.data, "validation", settings.seed, say), say)
+    settings = context.settings
+    train = pairs.paired(dataset.load_train(context.data, settings.seed, logger.info), logger.info)
+    held_out = pairs.paired(dataset.load(context.data, "validation", settings.seed, logger.info), logger.info)
     return with_shuffled_sides(train, settings.seed) if settings.shuffle_rewards else train, held_out
 
 
-def with_shuffled_sides(pairs: Sequence[Example], seed: int) -> list[Example]:
+def with_shuffled_sides(examples: Sequence[Example], seed: int) -> list[Example]:
     """The pairs, each turned round by a fair coin of its own: which response is better is not told any more."""
-    coins = torch.rand(len(pairs), generator=sampling.generator("sides", seed, 0)).tolist()
+    coins = torch.rand(len(examples), generator=sampling.generator("sides", seed, 0)).tolist()
     return [
         replace(pair, chosen=pair.rejected, rejected=pair.chosen) if coin < 0.5 else pair
-        for pair, coin in zip(pairs, coins, strict=True)
+        for pair, coin in zip(examples, coins, strict=True)
     ]

@@ -7,9 +7,11 @@ Source: Wang et al., "ESRL: Efficient Sampling-based Reinforcement Learning for 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,65 +24,77 @@ from pipeline.config.sections import GenerationSettings
 from pipeline.data import dataset
 from pipeline.data.batching import Draw, Packing, collate, window
 from pipeline.data.tokenization import Encoder
-from pipeline.models import build
 from pipeline.records import Batch, Example, Item, Row, Stat
 from pipeline.rewards import scoring
 from pipeline.rewards.rewards import Rewards
 from pipeline.rl import reference
-from pipeline.rl.context import Lesson, Scene, refuse, required_judge, spoken
+from pipeline.rl.context import Context, fresh_responses, refuse, required_rewards
 from pipeline.rollout import generate
 from pipeline.rollout import groups as rollout_groups
 from pipeline.rollout.allocation import Queue, Sampler, check_sampler, prompt_key, spoken_sampler
 from pipeline.rollout.generate import Ask
 from pipeline.rollout.groups import Lot
-from pipeline.trainer import loop
 from pipeline.trainer.engine import Engine
-from pipeline.trainer.loop import Evaluation, Watch
+from pipeline.trainer.loop import REWARD, Evaluation, Trainer
+from pipeline.trainer.model import Model, build_policy
+from pipeline.trainer.schedule import epochs, steps_for
+
+logger = logging.getLogger("tiffin")
 
 TURN = 1_000_000  # more than the responses that a prompt has at once
 
 
-def lesson(scene: Scene) -> Lesson:
+def trainer(context: Context) -> Trainer:
     """On-policy RL. train.batch_size counts prompts, each of which has several responses in the step."""
-    settings, ranks = scene.settings, scene.ranks
+    settings, ranks, algorithm = context.settings, context.ranks, context.algorithm
     refuse(settings, rows="all", sampling="all", shuffle_rewards=False)
-    judge = required_judge(scene)
-    check_sampler(settings, scene.algorithm)
-    prompts = dataset.unique_prompts(dataset.load_train(scene.data, settings.seed, scene.say))
-    held_out = dataset.unique_prompts(dataset.load(scene.data, "validation", settings.seed, scene.say))
-    held_out = held_out[: settings.eval.max_rows]
-    encoder = build.encoder_of(settings, scene.model, list)
+    rewards = required_rewards(context)
+    check_sampler(settings, algorithm)
+    prompts = dataset.unique_prompts(dataset.load_train(context.data, settings.seed, logger.info))
+    held_out = dataset.unique_prompts(dataset.load(context.data, "validation", settings.seed, logger.info))
     longest = max(settings.generation.max_new_tokens, settings.data.max_response_length)
-    policy = build.build_policy(scene.model, encoder, settings.train, longest, settings.seed)
-    packing = replace(build.packing(settings.train, ranks.world, policy, encoder), prompts_once=True)
+    policy = build_policy(settings, ranks, context.start, longest=longest)
     frozen = None
-    if scene.module.needs(scene.algorithm).ref_logp:
-        frozen = build.build_policy(scene.model, encoder, settings.train, longest, settings.seed)
-        frozen = Engine(frozen, ranks, settings.train, None)
-    trainer = Engine(policy, ranks, settings.train, settings.optimizer)
+    if context.module.needs(algorithm).ref_logp:
+        frozen = build_policy(settings, ranks, context.start, longest=longest, frozen=True).engine
     rollouts = Rollouts(
-        engine=trainer,
+        engine=policy.engine,
         frozen=frozen,
-        encoder=encoder,
-        judge=judge,
+        encoder=policy.encoder,
+        judge=rewards,
         prompts=prompts,
-        draw=loop.epochs(len(prompts), settings.train.batch_size, settings.seed),
-        packing=packing,
+        draw=epochs(len(prompts), settings.train.batch_size, settings.seed),
+        packing=replace(policy.packing, prompts_once=True),
         settings=settings,
-        algorithm=scene.algorithm,
-        sampler=Sampler(settings.sampler, policy.vocab_size, Queue(scene.algorithm.queue_size)),
+        algorithm=algorithm,
+        sampler=Sampler(settings.sampler, policy.engine.module.vocab_size, Queue(algorithm.queue_size)),
     )
-    scene.say(f"train: {len(prompts):,} prompts, {spoken_sampler(settings)}, sampled at every step")
-    course = loop.Course(
+    logger.info(f"train: {len(prompts):,} prompts, {spoken_sampler(settings)}, sampled at every step")
+    return Trainer(
+        engine=policy.engine,
+        settings=settings,
+        directory=context.directory,
         windows=rollouts,
-        objective=scene.objective,
-        max_steps=loop.steps_for(settings, len(prompts)),
+        objective=context.objective,
+        max_steps=steps_for(settings, len(prompts)),
         eval_steps=settings.train.eval_steps,
-        evaluate=Look(scene, trainer, encoder, held_out, judge, rollouts),
-        watch=Watch("eval/reward/mean", True),
-        export=loop.exporter(trainer, encoder),
+        evaluate=partial(evaluate, context, policy, held_out[: settings.eval.max_rows], rollouts),
+        best_metric=REWARD,
+        export=policy.export,
     )
-    return Lesson(trainer, course, lambda: None)
+
+
+def evaluate(context: Context, policy: Model, prompts: Sequence[Example], rollouts: Rollouts, step: int) -> Evaluation:
+    """Fresh responses to held-out prompts; and the last step's samples, prompt by prompt."""
+    last = rollouts.lots
+    judged, samples = fresh_responses(context, policy, prompts)
+    known = [lot.share.capability for lot in last if lot.share.capability is not None]
+    histograms = {"esrl/capability": torch.tensor(known)} if known else {}
+    if last:
+        histograms["esrl/samples"] = torch.tensor([float(len(lot.responses)) for lot in last])
+        histograms["advantage"] = torch.tensor([weight for lot in last for weight in lot.advantages])
+    table = rollout_groups.table(last, context.settings.eval.num_samples)
+    return Evaluation(judged, histograms, [*samples, *table])
 
 
 def sampled(settings: Rl) -> GenerationSettings:
@@ -238,25 +252,3 @@ class Rollouts:
         """As `data.Source`."""
         if memory:
             self.sampler.restore(memory)
-
-
-@dataclass(frozen=True)
-class Look:
-    """Evaluation: fresh responses to held-out prompts; and the last step's samples, prompt by prompt."""
-
-    scene: Scene
-    engine: Engine
-    encoder: Encoder
-    prompts: Sequence[Example]
-    judge: Rewards
-    rollouts: Rollouts
-
-    def __call__(self, step: int) -> Evaluation:
-        settings, last = self.scene.settings, self.rollouts.lots
-        found, samples = spoken(self.engine, self.encoder, self.prompts, self.judge, settings)
-        known = [lot.share.capability for lot in last if lot.share.capability is not None]
-        histograms = {"esrl/capability": torch.tensor(known)} if known else {}
-        if last:
-            histograms["esrl/samples"] = torch.tensor([float(len(lot.responses)) for lot in last])
-            histograms["advantage"] = torch.tensor([weight for lot in last for weight in lot.advantages])
-        return Evaluation(found, histograms, [*samples, *rollout_groups.table(last, settings.eval.num_samples)])

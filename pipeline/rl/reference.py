@@ -1,4 +1,4 @@
-"""What the frozen reference says of fixed data: log-probabilities and values, computed once, kept on disk.
+"""What the policy says before its first step, computed once and kept on disk: log-probabilities, values, advantages.
 
 The reference is the policy before its first step, so the training engine itself computes them: same weights, kernel,
 precision and sharding as in training, and never a second model in memory.
@@ -18,15 +18,100 @@ import torch
 import transformers
 from torch import Tensor
 
-from pipeline.config.sections import ValueSettings
+from pipeline.config.schema import Rl
+from pipeline.data import dataset
 from pipeline.data.batching import Packing, collate, once, window
 from pipeline.errors import UserError
 from pipeline.launch import run_dir
-from pipeline.models import value_head
-from pipeline.records import Item
+from pipeline.records import Item, Needs
+from pipeline.rl import values
+from pipeline.rl.values import ValueData
 from pipeline.trainer.engine import Engine
+from pipeline.trainer.model import Model
 
 FORMAT = 2  # raise it when what is computed changes
+
+
+@dataclass(frozen=True)
+class ReferencePolicy:
+    """The frozen start of the policy, as the engine holds it before the first step, and the key of what it says."""
+
+    model: Model
+    settings: Rl
+    weights: str  # fingerprint
+
+    def cache(self, name: str, **parts: object) -> Path:
+        """Where a result is kept: the name holds everything it depends on."""
+        settings = self.settings
+        key = cache_key(
+            weights=self.weights,
+            precision=settings.train.precision,
+            attention=settings.model.attn_implementation,
+            dropout=settings.model.dropout,
+            device=self.model.ranks.device.type,
+            **parts,
+        )
+        return run_dir.run_dir(settings) / "cache" / f"{name}-{key}.pt"
+
+
+def annotate(
+    policy: ReferencePolicy, items: list[Item], needs: Needs, value_data: ValueData | None = None
+) -> tuple[list[Item], dict[str, float]]:
+    """The items with what the algorithm needs of the reference, and how well the value head fits (value/...).
+
+    Log-probabilities go to `ref_logp`, values to the numbers `value` and `advantage` = reward - value.
+    """
+    report: dict[str, float] = {}
+    if needs.ref_logp:
+        items = with_ref_logps(policy, items)
+    if needs.values:
+        items, report = with_values(policy, items, value_data)
+    return items, report
+
+
+def with_ref_logps(policy: ReferencePolicy, items: list[Item]) -> list[Item]:
+    """The items with the reference's log-probabilities, views into one tensor."""
+    model = policy.model
+    path = policy.cache("ref_logps", rows=rows_digest(items))
+    saved = cached(path, model.engine, lambda: reference_logps(model.engine, items, model.packing))
+    rows = iter(saved["logp"].split(saved["lengths"].tolist()))
+    return [replace(item, ref_logp=tuple(next(rows) for _ in item.rows)) for item in items]
+
+
+def with_values(policy: ReferencePolicy, items: list[Item], data: ValueData) -> tuple[list[Item], dict[str, float]]:
+    """The items with `value` and `advantage`, and how well the value head predicts on prompts it did not see.
+
+    Raises:
+        UserError: targets are to come from the policy, but nothing can judge its responses.
+    """
+    settings, model = policy.settings, policy.model
+    if settings.value.targets == "policy" and data.rewards is None:
+        raise UserError(
+            "value.targets: policy, but nothing can score new responses: give reward=, or value.targets=data"
+        )
+    parts = {
+        "rows": rows_digest(items),
+        "logged": [item.numbers["reward"] for item in data.logged] if settings.value.targets == "data" else None,
+        "prompts": [str(example.prompt) for example in data.prompts],
+        "judge": data.rewards_key,
+        "value": settings.value.model_dump(),
+        "generation": settings.generation.model_dump(),
+        "seed": settings.seed,
+        "world": model.ranks.world,
+    }
+
+    def compute() -> dict[str, Tensor | dict[str, float]]:
+        targets = values.value_targets(model, settings, data)
+        head, report = values.fit_value(model.engine, targets, model.packing, settings.value, settings.seed)
+        prompts = [Item(item.example, (replace(item.rows[0], response_ids=()),)) for item in items]
+        predicted = values.values_of(model.engine, head, prompts, model.packing)
+        refuse_infinite("values", items, list(predicted))
+        return {"values": predicted, "report": report}
+
+    saved = cached(policy.cache("values", **parts), model.engine, compute)
+    expected = saved["values"].tolist()
+    gains = [item.numbers["reward"] - value for item, value in zip(items, expected, strict=True)]
+    return dataset.with_numbers(items, value=expected, advantage=gains), saved["report"]
 
 
 def cache_key(**parts: Any) -> str:
@@ -94,85 +179,6 @@ def refuse_infinite(what: str, items: Sequence[Item], found: Sequence[Tensor]) -
     if ill:
         names = ", ".join(ill[:5]) + (f" and {len(ill) - 5} more" if len(ill) > 5 else "")
         raise UserError(f"{what}: not finite on rows {names}, wanted numbers: is the model whole? try precision=fp32")
-
-
-def with_reference(items: Sequence[Item], saved: dict[str, Tensor]) -> list[Item]:
-    """The items with their reference log-probabilities, views into one tensor."""
-    rows = iter(saved["logp"].split(saved["lengths"].tolist()))
-    return [replace(item, ref_logp=tuple(next(rows) for _ in item.rows)) for item in items]
-
-
-@torch.no_grad()
-def prompt_states(engine: Engine, items: Sequence[Item], packing: Packing) -> dict[int, Tensor]:
-    """This rank's share of the items: index -> (P, H) last hidden states of the prompt, on the CPU."""
-    engine.train(False)
-    states = {}
-    for batch in once(items, packing, engine.ranks.rank, engine.ranks.world):
-        hidden = engine(batch, output="states").cpu()  # (B, P, H)
-        for place, index in enumerate(batch.items):
-            states[index] = hidden[place, : batch.prompt_lengths[place]].clone()
-    return states
-
-
-@dataclass(frozen=True)
-class Targets:
-    """What the value head learns from: prompts, the reward to expect for each, and which choose the best epoch."""
-
-    items: list[Item]  # prompts only
-    rewards: Tensor  # (n,)
-    held_out: Tensor  # (n,) bool
-    low: float
-    high: float
-
-
-def fit_value(
-    engine: Engine, targets: Targets, packing: Packing, settings: ValueSettings, seed: int
-) -> tuple[value_head.ValueHead, dict[str, float]]:
-    """A value head over the frozen reference, fitted by all ranks together; the same on all of them."""
-    states = prompt_states(engine, targets.items, packing)
-    hidden = engine.ranks.from_main(next(iter(states.values())).shape[1] if states else None)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        head = value_head.ValueHead(hidden, targets.low, targets.high, settings.num_heads, settings.dropout)
-    owned = sorted(states)
-    report = value_head.fit(
-        head.to(engine.ranks.device),
-        [states[i] for i in owned],
-        targets.rewards,
-        targets.held_out,
-        learning_rate=settings.learning_rate,
-        epochs=settings.epochs,
-        batch_size=settings.batch_size,
-        patience=settings.patience,
-        seed=seed,
-        owned=owned,
-        all_sum=engine.ranks.all_sum,
-    )
-    return head, {
-        "value/mse": report.held_out_mse,
-        "value/r2": report.held_out_r2,
-        "value/fit_mse": report.fit_mse,
-        "value/best_epoch": float(report.best_epoch),
-    }
-
-
-@torch.no_grad()
-def values_of(engine: Engine, head: value_head.ValueHead, items: Sequence[Item], packing: Packing) -> Tensor:
-    """(n,) float32: V of each item's prompt; states live for one micro-batch only."""
-    engine.train(False)
-    head.eval()
-    ranks, mine = engine.ranks, {}
-    plan = window(items, range(len(items)), packing, ranks.rank, ranks.world)
-    for indices in plan:
-        batch = collate(items, indices, packing)
-        states = engine(batch, output="states")
-        steps = torch.arange(states.shape[1], device=states.device)
-        predicted = head(states, steps < batch.prompt_lengths.to(states.device)[:, None]).cpu()
-        mine |= {index: float(predicted[place]) for place, index in enumerate(batch.items)}
-    merged = {index: number for part in ranks.gather(mine) for index, number in part.items()}
-    values = torch.tensor([merged[i] for i in range(len(items))])
-    refuse_infinite("values", items, list(values))
-    return values
 
 
 @torch.no_grad()

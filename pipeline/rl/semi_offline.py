@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,80 +14,65 @@ from pipeline.algorithms import functional, supervised
 from pipeline.algorithms.functional import Drawn
 from pipeline.data import dataset
 from pipeline.data.batching import Packing, Windows, collate
-from pipeline.data.dataset import reference_text
-from pipeline.data.tokenization import Encoder, coloured
+from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
-from pipeline.models import build
 from pipeline.records import Batch, Example, Item, Row
 from pipeline.rl.composition_samples import samples_of
 from pipeline.rl.compositions import Composer
-from pipeline.rl.context import Lesson, Scene, refuse, required_judge, spoken
-from pipeline.trainer import evaluation, loop
+from pipeline.rl.context import Context, fresh_responses, refuse, required_rewards
+from pipeline.trainer import evaluation
 from pipeline.trainer.engine import Engine
-from pipeline.trainer.loop import Evaluation, Watch
+from pipeline.trainer.loop import REWARD, Evaluation, Trainer
+from pipeline.trainer.model import Model, build_policy, encode, masked_packing
 from pipeline.trainer.objective import Objective
+from pipeline.trainer.schedule import epochs, steps_for
+
+logger = logging.getLogger("tiffin")
 
 CLOSE = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.1}  # relative to the states' size, by precision
 
 
-def lesson(scene: Scene) -> Lesson:
+def trainer(context: Context) -> Trainer:
     """Semi-offline RL: nothing is known beforehand but static responses; rewards are those of what is composed."""
-    settings, ranks = scene.settings, scene.ranks
+    settings, ranks, algorithm = context.settings, context.ranks, context.algorithm
     refuse(settings, rows="all", sampling="all")
-    judge = required_judge(scene)
-    encoder = build.encoder_of(settings, scene.model, list, mask=True)
-    held = rows_of(scene, encoder)
-
-    longest = scene.data.max_response_length
-    policy = build.build_policy(scene.model, encoder, settings.train, longest, settings.seed, mask=True)
-    packing = build.packing(settings.train, ranks.world, policy, encoder)
-    hiding = build.hidden(
-        packing, encoder, policy, settings, samples=scene.algorithm.samples, share_prompt=settings.share_prompt
+    rewards = required_rewards(context)
+    train = dataset.load_train(context.data, settings.seed, logger.info)
+    held_out = dataset.load(context.data, "validation", settings.seed, logger.info)
+    prompts = dataset.unique_prompts(held_out)[: settings.eval.max_rows]
+    policy = build_policy(settings, ranks, context.start, mask=True)
+    items, tested = encode(policy, context.directory, train, held_out[: settings.eval.max_rows], reference_rows)
+    items = with_statics(items, policy.encoder, settings.static)
+    masked = masked_packing(
+        policy, settings.masking, settings.seed, samples=algorithm.samples, share_prompt=settings.share_prompt
     )
-    trainer = Engine(policy, ranks, settings.train, settings.optimizer)
+    draw = epochs(len(items), settings.train.batch_size, settings.seed)
     shuffled = settings.seed if settings.shuffle_rewards else None
-    composer = Composer(ranks, encoder, judge, held.items, scene.module, shuffled)
-    overlap = judge.elsewhere and trainer.stage < 3  # ZeRO-3 foresees each forward's backward to fetch weights in time
-    draw = loop.epochs(len(held.items), settings.train.batch_size, settings.seed)
-    course = loop.Course(
-        windows=Windows(held.items, draw, hiding, ranks.rank, ranks.world),
-        objective=replace(
-            scene.objective,
-            loss=lambda output, batch: composer.loss(output, batch, scene.algorithm),
-            begin=partial(composer.begin, settings=scene.algorithm) if overlap else None,
-        ),
-        max_steps=loop.steps_for(settings, len(held.items)),
+    composer = Composer(ranks, policy.encoder, rewards, items, context.module, shuffled)
+    return Trainer(
+        engine=policy.engine,
+        settings=settings,
+        directory=context.directory,
+        windows=Windows(items, draw, masked, ranks.rank, ranks.world),
+        objective=composed_objective(context, policy, composer),
+        max_steps=steps_for(settings, len(items)),
         eval_steps=settings.train.eval_steps,
-        evaluate=Look(scene, trainer, encoder, held, composer, packing, hiding),
-        watch=Watch("eval/reward/mean", True),
-        export=loop.exporter(trainer, encoder),
+        evaluate=partial(evaluate, context, policy, Watched(items, tested, prompts, composer, masked)),
+        best_metric=REWARD,
+        export=policy.export,
+        prepare=partial(check_shared, policy.engine, items, masked, CLOSE[settings.train.precision]),
     )
-    return Lesson(trainer, course, lambda: check_shared(trainer, held.items, hiding, CLOSE[settings.train.precision]))
 
 
-@dataclass(frozen=True)
-class Held:
-    """Rows trained on, with their static responses; held-out rows; and the prompts of these, each once."""
-
-    items: list[Item]
-    tested: list[Item]
-    prompts: list[Example]
-
-
-def rows_of(scene: Scene, encoder: Encoder) -> Held:
-    """What is learned from and looked at, after a word about both."""
-    settings, data = scene.settings, scene.data
-    train = dataset.load_train(data, settings.seed, scene.say)
-    held_out = dataset.load(data, "validation", settings.seed, scene.say)
-    encoded = dataset.encode(train, encoder, reference_rows)
-    tested = dataset.encode(held_out[: settings.eval.max_rows], encoder, reference_rows)
-    items = with_statics(encoded.items, encoder, settings.static)
-    short = wordless([row for item in items for row in item.statics], encoder)
-    scene.say(f"{encoded.summary('train')}\n{tested.summary('validation')}")
-    scene.say(f"static responses: {settings.static}, {short:,} of them without a word")
-    scene.say(coloured(encoder, encoded.items[0].rows[0]))
-    scene.ranks.on_main(lambda: dataset.note(scene.directory, encoded, tested))
-    return Held(items, tested.items, dataset.unique_prompts(held_out)[: settings.eval.max_rows])
+def composed_objective(context: Context, policy: Model, composer: Composer) -> Objective:
+    """The algorithm's objective over composed texts; rewards of worker processes are awaited after the next forward."""
+    # ZeRO-3 foresees each forward's backward to fetch weights in time
+    overlap = composer.judge.elsewhere and policy.engine.stage < 3
+    return replace(
+        context.objective,
+        loss=lambda output, batch: composer.loss(output, batch, context.algorithm),
+        begin=partial(composer.begin, settings=context.algorithm) if overlap else None,
+    )
 
 
 def reference_rows(example: Example, encoder: Encoder) -> tuple[Row, ...]:
@@ -95,46 +81,53 @@ def reference_rows(example: Example, encoder: Encoder) -> tuple[Row, ...]:
 
 
 def with_statics(items: Sequence[Item], encoder: Encoder, which: str) -> list[Item]:
-    """The items with the static responses that `which` chooses. Raises UserError where a row has none."""
-    return [replace(item, statics=static_rows(item.example, encoder, which)) for item in items]
+    """The items with the static responses that `which` chooses, after a word about them.
+
+    Raises:
+        UserError: a row has none.
+    """
+    chosen = [replace(item, statics=static_rows(item.example, encoder, which)) for item in items]
+    short = wordless([row for item in chosen for row in item.statics], encoder)
+    logger.info(f"static responses: {which}, {short:,} of them without a word")
+    return chosen
 
 
 @dataclass(frozen=True)
-class Look:
-    """Evaluation: held-out references, read whole and masked; responses really decoded; compositions to look at."""
+class Watched:
+    """What an evaluation looks at: rows learned from, held-out rows and prompts, and how texts are composed."""
 
-    scene: Scene
-    engine: Engine
-    encoder: Encoder
-    held: Held
+    learned: Sequence[Item]
+    held_out: Sequence[Item]
+    prompts: Sequence[Example]
     composer: Composer
-    plain: Packing
-    hiding: Packing
+    masked: Packing
 
-    def __call__(self, step: int) -> Evaluation:
-        settings = self.scene.settings
-        scalars = evaluation.held_out_loss(self.engine, LIKELIHOOD, self.held.tested, self.plain)
-        masked = replace(self.hiding, hiding=replace(self.hiding.hiding, samples=0))
-        read_masked = evaluation.held_out_loss(self.engine, LIKELIHOOD, self.held.tested, masked)
-        scalars["eval/masked_loss"] = read_masked["eval/loss"]
-        found, samples = spoken(self.engine, self.encoder, self.held.prompts, self.scene.judge, settings)
-        histograms, table = self.composed()
-        return Evaluation(scalars | found, histograms, [*samples, *table])
 
-    @torch.no_grad()
-    def composed(self) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-        """Distributions of the compositions of the first rows; and what was hidden, drawn, told and blamed there."""
-        rewards, weights, rows = [], [], []
-        for i in range(min(self.scene.settings.eval.num_samples, len(self.held.items))):
-            batch = collate(self.held.items, [i], self.hiding)
-            drawn = Drawn(*self.engine(batch, output="drawn")[2:])
-            found = self.composer.compose(drawn, batch)
-            rewards.append(found.rewards[0, :-1])
-            weights.append(functional.group_advantages(rewards[-1][None], self.scene.algorithm.baseline))
-            rows += samples_of(self.encoder, batch, drawn, found, weights[-1])
-        if not rows:
-            return {}, []
-        return {"reward/compositions": torch.cat(rewards), "advantage": torch.cat(weights).flatten()}, rows
+def evaluate(context: Context, policy: Model, watched: Watched, step: int) -> Evaluation:
+    """Held-out references, read whole and masked; responses really decoded; compositions of some rows."""
+    engine, masked = policy.engine, watched.masked
+    scalars = evaluation.held_out_loss(engine, LIKELIHOOD, watched.held_out, policy.packing)
+    alone = replace(masked, hiding=replace(masked.hiding, samples=0))
+    scalars["eval/masked_loss"] = evaluation.held_out_loss(engine, LIKELIHOOD, watched.held_out, alone)["eval/loss"]
+    judged, samples = fresh_responses(context, policy, watched.prompts)
+    histograms, table = composed(context, policy, watched)
+    return Evaluation(scalars | judged, histograms, [*samples, *table])
+
+
+@torch.no_grad()
+def composed(context: Context, policy: Model, watched: Watched) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    """Distributions of the compositions of the first rows; and a table of masked, sampled and credited tokens."""
+    rewards, weights, rows = [], [], []
+    for i in range(min(context.settings.eval.num_samples, len(watched.learned))):
+        batch = collate(watched.learned, [i], watched.masked)
+        drawn = Drawn(*policy.engine(batch, output="drawn")[2:])
+        texts = watched.composer.compose(drawn, batch)
+        rewards.append(texts.rewards[0, :-1])
+        weights.append(functional.group_advantages(rewards[-1][None], context.algorithm.baseline))
+        rows += samples_of(policy.encoder, batch, drawn, texts, weights[-1])
+    if not rows:
+        return {}, []
+    return {"reward/compositions": torch.cat(rewards), "advantage": torch.cat(weights).flatten()}, rows
 
 
 LIKELIHOOD = Objective(
@@ -143,17 +136,17 @@ LIKELIHOOD = Objective(
 
 
 @torch.no_grad()
-def check_shared(trainer: Engine, items: Sequence[Item], hiding: Packing, tolerance: float) -> None:
+def check_shared(engine: Engine, items: Sequence[Item], hiding: Packing, tolerance: float) -> None:
     """Compare the first row's states, both responses read in one pass, with those of two passes.
 
     Raises:
         UserError: the model reads the rows otherwise when they share a prompt.
     """
-    trainer.train(False)
+    engine.train(False)
     batch = collate(items, [0], hiding)
-    together = trainer(batch, output="heads")
+    together = engine(batch, output="heads")
     masks = (batch.response_mask, batch.static.mask)
-    apart = [trainer(one, output="heads") for one in read_apart(batch, hiding)]
+    apart = [engine(one, output="heads") for one in read_apart(batch, hiding)]
     for name, ours, alone, mask in zip(("response", "static response"), together, apart, masks, strict=True):
         there = mask.to(ours.device)
         gap = float((ours - alone)[there].abs().max() / alone[there].abs().max()) if bool(mask.any()) else 0.0
@@ -194,7 +187,7 @@ def static_rows(example: Example, encoder: Encoder, which: str) -> tuple[Row, ..
 def static_texts(example: Example, which: str) -> tuple[str, ...]:
     """The texts of `static_rows`; candidates are taken to stand best first."""
     if which == "reference":
-        return (reference_text(example),)
+        return (dataset.reference_text(example),)
     if not example.candidates:
         raise UserError(
             f"{example.id}: no candidates, wanted some for static={which} to start from: make them with bash run.sh "

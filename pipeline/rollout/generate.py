@@ -11,7 +11,6 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,18 +24,16 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from pipeline.algorithms import capability
-from pipeline.config.sections import GenerationSettings, ModelSettings
-from pipeline.data.batching import Packing
+from pipeline.config.sections import GenerationSettings
 from pipeline.data.sampling import generator
 from pipeline.data.tokenization import Encoder, pad
 from pipeline.errors import UserError
 from pipeline.models import mask_token
-from pipeline.models.build import build_policy, encoder_of, packing
 from pipeline.models.checks import check_positions
 from pipeline.models.loading import hugging_face
 from pipeline.records import Ask, Example, Response, Said, Seen
 from pipeline.rollout import continuous
-from pipeline.trainer.engine import Engine, Ranks
+from pipeline.trainer.engine import Engine
 
 
 def generate(
@@ -266,13 +263,3 @@ def _response(encoder: Encoder, ask: Ask, said: Said) -> Response:
 
 def _cuda(engine: Engine) -> list[torch.device]:
     return [engine.ranks.device] if engine.ranks.device.type == "cuda" else []
-
-
-@contextmanager
-def inference(settings: Any, model: ModelSettings, ranks: Ranks) -> Iterator[tuple[Engine, Encoder, Packing]]:
-    """A policy that only speaks, with its encoder and packing; sharded where train.zero says stage 3."""
-    encoder = encoder_of(settings, model, list)
-    longest = settings.generation.max_new_tokens
-    policy = build_policy(model, encoder, settings.train, longest, settings.seed)
-    train = settings.train.model_copy(update={"batch_size": ranks.world * (settings.train.micro_batch_size or 1)})
-    yield Engine(policy, ranks, train, None), encoder, packing(train, ranks.world, policy, encoder)

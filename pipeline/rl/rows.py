@@ -1,0 +1,98 @@
+"""Which scored rows offline RL learns from: their rewards, those that are chosen, and how they are drawn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from pipeline.config.schema import Rl
+from pipeline.data import sampling
+from pipeline.data.batching import Draw
+from pipeline.data.convert import CHOSEN, REJECTED
+from pipeline.errors import UserError
+from pipeline.records import Example, Item
+from pipeline.rewards import scoring
+from pipeline.rewards.rewards import Rewards
+from pipeline.trainer.engine import Ranks
+
+
+def with_rewards(ranks: Ranks, rows: list[Example], rewards: Rewards | None, settings: Rl) -> list[Example]:
+    """The rows with their reward: judged if `reward` is set or they bring none, else their own.
+
+    Raises:
+        UserError: there is neither a reward column nor anything to judge with.
+    """
+    own = all(row.reward is not None for row in rows)
+    if own and settings.reward is None:
+        return rows
+    if rewards is None:
+        missing = next(row for row in rows if row.reward is None)
+        raise UserError(
+            f"{missing.id}: no reward, and nothing to score it with: add a `reward` column, give reward=, "
+            f"or train one with bash run.sh stage=reward run={settings.run}"
+        )
+    scores = scoring.score_texts(ranks, rewards, rows, [row.completion for row in rows])
+    return [replace(row, reward=total) for row, total in zip(rows, scores.total, strict=True)]
+
+
+def chosen_rows(rows: list[Example], which: str) -> list[Example]:
+    """The rows to learn from, in their order, by `rows=` of the settings.
+
+    all; chosen, all but the rejected side of pairs; best_half and worst_half of n rows, n / 2 of them rounded up, by
+    reward (of equal rewards the first row counts as better). Raises UserError for `chosen` where no row is of a pair.
+    """
+    if which == "all":
+        return rows
+    if which == "chosen":
+        if not any(row.id.endswith((CHOSEN, REJECTED)) for row in rows):
+            raise UserError(
+                f"rows=chosen: none of {len(rows)} rows is a side of a pair, wanted ids that end with {CHOSEN} and "
+                f"{REJECTED}: score pairs with data.responses=both, or say rows=best_half"
+            )
+        return [row for row in rows if not row.id.endswith(REJECTED)]
+    ranked = sorted(range(len(rows)), key=lambda i: -rows[i].reward)  # stable
+    half = math.ceil(len(rows) / 2)
+    kept = ranked[:half] if which == "best_half" else ranked[-half:]
+    return [rows[i] for i in sorted(kept)]
+
+
+def with_shuffled_rewards(rows: list[Example], seed: int) -> list[Example]:
+    """The rows with one another's rewards: the same numbers, which say nothing of the responses any more."""
+    order = sampling.shuffled_rows(len(rows), seed)
+    return [replace(row, reward=rows[i].reward) for row, i in zip(rows, order, strict=True)]
+
+
+@dataclass(frozen=True)
+class Population:
+    """Which rows are drawn, how, and for how many steps of those asked for."""
+
+    draw: Draw
+    kept_fraction: float  # rows of positive weight over all rows
+
+
+def population(items: Sequence[Item], weight: str, settings: Rl) -> Population:
+    """The draw that `sampling` asks for, by the row weight of the algorithm.
+
+    Args:
+        weight: the number that weighs a row: reward or advantage; "one" weighs all alike.
+
+    Raises:
+        UserError: no row has a positive weight.
+    """
+    size, seed, n = settings.train.batch_size, settings.seed, len(items)
+    weights = [1.0 if weight == "one" else item.numbers[weight] for item in items]
+    kept = [i for i in range(n) if weights[i] > 0] if settings.sampling == "all" else sampling.survivors(weights)
+    if not kept:
+        raise UserError(
+            f"sampling: all, but none of {n} rows has a positive {weight} (largest {max(weights):.4g}), wanted one to "
+            "learn from: raise the rewards above 0, or say algo=alol, which subtracts what was to be expected"
+        )
+    if settings.sampling == "priority":
+        return Population(lambda step: sampling.priority_rows(weights, size, step, seed), len(kept) / n)
+    pool = list(range(n)) if settings.sampling == "all" else kept
+
+    def draw(step: int) -> list[int]:
+        return [pool[i] for i in sampling.epoch_rows(len(pool), size, step, seed)]
+
+    return Population(draw, len(kept) / n)

@@ -1,0 +1,139 @@
+"""V(x), the reward to expect of a prompt under the reference: targets, a head fitted on frozen states, predictions."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.config.schema import Rl
+from pipeline.config.sections import ValueSettings
+from pipeline.data import dataset, sampling
+from pipeline.data.batching import Packing, collate, once, window
+from pipeline.models import value_head
+from pipeline.records import Example, Item
+from pipeline.rewards import rewards as reward_functions
+from pipeline.rewards import scoring
+from pipeline.rewards.rewards import Rewards
+from pipeline.rollout import generate
+from pipeline.trainer.engine import Engine
+from pipeline.trainer.model import Model
+
+
+@dataclass(frozen=True)
+class ValueData:
+    """What values can be learned from: fresh responses to `prompts`, judged, or the logged rows of training."""
+
+    prompts: list[Example]  # held out
+    logged: list[Item]  # with `reward`
+    rewards: Rewards | None
+    rewards_key: object  # names the rewards in the cache's key
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the value head learns from: prompts, the reward to expect for each, and which choose the best epoch."""
+
+    items: list[Item]  # prompts only
+    rewards: Tensor  # (n,)
+    held_out: Tensor  # (n,) bool
+    low: float
+    high: float
+
+
+def value_targets(model: Model, rl: Rl, data: ValueData) -> Targets:
+    """Prompts with the reward to expect: of fresh responses of the reference, or of the logged ones."""
+    settings = rl.value
+    if settings.targets == "policy":
+        prompts = dataset.unique_prompts(data.prompts)[: settings.max_prompts]
+        generation = rl.generation.model_copy(
+            update={"do_sample": True, "num_beams": 1, "num_return_sequences": settings.samples_per_prompt}
+        )
+        answers = generate.generate(model.engine, model.encoder, prompts, generation, rl.seed)
+        totals = scoring.score_responses(model.ranks, data.rewards, answers).total
+        n = settings.samples_per_prompt
+        expected = [statistics.fmean(totals[i * n : (i + 1) * n]) for i in range(len(prompts))]
+    else:
+        logged: dict[object, list[float]] = {}
+        for item in data.logged:
+            logged.setdefault(item.example.prompt, []).append(item.numbers["reward"])
+        prompts = dataset.unique_prompts([item.example for item in data.logged])[: settings.max_prompts]
+        expected = [statistics.fmean(logged[example.prompt]) for example in prompts]
+    encoded = dataset.encode(prompts, model.encoder, dataset.prompt_rows).items
+    low, high = value_range(data.rewards, expected)
+    order = sampling.epoch_rows(len(prompts), len(prompts), 0, rl.seed)
+    mask = torch.zeros(len(prompts), dtype=torch.bool)
+    mask[order[: max(1, round(len(prompts) * settings.held_out_fraction))]] = True
+    return Targets(encoded, torch.tensor(expected), mask, low, high)
+
+
+def value_range(rewards: Rewards | None, targets: Sequence[float]) -> tuple[float, float]:
+    """What the value head can say: the rewards' own bounds, else the targets' range and a tenth of it on each side."""
+    bounds = None if rewards is None else reward_functions.bounds([r for r in rewards.rewards if r.weight])
+    if bounds is not None and bounds[0] <= min(targets) and max(targets) <= bounds[1]:
+        return bounds
+    margin = 0.1 * (max(targets) - min(targets)) or 1.0
+    return min(targets) - margin, max(targets) + margin
+
+
+@torch.no_grad()
+def prompt_states(engine: Engine, items: Sequence[Item], packing: Packing) -> dict[int, Tensor]:
+    """This rank's share of the items: index -> (P, H) last hidden states of the prompt, on the CPU."""
+    engine.train(False)
+    states = {}
+    for batch in once(items, packing, engine.ranks.rank, engine.ranks.world):
+        hidden = engine(batch, output="states").cpu()  # (B, P, H)
+        for place, index in enumerate(batch.items):
+            states[index] = hidden[place, : batch.prompt_lengths[place]].clone()
+    return states
+
+
+def fit_value(
+    engine: Engine, targets: Targets, packing: Packing, settings: ValueSettings, seed: int
+) -> tuple[value_head.ValueHead, dict[str, float]]:
+    """A value head over the frozen reference, fitted by all ranks together; the same on all of them."""
+    states = prompt_states(engine, targets.items, packing)
+    hidden = engine.ranks.from_main(next(iter(states.values())).shape[1] if states else None)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = value_head.ValueHead(hidden, targets.low, targets.high, settings.num_heads, settings.dropout)
+    owned = sorted(states)
+    report = value_head.fit(
+        head.to(engine.ranks.device),
+        [states[i] for i in owned],
+        targets.rewards,
+        targets.held_out,
+        learning_rate=settings.learning_rate,
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        patience=settings.patience,
+        seed=seed,
+        owned=owned,
+        all_sum=engine.ranks.all_sum,
+    )
+    return head, {
+        "value/mse": report.held_out_mse,
+        "value/r2": report.held_out_r2,
+        "value/fit_mse": report.fit_mse,
+        "value/best_epoch": float(report.best_epoch),
+    }
+
+
+@torch.no_grad()
+def values_of(engine: Engine, head: value_head.ValueHead, items: Sequence[Item], packing: Packing) -> Tensor:
+    """(n,) float32: V of each item's prompt; states live for one micro-batch only."""
+    engine.train(False)
+    head.eval()
+    ranks, mine = engine.ranks, {}
+    plan = window(items, range(len(items)), packing, ranks.rank, ranks.world)
+    for indices in plan:
+        batch = collate(items, indices, packing)
+        states = engine(batch, output="states")
+        steps = torch.arange(states.shape[1], device=states.device)
+        predicted = head(states, steps < batch.prompt_lengths.to(states.device)[:, None]).cpu()
+        mine |= {index: float(predicted[place]) for place, index in enumerate(batch.items)}
+    merged = {index: number for part in ranks.gather(mine) for index, number in part.items()}
+    return torch.tensor([merged[i] for i in range(len(items))])

@@ -1,0 +1,112 @@
+"""A model ready to run: its engine, its tokenizer with template and limits, and how its rows become micro-batches."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pipeline.config.schema import Evaluate, Generate, Masking, Reward, Training
+from pipeline.config.sections import ModelSettings
+from pipeline.data import dataset
+from pipeline.data.batching import Packing, packing_of
+from pipeline.data.masking import Hiding
+from pipeline.data.tokenization import Encoder, coloured
+from pipeline.data.vocabulary import vocabulary
+from pipeline.models import build, loading
+from pipeline.records import Example, Item, Row
+from pipeline.trainer.engine import Engine, Ranks
+
+logger = logging.getLogger("tiffin")
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a stage trains or asks. Every rank holds one and makes the same calls."""
+
+    engine: Engine
+    encoder: Encoder
+    packing: Packing
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.engine.ranks
+
+    def export(self, directory: Path, then: Callable[[Path], None] | None = None) -> None:
+        """Write the weights and the tokenizer as a Hugging Face (or PEFT) directory, then what `then` adds to it."""
+        weights = self.engine.state_dict()
+        if self.ranks.main:
+            own = {name.removeprefix("model."): weight for name, weight in weights.items()}
+            loading.save(directory, self.engine.module.model, own, self.encoder.tokenizer, then)
+        self.ranks.barrier()
+
+
+def build_policy(
+    settings: Training,
+    ranks: Ranks,
+    start: ModelSettings,
+    *,
+    texts: Callable[[], list[str]] = list,
+    mask: bool = False,
+    longest: int | None = None,
+    frozen: bool = False,
+) -> Model:
+    """The policy to train.
+
+    Args:
+        start: the model to start from; where it names none, a new one, its vocabulary made from `texts()`.
+        mask: the policy reads a mask token.
+        longest: tokens of the longest response, where that is not data.max_response_length.
+        frozen: it is only read: no optimizer.
+    """
+    encoder = build.encoder_of(settings, start, texts, mask)
+    longest = longest or settings.data.max_response_length
+    policy = build.policy_module(start, encoder, settings.train, longest, settings.seed, mask)
+    packing = packing_of(settings.train, ranks.world, policy.encoder_decoder, encoder.pad_id)
+    optimizer = None if frozen else settings.optimizer
+    return Model(Engine(policy, ranks, settings.train, optimizer), encoder, packing)
+
+
+def build_reward_model(settings: Reward, ranks: Ranks, start: ModelSettings, texts: Callable[[], list[str]]) -> Model:
+    """The reward model to train; arguments as of `build_policy`."""
+    encoder = build.encoder_of(settings, start, texts)
+    scorer = build.reward_module(start, encoder, settings.train, settings.seed)
+    packing = packing_of(settings.train, ranks.world, scorer.encoder_decoder, encoder.pad_id, whole=True)
+    return Model(Engine(scorer, ranks, settings.train, settings.optimizer), encoder, packing)
+
+
+def build_inference(settings: Evaluate | Generate, ranks: Ranks, policy: ModelSettings) -> Model:
+    """A policy that only generates and is read; sharded where train.zero says stage 3."""
+    encoder = build.encoder_of(settings, policy, list)
+    longest = settings.generation.max_new_tokens
+    module = build.policy_module(policy, encoder, settings.train, longest, settings.seed)
+    train = settings.train.model_copy(update={"batch_size": ranks.world * (settings.train.micro_batch_size or 1)})
+    packing = packing_of(train, ranks.world, module.encoder_decoder, encoder.pad_id)
+    return Model(Engine(module, ranks, train, None), encoder, packing)
+
+
+def masked_packing(
+    model: Model, masking: Masking, seed: int, *, samples: int = 0, share_prompt: bool = True, spans: bool = False
+) -> Packing:
+    """The model's packing, for batches whose responses are partly masked; the arguments are those of `Hiding`."""
+    words = vocabulary(model.encoder.tokenizer, model.engine.module.vocab_size)
+    if masking.span != "token":
+        words.require_words()
+    return replace(model.packing, hiding=Hiding(words, masking, seed, spans, samples, share_prompt))
+
+
+def encode(
+    model: Model,
+    directory: Path,
+    train: Sequence[Example],
+    held_out: Sequence[Example],
+    rows_of: Callable[[Example, Encoder], tuple[Row, ...]],
+) -> tuple[list[Item], list[Item]]:
+    """Both as items. Says what they come to, shows the first with its tokens, and leaves data.json in `directory`."""
+    learned = dataset.encode(train, model.encoder, rows_of)
+    tested = dataset.encode(held_out, model.encoder, rows_of)
+    logger.info(f"{learned.summary('train')}\n{tested.summary('validation')}")
+    logger.info("\n".join(coloured(model.encoder, row) for row in learned.items[0].rows))
+    model.ranks.on_main(lambda: dataset.note(directory, learned, tested))
+    return learned.items, tested.items

@@ -1,0 +1,37 @@
+"""When things happen in a training: how many steps it has, what each draws, its learning rate, what is due."""
+
+from __future__ import annotations
+
+import math
+
+from pipeline.config.schema import Training
+from pipeline.config.sections import OptimizerSettings
+from pipeline.data.batching import Draw
+from pipeline.data.sampling import epoch_rows
+
+
+def steps_for(settings: Training, rows: int) -> int:
+    """Optimizer steps of the run: max_steps, or as many as num_train_epochs of `rows` need, at least 1."""
+    if settings.train.max_steps is not None:
+        return settings.train.max_steps
+    return max(1, math.ceil(rows * settings.train.num_train_epochs / settings.train.batch_size))
+
+
+def epochs(rows: int, batch_size: int, seed: int) -> Draw:
+    """Every row once per epoch, in a new order each; epochs follow one another without a gap."""
+    return lambda step: epoch_rows(rows, batch_size, step, seed)
+
+
+def learning_rate(step: int, max_steps: int, settings: OptimizerSettings) -> float:
+    """The rate of `step`, counted from 0: linear warm-up, then constant, or linear or cosine down to 0."""
+    warmup = math.ceil(max_steps * settings.warmup_ratio)
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, max_steps - warmup)
+    factors = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
+    return settings.learning_rate * factors[settings.lr_scheduler_type]
+
+
+def due(step: int, every: int | None, last: int) -> bool:
+    """Whether something that happens `every` so many steps, and at the end, happens at `step`."""
+    return step == last or (every is not None and step % every == 0)
