@@ -38,7 +38,7 @@ def test_cached_logps_are_live_ones(tmp_path: Path, shape: str) -> None:
     for i, item in enumerate(items):
         with torch.no_grad():
             live = module(collate(items, [i], ref.packing))[0]
-        torch.testing.assert_close(item.ref_logp[0], live, atol=1e-5, rtol=1e-5)
+        tiny.close(item.ref_logp[0], live)
 
 
 def test_pairs_keep_their_two_rows(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_p14_values_do_not_depend_on_the_packing(tmp_path: Path, shape: str) -> 
     ]
     found = [reference.values_of(trained, head, targets().items, packing) for packing in packings]
     for values in found[1:]:
-        torch.testing.assert_close(values, found[0], atol=1e-5, rtol=1e-5)
+        tiny.close(values, found[0])
     assert found[0].std() > 1e-3
     assert torch.equal(reference.values_of(trained, head.train(), targets().items, packings[0]), found[0])  # eval mode
 
@@ -175,7 +175,7 @@ def test_p14_appended_response_tokens_do_not_change_values(tmp_path: Path) -> No
     torch.manual_seed(0)
     head = value.ValueHead(tiny.H, 0.0, 1.0, heads=8, dropout=0.1)
     bare = reference.values_of(trained, head, targets().items, PACKING)
-    torch.testing.assert_close(reference.values_of(trained, head, tiny.items(12), PACKING), bare, atol=1e-5, rtol=1e-5)
+    tiny.close(reference.values_of(trained, head, tiny.items(12), PACKING), bare)
 
 
 # the check before the first step
