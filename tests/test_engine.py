@@ -74,7 +74,7 @@ def test_uneven_micro_batches_are_one_mean(zero: str) -> None:
     found = trained.state_dict()
     close(found, plain.state_dict())
     moved = max(float((found[name] - start[name]).abs().max()) for name in found)
-    assert moved > 0.05  # 5,000 times the tolerance
+    assert moved > 0.05  # 2,000 times the tolerance
 
 
 @pytest.mark.parametrize("shape", ["gpt2", "t5", "bart"])

@@ -60,7 +60,7 @@ def test_the_loss_with_the_cache_is_the_live_loss(tmp_path: Path) -> None:
     with torch.no_grad():
         live, _ = offline.loss(logp, replace(batch, ref_logp=twin(batch)), settings)
     moved, _ = offline.loss(logp, replace(batch, ref_logp=logp.detach()), settings)
-    assert float(cached) == pytest.approx(float(live), rel=1e-5)
+    tiny.close(cached, live, 256)  # exp of a difference of sums of some 60 nats
     assert abs(float(cached) - float(moved)) > 1e-2
 
 
@@ -185,7 +185,8 @@ def test_p1_the_ratio_is_one_before_the_first_step(tmp_path: Path) -> None:
     ref = reference_of(tmp_path)
     items = advantages.with_ref_logps(ref, rewarded(9))
     other = Packing(2, None, False, tiny.PAD_ID)
-    assert reference.check_ratio(ref.engine, items, [3, 3, 0, 8], other, 1e-3) < 1e-5
+    gap = reference.check_ratio(ref.engine, items, [3, 3, 0, 8], other, 1e-3)
+    assert gap < 8 * tiny.rounding([item.ref_logp for item in items])  # nats per token
 
 
 def test_other_weights_are_noticed(tmp_path: Path) -> None:

@@ -166,13 +166,13 @@ def rounding(numbers: Any) -> float:
     return torch.finfo(tensor.dtype).eps * float(tensor.abs().max())
 
 
-def close(found: Any, wanted: Any, roundings: float = 64, of: Any = None) -> None:
+def close(found: Any, wanted: Any, roundings: float = 128, of: Any = None) -> None:
     """That two ways to compute the same numbers differ by the order of their sums alone: by so many `roundings`.
 
-    A sum of n terms is rounded n times, each time by at most eps of its size. The longest sums in these models have 64
-    terms, and those of several layers fit in, since few errors have one sign: 64 roundings are 8e-6 of the largest
-    number in float32, 1e-14 in float64. Where numbers are small differences of large ones, `of` names the large ones.
-    Tensors, Python's numbers, lists and dicts of them; where these differ much in size, call it for each.
+    A sum of n terms is rounded n times, each time by at most eps of its size. These models have two layers, whose
+    longest sums have 64 terms; the shorter ones fit in, since few errors have one sign. 128 roundings are 1.5e-5 of the
+    largest number in float32, 3e-14 in float64. Where numbers are small differences of large ones, `of` names the large
+    ones. Tensors, Python's numbers, lists and dicts of them; where these differ much in size, call it for each.
     """
     allowed = roundings * rounding(wanted if of is None else of)
     assert math.isfinite(allowed), f"nothing is close to {allowed}"
