@@ -37,12 +37,12 @@ def test_the_log_probabilities_are_those_of_stage_2_at_each_rows_temperature(sha
     assert any(a.finished for a in answers) and not all(a.finished for a in answers)
     for place, answer in enumerate(answers):
         expected = logps_of(speaking.module, answer, heats[place % 2])
-        torch.testing.assert_close(answer.seen.logps, expected, atol=1e-4, rtol=0)
+        tiny.close(answer.seen.logps, expected)
         assert answer.finished == (answer.response_ids[-1] == tiny.EOS_ID)
         if place % 2:
             assert math.isnan(answer.seen.entropy)  # that of the untempered policy is not known
         else:
-            assert answer.seen.entropy == pytest.approx(-float(expected.mean()), abs=1e-4)
+            tiny.close(answer.seen.entropy, -float(expected.mean()))
 
 
 def test_two_tokens_at_their_temperatures() -> None:
@@ -65,7 +65,7 @@ def test_two_tokens_at_their_temperatures() -> None:
     assert wanted[0][0].item() == pytest.approx(-0.4076, abs=1e-4)
     assert wanted[1][0].item() == pytest.approx(-0.1429, abs=1e-4)
     for answer, expected in ((a, w) for group in groups for a, w in zip(group, wanted, strict=True)):
-        torch.testing.assert_close(answer.seen.logps, expected[torch.tensor(answer.response_ids) - 5])
+        tiny.close(answer.seen.logps, expected[torch.tensor(answer.response_ids) - 5])
 
 
 def test_greedy_is_what_generate_says() -> None:

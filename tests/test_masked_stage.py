@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from pipeline.errors import PreemptedError
+from tests import tiny
 from tests.test_stages import SHORT, SMALL_TRAIN, TINY, rows, run, train
 
 SHAPES = ("llama", "t5")
@@ -136,6 +137,7 @@ def test_two_ranks_learn_as_one(base: Path) -> None:
     two = rows(base / "default" / "rl" / "two" / "metrics.jsonl")
     for first, second in zip(one, two, strict=True):
         assert second.keys() == first.keys()
-        for tag in ("train/loss", "loss/rl", "reward/mean", "train/grad_norm", "eval/loss", "eval/masked_loss"):
-            if tag in first:
-                assert second[tag] == pytest.approx(first[tag], rel=5e-5, abs=1e-6), (first["step"], tag)
+        tags = ("train/loss", "loss/rl", "reward/mean", "train/grad_norm", "eval/loss", "eval/masked_loss")
+        wanted = {tag: first[tag] for tag in tags if tag in first}
+        # loss/rl is a small difference of terms as large as the others
+        assert {tag: second[tag] for tag in wanted} == pytest.approx(wanted, rel=5e-5, abs=tiny.rounding(wanted))

@@ -163,12 +163,12 @@ def test_t12_minimum_risk(alpha: float, wanted: list[float]) -> None:
     (advantages,) = online.advantages([CANDIDATES], None, chosen)
     (shares,) = online.shares([CANDIDATES], "prompts")
     assert (-shares * advantages).tolist() == pytest.approx(wanted, rel=2e-4, abs=1e-8)
-    assert float((shares * advantages).sum()) == pytest.approx(0.0, abs=1e-15)
+    tiny.close((shares * advantages).sum(), torch.zeros((), dtype=F64), of=shares * advantages)
     for other in (
         CANDIDATES._replace(rewards=CANDIDATES.rewards + 7.0),
         CANDIDATES._replace(logps=CANDIDATES.logps - 50.0),
     ):
-        torch.testing.assert_close(online.advantages([other], None, chosen)[0], advantages, rtol=1e-9, atol=1e-12)
+        tiny.close(online.advantages([other], None, chosen)[0], advantages, of=(other.rewards, other.logps))
 
 
 def test_t12_one_candidate_alone_has_no_gradient() -> None:
@@ -198,7 +198,7 @@ def test_t13_minimum_risk_one_candidate_at_a_time(alpha: float) -> None:
         numbers = {**given.numbers, "advantage": advantages[j : j + 1], "share": torch.tensor([1 / 3], dtype=F64)}
         object.__setattr__(given, "numbers", numbers)  # float64, for the comparison's sake
         loss_of(logp, given, objective="mrt", alpha=alpha)[0].backward()
-    assert float((apart.grad - joint.grad).abs().max()) < 1e-15
+    tiny.close(apart.grad, joint.grad)
 
 
 @pytest.mark.parametrize("objective, baseline", [("reinforce", "queue"), ("reinforce", "mean"), ("mrt", "queue")])
@@ -258,7 +258,7 @@ def test_t05_tempered_log_probabilities_row_by_row() -> None:
         found = functional.token_logps(hidden, lambda x: x, ids, chunks, temperatures)
         assert found.tolist() == pytest.approx([-0.4076, -0.1429, -0.1429, -0.4076], abs=5e-5)
         logps, means = functional.smoothed_logps(hidden, lambda x: x, ids, chunks, temperatures)
-        torch.testing.assert_close(logps, found)
+        tiny.close(logps, found)
         assert means[:2].tolist() == pytest.approx([-1.4076, -2.1429], abs=5e-5)  # (2+1+0)/3 - 2.4076; (4+2+0)/3 - ...
 
 

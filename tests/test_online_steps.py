@@ -15,8 +15,6 @@ from pipeline.trainer.metrics import Interval, Tally
 from tests import rolling, tiny
 from tests.rolling import CASES, STAGES, STEPS
 
-WEIGHTS = 1e-5  # the same sums in another order, three steps long
-
 
 @pytest.fixture(scope="module", autouse=True)
 def short_collections() -> Iterator[None]:
@@ -39,12 +37,6 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return tiny.on_two_processes("tests.rolling", tmp_path_factory.mktemp("together"))
 
 
-def gap(ours: dict, theirs: dict) -> float:
-    """The largest difference of any weight."""
-    assert ours.keys() == theirs.keys()
-    return max(float((weight - theirs[name]).abs().max()) for name, weight in ours.items())
-
-
 @pytest.mark.parametrize("zero", STAGES)
 @pytest.mark.parametrize("name", CASES)
 def test_t15_two_ranks_are_one(alone: dict, together: dict, name: str, zero: str) -> None:
@@ -55,10 +47,10 @@ def test_t15_two_ranks_are_one(alone: dict, together: dict, name: str, zero: str
         for (key, k, temperature), (other, other_k, other_temperature) in zip(
             ours["plan"], theirs["plan"], strict=True
         ):
-            assert (other, other_k) == (key, k) and other_temperature == pytest.approx(temperature, abs=1e-6)
-        for a, b in zip(ours["advantages"], theirs["advantages"], strict=True):
-            assert b == pytest.approx(a, abs=1e-5)
-    assert gap(two["weights"], one["weights"]) < WEIGHTS
+            assert (other, other_k) == (key, k)
+            tiny.close(other_temperature, temperature, 8)
+        tiny.close(theirs["advantages"], ours["advantages"])
+    tiny.close(two["weights"], one["weights"])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -68,8 +60,8 @@ def test_t17_everything_stays_finite(alone: dict, name: str) -> None:
     assert math.isfinite(found["memory"]["queue"][-1])
     for step in found["steps"]:
         assert math.isfinite(step["logged"]["train/grad_norm"])
-        gaps = step["logged"]["rollout/logp_gap"]
-        assert gaps < 1e-5 or math.isnan(gaps)  # both stages say the same; NaN where nothing was said
+        gap, nats = (step["logged"][name] for name in ("rollout/logp_gap", "objective/entropy"))
+        assert gap < 16 * tiny.rounding(nats) or math.isnan(gap)  # both stages say the same; NaN where nothing was said
 
 
 def norms(alone: dict, name: str) -> list[float]:
@@ -126,7 +118,7 @@ def test_t08_a_resume_is_as_if_never_left(tmp_path: Path, alone: dict, name: str
     (last,) = rolling.run(other, state.step, STEPS)
     assert last["ids"] == alone[name]["steps"][2]["ids"] and last["plan"] == alone[name]["steps"][2]["plan"]
     assert other.windows.remembered(STEPS) == json.loads(json.dumps(alone[name]["memory"]))
-    assert gap(other.engine.state_dict(), alone[name]["weights"]) == 0.0
+    tiny.close(other.engine.state_dict(), alone[name]["weights"], roundings=0)
 
 
 def test_t08_a_step_that_was_not_taken_is_not_remembered(tmp_path: Path) -> None:

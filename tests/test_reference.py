@@ -41,8 +41,8 @@ def test_cached_logps_are_live_ones(tmp_path: Path, shape: str) -> None:
     module = ref.model.engine.module
     for i, item in enumerate(items):
         with torch.no_grad():
-            live = module(collate(items, [i], ref.model.packing))[0]
-        torch.testing.assert_close(item.ref_logp[0], live, atol=1e-5, rtol=1e-5)
+            live = module(collate(items, [i], ref.packing))[0]
+        tiny.close(item.ref_logp[0], live)
 
 
 def test_pairs_keep_their_two_rows(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_the_loss_with_the_cache_is_the_live_loss(tmp_path: Path) -> None:
     with torch.no_grad():
         live, _ = offline.loss(logp, replace(batch, ref_logp=twin(batch)), settings)
     moved, _ = offline.loss(logp, replace(batch, ref_logp=logp.detach()), settings)
-    assert float(cached) == pytest.approx(float(live), rel=1e-5)
+    tiny.close(cached, live, 256)  # exp of a difference of sums of some 60 nats
     assert abs(float(cached) - float(moved)) > 1e-2
 
 
@@ -169,7 +169,7 @@ def test_p14_values_do_not_depend_on_the_packing(tmp_path: Path, shape: str) -> 
     ]
     found = [values.values_of(trained, head, targets().items, packing) for packing in packings]
     for others in found[1:]:
-        torch.testing.assert_close(others, found[0], atol=1e-5, rtol=1e-5)
+        tiny.close(others, found[0])
     assert found[0].std() > 1e-3
     assert torch.equal(values.values_of(trained, head.train(), targets().items, packings[0]), found[0])  # eval mode
 
@@ -179,7 +179,7 @@ def test_p14_appended_response_tokens_do_not_change_values(tmp_path: Path) -> No
     torch.manual_seed(0)
     head = value_head.ValueHead(tiny.H, 0.0, 1.0, heads=8, dropout=0.1)
     bare = values.values_of(trained, head, targets().items, PACKING)
-    torch.testing.assert_close(values.values_of(trained, head, tiny.items(12), PACKING), bare, atol=1e-5, rtol=1e-5)
+    tiny.close(values.values_of(trained, head, tiny.items(12), PACKING), bare)
 
 
 # the check before the first step
@@ -189,7 +189,8 @@ def test_p1_the_ratio_is_one_before_the_first_step(tmp_path: Path) -> None:
     ref = reference_of(tmp_path)
     items = reference.with_ref_logps(ref, rewarded(9))
     other = Packing(2, None, False, tiny.PAD_ID)
-    assert reference.check_ratio(ref.model.engine, items, [3, 3, 0, 8], other, 1e-3) < 1e-5
+    gap = reference.check_ratio(ref.model.engine, items, [3, 3, 0, 8], other, 1e-3)
+    assert gap < 8 * tiny.rounding([item.ref_logp for item in items])  # nats per token
 
 
 def test_other_weights_are_noticed(tmp_path: Path) -> None:

@@ -48,12 +48,14 @@ def gradients(policy: Policy) -> dict[str, Tensor]:
     return found
 
 
-def same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float = 1e-5) -> None:
-    """Equal to `tolerance` of the largest entry of any."""
-    largest = max(float(gradient.abs().max()) for gradient in theirs.values())
-    assert largest > 1e-3 and ours.keys() == theirs.keys()
-    for name, gradient in ours.items():
-        torch.testing.assert_close(gradient / largest, theirs[name] / largest, atol=tolerance, rtol=0, msg=name)
+def roundings(shape: str) -> int:
+    """T5 does not divide its attention scores by the root of a head's width: here they are four times as large."""
+    return 256 if shape == "t5" else 64
+
+
+def same_gradients(shape: str, ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert max(float(gradient.abs().max()) for gradient in theirs.values()) > 1e-3
+    tiny.close(ours, theirs, 2 * roundings(shape))  # there and back
 
 
 # two responses in one pass
@@ -77,10 +79,10 @@ def test_t14_one_pass_is_two(shape: str, shared: bool, kernel: str) -> None:
     ours = gradients(policy)
     references, statics = own_of(policy, rows, batch)
     for i, (reference, static) in enumerate(zip(references, statics, strict=True)):
-        torch.testing.assert_close(first[i][: len(reference)], reference, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(second[i][: len(static)], static, atol=1e-5, rtol=1e-5)
+        tiny.close(first[i][: len(reference)], reference, roundings(shape))
+        tiny.close(second[i][: len(static)], static, roundings(shape))
     sum((logits @ weights).tanh().sum() for logits in (*references, *statics)).backward()
-    same_gradients(ours, gradients(policy))
+    same_gradients(shape, ours, gradients(policy))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -100,8 +102,8 @@ def test_activation_checkpointing_changes_nothing(shape: str) -> None:
         named = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
         found[checkpointing] = (states, named)
     for ours, theirs in zip(found[True][0], found[False][0], strict=True):
-        torch.testing.assert_close(ours, theirs)
-    same_gradients(found[True][1], found[False][1])
+        tiny.close(ours, theirs)
+    same_gradients(shape, found[True][1], found[False][1])
 
 
 @torch.no_grad()
@@ -115,7 +117,7 @@ def test_padding_takes_no_place_beyond_the_last() -> None:
     _, statics = own_of(policy, rows, batch)
     second = policy.head(policy(batch, output="heads")[1])
     for ours, theirs in zip(second, statics, strict=True):
-        torch.testing.assert_close(ours[: len(theirs)], theirs, atol=1e-5, rtol=1e-5)
+        tiny.close(ours[: len(theirs)], theirs)
 
 
 @pytest.mark.parametrize(("shape", "shared"), LAYOUTS)
@@ -232,9 +234,9 @@ def test_t12_nothing_is_seen_too_early(shape: str, shared: bool, static: bool) -
     pairs = list(zip(policy(before, output="heads"), policy(after, output="heads"), strict=True))
     (ours, theirs), (other, others) = pairs[::-1] if static else pairs
     there = before.response_mask if static else before.static.mask
-    torch.testing.assert_close(ours[:, : k + 1], theirs[:, : k + 1], atol=1e-6, rtol=1e-6)
+    tiny.close(ours[:, : k + 1], theirs[:, : k + 1], 8)
     assert (ours - theirs)[:, k + 1].abs().amax(1).min() > 1e-2  # in every row
-    torch.testing.assert_close(other[there], others[there], atol=1e-6, rtol=1e-6)
+    tiny.close(other[there], others[there], 8)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -247,9 +249,9 @@ def test_tokens_are_drawn_where_they_are_predicted(shape: str) -> None:
     _, statics = own_of(policy, rows, batch)
     logits = torch.cat([x[h[: len(x)]] for x, h in zip(statics, batch.static.hidden, strict=True)])
     logps = logits.masked_fill(masked.words().special, -torch.inf).log_softmax(-1)
-    torch.testing.assert_close(drawn.logp, logps.gather(1, drawn.ids), atol=1e-5, rtol=1e-5)
+    tiny.close(drawn.logp, logps.gather(1, drawn.ids))
     assert torch.equal(drawn.greedy, logps.argmax(-1))
-    torch.testing.assert_close(drawn.entropy, torch.special.entr(logps.exp()).sum(-1), atol=1e-5, rtol=1e-5)
+    tiny.close(drawn.entropy, torch.special.entr(logps.exp()).sum(-1))
     sums = logps.double().exp().cumsum(-1)  # naive: the first id whose sum exceeds the throw
     naive = (sums[:, None, :] > batch.static.uniforms[:, :, None]).double().argmax(-1)
     assert (naive == drawn.ids).float().mean() > 0.99  # but for rounding at an edge
@@ -292,8 +294,9 @@ def test_t7_nothing_hidden_is_plain_likelihood(shape: str, shared: bool) -> None
     plain = collate(rows, range(5), Packing(5, None, policy.encoder_decoder, tiny.PAD_ID))
     wanted, _ = supervised.loss(policy(plain, output="smoothed"), plain, supervised.Settings(0.1))
     wanted.backward()
-    assert float(totals[0]) == 0.0 and float(totals[1]) == pytest.approx(float(wanted), rel=1e-6)
-    same_gradients(ours, gradients(policy))
+    assert float(totals[0]) == 0.0
+    tiny.close(totals[1], wanted)
+    same_gradients(shape, ours, gradients(policy))
 
 
 @pytest.mark.parametrize("shape", ["llama", "t5"])
@@ -308,7 +311,7 @@ def test_t16_every_token_is_a_target(shape: str) -> None:
     wanted = [x.log_softmax(-1)[range(len(x)), ids] for x, ids in zip(references, targets, strict=True)]
     for output in (policy(batch, output="drawn")[0], policy(replace(batch, static=None, **alone(policy, rows)))):
         for logp, theirs in zip(output, wanted, strict=True):
-            torch.testing.assert_close(logp[: len(theirs)], theirs, atol=1e-5, rtol=1e-5)
+            tiny.close(logp[: len(theirs)], theirs)
             assert (logp[: len(theirs)] < 0).all() and not logp[len(theirs) :].any()
 
 
@@ -348,8 +351,9 @@ def test_t13_any_cut_gives_the_same_sums(shape: str, shared: bool) -> None:
     assert abs(float(total[0])) > 0.01
     for cuts in CUTS.values():
         found, ours = cut_totals(policy, rows, cuts, share_prompt=shared)
-        torch.testing.assert_close(found, total, atol=1e-4, rtol=1e-5)
-        same_gradients(ours, wanted, 2e-5)
+        for part, of_all in zip(found, total, strict=True):
+            tiny.close(part, of_all)
+        same_gradients(shape, ours, wanted)
 
 
 def test_a_filler_gives_nothing() -> None:

@@ -13,6 +13,7 @@ from pipeline.algorithms import semi_offline
 from pipeline.algorithms.functional import Drawn, draw_tokens, group_advantages, smoothed_logps
 from pipeline.algorithms.functional import reduce as reduced
 from pipeline.records import Batch, Static
+from tests import tiny
 
 SETTINGS = semi_offline.Settings(samples=4, rl_weight=1.0, baseline="mean", length_penalty=1.0, label_smoothing=0.0)
 LOGITS = ((2.0, 1.0, 0.0, -1.0), (0.0, 0.5, 1.0, 0.0))  # at the two hidden tokens
@@ -85,11 +86,11 @@ def test_group_advantages() -> None:
 def test_only_differences_of_rewards_count(baseline: str) -> None:
     rewards = torch.tensor([REWARDS, (3.0, 1.0, 2.0, 0.0)])
     found = group_advantages(rewards, baseline)
-    torch.testing.assert_close(found.sum(1), torch.zeros(2), atol=1e-6, rtol=0)
-    torch.testing.assert_close(group_advantages(rewards + 7.0, baseline), found, atol=1e-5, rtol=0)
+    tiny.close(found.sum(1), torch.zeros(2), 8, of=found)
+    tiny.close(group_advantages(rewards + 7.0, baseline), found, 8, of=rewards + 7.0)
     assert not group_advantages(torch.full((2, 4), 0.1), baseline).any()
     scaled = group_advantages(rewards * 3.0, baseline)
-    torch.testing.assert_close(scaled, found if baseline == "group" else found * 3.0)
+    tiny.close(scaled, found if baseline == "group" else found * 3.0)
 
 
 def test_pairwise_form_is_the_closed_form() -> None:
@@ -111,8 +112,8 @@ def test_pairwise_form_is_the_closed_form() -> None:
         c = logp[first : first + length].sum(0) / (length * n)
         first += length
         pairwise = pairwise - sum(c[i] * (rewards[b, i] - rewards[b, j]) for i in range(n) for j in range(n))
-    torch.testing.assert_close(ours, pairwise)
-    torch.testing.assert_close(gradient, torch.autograd.grad(pairwise, logits)[0])
+    tiny.close(ours, pairwise)
+    tiny.close(gradient, torch.autograd.grad(pairwise, logits)[0])
 
 
 @pytest.mark.parametrize(("baseline", "factor"), [("mean", 2.0), ("leave_one_out", 3.0)])
@@ -134,7 +135,7 @@ def test_expected_gradient_by_enumeration(baseline: str, factor: float) -> None:
         loss = rl_loss(logits.log_softmax(-1).gather(1, ids), batch(rewards, hidden), settings)
         weight = math.prod(float(chance[text]) for text in draws)
         found += weight * torch.autograd.grad(loss, logits, retain_graph=True)[0]
-    torch.testing.assert_close(found, wanted)
+    tiny.close(found, wanted)
 
 
 def test_length_penalty_and_weight() -> None:
@@ -160,7 +161,7 @@ def test_nothing_hidden_gives_nothing() -> None:
     alone = batch(torch.tensor([REWARDS]), torch.tensor([[True, False]]))
     gradient, logits.grad = logits.grad, None
     rl_loss(drawn_logp(logits, ((0, 1, 2, 3),)), alone).backward()
-    torch.testing.assert_close(logits.grad, gradient)
+    tiny.close(logits.grad, gradient)
     empty = rl_loss(torch.zeros(0, 4), batch(torch.tensor([REWARDS]), torch.zeros(1, 2, dtype=torch.bool)))
     assert float(empty) == 0.0
 
@@ -204,7 +205,7 @@ def test_draws_follow_the_distribution() -> None:
     assert shares[3] == 0
     error = (expected * (1 - expected) / 20_000).sqrt()
     assert ((shares[:3] - expected).abs() < 4 * error).all()
-    torch.testing.assert_close(found.logp[0], expected.log()[found.ids[0]])
+    tiny.close(found.logp[0], expected.log()[found.ids[0]])
     assert found.greedy.tolist() == [2]  # the most likely of those allowed
     assert float(found.entropy) == pytest.approx(float(-(expected * expected.log()).sum()), rel=1e-5)
 
@@ -233,8 +234,8 @@ def test_gradient_touches_the_drawn_logits_alone(chunks: int) -> None:
     for t, (b, length) in enumerate([(0, 2), (0, 2), (1, 3), (1, 3), (1, 3)]):
         for i in range(4):
             wanted[t, drawn.ids[t, i]] -= weights[b, i] / length
-    torch.testing.assert_close(logits.grad, wanted, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(logits.grad.sum(1), torch.zeros(5), atol=1e-6, rtol=0)
+    tiny.close(logits.grad, wanted)
+    tiny.close(logits.grad.sum(1), torch.zeros(5), 8, of=logits.grad)
     assert Drawn(*drawn).ids.shape == (5, 4)
 
 
@@ -249,11 +250,11 @@ def test_smoothed_logps(chunks: int) -> None:
     found = torch.autograd.grad((weights * logps + others * means).sum(), [hidden, *head.parameters()])
     every = torch.log(head(hidden).exp() / head(hidden).exp().sum(1, keepdim=True))
     naive, mean = every[range(5), targets], every.sum(1) / 11
-    torch.testing.assert_close(logps, naive)
-    torch.testing.assert_close(means, mean)
+    tiny.close(logps, naive)
+    tiny.close(means, mean)
     wanted = torch.autograd.grad((weights * naive + others * mean).sum(), [hidden, *head.parameters()])
     for ours, theirs in zip(found, wanted, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+        tiny.close(ours, theirs)
 
 
 @pytest.mark.parametrize("chunks", [3, 8])
@@ -264,8 +265,8 @@ def test_slices_change_no_draw(chunks: int) -> None:
     throws, weights = torch.rand(5, 7, generator=generator), torch.randn(5, 7, generator=generator)
     found = [draw_tokens(hidden, head, throws, forbidden, count) for count in (1, chunks)]
     for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs)
+        tiny.close(ours, theirs)
     parameters = [hidden, *head.parameters()]
     both = [torch.autograd.grad((weights * drawn.logp).sum(), parameters) for drawn in found]
     for ours, theirs in zip(*both, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+        tiny.close(ours, theirs)

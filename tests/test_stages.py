@@ -16,6 +16,7 @@ import torch
 from pipeline.config.resolve import resolve
 from pipeline.data import readers
 from pipeline.errors import UserError
+from tests import tiny
 
 TINY = [
     "runs_dir=RUNS",
@@ -99,6 +100,16 @@ def test_other_settings_are_refused_and_destroy_nothing(runs: Path) -> None:
     assert (runs / "sft" / "model" / "config.json").is_file()
 
 
+def unmoved(line: dict) -> object:
+    """A ratio of 1, which is exp of a difference of two sums of log-probabilities."""
+    return pytest.approx(1.0, abs=8 * tiny.rounding(line["eval/logps/policy"]))
+
+
+def rounded(results: dict) -> float:
+    """Of a divergence, the difference of two such sums; a new model says each of its 1,400 tokens with about 7 nats."""
+    return 8 * tiny.rounding(7.2 * results["completions/mean_tokens"])
+
+
 @pytest.mark.parametrize("algo", ["alol", "a_lol_ref_free", "a_lol_seq", "a_lol_kl", "nll", "wbc", "r_gold", "r_lol"])
 def test_every_algorithm_trains(runs: Path, algo: str) -> None:
     words = [f"algo={algo}", f"name={algo}", "max_steps=3", "scale_steps=false", "learning_rate=1e-3"]
@@ -107,9 +118,9 @@ def test_every_algorithm_trains(runs: Path, algo: str) -> None:
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     assert all(line["train/grad_norm"] > 0 for line in lines[1:])
     if algo in ("alol", "a_lol_seq", "r_lol"):
-        assert lines[0]["eval/ratio/mean"] == pytest.approx(1.0, abs=1e-5)  # the policy starts as its reference
+        assert lines[0]["eval/ratio/mean"] == unmoved(lines[0])  # the policy starts as its reference
         assert lines[0]["eval/ratio/clip_fraction_high"] == 0
-        assert lines[3]["ratio/mean"] != pytest.approx(1.0, abs=1e-6)
+        assert lines[3]["ratio/mean"] != unmoved(lines[0])
     if algo.startswith(("alol", "a_lol")):
         assert 0 < lines[0]["advantage/kept_fraction"] < 1
         assert "value/r2" in lines[0]
@@ -137,7 +148,7 @@ def test_every_on_policy_algorithm_trains(runs: Path, algo: str, words: list[str
     assert [line["step"] for line in lines] == [0, 1, 2]
     for line in lines[1:]:
         assert line.keys() >= ON_POLICY_TAGS and line["train/grad_norm"] >= 0
-        assert line["rollout/logp_gap"] < 1e-5  # both stages say the same
+        assert line["rollout/logp_gap"] < 16 * tiny.rounding(line["objective/entropy"])  # both stages say the same
         assert ("objective/kl" in line) == (algo == "esrl") and ("loss/mle" in line) == (algo == "esrl")
     table = rows(runs / "rl" / algo / "samples" / "step-000002.jsonl")
     groups = [row for row in table if row.get("kind") == "rollout"]
@@ -157,7 +168,7 @@ def test_score_rows_are_what_rl_reads(runs: Path, tmp_path: Path) -> None:
     assert read.format == "scored" and len(read.examples) == 20
     assert set(read.examples[0].rewards) == {"helpfulness", "harmlessness"}
     total = sum(read.examples[0].rewards.values())
-    assert read.examples[0].reward == pytest.approx(total, abs=1e-6)  # weights 1 and 1
+    tiny.close(read.examples[0].reward, total, 8)  # weights 1 and 1
     results = json.loads((runs / "score" / "rows" / "results.json").read_text())
     assert results["train"]["rows"] == 20
 
@@ -233,11 +244,11 @@ def test_evaluate_and_report(runs: Path, capsys: pytest.CaptureFixture[str]) -> 
     run("evaluate", runs.parent, *words, *SHORT)
     results = json.loads((runs / "evaluate" / "results.json").read_text())
     assert list(results) == ["sft", "rl"]
-    assert results["sft"]["objective/kl"] == pytest.approx(0.0, abs=1e-4)  # the reference against itself
+    assert results["sft"]["objective/kl"] == pytest.approx(0.0, abs=rounded(results["sft"]))  # against itself
     assert results["rl"]["objective/kl"] > 0
     assert "rewards/oracle:helpfulness/mean" in results["rl"]
     total = sum(results["rl"][f"rewards/{name}/mean"] for name in ("helpfulness", "harmlessness"))
-    assert results["rl"]["reward/mean"] == pytest.approx(total, abs=1e-6)  # monitors have no weight
+    tiny.close(results["rl"]["reward/mean"], total, 8)  # monitors have no weight
     assert "oracle:helpfulness" in capsys.readouterr().out
     report = resolve(["stage=report", f"runs_dir={runs.parent}"])
     importlib.import_module("stages.report").main(report.settings, [])
@@ -256,7 +267,7 @@ def test_encoder_decoders_go_the_whole_way(tmp_path: Path, shape: str) -> None:
     words = ["reward=length", "rewards.normalise=none", "max_steps=2", "value.targets=data", "value.epochs=2"]
     train("rl", tmp_path, *new, *words, *SHORT)
     lines = rows(tmp_path / "default" / "rl" / "metrics.jsonl")
-    assert lines[0]["eval/ratio/mean"] == pytest.approx(1.0, abs=1e-5)
+    assert lines[0]["eval/ratio/mean"] == unmoved(lines[0])
 
 
 def test_lora_saves_adapters_only(runs: Path, tmp_path: Path) -> None:
@@ -307,7 +318,7 @@ def test_zero_3_evaluates_what_zero_0_trained(runs: Path) -> None:
     run("evaluate", runs.parent, *words, *SHORT)
     run("evaluate", runs.parent, *words[:-2], "name=whole", *SHORT)
     sharded, whole = (json.loads((runs / "evaluate" / n / "results.json").read_text()) for n in ("sharded", "whole"))
-    assert sharded["sft"] == pytest.approx(whole["sft"], abs=1e-4, nan_ok=True)
+    assert sharded["sft"] == pytest.approx(whole["sft"], abs=rounded(whole["sft"]), nan_ok=True)
 
 
 def test_a_file_too_small_to_hold_rows_out_is_one_line(runs: Path, tmp_path: Path) -> None:

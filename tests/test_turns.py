@@ -109,8 +109,7 @@ def test_joined_rows_have_the_loss_and_gradient_of_rows_apart(shape: str, size: 
     apart = items(encoder(), LONG, SHORT)
     wanted, found = one_pass(shape, apart, 1), one_pass(shape, conversations.joined(apart), size)
     assert found[0] == pytest.approx(wanted[0], rel=1e-5)
-    for ours, theirs in zip(found[1], wanted[1], strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    tiny.close(found[1], wanted[1])
 
 
 def test_masks_by_hand():

@@ -10,6 +10,7 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.models.value_head import ValueHead, fit, predict
+from tests import tiny
 
 H = 16
 FITTING = {"learning_rate": 0.01, "epochs": 8, "batch_size": 8, "patience": 8, "seed": 0}
@@ -67,16 +68,16 @@ def test_p18_the_range_is_a_scaled_sigmoid():
 def test_p14_padding_and_batch_mates_change_nothing():
     head, states = make_head().eval(), make_states()
     alone = torch.cat([head(state[None], torch.ones(1, len(state), dtype=torch.bool)) for state in states])
-    torch.testing.assert_close(predict(head, states, 24), alone)
-    torch.testing.assert_close(predict(head, states, 5), alone)
-    torch.testing.assert_close(predict(head, states[::-1], 7).flip(0), alone)
+    tiny.close(predict(head, states, 24), alone)
+    tiny.close(predict(head, states, 5), alone)
+    tiny.close(predict(head, states[::-1], 7).flip(0), alone)
     state, junk = states[3], torch.full((4, H), math.nan)
     no, yes = torch.zeros(4, dtype=torch.bool), torch.ones(len(state), dtype=torch.bool)
     for padded, mask in (
         (torch.cat([junk, state]), torch.cat([no, yes])),
         (torch.cat([state, junk]), torch.cat([yes, no])),
     ):
-        torch.testing.assert_close(head(padded[None], mask[None]), alone[3:4])  # left pads; right pads or a response
+        tiny.close(head(padded[None], mask[None]), alone[3:4])  # left pads; right pads or a response
 
 
 def test_masked_nan_leaves_the_gradient_finite():
@@ -98,7 +99,7 @@ def test_half_precision_states_are_read_in_float32():
     head, states = make_head().eval(), make_states(4)
     values = predict(head, [state.bfloat16() for state in states], 4)
     assert values.dtype == torch.float32
-    torch.testing.assert_close(values, predict(head, [state.bfloat16().float() for state in states], 4))
+    tiny.close(values, predict(head, [state.bfloat16().float() for state in states], 4))
 
 
 def test_no_prompts_and_empty_prompts():
@@ -190,7 +191,7 @@ def test_two_ranks_equal_one():
     assert two[0].best_epoch == one[0].best_epoch
     assert two[0] == pytest.approx(one[0], rel=1e-3)
     for head in two_heads:
-        torch.testing.assert_close(predict(head, states, 8), predict(one_head, states, 8), atol=1e-4, rtol=0)
+        tiny.close(predict(head, states, 8), predict(one_head, states, 8), 1024)  # of many steps
     for name, weight in two_heads[0].state_dict().items():
         assert torch.equal(weight, two_heads[1].state_dict()[name])
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,31 @@ def on_two_processes(module: str, folder: Path) -> Any:
     )
     assert made.returncode == 0, made.stderr[-3000:]
     return torch.load(folder / "seen.pt", weights_only=True)
+
+
+def rounding(numbers: Any) -> float:
+    """What one rounding may change in the largest of `numbers`: its size times its type's eps. Python's are float32."""
+    if isinstance(numbers, Mapping):
+        numbers = list(numbers.values())
+    if isinstance(numbers, list | tuple):
+        return max(map(rounding, numbers), default=0.0)
+    tensor = torch.as_tensor(numbers)
+    if not tensor.is_floating_point() or not tensor.numel():
+        return 0.0
+    return torch.finfo(tensor.dtype).eps * float(tensor.abs().max())
+
+
+def close(found: Any, wanted: Any, roundings: float = 128, of: Any = None) -> None:
+    """That two ways to compute the same numbers differ by the order of their sums alone: by so many `roundings`.
+
+    A sum of n terms is rounded n times, each time by at most eps of its size. These models have two layers, whose
+    longest sums have 64 terms; the shorter ones fit in, since few errors have one sign. 128 roundings are 1.5e-5 of the
+    largest number in float32, 3e-14 in float64. Where numbers are small differences of large ones, `of` names the large
+    ones. Tensors, Python's numbers, lists and dicts of them; where these differ much in size, call it for each.
+    """
+    allowed = roundings * rounding(wanted if of is None else of)
+    assert math.isfinite(allowed), f"nothing is close to {allowed}"
+    torch.testing.assert_close(found, wanted, atol=allowed, rtol=0)
 
 
 # what training tests share: large epsilon makes Adam's step depend on the size of the gradient, not on its sign alone
