@@ -10,12 +10,13 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline import comparison, comparison_page, runs, schedule, study
+from pipeline import runs, schedule, study
 from pipeline.config import dump_yaml
 from pipeline.entry import run
 from pipeline.metrics import read_metrics, write_json, write_text
-from pipeline.readings import series_of
-from pipeline.readings_stage import spent
+from pipeline.report import comparison, comparison_page
+from pipeline.report.readings import series_of
+from pipeline.report.stage_checks import spent
 from pipeline.settings import Compare
 from pipeline.study import Results, Study
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline import report, runs
+from pipeline import runs
 from pipeline.entry import run
+from pipeline.report import run_page as report
 from pipeline.settings import Report
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import advantages, comparison, comparison_page, schedule, study
+from pipeline import advantages, schedule, study
 from pipeline.layers import resolve
 from pipeline.records import Example, UserError
+from pipeline.report import comparison, comparison_page
 from pipeline.study import Task
 
 RECIPE = """

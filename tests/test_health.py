@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.glossary import FINE, LOOK, TROUBLE
-from pipeline.health import LEVELS, RULES, Reading, band, judge, wanted
-from pipeline.readings import of_policies, series_of
-from pipeline.readings_stage import of_stage, spent
+from pipeline.report.checks import LEVELS, RULES, Reading, band, judge, wanted
+from pipeline.report.readings import of_policies, series_of
+from pipeline.report.spec import FINE, LOOK, TROUBLE
+from pipeline.report.stage_checks import of_stage, spent
 
 
 def level(quantity: str, value: float) -> str:

@@ -54,6 +54,16 @@ ALLOWED = {
         "pipeline.settings",
     },
     "pipeline/lots.py": {"pipeline.algorithms", "pipeline.history", "pipeline.records", "pipeline.sampler"},
+    "pipeline/report": {
+        "pipeline.algorithms.functional",
+        "pipeline.config",
+        "pipeline.layers",
+        "pipeline.metrics",
+        "pipeline.records",
+        "pipeline.report",
+        "pipeline.runs",
+        "pipeline.starts",
+    },
     "pipeline/text_overlap.py": {"pipeline.lanes", "pipeline.stemmer"},
     "reward_models/serve.py": {
         "pipeline.addresses",

@@ -7,14 +7,14 @@ from html.parser import HTMLParser
 
 import pytest
 
-from pipeline import charts
-from pipeline.chart_table import CHARTS, charts_for
-from pipeline.glossary import metric_of
-from pipeline.health import RULES
-from pipeline.readings import series_of
 from pipeline.records import UserError
-from pipeline.report import build
-from pipeline.report_curves import bounds, show_curves
+from pipeline.report import svg as charts
+from pipeline.report.charts import CHARTS, charts_for
+from pipeline.report.checks import RULES
+from pipeline.report.curves import bounds, show_curves
+from pipeline.report.readings import series_of
+from pipeline.report.run_page import build
+from pipeline.report.spec import metric_of
 
 VOID = {"meta", "br", "hr", "img", "link"}
 SFT = {"reward/mean": 0.41, "reward/se": 0.01, "completions/mean_length": 20.0, "rewards/oracle:helpfulness/mean": 0.6}

@@ -18,8 +18,8 @@ from pipeline.validation import known_paths
 ROOT = Path(__file__).resolve().parent.parent
 WORD = re.compile(r"(?<![\w{.-])([a-z_]+(?:\.[a-z_]+)*)=(?!=)")
 DRAWN = (  # their words are HTML attributes
-    *("pipeline/page.py", "pipeline/page_samples.py"),
-    *("pipeline/charts.py", "pipeline/comparison_page.py"),
+    *("pipeline/report/html.py", "pipeline/report/html_samples.py"),
+    *("pipeline/report/svg.py", "pipeline/report/comparison_page.py"),
 )
 FILES = [path for folder in ("pipeline", "stages", "reward_models") for path in sorted((ROOT / folder).rglob("*.py"))]
 OTHERS = {"key", "slots"}  # of `key=value` itself; of a hostfile

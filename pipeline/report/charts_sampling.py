@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.glossary import Chart
+from pipeline.report.spec import Chart
 
 GROUP = "Sampled responses"
 SAMPLING = (

@@ -6,11 +6,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipeline import page
-from pipeline.charts import NOTHING, number
 from pipeline.layers import resolve
 from pipeline.records import UserError
-from pipeline.report_stages import Stage
+from pipeline.report import html as page
+from pipeline.report.stages import Stage
+from pipeline.report.svg import NOTHING, number
 from pipeline.runs import dotted
 
 WHERE = ("run", "runs_dir", "name")  # which directory it is, not what was done

@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import page, page_samples
-from pipeline.charts import MINUS, number
 from pipeline.records import UserError
-from pipeline.report_stages import json_object
+from pipeline.report import html as page
+from pipeline.report import html_samples as page_samples
+from pipeline.report.stages import json_object
+from pipeline.report.svg import MINUS, number
 
 OPEN = 3  # rows that stand there without a click
 KEYS = ("id", "prompt", "reference", "static", "samples", "mean", "greedy", "compositions", "praised", "blamed")

@@ -11,17 +11,17 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipeline import page
-from pipeline.health import Verdict
 from pipeline.metrics import flatten, write_text
-from pipeline.readings_stage import spent
 from pipeline.records import UserError
-from pipeline.report_curves import show_curves
-from pipeline.report_facts import duration, what_was_run
-from pipeline.report_look import look, of_evaluation
-from pipeline.report_results import columns_of, comparison, final_numbers, side_by_side
-from pipeline.report_samples import show_samples
-from pipeline.report_stages import FILES, STAGES, Stage, stages_of, verdicts
+from pipeline.report import html as page
+from pipeline.report.checks import Verdict
+from pipeline.report.curves import show_curves
+from pipeline.report.facts import duration, what_was_run
+from pipeline.report.look import look, of_evaluation
+from pipeline.report.samples import show_samples
+from pipeline.report.stage_checks import spent
+from pipeline.report.stages import FILES, STAGES, Stage, stages_of, verdicts
+from pipeline.report.tables import columns_of, comparison, final_numbers, side_by_side
 
 
 def build(run_dir: Path) -> Path:

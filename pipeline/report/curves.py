@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from pipeline.chart_table import REST, charts_for
-from pipeline.charts import COLOURS, Curve, Picture, line_chart, number, thin
-from pipeline.glossary import FINE, START, Chart
-from pipeline.health import RULES, Verdict, band, wanted
-from pipeline.page import Figure, Key, cell, figure, folded, grid, heading, headless_table, table
-from pipeline.readings import Series, head
+from pipeline.report.charts import REST, charts_for
+from pipeline.report.checks import RULES, Verdict, band, wanted
+from pipeline.report.html import Figure, Key, cell, figure, folded, grid, heading, headless_table, table
+from pipeline.report.readings import Series, head
+from pipeline.report.spec import FINE, START, Chart
+from pipeline.report.svg import COLOURS, Curve, Picture, line_chart, number, thin
 
 FOLDED = ("Speed", REST)  # groups behind a line to click on
 # judged against the curve's own shape, or against another curve: no range of the axis

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipeline import page, page_samples
-from pipeline.charts import MINUS, number
 from pipeline.records import UserError
-from pipeline.report_compositions import show_compositions
-from pipeline.report_rollouts import ROLLOUT, show_rollouts
-from pipeline.report_stages import json_object
+from pipeline.report import html as page
+from pipeline.report import html_samples as page_samples
+from pipeline.report.compositions import show_compositions
+from pipeline.report.rollouts import ROLLOUT, show_rollouts
+from pipeline.report.stages import json_object
+from pipeline.report.svg import MINUS, number
 
 SAMPLES = 8
 Answers = Mapping[str, Mapping]  # policy -> row of a samples file

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pipeline.glossary import LOOK, START, TROUBLE, Limit, Rule
+from pipeline.report.spec import LOOK, START, TROUBLE, Limit, Rule
 
 TRAINING: Mapping[str, Rule] = {
     "kept": Rule(

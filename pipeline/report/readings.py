@@ -1,4 +1,4 @@
-"""Quantities that the rules of pipeline/health.py judge: of two policies side by side; and what all readings share."""
+"""Quantities that the rules judge: of two policies side by side; and what all readings share."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from pipeline.charts import Point, number
-from pipeline.glossary import ORACLE, metric_of
-from pipeline.health import Reading
+from pipeline.report.checks import Reading
+from pipeline.report.spec import ORACLE, metric_of
+from pipeline.report.svg import Point, number
 
 TAIL = 0.1  # share of a curve's points that stands for where it ends, or begins
 MINOR = (0.02, 0.005)  # a change within this share, or this much, says nothing where no standard error is known

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from pipeline import page
-from pipeline.glossary import FINE
-from pipeline.health import LEVELS, Verdict, judge
-from pipeline.readings import of_policies
-from pipeline.report_results import columns_of
-from pipeline.report_stages import Stage
+from pipeline.report import html as page
+from pipeline.report.checks import LEVELS, Verdict, judge
+from pipeline.report.readings import of_policies
+from pipeline.report.spec import FINE
+from pipeline.report.stages import Stage
+from pipeline.report.tables import columns_of
 
 Found = tuple[str, Verdict]  # where, what
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pipeline.glossary import LOOK, START, TROUBLE, Limit, Rule
+from pipeline.report.spec import LOOK, START, TROUBLE, Limit, Rule
 
 CHANCE = "two standard errors of a difference: chance alone does this once in forty runs"
 RESPONSES: Mapping[str, Rule] = {

@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 from pipeline import starts
 from pipeline.config import load_yaml
-from pipeline.health import Verdict, judge
 from pipeline.metrics import flatten, read_metrics
-from pipeline.readings import Series, series_of
-from pipeline.readings_stage import of_stage
 from pipeline.records import UserError
+from pipeline.report.checks import Verdict, judge
+from pipeline.report.readings import Series, series_of
+from pipeline.report.stage_checks import of_stage
 
 FILES = ("config.yaml", "metrics.jsonl", "results.json")  # a directory with one of these is a stage's
 STAGES = {

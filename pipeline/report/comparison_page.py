@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from pipeline import page
-from pipeline.charts import BOTTOM, COLOURS, GRID, HEIGHT, INK, LEFT, QUIET, RIGHT, TOP, WIDTH, Frame, number, ticks
-from pipeline.comparison import columns_of, rows
+from pipeline.report import html as page
+from pipeline.report.comparison import columns_of, rows
+from pipeline.report.svg import BOTTOM, COLOURS, GRID, HEIGHT, INK, LEFT, QUIET, RIGHT, TOP, WIDTH, Frame, number, ticks
 
 X = "objective/kl"
 CHARTS = {

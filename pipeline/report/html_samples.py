@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
-from pipeline.page import folded
+from pipeline.report.html import folded
 
 
 class Answer(NamedTuple):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pipeline.glossary import LOOK, TROUBLE, Limit, Rule
-from pipeline.rules_responses import CHANCE
+from pipeline.report.rules_responses import CHANCE
+from pipeline.report.spec import LOOK, TROUBLE, Limit, Rule
 
 NAT = "at one nat each token is e = 2.7 times less likely; models that have learned to read past [MASK] lie well below"
 

@@ -1,6 +1,6 @@
 """Whether a number is healthy: the rules of the files rules_*.py applied to readings of a run.
 
-A rule judges one quantity, a number that pipeline/readings.py takes from a run. The charts draw the same limits.
+A rule judges one quantity, a number that pipeline/report/readings.py takes from a run. The charts draw the same limits.
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from pipeline.glossary import FINE, LOOK, TROUBLE, Limit, Rule
-from pipeline.rules_masking import MASKING
-from pipeline.rules_responses import RESPONSES
-from pipeline.rules_sampling import SAMPLING
-from pipeline.rules_training import TRAINING
+from pipeline.report.rules import TRAINING
+from pipeline.report.rules_masking import MASKING
+from pipeline.report.rules_responses import RESPONSES
+from pipeline.report.rules_sampling import SAMPLING
+from pipeline.report.spec import FINE, LOOK, TROUBLE, Limit, Rule
 
 # by quantity, in the order in which they are told
 RULES: Mapping[str, Rule] = {**RESPONSES, **TRAINING, **MASKING, **SAMPLING}

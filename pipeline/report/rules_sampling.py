@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pipeline.glossary import LOOK, TROUBLE, Limit, Rule
+from pipeline.report.spec import LOOK, TROUBLE, Limit, Rule
 
 SAMPLING: Mapping[str, Rule] = {
     "logp_gap": Rule(

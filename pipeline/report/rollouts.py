@@ -11,11 +11,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from pipeline import page, page_samples
 from pipeline.algorithms.functional import EQUAL_REWARDS
-from pipeline.charts import MINUS, number
 from pipeline.records import UserError
-from pipeline.report_stages import json_object
+from pipeline.report import html as page
+from pipeline.report import html_samples as page_samples
+from pipeline.report.stages import json_object
+from pipeline.report.svg import MINUS, number
 
 ROLLOUT = "rollout"  # the kind of these rows
 OPEN = 3  # prompts that stand there without a click

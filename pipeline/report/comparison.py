@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-from pipeline.charts import MINUS
-from pipeline.glossary import ORACLE, match
+from pipeline.report.spec import ORACLE, match
+from pipeline.report.svg import MINUS
 
 Metrics = Mapping[str, float]  # tag -> number, of one variant and seed
 PerSeed = Mapping[int, float]

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
-from pipeline.chart_masking import MASKING
-from pipeline.chart_pairs import PAIRS
-from pipeline.chart_sampling import SAMPLING
-from pipeline.chart_speed import SPEED
-from pipeline.glossary import ORACLE, Chart
+from pipeline.report.charts_masking import MASKING
+from pipeline.report.charts_pairs import PAIRS
+from pipeline.report.charts_sampling import SAMPLING
+from pipeline.report.charts_speed import SPEED
+from pipeline.report.spec import ORACLE, Chart
 
 REST = "Other measurements"  # the group of charts that no entry of CHARTS describes
 

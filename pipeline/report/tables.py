@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from pipeline import page
-from pipeline.charts import MINUS, NOTHING, number
-from pipeline.glossary import FINAL, METRICS, Metric, match, metric_of
-from pipeline.readings import error_names, error_of, noise
+from pipeline.report import html as page
+from pipeline.report.readings import error_names, error_of, noise
+from pipeline.report.spec import FINAL, METRICS, Metric, match, metric_of
+from pipeline.report.svg import MINUS, NOTHING, number
 
 Columns = Mapping[str, Mapping[str, float | None]]  # policy or split -> metric -> value
 

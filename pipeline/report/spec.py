@@ -44,7 +44,7 @@ class Chart(NamedTuple):
     title: str
     tags: tuple[str, ...]
     caption: str
-    rule: str = ""  # the quantity of pipeline/health.py whose limits are drawn, and whose verdict stands below
+    rule: str = ""  # the quantity of pipeline/report/checks.py whose limits are drawn, and whose verdict stands below
     marks: tuple[tuple[float, str], ...] = ()  # horizontal lines: (value, words)
     baselines: tuple[tuple[str, str], ...] = ()  # horizontal lines at a tag's last value: (tag, words)
     axis: tuple[float | None, float | None] = (None, None)  # fixed ends of the vertical axis

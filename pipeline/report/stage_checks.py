@@ -1,4 +1,4 @@
-"""Quantities that the rules of pipeline/health.py judge: those of one stage, from its curves and final numbers."""
+"""Quantities that the rules judge: those of one stage, from its curves and final numbers."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import math
 import statistics
 from collections.abc import Callable, Mapping
 
-from pipeline.charts import number
-from pipeline.health import Reading
-from pipeline.readings import TAIL, Numbers, Series, correlation, head, noise, tail, total
+from pipeline.report.checks import Reading
+from pipeline.report.readings import TAIL, Numbers, Series, correlation, head, noise, tail, total
+from pipeline.report.svg import number
 
 SMALL_SOURCE = 30  # held-out pairs below which the accuracy on a source says nothing
 GENERATED, SAVED = "rollout/generated_tokens", "esrl/tokens_saved"
