@@ -16,6 +16,7 @@ REQUIREMENTS = [
     "numpy>=1.26",
     "tqdm>=4.66",
     "packaging>=24.0",
+    "jinja2>=3.1",
     "sacrebleu>=2.4",
 ]
 DEV = ["pytest>=8.0", "ruff>=0.9", "rouge-score>=0.1.2"]
@@ -29,5 +30,9 @@ setup(
     install_requires=REQUIREMENTS,
     extras_require={"dev": DEV},
     packages=[*find_packages(include=["pipeline", "pipeline.*", "stages", "reward_models"]), "ds_configs"],
-    package_data={"stages": ["*.yaml", "*/*.yaml"], "ds_configs": ["*.json"]},
+    package_data={
+        "stages": ["*.yaml", "*/*.yaml"],
+        "ds_configs": ["*.json"],
+        "pipeline.report": ["measures/*.yaml", "templates/*"],
+    },
 )

@@ -14,9 +14,8 @@ from pipeline import runs, schedule, study
 from pipeline.config import dump_yaml
 from pipeline.entry import run
 from pipeline.metrics import read_metrics, write_json, write_text
-from pipeline.report import comparison, comparison_page
-from pipeline.report.readings import series_of
-from pipeline.report.stage_checks import spent
+from pipeline.report import comparison
+from pipeline.report.stage_checks import series_of, spent
 from pipeline.settings import Compare
 from pipeline.study import Results, Study
 
@@ -45,7 +44,7 @@ def write(directory: Path, plan: Study) -> None:
     write_text(directory / "table.md", text)
     write_json(directory / "results.json", table)
     title = f"Comparison: {directory.parent.resolve().name}"
-    write_text(directory / "compare.html", comparison_page.document(title, table, BASELINES, seeds))
+    write_text(directory / "compare.html", comparison.document(title, table, BASELINES, seeds))
     print(f"{text}\n{directory / 'table.md'}, {directory / 'compare.html'}, {directory / 'results.json'}", flush=True)
 
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from pipeline import runs
 from pipeline.entry import run
-from pipeline.report import run_page as report
+from pipeline.report.run_page import build
 from pipeline.settings import Report
 
 
 def main(settings: Report, words: Sequence[str]) -> None:
-    print(f"report: {report.build(runs.run_dir(settings))}", flush=True)
+    print(f"report: {build(runs.run_dir(settings))}", flush=True)
 
 
 if __name__ == "__main__":

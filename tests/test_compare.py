@@ -13,7 +13,7 @@ import pytest
 from pipeline import advantages, schedule, study
 from pipeline.layers import resolve
 from pipeline.records import Example, UserError
-from pipeline.report import comparison, comparison_page
+from pipeline.report import comparison
 from pipeline.study import Task
 
 RECIPE = """
@@ -225,8 +225,8 @@ def test_the_table():
 
 def test_the_page_has_a_mark_per_seed_and_variant():
     table = comparison.summary(FOUND, ["sft"])
-    assert comparison_page.scatter("reward/mean", table, "x").count("<title>") == 3  # alol has no KL for seed 2
-    html = comparison_page.document("<b>", table, ["sft"], [1, 2])
+    assert comparison.scatter("reward/mean", table, "x").count("<title>") == 3  # alol has no KL for seed 2
+    html = comparison.document("<b>", table, ["sft"], [1, 2])
     assert "&lt;b&gt;" in html and "alol, seed 1" in html
 
 

@@ -55,7 +55,6 @@ ALLOWED = {
     },
     "pipeline/lots.py": {"pipeline.algorithms", "pipeline.history", "pipeline.records", "pipeline.sampler"},
     "pipeline/report": {
-        "pipeline.algorithms.functional",
         "pipeline.config",
         "pipeline.layers",
         "pipeline.metrics",

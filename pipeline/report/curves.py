@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
-from pipeline.report.charts import REST, charts_for
-from pipeline.report.checks import RULES, Verdict, band, wanted
-from pipeline.report.html import Figure, Key, cell, figure, folded, grid, heading, headless_table, table
-from pipeline.report.readings import Series, head
-from pipeline.report.spec import FINE, START, Chart
-from pipeline.report.svg import COLOURS, Curve, Picture, line_chart, number, thin
+from pipeline.report.checks import Verdict
+from pipeline.report.html import render
+from pipeline.report.numbers import number
+from pipeline.report.spec import FINE, REST, START, Chart, Rule, band, charts_for, rules, wanted
+from pipeline.report.stage_checks import Series, head
+from pipeline.report.svg import COLOURS, Curve, Plot, line_chart, thin
+from pipeline.report.tables import Cell
 
 FOLDED = ("Speed", REST)  # groups behind a line to click on
-# judged against the curve's own shape, or against another curve: no range of the axis
-UNDRAWN = ("overfit", "grad_spike", "best_step", "carried_over", "baseline", "sampling_time")
-UNDRAWN += ("masked_start", "masked_end")
 TWIN_ROWS = 8  # of a chart's numbers as a table
+
+
+class Figure(NamedTuple):
+    """One chart with what stands around it."""
+
+    chart: Chart
+    curves: Sequence[Curve]
+    svg: str
+    warning: str  # may be empty
+    rule: Rule | None
+    wanted: str  # the healthy range in words
+    rows: list[list[str]]  # the numbers as a table
+    thinned: bool  # of these, fewer than there are
 
 
 def show_curves(
@@ -28,93 +40,74 @@ def show_curves(
         results: may hold the levels that some charts are compared with.
         verdicts: what was found about the stage, by quantity; each stands below the chart of its rule.
     """
-    groups: dict[str, list[str]] = {}  # group -> figures
-    once, told = [], dict(verdicts or {})
+    groups: dict[str, list[Figure]] = {}
+    once, found = [], verdicts or {}
     for chart, tags in charts_for(kind, list(series)):
-        verdict = told.get(chart.rule)
+        verdict = found.get(chart.check)
         curves = {tag: series[tag] for tag in tags if len(series[tag]) > 1}
         once += [_once(chart, tag, series[tag][0][1], verdict) for tag in tags if tag not in curves]
         if curves:
             groups.setdefault(chart.group, []).append(_figure(chart, curves, _levels(chart, series, results), verdict))
-    html = table(["measured once", "value", "healthy"], once) if once else ""
-    for group in sorted(groups, key=FOLDED.__contains__):
-        pictures = grid(groups[group])
-        html += folded(group, pictures) if group in FOLDED else heading(3, group) + pictures
-    return html
-
-
-def _once(chart: Chart, tag: str, value: float, verdict: Verdict | None) -> list[str]:
-    """A table row for what was measured a single time and so has no curve: its meaning, value and healthy range."""
-    name = tag if chart.group == REST else f"{chart.title}, {tag}"
-    healthy = wanted(chart.rule).removeprefix("healthy ") if chart.rule and chart.rule not in UNDRAWN else ""
-    said = "" if verdict is None or verdict.level == FINE else f" {verdict.level}: {verdict.words}."
-    return [cell(name, chart.caption + said), cell(number(value)), cell(healthy)]
-
-
-def _levels(chart: Chart, series: Series, results: Mapping[str, object]) -> list[tuple[float, str]]:
-    """The baselines of `chart` that this stage measured: (value, words)."""
-    found = []
-    for tag, words in chart.baselines:
-        value = series[tag][-1][1] if tag in series else results.get(tag)
-        if isinstance(value, (int, float)):
-            found.append((float(value), words))
-    return found
+    return render("curves.html", {"once": once, "groups": groups, "folded": FOLDED})
 
 
 def bounds(quantity: str, values: Sequence[float]) -> tuple[float | None, float | None]:
     """The healthy range in units of the curve; open where it is relative to a start that is not above zero."""
-    if not quantity or quantity in UNDRAWN:
+    if not quantity or not rules()[quantity].drawn:
         return None, None
     low, high = band(quantity)
     if quantity == "length_correlation":  # its size is judged, so the range has two sides
         low = -high
-    if RULES[quantity].unit != START:
+    if rules()[quantity].unit != START:
         return low, high
     if head(values) <= 0:
         return None, None
     return tuple(None if bound is None else bound * head(values) for bound in (low, high))
 
 
-def _figure(chart: Chart, series: Series, levels: Sequence[tuple[float, str]], verdict: Verdict | None) -> str:
+def _once(chart: Chart, tag: str, value: float, verdict: Verdict | None) -> list[str | Cell]:
+    """A table row for what was measured a single time and so has no curve: its meaning, value and healthy range."""
+    name = tag if chart.group == REST else f"{chart.title}, {tag}"
+    healthy = wanted(chart.check).removeprefix("healthy ") if chart.check and rules()[chart.check].drawn else ""
+    warning = "" if verdict is None or verdict.level == FINE else f" {verdict.level}: {verdict.words}."
+    return [Cell(name, chart.caption + warning), number(value), healthy]
+
+
+def _levels(chart: Chart, series: Series, results: Mapping[str, object]) -> list[tuple[float, str]]:
+    """The baselines of `chart` that this stage measured: (value, words)."""
+    values = {tag: series[tag][-1][1] if tag in series else results.get(tag) for tag in chart.baselines}
+    return [(float(v), chart.baselines[tag]) for tag, v in values.items() if isinstance(v, (int, float))]
+
+
+def _figure(chart: Chart, series: Series, levels: Sequence[tuple[float, str]], verdict: Verdict | None) -> Figure:
     names = _names(list(series))
     bases = list(dict.fromkeys(_base(tag) for tag in series))
     curves = []
     for tag, points in series.items():
         dotted = tag.startswith("eval/") and len(series) > 1
+        # held-out numbers have the colour of the trained ones, unless these two are all there is
         colour = COLOURS[(bases.index(_base(tag)) + (dotted and len(bases) == 1)) % len(COLOURS)]
         curves.append(Curve(names[tag], colour, points, dotted))
-    low, high = bounds(chart.rule, [v for _, v in curves[-1].points])
-    picture = Picture(curves, low, high, (*chart.marks, *levels), chart.axis)
-    keys = [Key(c.name, c.colour, number(c.points[-1][1]), c.dotted) for c in curves]
+    low, high = bounds(chart.check, [v for _, v in curves[-1].points])
+    plot = Plot(curves, low, high, (*chart.marks.items(), *levels), chart.axis)
     words = "; ".join(f"{c.name} from {number(c.points[0][1])} to {number(c.points[-1][1])}" for c in curves)
-    svg = line_chart(picture, f"{chart.title}: {words}")
-    said = "" if verdict is None or verdict.level == FINE else f"{verdict.level}. {verdict.text}: {verdict.words}."
-    return figure(Figure(chart.title, keys, svg, chart.caption, said, _outside(chart.rule), _twin(curves)))
+    return Figure(
+        chart,
+        curves,
+        line_chart(plot, f"{chart.title}: {words}"),
+        "" if verdict is None else verdict.warning,
+        rules().get(chart.check),
+        wanted(chart.check) if chart.check else "",
+        _twin(curves),
+        max(len(curve.points) for curve in curves) > TWIN_ROWS,
+    )
 
 
-def _outside(quantity: str) -> str:
-    """What a reader should do where the curve leaves its range, whether it does or not."""
-    if not quantity:
-        return ""
-    lines = [
-        (f"below {limit.low:g}" if limit.low is not None else f"above {limit.high:g}", limit.words, limit.why)
-        for limit in RULES[quantity].limits
-    ]
-    rows = [[cell(f"{where} {RULES[quantity].unit}"), cell(f"{words}.", why)] for where, words, why in lines]
-    return folded(wanted(quantity) + ": what if not", headless_table(rows))
-
-
-def _twin(curves: Sequence[Curve]) -> str:
+def _twin(curves: Sequence[Curve]) -> list[list[str]]:
     """The chart's numbers as a table: means of neighbouring points, a row per stretch of steps."""
-    longest = max(curves, key=lambda curve: len(curve.points)).points
     columns = [{round(s): v for s, v, _, _ in thin(c.points, TWIN_ROWS)} for c in curves]
     steps = sorted({step for column in columns for step in column})
-    rows = [
-        [cell(f"{step:,}"), *(cell(number(column[step]) if step in column else "") for column in columns)]
-        for step in steps
-    ]
-    name = "numbers" if len(longest) <= TWIN_ROWS else "numbers, thinned"
-    return folded(name, table(["step", *(c.name for c in curves)], rows))
+    return [[f"{s:,}", *(number(column[s]) if s in column else "" for column in columns)] for s in steps]
 
 
 def _base(tag: str) -> str:

@@ -1,21 +1,38 @@
-"""Quantities that the rules judge: those of one stage, from its curves and final numbers."""
+"""Readings of one stage, from its curves and final numbers."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
-from pipeline.report.checks import Reading
-from pipeline.report.readings import TAIL, Numbers, Series, correlation, head, noise, tail, total
-from pipeline.report.svg import number
+from pipeline.report.checks import Numbers, Reading, correlation, in_errors
+from pipeline.report.numbers import number
+from pipeline.report.svg import Point
 
+TAIL = 0.1  # share of a curve's points that stands for where it ends, or begins
 SMALL_SOURCE = 30  # held-out pairs below which the accuracy on a source says nothing
 GENERATED, SAVED = "rollout/generated_tokens", "esrl/tokens_saved"
 ROUNDING = 1e-4  # of a mean that is 0 by construction, in standard deviations
 DECODED = ("eval/reward/mean", "eval/reward/se")
 
-Take = Callable[[Series, Numbers, Numbers], Reading | None]  # (curves, final numbers, facts) -> reading
+Series = Mapping[str, Sequence[Point]]  # tag -> points in step order
+
+
+class Left(NamedTuple):
+    """What a stage left."""
+
+    series: Series
+    results: Numbers
+    facts: Numbers
+
+    def values(self, *tags: str) -> list[float]:
+        """The values of the first of `tags` that was logged."""
+        return next(([value for _, value in self.series[tag]] for tag in tags if tag in self.series), [])
+
+
+Take = Callable[[Left], Reading | None]
 
 
 def of_stage(kind: str, series: Series, results: Numbers, facts: Numbers) -> dict[str, Reading]:
@@ -25,142 +42,35 @@ def of_stage(kind: str, series: Series, results: Numbers, facts: Numbers) -> dic
         results: flat, the stage's own final numbers.
         facts: counts that no curve has: non_finite, steps thrown away; rows and cut_responses of the training data.
     """
-    takes = {**TRAINING, **OF_KIND.get(kind, {})}
-    found = {quantity: take(series, results, facts) for quantity, take in takes.items()}
+    left = Left(series, results, facts)
+    found = {quantity: take(left) for quantity, take in {**TRAINING, **OF_KIND.get(kind, {})}.items()}
     return {quantity: reading for quantity, reading in found.items() if reading is not None}
 
 
-def _values(series: Series, *tags: str) -> list[float]:
-    """The values of the first of `tags` that was logged."""
-    return next(([value for _, value in series[tag]] for tag in tags if tag in series), [])
+def series_of(rows: Sequence[Mapping[str, float | None]]) -> dict[str, list[Point]]:
+    """Rows of metrics.jsonl as points by tag, in step order; nulls are left out."""
+    series: dict[str, list[Point]] = {}
+    for row in sorted(rows, key=lambda row: row["step"]):
+        for tag, value in row.items():
+            if tag not in ("step", "time") and value is not None:
+                series.setdefault(tag, []).append((row["step"], value))
+    return series
 
 
-def _end(*tags: str, unit: str = "", share: bool = False) -> Take:
-    def take(series: Series, results: Numbers, facts: Numbers) -> Reading | None:
-        values = _values(series, *tags)
-        if not values:
-            return None
-        end = tail(values)
-        return Reading(end, f"{end:.0%}" if share else f"{number(end)}{unit}")
-
-    return take
+def tail(values: Sequence[float]) -> float:
+    """The mean of the last tenth: where a noisy curve ends."""
+    return statistics.fmean(values[-max(1, int(len(values) * TAIL)) :])
 
 
-def _drift(*tags: str) -> Take:
-    """Where the curve ends, as a factor of where it began."""
-
-    def take(series: Series, results: Numbers, facts: Numbers) -> Reading | None:
-        values = _values(series, *tags)
-        if len(values) < 2 or head(values) <= 0:
-            return None
-        return Reading(tail(values) / head(values), f"{number(head(values))} to {number(tail(values))}")
-
-    return take
+def head(values: Sequence[float]) -> float:
+    """The mean of the first tenth: where a noisy curve begins."""
+    return tail(values[::-1])
 
 
-def _clip(series: Series, results: Numbers, facts: Numbers) -> Reading | None:
-    """The share at either bound, of the rows trained on; a bound that a method has not is not logged."""
-    names = {"low": "lower", "high": "upper"}
-    logged = {names[side]: _values(series, f"ratio/clip_fraction_{side}") for side in names}
-    ends = {name: tail(values) for name, values in logged.items() if values}
-    if not ends:
-        return _end("ratio/clip_fraction", share=True)(series, results, facts)
-    parts = ", ".join(f"{end:.0%} at the {name} bound" for name, end in ends.items())
-    return Reading(sum(ends.values()), f"{sum(ends.values()):.0%} ({parts})")
-
-
-def _last_correlation(series: Series, results: Numbers, facts: Numbers) -> Reading | None:
-    return correlation({tag: points[-1][1] for tag, points in series.items() if tag.startswith("eval/")})
-
-
-def _overfit(series: Series, results: Numbers, facts: Numbers) -> Reading | None:
-    values = _values(series, "eval/loss")
-    if len(values) < 2 or min(values) <= 0:
-        return None
-    return Reading(values[-1] / min(values), f"lowest {number(min(values))}, at the end {number(values[-1])}")
-
-
-def _best_step(series: Series, results: Numbers, facts: Numbers) -> Reading | None:
-    step = results.get("model_step")
-    return None if step is None else Reading(step, f"{step:,} of {results.get('steps', step):,}")
-
-
-def _grad_spike(series: Series, results: Numbers, facts: Numbers) -> Reading | None:
-    """The largest logged norm after the first tenth, which is the warm-up's, over the median."""
-    values = _values(series, "train/grad_norm")
-    if len(values) < 5 or statistics.median(values) <= 0:
-        return None
-    peak, middle = max(values[math.ceil(len(values) * TAIL) :]), statistics.median(values)
-    return Reading(peak / middle, f"{number(peak)}, {number(peak / middle)} times the median")
-
-
-def _non_finite(series: Series, results: Numbers, facts: Numbers) -> Reading | None:
-    steps = max((points[-1][0] for points in series.values()), default=0)
-    lost = facts.get("non_finite")
-    return Reading(lost / steps, f"{lost:,} of {steps:,}") if lost is not None and steps else None
-
-
-def _data_cut(series: Series, results: Numbers, facts: Numbers) -> Reading | None:
-    cut, rows = facts.get("cut_responses"), facts.get("responses")
-    return Reading(cut / rows, f"{cut:,} of {rows:,}") if cut is not None and rows else None
-
-
-def _pair_lead(series: Series, results: Numbers, facts: Numbers) -> Reading | None:
-    """By how many standard errors the accuracy exceeds that of length alone."""
-    accuracy, alone, pairs = (results.get(f"eval/{name}") for name in ("accuracy", "length_accuracy", "pairs"))
-    if None in (accuracy, alone, pairs):
-        return None
-    error = math.sqrt(max(accuracy * (1 - accuracy), 0.25 / pairs) / pairs)
-    lead = (accuracy - alone) / error
-    text = f"{number(accuracy)} against {number(alone)} on {pairs:,.0f} pairs, {number(lead)} standard errors"
-    return Reading(lead, text)
-
-
-def _pair_accuracy(series: Series, results: Numbers, facts: Numbers) -> Reading | None:
-    """That of the weights kept; while training, the last."""
-    kept = results.get("eval/accuracy")
-    return Reading(kept, number(kept)) if kept is not None else _end("eval/accuracy")(series, results, facts)
-
-
-def _source_accuracy(series: Series, results: Numbers, facts: Numbers) -> Reading | None:
-    sources = [tag.removeprefix("eval/accuracy/") for tag in results if tag.startswith("eval/accuracy/")]
-    large = [s for s in sources if (results.get(f"eval/pairs/{s}") or 0) >= SMALL_SOURCE]
-    if not large:
-        return None
-    worst = min(large, key=lambda s: results[f"eval/accuracy/{s}"])
-    value, pairs = results[f"eval/accuracy/{worst}"], results[f"eval/pairs/{worst}"]
-    return Reading(value, f"{worst} {number(value)} on {pairs:,.0f} pairs")
-
-
-def _pair_gap(series: Series, results: Numbers, facts: Numbers) -> Reading | None:
-    trained, held_out = _values(series, "train/accuracy"), _values(series, "eval/accuracy")
-    if not trained or not held_out:
-        return None
-    return Reading(tail(trained) - held_out[-1], f"{number(tail(trained))} against {number(held_out[-1])}")
-
-
-def _masked_gap(place: int) -> Take:
-    """By how much masked inputs raise the held-out loss, at the first look (0) or at the last (-1), in nats."""
-
-    def take(series: Series, results: Numbers, facts: Numbers) -> Reading | None:
-        plain, masked = _values(series, "eval/loss"), _values(series, "eval/masked_loss")
-        if not plain or not masked:
-            return None
-        text = f"{number(plain[place])} on whole inputs, {number(masked[place])} on masked ones"
-        return Reading(masked[place] - plain[place], text)
-
-    return take
-
-
-def _carried_over(series: Series, results: Numbers, facts: Numbers) -> Reading | None:
-    """The change of the decoded responses' reward, in standard errors, where that of the greedy composition rose."""
-    greedy, decoded = _values(series, "semi_offline/greedy_reward"), series.get(DECODED[0], [])
-    if len(greedy) < 2 or len(decoded) < 2 or tail(greedy) <= head(greedy):
-        return None
-    first, last = ({tag: series[tag][place][1] for tag in DECODED if tag in series} for place in (0, -1))
-    change = (last[DECODED[0]] - first[DECODED[0]]) / (noise(DECODED[0], first, last) / 2 or 1.0)
-    parts = (f"{number(a)} to {number(b)}" for a, b in ((head(greedy), tail(greedy)), (decoded[0][1], decoded[-1][1])))
-    return Reading(change, "greedy compositions {}, decoded responses {}".format(*parts))
+def total(points: Sequence[Point]) -> float:
+    """The sum over all steps of what is logged as the mean per step since the point before."""
+    starts = [0.0, *(step for step, _ in points)]
+    return math.fsum(value * (step - start) for start, (step, value) in zip(starts, points, strict=False))
 
 
 def spent(series: Series) -> dict[str, float]:
@@ -173,36 +83,169 @@ def spent(series: Series) -> dict[str, float]:
     return found | ({"tokens_saved": 1.0 - total(series[GENERATED]) / full} if saved and full else {})
 
 
-def _sampling_time(series: Series, results: Numbers, facts: Numbers) -> Reading | None:
-    made, all_of_it = (series.get(f"perf/{name}_seconds", []) for name in ("sampling", "step"))
-    if GENERATED not in series or not made or not total(all_of_it):
+# of any curve
+
+
+def _end(*tags: str, unit: str = "", share: bool = False, beside: str = "") -> Take:
+    """Where the curve ends; with `beside`, only if that was logged too."""
+
+    def take(left: Left) -> Reading | None:
+        values = left.values(*tags)
+        if not values or (beside and beside not in left.series):
+            return None
+        end = tail(values)
+        return Reading(end, f"{end:.0%}" if share else f"{number(end)}{unit}")
+
+    return take
+
+
+def _drift(*tags: str) -> Take:
+    """Where the curve ends, as a factor of where it began."""
+
+    def take(left: Left) -> Reading | None:
+        values = left.values(*tags)
+        if len(values) < 2 or head(values) <= 0:
+            return None
+        return Reading(tail(values) / head(values), f"{number(head(values))} to {number(tail(values))}")
+
+    return take
+
+
+# of learning
+
+
+def _overfit(left: Left) -> Reading | None:
+    values = left.values("eval/loss")
+    if len(values) < 2 or min(values) <= 0:
         return None
-    share, tokens = total(made) / total(all_of_it), total(series[GENERATED])
-    text = f"{tokens / series[GENERATED][-1][0]:,.0f} a step, {tokens:,.0f} in all, in {share:.0%} of the time"
+    return Reading(values[-1] / min(values), f"lowest {number(min(values))}, at the end {number(values[-1])}")
+
+
+def _best_step(left: Left) -> Reading | None:
+    step = left.results.get("model_step")
+    return None if step is None else Reading(step, f"{step:,} of {left.results.get('steps', step):,}")
+
+
+def _grad_spike(left: Left) -> Reading | None:
+    """The largest logged norm after the first tenth, which is the warm-up's, over the median."""
+    values = left.values("train/grad_norm")
+    if len(values) < 5 or statistics.median(values) <= 0:
+        return None
+    peak, middle = max(values[math.ceil(len(values) * TAIL) :]), statistics.median(values)
+    return Reading(peak / middle, f"{number(peak)}, {number(peak / middle)} times the median")
+
+
+def _non_finite(left: Left) -> Reading | None:
+    steps = max((points[-1][0] for points in left.series.values()), default=0)
+    return _part_of(left.facts.get("non_finite"), steps)
+
+
+def _data_cut(left: Left) -> Reading | None:
+    return _part_of(left.facts.get("cut_responses"), left.facts.get("responses"))
+
+
+def _part_of(part: float | None, whole: float | None) -> Reading | None:
+    return Reading(part / whole, f"{part:,} of {whole:,}") if part is not None and whole else None
+
+
+# of reward models
+
+
+def _pair_lead(left: Left) -> Reading | None:
+    """By how many standard errors the accuracy exceeds that of length alone."""
+    accuracy, alone, pairs = (left.results.get(f"eval/{name}") for name in ("accuracy", "length_accuracy", "pairs"))
+    if None in (accuracy, alone, pairs):
+        return None
+    lead = (accuracy - alone) / math.sqrt(max(accuracy * (1 - accuracy), 0.25 / pairs) / pairs)
+    text = f"{number(accuracy)} against {number(alone)} on {pairs:,.0f} pairs, {number(lead)} standard errors"
+    return Reading(lead, text)
+
+
+def _pair_accuracy(left: Left) -> Reading | None:
+    """That of the weights kept; while training, the last."""
+    kept = left.results.get("eval/accuracy")
+    return Reading(kept, number(kept)) if kept is not None else _end("eval/accuracy")(left)
+
+
+def _source_accuracy(left: Left) -> Reading | None:
+    sources = [tag.removeprefix("eval/accuracy/") for tag in left.results if tag.startswith("eval/accuracy/")]
+    pairs = {source: left.results.get(f"eval/pairs/{source}") or 0 for source in sources}
+    found = [(left.results[f"eval/accuracy/{s}"], s) for s in sources if pairs[s] >= SMALL_SOURCE]
+    if not found:
+        return None
+    accuracy, worst = min(found)
+    return Reading(accuracy, f"{worst} {number(accuracy)} on {pairs[worst]:,.0f} pairs")
+
+
+def _pair_gap(left: Left) -> Reading | None:
+    trained, held_out = left.values("train/accuracy"), left.values("eval/accuracy")
+    if not trained or not held_out:
+        return None
+    return Reading(tail(trained) - held_out[-1], f"{number(tail(trained))} against {number(held_out[-1])}")
+
+
+# of RL
+
+
+def _clip(left: Left) -> Reading | None:
+    """The share at either bound, of the rows trained on; a bound that a method has not is not logged."""
+    logged = {name: left.values(f"ratio/clip_fraction_{tag}") for name, tag in (("lower", "low"), ("upper", "high"))}
+    ends = {name: tail(values) for name, values in logged.items() if values}
+    if not ends:
+        return _end("ratio/clip_fraction", share=True)(left)
+    parts = ", ".join(f"{end:.0%} at the {name} bound" for name, end in ends.items())
+    return Reading(sum(ends.values()), f"{sum(ends.values()):.0%} ({parts})")
+
+
+def _last_correlation(left: Left) -> Reading | None:
+    return correlation({tag: points[-1][1] for tag, points in left.series.items() if tag.startswith("eval/")})
+
+
+def _masked_gap(place: int) -> Take:
+    """By how much masked inputs raise the held-out loss, at the first evaluation (0) or at the last (-1), in nats."""
+
+    def take(left: Left) -> Reading | None:
+        plain, masked = left.values("eval/loss"), left.values("eval/masked_loss")
+        if not plain or not masked:
+            return None
+        text = f"{number(plain[place])} on whole inputs, {number(masked[place])} on masked ones"
+        return Reading(masked[place] - plain[place], text)
+
+    return take
+
+
+def _carried_over(left: Left) -> Reading | None:
+    """The change of the decoded responses' reward, in standard errors, where that of the greedy composition rose."""
+    greedy, decoded = left.values("semi_offline/greedy_reward"), left.values(DECODED[0])
+    if len(greedy) < 2 or len(decoded) < 2 or tail(greedy) <= head(greedy):
+        return None
+    first, last = ({tag: left.values(tag)[place] for tag in DECODED if tag in left.series} for place in (0, -1))
+    parts = (f"{number(a)} to {number(b)}" for a, b in ((head(greedy), tail(greedy)), (decoded[0], decoded[-1])))
+    text = "greedy compositions {}, decoded responses {}".format(*parts)
+    return Reading(in_errors(DECODED[0], first, last), text)
+
+
+def _sampling_time(left: Left) -> Reading | None:
+    made, whole = (left.series.get(f"perf/{name}_seconds", []) for name in ("sampling", "step"))
+    if GENERATED not in left.series or not made or not total(whole):
+        return None
+    share, tokens = total(made) / total(whole), total(left.series[GENERATED])
+    text = f"{tokens / left.series[GENERATED][-1][0]:,.0f} a step, {tokens:,.0f} in all, in {share:.0%} of the time"
     return Reading(share, text)
 
 
-def _tokens_saved(series: Series, results: Numbers, facts: Numbers) -> Reading | None:
-    found = spent(series)
+def _tokens_saved(left: Left) -> Reading | None:
+    found = spent(left.series)
     if "tokens_saved" not in found:
         return None
     share, tokens = found["tokens_saved"], found["generated_tokens"]
     return Reading(share, f"{share:.0%}, {tokens:,} tokens in place of {tokens / (1.0 - share):,.0f}")
 
 
-def _where_shared_out(tag: str) -> Take:
-    """The end of a share that says something only where prompts differ in how many responses they get."""
-
-    def take(series: Series, results: Numbers, facts: Numbers) -> Reading | None:
-        return _end(tag, share=True)(series, results, facts) if SAVED in series else None
-
-    return take
-
-
-def _baseline(series: Series, results: Numbers, facts: Numbers) -> Reading | None:
+def _baseline(left: Left) -> Reading | None:
     """How far the mean advantage lies from 0, which it is where responses are compared with one another."""
-    mean, spread = (_values(series, f"advantage/{name}") for name in ("mean", "std"))
-    if GENERATED not in series or not mean or not spread or tail(spread) <= 0:
+    mean, spread = left.values("advantage/mean"), left.values("advantage/std")
+    if GENERATED not in left.series or not mean or not spread or tail(spread) <= 0:
         return None
     distance = abs(tail(mean)) / tail(spread)
     text = f"mean advantage {number(tail(mean))}, {number(distance)} standard deviations"
@@ -245,8 +288,8 @@ OF_KIND: Mapping[str, Mapping[str, Take]] = {
         "logp_gap": _end("rollout/logp_gap", unit=" nats per token"),
         "equal_groups": _end("rollout/equal_groups", share=True),
         "at_k_min": _end("esrl/at_k_min", share=True),
-        "known": _where_shared_out("esrl/known"),
-        "left_out": _where_shared_out("esrl/left_out"),
+        "known": _end("esrl/known", share=True, beside=SAVED),
+        "left_out": _end("esrl/left_out", share=True, beside=SAVED),
         "baseline": _baseline,
         "tokens_saved": _tokens_saved,
         "sampling_time": _sampling_time,

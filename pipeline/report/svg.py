@@ -1,18 +1,21 @@
-"""Line charts as inline SVG text: a few curves over steps, the healthy band, marked levels. No library, no script."""
+"""Line charts and scatter plots as inline SVG text. No library, no script."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from html import escape
+from statistics import fmean
 from typing import NamedTuple
+
+from pipeline.report.numbers import MINUS, number
 
 COLOURS = tuple(f"var(--c{i})" for i in range(7))  # the page gives them, for light and dark; after Okabe and Ito
 BAND, GRID, INK, QUIET = "var(--band)", "var(--line)", "var(--ink)", "var(--soft)"
 PAPER, WORD = "var(--paper)", "var(--word)"
 WIDTH, HEIGHT = 380.0, 200.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 12.0, 10.0, 26.0  # margins around the plot
-MINUS, NOTHING = "\N{MINUS SIGN}", "\N{EN DASH}"
+RADIUS = 3.6  # of a mark
 POINTS = 90  # of one curve in the picture; more are drawn as means with the span around them
 
 Point = tuple[float, float]  # (step, value)
@@ -27,7 +30,7 @@ class Curve(NamedTuple):
     dotted: bool = False
 
 
-class Picture(NamedTuple):
+class Plot(NamedTuple):
     """What one chart shows besides its words."""
 
     curves: Sequence[Curve]
@@ -37,8 +40,17 @@ class Picture(NamedTuple):
     axis: tuple[float | None, float | None] = (None, None)  # where the vertical axis ends at least; None: by the curves
 
 
+class Mark(NamedTuple):
+    """One point of a scatter plot; `place` among all that are told apart gives its colour and shape."""
+
+    place: int
+    words: str
+    x: float
+    y: float
+
+
 class Frame(NamedTuple):
-    """The visible ranges, and where a value lies in the picture."""
+    """The visible ranges, and where a value lies in the plot."""
 
     x: tuple[float, float]
     y: tuple[float, float]
@@ -50,59 +62,79 @@ class Frame(NamedTuple):
         return HEIGHT - BOTTOM - (value - self.y[0]) / (self.y[1] - self.y[0]) * (HEIGHT - TOP - BOTTOM)
 
 
-def line_chart(picture: Picture, description: str) -> str:
+def line_chart(plot: Plot, description: str) -> str:
     """An <svg> element that scales with its container; `description` is read out in its place."""
-    frame = _frame(picture)
-    parts = [_band(picture, frame), _grid(frame)]
-    parts += [_curve(curve, frame) for curve in picture.curves]
-    parts += [_mark(value, words, frame) for value, words in picture.marks]
-    return (
-        f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" aria-label="{escape(description)}" font-size="11">'
-        f"{''.join(parts)}</svg>"
-    )
+    frame = _frame(plot)
+    parts = [_band(plot, frame), _grid(frame)]
+    parts += [_curve(curve, frame) for curve in plot.curves]
+    parts += [_marked_level(value, words, frame) for value, words in plot.marks]
+    return _svg("".join(parts), description, HEIGHT)
 
 
-def number(value: float) -> str:
-    """A number for people: three significant digits behind whole numbers, thousands separated, a real minus sign."""
-    if value == 0 or not math.isfinite(value):
-        return "0" if value == 0 else NOTHING
-    size = abs(value)
-    if size >= 1e7 or size < 1e-3:
-        mantissa, exponent = f"{value:.1e}".split("e")
-        return f"{mantissa.removesuffix('.0')}e{int(exponent)}".replace("-", MINUS)
-    before = math.floor(math.log10(size)) + 1  # digits before the point; negative for leading zeros behind it
-    return f"{value:,.{min(max(0, 3 - before), 5)}f}".replace("-", MINUS)
+def scatter(marks: Sequence[Mark], name: str, description: str) -> str:
+    """An <svg> with a mark for each; `name` stands below the horizontal axis."""
+    frame = Frame(_range([mark.x for mark in marks]), _range([mark.y for mark in marks]))
+    bottom, rows = HEIGHT - BOTTOM, ticks(*frame.y, 4)
+    parts = [_levels(frame, rows, [number(y) for y in rows])]
+    parts += [
+        f'<line x1="{frame.px(x):.1f}" x2="{frame.px(x):.1f}" y1="{TOP:g}" y2="{bottom:g}" stroke="{GRID}"/>'
+        f'<text x="{frame.px(x):.1f}" y="{bottom + 15:g}" text-anchor="middle" fill="{QUIET}">{number(x)}</text>'
+        for x in ticks(*frame.x, 4)
+    ]
+    place = f'x="{WIDTH - RIGHT:g}" y="{bottom + 30:g}" text-anchor="end" fill="{QUIET}"'
+    parts += [f"<text {place}>{escape(name)}</text>"]
+    parts += [mark(one.place, one.words, frame.px(one.x), frame.py(one.y)) for one in marks]
+    return _svg("".join(parts), description, HEIGHT + 14)
+
+
+def mark(place: int, words: str, x: float, y: float) -> str:
+    """The first round of colours are circles, then come squares, then triangles."""
+    style = f'fill="{COLOURS[place % len(COLOURS)]}" fill-opacity=".8" stroke="{INK}" stroke-width=".5"'
+    r = RADIUS
+    name, where = (
+        ("circle", f'cx="{x:.1f}" cy="{y:.1f}" r="{r}"'),
+        ("rect", f'x="{x - r:.1f}" y="{y - r:.1f}" width="{2 * r}" height="{2 * r}"'),
+        ("polygon", f'points="{x:.1f},{y - r:.1f} {x + r:.1f},{y + r:.1f} {x - r:.1f},{y + r:.1f}"'),
+    )[min(place // len(COLOURS), 2)]
+    return f"<{name} {where} {style}><title>{escape(words)}</title></{name}>"
+
+
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    room = (max(values) - min(values)) * 0.06 or abs(max(values)) * 0.06 or 1.0
+    return min(values) - room, max(values) + room
+
+
+def _svg(content: str, description: str, height: float) -> str:
+    """The <svg> element around `content`."""
+    box = f'viewBox="0 0 {WIDTH:g} {height:g}" role="img" aria-label="{escape(description)}" font-size="11"'
+    return f"<svg {box}>{content}</svg>"
 
 
 def thin(points: Sequence[Point], limit: int = POINTS) -> list[tuple[float, float, float, float]]:
     """(step, mean, lowest, highest) of at most `limit` runs of neighbouring points."""
     width = -(-len(points) // limit)
     runs = [points[i : i + width] for i in range(0, len(points), width)]
-    return [(_mean([s for s, _ in r]), _mean([v for _, v in r]), *_span([v for _, v in r])) for r in runs]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
+    return [(fmean([s for s, _ in r]), fmean([v for _, v in r]), *_span([v for _, v in r])) for r in runs]
 
 
 def _span(values: Sequence[float]) -> tuple[float, float]:
     return min(values), max(values)
 
 
-def _frame(picture: Picture) -> Frame:
-    steps = [step for curve in picture.curves for step, _ in curve.points]
-    values = [v for curve in picture.curves for _, *rest in thin(curve.points) for v in rest]
-    low, high = _span(values + [value for value, _ in picture.marks])
+def _frame(plot: Plot) -> Frame:
+    steps = [step for curve in plot.curves for step, _ in curve.points]
+    values = [v for curve in plot.curves for _, *rest in thin(curve.points) for v in rest]
+    low, high = _span(values + [value for value, _ in plot.marks])
     room = (high - low) or abs(high) or 1.0
     # A bound of the healthy range is shown when it is crossed or near; a far one would flatten the curve.
-    if picture.low is not None and (low < picture.low or picture.low > low - room):
-        low, high = min(low, picture.low), max(high, picture.low)
-    if picture.high is not None and (high > picture.high or picture.high < high + room):
-        low, high = min(low, picture.high), max(high, picture.high)
+    if plot.low is not None and (low < plot.low or plot.low > low - room):
+        low, high = min(low, plot.low), max(high, plot.low)
+    if plot.high is not None and (high > plot.high or plot.high < high + room):
+        low, high = min(low, plot.high), max(high, plot.high)
     # No slope of less than a thousandth of the level fills the picture: its ticks would need more digits than fit.
     pad = max(0.06 * ((high - low) or abs(high) or 1.0), 5e-4 * max(abs(low), abs(high)))
-    bottom = low - pad if picture.axis[0] is None else min(picture.axis[0], low)
-    top = high + pad if picture.axis[1] is None else max(picture.axis[1], high)
+    bottom = low - pad if plot.axis[0] is None else min(plot.axis[0], low)
+    top = high + pad if plot.axis[1] is None else max(plot.axis[1], high)
     first, last = _span(steps)
     first = 0 if 0 < first <= 0.1 * last else first
     return Frame((first, last if last > first else first + 1), (bottom, top if top > bottom else bottom + 1))
@@ -131,23 +163,29 @@ def _tick_text(value: float, step: float, largest: float) -> str:
 
 def _grid(frame: Frame) -> str:
     rows, columns = ticks(*frame.y, 4), [x for x in ticks(*frame.x, 4) if x == int(x)]
-    step = rows[1] - rows[0] if len(rows) > 1 else 1.0
-    top = max(map(abs, frame.y))
-    left, right, bottom = LEFT, WIDTH - RIGHT, HEIGHT - BOTTOM
+    step, width = (found[1] - found[0] if len(found) > 1 else 1.0 for found in (rows, columns))
+    texts = [_tick_text(y, step, max(map(abs, frame.y))) for y in rows]
+    words = [_tick_text(x, width, frame.x[1]) for x in columns]
     parts = [
-        f'<line x1="{left:g}" x2="{right:g}" y1="{frame.py(y):.1f}" y2="{frame.py(y):.1f}" stroke="{GRID}"/>'
-        f'<text x="{left - 6:g}" y="{frame.py(y) + 4:.1f}" text-anchor="end" fill="{QUIET}">'
-        f"{_tick_text(y, step, top)}</text>"
-        for y in rows
+        f'<text x="{frame.px(x):.1f}" y="{HEIGHT - BOTTOM + 17:g}" text-anchor="{_anchor(frame, x)}" fill="{QUIET}">'
+        f"{'step ' if x == columns[0] else ''}{word}</text>"
+        for x, word in zip(columns, words, strict=True)
     ]
-    width = columns[1] - columns[0] if len(columns) > 1 else 1.0
-    parts += [
-        f'<text x="{frame.px(x):.1f}" y="{bottom + 17:g}" text-anchor="{_anchor(frame, x)}" fill="{QUIET}">'
-        f"{'step ' if x == columns[0] else ''}{_tick_text(x, width, frame.x[1])}</text>"
-        for x in columns
-    ]
-    axis = f'<line x1="{left:g}" x2="{right:g}" y1="{bottom:g}" y2="{bottom:g}" stroke="{QUIET}" stroke-width=".8"/>'
-    return "".join(parts) + axis
+    axis = _level(HEIGHT - BOTTOM, f'stroke="{QUIET}" stroke-width=".8"')
+    return _levels(frame, rows, texts) + "".join(parts) + axis
+
+
+def _levels(frame: Frame, values: Sequence[float], texts: Sequence[str]) -> str:
+    """Horizontal lines with their values at the left."""
+    return "".join(
+        _level(frame.py(value), f'stroke="{GRID}"')
+        + f'<text x="{LEFT - 6:g}" y="{frame.py(value) + 4:.1f}" text-anchor="end" fill="{QUIET}">{text}</text>'
+        for value, text in zip(values, texts, strict=True)
+    )
+
+
+def _level(y: float, style: str) -> str:
+    return f'<line x1="{LEFT:g}" x2="{WIDTH - RIGHT:g}" y1="{y:.1f}" y2="{y:.1f}" {style}/>'
 
 
 def _anchor(frame: Frame, x: float) -> str:
@@ -155,46 +193,43 @@ def _anchor(frame: Frame, x: float) -> str:
     return "start" if share < 0.06 else "end" if share > 0.94 else "middle"
 
 
-def _band(picture: Picture, frame: Frame) -> str:
+def _band(plot: Plot, frame: Frame) -> str:
     """The healthy range as a pale area, named where there is room; none if everything in sight is healthy."""
-    if not any(bound is not None and frame.y[0] <= bound <= frame.y[1] for bound in (picture.low, picture.high)):
+    if not any(bound is not None and frame.y[0] <= bound <= frame.y[1] for bound in (plot.low, plot.high)):
         return ""
-    low = frame.y[0] if picture.low is None else min(max(picture.low, frame.y[0]), frame.y[1])
-    high = frame.y[1] if picture.high is None else min(max(picture.high, frame.y[0]), frame.y[1])
+    ends = zip((plot.low, plot.high), frame.y, strict=True)
+    low, high = (open_end if bound is None else min(max(bound, frame.y[0]), frame.y[1]) for bound, open_end in ends)
     top, height = frame.py(high), frame.py(low) - frame.py(high)
     area = f'<rect x="{LEFT:g}" y="{top:.1f}" width="{WIDTH - LEFT - RIGHT:g}" height="{height:.1f}" fill="{BAND}"/>'
     word = f'<text x="{WIDTH - RIGHT - 5:g}" y="{top + 13:.1f}" text-anchor="end" fill="{WORD}">healthy</text>'
     return area + (word if height > 18 else "")
 
 
-def _mark(value: float, words: str, frame: Frame) -> str:
+def _marked_level(value: float, words: str, frame: Frame) -> str:
     y = frame.py(value)
-    return (
-        f'<line x1="{LEFT:g}" x2="{WIDTH - RIGHT:g}" y1="{y:.1f}" y2="{y:.1f}" stroke="{INK}" stroke-dasharray="2 3"/>'
-        f'<text x="{LEFT + 5:g}" y="{y - 4:.1f}" fill="{INK}" stroke="{PAPER}" stroke-width="3" paint-order="stroke">'
-        f"{escape(words)}</text>"
-    )
+    style = f'fill="{INK}" stroke="{PAPER}" stroke-width="3" paint-order="stroke"'
+    text = f'<text x="{LEFT + 5:g}" y="{y - 4:.1f}" {style}>{escape(words)}</text>'
+    return _level(y, f'stroke="{INK}" stroke-dasharray="2 3"') + text
 
 
 def _curve(curve: Curve, frame: Frame) -> str:
+    """The line; the span of the values behind each of its points, where points stand for several; dots."""
     runs = thin(curve.points)
     at = [(frame.px(step), frame.py(mean)) for step, mean, _, _ in runs]
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
     dash = ' stroke-dasharray="5 3"' if curve.dotted else ""
     line = (
-        f'<polyline points="{path}" fill="none" stroke="{curve.colour}" stroke-width="1.8"{dash} '
+        f'<polyline points="{_points(at)}" fill="none" stroke="{curve.colour}" stroke-width="1.8"{dash} '
         'stroke-linejoin="round" stroke-linecap="round"/>'
     )
-    dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.4" fill="{curve.colour}"/>' for x, y in at)
-    shown = dots if (curve.dotted and len(at) <= 40) or len(at) == 1 else ""
-    return _envelope(curve, frame) + line + shown
+    span = ""
+    if len(runs) < len(curve.points):
+        upper = [(frame.px(step), frame.py(high)) for step, _, _, high in runs]
+        lower = [(frame.px(step), frame.py(low)) for step, _, low, _ in reversed(runs)]
+        span = f'<polygon points="{_points(upper + lower)}" fill="{curve.colour}" opacity=".16"/>'
+    dotted = (curve.dotted and len(at) <= 40) or len(at) == 1
+    dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.4" fill="{curve.colour}"/>' for x, y in at if dotted)
+    return span + line + dots
 
 
-def _envelope(curve: Curve, frame: Frame) -> str:
-    """The span of the values behind each drawn point, where points stand for several."""
-    runs = thin(curve.points)
-    if len(runs) == len(curve.points):
-        return ""
-    upper = [f"{frame.px(step):.1f},{frame.py(high):.1f}" for step, _, _, high in runs]
-    lower = [f"{frame.px(step):.1f},{frame.py(low):.1f}" for step, _, low, _ in reversed(runs)]
-    return f'<polygon points="{" ".join(upper + lower)}" fill="{curve.colour}" opacity=".16"/>'
+def _points(at: Sequence[tuple[float, float]]) -> str:
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in at)

@@ -3,13 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
-from pipeline.report import html as page
-from pipeline.report.readings import error_names, error_of, noise
-from pipeline.report.spec import FINAL, METRICS, Metric, match, metric_of
-from pipeline.report.svg import MINUS, NOTHING, number
+from pipeline.report.checks import error_names, error_of, noise
+from pipeline.report.numbers import NOTHING, fixed, number
+from pipeline.report.spec import FINAL, METRICS, match, metric_of
 
 Columns = Mapping[str, Mapping[str, float | None]]  # policy or split -> metric -> value
+OF_SOURCES = ("eval/pairs", "eval/accuracy", "eval/length_accuracy")
+
+
+class Cell(NamedTuple):
+    """More than a text: a remark below it, a class for its colour, a standard error behind it."""
+
+    text: str
+    note: str = ""
+    kind: str = "plain"
+    error: str = ""
+
+
+class Table(NamedTuple):
+    """`more` are rows behind a line to click on."""
+
+    head: list[str]
+    rows: list[list[Cell]]
+    more: list[list[Cell]]
+
+
+class Finals(NamedTuple):
+    """A training stage's final numbers: those that FINAL names, those of sources, the rest."""
+
+    tiles: list[tuple[str, str]]
+    sources: list[list[str]]
+    more: list[tuple[str, str]]
 
 
 def columns_of(results: Mapping[str, object]) -> dict[str, Mapping[str, float | None]]:
@@ -17,48 +43,32 @@ def columns_of(results: Mapping[str, object]) -> dict[str, Mapping[str, float | 
     return {name: values for name, values in results.items() if isinstance(values, Mapping)}
 
 
-def comparison(policies: Columns) -> str:
+def policies_table(policies: Columns) -> Table:
     """The headline table, each policy against the first."""
     first, *others = policies
-    head = ["on held-out prompts", first]
-    for other in others:
-        head += [other, "difference"]
-    known, rest = _tags(policies)
-    words = (
-        f"Differences are against {first}. ± is one standard error over prompts. A change within two standard errors "
-        "of the difference counts as the same; where no error is known, one within 2% or 0.005."
-    )
-    html = page.table(head, [_row(tag, policies) for tag in known]) + page.paragraph(words, "soft")
-    if rest:
-        html += page.folded("More numbers", page.table(head, [_row(tag, policies) for tag in rest]))
-    return html
+    head = ["on held-out prompts", first, *(name for other in others for name in (other, "difference"))]
+    return Table(head, *([_compared(tag, policies) for tag in tags] for tags in _tags(policies)))
 
 
-def side_by_side(columns: Columns) -> str:
+def side_by_side(columns: Columns) -> Table:
     """The columns without a comparison: the splits of a scored data set."""
-    known, rest = _tags(columns)
 
-    def rows(tags: Sequence[str]) -> list[list[str]]:
-        return [
-            [page.cell(metric_of(t)[1])] + [_value(v, t, _decimals(t, columns)) for v in columns.values()] for t in tags
-        ]
+    def row(tag: str) -> list[Cell]:
+        return [Cell(metric_of(tag)[1]), *(_value(v, tag, _decimals(tag, columns)) for v in columns.values())]
 
-    html = page.table(["", *columns], rows(known))
-    return html + (page.folded("More numbers", page.table(["", *columns], rows(rest))) if rest else "")
+    return Table(["", *columns], *([row(tag) for tag in tags] for tags in _tags(columns)))
 
 
-def final_numbers(results: Mapping[str, object]) -> str:
-    """The numbers that FINAL names as boxes, those of sources as a table, the rest behind a line to click on."""
+def final_numbers(results: Mapping[str, object]) -> Finals:
+    """The final numbers of a training stage, flat."""
     labels = {tag: next(filter(None, (match(tag, p, words) for p, words in FINAL.items())), "") for tag in results}
     sources = [tag.removeprefix("eval/accuracy/") for tag in results if tag.startswith("eval/accuracy/")]
-    html = page.tiles([(label, _plain(results[tag])) for tag, label in labels.items() if label])
-    if sources:
-        keys = ("eval/pairs", "eval/accuracy", "eval/length_accuracy")
-        rows = [[page.cell(s), *(page.cell(_plain(results.get(f"{key}/{s}"))) for key in keys)] for s in sources]
-        html += page.table(["source", "held-out pairs", "accuracy", "accuracy of length alone"], rows)
-    shown = {f"{key}/{s}" for s in sources for key in ("eval/pairs", "eval/accuracy", "eval/length_accuracy")}
-    rest = [(tag, _plain(results[tag])) for tag, label in labels.items() if not label and tag not in shown]
-    return html + (page.folded("All final numbers", page.tiles(rest)) if rest else "")
+    shown = {f"{key}/{source}" for source in sources for key in OF_SOURCES}
+    return Finals(
+        [(label, _plain(results[tag])) for tag, label in labels.items() if label],
+        [[source, *(_plain(results.get(f"{key}/{source}")) for key in OF_SOURCES)] for source in sources],
+        [(tag, _plain(results[tag])) for tag, label in labels.items() if not label and tag not in shown],
+    )
 
 
 def _tags(columns: Columns) -> tuple[list[str], list[str]]:
@@ -76,10 +86,6 @@ def _plain(value: object) -> str:
     return f"{value:,.0f}" if float(value).is_integer() and abs(value) >= 1 else number(value)
 
 
-def _fixed(value: float | None, decimals: int) -> str:
-    return NOTHING if value is None else f"{value:,.{decimals}f}".replace("-", MINUS)
-
-
 def _decimals(tag: str, columns: Columns) -> int:
     """So many that a row can be compared at a glance; none for counts."""
     found = [values[tag] for values in columns.values() if values.get(tag) is not None]
@@ -89,32 +95,32 @@ def _decimals(tag: str, columns: Columns) -> int:
     return 3 if largest < 10 else 1 if largest < 1000 else 0
 
 
-def _row(tag: str, policies: Columns) -> list[str]:
+def _compared(tag: str, policies: Columns) -> list[Cell]:
+    """A row: the label, then each policy's value and its change against the first."""
     metric, label = metric_of(tag)
     base, *others = policies.values()
     decimals = _decimals(tag, policies)
-    cells = [page.cell(label, metric.note), _value(base, tag, decimals)]
+    cells = [Cell(label, metric.note), _value(base, tag, decimals)]
     for other in others:
-        cells += [_value(other, tag, decimals), _difference(metric, tag, base, other, decimals)]
+        cells += [_value(other, tag, decimals), _difference(metric.better, tag, (base, other), decimals)]
     return cells
 
 
-def _value(values: Mapping[str, float | None], tag: str, decimals: int) -> str:
-    error = error_of(values, tag)
-    return page.cell(_fixed(values.get(tag), decimals), error="" if error is None else _fixed(error, decimals))
+def _value(values: Mapping[str, float | None], tag: str, decimals: int) -> Cell:
+    value, error = values.get(tag), error_of(values, tag)
+    shown = NOTHING if value is None else fixed(value, decimals)
+    return Cell(shown, error="" if error is None else fixed(error, decimals))
 
 
-def _difference(
-    metric: Metric, tag: str, base: Mapping[str, float | None], other: Mapping[str, float | None], decimals: int
-) -> str:
-    """The change against the first policy, with a verdict where the metric has a better direction."""
+def _difference(better: int, tag: str, pair: Sequence[Mapping[str, float | None]], decimals: int) -> Cell:
+    """The change from the first to the second, with a verdict where the metric has a better direction."""
+    base, other = pair
     if base.get(tag) is None or other.get(tag) is None:
-        return page.cell(NOTHING)
+        return Cell(NOTHING)
     change = other[tag] - base[tag]
-    text = ("+" if change > 0 else "") + _fixed(change, decimals)
-    if not metric.better:
-        return page.cell(text)
+    text = ("+" if change > 0 else "") + fixed(change, decimals)
+    if not better:
+        return Cell(text)
     if abs(change) <= noise(tag, base, other):
-        return page.cell(f"{text} ≈ same", kind="same")
-    better = change * metric.better > 0
-    return page.cell(f"{text} {'▲ better' if better else '▼ worse'}", kind="better" if better else "worse")
+        return Cell(f"{text} ≈ same", kind="same")
+    return Cell(f"{text} ▲ better", kind="better") if change * better > 0 else Cell(f"{text} ▼ worse", kind="worse")
