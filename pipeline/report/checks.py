@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from pipeline.report.numbers import number
-from pipeline.report.spec import FINE, ORACLE, metric_of, rules
+from pipeline.report.spec import FINE, ORACLE, metric_of, rules, wanted
 
 MINOR = (0.02, 0.005)  # a change within this share, or this much, says nothing where no standard error is known
 Numbers = Mapping[str, float | None]  # tag -> final number
@@ -45,7 +45,7 @@ def judge(quantity: str, reading: Reading) -> Verdict:
     for limit in rule.limits:
         if limit.broken(reading.value):
             return Verdict(rule.name, limit.level, reading.text, limit.words, limit.why)
-    return Verdict(rule.name, FINE, reading.text, rule.fine, "")
+    return Verdict(rule.name, FINE, reading.text, wanted(quantity), "")
 
 
 def of_policies(base: Numbers, other: Numbers, monitors: Sequence[str] = ()) -> dict[str, Reading]:

@@ -38,7 +38,6 @@ class Rule(NamedTuple):
 
     name: str
     limits: tuple[Limit, ...]
-    fine: str  # what to say where none is broken
     unit: str  # of the limits; START makes them factors of where the curve began (of the first policy's)
     drawn: bool  # the limits are a range of the chart's axis
 
@@ -179,8 +178,7 @@ def _entries() -> tuple[tuple[str, Mapping[str, Any]], ...]:
 
 def _rule(entry: Mapping[str, Any]) -> Rule:
     limits = tuple(_limit(limit) for limit in entry["limits"])
-    name, unit, drawn = entry.get("name", entry.get("title")), entry.get("unit", ""), entry.get("drawn", True)
-    return Rule(name, limits, entry["fine"], unit, drawn)
+    return Rule(entry.get("name", entry.get("title")), limits, entry.get("unit", ""), entry.get("drawn", True))
 
 
 def _limit(entry: Mapping[str, Any]) -> Limit:
