@@ -45,7 +45,7 @@ class Shown(NamedTuple):
     texts: list[Any]
 
 
-class Look(NamedTuple):
+class LastSamples(NamedTuple):
     """The last samples of one kind that an RL stage took; the stage without a name is ''."""
 
     stage: str
@@ -60,8 +60,8 @@ def show_samples(run_dir: Path, policies: Sequence[str]) -> str:
         "prompts": prompts,
         "count": count,
         "source": source,
-        "compositions_of_rl": _looks(run_dir, COMPOSITIONS),
-        "sampled_in_rl": _looks(run_dir, ROLLOUT),
+        "compositions_of_rl": _last_samples(run_dir, COMPOSITIONS),
+        "sampled_in_rl": _last_samples(run_dir, ROLLOUT),
     }
     return render("samples.html", context).strip()
 
@@ -75,10 +75,10 @@ def responses(run_dir: Path, policies: Sequence[str]) -> tuple[list[tuple[str, l
     names, source = list(policies), "held-out prompts of the evaluation"
     rows = [row for path in sorted((run_dir / "evaluate" / "samples").glob("*.jsonl")) for row in _rows(path, RESPONSE)]
     if not rows:
-        looks = {_step(path): path for path in sorted((run_dir / "rl" / "samples").glob("step-*.jsonl"))}
-        names, source = list(looks), "held-out prompts, before RL and at its last evaluation"
+        taken = {_step(path): path for path in sorted((run_dir / "rl" / "samples").glob("step-*.jsonl"))}
+        names, source = list(taken), "held-out prompts, before RL and at its last evaluation"
         ends = (names[0], names[-1]) if len(names) > 1 else ()
-        rows = [row for name in ends for row in _rows(looks[name], RESPONSE, {"policy": name})]
+        rows = [row for name in ends for row in _rows(taken[name], RESPONSE, {"policy": name})]
     ranked = _ranked(rows, names)
     count = min(SAMPLES, len(ranked))
     chosen = [ranked[round(i * (len(ranked) - 1) / max(1, count - 1))] for i in range(count)]
@@ -138,7 +138,7 @@ def _answer(row: Row, first: float | None) -> Answer:
 # samples of RL
 
 
-def _looks(run_dir: Path, kind: str) -> list[Look]:
+def _last_samples(run_dir: Path, kind: str) -> list[LastSamples]:
     """The last samples of this kind of every RL stage that took some."""
     found = []
     for folder in folders_of(run_dir, "rl"):
@@ -146,7 +146,7 @@ def _looks(run_dir: Path, kind: str) -> list[Look]:
         taken = [(step, rows) for step, rows in taken if rows]
         if taken:
             shown = _compositions(taken) if kind == COMPOSITIONS else _rollouts(taken[-1][1])
-            found.append(Look("" if folder.parent == run_dir else folder.name, taken[-1][0], shown))
+            found.append(LastSamples("" if folder.parent == run_dir else folder.name, taken[-1][0], shown))
     return found
 
 

@@ -76,7 +76,7 @@ METRICS = (
     Metric("completions/distinct_*", "Variety (distinct-{})", +1, "different word groups, as a share of all"),
     Metric("completions/repetition", "Repetition", -1, "share of text that repeats itself within a response"),
     Metric("completions/clipped_fraction", "Cut at the limit", -1, "share that did not end by itself"),
-    Metric("objective/kl", "KL from the reference", 0, "distance from the start model, in nats per response"),
+    Metric("objective/kl", "KL from the start model", 0, "how far the policy moved, in nats per response"),
     Metric("perplexity", "Perplexity", -1, "on the held-out responses"),
     Metric("rows", "Rows"),
 )
