@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.report.checks import Reading, judge, of_policies
 from pipeline.report.spec import FINE, LEVELS, LOOK, TROUBLE, band, rules, wanted
-from pipeline.report.stage_checks import of_stage, series_of, spent
+from pipeline.report.stage_checks import OF_KIND, TRAINING, of_stage, series_of, spent
 
 
 def level(quantity: str, value: float) -> str:
@@ -60,6 +60,15 @@ THRESHOLDS = {
 def test_thresholds(quantity):
     for value, expected in THRESHOLDS[quantity]:
         assert level(quantity, value) == expected, value
+
+
+def test_every_rule_is_read_from_somewhere():
+    of_two_policies = {"gain", "unseen", "parts"}
+    by_function = {*TRAINING, *(quantity for takes in OF_KIND.values() for quantity in takes)}
+    by_itself = {quantity for quantity, rule in rules().items() if rule.reads}
+    assert by_function | by_itself | of_two_policies == set(rules())
+    assert not by_function & by_itself
+    assert {rules()[quantity].reads for quantity in by_itself} == {"end", "share", "drift"}
 
 
 def test_every_limit_has_one_bound_and_says_what_to_do_and_why():

@@ -367,7 +367,7 @@ def test_held_out_stands_beside_trained_and_no_tag_is_lost():
 def test_every_key_of_the_measures_is_read():
     entries = [one for file in FOLDER.glob("*.yaml") for group in load_yaml(file).values() for one in group]
     assert len(entries) > len(charts()) > 50 and len(rules()) == len({rule.name for rule in rules().values()})
-    read = {*Chart._fields, "name", "unit", "drawn", "limits"}
+    read = {*Chart._fields, "name", "unit", "drawn", "reads", "where", "limits"}
     assert {key for entry in entries for key in entry} <= read
     assert all({"title", "caption", "tags"} <= entry.keys() for entry in entries if "title" in entry)
 

@@ -82,7 +82,7 @@ def responses(run_dir: Path, policies: Sequence[str]) -> tuple[list[tuple[str, l
     ranked = _ranked(rows, names)
     count = min(SAMPLES, len(ranked))
     chosen = [ranked[round(i * (len(ranked) - 1) / max(1, count - 1))] for i in range(count)]
-    return [_answers(list(rows)) for rows in chosen], len(ranked), source
+    return [_answers(rows) for rows in chosen], len(ranked), source
 
 
 def _rows(path: Path, kind: str, more: Row | None = None) -> list[Row]:

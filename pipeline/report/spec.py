@@ -1,6 +1,7 @@
 """What is known of every measurement, read from measures/*.yaml: its chart, its healthy range, the words for both.
 
-Page, findings and TensorBoard's layout all read this, so a limit, a caption and a label stand once.
+Page, findings and TensorBoard's layout all read this, so a limit and a caption stand once: a new measurement of RL
+needs an entry there and nothing else. A check whose reading takes more than a curve has a function in stage_checks.py.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ class Rule(NamedTuple):
     limits: tuple[Limit, ...]
     unit: str  # of the limits; START makes them factors of where the curve began (of the first policy's)
     drawn: bool  # the limits are a range of the chart's axis
+    reads: str  # what of a curve of RL is judged: its end, its end as a share, its drift; '' is for stage_checks.py
+    tags: tuple[str, ...]  # the first of these that was logged ...
+    where: str  # ... if this was, too
 
 
 class Chart(NamedTuple):
@@ -177,8 +181,16 @@ def _entries() -> tuple[tuple[str, Mapping[str, Any]], ...]:
 
 
 def _rule(entry: Mapping[str, Any]) -> Rule:
-    limits = tuple(_limit(limit) for limit in entry["limits"])
-    return Rule(entry.get("name", entry.get("title")), limits, entry.get("unit", ""), entry.get("drawn", True))
+    reads, _, tags = entry.get("reads", "").partition(" of ")
+    return Rule(
+        entry.get("name", entry.get("title")),
+        tuple(_limit(limit) for limit in entry["limits"]),
+        entry.get("unit", ""),
+        entry.get("drawn", True),
+        reads,
+        tuple(tags.split(", ")),
+        entry.get("where", ""),
+    )
 
 
 def _limit(entry: Mapping[str, Any]) -> Limit:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from pipeline.report.checks import Numbers, Reading, correlation, in_errors
 from pipeline.report.numbers import number
+from pipeline.report.spec import Rule, rules
 from pipeline.report.svg import Point
 
 TAIL = 0.1  # share of a curve's points that stands for where it ends, or begins
@@ -44,7 +45,9 @@ def of_stage(kind: str, series: Series, results: Numbers, facts: Numbers) -> dic
     """
     left = Left(series, results, facts)
     found = {quantity: take(left) for quantity, take in {**TRAINING, **OF_KIND.get(kind, {})}.items()}
-    return {quantity: reading for quantity, reading in found.items() if reading is not None}
+    if kind == "rl":
+        found |= {quantity: _of_curve(rule, left) for quantity, rule in rules().items() if rule.reads}
+    return {quantity: found[quantity] for quantity in rules() if found.get(quantity) is not None}
 
 
 def series_of(rows: Sequence[Mapping[str, float | None]]) -> dict[str, list[Point]]:
@@ -83,32 +86,23 @@ def spent(series: Series) -> dict[str, float]:
     return found | ({"tokens_saved": 1.0 - total(series[GENERATED]) / full} if saved and full else {})
 
 
-# of any curve
+def _of_curve(rule: Rule, left: Left) -> Reading | None:
+    """What the rule itself says is to be read."""
+    values = left.values(*rule.tags)
+    if rule.where and rule.where not in left.series:
+        return None
+    if rule.reads != "drift":
+        return _end(values, rule.reads == "share", rule.unit)
+    if len(values) < 2 or head(values) <= 0:
+        return None
+    return Reading(tail(values) / head(values), f"{number(head(values))} to {number(tail(values))}")
 
 
-def _end(*tags: str, unit: str = "", share: bool = False, beside: str = "") -> Take:
-    """Where the curve ends; with `beside`, only if that was logged too."""
-
-    def take(left: Left) -> Reading | None:
-        values = left.values(*tags)
-        if not values or (beside and beside not in left.series):
-            return None
-        end = tail(values)
-        return Reading(end, f"{end:.0%}" if share else f"{number(end)}{unit}")
-
-    return take
-
-
-def _drift(*tags: str) -> Take:
-    """Where the curve ends, as a factor of where it began."""
-
-    def take(left: Left) -> Reading | None:
-        values = left.values(*tags)
-        if len(values) < 2 or head(values) <= 0:
-            return None
-        return Reading(tail(values) / head(values), f"{number(head(values))} to {number(tail(values))}")
-
-    return take
+def _end(values: Sequence[float], share: bool = False, unit: str = "") -> Reading | None:
+    if not values:
+        return None
+    end = tail(values)
+    return Reading(end, f"{end:.0%}" if share else f"{number(end)} {unit}".strip())
 
 
 # of learning
@@ -164,7 +158,7 @@ def _pair_lead(left: Left) -> Reading | None:
 def _pair_accuracy(left: Left) -> Reading | None:
     """That of the weights kept; while training, the last."""
     kept = left.results.get("eval/accuracy")
-    return Reading(kept, number(kept)) if kept is not None else _end("eval/accuracy")(left)
+    return Reading(kept, number(kept)) if kept is not None else _end(left.values("eval/accuracy"))
 
 
 def _source_accuracy(left: Left) -> Reading | None:
@@ -192,7 +186,7 @@ def _clip(left: Left) -> Reading | None:
     logged = {name: left.values(f"ratio/clip_fraction_{tag}") for name, tag in (("lower", "low"), ("upper", "high"))}
     ends = {name: tail(values) for name, values in logged.items() if values}
     if not ends:
-        return _end("ratio/clip_fraction", share=True)(left)
+        return _end(left.values("ratio/clip_fraction"), share=True)
     parts = ", ".join(f"{end:.0%} at the {name} bound" for name, end in ends.items())
     return Reading(sum(ends.values()), f"{sum(ends.values()):.0%} ({parts})")
 
@@ -268,28 +262,10 @@ OF_KIND: Mapping[str, Mapping[str, Take]] = {
         "pair_gap": _pair_gap,
     },
     "rl": {
-        "length": _drift("eval/completions/mean_length", "completions/mean_length"),
         "length_correlation": _last_correlation,
-        "variety": _drift("eval/completions/distinct_2", "completions/distinct_2"),
-        "repetition": _end("eval/completions/repetition", "completions/repetition", share=True),
-        "cut": _end("eval/completions/clipped_fraction", "completions/clipped_fraction", share=True),
-        "kl": _end("eval/objective/kl", "objective/kl", unit=" nats per response"),
-        "kept": _end("advantage/kept_fraction", share=True),
-        "value_r2": _end("value/r2"),
         "clip": _clip,
-        "ess": _end("ratio/ess"),
-        "entropy": _drift("objective/entropy"),
         "masked_start": _masked_gap(0),
-        "mask_rate": _end("semi_offline/mask_rate", share=True),
-        "nothing_hidden": _end("semi_offline/nothing_hidden", share=True),
-        "equal_rewards": _end("semi_offline/equal_rewards", share=True),
-        "different_texts": _end("semi_offline/different_texts", share=True),
         "carried_over": _carried_over,
-        "logp_gap": _end("rollout/logp_gap", unit=" nats per token"),
-        "equal_groups": _end("rollout/equal_groups", share=True),
-        "at_k_min": _end("esrl/at_k_min", share=True),
-        "known": _end("esrl/known", share=True, beside=SAVED),
-        "left_out": _end("esrl/left_out", share=True, beside=SAVED),
         "baseline": _baseline,
         "tokens_saved": _tokens_saved,
         "sampling_time": _sampling_time,
