@@ -56,6 +56,7 @@ def build(run_dir: Path) -> Path:
         "curves": {s.name: show_curves(s.kind, s.series, flatten(s.results), judged[s.name]) for s in stages},
         "facts": [[stage.title, *_facts(stage)] for stage in stages],
         "changed": {stage.name: differences(stage) for stage in stages},
+        "data": {stage.name: _data(stage) for stage in stages},
     }
     path = run_dir / "report.html"
     write_text(path, render("run.html", context))
@@ -125,6 +126,11 @@ def _facts(stage: Stage) -> list[str]:
         f"{number(max(memory))} GB" if memory else NOTHING,
         (f"{len(stage.starts)}" + (f", again from step {again}" if again else "")) if stage.starts else NOTHING,
     ]
+
+
+def _data(stage: Stage) -> list[list[str]]:
+    """What encoding counted, a row per split."""
+    return [[split, *(f"{count:,}" for count in counts.values())] for split, counts in stage.data.items()]
 
 
 def _defaults(stage: Stage) -> Mapping[str, object]:
