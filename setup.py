@@ -25,7 +25,7 @@ REQUIREMENTS = [
     "nltk>=3.10.3",  # before it, the stemmer took quadratic time for a long run of y
     "rapidfuzz>=3.0",
 ]
-DEV = ["pytest>=8.0", "ruff>=0.9", "rouge-score>=0.1.2", "nltk>=3.9", "psutil>=5.9"]
+DEV = ["pytest>=8.0", "ruff>=0.9", "rouge-score>=0.1.2", "psutil>=5.9"]
 
 setup(
     name="tiffin",
@@ -36,5 +36,9 @@ setup(
     install_requires=REQUIREMENTS,
     extras_require={"dev": DEV},
     packages=[*find_packages(include=["pipeline", "pipeline.*", "stages", "reward_models"]), "ds_configs"],
-    package_data={"stages": ["*.yaml", "*/*.yaml"], "ds_configs": ["*.json"]},
+    package_data={
+        "stages": ["*.yaml", "*/*.yaml"],
+        "ds_configs": ["*.json"],
+        "pipeline.report": ["measures/*.yaml", "templates/*"],
+    },
 )

@@ -10,15 +10,14 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline import comparison, comparison_page
 from pipeline.config.schema import Compare
 from pipeline.config.yaml_layers import dump_yaml
 from pipeline.files import read_metrics, write_json, write_text
 from pipeline.launch import comparison_plan, run_dir, scheduler
 from pipeline.launch.comparison_plan import Results, Study
 from pipeline.launch.entry import run
-from pipeline.readings import series_of
-from pipeline.readings_stage import spent
+from pipeline.report import comparison
+from pipeline.report.stage_checks import series_of, spent
 
 BASELINES = (comparison_plan.START, "nll")
 OF_RL = {"advantage/kept_fraction": "rl/kept_fraction", "value/r2": "rl/value_r2"}  # known before the first step
@@ -45,7 +44,7 @@ def write(directory: Path, plan: Study) -> None:
     write_text(directory / "table.md", text)
     write_json(directory / "results.json", table)
     title = f"Comparison: {directory.parent.resolve().name}"
-    write_text(directory / "compare.html", comparison_page.document(title, table, BASELINES, seeds))
+    write_text(directory / "compare.html", comparison.document(title, table, BASELINES, seeds))
     print(f"{text}\n{directory / 'table.md'}, {directory / 'compare.html'}, {directory / 'results.json'}", flush=True)
 
 

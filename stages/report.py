@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline import report
 from pipeline.config.schema import Report
 from pipeline.launch import run_dir
 from pipeline.launch.entry import run
+from pipeline.report.run_page import build
 
 
 def main(settings: Report, words: Sequence[str]) -> None:
-    print(f"report: {report.build(run_dir.run_dir(settings))}", flush=True)
+    print(f"report: {build(run_dir.run_dir(settings))}", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import comparison, comparison_page
 from pipeline.config.resolve import resolve
 from pipeline.errors import UserError
 from pipeline.launch import comparison_plan, scheduler
 from pipeline.launch.comparison_plan import Task
 from pipeline.records import Example
+from pipeline.report import comparison
 from pipeline.rl import rows as rl_rows
 
 RECIPE = """
@@ -227,8 +227,8 @@ def test_the_table():
 
 def test_the_page_has_a_mark_per_seed_and_variant():
     table = comparison.summary(FOUND, ["sft"])
-    assert comparison_page.scatter("reward/mean", table, "x").count("<title>") == 3  # alol has no KL for seed 2
-    html = comparison_page.document("<b>", table, ["sft"], [1, 2])
+    assert comparison.scatter("reward/mean", table, "x").count("<title>") == 3  # alol has no KL for seed 2
+    html = comparison.document("<b>", table, ["sft"], [1, 2])
     assert "&lt;b&gt;" in html and "alol, seed 1" in html
 
 

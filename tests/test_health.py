@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.glossary import FINE, LOOK, TROUBLE
-from pipeline.health import LEVELS, RULES, Reading, band, judge, wanted
-from pipeline.readings import of_policies, series_of
-from pipeline.readings_stage import of_stage, spent
+from pipeline.report.checks import Reading, judge, of_policies
+from pipeline.report.spec import FINE, LEVELS, LOOK, TROUBLE, band, rules, wanted
+from pipeline.report.stage_checks import OF_KIND, TRAINING, of_stage, series_of, spent
 
 
 def level(quantity: str, value: float) -> str:
@@ -57,16 +56,25 @@ THRESHOLDS = {
 }
 
 
-@pytest.mark.parametrize("quantity", RULES)
+@pytest.mark.parametrize("quantity", rules())
 def test_thresholds(quantity):
     for value, expected in THRESHOLDS[quantity]:
         assert level(quantity, value) == expected, value
 
 
+def test_every_rule_is_read_from_somewhere():
+    of_two_policies = {"gain", "unseen", "parts"}
+    by_function = {*TRAINING, *(quantity for takes in OF_KIND.values() for quantity in takes)}
+    by_itself = {quantity for quantity, rule in rules().items() if rule.reads}
+    assert by_function | by_itself | of_two_policies == set(rules())
+    assert not by_function & by_itself
+    assert {rules()[quantity].reads for quantity in by_itself} == {"end", "share", "drift"}
+
+
 def test_every_limit_has_one_bound_and_says_what_to_do_and_why():
-    for rule in RULES.values():
+    for rule in rules().values():
         for limit in rule.limits:
-            assert (limit.low is None) != (limit.high is None)
+            assert limit.side in ("below", "above")
             assert limit.words and limit.why and limit.level in LEVELS and limit.level != FINE
         graver = [LEVELS.index(limit.level) for limit in rule.limits]
         assert graver == sorted(graver), rule.name  # else a graver limit behind a milder one would never speak

@@ -15,8 +15,9 @@ from pipeline.errors import UserError
 from pipeline.files import flatten, read_metrics, write_json
 from pipeline.launch import provenance
 from pipeline.records import Stat
+from pipeline.report.spec import layout
 from pipeline.trainer import markdown
-from pipeline.trainer.logger import LAYOUT, RunLog
+from pipeline.trainer.logger import RunLog
 from pipeline.trainer.metrics import Tally
 
 VALUES = torch.tensor([1.0, 2.0, 3.0, 6.0])
@@ -175,8 +176,9 @@ def test_the_layout_finds_the_tags_of_the_stages():
     tags += [f"esrl/{name}" for name in ("capability", "samples_per_prompt", "tokens_saved", "at_k_min", "known")]
     tags += ["rollout/queue_mean", "rollout/equal_groups", "rollout/logp_gap", "objective/entropy"]
     tags += ["perf/sampling_seconds", "esrl/left_out", "rollout/generated_tokens"]
-    patterns = [one for charts in LAYOUT.values() for _, found in charts.values() for one in found]
-    assert [tag for tag in tags if not any(re.search(one, tag) for one in patterns)] == ["eval/accuracy/forum"]
+    patterns = [one for charts in layout().values() for _, found in charts.values() for one in found]
+    assert [tag for tag in [*tags, "my/own"] if not any(re.search(one, tag) for one in patterns)] == ["my/own"]
+    assert "Kept share: healthy from 0.2 to 0.8" in layout()["Advantage and value"]
 
 
 def test_sampled_responses_are_grouped_by_prompt_the_best_first():

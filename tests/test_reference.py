@@ -41,7 +41,7 @@ def test_cached_logps_are_live_ones(tmp_path: Path, shape: str) -> None:
     module = ref.model.engine.module
     for i, item in enumerate(items):
         with torch.no_grad():
-            live = module(collate(items, [i], ref.packing))[0]
+            live = module(collate(items, [i], ref.model.packing))[0]
         tiny.close(item.ref_logp[0], live)
 
 

@@ -7,14 +7,14 @@ from html.parser import HTMLParser
 
 import pytest
 
-from pipeline import charts
-from pipeline.chart_table import CHARTS, charts_for
+from pipeline.config.yaml_layers import load_yaml
 from pipeline.errors import UserError
-from pipeline.glossary import metric_of
-from pipeline.health import RULES
-from pipeline.readings import series_of
-from pipeline.report import build
-from pipeline.report_curves import bounds, show_curves
+from pipeline.report import svg
+from pipeline.report.curves import bounds, show_curves
+from pipeline.report.numbers import MINUS, number
+from pipeline.report.run_page import build
+from pipeline.report.spec import FOLDER, Chart, charts, charts_for, metric_of, rules
+from pipeline.report.stage_checks import series_of
 
 VOID = {"meta", "br", "hr", "img", "link"}
 SFT = {"reward/mean": 0.41, "reward/se": 0.01, "completions/mean_length": 20.0, "rewards/oracle:helpfulness/mean": 0.6}
@@ -364,8 +364,12 @@ def test_held_out_stands_beside_trained_and_no_tag_is_lost():
     assert sorted(tag for _, names in drawn for tag in names) == sorted(tags)
 
 
-def test_charts_name_rules_that_exist():
-    assert {chart.rule for chart in CHARTS} - {""} <= set(RULES)
+def test_every_key_of_the_measures_is_read():
+    entries = [one for file in FOLDER.glob("*.yaml") for group in load_yaml(file).values() for one in group]
+    assert len(entries) > len(charts()) > 50 and len(rules()) == len({rule.name for rule in rules().values()})
+    read = {*Chart._fields, "name", "unit", "drawn", "reads", "where", "limits"}
+    assert {key for entry in entries for key in entry} <= read
+    assert all({"title", "caption", "tags"} <= entry.keys() for entry in entries if "title" in entry)
 
 
 def test_labels_of_metrics():
@@ -376,11 +380,11 @@ def test_labels_of_metrics():
 
 def test_thin_keeps_mean_and_span():
     # four points in two runs: steps (0+1)/2 and (2+3)/2, values (1+3)/2 and (5+5)/2
-    assert charts.thin([(0, 1.0), (1, 3.0), (2, 5.0), (3, 5.0)], limit=2) == [
+    assert svg.thin([(0, 1.0), (1, 3.0), (2, 5.0), (3, 5.0)], limit=2) == [
         (0.5, 2.0, 1.0, 3.0),
         (2.5, 5.0, 5.0, 5.0),
     ]
-    assert charts.thin([(0, 1.0)], limit=2) == [(0, 1.0, 1.0, 1.0)]
+    assert svg.thin([(0, 1.0)], limit=2) == [(0, 1.0, 1.0, 1.0)]
 
 
 @pytest.mark.parametrize(
@@ -397,21 +401,21 @@ def test_thin_keeps_mean_and_span():
     ],
 )
 def test_numbers_for_people(value, text):
-    assert charts.number(value) == text.replace("-", charts.MINUS)
+    assert number(value) == text.replace("-", MINUS)
 
 
 @pytest.mark.parametrize("points", [[(5, 1.0)], [(0, 2.0), (10, 2.0)], [(1, -1e-6), (2, 1e6)], [(0, 0.0), (1, 0.0)]])
 def test_odd_curves_draw_without_nonsense(points):
-    picture = charts.Picture([charts.Curve("a", "#000", points)], low=0.0, high=1.0, axis=(0.0, 1.0))
-    svg = charts.line_chart(picture, 'a "quoted" <curve>')
-    parsed(svg)
-    assert "nan" not in svg and "inf" not in svg
+    picture = svg.Plot([svg.Curve("a", "#000", points)], low=0.0, high=1.0, axis=(0.0, 1.0))
+    drawn = svg.line_chart(picture, 'a "quoted" <curve>')
+    parsed(drawn)
+    assert "nan" not in drawn and "inf" not in drawn
 
 
 def test_ticks_of_a_nearly_level_curve_can_be_told_apart():
     points = [(1, 10.8409), (2, 10.8396), (3, 10.8414)]
-    svg = charts.line_chart(charts.Picture([charts.Curve("a", "#000", points)]), "loss")
-    assert [tick for tick in ("10.835", "10.840", "10.845") if f">{tick}<" in svg] == ["10.835", "10.840", "10.845"]
+    drawn = svg.line_chart(svg.Plot([svg.Curve("a", "#000", points)]), "loss")
+    assert [tick for tick in ("10.835", "10.840", "10.845") if f">{tick}<" in drawn] == ["10.835", "10.840", "10.845"]
 
 
 def test_curves_are_named_by_what_differs():

@@ -17,11 +17,9 @@ from pipeline.config.yaml_layers import read_layer
 
 ROOT = Path(__file__).resolve().parent.parent
 WORD = re.compile(r"(?<![\w{.-])([a-z_]+(?:\.[a-z_]+)*)=(?!=)")
-DRAWN = (  # their words are HTML attributes
-    *("pipeline/page.py", "pipeline/page_samples.py"),
-    *("pipeline/charts.py", "pipeline/comparison_page.py"),
-)
+DRAWN = ("pipeline/report/svg.py", "pipeline/report/comparison.py")  # their words are attributes of SVG
 FILES = [path for folder in ("pipeline", "stages", "reward_models") for path in sorted((ROOT / folder).rglob("*.py"))]
+FILES += sorted((ROOT / "pipeline" / "report").rglob("*.yaml"))
 OTHERS = {"key", "slots"}  # of `key=value` itself; of a hostfile
 OF_THE_KILLER = {"processes", "kills"}  # tests/kill_and_resume.py
 OF_THE_SERVER = {"port", "host", "threads", "max_request_mb"}  # reward_models/serve.py
@@ -37,7 +35,10 @@ def known() -> set[str]:
 
 
 def texts(path: Path) -> Iterator[str]:
-    """The strings of a file, docstrings left out."""
+    """The strings of a file, docstrings left out; of data, all of it."""
+    if path.suffix == ".yaml":
+        yield path.read_text(encoding="utf-8")
+        return
     tree = ast.parse(path.read_text(encoding="utf-8"))
     alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):

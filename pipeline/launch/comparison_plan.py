@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from pipeline.config.resolve import Resolved, merge, reaching, resolve, resolve_steps
 from pipeline.config.reward_spec import labelled, parse
 from pipeline.config.schema import Compare
-from pipeline.config.yaml_layers import WHOLE, Layer, Leaf, as_word, parse_overrides
+from pipeline.config.yaml_layers import WHOLE, Layer, as_word, parse_overrides
 from pipeline.errors import UserError
 from pipeline.launch import run_dir
 
@@ -82,13 +82,12 @@ def plan(settings: Compare, words: Sequence[str]) -> Study:
         judges = [] if other == home else [task for task in before[other] if task.step.stage == "reward"]
         ending = f"-seed{seed}" if settings.share_before else ""
         rl, evaluation = _recipe_steps(Home(home.run, seed), common)[1:]
-        learned = {name: variant_step(rl, layer, name + ending) for name, layer in variants.items()}
-        waits = frozenset(task.name for task in before[home])
+        waits = _names(before[home])
+        learned = {name: _changed(rl, layer, layer_of({"name": name + ending})) for name, layer in variants.items()}
         made = {name: Task(step, waits, seed) for name, step in learned.items()}
-        policies = {START: START, **{name: f"rl/{step.settings.name}" for name, step in learned.items()}}
-        judged = evaluation_step(settings, evaluation, ending, policies, {_label(task): task for task in judges})
-        waits = frozenset(task.name for task in [*made.values(), *before[home], *judges])
-        last = Task(judged, waits, seed)
+        policies = {START: START, **{name: f"rl/{name}{ending}" for name in made}}
+        judged = _evaluation_step(settings, evaluation, ending, policies, judges)
+        last = Task(judged, waits | _names([*made.values(), *judges]), seed)
         tasks += [*made.values(), last]
         results[seed] = Results(last.directory, {name: task.directory for name, task in made.items()})
         weights = dict(parse(judged.settings.reward))
@@ -140,20 +139,19 @@ def layer_of(settings: Mapping[str, Any]) -> Layer:
     return merge(parse_overrides([word]) for word in _words_of(settings))
 
 
-def variant_step(rl: Resolved, layer: Layer, name: str) -> Resolved:
-    """The recipe's rl step with a variant's settings."""
-    return _changed(rl, layer, {("name",): Leaf(name, PLACE)})
+def _names(tasks: Sequence[Task]) -> frozenset[str]:
+    return frozenset(task.name for task in tasks)
 
 
-def evaluation_step(
-    settings: Compare, step: Resolved, ending: str, policies: Mapping[str, str], judges: Mapping[str, Task]
+def _evaluation_step(
+    settings: Compare, step: Resolved, ending: str, policies: Mapping[str, str], judges: Sequence[Task]
 ) -> Resolved:
     """The recipe's evaluation of all policies, watched by the reward models of another home too."""
     name = (settings.name or "compare") + ending
-    asked = _changed(step, layer_of(settings.evaluate), {("name",): Leaf(name, PLACE)})
-    seconds = {label: str(task.directory / "model") for label, task in judges.items()}
+    asked = _changed(step, layer_of(settings.evaluate), layer_of({"name": name}))
+    seconds = {f"{SECOND}{task.step.settings.name}": str(task.directory / "model") for task in judges}
     monitors = {**labelled(asked.settings.monitors), **seconds}
-    return _changed(asked, {("policies",): Leaf(dict(policies), PLACE), ("monitors",): Leaf(monitors or [], PLACE)})
+    return _changed(asked, layer_of({"policies": policies, "monitors": monitors or []}))
 
 
 def _home_tasks(home: Home, common: Sequence[str], rewards_only: bool) -> list[Task]:
@@ -166,8 +164,8 @@ def _home_tasks(home: Home, common: Sequence[str], rewards_only: bool) -> list[T
         steps = [*(step for step in steps if step.stage != "score"), _score_step(steps, home, common)]
     tasks: list[Task] = []
     for step in steps:
-        waits = frozenset(task.name for task in tasks if step.stage != "reward" or task.step.stage != "reward")
-        tasks.append(Task(step, waits, home.seed))
+        before = [task for task in tasks if step.stage != "reward" or task.step.stage != "reward"]
+        tasks.append(Task(step, _names(before), home.seed))
     return tasks
 
 
@@ -189,8 +187,7 @@ def _score_step(steps: Sequence[Resolved], home: Home, common: Sequence[str]) ->
         head = ["stage=score", next(word for word in common if word.startswith("recipe="))]
         free = [*(word for word in common if word not in head), f"run={home.run}", f"seed={home.seed}"]
         own = resolve([*head, *reaching(head, free)])
-    wanted = Leaf([split for split in own.settings.splits if split != "test"], PLACE)
-    return _changed(own, {("splits",): wanted})
+    return _changed(own, layer_of({"splits": [split for split in own.settings.splits if split != "test"]}))
 
 
 def _changed(step: Resolved, *layers: Layer) -> Resolved:
@@ -206,7 +203,3 @@ def _words_of(settings: Mapping[str, Any], prefix: str = "") -> list[str]:
         inner = isinstance(value, Mapping) and value and (key,) not in WHOLE
         words += _words_of(value, f"{prefix}{key}.") if inner else [as_word(f"{prefix}{key}", value)]
     return words
-
-
-def _label(task: Task) -> str:
-    return f"{SECOND}{task.step.settings.name}"

@@ -9,9 +9,10 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from pipeline.config.yaml_layers import load_yaml
 from pipeline.errors import PreemptedError
@@ -20,6 +21,13 @@ from pipeline.launch.comparison_plan import Task
 from pipeline.launch.launcher import command, environment, tell
 
 POLL_SECONDS = 0.2
+
+
+class Running(NamedTuple):
+    process: subprocess.Popen[bytes]
+    task: Task
+    log: Path
+    since: float
 
 
 def finished(tasks: Sequence[Task]) -> set[str]:
@@ -44,30 +52,30 @@ def run_all(tasks: Sequence[Task], jobs: int, logs: Path) -> dict[str, int]:
     What waits for a failed task is not started; all else is.
 
     Raises:
-        PreemptedError: SIGTERM or SIGHUP came; the running steps were told, and waited for.
+        PreemptedError: SIGTERM or SIGHUP came; it was passed on to the running steps, and they were waited for.
         KeyboardInterrupt: SIGINT came; the same.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    done, failed, running = finished(tasks), {}, {}
+    done, failed = finished(tasks), {}
+    running: list[Running] = []
     clock = Clock(len(tasks), len(done))
     with forwarded_signals(running) as received:
         while True:
-            free = jobs - len(running) if not received else 0
-            task = choose(tasks, done, [one for _, one, _ in running.values()], failed) if free > 0 else None
-            if task is not None:
-                process = start(task, jobs, log_of(logs, task))
-                running[process.pid] = (process, task, time.monotonic())
-                continue
+            while not received and len(running) < jobs:
+                task = choose(tasks, done, [one.task for one in running], failed)
+                if task is None:
+                    break
+                running.append(start(task, jobs, logs))
             if not running:
                 break
-            for process, task, since in [one for one in running.values() if one[0].poll() is not None]:
-                del running[process.pid]
-                code = process.returncode if process.returncode >= 0 else 128 - process.returncode
+            for one in [one for one in running if one.process.poll() is not None]:
+                running.remove(one)
+                code = one.process.returncode if one.process.returncode >= 0 else 128 - one.process.returncode
                 if code:
-                    failed[task.name] = code
+                    failed[one.task.name] = code
                 else:
-                    done.add(task.name)
-                clock.show(task, code, time.monotonic() - since, log_of(logs, task))
+                    done.add(one.task.name)
+                clock.show(one, code)
             time.sleep(POLL_SECONDS)
     if signal.SIGINT in received:
         raise KeyboardInterrupt
@@ -87,22 +95,18 @@ def choose(
     return min(ready, key=lambda task: (at_work[task.lane], behind[task.lane]), default=None)
 
 
-def start(task: Task, jobs: int, log: Path) -> subprocess.Popen[bytes]:
-    """The step as a process with its share of the processors."""
+def start(task: Task, jobs: int, logs: Path) -> Running:
+    """The step as a process with its share of the processors; what it prints goes to a log, over all its starts."""
     launch, stage = task.step.settings.launch, task.step.stage
     env = environment(launch, stage, os.environ)
     share = max(1, len(os.sched_getaffinity(0)) // jobs)
     env["OMP_NUM_THREADS"] = str(min(int(env["OMP_NUM_THREADS"]), share))
     argv = command(launch, stage, task.step.words, os.environ)
+    log = logs / f"{task.name.replace('/', '.')}.log"
     with open(log, "ab") as out:
         out.write(f"\n{shlex.join(argv)}\n".encode())
         out.flush()
-        return subprocess.Popen(argv, env=env, stdout=out, stderr=out)
-
-
-def log_of(logs: Path, task: Task) -> Path:
-    """What a task's process printed, over all its starts."""
-    return logs / f"{task.name.replace('/', '.')}.log"
+        return Running(subprocess.Popen(argv, env=env, stdout=out, stderr=out), task, log, time.monotonic())
 
 
 def last_line(log: Path) -> str:
@@ -112,18 +116,17 @@ def last_line(log: Path) -> str:
 
 
 @contextmanager
-def forwarded_signals(running: Mapping[int, tuple[subprocess.Popen, Task, float]]) -> Iterator[list[int]]:
+def forwarded_signals(running: Sequence[Running]) -> Iterator[list[int]]:
     """Pass SIGINT, SIGTERM and SIGHUP on to the processes that run; yields the list of those received."""
     received: list[int] = []
 
     def forward(number: int, frame: object) -> None:
         received.append(number)
-        for process, _, _ in list(running.values()):
-            if process.poll() is None:
-                tell(process.pid, number)
+        for one in list(running):
+            if one.process.poll() is None:
+                tell(one.process.pid, number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, forward) for number in numbers}
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield received
     finally:
@@ -138,12 +141,13 @@ class Clock:
         self.tasks, self.ended, self.since, self.before = tasks, done, time.monotonic(), done
         print(f"{tasks} steps, {done} of them done before", flush=True)
 
-    def show(self, task: Task, code: int, seconds: float, log: Path) -> None:
+    def show(self, one: Running, code: int) -> None:
         self.ended += 1
-        pace = (time.monotonic() - self.since) / (self.ended - self.before)
+        name, now = one.task.name, time.monotonic()
+        pace = (now - self.since) / (self.ended - self.before)
         left = f", about {pace * (self.tasks - self.ended) / 60:.0f} min left" if self.ended < self.tasks else ""
         if code:
-            line = f"tiffin: {task.name} ended with exit code {code}: {last_line(log)} (all of it: {log})"
+            line = f"tiffin: {name} ended with exit code {code}: {last_line(one.log)} (all of it: {one.log})"
             print(line, file=sys.stderr, flush=True)
         else:
-            print(f"[{self.ended}/{self.tasks}] {task.name}: {seconds:.0f} s{left}", flush=True)
+            print(f"[{self.ended}/{self.tasks}] {name}: {now - one.since:.0f} s{left}", flush=True)

@@ -1,4 +1,4 @@
-"""Numbers on paper: metrics.jsonl, TensorBoard, sample tables, a progress bar; files complete or absent.
+"""Logging: metrics.jsonl, TensorBoard, sample tables, progress bar, results.json; files complete or absent.
 
 `metrics.jsonl` is the truth: one JSON object per logged step, {"step": int, "time": seconds, tag: number or null}.
 TensorBoard is a view of it. Files are complete or absent; only the log of rank 0 writes any.
@@ -19,69 +19,11 @@ from tqdm import tqdm
 
 from pipeline.files import flatten, read_metrics, write_json, write_jsonl, write_text
 from pipeline.launch import provenance
+from pipeline.report import spec
 from pipeline.trainer import markdown
 
 DIGITS = 6  # significant digits in metrics.jsonl
 PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal to draw a bar on
-# TensorBoard's tab "Custom scalars": group -> chart -> patterns of tags, which it matches as regular expressions
-LAYOUT = {
-    group: {title: ["Multiline", tags] for title, tags in charts.items()}
-    for group, charts in {
-        "1 Is it getting better?": {
-            "reward": ["^(eval/)?reward/mean$"],
-            "each reward, held out": ["^eval/rewards/[^/]+/mean$"],
-            "loss": ["^(train|eval)/loss$"],
-            "pair accuracy and length alone": ["^(train|eval)/accuracy$", "^eval/length_accuracy$"],
-            "DPO: accuracy": ["^(eval/)?rewards/accuracy$"],
-            "DPO: implicit rewards": ["^(eval/)?rewards/(chosen|rejected|margin)$"],
-        },
-        "2 Ratio to the start model (clipped: at most 0.5; ess: from 0.3)": {
-            "clipped share": ["^(eval/)?ratio/clip_fraction"],
-            "effective share of samples": ["^(eval/)?ratio/ess$"],
-            "ratio": ["^(eval/)?ratio/mean$"],
-            "KL, nats per response": ["^(eval/)?objective/kl$"],
-        },
-        "3 Value and advantage (kept: 0.2 to 0.8; R2: from 0.2)": {
-            "kept share": ["^advantage/kept_fraction$"],
-            "value R2": ["^value/r2$"],
-            "advantage": ["^(eval/)?advantage/mean$"],
-        },
-        "4 What it says": {
-            "words": ["^(eval/)?completions/mean_length$"],
-            "ended, or cut (at most 0.2)": ["^(eval/)?completions/(eos|clipped)_fraction$"],
-            "variety, repetition (at most 0.2)": ["^(eval/)?completions/(distinct_2|repetition)$"],
-            "correlation of reward and length": ["^eval/(reward|rewards/[^/]+)/length_correlation$"],
-        },
-        "5 Hidden tokens (share hidden: at most 0.5; texts that differ: from 0.25)": {
-            "reward of compositions, of the greedy one, of real decoding": [
-                "^semi_offline/greedy_reward$",
-                "^(eval/)?reward/mean$",
-            ],
-            "share hidden; rows with nothing hidden": ["^semi_offline/(mask_rate|nothing_hidden)$"],
-            "rows of equal rewards; texts that differ": ["^semi_offline/(equal_rewards|different_texts)$"],
-            "held-out loss, inputs whole and masked": ["^eval/(masked_)?loss$"],
-        },
-        "6 Sampled responses (equal rewards: at most 0.5; at k_min: at most 0.8)": {
-            "tokens generated per step": ["^rollout/generated_tokens$"],
-            "responses per prompt": ["^esrl/samples_per_prompt$"],
-            "prompts of equal rewards, at k_min, left out, known": [
-                "^rollout/equal_groups$",
-                "^esrl/(at_k_min|left_out|known)$",
-            ],
-            "capability; share of tokens saved": ["^esrl/(capability|tokens_saved)$"],
-            "entropy, nats per token": ["^objective/entropy$"],
-            "mean reward, and that of earlier steps": ["^rollout/queue_mean$", "^reward/mean$"],
-            "sampler against learner, nats per token (at most 0.02)": ["^rollout/logp_gap$"],
-        },
-        "7 The machine": {
-            "gradient norm": ["^train/grad_norm$"],
-            "learning rate": ["^train/learning_rate$"],
-            "tokens per second": ["^perf/tokens_per_second$"],
-            "seconds per step, of it sampling": ["^perf/(step|sampling)_seconds$"],
-            "peak memory, GB": ["^perf/peak_memory_gb$"],
-        },
-    }.items()
-}
 SHOWN = {"train/loss": "loss", "reward/mean": "reward", "train/accuracy": "accuracy"}  # beside the progress bar
 
 
@@ -114,7 +56,7 @@ class RunLog:
         self._rows = open(self._directory / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         purge = resume_step + 1 if resume_step else 0
         self._board = SummaryWriter(str(self._directory / "tensorboard"), purge_step=purge, flush_secs=30)
-        self._board.add_custom_scalars(LAYOUT)
+        self._board.add_custom_scalars(spec.layout())
         self._write_hparams(hparams)
         provenance.note(self._directory, resume_step)
         self._progress = _Progress(resume_step, total_steps, description)

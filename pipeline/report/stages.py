@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pipeline.config.yaml_layers import load_yaml
 from pipeline.errors import UserError
 from pipeline.files import flatten, read_metrics
-from pipeline.health import Verdict, judge
 from pipeline.launch import provenance
-from pipeline.readings import Series, series_of
-from pipeline.readings_stage import of_stage
+from pipeline.report.checks import Verdict, judge
+from pipeline.report.stage_checks import Series, of_stage, series_of
 
 FILES = ("config.yaml", "metrics.jsonl", "results.json")  # a directory with one of these is a stage's
 STAGES = {
@@ -37,7 +36,7 @@ class Stage(NamedTuple):
     series: Series
     steps: int
     seconds: float  # of training, over all starts
-    results: dict[str, object]
+    results: dict[str, Any]
     data: dict[str, Mapping[str, int]]  # split -> what encoding counted
     starts: list[dict]
 
@@ -47,16 +46,15 @@ class Stage(NamedTuple):
         return f"{words}: {self.name.split('/', 1)[1]}" if "/" in self.name else words
 
     @property
+    def about(self) -> str:
+        return STAGES[self.kind][1]
+
+    @property
     def anchor(self) -> str:
         return self.name.replace("/", "-")
 
     @property
-    def numbers(self) -> dict[str, float]:
-        """The final numbers, flat."""
-        return {tag: value for tag, value in flatten(self.results).items() if isinstance(value, (int, float))}
-
-    @property
-    def settings(self) -> Mapping[str, object]:
+    def settings(self) -> Mapping[str, Any]:
         return (load_yaml(self.folder / "config.yaml") or {}) if self.config else {}
 
 
@@ -65,21 +63,23 @@ def stages_of(run_dir: Path) -> list[Stage]:
 
     Raises UserError on a file that cannot be read.
     """
-    found = []
-    for kind in STAGES:
-        folders = [run_dir / kind, *sorted((run_dir / kind).glob("*"))]
-        found += [_stage(run_dir, folder, kind) for folder in folders if any((folder / f).is_file() for f in FILES)]
-    return found
+    folders = [(kind, folder) for kind in STAGES for folder in folders_of(run_dir, kind)]
+    return [_stage(run_dir, folder, kind) for kind, folder in folders if any((folder / f).is_file() for f in FILES)]
+
+
+def folders_of(run_dir: Path, kind: str) -> list[Path]:
+    """Where a stage of this kind writes: without a name, then those with one."""
+    return [run_dir / kind, *sorted((run_dir / kind).glob("*"))]
 
 
 def verdicts(stage: Stage) -> dict[str, Verdict]:
     """What the rules say of a stage's curves and counts, by quantity."""
     if not stage.series:
         return {}
-    counts = stage.data.get("train", {})
     lost = {path.name.split("-rank-")[0] for path in (stage.folder / "non_finite").glob("step-*.jsonl")}
-    facts = {**counts, "non_finite": len(lost)}
-    found = of_stage(stage.kind, stage.series, stage.numbers, facts)
+    facts = {**stage.data.get("train", {}), "non_finite": len(lost)}
+    results = {tag: value for tag, value in flatten(stage.results).items() if isinstance(value, (int, float))}
+    found = of_stage(stage.kind, stage.series, results, facts)
     return {quantity: judge(quantity, reading) for quantity, reading in found.items()}
 
 
@@ -96,15 +96,16 @@ def json_object(text: str, place: str) -> dict:
 
 def _stage(run_dir: Path, folder: Path, kind: str) -> Stage:
     rows = read_metrics(folder / "metrics.jsonl")
+    last = rows[-1] if rows else {"step": 0}
     return Stage(
         folder.relative_to(run_dir).as_posix(),
         kind,
         folder,
         _text(folder / "config.yaml"),
-        _text(folder / "command.txt"),
+        _text(folder / "command.txt").strip(),
         series_of(rows),
-        int(rows[-1]["step"]) if rows else 0,
-        (rows[-1].get("time") or 0.0) if rows else 0.0,
+        int(last["step"]),
+        last.get("time") or 0.0,
         _object(folder / "results.json"),
         _object(folder / "data.json"),
         provenance.read(folder),

@@ -1,0 +1,150 @@
+"""A run's directory -> report.html: one page that a person can read and send.
+
+Read are, per stage directory, config.yaml, command.txt, data.json (counts), starts.jsonl, metrics.jsonl,
+non_finite/ and results.json; and of evaluate and rl also samples/*.jsonl. What is missing is left out.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pipeline.config.resolve import resolve
+from pipeline.errors import UserError
+from pipeline.files import flatten, write_text
+from pipeline.launch.run_dir import dotted
+from pipeline.report.checks import Verdict, judge, of_policies
+from pipeline.report.curves import show_curves
+from pipeline.report.html import render
+from pipeline.report.numbers import NOTHING, duration, number
+from pipeline.report.samples import show_samples
+from pipeline.report.spec import FINE, LEVELS
+from pipeline.report.stage_checks import spent
+from pipeline.report.stages import FILES, STAGES, Stage, stages_of, verdicts
+from pipeline.report.tables import Finals, Table, columns_of, final_numbers, policies_table, side_by_side
+
+WHERE = ("run", "runs_dir", "name")  # which directory it is, not what was done
+Found = tuple[str, Verdict]  # where, what
+
+
+def build(run_dir: Path) -> Path:
+    """Write `run_dir`/report.html and return its path. Raises UserError if no stage has left anything there."""
+    run_dir = Path(run_dir)
+    stages = stages_of(run_dir)
+    if not stages:
+        raise UserError(
+            f"{run_dir}: no stage has left anything to report, wanted at least one of {', '.join(STAGES)} with "
+            f"{' or '.join(FILES)}; run a stage first, or name another run with run="
+        )
+    evaluation = next((stage for stage in stages if stage.name == "evaluate" and columns_of(stage.results)), None)
+    policies = columns_of(evaluation.results) if evaluation else {}
+    judged = {stage.name: verdicts(stage) for stage in stages}
+    found = findings(_of_evaluation(evaluation) if evaluation else [], stages, judged)
+    name = run_dir.resolve().name
+    context = {
+        "title": f"Report: {name}",
+        "name": name,
+        "about": _about(stages),
+        "wrong": [one for one in found if one[1].level != FINE],
+        "fine": [one for one in found if one[1].level == FINE],
+        "policies": policies_table(policies) if policies else None,
+        "samples": show_samples(run_dir, list(policies)),
+        "stages": stages,
+        "finals": {stage.name: _finals(stage) for stage in stages},
+        "curves": {s.name: show_curves(s.kind, s.series, flatten(s.results), judged[s.name]) for s in stages},
+        "facts": [[stage.title, *_facts(stage)] for stage in stages],
+        "changed": {stage.name: differences(stage) for stage in stages},
+        "data": {stage.name: _data(stage) for stage in stages},
+    }
+    path = run_dir / "report.html"
+    write_text(path, render("run.html", context))
+    return path
+
+
+def findings(
+    evaluation: Sequence[Found], stages: Sequence[Stage], judged: Mapping[str, Mapping[str, Verdict]]
+) -> list[Found]:
+    """All verdicts, the gravest first; what the evaluation has judged is not said again of RL's own evaluations."""
+    known = {verdict.name for _, verdict in evaluation}
+    found = list(evaluation)
+    for stage in stages:
+        found += [(stage.title, v) for v in judged[stage.name].values() if stage.kind != "rl" or v.name not in known]
+    return sorted(found, key=lambda one: LEVELS.index(one[1].level))  # stable: within a level as above
+
+
+def differences(stage: Stage) -> list[tuple[str, str, str]]:
+    """(key, value, default) of the settings that are not what ships for the stage and its algorithm."""
+    defaults, now = _defaults(stage), dotted(stage.settings)
+    return [
+        (key, _setting(value), _setting(defaults[key]) if key in defaults else "no such setting now")
+        for key, value in now.items()
+        if defaults and key not in WHERE and (key not in defaults or defaults[key] != value)
+    ]
+
+
+def _of_evaluation(stage: Stage) -> list[Found]:
+    """The verdicts on every policy beside the first."""
+    policies = columns_of(stage.results)
+    monitors = list(stage.settings.get("monitors") or [])  # names, or the keys of a mapping
+    first, *others = policies
+    return [
+        (f"{other} against {first}", judge(quantity, reading))
+        for other in others
+        for quantity, reading in of_policies(policies[first], policies[other], monitors).items()
+    ]
+
+
+def _about(stages: Sequence[Stage]) -> str:
+    files = [stage.folder / name for stage in stages for name in FILES]
+    newest = max(path.stat().st_mtime for path in files if path.is_file())
+    when = time.strftime("%d %B %Y, %H:%M", time.localtime(newest))
+    return f"{len(stages)} stages, {duration(sum(stage.seconds for stage in stages))} of training, last changed {when}"
+
+
+def _finals(stage: Stage) -> Table | Finals | None:
+    columns = columns_of(stage.results)
+    if columns:
+        return policies_table(columns) if stage.kind == "evaluate" else side_by_side(columns)
+    return final_numbers({**flatten(stage.results), **spent(stage.series)}) if stage.results else None
+
+
+def _facts(stage: Stage) -> list[str]:
+    """Rows, responses cut, steps, time, tokens per second, peak memory, starts."""
+    train = stage.data.get("train", {})
+    rates, memory = (
+        [value for _, value in stage.series.get(f"perf/{name}", [])] for name in ("tokens_per_second", "peak_memory_gb")
+    )
+    again = ", ".join(f"{start['step']:,}" for start in stage.starts[1:])
+    return [
+        f"{train['rows']:,}" if "rows" in train else NOTHING,
+        f"{train['cut_responses']:,}" if "cut_responses" in train else NOTHING,
+        f"{stage.steps:,}" if stage.steps else NOTHING,
+        duration(stage.seconds) if stage.seconds else NOTHING,
+        f"{statistics.median(rates):,.0f}" if rates else NOTHING,
+        f"{number(max(memory))} GB" if memory else NOTHING,
+        (f"{len(stage.starts)}" + (f", again from step {again}" if again else "")) if stage.starts else NOTHING,
+    ]
+
+
+def _data(stage: Stage) -> list[list[str]]:
+    """What encoding counted, a row per split."""
+    return [[split, *(f"{count:,}" for count in counts.values())] for split, counts in stage.data.items()]
+
+
+def _defaults(stage: Stage) -> Mapping[str, object]:
+    """What ships for the stage; without its algorithm's part where that is a file of the user's that is gone."""
+    algo = stage.settings.get("algo")
+    gone = isinstance(algo, str) and algo.endswith((".yaml", ".yml")) and not Path(algo).is_file()
+    words = [f"stage={stage.kind}", *([f"algo={algo}"] if algo and not gone else [])]
+    try:
+        return dotted(resolve(words).settings.model_dump())
+    except UserError:  # an algorithm that this version does not know: the whole configuration is shown all the same
+        return {}
+
+
+def _setting(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "none" if value is None else str(value)

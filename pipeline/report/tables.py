@@ -1,0 +1,126 @@
+"""Tables of final numbers: policies side by side, splits side by side, accuracy by source."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from pipeline.report.checks import error_names, error_of, noise
+from pipeline.report.numbers import NOTHING, fixed, number
+from pipeline.report.spec import FINAL, METRICS, match, metric_of
+
+Columns = Mapping[str, Mapping[str, float | None]]  # policy or split -> metric -> value
+OF_SOURCES = ("eval/pairs", "eval/accuracy", "eval/length_accuracy")
+
+
+class Cell(NamedTuple):
+    """More than a text: a remark below it, a class for its colour, a standard error behind it."""
+
+    text: str
+    note: str = ""
+    kind: str = "plain"
+    error: str = ""
+
+
+class Table(NamedTuple):
+    """`more` are rows behind a line to click on."""
+
+    head: list[str]
+    rows: list[list[Cell]]
+    more: list[list[Cell]]
+
+
+class Finals(NamedTuple):
+    """A training stage's final numbers: those that FINAL names, those of sources, the rest."""
+
+    tiles: list[tuple[str, str]]
+    sources: list[list[str]]
+    more: list[tuple[str, str]]
+
+
+def columns_of(results: Mapping[str, object]) -> dict[str, Mapping[str, float | None]]:
+    """The parts of a results.json that are tables of their own, by name."""
+    return {name: values for name, values in results.items() if isinstance(values, Mapping)}
+
+
+def policies_table(policies: Columns) -> Table:
+    """The headline table, each policy against the first."""
+    first, *others = policies
+    head = ["on held-out prompts", first, *(name for other in others for name in (other, "difference"))]
+    return Table(head, *([_compared(tag, policies) for tag in tags] for tags in _tags(policies)))
+
+
+def side_by_side(columns: Columns) -> Table:
+    """The columns without a comparison: the splits of a scored data set."""
+
+    def row(tag: str) -> list[Cell]:
+        return [Cell(metric_of(tag)[1]), *(_value(v, tag, _decimals(tag, columns)) for v in columns.values())]
+
+    return Table(["", *columns], *([row(tag) for tag in tags] for tags in _tags(columns)))
+
+
+def final_numbers(results: Mapping[str, object]) -> Finals:
+    """The final numbers of a training stage, flat."""
+    labels = {tag: next(filter(None, (match(tag, p, words) for p, words in FINAL.items())), "") for tag in results}
+    sources = [tag.removeprefix("eval/accuracy/") for tag in results if tag.startswith("eval/accuracy/")]
+    shown = {f"{key}/{source}" for source in sources for key in OF_SOURCES}
+    return Finals(
+        [(label, _plain(results[tag])) for tag, label in labels.items() if label],
+        [[source, *(_plain(results.get(f"{key}/{source}")) for key in OF_SOURCES)] for source in sources],
+        [(tag, _plain(results[tag])) for tag, label in labels.items() if not label and tag not in shown],
+    )
+
+
+def _tags(columns: Columns) -> tuple[list[str], list[str]]:
+    """The metrics that METRICS describes, in its order, and the others; standard errors belong to their metric."""
+    tags = list(dict.fromkeys(tag for values in columns.values() for tag in values))
+    places = {tag: next((i for i, m in enumerate(METRICS) if match(tag, m.tag, m.label)), None) for tag in tags}
+    known = sorted((tag for tag in tags if places[tag] is not None), key=places.__getitem__)
+    errors = {name for tag in tags for name in error_names(tag)}
+    return known, [tag for tag in tags if places[tag] is None and tag not in errors]
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return NOTHING if value is None else str(value)
+    return f"{value:,.0f}" if float(value).is_integer() and abs(value) >= 1 else number(value)
+
+
+def _decimals(tag: str, columns: Columns) -> int:
+    """So many that a row can be compared at a glance; none for counts."""
+    found = [values[tag] for values in columns.values() if values.get(tag) is not None]
+    if all(isinstance(value, int) for value in found):
+        return 0
+    largest = max(abs(value) for value in found)
+    return 3 if largest < 10 else 1 if largest < 1000 else 0
+
+
+def _compared(tag: str, policies: Columns) -> list[Cell]:
+    """A row: the label, then each policy's value and its change against the first."""
+    metric, label = metric_of(tag)
+    base, *others = policies.values()
+    decimals = _decimals(tag, policies)
+    cells = [Cell(label, metric.note), _value(base, tag, decimals)]
+    for other in others:
+        cells += [_value(other, tag, decimals), _difference(metric.better, tag, (base, other), decimals)]
+    return cells
+
+
+def _value(values: Mapping[str, float | None], tag: str, decimals: int) -> Cell:
+    value, error = values.get(tag), error_of(values, tag)
+    shown = NOTHING if value is None else fixed(value, decimals)
+    return Cell(shown, error="" if error is None else fixed(error, decimals))
+
+
+def _difference(better: int, tag: str, pair: Sequence[Mapping[str, float | None]], decimals: int) -> Cell:
+    """The change from the first to the second, with a verdict where the metric has a better direction."""
+    base, other = pair
+    if base.get(tag) is None or other.get(tag) is None:
+        return Cell(NOTHING)
+    change = other[tag] - base[tag]
+    text = ("+" if change > 0 else "") + fixed(change, decimals)
+    if not better:
+        return Cell(text)
+    if abs(change) <= noise(tag, base, other):
+        return Cell(f"{text} ≈ same", kind="same")
+    return Cell(f"{text} ▲ better", kind="better") if change * better > 0 else Cell(f"{text} ▼ worse", kind="worse")
