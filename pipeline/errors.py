@@ -35,7 +35,7 @@ class PreemptedError(Exception):
     """SIGTERM came, and what a resume needs is saved: one line that says so."""
 
 
-def told(error: OSError | RuntimeError) -> UserError | None:
+def as_user_error(error: OSError | RuntimeError) -> UserError | None:
     """The line for an error that only the user can mend, None where the error is of another kind."""
     if isinstance(error, shutil.Error):  # copytree's: a list of (source, target, reason)
         source, target, reason = error.args[0][0]

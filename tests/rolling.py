@@ -23,7 +23,7 @@ from pipeline.rl.on_policy import Rollouts
 from pipeline.rollout.allocation import Queue, Sampler
 from pipeline.trainer import engine, loop
 from pipeline.trainer.loop import Trainer
-from pipeline.trainer.metrics import Interval, Tally
+from pipeline.trainer.metrics import Interval, Metrics
 from pipeline.trainer.objective import objective_of
 from tests import same_step, tiny
 
@@ -130,7 +130,7 @@ def run(trainer: Trainer, first: int = 0, steps: int = STEPS) -> list[dict[str, 
     """What was planned, said and logged in each step."""
     seen = []
     for step in range(first, steps):
-        interval = Interval(Tally())
+        interval = Interval(Metrics())
         assert loop.one_step(trainer, step, interval) is None  # nothing that is not finite
         lots = trainer.windows.lots
         seen.append(

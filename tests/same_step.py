@@ -27,7 +27,7 @@ from pipeline.rl.compositions import Composer
 from pipeline.trainer import loop
 from pipeline.trainer.engine import Engine, Ranks
 from pipeline.trainer.loop import HELD_OUT_LOSS, Evaluation, Trainer
-from pipeline.trainer.metrics import Interval, Tally
+from pipeline.trainer.metrics import Interval, Metrics
 from pipeline.trainer.objective import Objective, objective_of
 from tests import masked, tiny
 
@@ -214,7 +214,7 @@ def run(case: Case, trainer: Trainer) -> dict:
     """The losses and gradient norms of the steps, and the weights they leave (on rank 0)."""
     seen = []
     for step in range(len(DRAWN)):
-        interval = Interval(Tally())
+        interval = Interval(Metrics())
         assert loop.one_step(trainer, step, interval) is None  # nothing that is not finite
         seen.append(interval.close(trainer.engine.ranks.all_sum)[0])
     norms = [values["train/grad_norm"] for values in seen]

@@ -24,7 +24,7 @@ from pipeline.trainer import evaluation, loop, schedule
 from pipeline.trainer.checkpoint import Checkpoints, State
 from pipeline.trainer.engine import Engine
 from pipeline.trainer.loop import BestMetric, Evaluation
-from pipeline.trainer.metrics import Interval, Tally
+from pipeline.trainer.metrics import Interval, Metrics
 from pipeline.trainer.model import Model
 from pipeline.trainer.objective import Objective, count_terms
 from tests import tiny
@@ -319,7 +319,7 @@ def test_checkpoints_that_cannot_be_used(tmp_path: Path) -> None:
     trained = tiny.trainer(Policy(tiny.language_model("llama"), 64))
     checkpoints = Checkpoints(tmp_path, trained.ranks, 2)
     assert checkpoints.load(trained) is None
-    checkpoints.save(trained, State(step=2, world=2), Interval(Tally()))
+    checkpoints.save(trained, State(step=2, world=2), Interval(Metrics()))
     with pytest.raises(UserError, match="written by 2 processes, now there are 1: resume with gpus=2"):
         checkpoints.load(trained)
     (tmp_path / "checkpoints" / "latest").write_text("step-000009\n")

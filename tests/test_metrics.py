@@ -18,7 +18,7 @@ from pipeline.records import Stat
 from pipeline.report.spec import layout
 from pipeline.trainer import markdown
 from pipeline.trainer.logger import RunLog
-from pipeline.trainer.metrics import Tally
+from pipeline.trainer.metrics import Metrics
 
 VALUES = torch.tensor([1.0, 2.0, 3.0, 6.0])
 
@@ -27,11 +27,11 @@ def alone(packed: torch.Tensor) -> torch.Tensor:
     return packed
 
 
-def tally_of(*parts: torch.Tensor) -> Tally:
-    tally = Tally()
+def metrics_of(*parts: torch.Tensor) -> Metrics:
+    metrics = Metrics()
     for part in parts:
-        tally.add({"a/mean": mean_stat(part), "a/std": std_stat(part)})
-    return tally
+        metrics.add({"a/mean": mean_stat(part), "a/std": std_stat(part)})
+    return metrics
 
 
 def log_in(directory, resume_step=0, enabled=True, hparams=None, total_steps=10):
@@ -56,27 +56,27 @@ def board(directory) -> EventAccumulator:
 def test_any_cut_into_micro_batches_and_ranks_gives_the_whole():
     # mean (1+2+3+6)/4 = 3; population variance (4+1+0+9)/4 = 3.5
     wanted = {"a/mean": pytest.approx(3.0), "a/std": pytest.approx(math.sqrt(3.5))}
-    assert tally_of(VALUES).reduce(alone) == wanted
-    assert tally_of(VALUES[:1], VALUES[1:]).reduce(alone) == wanted
-    other = tally_of(VALUES[:0], VALUES[3:])  # a rank whose first micro-batch holds no rows
-    assert tally_of(VALUES[:3]).reduce(lambda packed: packed + other.sums()) == wanted
+    assert metrics_of(VALUES).reduce(alone) == wanted
+    assert metrics_of(VALUES[:1], VALUES[1:]).reduce(alone) == wanted
+    other = metrics_of(VALUES[:0], VALUES[3:])  # a rank whose first micro-batch holds no rows
+    assert metrics_of(VALUES[:3]).reduce(lambda packed: packed + other.sums()) == wanted
 
 
 def test_a_rank_without_rows_takes_part():
-    empty = tally_of(VALUES[:0])
-    assert tally_of(VALUES).reduce(lambda packed: packed + empty.sums())["a/mean"] == pytest.approx(3.0)
-    assert math.isnan(tally_of(VALUES[:0]).reduce(alone)["a/mean"])
+    empty = metrics_of(VALUES[:0])
+    assert metrics_of(VALUES).reduce(lambda packed: packed + empty.sums())["a/mean"] == pytest.approx(3.0)
+    assert math.isnan(metrics_of(VALUES[:0]).reduce(alone)["a/mean"])
 
 
 def test_a_tally_is_empty_after_a_reduction():
-    tally = tally_of(VALUES)
-    tally.reduce(alone)
-    assert tally.reduce(alone) == {}
+    metrics = metrics_of(VALUES)
+    metrics.reduce(alone)
+    assert metrics.reduce(alone) == {}
 
 
 @pytest.mark.parametrize("name, kind", [("b/mean", "mean"), ("a/mean", "ess")])
 def test_ranks_with_other_names_or_kinds_are_found_out(name, kind):
-    here, there = Tally(), Tally()
+    here, there = Metrics(), Metrics()
     here.add({"a/mean": mean_stat(VALUES)})
     there.add({name: Stat(kind, mean_stat(VALUES).sums)})
     with pytest.raises(RuntimeError, match="2 ranks hold different statistics"):
@@ -84,16 +84,16 @@ def test_ranks_with_other_names_or_kinds_are_found_out(name, kind):
 
 
 def test_ranks_with_more_names_pack_to_the_same_shape():
-    many = Tally()
+    many = Metrics()
     many.add({f"a/{i}": mean_stat(VALUES) for i in range(40)})
-    assert many.sums().shape == tally_of(VALUES).sums().shape == (64, 3)
+    assert many.sums().shape == metrics_of(VALUES).sums().shape == (64, 3)
 
 
 def test_more_statistics_than_one_block_are_all_kept():
-    tally = Tally()
-    tally.add({f"a/{i:03d}": mean_stat(torch.tensor([float(i)])) for i in range(70)})
-    assert tally.sums().shape == (128, 3)  # 71 rows rounded up to a multiple of 64
-    assert tally.reduce(alone) == {f"a/{i:03d}": float(i) for i in range(70)}
+    metrics = Metrics()
+    metrics.add({f"a/{i:03d}": mean_stat(torch.tensor([float(i)])) for i in range(70)})
+    assert metrics.sums().shape == (128, 3)  # 71 rows rounded up to a multiple of 64
+    assert metrics.reduce(alone) == {f"a/{i:03d}": float(i) for i in range(70)}
 
 
 def test_rows_are_valid_json_with_null_for_what_is_not_finite(tmp_path):

@@ -74,7 +74,7 @@ def start(words: list[str]) -> None:
         try:
             importlib.import_module(f"stages.{step.stage}").main(step.settings, list(step.words))
         except (OSError, RuntimeError) as error:
-            mistake = errors.told(error)
+            mistake = errors.as_user_error(error)
             if mistake is None:
                 raise
             raise mistake from error
@@ -246,7 +246,7 @@ def test_a_port_that_is_taken_is_told_before_anything_starts(tmp_path: Path) -> 
     ],
 )
 def test_what_the_machine_refuses_is_told_and_what_is_ours_is_not_hidden(error: OSError, told: str | None) -> None:
-    mistake = errors.told(error)
+    mistake = errors.as_user_error(error)
     assert (mistake is None) if told is None else (told in str(mistake))
 
 

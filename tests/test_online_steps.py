@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.trainer.checkpoint import Checkpoints, State
-from pipeline.trainer.metrics import Interval, Tally
+from pipeline.trainer.metrics import Interval, Metrics
 from tests import rolling, tiny
 from tests.rolling import CASES, STAGES, STEPS
 
@@ -111,7 +111,7 @@ def test_t08_a_resume_is_as_if_never_left(tmp_path: Path, alone: dict, name: str
     trainer = rolling.trainer_of(CASES[name], "zero0", tmp_path)
     rolling.run(trainer, 0, 2)
     checkpoints = Checkpoints(tmp_path, trainer.engine.ranks, 1)
-    checkpoints.save(trainer.engine, State(step=2, world=1), Interval(Tally()), trainer.windows.remembered(2))
+    checkpoints.save(trainer.engine, State(step=2, world=1), Interval(Metrics()), trainer.windows.remembered(2))
     other = rolling.trainer_of(CASES[name], "zero0", tmp_path)
     state, _, memory = checkpoints.load(other.engine)
     other.windows.recall(memory)

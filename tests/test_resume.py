@@ -14,7 +14,7 @@ from pipeline.config.yaml_layers import ROOT
 from pipeline.errors import UserError
 from pipeline.models.policy import Policy
 from pipeline.trainer.checkpoint import Checkpoints, State
-from pipeline.trainer.metrics import Interval, Tally
+from pipeline.trainer.metrics import Interval, Metrics
 from tests import tiny
 from tests.test_stages import SHORT, SMALL_TRAIN, run, train
 
@@ -37,10 +37,10 @@ def test_a_checkpoint_is_not_written_over_itself(tmp_path: Path) -> None:
     """Killed while the one that `latest` names is replaced, a run would have none: SIGTERM right after a save asks."""
     trained = tiny.trainer(Policy(tiny.language_model("llama"), 64))
     checkpoints = Checkpoints(tmp_path, trained.ranks, limit=2)
-    checkpoints.save(trained, State(step=2, world=1), Interval(Tally()))
+    checkpoints.save(trained, State(step=2, world=1), Interval(Metrics()))
     folder = tmp_path / "checkpoints" / "step-000002"
     before = folder.stat().st_ino
-    checkpoints.save(trained, State(step=2, world=1), Interval(Tally()))
+    checkpoints.save(trained, State(step=2, world=1), Interval(Metrics()))
     assert folder.stat().st_ino == before
 
 

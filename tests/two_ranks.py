@@ -19,7 +19,7 @@ from pipeline.rl import reference
 from pipeline.rollout import generate
 from pipeline.trainer import engine
 from pipeline.trainer.checkpoint import Checkpoints, State
-from pipeline.trainer.metrics import Interval, Tally
+from pipeline.trainer.metrics import Interval, Metrics
 from tests import tiny
 
 PROMPTS = [Example(str(i), " ".join(tiny.WORDS[i : 2 * i + 1])) for i in range(5)]
@@ -66,7 +66,7 @@ def speak(trained: engine.Engine, **changes) -> list[tuple[int, ...]]:
 def resume(trained: engine.Engine, zero: str, folder: Path) -> None:
     """Save, step; load into other weights, step: the same, bit for bit, on each rank's own part."""
     checkpoints = Checkpoints(folder / zero, trained.ranks, limit=1)
-    checkpoints.save(trained, State(step=2, world=2), Interval(Tally()))
+    checkpoints.save(trained, State(step=2, world=2), Interval(Metrics()))
     rows, packing = tiny.items(9), Packing(None, 40, False, tiny.PAD_ID)
     tiny.step(trained, rows, range(4), packing)
     other = tiny.trainer(Policy(tiny.language_model("llama", seed=1), 64), zero)

@@ -41,7 +41,7 @@ def leave(work: Callable[[], int]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except (OSError, RuntimeError) as error:
-        mistake = errors.told(error)
+        mistake = errors.as_user_error(error)
         if mistake is None:
             raise
         complain(mistake)

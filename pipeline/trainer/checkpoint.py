@@ -20,7 +20,7 @@ import torch
 from pipeline.errors import UserError
 from pipeline.files import write_json, write_text
 from pipeline.trainer.engine import Engine, Ranks
-from pipeline.trainer.metrics import Interval, Tally
+from pipeline.trainer.metrics import Interval, Metrics
 
 
 @dataclass(frozen=True)
@@ -121,13 +121,13 @@ def flush(folder: Path) -> None:
 
 
 def packed(interval: Interval) -> dict[str, Any]:
-    parts = {name: (kind, sums.cpu()) for name, (kind, sums) in interval.tally.parts().items()}
+    parts = {name: (kind, sums.cpu()) for name, (kind, sums) in interval.metrics.parts().items()}
     return {"tally": parts, "steps": interval.steps, "seconds": interval.seconds}
 
 
 def unpacked(saved: Mapping[str, Any], device: torch.device) -> Interval:
     parts = {name: (kind, sums.to(device)) for name, (kind, sums) in saved["tally"].items()}
-    return Interval(Tally(parts), saved["steps"], saved["seconds"])
+    return Interval(Metrics(parts), saved["steps"], saved["seconds"])
 
 
 def rng_state() -> dict[str, torch.Tensor]:

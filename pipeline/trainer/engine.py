@@ -102,7 +102,7 @@ def _tried(work: Callable[[], Any]) -> tuple[Any, str | None]:
     except UserError as error:
         return None, str(error)
     except OSError as error:
-        mistake = errors.told(error)
+        mistake = errors.as_user_error(error)
         if mistake is None:
             raise
         return None, str(mistake)

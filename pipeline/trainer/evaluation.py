@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.data.batching import Packing, once
 from pipeline.records import Example, Item, Response, Row, Scores
 from pipeline.trainer.engine import Engine
-from pipeline.trainer.metrics import Tally
+from pipeline.trainer.metrics import Metrics
 from pipeline.trainer.objective import Objective
 
 
@@ -21,11 +21,11 @@ from pipeline.trainer.objective import Objective
 def held_out_loss(engine: Engine, objective: Objective, items: Sequence[Item], packing: Packing) -> dict[str, float]:
     """The objective's statistics over all items, as eval/...; the same on every rank."""
     engine.train(False)
-    tally = Tally()
+    metrics = Metrics()
     for batch in once(items, packing, engine.ranks.rank, engine.ranks.world):
         _, stats = objective.loss(objective.ask(engine, batch), batch.to(engine.ranks.device))
-        tally.add({f"eval/{name}": stat for name, stat in stats.items()})
-    return tally.reduce(engine.ranks.all_sum)
+        metrics.add({f"eval/{name}": stat for name, stat in stats.items()})
+    return metrics.reduce(engine.ranks.all_sum)
 
 
 def reward_statistics(scores: Scores, texts: Sequence[str]) -> dict[str, float]:

@@ -26,7 +26,7 @@ from pipeline.records import Batch, Stat
 from pipeline.trainer.checkpoint import Checkpoints, State
 from pipeline.trainer.engine import Engine, Ranks
 from pipeline.trainer.logger import RunLog
-from pipeline.trainer.metrics import Interval, Tally
+from pipeline.trainer.metrics import Interval, Metrics
 from pipeline.trainer.nonfinite import Micro, trace
 from pipeline.trainer.objective import Objective, Output, Rest
 from pipeline.trainer.schedule import due, learning_rate
@@ -90,7 +90,7 @@ def fit(trainer: Trainer) -> None:
         trainer.prepare()
     else:
         logger.info(f"{trainer.directory}: goes on from step {resumed[0].step} of {trainer.max_steps}")
-    state, interval, memory = resumed or (State(step=0, world=ranks.world), Interval(Tally()), {})
+    state, interval, memory = resumed or (State(step=0, world=ranks.world), Interval(Metrics()), {})
     trainer.windows.recall(memory)
     log = RunLog(
         trainer.directory,
@@ -169,15 +169,15 @@ def one_step(trainer: Trainer, step: int, interval: Interval) -> str | None:
     window = trainer.windows.at(step)
     n_terms = ranks.all_sum(trainer.objective.terms(window))
     engine.train()
-    done, tally = [], Tally()
-    tally.add(trainer.windows.stats)
+    done, metrics = [], Metrics()
+    metrics.add(trainer.windows.stats)
     for place, (batch, output, rest) in enumerate(forwards(engine, trainer.objective, window)):
         total, stats = rest()
         # an infinite constant has a finite gradient: let the norm, which all ranks share, tell of it
         known = torch.where(total.detach().isfinite(), 1.0, math.nan)
         engine.backward(total * known, n_terms, last=place == len(window) - 1)
         done.append(Micro(batch, (output if isinstance(output, Tensor) else output[0]).detach(), total.detach()))
-        tally.add({name if "/" in name else f"train/{name}": value for name, value in stats.items()})
+        metrics.add({name if "/" in name else f"train/{name}": value for name, value in stats.items()})
     rate = learning_rate(step, trainer.max_steps, trainer.settings.optimizer)
     norm = engine.step(rate)
     trouble = None
@@ -188,7 +188,7 @@ def one_step(trainer: Trainer, step: int, interval: Interval) -> str | None:
             return trouble
         logger.warning(f"{trouble}; left out")
     if math.isfinite(norm):
-        interval.tally.merge(tally)
+        interval.metrics.merge(metrics)
     interval.add(step_stats(window, norm, rate, ranks.device), time.monotonic() - began)
     return trouble
 

@@ -1,4 +1,4 @@
-"""Additive statistics between two rows of the log: added up where they are born, reduced over ranks once per row."""
+"""Additive metrics between two rows of the log: added up where they are born, reduced over ranks once per row."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor
 from pipeline.algorithms.functional import merge, reduce
 from pipeline.records import Stat
 
-PACK_ROWS = 64  # packed tallies are padded to a multiple of this, so that differing layouts still meet in one call
+PACK_ROWS = 64  # packed metrics are padded to a multiple of this, so that differing layouts still meet in one call
 
 
-class Tally:
+class Metrics:
     """Statistics of one logged step, added up on the device they are born on until `reduce`.
 
     All ranks must add the same names in the same kinds before a reduction; a rank without rows adds Stats of count 0.
     """
 
     def __init__(self, parts: Mapping[str, tuple[str, Tensor]] | None = None) -> None:
-        """Empty, or with what `parts` of another tally gave, bit for bit."""
+        """Empty, or with what `parts` of others gave, bit for bit."""
         self._stats = {name: Stat(kind, sums) for name, (kind, sums) in (parts or {}).items()}
 
     def parts(self) -> dict[str, tuple[str, Tensor]]:
@@ -33,8 +33,8 @@ class Tally:
         for name, stat in stats.items():
             self._stats[name] = merge(self._stats[name], stat) if name in self._stats else stat
 
-    def merge(self, other: Tally) -> None:
-        """Add what another tally holds."""
+    def merge(self, other: Metrics) -> None:
+        """Add what `other` holds."""
         self.add(other._stats)
 
     def sums(self) -> Tensor:
@@ -49,7 +49,7 @@ class Tally:
         return packed
 
     def reduce(self, all_sum: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """The statistics over all ranks, by name; the tally is empty afterwards.
+        """The statistics over all ranks, by name; nothing is held afterwards.
 
         `all_sum` adds a tensor over ranks (the identity in one process).
         Raises RuntimeError when ranks hold different names or kinds: adding them up would mix them.
@@ -59,7 +59,7 @@ class Tally:
         ranks, marks, squares = (int(x) for x in total[0].tolist())
         # Cauchy-Schwarz: (sum m)^2 = n sum m^2 holds if and only if all ranks have the same m.
         if marks**2 != ranks * squares:
-            raise RuntimeError(f"tally: {ranks} ranks hold different statistics; this one has {list(kinds.items())}")
+            raise RuntimeError(f"metrics: {ranks} ranks hold different statistics; this one has {list(kinds.items())}")
         self._stats = {}
         return {name: float(reduce(Stat(kind, row))) for (name, kind), row in zip(kinds.items(), total[1:])}  # noqa: B905
 
@@ -70,17 +70,17 @@ class Interval:
     `steps` and `seconds` are this rank's own; evaluation and saving do not count as seconds.
     """
 
-    def __init__(self, tally: Tally, steps: int = 0, seconds: float = 0.0) -> None:
-        self.tally, self.steps, self.seconds = tally, steps, seconds
+    def __init__(self, metrics: Metrics, steps: int = 0, seconds: float = 0.0) -> None:
+        self.metrics, self.steps, self.seconds = metrics, steps, seconds
 
     def add(self, stats: Mapping[str, Stat], seconds: float) -> None:
         """One more step."""
-        self.tally.add(stats)
+        self.metrics.add(stats)
         self.steps += 1
         self.seconds += seconds
 
     def close(self, all_sum: Callable[[Tensor], Tensor]) -> tuple[dict[str, float], float]:
         """The statistics over all ranks and the seconds per step; the interval starts anew."""
-        values, seconds = self.tally.reduce(all_sum), self.seconds / max(1, self.steps)
+        values, seconds = self.metrics.reduce(all_sum), self.seconds / max(1, self.steps)
         self.steps, self.seconds = 0, 0.0
         return values, seconds
