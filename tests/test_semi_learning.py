@@ -19,7 +19,7 @@ from pipeline.rewards.rewards import Reward, Rewards
 from pipeline.rl.compositions import Composer
 from pipeline.rollout import generate
 from pipeline.trainer.engine import Engine
-from pipeline.trainer.loop import epochs
+from pipeline.trainer.schedule import epochs
 from pipeline.trainer.objective import Objective
 from tests import masked, tiny
 
