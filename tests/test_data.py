@@ -12,7 +12,7 @@ import torch
 from pipeline.data.batching import Packing, Windows, collate, group, once, packing_of, padded_tokens, window
 from pipeline.errors import UserError
 from pipeline.records import Example, Item
-from pipeline.trainer.loop import epochs
+from pipeline.trainer.schedule import epochs
 from tests import tiny
 
 BUDGET = Packing(None, 60, False, 0)

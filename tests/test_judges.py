@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 from pipeline.rewards.rewards import Reward, Rewards, loaded
 from pipeline.rewards.workers import Judges, Question, cuts, lost
 from pipeline.rl.compositions import Composer
-from pipeline.trainer.loop import Job
+from pipeline.trainer.loop import Trainer
 from pipeline.trainer.objective import objective_of
 from tests import masked, same_step, tiny
 
@@ -205,11 +205,11 @@ CASE = same_step.Case(DRAWN, masked=True)
 ROWS = Packing(1, None, False, tiny.PAD_ID)  # micro-batches of one row
 
 
-def job_of(judge: Rewards, zero: str, folder: Path, watch: Callable[[str], None] | None) -> Job:
+def trainer_of(judge: Rewards, zero: str, folder: Path, watch: Callable[[str], None] | None) -> Trainer:
     """Semi-offline steps with `judge`; where there is a `watch`, with forwards ahead, and it is told of both halves."""
     trained = tiny.trainer(same_step.module(CASE), zero, optimizer=same_step.OPTIMIZER)
     items = same_step.items_of(CASE)
-    job = same_step.job_of(CASE, trained, items, ROWS, folder)
+    trainer = same_step.trainer_of(CASE, trained, items, ROWS, folder)
     module, settings, objective = objective_of(CASE.algorithm)
     composer = Composer(trained.ranks, masked.encoder(), judge, items, module)
 
@@ -224,20 +224,22 @@ def job_of(judge: Rewards, zero: str, folder: Path, watch: Callable[[str], None]
         return ending
 
     whole = partial(composer.loss, settings=settings)
-    return replace(job, objective=replace(objective, loss=whole, begin=begin if watch else None))
+    return replace(trainer, objective=replace(objective, loss=whole, begin=begin if watch else None))
 
 
 @pytest.fixture(scope="module")
 def at_once(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict]:
     """Three steps judged here."""
-    yield same_step.run(CASE, job_of(rewards(file, ["overlap"], None), "zero0", tmp_path_factory.mktemp("here"), None))
+    yield same_step.run(
+        CASE, trainer_of(rewards(file, ["overlap"], None), "zero0", tmp_path_factory.mktemp("here"), None)
+    )
 
 
 @pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2"])
 def test_the_same_steps(file: Path, judges: Judges, at_once: dict, zero: str, tmp_path: Path) -> None:
     """Each micro-batch's loss is taken after the next one's forward; ZeRO changes no bit on one process."""
     told: list[str] = []
-    found = same_step.run(CASE, job_of(rewards(file, ["overlap"], judges), zero, tmp_path, told.append))
+    found = same_step.run(CASE, trainer_of(rewards(file, ["overlap"], judges), zero, tmp_path, told.append))
     # rows 0 to 4; then 8, 1, 8; then 4
     assert told[:6] == ["begin (0,)", "begin (1,)", "rest (0,)", "begin (2,)", "rest (1,)", "begin (3,)"]
     assert told[6:10] == ["rest (2,)", "begin (4,)", "rest (3,)", "rest (4,)"]

@@ -19,8 +19,8 @@ from pipeline.rewards.rewards import Reward, Rewards
 from pipeline.rl.compositions import Composer
 from pipeline.rollout import generate
 from pipeline.trainer.engine import Engine
-from pipeline.trainer.schedule import epochs
 from pipeline.trainer.objective import Objective
+from pipeline.trainer.schedule import epochs
 from tests import masked, tiny
 
 WORDS = ["cat", "sat", "on", "mat", "and", "ran"]
