@@ -47,13 +47,13 @@ def main(settings: Evaluate, words: Sequence[str]) -> None:
     }
     if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs)):
         return
-    judge = build.build_rewards(settings, settings.reward, settings.rewards, ranks.device, monitors)
-    if judge is None:
+    rewards = build.build_rewards(settings, settings.reward, settings.rewards, ranks.device, monitors)
+    if rewards is None:
         raise UserError("stage=evaluate: nothing to judge with: give reward=NAME, or train one with stage=reward")
     prompts = dataset.unique_prompts(dataset.load(settings.data, settings.split, settings.seed, logger.info))
     prompts = prompts[: settings.max_rows]
 
-    results, samples = judged(settings, models, prompts, judge, ranks)
+    results, samples = judged(settings, models, prompts, rewards, ranks)
     if ranks.main:
         write_jsonl(directory / "samples" / "policies.jsonl", samples)
         write_json(directory / "results.json", results)
@@ -62,7 +62,7 @@ def main(settings: Evaluate, words: Sequence[str]) -> None:
 
 
 def judged(
-    settings: Evaluate, models: dict[str, ModelSettings], prompts: list[Example], judge: Rewards, ranks: Ranks
+    settings: Evaluate, models: dict[str, ModelSettings], prompts: list[Example], rewards: Rewards, ranks: Ranks
 ) -> tuple[dict[str, dict[str, float]], list[dict]]:
     """What each policy scores, with its distance to the first one; and samples of all, in the policies' order.
 
@@ -79,7 +79,7 @@ def judged(
         same = free == settings.generation
         drawn = answers if same else generate.generate(policy.engine, policy.encoder, prompts, free, settings.seed)
         sampled[name] = drawn, evaluation.response_logps(policy.engine, drawn, policy.packing)
-        scores = scoring.score_responses(ranks, judge, answers)
+        scores = scoring.score_responses(ranks, rewards, answers)
         results[name] = evaluation.reward_statistics(scores, [answer.text for answer in answers])
         results[name] |= evaluation.completion_statistics(answers)
         samples[name] = evaluation.sample_rows(answers, scores, settings.num_samples, policy=name)

@@ -34,9 +34,9 @@ def main(settings: Generate, words: Sequence[str]) -> None:
     inputs = dataset.inputs(settings, model) | build.reward_inputs(settings, settings.reward, own=False)
     if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs)):
         return
-    judge = None
+    rewards = None
     if settings.reward is not None:
-        judge = build.build_rewards(settings, settings.reward, settings.rewards, ranks.device)
+        rewards = build.build_rewards(settings, settings.reward, settings.rewards, ranks.device)
     prompts = {
         split: dataset.unique_prompts(dataset.load_split(settings.data, split, settings.seed, logger.info))
         for split in settings.splits
@@ -48,8 +48,8 @@ def main(settings: Generate, words: Sequence[str]) -> None:
         answers = responses(policy, asked, settings, split)
         found = candidates.gathered(answers, settings.generation.num_return_sequences)
         statistics = evaluation.completion_statistics(answers)
-        if judge is not None and found.rows:
-            judged = candidates.judged(ranks, judge, found.rows)
+        if rewards is not None and found.rows:
+            judged = candidates.judged(ranks, rewards, found.rows)
             found = found._replace(rows=judged.rows)
             statistics |= evaluation.reward_statistics(judged.scores, judged.texts)
         if ranks.main:

@@ -30,8 +30,8 @@ def main(settings: Score, words: Sequence[str]) -> None:
     ranks = engine.start(settings.launch.ddp_timeout)
     directory = run_dir.stage_dir(settings, "score")
     data = data_of(settings)
-    judge = build.build_rewards(settings, settings.reward, settings.rewards, ranks.device)
-    if judge is None:
+    rewards = build.build_rewards(settings, settings.reward, settings.rewards, ranks.device)
+    if rewards is None:
         raise UserError(
             "stage=score: nothing to score with: give reward=NAME (length, rouge, your/file.py ...), "
             f"or train one with bash run.sh stage=reward run={settings.run}"
@@ -43,7 +43,7 @@ def main(settings: Score, words: Sequence[str]) -> None:
     results: dict[str, object] = {}
     for split in splits_of(settings.splits, data):
         rows = dataset.judgeable(dataset.load_split(data, split, settings.seed, logger.info), data)
-        judged = candidates.judged(ranks, judge, rows)
+        judged = candidates.judged(ranks, rewards, rows)
         if ranks.main:
             write_rows(str(directory / f"{split}.jsonl"), judged.rows)
         found = evaluation.reward_statistics(judged.scores, judged.texts) | by_source(judged.of, judged.scores)

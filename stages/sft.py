@@ -51,7 +51,7 @@ def main(settings: Sft, words: Sequence[str]) -> None:
             objective=objective,
             max_steps=steps_for(settings, len(items)),
             eval_steps=settings.train.eval_steps,
-            evaluate=partial(evaluate, settings, policy, Watched(objective, tested, held_out, packing)),
+            evaluate=partial(evaluate, settings, policy, WatchedAnswers(objective, tested, held_out, packing)),
             best_metric=HELD_OUT_LOSS,
             export=policy.export,
         )
@@ -75,7 +75,7 @@ def in_fewer_rows(items: list[Item], policy: Model, settings: Sft) -> list[Item]
 
 
 @dataclass(frozen=True)
-class Watched:
+class WatchedAnswers:
     """What an evaluation looks at: held-out items, the rows whose prompts are answered, and how training reads rows."""
 
     objective: Objective
@@ -84,7 +84,7 @@ class Watched:
     packing: Packing
 
 
-def evaluate(settings: Sft, policy: Model, watched: Watched, step: int) -> Evaluation:
+def evaluate(settings: Sft, policy: Model, watched: WatchedAnswers, step: int) -> Evaluation:
     """The loss on held-out rows, whole and, where training masks, masked; and what the model answers now."""
     scalars = evaluation.held_out_loss(policy.engine, watched.objective, watched.items, policy.packing)
     scalars["eval/perplexity"] = math.exp(min(scalars["eval/loss"], 50.0))

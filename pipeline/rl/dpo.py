@@ -14,7 +14,7 @@ from pipeline.data.batching import Windows
 from pipeline.files import fingerprint
 from pipeline.records import Example
 from pipeline.rl.context import Context, refuse
-from pipeline.rl.offline import Watched, check_start, evaluate
+from pipeline.rl.offline import WatchedRows, check_start, evaluate
 from pipeline.rl.reference import ReferencePolicy, annotate
 from pipeline.trainer.loop import HELD_OUT_LOSS, REWARD, Trainer
 from pipeline.trainer.model import build_policy, encode
@@ -45,7 +45,7 @@ def trainer(context: Context) -> Trainer:
         objective=context.objective,
         max_steps=steps_for(settings, len(items)),
         eval_steps=settings.train.eval_steps,
-        evaluate=partial(evaluate, context, policy, Watched(tested, prompts, items, {})),
+        evaluate=partial(evaluate, context, policy, WatchedRows(tested, prompts, items, {})),
         best_metric=HELD_OUT_LOSS if context.rewards is None else REWARD,
         export=policy.export,
         prepare=partial(check_start, context, policy, items, draw(0)),

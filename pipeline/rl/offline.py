@@ -47,7 +47,7 @@ def trainer(context: Context) -> Trainer:
     facts["advantage/kept_fraction"] = drawn.kept_fraction
     logger.info(", ".join(f"{name} {value:.3g}" for name, value in facts.items()))
     budget = partial(step_budget, kept_fraction=drawn.kept_fraction if settings.scale_steps else 1.0)
-    watched = Watched(held_out, split.prompts[: settings.eval.max_rows], items, facts)
+    watched = WatchedRows(held_out, split.prompts[: settings.eval.max_rows], items, facts)
     return Trainer(
         engine=policy.engine,
         settings=settings,
@@ -98,7 +98,7 @@ def nothing() -> None:
 
 
 @dataclass(frozen=True)
-class Watched:
+class WatchedRows:
     """What an evaluation looks at, and what it tells once: the numbers of the rows learned from, the value's fit."""
 
     held_out: Sequence[Item]
@@ -107,7 +107,7 @@ class Watched:
     facts: Mapping[str, float]
 
 
-def evaluate(context: Context, policy: Model, watched: Watched, step: int) -> Evaluation:
+def evaluate(context: Context, policy: Model, watched: WatchedRows, step: int) -> Evaluation:
     """The loss's statistics on held-out rows, and fresh responses to held-out prompts, judged."""
     engine, packing = policy.engine, policy.packing
     scalars = evaluation.held_out_loss(engine, context.objective, watched.held_out, packing)

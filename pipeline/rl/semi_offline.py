@@ -57,7 +57,7 @@ def trainer(context: Context) -> Trainer:
         objective=composed_objective(context, policy, composer),
         max_steps=steps_for(settings, len(items)),
         eval_steps=settings.train.eval_steps,
-        evaluate=partial(evaluate, context, policy, Watched(items, tested, prompts, composer, masked)),
+        evaluate=partial(evaluate, context, policy, WatchedCompositions(items, tested, prompts, composer, masked)),
         best_metric=REWARD,
         export=policy.export,
         prepare=partial(check_shared, policy.engine, items, masked, CLOSE[settings.train.precision]),
@@ -93,7 +93,7 @@ def with_statics(items: Sequence[Item], encoder: Encoder, which: str) -> list[It
 
 
 @dataclass(frozen=True)
-class Watched:
+class WatchedCompositions:
     """What an evaluation looks at: rows learned from, held-out rows and prompts, and how texts are composed."""
 
     learned: Sequence[Item]
@@ -103,7 +103,7 @@ class Watched:
     masked: Packing
 
 
-def evaluate(context: Context, policy: Model, watched: Watched, step: int) -> Evaluation:
+def evaluate(context: Context, policy: Model, watched: WatchedCompositions, step: int) -> Evaluation:
     """Held-out references, read whole and masked; responses really decoded; compositions of some rows."""
     engine, masked = policy.engine, watched.masked
     scalars = evaluation.held_out_loss(engine, LIKELIHOOD, watched.held_out, policy.packing)
@@ -115,7 +115,9 @@ def evaluate(context: Context, policy: Model, watched: Watched, step: int) -> Ev
 
 
 @torch.no_grad()
-def composed(context: Context, policy: Model, watched: Watched) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+def composed(
+    context: Context, policy: Model, watched: WatchedCompositions
+) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """Distributions of the compositions of the first rows; and a table of masked, sampled and credited tokens."""
     rewards, weights, rows = [], [], []
     for i in range(min(context.settings.eval.num_samples, len(watched.learned))):
