@@ -14,7 +14,7 @@ import torch
 
 from pipeline import engine
 from pipeline.bench import memory, peers, rouge, sampling, semi_offline, startup, steps
-from pipeline.bench.measure import Goal, Plan, Result, alternate, compared, peak_megabytes, speed, table
+from pipeline.bench.measure import Goal, Result, Timing, alternate, compared, peak_megabytes, speed, table
 from pipeline.bench.setup import Setup, even, for_gpu, new_policy, prepare, sft_trainer, singles, with_settings
 from pipeline.layers import resolve
 from pipeline.records import UserError
@@ -35,7 +35,7 @@ TOY = [
 
 LONG = {
     "data": {"task": "assistant", "task_size": 40, "max_prompt_length": 24, "max_response_length": 12},
-    "scratch": {"hidden_size": 16, "num_heads": 2, "vocab_size": 400},
+    "scratch": {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 400},
     "rows": 4,
 }
 
@@ -52,8 +52,8 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
 
 def test_rounds_take_turns_and_each_side_goes_first_half_the_time() -> None:
     said: list[str] = []
-    plan = Plan(rounds=2, steps=2, clock="wall", warm=1)
-    found = alternate(lambda step: said.append(f"a{step}"), lambda step: said.append(f"b{step}"), plan)
+    timing = Timing(rounds=2, steps=2, clock="wall", warm=1)
+    found = alternate(lambda step: said.append(f"a{step}"), lambda step: said.append(f"b{step}"), timing)
     assert said == ["a0", "b0", "b1", "a1", "a2", "b2", "b3", "a3", "a4", "b4"]
     assert len(found) == 2
 
@@ -142,7 +142,7 @@ def test_long_rows_are_as_long_as_asked(setup: Setup) -> None:
 
 
 def test_semi_offline(setup: Setup) -> None:
-    lines = semi_offline.measure(setup, LONG, {"t5": 1, "llama": 1})
+    lines = semi_offline.measure(setup, LONG)
     assert [line.name.split(", ", 1)[1] for line in lines[::2]] == [
         f"semi-offline step, n = {n} / M-FT step" for n in (4, 16, 64, 64)
     ]
@@ -223,7 +223,12 @@ def test_a_peer_that_ends_is_named(setup: Setup, tmp_path: Path) -> None:
 def test_a_peers_job_is_json_and_starts_from_our_weights(setup: Setup) -> None:
     match = next(peers.matches(setup, "ragged"))
     job = json.loads(json.dumps(peers.peer_job(setup, match, {})))
-    assert (job["batch_size"], job["max_steps"], job["bf16"]) == (4, 4, False)  # 2 to warm up, 2 rounds of 1
+    options = job["options"]
+    assert (options["per_device_train_batch_size"], options["max_steps"], options["bf16"]) == (
+        4,
+        4,
+        False,
+    )  # 2 to warm up, 2 rounds of 1
     assert Path(job["rows"]).read_text().count("\n") == len(match.rows)
     assert (Path(job["model"]) / "model.safetensors").is_file()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -57,8 +57,8 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How often each side is measured."""
+class Timing:
+    """How often each side is measured, and by which clock."""
 
     rounds: int
     steps: int  # per round
@@ -68,6 +68,11 @@ class Plan:
     @property
     def total(self) -> int:
         return self.warm + self.rounds * self.steps
+
+    @property
+    def single(self) -> Timing:
+        """One step per round, for steps that take seconds."""
+        return replace(self, steps=1, warm=1)
 
 
 def timed(work: Callable[[], object], clock: str) -> float:
@@ -84,7 +89,7 @@ def _now(clock: str) -> float:
 
 
 def in_turns(
-    ours: Callable[[int], T], other: Callable[[int], T], plan: Plan, of_round: Callable[[list[T]], float]
+    ours: Callable[[int], T], other: Callable[[int], T], timing: Timing, of_round: Callable[[list[T]], float]
 ) -> list[tuple[float, float]]:
     """Per round what `of_round` makes of the values of our steps and of the other's; each goes first half the time."""
 
@@ -95,15 +100,17 @@ def in_turns(
                 values[side].append((ours, other)[side](step))
         return values
 
-    turns(range(plan.warm))
-    rounds = [turns(range(start, start + plan.steps)) for start in range(plan.warm, plan.total, plan.steps)]
+    turns(range(timing.warm))
+    rounds = [turns(range(start, start + timing.steps)) for start in range(timing.warm, timing.total, timing.steps)]
     return [(of_round(mine), of_round(others)) for mine, others in rounds]
 
 
-def alternate(ours: Callable[[int], object], other: Callable[[int], object], plan: Plan) -> list[tuple[float, float]]:
+def alternate(
+    ours: Callable[[int], object], other: Callable[[int], object], timing: Timing
+) -> list[tuple[float, float]]:
     """Per round the median seconds of a step of `ours` and of `other`; both take the step's number, from 0."""
-    clocked = [lambda step, side=side: timed(lambda: side(step), plan.clock) for side in (ours, other)]
-    return in_turns(*clocked, plan, statistics.median)
+    clocked = [lambda step, side=side: timed(lambda: side(step), timing.clock) for side in (ours, other)]
+    return in_turns(*clocked, timing, statistics.median)
 
 
 def speed(steps: Sequence[tuple[float, float]]) -> float:

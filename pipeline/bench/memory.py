@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.algorithms.functional import token_logps
-from pipeline.bench.measure import Goal, Plan, Result, alternate, compared, times_less
+from pipeline.bench.measure import Goal, Result, alternate, compared, times_less
 from pipeline.bench.setup import Setup
 from pipeline.policy import CHUNK_ELEMENTS
 
@@ -34,7 +34,7 @@ def measure(
         torch.autograd.grad(whole_logps(hidden, head, targets).sum(), [hidden, head.weight])
 
     less = times_less("logits kept whole / our response log-probs", ours, other, LESS)
-    rounds = alternate(ours, other, Plan(setup.plan.rounds, 1, setup.plan.clock, warm=1))
+    rounds = alternate(ours, other, setup.timing.single)
     time = compared("our response log-probs / logits kept whole, time", "s", rounds, None)
     return [replace(less, note=f"{tokens} tokens, V = {vocabulary:,}, {chunks} slices"), time]
 

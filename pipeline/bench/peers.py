@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from pipeline import assembly, examples, models, pairing
-from pipeline.bench.measure import Goal, Plan, Result, compared, in_turns, speed, timed
+from pipeline.bench.measure import Goal, Result, Timing, compared, in_turns, speed, timed
 from pipeline.bench.setup import (
     Setup,
     alol_trainer,
@@ -43,7 +43,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {  # as TRL comes, activations are r
     "tuned": {**TUNED, "train_sampling_strategy": "group_by_length"},
 }
 
-Ask = Callable[[str], dict[str, float]]  # sends a line to the worker, returns its answer
+Worker = Callable[[str], dict[str, float]]  # sends a line to the worker, returns its answer
 
 
 @dataclass(frozen=True)
@@ -68,28 +68,28 @@ def measure(setup: Setup) -> list[Result]:
             for match in matches(setup, shape):
                 for name, options in CONFIGURATIONS.items():
                     ask(json.dumps(peer_job(setup, match, options)))
-                    rounds = contest(match, ask, setup.plan)
+                    rounds = contest(match, ask, setup.timing)
                     results.append(compared(f"{match.name}, {shape} rows, TRL {name}", "tok/s", rounds, FASTER))
     return results
 
 
-def contest(match: Match, ask: Ask, plan: Plan) -> list[tuple[float, float]]:
+def contest(match: Match, ask: Worker, timing: Timing) -> list[tuple[float, float]]:
     """Per round the tokens per second of our steps and of the peer's, taken in turns."""
     take = stepper(match.ours)
 
     def ours(number: int) -> tuple[float, float]:
-        seconds = timed(lambda: take(number), plan.clock)
+        seconds = timed(lambda: take(number), timing.clock)
         return sum(int(batch.input_mask.sum()) for batch in match.ours.windows.at(number)), seconds
 
     def peers(number: int) -> tuple[float, float]:
         answer = ask("go")
         return answer["tokens"], answer["seconds"]
 
-    return in_turns(ours, peers, plan, speed)
+    return in_turns(ours, peers, timing, speed)
 
 
 @contextmanager
-def worker(python: str, log: Path) -> Iterator[Ask]:
+def worker(python: str, log: Path) -> Iterator[Worker]:
     """A worker under the interpreter `python`, ended when the block ends; asking one that has ended is a UserError."""
     with log.open("w", encoding="utf-8") as errors:
         try:
@@ -106,9 +106,8 @@ def worker(python: str, log: Path) -> Iterator[Ask]:
             except BrokenPipeError:
                 answer = ""
             if not answer:
-                raise UserError(
-                    f"peer_python: its worker ended with exit code {process.wait()}, wanted steps: see {log}"
-                )
+                code = process.wait()
+                raise UserError(f"peer_python: its worker ended with exit code {code}, wanted steps: see {log}")
             return json.loads(answer)
 
         try:
@@ -119,22 +118,20 @@ def worker(python: str, log: Path) -> Iterator[Ask]:
 
 
 def matches(setup: Setup, shape: str) -> Iterator[Match]:
-    """The three comparisons on rows that are `ragged`, or all `even`. A pair counts as two sequences of the batch."""
+    """The three comparisons on rows that are `ragged`, or all `even`."""
     size = setup.settings.train.batch_size
-    items, pairs = (
-        singles(setup),
-        examples.encode(pairing.paired(setup.rows, str), setup.encoder, examples.pair_rows).items,
-    )
+    items, rows = singles(setup), pairing.paired(setup.rows, str)
+    pairs = examples.encode(rows, setup.encoder, examples.pair_rows).items
     if shape == "even":
         items, pairs = even(items, LENGTH, LENGTH), even(pairs, LENGTH, LENGTH)
-    rows = [pair_row(item) for item in pairs]
+    pair_rows = [pair_row(item) for item in pairs]
     yield Match("SFT", "sft", sft_trainer(setup, items), [single_row(item) for item in items], size)
     scalar = assembly.build_scalar(setup.settings.model, setup.encoder, setup.settings.train, setup.settings.seed)
     engine = Engine(scalar, setup.ranks, setup.settings.train, setup.settings.optimizer)
-    reward = trainer_of(setup, engine, pairs, size // 2, ["stage=reward"])
-    yield Match("reward model", "reward", reward, [whole_pair(row) for row in rows], size // 2)
+    reward = trainer_of(setup, engine, pairs, ["stage=reward"])
+    yield Match("reward model", "reward", reward, [whole_pair(row) for row in pair_rows], size // 2)
     both = [replace(item, rows=(row,)) for item in pairs for row in item.rows]
-    yield Match("A-LOL / DPO", "dpo", alol_trainer(setup, both), rows, size // 2)
+    yield Match("A-LOL / DPO", "dpo", alol_trainer(setup, both), pair_rows, size // 2)
 
 
 def single_row(item: Item) -> dict[str, Any]:
@@ -158,21 +155,20 @@ def whole_pair(row: dict[str, Any]) -> dict[str, Any]:
 def peer_job(setup: Setup, match: Match, options: dict[str, Any]) -> dict[str, Any]:
     """The worker's job, its rows and the model it starts from written to the setup's folder."""
     settings, folder = setup.settings, setup.folder
+    per_call = min(options.get("per_device_train_batch_size", 8), match.batch_size)
     rows = folder / f"{match.peer}.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in match.rows), encoding="utf-8")
     if not (folder / "model").is_dir():
         policy = new_policy(setup)
         models.save(folder / "model", policy.model, policy.model.state_dict(), setup.encoder.tokenizer)
-    return {
-        "trainer": match.peer,
-        "model": str(folder / "model"),
-        "rows": str(rows),
-        "batch_size": match.batch_size,
-        "max_steps": setup.plan.total,
-        "clock": settings.clock,
-        "threads": torch.get_num_threads(),
-        "bf16": settings.train.precision == "bf16",
+    options = {
+        **options,
+        "per_device_train_batch_size": per_call,
+        "gradient_accumulation_steps": match.batch_size // per_call,
+        "max_steps": setup.timing.total,
         "learning_rate": settings.optimizer.learning_rate,
-        "folder": str(folder / "trl"),
-        "options": options,
+        "bf16": settings.train.precision == "bf16",
+        "output_dir": str(folder / "trl"),
     }
+    job = {"trainer": match.peer, "model": str(folder / "model"), "rows": str(rows), "options": options}
+    return {**job, "clock": settings.clock, "threads": torch.get_num_threads()}

@@ -18,7 +18,7 @@ ENDINGS = ("", "s", "ed", "ing", "er", "ly", "ation", "ness", "ment", "ability")
 
 
 def measure(setup: Setup) -> list[Result]:
-    asked = [texts(seed) for seed in range(setup.plan.total)]  # new ones in each step: nothing is remembered
+    asked = [texts(seed) for seed in range(setup.timing.total)]  # new ones in each step: nothing is remembered
     scorer = None
     if importlib.util.find_spec("rouge_score") is not None:  # it is for development only
         scorer = importlib.import_module("rouge_score.rouge_scorer").RougeScorer(list(KINDS), use_stemmer=True)
@@ -31,7 +31,7 @@ def measure(setup: Setup) -> list[Result]:
         scores = [scorer.score_multi(references, candidate) for candidate in candidates]
         return [[score[kind].fmeasure for kind in KINDS] for score in scores]
 
-    pairs = alternate(ours, other if scorer else ours, setup.plan)
+    pairs = alternate(ours, other if scorer else ours, setup.timing)
     milliseconds = [(1e3 * mine, 1e3 * others) for mine, others in pairs]
     beside = compared("the same, ours / rouge-score", "ms", milliseconds, None)
     alone = Result(f"ROUGE of {CANDIDATES} candidates of {WORDS} words", "ms", beside.ours, goal=FAST)

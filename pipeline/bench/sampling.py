@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import rollout
-from pipeline.bench.measure import Goal, Plan, Result, alternate, compared, in_turns, speed, timed, times_less
+from pipeline.bench.measure import Goal, Result, alternate, compared, in_turns, speed, timed, times_less
 from pipeline.bench.setup import Setup, even, new_policy, packing, singles, with_settings
 from pipeline.data import collate
 from pipeline.engine import Engine
@@ -89,9 +89,9 @@ def at_length(small: Sampled, length: int) -> list[Result]:
         small.engine.module.zero_grad(set_to_none=True)
 
     two, one = partial(learn, two_stages), partial(learn, one_stage)
-    head, plan = f"T = {length}: ", small.setup.plan
+    head = f"T = {length}: "
     less = times_less(f"{head}graph kept / two-stage sampling", two, one, LESS if length == GOAL_LENGTH else None)
-    rounds = alternate(two, one, Plan(plan.rounds, 1, plan.clock, warm=1))
+    rounds = alternate(two, one, small.setup.timing.single)
     return [less, compared(f"{head}two-stage sampling / graph kept, step time", "s", rounds, None)]
 
 
@@ -120,17 +120,17 @@ def one_stage(small: Sampled, length: int) -> Tensor:
 
 def by_engine(setup: Setup, sizes: Sizes) -> Result:
     """Tokens per second of both engines, in turns, on responses of very different lengths."""
-    ragged, plan = sampled(setup, sizes), setup.plan
+    ragged = sampled(setup, sizes)
     ends_by_chance(hugging_face(ragged.engine.module.model), ragged.setup.encoder.eos_id)
     size = max(1, sizes.prompts // 4)  # several batches: continuous batching has somebody to take a place
 
     def take(engine: str, seed: int) -> tuple[int, float]:
         limits, responses = {"max_new_tokens": max(sizes.lengths), "batch_size": size}, []
-        seconds = timed(lambda: responses.extend(ragged.responses(seed, engine=engine, **limits)), plan.clock)
+        seconds = timed(lambda: responses.extend(ragged.responses(seed, engine=engine, **limits)), setup.timing.clock)
         return sum(len(response.response_ids) for response in responses), seconds
 
     sides = (partial(take, engine) for engine in ("continuous", "generate"))
-    rounds = in_turns(*sides, Plan(plan.rounds, 1, plan.clock, warm=1), speed)
+    rounds = in_turns(*sides, setup.timing.single, speed)
     weights = sum(weight.numel() for weight in ragged.engine.module.parameters()) / 1e6
     at_a_time, all_of_them = size * sizes.copies, sizes.prompts * sizes.copies
     note = f"Llama of {weights:.0f} M, {at_a_time} of {all_of_them} responses at a time"

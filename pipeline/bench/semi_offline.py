@@ -13,8 +13,8 @@ from functools import partial
 from typing import Any
 
 from pipeline import assembly
-from pipeline.bench.measure import Goal, Plan, Result, alternate, compared
-from pipeline.bench.setup import Setup, even, new_engine, new_trainer, packing, singles, stepper, windows, with_settings
+from pipeline.bench.measure import Goal, Result, Timing, alternate, compared
+from pipeline.bench.setup import Setup, even, new_engine, new_trainer, packing, singles, stepper, with_settings
 from pipeline.compositions import Composer
 from pipeline.engine import Engine
 from pipeline.layers import resolve
@@ -25,8 +25,7 @@ from pipeline.rewards import Reward, Rewards
 from reward_models import rouge
 
 TIME, ONE = Goal(1.15), Goal(1)
-SAMPLES = {"t5": (4, 16, 64), "llama": (64,)}  # per prompt, by the model's shape
-LAYERS = {"t5": 4, "llama": 10}  # twice, of encoder and decoder, for t5
+SHAPES = {"t5": (4, (4, 16, 64)), "llama": (10, (64,))}  # layers (twice for t5); samples per prompt
 SIZES = {
     "data": {"task": "docstrings", "task_size": 2000, "max_prompt_length": 512, "max_response_length": 60},
     "scratch": {"hidden_size": 384, "num_heads": 6, "vocab_size": 8192},
@@ -34,10 +33,10 @@ SIZES = {
 }
 
 
-def measure(setup: Setup, sizes: Mapping[str, Any] = SIZES, layers: Mapping[str, int] = LAYERS) -> list[Result]:
+def measure(setup: Setup, sizes: Mapping[str, Any] = SIZES) -> list[Result]:
     results = []
-    for shape, samples in SAMPLES.items():
-        scratch = {**sizes["scratch"], "shape": shape, "num_layers": layers[shape]}
+    for shape, (layers, samples) in SHAPES.items():
+        scratch = {"num_layers": layers, **sizes["scratch"], "shape": shape}
         train = {"batch_size": sizes["rows"], "micro_batch_size": sizes["rows"], "max_tokens": None}
         values = {"data": sizes["data"], "model": {"scratch": scratch}, "train": train}
         long = with_settings(setup, values, mask=True)
@@ -46,7 +45,7 @@ def measure(setup: Setup, sizes: Mapping[str, Any] = SIZES, layers: Mapping[str,
         weights = sum(weight.numel() for weight in rl.module.parameters()) / 1e6
         for n in samples:
             name = f"{shape} of {weights:.0f} M, semi-offline step, n = {n}"
-            results += against(setup.plan, name, semi_trainer(long, rl, items, n), masked)
+            results += against(setup.timing, name, semi_trainer(long, rl, items, n), masked)
     return results
 
 
@@ -68,7 +67,7 @@ def masked_trainer(setup: Setup, engine: Engine, items: list[Item]) -> Job:
     _, _, objective = assembly.objective_of(settings.algorithm)
     hidden = assembly.hidden(packing(setup, engine), setup.encoder, engine.module, settings, spans=True)
     alone = [replace(item, statics=()) for item in items]
-    return new_trainer(setup, engine, objective, windows(setup, alone, setup.settings.train.batch_size, hidden))
+    return new_trainer(setup, engine, objective, alone, hidden)
 
 
 def semi_trainer(setup: Setup, engine: Engine, items: list[Item], samples: int) -> Job:
@@ -79,12 +78,12 @@ def semi_trainer(setup: Setup, engine: Engine, items: list[Item], samples: int) 
     judge = Rewards([Reward("rouge", 1.0, rouge.reward)])
     composer = Composer(setup.ranks, setup.encoder, judge, items, module)
     scored = replace(objective, loss=partial(composer.loss, settings=algorithm))
-    return new_trainer(setup, engine, scored, windows(setup, items, setup.settings.train.batch_size, hidden))
+    return new_trainer(setup, engine, scored, items, hidden)
 
 
-def against(plan: Plan, name: str, semi: Job, masked: Job) -> list[Result]:
+def against(timing: Timing, name: str, semi: Job, masked: Job) -> list[Result]:
     """The two steps in turns, one of each per round: they take seconds. Then the calls of the model in one."""
-    rounds = alternate(stepper(semi), stepper(masked), Plan(plan.rounds, 1, plan.clock, warm=1))
+    rounds = alternate(stepper(semi), stepper(masked), timing.single)
     calls: list[int] = []
     policy = semi.engine.module
     counted = (policy, hugging_face(policy.model))  # a language model is called by itself to say one more token

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import assembly, examples, reference, training
-from pipeline.bench.measure import Plan
+from pipeline.bench.measure import Timing
 from pipeline.checkpoint import Checkpoints
 from pipeline.config import ROOT
 from pipeline.data import Packing, Windows
@@ -39,8 +39,8 @@ class Setup:
     folder: Path  # for what is needed only while measuring
 
     @property
-    def plan(self) -> Plan:
-        return Plan(self.settings.rounds, self.settings.steps, self.settings.clock)
+    def timing(self) -> Timing:
+        return Timing(self.settings.rounds, self.settings.steps, self.settings.clock)
 
 
 def prepare(settings: Bench, ranks: Ranks, directory: Path, folder: Path) -> Setup:
@@ -106,39 +106,35 @@ def packing(setup: Setup, engine: Engine) -> Packing:
     return assembly.packing(setup.settings.train, setup.ranks, engine.module, setup.encoder)
 
 
-def windows(setup: Setup, items: list[Item], size: int, packing: Packing) -> Windows:
-    """`size` of the items per step, in epochs."""
-    draw = training.epochs(len(items), size, setup.settings.seed)
-    return Windows(items, draw, packing, setup.ranks.rank, setup.ranks.world)
-
-
-def new_trainer(setup: Setup, engine: Engine, objective: Objective, windows: Windows) -> Job:
-    """What a stage would put together, without evaluation, logs and checkpoints."""
+def new_trainer(setup: Setup, engine: Engine, objective: Objective, items: list[Item], packing: Packing) -> Job:
+    """What a stage would put together, without evaluation, logs and checkpoints. A pair is two sequences of a batch."""
+    settings, ranks = setup.settings, setup.ranks
+    draw = training.epochs(len(items), settings.train.batch_size // len(items[0].rows), settings.seed)
     return Job(
         engine=engine,
         objective=objective,
-        windows=windows,
+        windows=Windows(items, draw, packing, ranks.rank, ranks.world),
         evaluate=lambda step: Evaluation({}),
         export=lambda directory: None,
-        train=setup.settings.train,
-        optimizer=setup.settings.optimizer,
+        train=settings.train,
+        optimizer=settings.optimizer,
         max_steps=MANY,
         eval_steps=None,
         watch=Watch("eval/loss", larger_is_better=False),
         log=RunLog(setup.folder, {}, resume_step=0, enabled=False, total_steps=MANY, description=""),
-        checkpoints=Checkpoints(setup.folder, setup.ranks, 1),
+        checkpoints=Checkpoints(setup.folder, ranks, 1),
         directory=setup.folder,
     )
 
 
-def trainer_of(setup: Setup, engine: Engine, items: list[Item], size: int, words: list[str]) -> Job:
-    """A trainer of `items`, `size` of them per step, with the algorithm of the stage that `words` name."""
+def trainer_of(setup: Setup, engine: Engine, items: list[Item], words: list[str]) -> Job:
+    """A trainer of `items` with the algorithm of the stage that `words` name."""
     _, _, objective = assembly.objective_of(resolve(words).settings.algorithm)
-    return new_trainer(setup, engine, objective, windows(setup, items, size, packing(setup, engine)))
+    return new_trainer(setup, engine, objective, items, packing(setup, engine))
 
 
 def sft_trainer(setup: Setup, items: list[Item]) -> Job:
-    return trainer_of(setup, new_engine(setup), items, setup.settings.train.batch_size, ["stage=sft"])
+    return trainer_of(setup, new_engine(setup), items, ["stage=sft"])
 
 
 def alol_trainer(setup: Setup, items: list[Item]) -> Job:
@@ -146,7 +142,7 @@ def alol_trainer(setup: Setup, items: list[Item]) -> Job:
     engine, ones = new_engine(setup), [1.0] * len(items)
     items = reference.with_reference(items, reference.reference_logps(engine, items, packing(setup, engine)))
     items = examples.with_numbers(items, reward=ones, value=[0.0] * len(items), advantage=ones)
-    return trainer_of(setup, engine, items, setup.settings.train.batch_size, ["stage=rl", "algo=alol"])
+    return trainer_of(setup, engine, items, ["stage=rl", "algo=alol"])
 
 
 def stepper(trainer: Job) -> Callable[[int], None]:

@@ -28,7 +28,7 @@ def against_sft(setup: Setup) -> list[Result]:
     items = singles(setup)
     sft, alol = sft_trainer(setup, items), alol_trainer(setup, items)
     name, (ours, other) = "A-LOL step / SFT step", (stepper(alol), stepper(sft))
-    time = compared(name, "s", alternate(ours, other, setup.plan), TIME)
+    time = compared(name, "s", alternate(ours, other, setup.timing), TIME)
     steps = range(setup.settings.rounds)
     peaks = [(peak_megabytes(partial(ours, step)), peak_megabytes(partial(other, step))) for step in steps]
     results = [time, compared(f"{name}, peak memory beyond the model's own", "MB", peaks, MEMORY)]
@@ -47,8 +47,8 @@ def utilisation(setup: Setup, sft: Job, seconds: float) -> Result:
 def against_bare(setup: Setup) -> list[Result]:
     """What windows, engine, metrics and logging cost."""
     ours = sft_trainer(setup, singles(setup))
-    windows = [ours.windows.at(step) for step in range(setup.plan.total)]
-    rounds = alternate(stepper(ours), bare_loop(setup, windows), setup.plan)
+    windows = [ours.windows.at(step) for step in range(setup.timing.total)]
+    rounds = alternate(stepper(ours), bare_loop(setup, windows), setup.timing)
     return [compared("our loop / bare torch loop", "s", rounds, TIME)]
 
 

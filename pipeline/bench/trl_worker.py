@@ -1,8 +1,8 @@
 """The peer's side of the benchmark, in an interpreter of its own: TRL's trainers, one step at a word.
 
-Reads lines from stdin, answers in lines of JSON. A job (JSON, see `Job`) builds a trainer and is answered {"ready": 1}.
+Reads lines from stdin, answers in lines of JSON. A `PeerJob` in JSON builds a trainer and is answered {"ready": 1}.
 Each "go" then lets it take one optimizer step, from fetching the rows to the updated weights, answered by
-{"seconds": s, "tokens": tokens read, padding not counted}. After `max_steps` of them it waits for the next job.
+{"seconds": s, "tokens": tokens read, padding not counted}. After the last of its steps it waits for the next job.
 Imports nothing of ours.
 """
 
@@ -24,19 +24,14 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 @dataclass(frozen=True)
-class Job:
-    """What to train: everything but `options` is the same on both sides."""
+class PeerJob:
+    """What to train."""
 
     trainer: str  # sft | reward | dpo
     model: str  # a Hugging Face directory
     rows: str  # a file of JSON lines: token ids
-    batch_size: int  # rows or pairs per optimizer step
-    max_steps: int
     clock: str  # wall | cpu
     threads: int
-    bf16: bool
-    learning_rate: float
-    folder: str
     options: dict[str, Any]  # of the trainer's configuration, over the peer's own defaults
 
 
@@ -81,17 +76,11 @@ class Turns(TrainerCallback):
         self.started = self.clock()
 
 
-def train(job: Job, channel: Any) -> None:
+def train(job: PeerJob, channel: Any) -> None:
     """All steps of the trainer that `job` names, from the float32 weights in its model directory."""
     torch.set_num_threads(job.threads)
     trainer, configuration, own = KINDS[job.trainer]
-    per_call = min(job.options.get("per_device_train_batch_size", 8), job.batch_size)
     common = {
-        "output_dir": job.folder,
-        "gradient_accumulation_steps": job.batch_size // per_call,
-        "max_steps": job.max_steps,
-        "learning_rate": job.learning_rate,
-        "bf16": job.bf16,
         "model_init_kwargs": {"dtype": "float32"},
         "use_cpu": not torch.cuda.is_available(),
         "report_to": "none",
@@ -104,7 +93,7 @@ def train(job: Job, channel: Any) -> None:
     turns = Turns(channel, job.clock)
     turns.trainer = trainer(
         model=job.model,
-        args=configuration(**{**own, **common, **job.options, "per_device_train_batch_size": per_call}),
+        args=configuration(**own, **common, **job.options),
         train_dataset=rows,
         processing_class=AutoTokenizer.from_pretrained(job.model),
         callbacks=[turns],
@@ -116,7 +105,7 @@ def main() -> None:
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what trainers print does not mix with the answers
     for line in iter(sys.stdin.readline, ""):
-        train(Job(**json.loads(line)), channel)
+        train(PeerJob(**json.loads(line)), channel)
 
 
 if __name__ == "__main__":
