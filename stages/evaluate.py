@@ -18,7 +18,7 @@ from pipeline.launch.entry import run
 from pipeline.records import Example, Response
 from pipeline.rewards import build, scoring
 from pipeline.rewards.rewards import Rewards
-from pipeline.rollout import generate
+from pipeline.rollout.generate import generate, inference, plain_sampling
 from pipeline.trainer import engine, evaluation
 from pipeline.trainer.engine import Ranks
 
@@ -70,11 +70,11 @@ def judged(
     results: dict[str, dict[str, float]] = {}
     samples: dict[str, list[dict]] = {}
     for name in [*names[1:], names[0]]:
-        with generate.inference(settings, models[name], ranks) as (speaker, encoder, packing):
-            answers = generate.generate(speaker, encoder, prompts, settings.generation, settings.seed)
-            free = generate.free(settings.generation)
+        with inference(settings, models[name], ranks) as (speaker, encoder, packing):
+            answers = generate(speaker, encoder, prompts, settings.generation, settings.seed)
+            free = plain_sampling(settings.generation)
             same = free == settings.generation
-            drawn = answers if same else generate.generate(speaker, encoder, prompts, free, settings.seed)
+            drawn = answers if same else generate(speaker, encoder, prompts, free, settings.seed)
             sampled[name] = drawn, evaluation.response_logps(speaker, drawn, packing)
             scores = scoring.score_responses(ranks, judge, answers)
             results[name] = evaluation.reward_statistics(scores, [answer.text for answer in answers])

@@ -19,7 +19,7 @@ from pipeline.launch.entry import run
 from pipeline.records import Example, Response
 from pipeline.rewards import build, candidates
 from pipeline.rewards.candidates import Gathered
-from pipeline.rollout import generate
+from pipeline.rollout.generate import generate, inference
 from pipeline.trainer import engine, evaluation
 
 BATCHES = 20  # on each rank between two words about how far it is
@@ -41,7 +41,7 @@ def main(settings: Generate, words: Sequence[str]) -> None:
         for split in settings.splits
     }
     results: dict[str, object] = {}
-    with generate.inference(settings, model, ranks) as (speaker, encoder, _):
+    with inference(settings, model, ranks) as (speaker, encoder, _):
         for split, rows in prompts.items():
             asked = rows[: settings.max_rows]
             answers = responses(speaker, encoder, asked, settings, lambda done, split=split: say(f"{split}: {done}"))
@@ -72,7 +72,7 @@ def responses(
     answers: list[Response] = []
     for start in range(0, len(asked), part):
         some = asked[start : start + part]
-        answers += generate.generate(speaker, encoder, some, settings.generation, settings.seed)
+        answers += generate(speaker, encoder, some, settings.generation, settings.seed)
         if len(asked) > part:
             tell(f"{start + len(some):,} of {len(asked):,} prompts")
     return answers

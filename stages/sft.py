@@ -14,7 +14,7 @@ from pipeline.launch import run_dir
 from pipeline.launch.entry import run
 from pipeline.models import build
 from pipeline.records import Example, Item
-from pipeline.rollout import generate
+from pipeline.rollout.generate import generate
 from pipeline.trainer import engine, evaluation, loop
 from pipeline.trainer.loop import Evaluation, Watch
 from pipeline.trainer.objective import objective_of
@@ -33,8 +33,8 @@ def main(settings: Sft, words: Sequence[str]) -> None:
     train = conversations.learned(train, settings.train_on)
     held_out = dataset.supervised(dataset.load(settings.data, "validation", settings.seed, say))
     held_out = held_out[: settings.eval.max_rows]
-    hides = settings.masking.rate > 0
-    encoder = build.encoder_of(settings, model, lambda: dataset.texts(train, settings.template), hides)
+    masks = settings.masking.rate > 0
+    encoder = build.encoder_of(settings, model, lambda: dataset.texts(train, settings.template), masks)
     encoded = dataset.encode(train, encoder, dataset.completion_rows)
     watched = (
         held_out if settings.train_on == "last" else [row for one in held_out for row in conversations.turns_of(one)]
@@ -46,25 +46,25 @@ def main(settings: Sft, words: Sequence[str]) -> None:
     # tokens -> model
     _, _, objective = objective_of(settings.algorithm)
     longest = settings.data.max_response_length
-    policy = build.build_policy(model, encoder, settings.train, longest, settings.seed, hides)
+    policy = build.build_policy(model, encoder, settings.train, longest, settings.seed, masks)
     packing = build.packing(settings.train, ranks.world, policy, encoder)
-    hidden = build.hidden(packing, encoder, policy, settings, spans=True) if hides else packing
+    masked_packing = build.masked_packing(packing, encoder, policy, settings, spans=True) if masks else packing
     trainer = engine.Engine(policy, ranks, settings.train, settings.optimizer)
 
     items = encoded.items
-    if settings.train_on == "all" and not (hides or policy.encoder_decoder):
+    if settings.train_on == "all" and not (masks or policy.encoder_decoder):
         items = in_fewer_rows(items, say)
 
     def look(step: int) -> Evaluation:
         scalars = evaluation.held_out_loss(trainer, objective, tested.items, packing)
         scalars["eval/perplexity"] = math.exp(min(scalars["eval/loss"], 50.0))
-        if hides:
-            masked = evaluation.held_out_loss(trainer, objective, tested.items, hidden)
+        if masks:
+            masked = evaluation.held_out_loss(trainer, objective, tested.items, masked_packing)
             scalars["eval/masked_loss"] = masked["eval/loss"]
         return Evaluation(scalars, samples=spoken(trainer, encoder, held_out, settings))
 
     course = loop.Course(
-        windows=windows(items, hidden, settings, ranks),
+        windows=windows(items, masked_packing, settings, ranks),
         objective=objective,
         max_steps=loop.steps_for(settings, len(items)),
         eval_steps=settings.train.eval_steps,
@@ -94,7 +94,7 @@ def spoken(
     """What the model says now to the first held-out prompts, as rows of a sample table."""
     shown = held_out[: settings.eval.num_samples]
     generation = settings.generation.model_copy(update={"max_new_tokens": settings.data.max_response_length})
-    answers = generate.generate(trainer, encoder, shown, generation, settings.seed) if shown else []
+    answers = generate(trainer, encoder, shown, generation, settings.seed) if shown else []
     return [{"id": a.example.id, "prompt": a.prompt_text, "response": a.text} for a in answers]
 
 

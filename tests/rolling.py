@@ -20,7 +20,7 @@ from pipeline.models.policy import Policy
 from pipeline.records import Example
 from pipeline.rewards.rewards import Reward, Rewards
 from pipeline.rl.on_policy import Rollouts
-from pipeline.rollout.allocation import Queue, Sampler
+from pipeline.rollout.allocation import Sampler
 from pipeline.trainer import engine, loop
 from pipeline.trainer.loop import Job
 from pipeline.trainer.metrics import Interval, Tally
@@ -120,24 +120,24 @@ def job_of(case: Case, zero: str, folder: Path) -> Job:
         packing=packing,
         settings=settings,
         algorithm=algorithm,
-        sampler=Sampler(settings.sampler, tiny.V, Queue(algorithm.queue_size)),
+        sampler=Sampler(settings.sampler, tiny.V, algorithm.queue_size),
     )
     plain = same_step.job_of(same_step.cases()["nll"], trained, [], packing, folder)
     return replace(plain, windows=rollouts, objective=objective, max_steps=STEPS)
 
 
 def run(job: Job, first: int = 0, steps: int = STEPS) -> list[dict[str, Any]]:
-    """What was planned, said and logged in each step."""
+    """What was planned, sampled and logged in each step."""
     seen = []
     for step in range(first, steps):
         interval = Interval(Tally())
         assert loop.one_step(job, step, interval) is None  # nothing that is not finite
-        lots = job.windows.lots
+        groups = job.windows.groups
         seen.append(
             {
-                "plan": [(lot.key, lot.share.k, lot.share.temperature) for lot in lots],
-                "ids": [[response.response_ids for response in lot.responses] for lot in lots],
-                "advantages": [list(lot.advantages) for lot in lots],
+                "plan": [(group.key, group.allocation.k, group.allocation.temperature) for group in groups],
+                "ids": [[response.response_ids for response in group.responses] for group in groups],
+                "advantages": [list(group.advantages) for group in groups],
                 "stats": {name: functional.reduce(stat) for name, stat in job.windows.stats.items()},
                 "logged": interval.close(job.engine.ranks.all_sum)[0],
             }
@@ -146,10 +146,10 @@ def run(job: Job, first: int = 0, steps: int = STEPS) -> list[dict[str, Any]]:
 
 
 def steps_of(case: Case, zero: str, folder: Path) -> dict[str, Any]:
-    """All that can be compared: the steps, the weights they leave (on rank 0), and what is remembered."""
+    """All that can be compared: the steps, the weights they leave (on rank 0), and what a resume needs."""
     job = job_of(case, zero, folder)
     seen = run(job)
-    return {"steps": seen, "weights": job.engine.state_dict(), "memory": job.windows.remembered(STEPS)}
+    return {"steps": seen, "weights": job.engine.state_dict(), "memory": job.windows.state_dict(STEPS)}
 
 
 def main(folder: Path) -> None:

@@ -29,7 +29,7 @@ from pipeline.bench.long_rows import Sizes, long_bed
 from pipeline.bench.measure import Goal, Plan, Result, alternate, compared, peak, peak_megabytes, table
 from pipeline.config.resolve import resolve
 from pipeline.errors import UserError
-from pipeline.records import Response, Seen
+from pipeline.records import Response, SampleStats
 from pipeline.trainer import engine
 from tests import tiny
 
@@ -159,7 +159,7 @@ def test_steps(ground: bed.Bed) -> None:
 def test_long_rows_are_as_long_as_asked(ground: bed.Bed) -> None:
     long = long_bed(ground, SIZES, "t5")
     for item in long.singles:
-        (row,), (static,) = item.rows, item.statics
+        (row,), (static,) = item.rows, item.static_rows
         assert (len(row.prompt_ids), len(row.response_ids), len(static.response_ids)) == (24, 12, 12)
         assert row.prompt_ids == static.prompt_ids and row.response_ids[:6] == static.response_ids[:6]
         assert item.example.references == (long.encoder.decode(row.response_ids),)
@@ -221,7 +221,7 @@ def test_each_piece_of_saved_memory_counts_once() -> None:
 
 def test_row_steps_after_the_end() -> None:
     answers = [
-        Response(None, "", "", (5,), (6,) * length, False, Seen(torch.zeros(length), 0.0, 0.0, 0.0, batch))
+        Response(None, "", "", (5,), (6,) * length, False, SampleStats(torch.zeros(length), 0.0, 0.0, 0.0, batch))
         for length, batch in ((4, 0), (2, 0), (1, 1))
     ]
     assert sampling.wasted(answers) == pytest.approx(2 / 9)  # 2 rows x 4 steps and 1 x 1, of which 2 come after an end

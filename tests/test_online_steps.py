@@ -109,7 +109,7 @@ def test_dropping_keeps_half_of_batches_of_two(alone: dict) -> None:
     step = alone["drop"]["steps"][0]
     assert step["stats"]["esrl/left_out"] == 0.5
     assert step["stats"]["rollout/generated_tokens"] > sum(
-        len(ids) for lot in step["ids"] for ids in lot
+        len(ids) for group in step["ids"] for ids in group
     )  # all paid for
 
 
@@ -119,13 +119,13 @@ def test_t08_a_resume_is_as_if_never_left(tmp_path: Path, alone: dict, name: str
     job = rolling.job_of(CASES[name], "zero0", tmp_path)
     rolling.run(job, 0, 2)
     checkpoints = Checkpoints(tmp_path, job.engine.ranks, 1)
-    checkpoints.save(job.engine, State(step=2, world=1), Interval(Tally()), job.windows.remembered(2))
+    checkpoints.save(job.engine, State(step=2, world=1), Interval(Tally()), job.windows.state_dict(2))
     other = rolling.job_of(CASES[name], "zero0", tmp_path)
     state, _, memory = checkpoints.load(other.engine)
-    other.windows.recall(memory)
+    other.windows.load_state_dict(memory)
     (last,) = rolling.run(other, state.step, STEPS)
     assert last["ids"] == alone[name]["steps"][2]["ids"] and last["plan"] == alone[name]["steps"][2]["plan"]
-    assert other.windows.remembered(STEPS) == json.loads(json.dumps(alone[name]["memory"]))
+    assert other.windows.state_dict(STEPS) == json.loads(json.dumps(alone[name]["memory"]))
     assert gap(other.engine.state_dict(), alone[name]["weights"]) == 0.0
 
 
@@ -133,17 +133,17 @@ def test_t08_a_step_that_was_not_taken_is_not_remembered(tmp_path: Path) -> None
     """Where a step's gradient is not finite the state before it is saved, and the step is made again as it was."""
     job = rolling.job_of(CASES["esrl"], "zero0", tmp_path)
     rolling.run(job, 0, 1)
-    before = job.windows.remembered(1)
+    before = job.windows.state_dict(1)
     job.windows.at(1)
-    assert job.windows.remembered(1) == before
+    assert job.windows.state_dict(1) == before
 
 
 def test_a_prompt_that_comes_twice_in_a_step_has_other_responses(tmp_path: Path) -> None:
-    """Two prompts, four places: each turn throws dice of its own, so no sample is paid for twice."""
+    """Two prompts, four places: each turn has random numbers of its own, so no sample is paid for twice."""
     job = rolling.job_of(rolling.Case(("algo=reinforce",), prompts=2, per_step=4), "zero0", tmp_path)
     job.windows.at(0)
     said: dict[str, list] = {}
-    for lot in job.windows.lots:
-        said.setdefault(lot.key, []).append([response.response_ids for response in lot.responses])
+    for group in job.windows.groups:
+        said.setdefault(group.key, []).append([response.response_ids for response in group.responses])
     assert [len(turns) for turns in said.values()] == [2, 2]
     assert all(first != second for first, second in said.values())

@@ -79,4 +79,4 @@ def read_beside(item: Item, encoder: Encoder) -> Item:
     half = len(first.response_ids) // 2
     static = replace(second, response_ids=first.response_ids[:half] + second.response_ids[half:])
     example = replace(item.example, references=(encoder.decode(first.response_ids),))
-    return replace(item, example=example, rows=(first,), statics=(static,))
+    return replace(item, example=example, rows=(first,), static_rows=(static,))

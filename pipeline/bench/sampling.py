@@ -1,7 +1,7 @@
 """Two-stage sampling against sampling with the graph kept, on the same weights and prompts; then its two engines.
 
 One stage: every response is decoded with gradient, keys and values of earlier tokens kept, and the graph of all its
-steps lives until the backward pass. Two stages, as on-policy RL does it: rollout.answer without gradient, then one pass
+steps lives until the backward pass. Two stages, as on-policy RL does it: generate() without gradient, then one pass
 with gradient over the sampled ids. Source of the comparison: Wang et al., "ESRL" (AAAI 2024).
 """
 
@@ -24,8 +24,8 @@ from pipeline.data import dataset
 from pipeline.data.batching import collate
 from pipeline.models import build
 from pipeline.models.loading import hugging_face
-from pipeline.records import Ask, Item, Response, Row
-from pipeline.rollout import generate
+from pipeline.records import Item, Request, Response, Row
+from pipeline.rollout.generate import plain_sampling, respond
 from pipeline.trainer.engine import Engine
 
 LESS = Goal(5.0, at_least=True)
@@ -63,7 +63,7 @@ class Ground:
 
     bed: Bed
     engine: Engine
-    asks: list[Ask]
+    requests: list[Request]
 
 
 def shaped(bed: Bed, sizes: Sizes) -> Ground:
@@ -81,13 +81,13 @@ def shaped(bed: Bed, sizes: Sizes) -> Ground:
     encoder = build.encoder_of(settings, model, lambda: dataset.texts(rows, settings.template))
     items = dataset.encode(dataset.supervised(rows), encoder, dataset.completion_rows).items[: sizes.rows]
     bed = replace(bed, settings=settings, encoder=encoder, singles=even(items, sizes.prompt, longest), pairs=[])
-    heats = (1.0,) * sizes.copies
-    asks = [Ask(item.example, item.rows[0].prompt_ids, heats) for item in bed.singles]
+    temperatures = (1.0,) * sizes.copies
+    requests = [Request(item.example, item.rows[0].prompt_ids, temperatures) for item in bed.singles]
     policy = new_policy(bed)
     if sizes.mean_length is not None:
         ends_by_chance(hugging_face(policy.model), encoder.eos_id, sizes.mean_length)
         policy = type(policy)(policy.model, tokens)
-    return Ground(bed, Engine(policy, bed.ranks, train, None), asks)
+    return Ground(bed, Engine(policy, bed.ranks, train, None), requests)
 
 
 def ends_by_chance(lm: nn.Module, eos: int, mean: float) -> None:
@@ -131,14 +131,14 @@ def learn(ground: Ground, way: Callable[[], Tensor]) -> None:
 def sample(ground: Ground, length: int) -> list[list[Response]]:
     """Stage 1, with responses of exactly `length` tokens."""
     settings = spoken_settings().model_copy(
-        update={"max_new_tokens": length, "min_new_tokens": length, "batch_size": len(ground.asks)}
+        update={"max_new_tokens": length, "min_new_tokens": length, "batch_size": len(ground.requests)}
     )
-    return generate.answer(ground.engine, ground.bed.encoder, ground.asks, settings, seed=0)
+    return respond(ground.engine, ground.bed.encoder, ground.requests, settings, seed=0)
 
 
 def spoken_settings() -> GenerationSettings:
     """Plain sampling, as on-policy RL samples."""
-    return generate.free(resolve(["stage=rl", "algo=reinforce"]).settings.generation)
+    return plain_sampling(resolve(["stage=rl", "algo=reinforce"]).settings.generation)
 
 
 def two_stages(ground: Ground, length: int) -> Tensor:
@@ -152,13 +152,13 @@ def two_stages(ground: Ground, length: int) -> Tensor:
 def one_stage(ground: Ground, length: int) -> Tensor:
     """() the same from the decoding itself, with gradient through every step and its keys and values."""
     lm = hugging_face(ground.engine.module.model)
-    dice = torch.Generator(ground.bed.ranks.device).manual_seed(0)
-    ids = torch.tensor([ask.prompt_ids for ask in ground.asks], device=ground.bed.ranks.device)
+    numbers = torch.Generator(ground.bed.ranks.device).manual_seed(0)
+    ids = torch.tensor([request.prompt_ids for request in ground.requests], device=ground.bed.ranks.device)
     total, cache = torch.zeros((), device=ids.device), None
     for _ in range(length):
         said = lm(input_ids=ids, past_key_values=cache, use_cache=True)
         logps, cache = said.logits[:, -1].float().log_softmax(-1), said.past_key_values
-        ids = torch.multinomial(logps.detach().exp(), 1, generator=dice)  # (B, 1)
+        ids = torch.multinomial(logps.detach().exp(), 1, generator=numbers)  # (B, 1)
         total = total - logps.gather(1, ids).sum()
     return total
 
@@ -206,8 +206,8 @@ class Turns:
 
     def take(self, seed: int) -> None:
         groups: list[list[Response]] = []
-        parts = self.ground.engine, self.ground.bed.encoder, self.ground.asks, self.settings
-        seconds = timed(lambda: groups.extend(generate.answer(*parts, seed)), self.ground.bed.plan.clock)
+        parts = self.ground.engine, self.ground.bed.encoder, self.ground.requests, self.settings
+        seconds = timed(lambda: groups.extend(respond(*parts, seed)), self.ground.bed.plan.clock)
         self.responses = [response for group in groups for response in group]
         self.seconds_per_token = seconds / sum(self.lengths)
 
@@ -220,6 +220,6 @@ def wasted(responses: Sequence[Response]) -> float:
     """The share of a decoded batch's rows times its steps that come after a row's own end; over all batches."""
     batches: dict[int, list[int]] = {}
     for response in responses:
-        batches.setdefault(response.seen.batch, []).append(len(response.response_ids))
+        batches.setdefault(response.stats.batch, []).append(len(response.response_ids))
     steps = sum(len(lengths) * max(lengths) for lengths in batches.values())
     return 1.0 - sum(sum(lengths) for lengths in batches.values()) / steps

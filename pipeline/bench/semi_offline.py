@@ -25,7 +25,7 @@ from pipeline.models.policy import Policy
 from pipeline.rewards.rewards import Reward, Rewards
 from pipeline.rl import on_policy
 from pipeline.rl.compositions import Composer
-from pipeline.rollout.allocation import Queue, Sampler
+from pipeline.rollout.allocation import Sampler
 from pipeline.trainer.engine import Engine
 from pipeline.trainer.loop import Job
 from pipeline.trainer.objective import objective_of
@@ -57,10 +57,10 @@ def masked_job(bed: Bed, engine: Engine) -> Job:
     """M-FT on the references."""
     settings = resolve(["stage=sft", "masking.rate=0.4"]).settings
     packing = build.packing(bed.settings.train, bed.ranks.world, engine.module, bed.encoder)
-    hidden = build.hidden(packing, bed.encoder, engine.module, settings, spans=True)
-    items = [replace(item, statics=()) for item in bed.singles]
+    masked = build.masked_packing(packing, bed.encoder, engine.module, settings, spans=True)
+    items = [replace(item, static_rows=()) for item in bed.singles]
     work = job(bed, engine, settings.algorithm, items, bed.settings.train.batch_size)
-    return replace(work, windows=Windows(items, work.windows.draw, hidden, bed.ranks.rank, bed.ranks.world))
+    return replace(work, windows=Windows(items, work.windows.draw, masked, bed.ranks.rank, bed.ranks.world))
 
 
 def semi_job(bed: Bed, engine: Engine, samples: int) -> Semi:
@@ -68,10 +68,10 @@ def semi_job(bed: Bed, engine: Engine, samples: int) -> Semi:
     settings = resolve(["stage=rl", "algo=semi_offline", f"algorithm.settings.samples={samples}"]).settings
     module, algorithm, objective = objective_of(settings.algorithm)
     packing = build.packing(bed.settings.train, bed.ranks.world, engine.module, bed.encoder)
-    hidden = build.hidden(packing, bed.encoder, engine.module, settings, samples=samples)
+    masked = build.masked_packing(packing, bed.encoder, engine.module, settings, samples=samples)
     composer = Composer(bed.ranks, bed.encoder, JUDGE, bed.singles, module)
     work = job(bed, engine, settings.algorithm, bed.singles, bed.settings.train.batch_size)
-    windows = Windows(bed.singles, work.windows.draw, hidden, bed.ranks.rank, bed.ranks.world)
+    windows = Windows(bed.singles, work.windows.draw, masked, bed.ranks.rank, bed.ranks.world)
     learned = replace(objective, loss=lambda output, batch: composer.loss(output, batch, algorithm))
     return Semi(replace(work, windows=windows, objective=learned), composer, algorithm)
 
@@ -93,7 +93,7 @@ def online_job(bed: Bed, engine: Engine) -> Job:
         packing=build.packing(bed.settings.train, bed.ranks.world, engine.module, bed.encoder),
         settings=settings,
         algorithm=algorithm,
-        sampler=Sampler(settings.sampler, engine.module.vocab_size, Queue(algorithm.queue_size)),
+        sampler=Sampler(settings.sampler, engine.module.vocab_size, algorithm.queue_size),
     )
     return replace(work, windows=windows)
 

@@ -62,9 +62,9 @@ def one_step(semi: Semi, step: int, watch: Watch) -> torch.Tensor:
         output = forward(work.engine.module, batch, watch)
         drawn = functional.Drawn(*output[2:])
         written = take("decoding to text", lambda drawn=drawn, batch=batch: semi.composer.write(drawn, batch))
-        found = take("rewards", lambda written=written, batch=batch: semi.composer.judge_texts(*written, batch))
+        found = take("rewards", lambda written=written, batch=batch: semi.composer.ask(*written, batch)())
         given = (output, batch, semi.settings, found)
-        totals, _ = take("loss and statistics", lambda given=given: semi.composer.blame(*given))
+        totals, _ = take("loss and statistics", lambda given=given: semi.composer.judged_loss(*given))
         last = place == len(window) - 1
         take("backward", lambda totals=totals, last=last: work.engine.backward(totals, n_terms, last))
     take("optimizer", lambda: work.engine.step(learning_rate(step, work.max_steps, work.optimizer)))
@@ -77,8 +77,8 @@ def forward(policy: Policy, batch: Batch, watch: Watch) -> tuple[torch.Tensor, .
     states, others = watch.take("forward without head", lambda: policy.both_states(batch))
 
     def draw() -> functional.Drawn:
-        hidden = others[static.hidden]
-        return functional.draw_tokens(hidden, policy.head, static.uniforms, static.forbidden, policy.chunks)
+        hidden = others[static.masked]
+        return functional.draw_tokens(hidden, policy.head, static.uniforms, static.suppressed, policy.chunks)
 
     def likelihood() -> tuple[torch.Tensor, ...]:
         targets = batch.response_ids[mask]

@@ -18,7 +18,7 @@ MARKS = (".", ",")  # after which the released code draws no mask
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class TokenTables:
     """Tables over the V rows of a model's output matrix.
 
     A word begins with the token that brings its blank. Of a blank that is a token of its own the word's first letters
@@ -28,7 +28,7 @@ class Vocabulary:
     word_start: Tensor  # (V,) bool: begins with a blank or line end after a letter, or is a full stop or comma
     punctuation: Tensor  # (V,) bool: full stop or comma, bare or with its blank
     special: Tensor  # (V,) bool: never sampled, never masked; also the rows without a token
-    mask_id: int  # the [MASK] that stands for hidden tokens; special itself
+    mask_id: int  # the [MASK] that stands for masked tokens; special itself
 
     def require_words(self) -> None:
         """Raise UserError where no token marks the beginning of a word, so that words cannot be told apart."""
@@ -39,7 +39,7 @@ class Vocabulary:
             )
 
 
-def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
+def token_tables(tokenizer: PreTrainedTokenizerBase, size: int) -> TokenTables:
     """The tables of `tokenizer` for an output matrix of `size` rows, which may be more than it has tokens.
 
     Single bytes of a longer character are continuations, as they decode to no blank; bytes that are a blank or a line
@@ -55,7 +55,7 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
     texts = texts_after_a_letter(tokenizer, ordinary)
     punctuation = flags(size, ordinary, [text.strip() in MARKS for text in texts])
     blanks = flags(size, ordinary, [text[:1].isspace() for text in texts])
-    return Vocabulary(blanks | punctuation, punctuation, special, tokenizer.mask_token_id)
+    return TokenTables(blanks | punctuation, punctuation, special, tokenizer.mask_token_id)
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

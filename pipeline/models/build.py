@@ -12,7 +12,7 @@ from pipeline.config.schema import Rl, Sft, WithModel
 from pipeline.config.sections import ModelSettings, TrainSettings
 from pipeline.data import vocabulary
 from pipeline.data.batching import Packing, collate, packing_of
-from pipeline.data.masking import Hiding
+from pipeline.data.masking import Masker
 from pipeline.data.tokenization import Encoder
 from pipeline.models import checks, loading
 from pipeline.models.policy import Policy, RewardModel, check_head
@@ -71,9 +71,9 @@ def packing(train: TrainSettings, world: int, policy: Policy, encoder: Encoder) 
     return packing_of(train, world, policy.encoder_decoder, encoder.pad_id)
 
 
-def hidden(packing: Packing, encoder: Encoder, policy: Policy, settings: Sft | Rl, **more: Any) -> Packing:
-    """`packing` for batches whose responses are partly hidden, as `settings.masking` says; `more` is of `Hiding`."""
-    words = vocabulary.vocabulary(encoder.tokenizer, policy.vocab_size)
+def masked_packing(packing: Packing, encoder: Encoder, policy: Policy, settings: Sft | Rl, **more: Any) -> Packing:
+    """`packing` for batches whose responses are partly masked, as `settings.masking` says; `more` is of `Masker`."""
+    words = vocabulary.token_tables(encoder.tokenizer, policy.vocab_size)
     if settings.masking.span != "token":
         words.require_words()
-    return replace(packing, hiding=Hiding(words, settings.masking, settings.seed, **more))
+    return replace(packing, masker=Masker(words, settings.masking, settings.seed, **more))

@@ -24,7 +24,7 @@ from pipeline.launch import run_dir
 from pipeline.records import Example, Item
 from pipeline.rewards import rewards, scoring
 from pipeline.rl import reference
-from pipeline.rollout import generate
+from pipeline.rollout.generate import generate
 from pipeline.trainer.engine import Engine, Ranks
 
 
@@ -157,7 +157,7 @@ def value_targets(ref: Reference, source: ValueData) -> reference.Targets:
         generation = ref.settings.generation.model_copy(
             update={"do_sample": True, "num_beams": 1, "num_return_sequences": settings.samples_per_prompt}
         )
-        answers = generate.generate(ref.engine, ref.encoder, prompts, generation, ref.settings.seed)
+        answers = generate(ref.engine, ref.encoder, prompts, generation, ref.settings.seed)
         totals = scoring.score_responses(ref.engine.ranks, source.judge, answers).total
         n = settings.samples_per_prompt
         expected = [statistics.fmean(totals[i * n : (i + 1) * n]) for i in range(len(prompts))]

@@ -14,7 +14,7 @@ from pipeline.errors import UserError
 from pipeline.records import Example
 from pipeline.rewards import scoring
 from pipeline.rewards.rewards import Rewards
-from pipeline.rollout import generate
+from pipeline.rollout.generate import generate
 from pipeline.trainer import evaluation
 from pipeline.trainer.engine import Engine, Ranks
 from pipeline.trainer.loop import Course
@@ -76,7 +76,7 @@ def spoken(
     engine: Engine, encoder: Encoder, prompts: Sequence[Example], judge: Rewards | None, settings: Rl
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """eval/... of fresh responses to `prompts`, with what `judge` says of them; and a few of them as samples."""
-    answers = generate.generate(engine, encoder, prompts, settings.generation, settings.seed)
+    answers = generate(engine, encoder, prompts, settings.generation, settings.seed)
     found, samples = evaluation.completion_statistics(answers), []
     if judge is not None:
         scores = scoring.score_responses(engine.ranks, judge, answers)

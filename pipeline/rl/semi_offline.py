@@ -1,4 +1,4 @@
-"""Learning from hidden tokens of static responses: rows -> reference and static rows -> one forward per micro-batch."""
+"""Learning from masked tokens of static responses: rows -> reference and static rows -> one forward per micro-batch."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def lesson(scene: Scene) -> Lesson:
     longest = scene.data.max_response_length
     policy = build.build_policy(scene.model, encoder, settings.train, longest, settings.seed, mask=True)
     packing = build.packing(settings.train, ranks.world, policy, encoder)
-    hiding = build.hidden(
+    masked_packing = build.masked_packing(
         packing, encoder, policy, settings, samples=scene.algorithm.samples, share_prompt=settings.share_prompt
     )
     trainer = Engine(policy, ranks, settings.train, settings.optimizer)
@@ -49,7 +49,7 @@ def lesson(scene: Scene) -> Lesson:
     overlap = judge.elsewhere and trainer.stage < 3  # ZeRO-3 foresees each forward's backward to fetch weights in time
     draw = loop.epochs(len(held.items), settings.train.batch_size, settings.seed)
     course = loop.Course(
-        windows=Windows(held.items, draw, hiding, ranks.rank, ranks.world),
+        windows=Windows(held.items, draw, masked_packing, ranks.rank, ranks.world),
         objective=replace(
             scene.objective,
             loss=lambda output, batch: composer.loss(output, batch, scene.algorithm),
@@ -57,11 +57,13 @@ def lesson(scene: Scene) -> Lesson:
         ),
         max_steps=loop.steps_for(settings, len(held.items)),
         eval_steps=settings.train.eval_steps,
-        evaluate=Look(scene, trainer, encoder, held, composer, packing, hiding),
+        evaluate=Look(scene, trainer, encoder, held, composer, packing, masked_packing),
         watch=Watch("eval/reward/mean", True),
         export=loop.exporter(trainer, encoder),
     )
-    return Lesson(trainer, course, lambda: check_shared(trainer, held.items, hiding, CLOSE[settings.train.precision]))
+    return Lesson(
+        trainer, course, lambda: check_shared(trainer, held.items, masked_packing, CLOSE[settings.train.precision])
+    )
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,8 @@ def rows_of(scene: Scene, encoder: Encoder) -> Held:
     held_out = dataset.load(data, "validation", settings.seed, scene.say)
     encoded = dataset.encode(train, encoder, reference_rows)
     tested = dataset.encode(held_out[: settings.eval.max_rows], encoder, reference_rows)
-    items = with_statics(encoded.items, encoder, settings.static)
-    short = wordless([row for item in items for row in item.statics], encoder)
+    items = with_static_rows(encoded.items, encoder, settings.static)
+    short = wordless([row for item in items for row in item.static_rows], encoder)
     scene.say(f"{encoded.summary('train')}\n{tested.summary('validation')}")
     scene.say(f"static responses: {settings.static}, {short:,} of them without a word")
     scene.say(coloured(encoder, encoded.items[0].rows[0]))
@@ -94,9 +96,9 @@ def reference_rows(example: Example, encoder: Encoder) -> tuple[Row, ...]:
     return (encoder.encode(example.prompt, dataset.reference_text(example)),)
 
 
-def with_statics(items: Sequence[Item], encoder: Encoder, which: str) -> list[Item]:
+def with_static_rows(items: Sequence[Item], encoder: Encoder, which: str) -> list[Item]:
     """The items with the static responses that `which` chooses. Raises UserError where a row has none."""
-    return [replace(item, statics=static_rows(item.example, encoder, which)) for item in items]
+    return [replace(item, static_rows=static_rows(item.example, encoder, which)) for item in items]
 
 
 @dataclass(frozen=True)
@@ -109,12 +111,12 @@ class Look:
     held: Held
     composer: Composer
     plain: Packing
-    hiding: Packing
+    masked_packing: Packing
 
     def __call__(self, step: int) -> Evaluation:
         settings = self.scene.settings
         scalars = evaluation.held_out_loss(self.engine, LIKELIHOOD, self.held.tested, self.plain)
-        masked = replace(self.hiding, hiding=replace(self.hiding.hiding, samples=0))
+        masked = replace(self.masked_packing, masker=replace(self.masked_packing.masker, samples=0))
         read_masked = evaluation.held_out_loss(self.engine, LIKELIHOOD, self.held.tested, masked)
         scalars["eval/masked_loss"] = read_masked["eval/loss"]
         found, samples = spoken(self.engine, self.encoder, self.held.prompts, self.scene.judge, settings)
@@ -123,10 +125,10 @@ class Look:
 
     @torch.no_grad()
     def composed(self) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-        """Distributions of the compositions of the first rows; and what was hidden, drawn, told and blamed there."""
+        """Distributions of the compositions of the first rows; and their masked, sampled and credited tokens."""
         rewards, weights, rows = [], [], []
         for i in range(min(self.scene.settings.eval.num_samples, len(self.held.items))):
-            batch = collate(self.held.items, [i], self.hiding)
+            batch = collate(self.held.items, [i], self.masked_packing)
             drawn = Drawn(*self.engine(batch, output="drawn")[2:])
             found = self.composer.compose(drawn, batch)
             rewards.append(found.rewards[0, :-1])
@@ -143,17 +145,17 @@ LIKELIHOOD = Objective(
 
 
 @torch.no_grad()
-def check_shared(trainer: Engine, items: Sequence[Item], hiding: Packing, tolerance: float) -> None:
+def check_shared(trainer: Engine, items: Sequence[Item], masked_packing: Packing, tolerance: float) -> None:
     """Compare the first row's states, both responses read in one pass, with those of two passes.
 
     Raises:
         UserError: the model reads the rows otherwise when they share a prompt.
     """
     trainer.train(False)
-    batch = collate(items, [0], hiding)
+    batch = collate(items, [0], masked_packing)
     together = trainer(batch, output="heads")
     masks = (batch.response_mask, batch.static.mask)
-    apart = [trainer(one, output="heads") for one in read_apart(batch, hiding)]
+    apart = [trainer(one, output="heads") for one in read_apart(batch, masked_packing)]
     for name, ours, alone, mask in zip(("response", "static response"), together, apart, masks, strict=True):
         there = mask.to(ours.device)
         gap = float((ours - alone)[there].abs().max() / alone[there].abs().max()) if bool(mask.any()) else 0.0
@@ -166,7 +168,7 @@ def check_shared(trainer: Engine, items: Sequence[Item], hiding: Packing, tolera
 
 
 def read_apart(batch: Batch, packing: Packing) -> tuple[Batch, Batch]:
-    """Two batches of one response each, with the same tokens hidden."""
+    """Two batches of one response each, with the same tokens masked."""
     given = batch.static
     bare = replace(batch, static=None)
     second = replace(bare, response_ids=given.ids, response_mask=given.mask, shown_ids=given.shown_ids)

@@ -89,7 +89,7 @@ def run(job: Job, state: State, interval: Interval) -> State:
 
     def save() -> None:
         seconds = before + time.monotonic() - began
-        memory = job.windows.remembered(state.step)
+        memory = job.windows.state_dict(state.step)
         job.checkpoints.save(job.engine, replace(state, seconds=seconds), interval, memory)
 
     with terminations() as received:
@@ -288,7 +288,7 @@ def train(
     if found is None:
         prepare()
     state, interval, memory = found or (State(step=0, world=ranks.world), Interval(Tally()), {})
-    course.windows.recall(memory)
+    course.windows.load_state_dict(memory)
     if found is not None:
         logger.info(f"{directory}: goes on from step {state.step} of {course.max_steps}")
     log = RunLog(
