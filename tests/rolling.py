@@ -43,28 +43,28 @@ class Case:
     shape: str = "llama"
 
 
-def said(*words: str) -> tuple[str, ...]:
+def own(*words: str) -> tuple[str, ...]:
     return tuple(f"algorithm.settings.{word}" for word in words)
 
 
 HOT = ("sampler.temperature_min=0.7", "sampler.temperature_max=1.3", "sampler.temperature_by=incapability")
 RECENT = "sampler.entropy_range=recent"
 LEFT_OUT = ("sampler.k_min=0", "sampler.skip_above=0.0", "sampler.recheck=9")
-MIXED = said("sft_weight=0.3", "rl_weight=0.7", "label_smoothing=0.1")
+MIXED = own("sft_weight=0.3", "rl_weight=0.7", "label_smoothing=0.1")
 CASES = {
     "esrl": Case(("algo=esrl", RECENT)),
     "temperatures and a budget": Case(("algo=esrl", RECENT, *HOT, "sampler.budget=12"), shape="t5"),
     "probes": Case(("algo=esrl", "sampler.entropy_range=[4.8, 5.0]", "sampler.probe=2")),
-    "combined": Case(("algo=esrl", "sampler.capability=combined", *said("mean_over=tokens"))),
-    "reinforce": Case(("algo=reinforce", "sampler.k=3", *said("baseline=queue", "missing_eos_penalty=0.5"))),
-    "mrt": Case(("algo=mrt", "sampler.k=3", *said("alpha=0.1", "mean_over=sequences"))),
-    "references and KL": Case(("algo=esrl", *MIXED, *said("kl_beta=0.1", "kl_in=reward", "kl_form=k1"))),
-    "KL in the loss": Case(("algo=reinforce", "sampler.k=2", *said("kl_beta=0.1"))),
+    "combined": Case(("algo=esrl", "sampler.capability=combined", *own("mean_over=tokens"))),
+    "reinforce": Case(("algo=reinforce", "sampler.k=3", *own("baseline=queue", "missing_eos_penalty=0.5"))),
+    "mrt": Case(("algo=mrt", "sampler.k=3", *own("alpha=0.1", "mean_over=sequences"))),
+    "references and KL": Case(("algo=esrl", *MIXED, *own("kl_beta=0.1", "kl_in=reward", "kl_form=k1"))),
+    "KL in the loss": Case(("algo=reinforce", "sampler.k=2", *own("kl_beta=0.1"))),
     "drop": Case(("algo=esrl_drop", "generation.batch_size=2")),
     "drop_fixed": Case(("algo=esrl_drop", "sampler.mode=drop_fixed")),
     "left out": Case(("algo=esrl", *LEFT_OUT)),
-    "left out, references": Case(("algo=esrl", *LEFT_OUT, *MIXED, *said("kl_beta=0.1"))),
-    "one prompt": Case(("algo=esrl", *said("baseline=group")), prompts=1, per_step=1),
+    "left out, references": Case(("algo=esrl", *LEFT_OUT, *MIXED, *own("kl_beta=0.1"))),
+    "one prompt": Case(("algo=esrl", *own("baseline=group")), prompts=1, per_step=1),
     "one row": Case(("algo=reinforce", "sampler.k=1"), prompts=1, per_step=1),
     "equal rewards": Case(("algo=esrl",), equal=True),
     "empty, all equal": Case(("algo=mrt", "sampler.k=2"), equal=True, empty=True, shape="bart"),

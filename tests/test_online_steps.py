@@ -142,8 +142,8 @@ def test_a_prompt_that_comes_twice_in_a_step_has_other_responses(tmp_path: Path)
     """Two prompts, four places: each turn has random numbers of its own, so no sample is paid for twice."""
     job = rolling.job_of(rolling.Case(("algo=reinforce",), prompts=2, per_step=4), "zero0", tmp_path)
     job.windows.at(0)
-    said: dict[str, list] = {}
+    turns_of: dict[str, list] = {}
     for group in job.windows.groups:
-        said.setdefault(group.key, []).append([response.response_ids for response in group.responses])
-    assert [len(turns) for turns in said.values()] == [2, 2]
-    assert all(first != second for first, second in said.values())
+        turns_of.setdefault(group.key, []).append([response.response_ids for response in group.responses])
+    assert [len(turns) for turns in turns_of.values()] == [2, 2]
+    assert all(first != second for first, second in turns_of.values())

@@ -46,11 +46,11 @@ def requests(levels: tuple[float, ...] = LEVELS, first: int = 0) -> tuple[Reques
     return tuple(found)
 
 
-def batch_of(module: Policy, answered: Sequence[Request], said: Sequence[Sequence[Response]]) -> Batch:
+def batch_of(module: Policy, answered: Sequence[Request], groups: Sequence[Sequence[Response]]) -> Batch:
     """All responses in one micro-batch."""
     items = [
         Item(request.example, (Row(request.prompt_ids, response.response_ids),), {"temperature": level})
-        for request, responses in zip(answered, said, strict=True)
+        for request, responses in zip(answered, groups, strict=True)
         for level, response in zip(request.temperatures, responses, strict=True)
     ]
     return collate(items, range(len(items)), Packing(99, None, module.encoder_decoder, tiny.PAD_ID))
@@ -60,9 +60,9 @@ def batch_of(module: Policy, answered: Sequence[Request], said: Sequence[Sequenc
 def test_t01_both_stages_say_the_same(shape: str) -> None:
     """Per token, at mixed temperatures, whatever the left padding of stage 1 and the right padding of stage 2."""
     speaking = speaker(shape)
-    said = respond(speaking, tiny.encoder(), requests(), generation(max_new_tokens=24), seed=1)
-    flat = [response for responses in said for response in responses]
-    batch = batch_of(speaking.module, requests(), said)
+    groups = respond(speaking, tiny.encoder(), requests(), generation(max_new_tokens=24), seed=1)
+    flat = [response for responses in groups for response in responses]
+    batch = batch_of(speaking.module, requests(), groups)
     second = speaking(batch).detach()
     first = torch.zeros_like(second)
     for i, response in enumerate(flat):
@@ -78,11 +78,11 @@ def test_t01_both_stages_say_the_same(shape: str) -> None:
 def test_t01_entropies_are_those_of_the_parallel_pass(shape: str) -> None:
     """Mean nats per token of the untempered policy, EOS included, what comes after it not."""
     speaking = speaker(shape)
-    said = respond(speaking, tiny.encoder(), requests(), generation(), seed=1)
-    batch = batch_of(speaking.module, requests(), said)
+    groups = respond(speaking, tiny.encoder(), requests(), generation(), seed=1)
+    batch = batch_of(speaking.module, requests(), groups)
     entropies = speaking(batch, output="entropy")
     wanted = [float(row[mask].mean()) for row, mask in zip(entropies, batch.response_mask, strict=True)]
-    found = [response.stats.entropy for responses in said for response in responses]
+    found = [response.stats.entropy for responses in groups for response in responses]
     assert found == pytest.approx(wanted, abs=1e-4)
 
 
@@ -91,8 +91,8 @@ def test_topping_up_is_asking_for_all_at_once(shape: str) -> None:
     speaking, usual = speaker(shape), (1.0, 1.0, 1.0)
 
     def ids(levels: tuple[float, ...], first: int) -> list[list[tuple[int, ...]]]:
-        said = respond(speaking, tiny.encoder(), requests(levels, first), generation(), seed=2)
-        return [[response.response_ids for response in responses] for responses in said]
+        groups = respond(speaking, tiny.encoder(), requests(levels, first), generation(), seed=2)
+        return [[response.response_ids for response in responses] for responses in groups]
 
     whole = ids((*usual, 1.0, 1.0), 0)
     probes, more = ids(usual[:2], 0), ids(usual, 2)
@@ -110,9 +110,9 @@ def test_no_gradient_in_stage_1() -> None:
     """T-03: nothing hangs on a graph, and not a byte is saved for backward."""
     speaking = speaker("llama")
     with saved() as sizes:
-        said = respond(speaking, tiny.encoder(), requests(), generation(), seed=1)
+        groups = respond(speaking, tiny.encoder(), requests(), generation(), seed=1)
     assert not sizes
-    for response in (response for responses in said for response in responses):
+    for response in (response for responses in groups for response in responses):
         assert response.stats.logps.grad_fn is None and not response.stats.logps.requires_grad
 
 
@@ -200,7 +200,7 @@ def test_t03_two_stages_keep_less_and_the_more_so_the_longer() -> None:
     assert 1.0 < ratios[0] < ratios[1] < ratios[2], ratios
 
 
-# the dice
+# the row sampler
 
 
 def test_t05_dice_row_by_row() -> None:
@@ -231,7 +231,7 @@ def test_t06_what_comes_after_the_end_is_not_seen() -> None:
 
 @pytest.mark.parametrize("shape", ["llama", "t5"])
 def test_a_batch_is_its_prompts_alone(shape: str) -> None:
-    """Ids, and what was seen but for the batch's own number and the released code's score."""
+    """Ids, and its statistics but for the batch's own number and the released code's score."""
     speaking = speaker(shape)
     together = respond(speaking, tiny.encoder(), requests(), generation(batch_size=7), seed=3)
     for i, request in enumerate(requests()):

@@ -219,7 +219,7 @@ class Source(Protocol):
         """
 
     def load_state_dict(self, memory: Mapping[str, Any]) -> None:
-        """Go on from what `remembered` gave; from nothing, where it is empty."""
+        """Go on from what `state_dict` gave; from nothing, where it is empty."""
 
 
 class Windows:

@@ -31,16 +31,7 @@ from pipeline.rl import reference
 from pipeline.rl.context import Lesson, Scene, refuse, required_judge, spoken
 from pipeline.rollout.allocation import Sampler, prompt_key, spoken_sampler
 from pipeline.rollout.generate import plain_sampling, respond
-from pipeline.rollout.groups import (
-    Group,
-    items_of,
-    record_of,
-    statistics,
-    table,
-    target_item,
-    untempered,
-    valued,
-)
+from pipeline.rollout.groups import Group, items_of, record_of, statistics, table, target_item, untempered, valued
 from pipeline.trainer import loop
 from pipeline.trainer.engine import Engine
 from pipeline.trainer.loop import Evaluation, Watch
@@ -122,9 +113,9 @@ class Rollouts:
         began, ranks = time.monotonic(), self.engine.ranks
         self._learn()
         examples = [self.prompts[i] for i in self.draw(step)]
-        sampled_groups = self._sampled(examples, step)
-        generated = sum(len(response.response_ids) for group in sampled_groups for response in group.responses)
-        judged = self._judged(self._kept(sampled_groups))
+        groups = self._sampled(examples, step)
+        generated = sum(len(response.response_ids) for group in groups for response in group.responses)
+        judged = self._judged(self._kept(groups))
         ref_logps = self._ref_logps(judged)
         # read before this step's rewards are known to it: a baseline must not depend on the responses it judges
         queue_mean = self.sampler.mean_reward()
@@ -146,14 +137,11 @@ class Rollouts:
         few = self.settings.sampler.probe
         first = [one._replace(k=few) if probe else one for one, probe in zip(planned, probed, strict=True)]
         groups = [Group(*parts) for parts in zip(examples, ids, keys, first, strict=True)]
-        groups = self._filled(groups, step)
-        if not any(probed):
-            return groups
-        after = [
+        groups = [
             replace(group, allocation=self.sampler.after_probe(record_of(group))) if probe else group
-            for group, probe in zip(groups, probed, strict=True)
+            for group, probe in zip(self._filled(groups, step), probed, strict=True)
         ]
-        return self._filled(after, step)
+        return self._filled(groups, step) if any(probed) else groups
 
     def _filled(self, groups: Sequence[Group], step: int) -> list[Group]:
         """The groups with as many responses as each is allocated; those that are there stay."""

@@ -111,25 +111,18 @@ def generation_config(settings: GenerationSettings, encoder: Encoder) -> Generat
             f"generation.num_return_sequences: {n} of {settings.num_beams} beam(s) without sampling, wanted fewer: "
             "set do_sample=true, or raise num_beams"
         )
-    ways = {}
-    if settings.do_sample:
-        ways = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
-        if settings.num_beams > 1:
-            ways = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
-    if settings.num_beams > 1:
-        ways |= {"length_penalty": settings.length_penalty, "early_stopping": settings.early_stopping}
+    names = {"max_new_tokens", "min_new_tokens", "do_sample", "num_beams", "no_repeat_ngram_size", "repetition_penalty"}
+    names |= {"length_penalty", "early_stopping"} if settings.num_beams > 1 else set()
+    # without beams our own RowSampler narrows and tempers, so transformers must not
+    plain = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+    narrowed = settings.model_dump(include=set(plain)) if settings.num_beams > 1 else plain
     return GenerationConfig(
-        max_new_tokens=settings.max_new_tokens,
-        min_new_tokens=settings.min_new_tokens,
-        do_sample=settings.do_sample,
-        num_beams=settings.num_beams,
-        no_repeat_ngram_size=settings.no_repeat_ngram_size,
-        repetition_penalty=settings.repetition_penalty,
+        **settings.model_dump(include=names),
+        **(narrowed if settings.do_sample else {}),
         num_return_sequences=n,
         pad_token_id=encoder.pad_id,
         eos_token_id=encoder.eos_id,
         bos_token_id=encoder.tokenizer.bos_token_id,
-        **ways,
     )
 
 
@@ -163,19 +156,13 @@ class RowSampler:
 
     def stats(self, lengths: Sequence[int], batch: int) -> list[SampleStats]:
         """Of each row, whose responses have `lengths` tokens, in the batch of that number."""
-        steps = torch.stack(self.steps, dim=1).cpu()  # (B, steps, 4)
-        return [_stats(row, length, batch) for row, length in zip(steps, lengths, strict=True)]
-
-
-def _stats(steps: Tensor, length: int, batch: int) -> SampleStats:
-    logps, entropies, peaks, _ = steps[:length].unbind(1)
-    return SampleStats(
-        logps.clone(),
-        float(entropies.double().mean()),
-        capability.confidence(peaks),
-        capability.drop_score(steps[:, 3]),  # every step of the batch, those after this row's end too
-        batch,
-    )
+        found = []
+        for steps, length in zip(torch.stack(self.steps, dim=1).cpu(), lengths, strict=True):  # (B, steps, 4)
+            logps, entropies, peaks, _ = steps[:length].unbind(1)
+            drop = capability.drop_score(steps[:, 3])  # every step of the batch, those after this row's end too
+            entropy, confidence = float(entropies.double().mean()), capability.confidence(peaks)
+            found.append(SampleStats(logps.clone(), entropy, confidence, drop, batch))
+        return found
 
 
 def row_sampler(requests: Sequence[Request], settings: GenerationSettings, seed: int) -> RowSampler:

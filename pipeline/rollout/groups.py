@@ -46,16 +46,14 @@ def valued(
     algorithms/online.py.
     """
     refs = iter(ref_logps) if ref_logps else None
-    stats = [_stats(group, refs, settings) if group.responses else None for group in groups]
-    known = [one for one in stats if one is not None]
-    advantages = iter(online.advantages(known, queue_mean, settings))
-    weights = iter(online.shares(known, settings.mean_over))
-    return [
-        replace(group, stats=one, advantages=tuple(next(advantages).tolist()), weights=tuple(next(weights).tolist()))
-        if one is not None
-        else group
-        for group, one in zip(groups, stats, strict=True)
-    ]
+    kept = [group for group in groups if group.responses]
+    stats = [_stats(group, refs, settings) for group in kept]
+    advantages, weights = online.advantages(stats, queue_mean, settings), online.shares(stats, settings.mean_over)
+    found = iter(
+        replace(group, stats=one, advantages=tuple(each.tolist()), weights=tuple(shares.tolist()))
+        for group, one, each, shares in zip(kept, stats, advantages, weights, strict=True)
+    )
+    return [next(found) if group.responses else group for group in groups]
 
 
 def _stats(group: Group, refs: Iterator[Tensor] | None, settings: Any) -> GroupStats:
