@@ -46,22 +46,15 @@ def token_tables(tokenizer: PreTrainedTokenizerBase, size: int) -> TokenTables:
     end themselves begin words. Padding, EOS, BOS, UNK, [MASK] and added tokens marked as special are special.
     """
     assert tokenizer.mask_token_id is not None, "the tokenizer has no mask token; it is chosen before the tables"
-    known = sorted(tokenizer.get_vocab().values())
-    assert known[-1] < size, f"{size} rows of the output matrix, but the tokenizer has the id {known[-1]}"
-    special = torch.ones(size, dtype=torch.bool)
-    special[known] = False
-    special[special_ids(tokenizer)] = True
-    ordinary = (~special).nonzero().flatten().tolist()
+    known = set(tokenizer.get_vocab().values())
+    assert max(known) < size, f"{size} rows of the output matrix, but the tokenizer has the id {max(known)}"
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ordinary = sorted(known - added - {*tokenizer.all_special_ids})
     texts = texts_after_a_letter(tokenizer, ordinary)
     punctuation = flags(size, ordinary, [text.strip() in MARKS for text in texts])
     blanks = flags(size, ordinary, [text[:1].isspace() for text in texts])
+    special = ~flags(size, ordinary, [True] * len(ordinary))
     return TokenTables(blanks | punctuation, punctuation, special, tokenizer.mask_token_id)
-
-
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of the tokens with a role (pad, EOS, mask ...) and of all added ones that are marked as special."""
-    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return sorted({*tokenizer.all_special_ids, *added})
 
 
 def texts_after_a_letter(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
