@@ -1,14 +1,14 @@
-"""The nouns that travel between rooms, each field with its type, shape and meaning.
+"""The nouns that travel between packages, each field with its type, shape and meaning.
 
 Shapes: B sequences of a micro-batch, L tokens the model reads, T response tokens, P prompt tokens; S tokens of static
-responses, M hidden ones among them in all, n tokens drawn for each, V the vocabulary.
+responses, M masked ones among them in all, n tokens drawn for each, V the vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:  # shapes and types only: the command line answers without loading torch
     import torch
@@ -65,26 +65,24 @@ class Item:
     rows: tuple[Row, ...]
     numbers: Mapping[str, float] = field(default_factory=dict)  # reward, value, margin ...
     ref_logp: tuple[Tensor, ...] = ()  # one (T_row,) float32 per row
-    statics: tuple[Row, ...] = ()  # second responses, of which one at a time is read beside the first row
+    static_rows: tuple[Row, ...] = ()  # static responses, of which one at a time is read beside the first row
 
 
 @dataclass(frozen=True)
-class Static:
-    """The second response of each sequence, fixed but for its hidden tokens, in whose places others are drawn."""
+class StaticBatch:
+    """The static response of each sequence, fixed but for its masked tokens, in whose places others are drawn."""
 
     ids: Tensor  # (B, S) int64, the response itself
-    shown_ids: Tensor  # (B, S) int64: the same as the model reads them, [MASK] where one is hidden
+    shown_ids: Tensor  # (B, S) int64: the same as the model reads them, [MASK] where one is masked
     mask: Tensor  # (B, S) bool, True on its tokens and their EOS
-    hidden: Tensor  # (B, S) bool, True where the model reads [MASK] and a token is drawn
-    uniforms: Tensor  # (M, n) float32 in [0, 1): the throws for each hidden token, in row-major order
-    forbidden: Tensor  # (V,) bool: ids that are never drawn
+    masked: Tensor  # (B, S) bool, True where the model reads [MASK] and a token is drawn
+    uniforms: Tensor  # (M, n) float32 in [0, 1), which decide the draws of each masked token, in row-major order
+    suppressed: Tensor  # (V,) bool: ids that are never drawn
     rewards: Tensor | None = None  # (B, n) float32, of the n compositions; 0 for fillers
 
-    def to(self, device: torch.device) -> Static:
+    def to(self, device: torch.device) -> StaticBatch:
         """The same on `device`."""
-        names = ("ids", "shown_ids", "mask", "hidden", "uniforms", "forbidden", "rewards")
-        found = {name: getattr(self, name) for name in names}
-        return Static(**{n: x if x is None else x.to(device, non_blocking=True) for n, x in found.items()})
+        return _moved(self, device)
 
 
 @dataclass(frozen=True)
@@ -104,8 +102,8 @@ class Batch:
     response_mask: Tensor  # (B, T) bool, True on response tokens and their EOS
     numbers: Mapping[str, Tensor] = field(default_factory=dict)  # (items,) float32 each
     ref_logp: Tensor | None = None  # (B, T) float32, zero where response_mask is False
-    shown_ids: Tensor | None = None  # (B, T) int64: response_ids as the model reads them, [MASK] where one is hidden
-    static: Static | None = None
+    shown_ids: Tensor | None = None  # (B, T) int64: response_ids as the model reads them, [MASK] where one is masked
+    static: StaticBatch | None = None
     owners: Tensor | None = None  # (B,) int64: each sequence's row of input_ids, where these hold each prompt once
 
     @property
@@ -115,20 +113,16 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
-        move = lambda x: x.to(device, non_blocking=True)  # noqa: E731
-        return Batch(
-            self.items,
-            move(self.input_ids),
-            move(self.input_mask),
-            move(self.prompt_lengths),
-            move(self.response_ids),
-            move(self.response_mask),
-            {name: move(value) for name, value in self.numbers.items()},
-            None if self.ref_logp is None else move(self.ref_logp),
-            None if self.shown_ids is None else move(self.shown_ids),
-            None if self.static is None else self.static.to(device),
-            None if self.owners is None else move(self.owners),
-        )
+        return _moved(self, device)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """`value`, a tensor or a record or mapping of tensors, on `device`; what holds no tensor stays as it is."""
+    if isinstance(value, (Batch, StaticBatch)):
+        return replace(value, **{one.name: _moved(getattr(value, one.name), device) for one in fields(value)})
+    if isinstance(value, Mapping):
+        return {name: _moved(one, device) for name, one in value.items()}
+    return value if value is None or isinstance(value, tuple) else value.to(device, non_blocking=True)
 
 
 class Needs(NamedTuple):
@@ -151,8 +145,8 @@ class Stat(NamedTuple):
     sums: Tensor
 
 
-class Seen(NamedTuple):
-    """What plain sampling saw of one response of T tokens."""
+class SampleStats(NamedTuple):
+    """What plain sampling knows of one response of T tokens."""
 
     logps: Tensor  # (T,) float32, of the tokens, under the policy at the temperature they were drawn at
     entropy: float  # mean nats per token, of the untempered policy
@@ -161,20 +155,20 @@ class Seen(NamedTuple):
     batch: int  # which batch it was decoded in
 
 
-class Ask(NamedTuple):
+class Request(NamedTuple):
     """One prompt and the responses that are wanted to it, one per temperature."""
 
     example: Example
     prompt_ids: tuple[int, ...]
     temperatures: tuple[float, ...]
-    first: int = 0  # the number of the first of them: other numbers throw other dice
+    first: int = 0  # the number of the first of them, which is part of the random seed
 
 
-class Said(NamedTuple):
-    """One response's ids, up to and with EOS, and what the sampler saw of them, where it was plain sampling."""
+class Completion(NamedTuple):
+    """One response's ids, up to and with EOS, and its statistics where it comes from plain sampling."""
 
     ids: list[int]
-    seen: Seen | None
+    stats: SampleStats | None
 
 
 @dataclass(frozen=True)
@@ -187,7 +181,7 @@ class Response:
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]  # ends with EOS if finished
     finished: bool  # EOS was generated
-    seen: Seen | None = None
+    stats: SampleStats | None = None
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from pipeline.launch.entry import run
 from pipeline.records import Example, Response
 from pipeline.rewards import build, scoring
 from pipeline.rewards.rewards import Rewards
-from pipeline.rollout import generate
+from pipeline.rollout.generate import generate, plain_sampling
 from pipeline.trainer import engine, evaluation
 from pipeline.trainer.engine import Ranks
 from pipeline.trainer.model import build_inference
@@ -74,10 +74,10 @@ def judged(
     samples: dict[str, list[dict]] = {}
     for name in [*names[1:], names[0]]:
         policy = build_inference(settings, ranks, models[name])
-        answers = generate.generate(policy.engine, policy.encoder, prompts, settings.generation, settings.seed)
-        free = generate.free(settings.generation)
+        answers = generate(policy.engine, policy.encoder, prompts, settings.generation, settings.seed)
+        free = plain_sampling(settings.generation)
         same = free == settings.generation
-        drawn = answers if same else generate.generate(policy.engine, policy.encoder, prompts, free, settings.seed)
+        drawn = answers if same else generate(policy.engine, policy.encoder, prompts, free, settings.seed)
         sampled[name] = drawn, evaluation.response_logps(policy.engine, drawn, policy.packing)
         scores = scoring.score_responses(ranks, rewards, answers)
         results[name] = evaluation.reward_statistics(scores, [answer.text for answer in answers])

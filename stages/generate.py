@@ -18,7 +18,7 @@ from pipeline.launch.entry import run
 from pipeline.records import Example, Response
 from pipeline.rewards import build, candidates
 from pipeline.rewards.candidates import Gathered
-from pipeline.rollout import generate
+from pipeline.rollout.generate import generate
 from pipeline.trainer import engine, evaluation
 from pipeline.trainer.model import Model, build_inference
 
@@ -67,7 +67,7 @@ def responses(policy: Model, asked: Sequence[Example], settings: Generate, split
     answers: list[Response] = []
     for start in range(0, len(asked), part):
         some = asked[start : start + part]
-        answers += generate.generate(policy.engine, policy.encoder, some, settings.generation, settings.seed)
+        answers += generate(policy.engine, policy.encoder, some, settings.generation, settings.seed)
         if len(asked) > part:
             logger.info(f"{split}: {start + len(some):,} of {len(asked):,} prompts")
     return answers

@@ -14,7 +14,7 @@ from pipeline.data.batching import Packing, Windows
 from pipeline.launch import run_dir
 from pipeline.launch.entry import run
 from pipeline.records import Example, Item
-from pipeline.rollout import generate
+from pipeline.rollout.generate import generate
 from pipeline.trainer import engine, evaluation
 from pipeline.trainer.loop import HELD_OUT_LOSS, Evaluation, Trainer, fit
 from pipeline.trainer.model import Model, build_policy, encode, masked_packing
@@ -93,7 +93,7 @@ def evaluate(settings: Sft, policy: Model, watched: WatchedAnswers, step: int) -
         scalars["eval/masked_loss"] = masked["eval/loss"]
     shown = watched.rows[: settings.eval.num_samples]
     generation = settings.generation.model_copy(update={"max_new_tokens": settings.data.max_response_length})
-    answers = generate.generate(policy.engine, policy.encoder, shown, generation, settings.seed) if shown else []
+    answers = generate(policy.engine, policy.encoder, shown, generation, settings.seed) if shown else []
     samples = [{"id": a.example.id, "prompt": a.prompt_text, "response": a.text} for a in answers]
     return Evaluation(scalars, samples=samples)
 

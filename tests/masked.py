@@ -1,4 +1,4 @@
-"""Small things for tests of hidden tokens: rows of words with static responses, a vocabulary, packings that hide."""
+"""Small things for tests of masked tokens: rows of words with static responses, a vocabulary, packings that mask."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from transformers import PegasusConfig, PegasusForConditionalGeneration, PreTrai
 
 from pipeline.config.schema import Masking
 from pipeline.data.batching import Packing
-from pipeline.data.masking import Hiding
+from pipeline.data.masking import Masker
 from pipeline.data.tokenization import Encoder
-from pipeline.data.vocabulary import Vocabulary, vocabulary
+from pipeline.data.vocabulary import TokenTables, token_tables
 from pipeline.models.mask_token import with_mask
 from pipeline.models.policy import Policy
 from pipeline.records import Batch, Example, Item, Row
@@ -32,8 +32,8 @@ def encoder() -> Encoder:
 
 
 @cache
-def words() -> Vocabulary:
-    return vocabulary(encoder().tokenizer, tiny.V)
+def words() -> TokenTables:
+    return token_tables(encoder().tokenizer, tiny.V)
 
 
 def masking(**changes: Any) -> Masking:
@@ -47,23 +47,23 @@ def sentence(rng: random.Random, longest: int) -> str:
     return " ".join(rng.choice(tiny.WORDS) + rng.choice(["", "", "", ",", "."]) for _ in range(rng.randint(1, longest)))
 
 
-def items(count: int, seed: int = 0, statics: int = 1, longest: int = 7) -> list[Item]:
-    """Rows of prompts and references of up to `longest` words, each with `statics` static responses."""
+def items(count: int, seed: int = 0, choices: int = 1, longest: int = 7) -> list[Item]:
+    """Rows of prompts and references of up to `longest` words, each with `choices` static responses."""
     rng, made = random.Random(seed), []
     for i in range(count):
-        prompt, reference, *others = (sentence(rng, longest) for _ in range(2 + statics))
+        prompt, reference, *others = (sentence(rng, longest) for _ in range(2 + choices))
         example = Example(f"row {i}", prompt, completion=reference, references=(reference,))
         rows = [encoder().encode(prompt, text) for text in (reference, *others)]
-        made.append(Item(example, (rows[0],), statics=tuple(rows[1:])))
+        made.append(Item(example, (rows[0],), static_rows=tuple(rows[1:])))
     return made
 
 
 def packing(policy: Policy, samples: int, size: int | None = None, seed: int = 5, **changes: Any) -> Packing:
-    """Micro-batches of `size` items, or one of all. `changes` are of `masking()`, `share_prompt` of Hiding."""
+    """Micro-batches of `size` items, or one of all. `changes` are of `masking()`, `share_prompt` of Masker."""
     share = changes.pop("share_prompt", True)
-    hiding = Hiding(words(), masking(**changes), seed, samples=samples, share_prompt=share)
+    masker = Masker(words(), masking(**changes), seed, samples=samples, share_prompt=share)
     limit = {"micro_batch_size": size, "max_tokens": None if size else 10**6}
-    return Packing(**limit, encoder_decoder=policy.encoder_decoder, pad_id=tiny.PAD_ID, hiding=hiding)
+    return Packing(**limit, encoder_decoder=policy.encoder_decoder, pad_id=tiny.PAD_ID, masker=masker)
 
 
 def language_model(shape: str, **changes: Any) -> PreTrainedModel:
@@ -87,15 +87,15 @@ def policy(shape: str, **changes: Any) -> Policy:
     return Policy(language_model(shape, **changes), max_tokens=64)
 
 
-def hidden_of(batch: Batch) -> Tensor:
-    """(B, T) bool, where the reference's inputs are hidden."""
+def masked_of(batch: Batch) -> Tensor:
+    """(B, T) bool, where the reference's inputs are masked."""
     return (batch.shown_ids == words().mask_id) & batch.response_mask
 
 
-def own_logits(lm: PreTrainedModel, row: Row, hidden: Tensor) -> Tensor:
-    """(T, V) float32 by the model's own forward on the one row, with [MASK] at `hidden` (T,)."""
+def own_logits(lm: PreTrainedModel, row: Row, masked: Tensor) -> Tensor:
+    """(T, V) float32 by the model's own forward on the one row, with [MASK] at `masked` (T,)."""
     prompt = torch.tensor([row.prompt_ids])
-    shown = torch.where(hidden, words().mask_id, torch.tensor(row.response_ids))[None]
+    shown = torch.where(masked, words().mask_id, torch.tensor(row.response_ids))[None]
     if lm.config.is_encoder_decoder:
         start = torch.tensor([[lm.config.decoder_start_token_id]])
         return lm(input_ids=prompt, decoder_input_ids=torch.cat([start, shown[:, :-1]], 1)).logits[0].float()

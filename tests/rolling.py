@@ -20,7 +20,7 @@ from pipeline.models.policy import Policy
 from pipeline.records import Example
 from pipeline.rewards.rewards import Reward, Rewards
 from pipeline.rl.on_policy import Rollouts
-from pipeline.rollout.allocation import Queue, Sampler
+from pipeline.rollout.allocation import Sampler
 from pipeline.trainer import engine, loop
 from pipeline.trainer.loop import Trainer
 from pipeline.trainer.metrics import Interval, Metrics
@@ -43,28 +43,28 @@ class Case:
     shape: str = "llama"
 
 
-def said(*words: str) -> tuple[str, ...]:
+def own(*words: str) -> tuple[str, ...]:
     return tuple(f"algorithm.settings.{word}" for word in words)
 
 
 HOT = ("sampler.temperature_min=0.7", "sampler.temperature_max=1.3", "sampler.temperature_by=incapability")
 RECENT = "sampler.entropy_range=recent"
 LEFT_OUT = ("sampler.k_min=0", "sampler.skip_above=0.0", "sampler.recheck=9")
-MIXED = said("sft_weight=0.3", "rl_weight=0.7", "label_smoothing=0.1")
+MIXED = own("sft_weight=0.3", "rl_weight=0.7", "label_smoothing=0.1")
 CASES = {
     "esrl": Case(("algo=esrl", RECENT)),
     "temperatures and a budget": Case(("algo=esrl", RECENT, *HOT, "sampler.budget=12"), shape="t5"),
     "probes": Case(("algo=esrl", "sampler.entropy_range=[4.8, 5.0]", "sampler.probe=2")),
-    "combined": Case(("algo=esrl", "sampler.capability=combined", *said("mean_over=tokens"))),
-    "reinforce": Case(("algo=reinforce", "sampler.k=3", *said("baseline=queue", "missing_eos_penalty=0.5"))),
-    "mrt": Case(("algo=mrt", "sampler.k=3", *said("alpha=0.1", "mean_over=sequences"))),
-    "references and KL": Case(("algo=esrl", *MIXED, *said("kl_beta=0.1", "kl_in=reward", "kl_form=k1"))),
-    "KL in the loss": Case(("algo=reinforce", "sampler.k=2", *said("kl_beta=0.1"))),
+    "combined": Case(("algo=esrl", "sampler.capability=combined", *own("mean_over=tokens"))),
+    "reinforce": Case(("algo=reinforce", "sampler.k=3", *own("baseline=queue", "missing_eos_penalty=0.5"))),
+    "mrt": Case(("algo=mrt", "sampler.k=3", *own("alpha=0.1", "mean_over=sequences"))),
+    "references and KL": Case(("algo=esrl", *MIXED, *own("kl_beta=0.1", "kl_in=reward", "kl_form=k1"))),
+    "KL in the loss": Case(("algo=reinforce", "sampler.k=2", *own("kl_beta=0.1"))),
     "drop": Case(("algo=esrl_drop", "generation.batch_size=2")),
     "drop_fixed": Case(("algo=esrl_drop", "sampler.mode=drop_fixed")),
     "left out": Case(("algo=esrl", *LEFT_OUT)),
-    "left out, references": Case(("algo=esrl", *LEFT_OUT, *MIXED, *said("kl_beta=0.1"))),
-    "one prompt": Case(("algo=esrl", *said("baseline=group")), prompts=1, per_step=1),
+    "left out, references": Case(("algo=esrl", *LEFT_OUT, *MIXED, *own("kl_beta=0.1"))),
+    "one prompt": Case(("algo=esrl", *own("baseline=group")), prompts=1, per_step=1),
     "one row": Case(("algo=reinforce", "sampler.k=1"), prompts=1, per_step=1),
     "equal rewards": Case(("algo=esrl",), equal=True),
     "empty, all equal": Case(("algo=mrt", "sampler.k=2"), equal=True, empty=True, shape="bart"),
@@ -120,7 +120,7 @@ def trainer_of(case: Case, zero: str, folder: Path) -> Trainer:
         packing=packing,
         settings=settings,
         algorithm=algorithm,
-        sampler=Sampler(settings.sampler, tiny.V, Queue(algorithm.queue_size)),
+        sampler=Sampler(settings.sampler, tiny.V, algorithm.queue_size),
     )
     plain = same_step.trainer_of(same_step.cases()["nll"], trained, [], packing, folder)
     return replace(plain, windows=rollouts, objective=objective, max_steps=STEPS)
@@ -132,12 +132,12 @@ def run(trainer: Trainer, first: int = 0, steps: int = STEPS) -> list[dict[str, 
     for step in range(first, steps):
         interval = Interval(Metrics())
         assert loop.one_step(trainer, step, interval) is None  # nothing that is not finite
-        lots = trainer.windows.lots
+        groups = trainer.windows.groups
         seen.append(
             {
-                "plan": [(lot.key, lot.share.k, lot.share.temperature) for lot in lots],
-                "ids": [[response.response_ids for response in lot.responses] for lot in lots],
-                "advantages": [list(lot.advantages) for lot in lots],
+                "plan": [(group.key, group.allocation.k, group.allocation.temperature) for group in groups],
+                "ids": [[response.response_ids for response in group.responses] for group in groups],
+                "advantages": [list(group.advantages) for group in groups],
                 "stats": {name: functional.reduce(stat) for name, stat in trainer.windows.stats.items()},
                 "logged": interval.close(trainer.engine.ranks.all_sum)[0],
             }
@@ -146,10 +146,10 @@ def run(trainer: Trainer, first: int = 0, steps: int = STEPS) -> list[dict[str, 
 
 
 def steps_of(case: Case, zero: str, folder: Path) -> dict[str, Any]:
-    """All that can be compared: the steps, the weights they leave (on rank 0), and what is remembered."""
+    """All that can be compared: the steps, the weights they leave (on rank 0), and what a resume needs."""
     trainer = trainer_of(case, zero, folder)
     seen = run(trainer)
-    return {"steps": seen, "weights": trainer.engine.state_dict(), "memory": trainer.windows.remembered(STEPS)}
+    return {"steps": seen, "weights": trainer.engine.state_dict(), "memory": trainer.windows.state_dict(STEPS)}
 
 
 def main(folder: Path) -> None:

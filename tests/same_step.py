@@ -20,7 +20,7 @@ from transformers import LlamaForSequenceClassification, PreTrainedModel
 
 from pipeline.config.schema import Algorithm
 from pipeline.data.batching import Packing, Windows
-from pipeline.data.masking import Hiding
+from pipeline.data.masking import Masker
 from pipeline.models.policy import Policy, RewardModel
 from pipeline.records import Item
 from pipeline.rl.compositions import Composer
@@ -47,7 +47,7 @@ class Case:
     algorithm: Algorithm
     pairs: bool = False
     scalar: bool = False  # scores, not log-probabilities
-    masked: bool = False  # from hidden tokens of static responses
+    masked: bool = False  # from masked tokens of static responses
     sampled: bool = False  # from responses whose coefficients are known, and references among them
     shape: str = "llama"
 
@@ -149,14 +149,14 @@ def without_reference(items: Sequence[Item]) -> tuple[Item, ...]:
 
 
 @cache
-def with_statics() -> tuple[Item, ...]:
+def with_static_rows() -> tuple[Item, ...]:
     """Nine rows of words with two static responses each."""
-    return tuple(masked.items(9, statics=2, longest=4))
+    return tuple(masked.items(9, choices=2, longest=4))
 
 
 def items_of(case: Case) -> tuple[Item, ...]:
     if case.masked:
-        return with_statics()
+        return with_static_rows()
     if case.sampled:
         return responses() if case.algorithm.settings["kl_beta"] else without_reference(responses())
     return pairs() if case.pairs else rows()
@@ -170,17 +170,17 @@ def own_logps(language: PreTrainedModel, item: Item, place: int = 0) -> Tensor:
     return logits[before].log_softmax(-1).gather(1, torch.tensor(row.response_ids)[:, None])[:, 0]
 
 
-def hiding() -> Hiding:
+def masker() -> Masker:
     """Words to their ends, one response in eight left as it is."""
     chosen = masked.masking(span="word", after_punctuation=False, plain=0.125)
-    return Hiding(masked.words(), chosen, seed=3, samples=5)
+    return Masker(masked.words(), chosen, seed=3, samples=5)
 
 
 def packing_of(case: Case, packing: Packing) -> Packing:
     """`packing` as the case's rows need it."""
     if not case.masked:
         return packing
-    return replace(packing, encoder_decoder=case.shape == "t5", hiding=hiding())
+    return replace(packing, encoder_decoder=case.shape == "t5", masker=masker())
 
 
 def objective_for(case: Case, ranks: Ranks, items: Sequence[Item]) -> Objective:

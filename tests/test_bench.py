@@ -135,7 +135,7 @@ def test_steps(setup: Setup) -> None:
 def test_long_rows_are_as_long_as_asked(setup: Setup) -> None:
     long = with_settings(setup, {"data": LONG["data"]})
     for item in semi_offline.long_items(long):
-        (row,), (static,) = item.rows, item.statics
+        (row,), (static,) = item.rows, item.static_rows
         assert (len(row.prompt_ids), len(row.response_ids), len(static.response_ids)) == (24, 12, 12)
         assert row.prompt_ids == static.prompt_ids and row.response_ids[:6] == static.response_ids[:6]
         assert item.example.references == (long.encoder.decode(row.response_ids),)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.algorithms import capability
-from pipeline.rollout.allocation import Queue, Record, Sampler
+from pipeline.rollout.allocation import Record, Sampler
 from tests import tiny
 
 
@@ -18,12 +18,13 @@ def sampler(choices: int = 4, queue: tuple[float, ...] = (), **changes: Any) -> 
     """That of algo=esrl with `changes`."""
     settings = tiny.settings("rl", "algo=esrl").sampler
     checked = type(settings).model_validate({**settings.model_dump(), **changes})
-    return Sampler(checked, choices, Queue(100, queue))
+    planner = Sampler(checked, choices, 100)
+    planner.rewards.extend(queue)
+    return planner
 
 
 def record(**changes: Any) -> Record:
-    usual = {"step": 0, "k": 2, "temperature": 1.0, "reward": 0.5, "reward_std": 0.1, "entropy": 0.0}
-    return Record(**{**usual, "confidence": 0.7, "logp": -3.0, "length": 4.0, "finished": 1.0, **changes})
+    return Record(**{"reward": 0.5, "entropy": 0.0, "confidence": 0.7, **changes})
 
 
 def entropy(*rows: list[float]) -> float:
@@ -114,9 +115,9 @@ def test_the_newest_record_and_a_discount() -> None:
 def test_t07_nothing_known_is_k(found: list[Record]) -> None:
     planner = sampler(k=7)
     for one in found:
-        planner.history.push("a", one)
-    (share,) = planner.plan(["a"])
-    assert (share.k, share.capability) == (7, None)
+        planner.learn("a", one)
+    (one,) = planner.plan(["a"])
+    assert (one.k, one.capability) == (7, None)
 
 
 # size and temperature
@@ -140,7 +141,7 @@ def test_temperatures(by: str, wanted: float) -> None:
     """c = .25 between .5 and 1.5: .5 + .25 * 1; .5 + .75 * 1."""
     assert capability.temperature(0.25, 0.5, 1.5, by) == wanted
     planner = sampler(temperature_min=0.5, temperature_max=1.5, temperature_by=by)
-    planner.history.push("a", record(entropy=0.75 * math.log(4)))
+    planner.learn("a", record(entropy=0.75 * math.log(4)))
     assert planner.plan(["a"])[0].temperature == pytest.approx(wanted)
 
 
@@ -167,10 +168,10 @@ def test_t07_never_over_the_budget_nor_below_k_min(budget: int) -> None:
 
 def test_the_plan_keeps_the_budget() -> None:
     planner = sampler(budget=10, k_min=2, k_max=8, k=8)
-    planner.history.push("a", record(entropy=0.0))  # sure: 2 responses
-    shares = planner.plan(["a", "b"])
-    assert [share.k for share in shares] == [2, 8]
-    assert [share.k for share in planner.plan(["c", "a", "b"])] == [4, 2, 4]
+    planner.learn("a", record(entropy=0.0))  # sure: 2 responses
+    planned = planner.plan(["a", "b"])
+    assert [one.k for one in planned] == [2, 8]
+    assert [one.k for one in planner.plan(["c", "a", "b"])] == [4, 2, 4]
 
 
 # the released code

@@ -40,8 +40,9 @@ def test_token_logps_by_hand():
 
 @pytest.mark.parametrize("n", [10, 3, 2])  # 3 and 2 rows in 4 chunks leave empty slices
 def test_chunks_change_neither_value_nor_gradient(n):
-    heat = torch.linspace(0.7, 1.3, n)
-    for whole, cut in zip(value_and_gradients(n, 1, heat), value_and_gradients(n, 4, heat), strict=True):
+    temperatures = torch.linspace(0.7, 1.3, n)
+    once, sliced = value_and_gradients(n, 1, temperatures), value_and_gradients(n, 4, temperatures)
+    for whole, cut in zip(once, sliced, strict=True):
         tiny.close(cut, whole)
 
 

@@ -1,4 +1,4 @@
-"""What is remembered of each prompt, and the plans that follow from it: the same after a resume and on every rank."""
+"""What is known of each prompt, and the plans that follow from it: the same after a resume and on every rank."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from pipeline.rollout.allocation import History, Queue, Sampler, Share, prompt_key
+from pipeline.rollout.allocation import Allocation, Sampler, prompt_key
 from tests.test_capability import record, sampler
 
 
 def test_t08_the_newest_records_are_kept() -> None:
-    history = History(4)
-    for step in range(1, 7):
-        history.push("a", record(step=step))
-    assert [one.step for one in history.of("a")] == [3, 4, 5, 6]
-    assert history.of("b") == []
+    planner = sampler(history=4)
+    for reward in range(1, 7):
+        planner.learn("a", record(reward=reward))
+    assert [one.reward for one in planner.records("a")] == [3, 4, 5, 6]
+    assert planner.records("b") == []
 
 
 def test_t08_a_key_is_made_of_the_ids_alone() -> None:
@@ -30,8 +30,8 @@ def filled(**changes: Any) -> Sampler:
     """A sampler that has seen three prompts, one of them twice, and left one out."""
     planner = sampler(queue=(0.1, 1 / 3, 0.7), **changes)
     for key, share in (("a", 0.1), ("b", 0.5), ("c", 0.9), ("b", 0.3)):
-        planner.history.push(key, record(entropy=share * math.log(4), reward=share / 3))
-    planner.history.skip("c")
+        planner.learn(key, record(entropy=share * math.log(4), reward=share / 3))
+    planner.learn("c", None)
     return planner
 
 
@@ -41,12 +41,12 @@ HOT = {"temperature_min": 0.5, "temperature_max": 1.5, "temperature_by": "incapa
 @pytest.mark.parametrize("changes", [HOT, {**HOT, "capability": "combined"}, {"discount": 0.5, "budget": 12}])
 def test_t08_a_resume_plans_the_same(changes: dict[str, Any]) -> None:
     planner, keys = filled(**changes), ["c", "a", "new", "b"]
-    saved = json.loads(json.dumps(planner.state()))
+    saved = json.loads(json.dumps(planner.state_dict()))
     other = sampler(queue=(9.0,), **changes)  # what it held before is forgotten
-    other.history.push("z", record())
-    other.restore(saved)
+    other.learn("z", record())
+    other.load_state_dict(saved)
     assert other.plan(keys) == planner.plan(keys)
-    assert other.state() == planner.state() and other.history.of("z") == []
+    assert other.state_dict() == planner.state_dict() and other.records("z") == []
 
 
 def test_t08_the_plan_does_not_depend_on_the_order() -> None:
@@ -64,27 +64,27 @@ def test_skipped_and_asked_again() -> None:
     """c = .95 is over .9: three times left out, and asked at the fourth; k is max(1, floor(.05 * 8 + .5)) = 1."""
     planner = sampler(k_min=0, k_max=8, skip_above=0.9, recheck=4)
     seen = []
-    planner.history.push("a", record(entropy=0.05 * math.log(4)))
+    planner.learn("a", record(entropy=0.05 * math.log(4)))
     for _ in range(8):
         (share,) = planner.plan(["a"])
         seen.append(share.k)
         if share.k:
-            planner.history.push("a", record(entropy=0.05 * math.log(4)))
+            planner.learn("a", record(entropy=0.05 * math.log(4)))
         else:
-            planner.history.skip("a")
+            planner.learn("a", None)
     assert seen == [0, 0, 0, 1, 0, 0, 0, 1]
 
 
 def test_recheck_of_one_never_leaves_out() -> None:
     planner = sampler(k_min=0, k_max=8, skip_above=0.9, recheck=1)
-    planner.history.push("a", record(entropy=0.0))
+    planner.learn("a", record(entropy=0.0))
     assert [share.k for share in planner.plan(["a"])] == [1]
 
 
 def test_all_are_left_out() -> None:
     planner = sampler(k_min=0, k_max=8, skip_above=0.5)
     for key in "ab":
-        planner.history.push(key, record(entropy=0.0))
+        planner.learn(key, record(entropy=0.0))
     assert [share.k for share in planner.plan(["a", "b"])] == [0, 0]
     assert planner.plan([]) == []
 
@@ -94,7 +94,7 @@ def test_all_are_left_out() -> None:
 
 def test_probes_are_for_prompts_of_which_nothing_is_known() -> None:
     planner = sampler(probe=2)
-    planner.history.push("a", record())
+    planner.learn("a", record())
     assert planner.probes(["a", "b"]) == [False, True]
     assert sampler().probes(["b"]) == [False]
 
@@ -103,7 +103,7 @@ def test_after_a_probe() -> None:
     """c = .5: floor(2 + .5 * 6 + .5) = 5; c = 1 would be 2, but the three probes are there; as hot as they were."""
     planner = sampler(probe=3, **HOT)
     half = planner.after_probe(record(entropy=0.5 * math.log(4)))
-    assert half == Share(5, 0.5, pytest.approx(0.5))
+    assert half == Allocation(5, 0.5, pytest.approx(0.5))
     assert planner.after_probe(record(entropy=0.0)).k == 3
 
 
@@ -113,7 +113,7 @@ def test_after_a_probe() -> None:
 @pytest.mark.parametrize("mode, wanted", [("static", 5), ("drop", 1), ("drop_fixed", 1)])
 def test_other_modes_ask_the_same_of_all(mode: str, wanted: int) -> None:
     planner = sampler(mode=mode, k=5)
-    planner.history.push("a", record(entropy=0.0))
+    planner.learn("a", record(entropy=0.0))
     assert [share.k for share in planner.plan(["a", "b"])] == [wanted, wanted]
 
 
@@ -137,10 +137,3 @@ def test_other_modes_ask_the_same_of_all(mode: str, wanted: int) -> None:
 def test_t18_settings_that_do_not_go_together(changes: dict[str, Any], wanted: str) -> None:
     with pytest.raises(ValueError, match=wanted):
         sampler(**changes)
-
-
-def test_a_queue_that_is_restored() -> None:
-    queue = Queue(2, [1.0, 2.0, 3.0])
-    assert queue.values() == [2.0, 3.0]
-    queue.restore([5.0])
-    assert queue.values() == [5.0] and queue.std() == 0.0

@@ -18,7 +18,7 @@ from pipeline.models import loading
 from pipeline.models.policy import Policy, RewardModel
 from pipeline.records import Example, Item, Response
 from pipeline.rl import reference
-from pipeline.rollout import generate
+from pipeline.rollout.generate import generate
 from pipeline.trainer import engine, evaluation
 from pipeline.trainer.model import Model
 from pipeline.trainer.objective import objective_of
@@ -181,7 +181,7 @@ def sayer(shape: str, **changes) -> Say:
 
     def say(batch_size: int, order: Sequence[int] = range(9), seed: int = 0) -> list[tuple]:
         settings = generation.model_copy(update={"batch_size": batch_size})
-        found = generate.generate(speaking, tiny.encoder(), [PROMPTS[i] for i in order], settings, seed)
+        found = generate(speaking, tiny.encoder(), [PROMPTS[i] for i in order], settings, seed)
         n = settings.num_return_sequences
         by_prompt = {i: [a.response_ids for a in found[p * n : (p + 1) * n]] for p, i in enumerate(order)}
         return [by_prompt[i] for i in sorted(by_prompt)]

@@ -35,7 +35,7 @@ from pipeline.errors import UserError
 from pipeline.models import loading, mask_token, scratch
 from pipeline.models.policy import Policy, RewardModel, check_head
 from pipeline.records import Example, Item
-from pipeline.rollout import generate
+from pipeline.rollout.generate import generate
 from pipeline.trainer import engine
 from tests import tiny
 
@@ -283,7 +283,7 @@ def test_a_checkpoint_for_summaries_opens_and_speaks_as_elsewhere(tmp_path: Path
 
     speech = tiny.settings("rl").generation.model_copy(update={"max_new_tokens": 6})
     speaker = engine.Engine(Policy(policy, 64), tiny.ranks(), tiny.train_settings(), None)
-    (said,) = generate.generate(speaker, Encoder(tokenizer, tiny.PLAIN, 64, 64), [Example("1", "a cat")], speech, 0)
+    (said,) = generate(speaker, Encoder(tokenizer, tiny.PLAIN, 64, 64), [Example("1", "a cat")], speech, 0)
     exported = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "sft")
     there = exported.generate(torch.tensor([said.prompt_ids]), max_new_tokens=6)[0].tolist()
     assert there == [1, *said.response_ids]  # BOS is where the decoder starts, and it is not forced again
@@ -411,11 +411,11 @@ def test_the_mask_is_never_said(shape: str, ways: dict) -> None:
     usual = {"max_new_tokens": 6, "batch_size": 4, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
     settings = tiny.settings("rl").generation.model_copy(update={**usual, **ways})
     prompts = [Example(str(i), " ".join(tiny.WORDS[: 1 + i])) for i in range(4)]
-    answers = generate.generate(shouting(shape, tokenizer), encoder, prompts, settings, seed=0)
+    answers = generate(shouting(shape, tokenizer), encoder, prompts, settings, seed=0)
     said = {i for answer in answers for i in answer.response_ids}
     assert said and max(said) < MASK_ID
     if not ways["do_sample"] and ways["num_beams"] == 1:  # without a mask token nothing is forbidden
-        free = generate.generate(shouting(shape, tokenizer), tiny.encoder(), prompts, settings, seed=0)
+        free = generate(shouting(shape, tokenizer), tiny.encoder(), prompts, settings, seed=0)
         assert max(i for answer in free for i in answer.response_ids) >= MASK_ID
 
 

@@ -93,7 +93,7 @@ def test_semi_offline_rl(base: Path) -> None:
         rewards = [one["reward"] for one in row["compositions"]]
         assert len(rewards) <= 4 and rewards == sorted(rewards, reverse=True)
         assert row["greedy"]["text"] and isinstance(row["praised"], list) and isinstance(row["blamed"], list)
-        assert any(hidden for _, hidden in row["static"]["parts"])
+        assert any(there for _, there in row["static"]["parts"])
     results = json.loads((base / "default" / "rl" / "plain" / "results.json").read_text())
     assert results["steps"] == 2 and "eval/reward/mean" in results
 

@@ -1,4 +1,4 @@
-"""The sample table of compositions: pieces of texts, the ranking, whose doing a reward is; and how it reads."""
+"""The sample table of compositions: pieces of texts, the ranking, the credit of tokens; and how it reads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from pipeline.algorithms.functional import Drawn
 from pipeline.records import Example, Scores
 from pipeline.rl import composition_samples
-from pipeline.rl.compositions import Composed, composed_ids
+from pipeline.rl.compositions import Compositions, composed_ids
 from pipeline.trainer import markdown
 from tests import masked
 
@@ -20,25 +20,25 @@ def ids_of(text: str) -> torch.Tensor:
     return torch.tensor(ENCODER.encode("p", text).response_ids)
 
 
-def hidden_at(ids: torch.Tensor, *places: int) -> torch.Tensor:
+def places_of(ids: torch.Tensor, *places: int) -> torch.Tensor:
     return torch.isin(torch.arange(len(ids)), torch.tensor(places))
 
 
-def test_hidden_tokens_stand_alone_and_the_rest_together():
+def test_masked_tokens_stand_alone_and_the_rest_together():
     ids = ids_of("on a mat, far")  # ▁on ▁a ▁mat <0x2C> ▁far </s>
-    assert composition_samples.parts(ENCODER, ids, hidden_at(ids, 0, 2)) == [
+    assert composition_samples.parts(ENCODER, ids, places_of(ids, 0, 2)) == [
         ["on", True],
         [" a", False],
         [" mat", True],
         [", far", False],
     ]
-    assert composition_samples.parts(ENCODER, ids, hidden_at(ids)) == [["on a mat, far", False]]
-    assert composition_samples.parts(ENCODER, ids[:0], hidden_at(ids)[:0]) == []
+    assert composition_samples.parts(ENCODER, ids, places_of(ids)) == [["on a mat, far", False]]
+    assert composition_samples.parts(ENCODER, ids[:0], places_of(ids)[:0]) == []
 
 
 def test_a_character_of_two_tokens_stands_at_its_last():
     ids = ids_of("cat é")  # ▁cat ▁ <0xC3> <0xA9> </s>
-    assert composition_samples.parts(ENCODER, ids, hidden_at(ids, 2, 3)) == [["cat ", False], ["", True], ["é", True]]
+    assert composition_samples.parts(ENCODER, ids, places_of(ids, 2, 3)) == [["cat ", False], ["", True], ["é", True]]
     assert composition_samples.written(ENCODER, ids[[0, 2]].tolist()) == [" cat", "<0xC3>"]  # half of one has no text
     assert composition_samples.written(ENCODER, []) == []
 
@@ -46,29 +46,29 @@ def test_a_character_of_two_tokens_stands_at_its_last():
 def test_credit_is_added_up_by_place_and_token():
     cat, sat, on, mat = (int(ids_of(word)[0]) for word in ("cat", "sat", "on", "mat"))
     tokens = torch.tensor([[cat, sat, cat, on]])
-    told = torch.tensor([[0.5, 0.0, -0.25, -0.25]])  # cat: 0.5 - 0.25; sat has neither praise nor blame
-    assert composition_samples.praised(ENCODER, [mat], tokens, told) == {
+    credit = torch.tensor([[0.5, 0.0, -0.25, -0.25]])  # cat: 0.5 - 0.25; sat has neither praise nor blame
+    assert composition_samples.by_credit(ENCODER, [mat], tokens, credit) == {
         "praised": [{"token": " cat", "instead_of": " mat", "credit": 0.25}],
         "blamed": [{"token": " on", "instead_of": " mat", "credit": -0.25}],
     }
 
 
 def table() -> list[dict]:
-    """Two rows of two texts each: `on a mat` with its last word hidden, and `cat` with nothing hidden."""
+    """Two rows of two texts each: `on a mat` with its last word masked, and `cat` with nothing masked."""
     given = [ids_of("on a mat"), ids_of("cat")]
     width = len(given[0])
-    ids, mask, hidden = torch.zeros(2, width).long(), torch.zeros(2, width).bool(), torch.zeros(2, width).bool()
+    ids, mask, chosen = torch.zeros(2, width).long(), torch.zeros(2, width).bool(), torch.zeros(2, width).bool()
     for i, row in enumerate(given):
         ids[i, : len(row)], mask[i, : len(row)] = row, True
-    hidden[0, 2] = True
-    static = SimpleNamespace(ids=ids, mask=mask, hidden=hidden)
+    chosen[0, 2] = True
+    static = SimpleNamespace(ids=ids, mask=mask, masked=chosen)
     cat, dog = int(ids_of("cat")[0]), int(ids_of("dog")[0])
     drawn = Drawn(torch.zeros(1, 2), torch.tensor([[cat, dog]]), torch.tensor([cat]), torch.zeros(1))
     composed = composed_ids(static, drawn)
     texts = [[ENCODER.decode(row.tolist()) for row in group] for group in composed]
     examples = [Example("a", "Where?", completion="a dog"), Example("b", "Who?", references=("cat",))]
     rewards = torch.tensor([[0.25, 0.75, 0.5], [0.5, 0.5, 0.5]])
-    found = Composed(examples, composed, texts, Scores({}, {}, []), rewards)
+    found = Compositions(examples, composed, texts, Scores({}, {}, []), rewards)
     weights = torch.tensor([[-0.25, 0.25], [0.0, 0.0]])
     return composition_samples.samples_of(ENCODER, SimpleNamespace(static=static), drawn, found, weights)
 

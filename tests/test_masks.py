@@ -1,4 +1,4 @@
-"""Which tokens are hidden, against a loop over tokens; which ids begin words, for every kind of tokenizer."""
+"""Which tokens are masked, against a loop over tokens; which ids begin words, for every kind of tokenizer."""
 
 import math
 from functools import cache
@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import ByT5Tokenizer, GPT2Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, T5Tokenizer
 
 from pipeline.config.schema import Masking
-from pipeline.data.masking import draw
-from pipeline.data.vocabulary import Vocabulary, vocabulary
+from pipeline.data.masking import masked_positions
+from pipeline.data.vocabulary import TokenTables, token_tables
 from pipeline.errors import UserError
 from pipeline.models import scratch
 from pipeline.tasks import assistant
@@ -28,7 +28,7 @@ def masking(**changes) -> Masking:
     return tiny.settings("rl").masking.model_copy(update={"rate": 0.4, **changes})
 
 
-def throws(seed: int = 0) -> torch.Generator:
+def numbers_of(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
@@ -83,7 +83,7 @@ TABLES = {
 def test_words_begin_where_decoding_puts_a_blank(name: str):
     make, starts, marks = TABLES[name]
     tokenizer = make()
-    table = vocabulary(tokenizer, len(tokenizer) + 3)
+    table = token_tables(tokenizer, len(tokenizer) + 3)
 
     def pieces(flags: torch.Tensor) -> set[str]:
         return set(tokenizer.convert_ids_to_tokens(flags.nonzero().flatten().tolist()))
@@ -100,7 +100,7 @@ def test_words_begin_where_decoding_puts_a_blank(name: str):
 def test_single_bytes():
     tokenizer = ByT5Tokenizer()
     tokenizer.add_special_tokens({"mask_token": "[MASK]"})
-    table = vocabulary(tokenizer, len(tokenizer))
+    table = token_tables(tokenizer, len(tokenizer))
     # byte b has id b + 3; Python's blanks below 128: tab to carriage return, four separators, space
     starts = {*range(9, 14), *range(28, 32), 32, ord("."), ord(",")}
     assert {i - 3 for i in table.word_start.nonzero().flatten().tolist()} == starts
@@ -112,16 +112,16 @@ def test_added_and_missing_ids():
     tokenizer = characters("a", " ")
     tokenizer.add_tokens(["plain"])
     tokenizer.add_tokens(["<turn>"], special_tokens=True)  # has no role
-    table = vocabulary(tokenizer, 9)
+    table = token_tables(tokenizer, 9)
     # 0-3 special; a, blank, "plain" are not; <turn> is; 8 has no token
     assert table.special.tolist() == [True] * 4 + [False] * 3 + [True] * 2
     holes = wrapped(models.WordLevel({**spelled("a"), " ": 7}, unk_token="<unk>"), decoders.Fuse())
-    assert vocabulary(holes, 8).special.tolist() == [True] * 4 + [False] + [True] * 2 + [False]
+    assert token_tables(holes, 8).special.tolist() == [True] * 4 + [False] + [True] * 2 + [False]
 
 
 def test_vocabularies_without_words():
     for pieces in (["天", "地", "。", ".", ","], ["1", "2"]):
-        table = vocabulary(characters(*pieces), 9)
+        table = token_tables(characters(*pieces), 9)
         with pytest.raises(UserError) as error:
             table.require_words()
         assert str(error.value).startswith("masking.span: ") and str(error.value).endswith("set masking.span=token")
@@ -131,7 +131,7 @@ def test_vocabularies_without_words():
 # --- the draw
 
 
-def by_hand(ids, table: Vocabulary, settings: Masking, numbers, spans: bool) -> list[bool]:
+def by_hand(ids, table: TokenTables, settings: Masking, numbers, spans: bool) -> list[bool]:
     """What `draw` does, one token at a time."""
     special, mark = [bool(table.special[i]) for i in ids], [bool(table.punctuation[i]) for i in ids]
     places = [t for t in range(len(ids)) if not special[t]]
@@ -141,41 +141,41 @@ def by_hand(ids, table: Vocabulary, settings: Masking, numbers, spans: bool) -> 
         chosen = sorted(places, key=lambda t: numbers[t])[: math.floor(len(places) * settings.rate + 1e-9)]
     else:
         chosen = [t for t in places if numbers[t] < settings.rate]
-    hidden = set(chosen)
+    masked = set(chosen)
     for t in chosen if spans else []:
         right = t + 1
         while settings.span != "token" and right < len(ids) and not (table.word_start[ids[right]] or special[right]):
-            hidden.add(right)
+            masked.add(right)
             right += 1
         left = t
         while settings.span == "whole_word" and left > 0 and not (table.word_start[ids[left]] or special[left - 1]):
             left -= 1
-            hidden.add(left)
-    return [t in hidden for t in range(len(ids))]
+            masked.add(left)
+    return [t in masked for t in range(len(ids))]
 
 
-def random_table(generator: torch.Generator, size: int = 14) -> Vocabulary:
+def random_table(generator: torch.Generator, size: int = 14) -> TokenTables:
     kinds = torch.randint(5, (size,), generator=generator)  # 0 special, 1 mark, 2 begins a word, 3 and 4 go on
-    return Vocabulary((kinds == 1) | (kinds == 2), kinds == 1, kinds == 0, 0)
+    return TokenTables((kinds == 1) | (kinds == 2), kinds == 1, kinds == 0, 0)
 
 
 @pytest.mark.parametrize("span", SPANS)
 @pytest.mark.parametrize("spans", [True, False])
 def test_equals_a_loop_over_tokens(span: str, spans: bool):
-    generator = throws(7)
+    generator = numbers_of(7)
     for row in range(150):
         table = random_table(generator)
         ids = torch.randint(14, (row % 25,), generator=generator)
         rate = float(torch.rand((), generator=generator))
         rate = (0.0, 1.0, rate, rate)[row % 4]
         settings = masking(rate=rate, span=span, after_punctuation=row % 3 == 0, exact=row % 2 == 0)
-        numbers = torch.rand(len(ids), generator=throws(row)).tolist()
-        hidden = draw(ids, table, settings, throws(row), spans)
-        assert hidden.dtype == torch.bool
-        assert hidden.tolist() == by_hand(ids.tolist(), table, settings, numbers, spans)
+        numbers = torch.rand(len(ids), generator=numbers_of(row)).tolist()
+        masked = masked_positions(ids, table, settings, numbers_of(row), spans)
+        assert masked.dtype == torch.bool
+        assert masked.tolist() == by_hand(ids.tolist(), table, settings, numbers, spans)
 
 
-WORDS = Vocabulary(  # 0 special, 1 ".", 2 begins a word, 3 goes on
+WORDS = TokenTables(  # 0 special, 1 ".", 2 begins a word, 3 goes on
     word_start=torch.tensor([False, True, True, False]),
     punctuation=torch.tensor([False, True, False, False]),
     special=torch.tensor([True, False, False, False]),
@@ -188,13 +188,15 @@ def test_spans_by_hand():
     seed = next(s for s in range(10**5) if hits(s, len(ids)) == [3])  # the first seed that draws place 3 alone
     expected = {"token": {3}, "word": {3, 4}, "whole_word": {2, 3, 4}}
     for span, places in expected.items():
-        hidden = draw(ids, WORDS, masking(rate=0.1, span=span), throws(seed), spans=True)
-        assert set(hidden.nonzero().flatten().tolist()) == places
-        assert draw(ids, WORDS, masking(rate=0.1, span=span), throws(seed), spans=False).nonzero().tolist() == [[3]]
+        masked = masked_positions(ids, WORDS, masking(rate=0.1, span=span), numbers_of(seed), spans=True)
+        assert set(masked.nonzero().flatten().tolist()) == places
+        assert masked_positions(
+            ids, WORDS, masking(rate=0.1, span=span), numbers_of(seed), spans=False
+        ).nonzero().tolist() == [[3]]
 
 
 def hits(seed: int, length: int) -> list[int]:
-    return (torch.rand(length, generator=throws(seed)) < 0.1).nonzero().flatten().tolist()
+    return (torch.rand(length, generator=numbers_of(seed)) < 0.1).nonzero().flatten().tolist()
 
 
 @pytest.mark.parametrize("span", SPANS)
@@ -204,22 +206,25 @@ def test_no_rate_and_full_rate(span: str, exact: bool):
     settings = masking(span=span, exact=exact)
     nothing, everything = (settings.model_copy(update={"rate": rate}) for rate in (0.0, 1.0))
     for spans in (True, False):
-        assert not draw(ids, WORDS, nothing, throws(), spans).any()
-    assert draw(ids, WORDS, everything, throws(), spans=False).tolist() == [True] * 8 + [False] * 2
+        assert not masked_positions(ids, WORDS, nothing, numbers_of(), spans).any()
+    assert masked_positions(ids, WORDS, everything, numbers_of(), spans=False).tolist() == [True] * 8 + [False] * 2
     # on static rows not after ".": place 4 begins a word, place 7 clings to the "." and goes with it
     expected = [True] * 4 + [False] + [True] * 2 + [span != "token"] + [False] * 2
     if span == "whole_word":
         expected[4] = True  # its second piece is drawn
-    assert draw(ids, WORDS, everything, throws(), spans=True).tolist() == expected
+    assert masked_positions(ids, WORDS, everything, numbers_of(), spans=True).tolist() == expected
     after = everything.model_copy(update={"after_punctuation": True})
-    assert draw(ids, WORDS, after, throws(), spans=True).tolist() == [True] * 8 + [False] * 2
+    assert masked_positions(ids, WORDS, after, numbers_of(), spans=True).tolist() == [True] * 8 + [False] * 2
 
 
 def test_rows_with_nothing_to_draw():
     for span in SPANS:
-        assert draw([], WORDS, masking(rate=1.0, span=span), throws(), spans=True).tolist() == []
-        assert draw([0], WORDS, masking(rate=1.0, span=span), throws(), spans=True).tolist() == [False]
-        assert draw([3, 0], WORDS, masking(rate=1.0, span=span), throws(), spans=True).tolist() == [True, False]
+        assert masked_positions([], WORDS, masking(rate=1.0, span=span), numbers_of(), spans=True).tolist() == []
+        assert masked_positions([0], WORDS, masking(rate=1.0, span=span), numbers_of(), spans=True).tolist() == [False]
+        assert masked_positions([3, 0], WORDS, masking(rate=1.0, span=span), numbers_of(), spans=True).tolist() == [
+            True,
+            False,
+        ]
 
 
 def test_exact_counts():
@@ -227,20 +232,20 @@ def test_exact_counts():
     ids = [2, 2, 3, 2, 1, 2, 3, 2, 2, 2, 0]
     for seed in range(50):
         settings = masking(exact=True, span="token")
-        assert int(draw(ids, WORDS, settings, throws(seed), spans=True).sum()) == 3
-        assert int(draw(ids, WORDS, settings, throws(seed), spans=False).sum()) == 4
+        assert int(masked_positions(ids, WORDS, settings, numbers_of(seed), spans=True).sum()) == 3
+        assert int(masked_positions(ids, WORDS, settings, numbers_of(seed), spans=False).sum()) == 4
     hundred = [2] * 100  # 100 * 0.29 is 28.999999999999996 in floating point
-    assert int(draw(hundred, WORDS, masking(exact=True, rate=0.29), throws(), spans=True).sum()) == 29
+    assert int(masked_positions(hundred, WORDS, masking(exact=True, rate=0.29), numbers_of(), spans=True).sum()) == 29
 
 
 def test_the_generator_alone_decides():
     ids = [2] * 40
-    first = draw(ids, WORDS, masking(), throws(1), spans=True)
+    first = masked_positions(ids, WORDS, masking(), numbers_of(1), spans=True)
     torch.manual_seed(5)
-    assert torch.equal(draw(torch.tensor(ids), WORDS, masking(), throws(1), spans=True), first)
-    assert not torch.equal(draw(ids, WORDS, masking(), throws(2), spans=True), first)
-    used, other = throws(1), throws(1)
-    draw(ids, WORDS, masking(exact=True), used, spans=False)
+    assert torch.equal(masked_positions(torch.tensor(ids), WORDS, masking(), numbers_of(1), spans=True), first)
+    assert not torch.equal(masked_positions(ids, WORDS, masking(), numbers_of(2), spans=True), first)
+    used, other = numbers_of(1), numbers_of(1)
+    masked_positions(ids, WORDS, masking(exact=True), used, spans=False)
     torch.rand(40, generator=other)  # a row takes as many numbers as it has tokens
     assert torch.equal(used.get_state(), other.get_state())
 
@@ -248,7 +253,7 @@ def test_the_generator_alone_decides():
 def test_the_arguments_stay():
     ids = torch.tensor([2, 3, 1, 2, 0])
     before = ids.clone(), WORDS.special.clone()
-    draw(ids, WORDS, masking(rate=1.0), throws(), spans=True)
+    masked_positions(ids, WORDS, masking(rate=1.0), numbers_of(), spans=True)
     assert torch.equal(ids, before[0]) and torch.equal(WORDS.special, before[1])
 
 
@@ -298,10 +303,10 @@ KINDS = ("scratch", "bpe", "unigram", "word_piece", "gpt2", "t5")
 
 
 @cache
-def corpus(kind: str) -> tuple[Vocabulary, list[list[int]]]:
+def corpus(kind: str) -> tuple[TokenTables, list[list[int]]]:
     """The tables of a tokenizer, and the texts as ids with EOS at the end and one pad after it."""
     tokenizer = found(kind) if kind in ("gpt2", "t5") else learned(kind)
-    table = vocabulary(tokenizer, len(tokenizer) + 28)
+    table = token_tables(tokenizer, len(tokenizer) + 28)
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     rows = tokenizer(texts(), add_special_tokens=False)["input_ids"]
     return table, [[*ids, tokenizer.eos_token_id, pad_id] for ids in rows]
@@ -311,23 +316,23 @@ def corpus(kind: str) -> tuple[Vocabulary, list[list[int]]]:
 def test_rates_and_rules_on_text(kind: str):
     table, rows = corpus(kind)
     table.require_words()
-    generator, drawn, drawable, hidden_count, ordinary_count = throws(3), 0, 0, 0, 0
+    generator, drawn, drawable, masked_count, ordinary_count = numbers_of(3), 0, 0, 0, 0
     for ids in rows:
         special, mark = table.special[ids], table.punctuation[ids]
         after = torch.cat([torch.tensor([False]), mark[:-1]])
-        single = draw(ids, table, masking(span="token"), generator, spans=True)
+        single = masked_positions(ids, table, masking(span="token"), generator, spans=True)
         assert not (single & (special | after)).any()
         drawn, drawable = drawn + int(single.sum()), drawable + int((~special & ~after).sum())
-        hidden = draw(ids, table, masking(), generator, spans=True)
+        masked = masked_positions(ids, table, masking(), generator, spans=True)
         goes_on = ~(table.word_start[ids] | special)
-        assert not (hidden[:-1] & goes_on[1:] & ~hidden[1:]).any()  # nothing visible after something hidden in a word
-        assert not (hidden & special).any()
-        reached = torch.cat([torch.tensor([False]), hidden[:-1]]) & goes_on
-        assert not (hidden & after & ~reached).any()
-        hidden_count, ordinary_count = hidden_count + int(hidden.sum()), ordinary_count + int((~special).sum())
+        assert not (masked[:-1] & goes_on[1:] & ~masked[1:]).any()  # nothing visible after something masked in a word
+        assert not (masked & special).any()
+        reached = torch.cat([torch.tensor([False]), masked[:-1]]) & goes_on
+        assert not (masked & after & ~reached).any()
+        masked_count, ordinary_count = masked_count + int(masked.sum()), ordinary_count + int((~special).sum())
     assert drawable > 5000
     assert abs(drawn / drawable - 0.4) < 3 * math.sqrt(0.4 * 0.6 / drawable)
-    assert 0.3 < hidden_count / ordinary_count <= 0.5
+    assert 0.3 < masked_count / ordinary_count <= 0.5
 
 
 @pytest.mark.parametrize("kind", KINDS)

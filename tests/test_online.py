@@ -12,10 +12,10 @@ from torch import Tensor
 
 from pipeline.algorithms import functional, online
 from pipeline.algorithms.functional import reduce
-from pipeline.algorithms.online import Told
+from pipeline.algorithms.online import GroupStats
 from pipeline.models.policy import token_temperatures
 from pipeline.records import Batch
-from pipeline.rollout.allocation import Queue
+from pipeline.rollout.allocation import Record, Sampler
 from tests import tiny
 
 F64 = torch.float64
@@ -27,11 +27,13 @@ def settings(**changes: Any) -> online.Settings:
     return online.Settings(**{**tiny.settings("rl", "algo=reinforce").algorithm.settings, **changes})
 
 
-def told(
+def grouped(
     rewards: Sequence[float], logps: Sequence[float] | None = None, lengths: Sequence[float] | None = None
-) -> Told:
+) -> GroupStats:
     usual = [1.0] * len(rewards)
-    return Told(*(torch.tensor(list(values), dtype=F64) for values in (rewards, logps or usual, lengths or usual)))
+    return GroupStats(
+        *(torch.tensor(list(values), dtype=F64) for values in (rewards, logps or usual, lengths or usual))
+    )
 
 
 def listed(tensors: Sequence[Tensor]) -> list[list[float]]:
@@ -72,7 +74,7 @@ def gradient(logp: Tensor, given: Batch, **changes: Any) -> list[list[float]]:
 
 def test_t11_leave_one_out() -> None:
     """1 - (0 + .5)/2 = .75; 0 - (1 + .5)/2 = -.75; .5 - (1 + 0)/2 = 0."""
-    (found,) = online.advantages([told(REWARDS.tolist())], 99.0, settings())
+    (found,) = online.advantages([grouped(REWARDS.tolist())], 99.0, settings())
     assert found.tolist() == pytest.approx([0.75, -0.75, 0.0])
     assert float(found.sum()) == 0.0
 
@@ -80,7 +82,7 @@ def test_t11_leave_one_out() -> None:
 @pytest.mark.parametrize("queue, wanted", [(0.25, [0.75, -0.25]), (None, [0.5, -0.5])])
 def test_t11_one_response_alone_is_compared_with_the_queue(queue: float | None, wanted: list[float]) -> None:
     """With an empty queue with the mean of the step, (1 + 0)/2."""
-    found = online.advantages([told([1.0]), told([0.0])], queue, settings())
+    found = online.advantages([grouped([1.0]), grouped([0.0])], queue, settings())
     assert listed(found) == [[wanted[0]], [wanted[1]]]
 
 
@@ -93,25 +95,25 @@ def test_t11_one_response_alone_is_compared_with_the_queue(queue: float | None, 
     ],
 )
 def test_other_baselines(baseline: str, wanted: list[float]) -> None:
-    (found,) = online.advantages([told(REWARDS.tolist())], 0.25, settings(baseline=baseline))
+    (found,) = online.advantages([grouped(REWARDS.tolist())], 0.25, settings(baseline=baseline))
     assert found.tolist() == pytest.approx(wanted)
 
 
 def test_t09_the_queue_is_first_in_first_out() -> None:
-    """3, 4, 5, 6 are left of 1 .. 6: mean 4.5, variance (2.25 + .25 + .25 + 2.25)/4 = 1.25."""
-    queue = Queue(4)
-    assert queue.mean() is None and queue.std() is None
-    queue.push([1.0, 2.0, 3.0])
-    before = queue.mean()
-    queue.push([4.0, 5.0, 6.0])
+    """3, 4, 5, 6 are left of 1 .. 6: mean 4.5."""
+    planner = Sampler(tiny.settings("rl", "algo=reinforce").sampler, tiny.V, 4)
+    assert planner.mean_reward() is None
+    planner.learn("a", Record(2.0, 0.0, 1.0), [1.0, 2.0, 3.0])
+    before = planner.mean_reward()
+    planner.learn("b", Record(5.0, 0.0, 1.0), [4.0, 5.0, 6.0])
     assert before == 2.0  # it was read before the push
-    assert queue.values() == [3.0, 4.0, 5.0, 6.0]
-    assert (queue.mean(), queue.std()) == (4.5, pytest.approx(1.1180340))
+    assert list(planner.rewards) == [3.0, 4.0, 5.0, 6.0]
+    assert planner.mean_reward() == 4.5
 
 
 def test_t09_an_empty_queue_is_the_steps_mean() -> None:
     """(1 + 3 + 8)/3 = 4."""
-    found = online.advantages([told([1.0, 3.0]), told([8.0])], None, settings(baseline="queue"))
+    found = online.advantages([grouped([1.0, 3.0]), grouped([8.0])], None, settings(baseline="queue"))
     assert listed(found) == [[-3.0, -1.0], [4.0]]
 
 
@@ -120,7 +122,7 @@ def test_t09_an_empty_queue_is_the_steps_mean() -> None:
 def test_t17_equal_rewards_and_no_prompts(objective: str, baseline: str) -> None:
     """Compared with their own group they teach nothing; the queue knows other prompts."""
     chosen = settings(objective=objective, baseline=baseline)
-    (found,) = online.advantages([told([0.1 + 0.2, 0.3], [-4.0, -9.0])], 0.3, chosen)  # .1 + .2 is a hair above .3
+    (found,) = online.advantages([grouped([0.1 + 0.2, 0.3], [-4.0, -9.0])], 0.3, chosen)  # .1 + .2 is a hair above .3
     assert found.tolist() == pytest.approx([0.0, 0.0], abs=1e-15)
     assert online.advantages([], None, chosen) == [] and online.shares([], "tokens") == []
 
@@ -133,7 +135,7 @@ def test_t10_the_expected_gradient_does_not_depend_on_the_baseline(usual: float)
     """sum_a p_a (r_a - b) (1[a] - p) = p (r - p . r) for any b: p = (.33759, .25009, .41232), p . r = .54375."""
     chosen, logits = settings(baseline="queue"), BANDIT.clone().requires_grad_()
     logps = logits.log_softmax(0)
-    (advantages,) = online.advantages([told(REWARDS.tolist())], usual, chosen)
+    (advantages,) = online.advantages([grouped(REWARDS.tolist())], usual, chosen)
     given = batch(logps[:, None], [1, 1, 1], advantage=advantages.tolist(), share=logps.exp().tolist())
     loss_of(logps[:, None], given, baseline="queue")[0].backward()
     assert (-logits.grad).tolist() == pytest.approx([0.15402, -0.13599, -0.01804], abs=2e-5)
@@ -150,7 +152,7 @@ def test_t10_negative_advantages_have_a_gradient() -> None:
 
 # minimum risk training
 
-CANDIDATES = told([0.8, 0.5, 0.2], [-10.0, -12.0, -14.0])
+CANDIDATES = grouped([0.8, 0.5, 0.2], [-10.0, -12.0, -14.0])
 
 
 @pytest.mark.parametrize(
@@ -172,7 +174,7 @@ def test_t12_minimum_risk(alpha: float, wanted: list[float]) -> None:
 
 
 def test_t12_one_candidate_alone_has_no_gradient() -> None:
-    assert listed(online.advantages([told([0.8], [-10.0])], 0.1, settings(objective="mrt"))) == [[0.0]]
+    assert listed(online.advantages([grouped([0.8], [-10.0])], 0.1, settings(objective="mrt"))) == [[0.0]]
 
 
 @pytest.mark.parametrize("alpha", [0.005, 1.0])
@@ -190,7 +192,7 @@ def test_t13_minimum_risk_one_candidate_at_a_time(alpha: float) -> None:
     (-(q * rewards).sum()).backward()
 
     apart = logits.clone().requires_grad_()
-    group = Told(rewards, logps(apart).sum(1).detach(), torch.full((3,), 5.0, dtype=F64))
+    group = GroupStats(rewards, logps(apart).sum(1).detach(), torch.full((3,), 5.0, dtype=F64))
     (advantages,) = online.advantages([group], None, settings(objective="mrt", alpha=alpha))
     for j in range(3):
         logp = logps(apart)[j : j + 1]
@@ -219,7 +221,7 @@ def coefficients(objective: str, baseline: str) -> tuple[list[float], list[float
     rewards, logps = [0.9, 0.5, 0.2], [-1.0, -2.0, -3.0]
     found = []
     for times in (1, 2):
-        group = told(rewards * times, logps * times)
+        group = grouped(rewards * times, logps * times)
         (advantages,), (shares,) = online.advantages([group], 0.3, chosen), online.shares([group], "prompts")
         found.append((times * shares * advantages).tolist())
     return found[0], found[1]
@@ -279,7 +281,7 @@ def test_t05_each_token_has_the_temperature_of_its_row() -> None:
     ],
 )
 def test_shares(mean_over: str, wanted: list[list[float]]) -> None:
-    groups = [told([0.0, 1.0], lengths=[1.0, 3.0]), told([1.0], lengths=[6.0])]
+    groups = [grouped([0.0, 1.0], lengths=[1.0, 3.0]), grouped([1.0], lengths=[6.0])]
     assert listed(online.shares(groups, mean_over)) == [pytest.approx(row) for row in wanted]
 
 

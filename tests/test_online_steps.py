@@ -101,7 +101,7 @@ def test_dropping_keeps_half_of_batches_of_two(alone: dict) -> None:
     step = alone["drop"]["steps"][0]
     assert step["stats"]["esrl/left_out"] == 0.5
     assert step["stats"]["rollout/generated_tokens"] > sum(
-        len(ids) for lot in step["ids"] for ids in lot
+        len(ids) for group in step["ids"] for ids in group
     )  # all paid for
 
 
@@ -111,13 +111,13 @@ def test_t08_a_resume_is_as_if_never_left(tmp_path: Path, alone: dict, name: str
     trainer = rolling.trainer_of(CASES[name], "zero0", tmp_path)
     rolling.run(trainer, 0, 2)
     checkpoints = Checkpoints(tmp_path, trainer.engine.ranks, 1)
-    checkpoints.save(trainer.engine, State(step=2, world=1), Interval(Metrics()), trainer.windows.remembered(2))
+    checkpoints.save(trainer.engine, State(step=2, world=1), Interval(Metrics()), trainer.windows.state_dict(2))
     other = rolling.trainer_of(CASES[name], "zero0", tmp_path)
     state, _, memory = checkpoints.load(other.engine)
-    other.windows.recall(memory)
+    other.windows.load_state_dict(memory)
     (last,) = rolling.run(other, state.step, STEPS)
     assert last["ids"] == alone[name]["steps"][2]["ids"] and last["plan"] == alone[name]["steps"][2]["plan"]
-    assert other.windows.remembered(STEPS) == json.loads(json.dumps(alone[name]["memory"]))
+    assert other.windows.state_dict(STEPS) == json.loads(json.dumps(alone[name]["memory"]))
     tiny.close(other.engine.state_dict(), alone[name]["weights"], roundings=0)
 
 
@@ -125,17 +125,17 @@ def test_t08_a_step_that_was_not_taken_is_not_remembered(tmp_path: Path) -> None
     """Where a step's gradient is not finite the state before it is saved, and the step is made again as it was."""
     trainer = rolling.trainer_of(CASES["esrl"], "zero0", tmp_path)
     rolling.run(trainer, 0, 1)
-    before = trainer.windows.remembered(1)
+    before = trainer.windows.state_dict(1)
     trainer.windows.at(1)
-    assert trainer.windows.remembered(1) == before
+    assert trainer.windows.state_dict(1) == before
 
 
 def test_a_prompt_that_comes_twice_in_a_step_has_other_responses(tmp_path: Path) -> None:
-    """Two prompts, four places: each turn throws dice of its own, so no sample is paid for twice."""
+    """Two prompts, four places: each turn has random numbers of its own, so no sample is paid for twice."""
     trainer = rolling.trainer_of(rolling.Case(("algo=reinforce",), prompts=2, per_step=4), "zero0", tmp_path)
     trainer.windows.at(0)
     said: dict[str, list] = {}
-    for lot in trainer.windows.lots:
-        said.setdefault(lot.key, []).append([response.response_ids for response in lot.responses])
+    for group in trainer.windows.groups:
+        said.setdefault(group.key, []).append([response.response_ids for response in group.responses])
     assert [len(turns) for turns in said.values()] == [2, 2]
     assert all(first != second for first, second in said.values())

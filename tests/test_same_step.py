@@ -68,30 +68,30 @@ def dpo_loss(name: str, chosen: Tensor, rejected: Tensor) -> Tensor:
     return 0.9 * F.softplus(0.5 * (rejected - chosen)) + 0.1 * F.softplus(0.5 * (chosen - rejected))
 
 
-def inverse(probabilities: Tensor, throws: Tensor) -> list[list[int]]:
-    """For each position (M, V) and each of its throws (M, n) the first id whose cumulative probability exceeds it."""
+def inverse(probabilities: Tensor, uniforms: Tensor) -> list[list[int]]:
+    """For each position (M, V) and each of its uniforms (M, n) the first id whose cumulative probability exceeds it."""
     sums = probabilities.double().cumsum(-1)
-    return [[int((row > u).nonzero()[0]) for u in us] for row, us in zip(sums, throws.tolist(), strict=True)]
+    return [[int((row > u).nonzero()[0]) for u in us] for row, us in zip(sums, uniforms.tolist(), strict=True)]
 
 
 def masked_loss(case: same_step.Case, model: nn.Module, item: Item, step: int) -> tuple[Tensor, Tensor]:
     """5 L_RL and L_MLE of one row alone, and what they count for: a sequence, and its tokens.
 
-    Masks, throws and the choice among two static responses are read off a batch of this row alone; all else is here.
+    Masks, uniforms and the choice among two static responses are read off a batch of this row alone; all else is here.
     """
     packing = same_step.packing_of(case, Packing(1, None, False, tiny.PAD_ID))
     batch = collate([item], [0], packing, step)
     given, reference = batch.static, item.rows[0]
-    logps = masked.own_logits(model, reference, masked.hidden_of(batch)[0]).log_softmax(-1)
+    logps = masked.own_logits(model, reference, masked.masked_of(batch)[0]).log_softmax(-1)
     nll = -logps[range(len(logps)), list(reference.response_ids)]
     mle = (0.9 * nll - 0.1 * logps.mean(-1)).sum()
     counts = torch.tensor([1.0, len(nll)])
 
-    places = given.hidden[0].nonzero().flatten().tolist()
+    places = given.masked[0].nonzero().flatten().tolist()
     if not places:
         return torch.stack([mle * 0, mle]), counts
     ids = given.ids[0].tolist()
-    logits = masked.own_logits(model, replace(reference, response_ids=tuple(ids)), given.hidden[0])[places]
+    logits = masked.own_logits(model, replace(reference, response_ids=tuple(ids)), given.masked[0])[places]
     allowed = logits.masked_fill(masked.words().special, -torch.inf).log_softmax(-1)  # (M, V)
     drawn = inverse(allowed.detach().exp(), given.uniforms)
     rewards, sums = [], []

@@ -1,4 +1,4 @@
-"""One forward for two responses with hidden tokens: what the model sees, what it is charged for, what the cut changes.
+"""One forward for two responses with masked tokens: what the model sees, what it is charged for, what the cut changes.
 
 The right answers are the model's own, each response read alone, without padding, as [MASK] and tokens.
 """
@@ -35,11 +35,11 @@ def whole(policy: Policy, rows: list[Item], step: int = 0, **changes) -> Batch:
 
 def own_of(policy: Policy, rows: list[Item], batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
     """The logits of references and of static responses, row by row."""
-    pairs = zip(rows, masked.hidden_of(batch), batch.static.hidden, strict=True)
-    both = [(item.rows[0], item.statics[0], first, second) for item, first, second in pairs]
+    pairs = zip(rows, masked.masked_of(batch), batch.static.masked, strict=True)
+    both = [(item.rows[0], item.static_rows[0], first, second) for item, first, second in pairs]
     references = [masked.own_logits(policy.model, row, first[: len(row.response_ids)]) for row, _, first, _ in both]
-    statics = [masked.own_logits(policy.model, row, second[: len(row.response_ids)]) for _, row, _, second in both]
-    return references, statics
+    others = [masked.own_logits(policy.model, row, second[: len(row.response_ids)]) for _, row, _, second in both]
+    return references, others
 
 
 def gradients(policy: Policy) -> dict[str, Tensor]:
@@ -72,7 +72,7 @@ def test_t14_one_pass_is_two(shape: str, shared: bool, kernel: str) -> None:
     assert policy.attends_apart == (shape in CAUSAL and kernel == "sdpa")
     assert len(batch.input_ids) == len(rows) * (1 if shared else 2)
     given, weights = batch.static, torch.randn(tiny.V, generator=torch.Generator().manual_seed(1)) / 50
-    assert masked.hidden_of(batch).any() and given.hidden.any()
+    assert masked.masked_of(batch).any() and given.masked.any()
     first, second = (policy.head(states) for states in policy(batch, output="heads"))
     pairs = ((first, batch.response_mask), (second, given.mask))
     sum(((logits @ weights).tanh() * mask).sum() for logits, mask in pairs).backward()
@@ -110,13 +110,13 @@ def test_activation_checkpointing_changes_nothing(shape: str) -> None:
 def test_padding_takes_no_place_beyond_the_last() -> None:
     """A GPT-2 that knows as many places as the longest row has tokens: a short static after a long prompt is fine."""
     rows = masked.items(5)
-    longest = max(len(row) for item in rows for row in (*item.rows, *item.statics))
+    longest = max(len(row) for item in rows for row in (*item.rows, *item.static_rows))
     policy = masked.policy("gpt2", n_positions=longest)
     batch = whole(policy, rows)
     assert int(batch.prompt_lengths.max()) + batch.static.ids.shape[1] > longest
-    _, statics = own_of(policy, rows, batch)
+    _, others = own_of(policy, rows, batch)
     second = policy.head(policy(batch, output="heads")[1])
-    for ours, theirs in zip(second, statics, strict=True):
+    for ours, theirs in zip(second, others, strict=True):
         tiny.close(ours[: len(theirs)], theirs)
 
 
@@ -173,38 +173,38 @@ def test_t2_forwards_do_not_depend_on_samples(shape: str, shared: bool, samples:
     batch = collate(rows, range(4), masked.packing(policy, samples, share_prompt=shared))
     counts = calls_of(policy)
     drawn = Drawn(*policy(batch, output="drawn")[2:])
-    assert drawn.ids.shape == (int(batch.static.hidden.sum()), samples)
+    assert drawn.ids.shape == (int(batch.static.masked.sum()), samples)
     body = {"encoder": 1, "decoder": 2, "cross": 1} if policy.encoder_decoder else {"base": 1}
-    assert counts == {**body, "head": 2}  # the head: once for the references, once for the hidden tokens
+    assert counts == {**body, "head": 2}  # the head: once for the references, once for the masked tokens
 
 
 # what is seen
 
 
 def with_others(rows: list[Item], batch: Batch) -> list[Item]:
-    """The rows with other words at all hidden places of both responses."""
+    """The rows with other words at all masked places of both responses."""
     found = []
-    for item, first, second in zip(rows, masked.hidden_of(batch), batch.static.hidden, strict=True):
+    for item, first, second in zip(rows, masked.masked_of(batch), batch.static.masked, strict=True):
         changed = []
-        for row, hidden in ((item.rows[0], first), (item.statics[0], second)):
-            ids = [290 - i if hide else i for i, hide in zip(row.response_ids, hidden.tolist(), strict=False)]
-            ids = [max(i, 4) if hide else i for i, hide in zip(ids, hidden.tolist(), strict=False)]
+        for row, masked_places in ((item.rows[0], first), (item.static_rows[0], second)):
+            ids = [290 - i if there else i for i, there in zip(row.response_ids, masked_places.tolist(), strict=False)]
+            ids = [max(i, 4) if there else i for i, there in zip(ids, masked_places.tolist(), strict=False)]
             changed.append(replace(row, response_ids=tuple(ids)))
-        found.append(replace(item, rows=(changed[0],), statics=(changed[1],)))
+        found.append(replace(item, rows=(changed[0],), static_rows=(changed[1],)))
     return found
 
 
 @pytest.mark.parametrize(("shape", "shared"), LAYOUTS)
 @torch.no_grad()
-def test_t1_hidden_tokens_are_not_seen(shape: str, shared: bool) -> None:
+def test_t1_masked_tokens_are_not_seen(shape: str, shared: bool) -> None:
     policy, rows = masked.policy(shape), masked.items(5)
     before = whole(policy, rows, share_prompt=shared)
     after = whole(policy, with_others(rows, before), share_prompt=shared)
-    assert torch.equal(before.static.hidden, after.static.hidden)
-    assert torch.equal(masked.hidden_of(before), masked.hidden_of(after))
+    assert torch.equal(before.static.masked, after.static.masked)
+    assert torch.equal(masked.masked_of(before), masked.masked_of(after))
     changed = before.static.ids != after.static.ids
-    assert torch.equal(changed, before.static.hidden) and changed.any()
-    assert torch.equal(before.response_ids != after.response_ids, masked.hidden_of(before))
+    assert torch.equal(changed, before.static.masked) and changed.any()
+    assert torch.equal(before.response_ids != after.response_ids, masked.masked_of(before))
     for ours, theirs in zip(policy(before, output="heads"), policy(after, output="heads"), strict=True):
         assert torch.equal(ours, theirs)
     drawn = zip(policy(before, output="drawn")[2:], policy(after, output="drawn")[2:], strict=True)
@@ -215,10 +215,10 @@ def changed_at(rows: list[Item], k: int, static: bool) -> list[Item]:
     """The rows with another word at place `k` of one of the responses."""
     found = []
     for item in rows:
-        row = item.statics[0] if static else item.rows[0]
+        row = item.static_rows[0] if static else item.rows[0]
         ids = [290 if t == k else i for t, i in enumerate(row.response_ids)]
         row = replace(row, response_ids=tuple(ids))
-        found.append(replace(item, statics=(row,)) if static else replace(item, rows=(row,)))
+        found.append(replace(item, static_rows=(row,)) if static else replace(item, rows=(row,)))
     return found
 
 
@@ -228,7 +228,9 @@ def changed_at(rows: list[Item], k: int, static: bool) -> list[Item]:
 def test_t12_nothing_is_seen_too_early(shape: str, shared: bool, static: bool) -> None:
     """The state that predicts token t sees tokens before t of its own response, and none of the other response."""
     policy, k = masked.policy(shape), 2
-    rows = [item for item in masked.items(9) if min(len(r.response_ids) for r in (item.rows[0], item.statics[0])) > 4]
+    rows = [
+        item for item in masked.items(9) if min(len(r.response_ids) for r in (item.rows[0], item.static_rows[0])) > 4
+    ]
     before = whole(policy, rows, rate=0.0, share_prompt=shared)
     after = whole(policy, changed_at(rows, k, static), rate=0.0, share_prompt=shared)
     pairs = list(zip(policy(before, output="heads"), policy(after, output="heads"), strict=True))
@@ -242,17 +244,17 @@ def test_t12_nothing_is_seen_too_early(shape: str, shared: bool, static: bool) -
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
 def test_tokens_are_drawn_where_they_are_predicted(shape: str) -> None:
-    """logp, greedy token and entropy at each hidden token: those of the model's own logits without special ids."""
+    """logp, greedy token and entropy at each masked token: those of the model's own logits without special ids."""
     policy, rows = masked.policy(shape), masked.items(5)
     batch = whole(policy, rows)
     drawn = Drawn(*policy(batch, output="drawn")[2:])
-    _, statics = own_of(policy, rows, batch)
-    logits = torch.cat([x[h[: len(x)]] for x, h in zip(statics, batch.static.hidden, strict=True)])
+    _, others = own_of(policy, rows, batch)
+    logits = torch.cat([x[h[: len(x)]] for x, h in zip(others, batch.static.masked, strict=True)])
     logps = logits.masked_fill(masked.words().special, -torch.inf).log_softmax(-1)
     tiny.close(drawn.logp, logps.gather(1, drawn.ids))
     assert torch.equal(drawn.greedy, logps.argmax(-1))
     tiny.close(drawn.entropy, torch.special.entr(logps.exp()).sum(-1))
-    sums = logps.double().exp().cumsum(-1)  # naive: the first id whose sum exceeds the throw
+    sums = logps.double().exp().cumsum(-1)  # naive: the first id whose sum exceeds the uniform
     naive = (sums[:, None, :] > batch.static.uniforms[:, :, None]).double().argmax(-1)
     assert (naive == drawn.ids).float().mean() > 0.99  # but for rounding at an edge
 
@@ -265,7 +267,7 @@ def test_t10_compositions(shape: str) -> None:
     static, special = batch.static, masked.words().special
     found = compositions.composed_ids(static, Drawn(*policy(batch, output="drawn")[2:]))  # (B, n + 1, S)
     assert found.shape == (6, SETTINGS.samples + 1, static.ids.shape[1])
-    kept = ~static.hidden[:, None].expand_as(found)
+    kept = ~static.masked[:, None].expand_as(found)
     assert torch.equal(found[kept], static.ids[:, None].expand_as(found)[kept])
     assert not special[found[~kept]].any() and (~kept).any()
     lengths = static.mask.sum(1)
@@ -284,10 +286,10 @@ def totals_of(policy: Policy, batch: Batch, rewards: Tensor, settings: semi_offl
 
 
 @pytest.mark.parametrize(("shape", "shared"), LAYOUTS)
-def test_t7_nothing_hidden_is_plain_likelihood(shape: str, shared: bool) -> None:
+def test_t7_nothing_masked_is_plain_likelihood(shape: str, shared: bool) -> None:
     policy, rows = masked.policy(shape), masked.items(5)
     batch = whole(policy, rows, rate=0.0, share_prompt=shared)
-    assert not batch.static.hidden.any() and torch.equal(batch.shown_ids, batch.response_ids)
+    assert not batch.static.masked.any() and torch.equal(batch.shown_ids, batch.response_ids)
     totals = totals_of(policy, batch, torch.rand(5, SETTINGS.samples))
     totals.sum().backward()
     ours = gradients(policy)
@@ -301,7 +303,7 @@ def test_t7_nothing_hidden_is_plain_likelihood(shape: str, shared: bool) -> None
 
 @pytest.mark.parametrize("shape", ["llama", "t5"])
 def test_t16_every_token_is_a_target(shape: str) -> None:
-    """Hidden or not; the number of targets is that of plain fine-tuning, the inputs alone are hidden."""
+    """Masked or not; the number of targets is that of plain fine-tuning, the inputs alone are masked."""
     policy, rows = masked.policy(shape), masked.items(5)
     batch, plain = whole(policy, rows), whole(policy, rows, rate=0.0)
     assert torch.equal(batch.response_mask, plain.response_mask) and torch.equal(batch.response_ids, plain.response_ids)
@@ -318,7 +320,7 @@ def test_t16_every_token_is_a_target(shape: str) -> None:
 def alone(policy: Policy, rows: list[Item]) -> dict[str, Tensor]:
     """What the model reads in masked fine-tuning: no static responses."""
     packing = masked.packing(policy, samples=0)
-    batch = collate([replace(item, statics=()) for item in rows], range(len(rows)), packing)
+    batch = collate([replace(item, static_rows=()) for item in rows], range(len(rows)), packing)
     return {"input_ids": batch.input_ids, "input_mask": batch.input_mask}
 
 
@@ -346,7 +348,7 @@ CUTS = {
 
 @pytest.mark.parametrize(("shape", "shared"), [("llama", True), ("llama", False), ("t5", True), ("bart", True)])
 def test_t13_any_cut_gives_the_same_sums(shape: str, shared: bool) -> None:
-    policy, rows = masked.policy(shape), masked.items(6, statics=2)
+    policy, rows = masked.policy(shape), masked.items(6, choices=2)
     total, wanted = cut_totals(policy, rows, [list(range(6))], share_prompt=shared)
     assert abs(float(total[0])) > 0.01
     for cuts in CUTS.values():
@@ -360,7 +362,7 @@ def test_a_filler_gives_nothing() -> None:
     for shape in ("llama", "t5"):
         policy, rows = masked.policy(shape), masked.items(2)
         batch = collate(rows, [], masked.packing(policy, SETTINGS.samples))
-        assert not batch.static.hidden.any() and not batch.sequence_mask.any()
+        assert not batch.static.masked.any() and not batch.sequence_mask.any()
         composer = Composer(tiny.ranks(), masked.encoder(), masked.judge(), rows, semi_offline)
         total, stats = composer.loss(policy(batch, output="drawn"), batch, SETTINGS)
         total.sum().backward()

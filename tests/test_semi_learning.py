@@ -17,7 +17,7 @@ from pipeline.models.policy import Policy
 from pipeline.records import Example, Item
 from pipeline.rewards.rewards import Reward, Rewards
 from pipeline.rl.compositions import Composer
-from pipeline.rollout import generate
+from pipeline.rollout.generate import generate
 from pipeline.trainer.engine import Engine
 from pipeline.trainer.objective import Objective
 from pipeline.trainer.schedule import epochs
@@ -38,7 +38,7 @@ def rows() -> tuple[Item, ...]:
         other = WORDS[(place + 1) % len(WORDS)]
         text = " ".join(WORDS[place] if rng.random() < 0.3 else other for _ in range(LENGTH))
         row = encoder.encode(WORDS[place], text)
-        found.append(Item(Example(f"row {i}", WORDS[place], completion=text), (row,), statics=(row,)))
+        found.append(Item(Example(f"row {i}", WORDS[place], completion=text), (row,), static_rows=(row,)))
     return tuple(found)
 
 
@@ -66,7 +66,7 @@ def windows(policy: Policy, samples: int) -> Windows:
 def greedy_reward(trained: Engine) -> float:
     """Of responses that are really decoded, one for each prompt."""
     generation = tiny.settings("rl").generation.model_copy(update={"max_new_tokens": 6})
-    answers = generate.generate(trained, masked.encoder(), [Example(word, word) for word in WORDS], generation, SEED)
+    answers = generate(trained, masked.encoder(), [Example(word, word) for word in WORDS], generation, SEED)
     return sum(right([a.example.prompt for a in answers], [a.text for a in answers])) / len(answers)
 
 

@@ -12,11 +12,11 @@ import torch
 from pipeline.algorithms import semi_offline
 from pipeline.algorithms.functional import Drawn, draw_tokens, group_advantages, smoothed_logps
 from pipeline.algorithms.functional import reduce as reduced
-from pipeline.records import Batch, Static
+from pipeline.records import Batch, StaticBatch
 from tests import tiny
 
 SETTINGS = semi_offline.Settings(samples=4, rl_weight=1.0, baseline="mean", length_penalty=1.0, label_smoothing=0.0)
-LOGITS = ((2.0, 1.0, 0.0, -1.0), (0.0, 0.5, 1.0, 0.0))  # at the two hidden tokens
+LOGITS = ((2.0, 1.0, 0.0, -1.0), (0.0, 0.5, 1.0, 0.0))  # at the two masked tokens
 IDS = ((0, 1, 0, 2), (2, 2, 1, 0))
 REWARDS = (1.0, 0.5, 0.25, 0.25)  # mean 0.5: advantages (0.5, 0, -0.25, -0.25)
 
@@ -25,17 +25,17 @@ def golden_logits() -> torch.Tensor:
     return torch.tensor(LOGITS, dtype=torch.float64, requires_grad=True)
 
 
-def batch(rewards: torch.Tensor, hidden: torch.Tensor, vocabulary: int = 4) -> Batch:
-    """Sequences with the hidden tokens of `hidden` (B, S) and a reference of one token each, of log-probability 0."""
-    size, width = hidden.shape
+def batch(rewards: torch.Tensor, masked: torch.Tensor, vocabulary: int = 4) -> Batch:
+    """Sequences with the masked tokens of `masked` (B, S) and a reference of one token each, of log-probability 0."""
+    size, width = masked.shape
     ids = torch.zeros(size, width, dtype=torch.long)
-    static = Static(
+    static = StaticBatch(
         ids=ids,
         shown_ids=ids,
-        mask=torch.ones_like(hidden),
-        hidden=hidden,
-        uniforms=torch.zeros(int(hidden.sum()), rewards.shape[1]),
-        forbidden=torch.zeros(vocabulary, dtype=torch.bool),
+        mask=torch.ones_like(masked),
+        masked=masked,
+        uniforms=torch.zeros(int(masked.sum()), rewards.shape[1]),
+        suppressed=torch.zeros(vocabulary, dtype=torch.bool),
         rewards=rewards,
     )
     one = torch.ones(size, 1, dtype=torch.bool)
@@ -96,19 +96,19 @@ def test_only_differences_of_rewards_count(baseline: str) -> None:
 def test_pairwise_form_is_the_closed_form() -> None:
     """Released: -(1/B) sum_b sum_ij c_i (R_i - R_j) with c_i = logp_i / (l n); ours is B times that."""
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.rand(3, 5, generator=generator) < 0.5
-    n, count = 6, int(hidden.sum())
+    masked = torch.rand(3, 5, generator=generator) < 0.5
+    n, count = 6, int(masked.sum())
     rewards = torch.rand(3, n, generator=generator, dtype=torch.float64)
     logits = torch.randn(count, 7, generator=generator, dtype=torch.float64, requires_grad=True)
     ids = torch.randint(7, (count, n), generator=generator)
-    given = batch(rewards, hidden)
+    given = batch(rewards, masked)
     settings = replace(SETTINGS, samples=n)
     ours = rl_loss(logits.log_softmax(-1).gather(1, ids), given, settings)
     gradient = torch.autograd.grad(ours, logits)[0]
 
     logp, first, pairwise = logits.log_softmax(-1).gather(1, ids), 0, 0.0
     for b in range(3):
-        length = int(hidden[b].sum())
+        length = int(masked[b].sum())
         c = logp[first : first + length].sum(0) / (length * n)
         first += length
         pairwise = pairwise - sum(c[i] * (rewards[b, i] - rewards[b, j]) for i in range(n) for j in range(n))
@@ -118,7 +118,7 @@ def test_pairwise_form_is_the_closed_form() -> None:
 
 @pytest.mark.parametrize(("baseline", "factor"), [("mean", 2.0), ("leave_one_out", 3.0)])
 def test_expected_gradient_by_enumeration(baseline: str, factor: float) -> None:
-    """V = 2, two hidden tokens, n = 3: E[grad L] = -(n-1)/l grad E[R], with leave_one_out -n/l; l = 2."""
+    """V = 2, two masked tokens, n = 3: E[grad L] = -(n-1)/l grad E[R], with leave_one_out -n/l; l = 2."""
     logits = torch.tensor([[0.3, -0.2], [0.1, 0.9]], dtype=torch.float64, requires_grad=True)
     probabilities = logits.softmax(-1)
     texts = list(itertools.product(range(2), repeat=2))
@@ -128,11 +128,11 @@ def test_expected_gradient_by_enumeration(baseline: str, factor: float) -> None:
     wanted = -(factor / 2) * torch.autograd.grad(expected_reward, logits, retain_graph=True)[0]
 
     settings, found = replace(SETTINGS, samples=3, baseline=baseline), torch.zeros_like(logits)
-    hidden = torch.tensor([[True, True]])
+    masked = torch.tensor([[True, True]])
     for draws in itertools.product(texts, repeat=3):
         rewards = torch.tensor([[reward[text] for text in draws]], dtype=torch.float64)
         ids = torch.tensor(draws).T
-        loss = rl_loss(logits.log_softmax(-1).gather(1, ids), batch(rewards, hidden), settings)
+        loss = rl_loss(logits.log_softmax(-1).gather(1, ids), batch(rewards, masked), settings)
         weight = math.prod(float(chance[text]) for text in draws)
         found += weight * torch.autograd.grad(loss, logits, retain_graph=True)[0]
     tiny.close(found, wanted)
@@ -147,14 +147,14 @@ def test_length_penalty_and_weight() -> None:
     assert float(weighted) == pytest.approx(-8.75)
 
 
-def test_one_hidden_token_is_divided_by_one() -> None:
+def test_one_masked_token_is_divided_by_one() -> None:
     """Logits (2, 1, 0, -1), drawn 0, 1, 0, 2: -(.5 * 2 + 0 * 1 - .25 * 2 - .25 * 0) / 1 = -.5."""
     given = batch(torch.tensor([REWARDS], dtype=torch.float64), torch.tensor([[False, True, False]]))
     logits = golden_logits()[:1]
     assert float(rl_loss(logits.gather(1, torch.tensor(IDS[:1])), given)) == pytest.approx(-0.5)
 
 
-def test_nothing_hidden_gives_nothing() -> None:
+def test_nothing_masked_gives_nothing() -> None:
     given = batch(torch.tensor([REWARDS, REWARDS]), torch.tensor([[False, False], [True, False]]))
     logits = torch.randn(1, 4, dtype=torch.float64, requires_grad=True)
     rl_loss(drawn_logp(logits, ((0, 1, 2, 3),)), given).backward()
@@ -197,9 +197,9 @@ def test_settings_out_of_range(change: dict, wanted: str) -> None:
 def test_draws_follow_the_distribution() -> None:
     """20,000 draws of one position: shares within 4 standard errors of the renormalised probabilities."""
     logits = torch.tensor([[1.0, 0.0, 2.0, 3.0]])
-    forbidden = torch.tensor([False, False, False, True])
+    suppressed = torch.tensor([False, False, False, True])
     uniforms = torch.rand(1, 20_000, generator=torch.Generator().manual_seed(0))
-    found = draw_tokens(logits, lambda x: x, uniforms, forbidden)
+    found = draw_tokens(logits, lambda x: x, uniforms, suppressed)
     expected = torch.tensor([1.0, 0.0, 2.0]).softmax(0)
     shares = torch.bincount(found.ids[0], minlength=4) / 20_000
     assert shares[3] == 0
@@ -210,13 +210,13 @@ def test_draws_follow_the_distribution() -> None:
     assert float(found.entropy) == pytest.approx(float(-(expected * expected.log()).sum()), rel=1e-5)
 
 
-@pytest.mark.parametrize("throw", [0.0, 1 - 2**-24])
-def test_extreme_throws_stay_among_the_allowed(throw: float) -> None:
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24])
+def test_extreme_uniforms_stay_among_the_allowed(uniform: float) -> None:
     logits = torch.randn(50, 1000, generator=torch.Generator().manual_seed(1)) * 5
-    forbidden = torch.zeros(1000, dtype=torch.bool)
-    forbidden[[0, 1, 998, 999]] = True
-    found = draw_tokens(logits, lambda x: x, torch.full((50, 2), throw), forbidden)
-    assert not forbidden[found.ids].any() and found.logp.isfinite().all()
+    suppressed = torch.zeros(1000, dtype=torch.bool)
+    suppressed[[0, 1, 998, 999]] = True
+    found = draw_tokens(logits, lambda x: x, torch.full((50, 2), uniform), suppressed)
+    assert not suppressed[found.ids].any() and found.logp.isfinite().all()
 
 
 @pytest.mark.parametrize("chunks", [1, 3])
@@ -226,9 +226,9 @@ def test_gradient_touches_the_drawn_logits_alone(chunks: int) -> None:
     logits = torch.randn(5, 30, generator=generator, requires_grad=True)
     uniforms = torch.rand(5, 4, generator=generator)
     drawn = draw_tokens(logits, lambda x: x, uniforms, torch.zeros(30, dtype=torch.bool), chunks)
-    hidden = torch.tensor([[True, True, False], [True, True, True]])
+    masked = torch.tensor([[True, True, False], [True, True, True]])
     rewards = torch.rand(2, 4, generator=generator)
-    rl_loss(drawn.logp, batch(rewards, hidden)).backward()
+    rl_loss(drawn.logp, batch(rewards, masked)).backward()
     weights = rewards - rewards.mean(1, keepdim=True)
     wanted = torch.zeros(5, 30)
     for t, (b, length) in enumerate([(0, 2), (0, 2), (1, 3), (1, 3), (1, 3)]):
@@ -260,10 +260,10 @@ def test_smoothed_logps(chunks: int) -> None:
 @pytest.mark.parametrize("chunks", [3, 8])
 def test_slices_change_no_draw(chunks: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    head, forbidden = torch.nn.Linear(4, 50), torch.arange(50) < 3
+    head, suppressed = torch.nn.Linear(4, 50), torch.arange(50) < 3
     hidden = torch.randn(5, 4, generator=generator, requires_grad=True)
-    throws, weights = torch.rand(5, 7, generator=generator), torch.randn(5, 7, generator=generator)
-    found = [draw_tokens(hidden, head, throws, forbidden, count) for count in (1, chunks)]
+    uniforms, weights = torch.rand(5, 7, generator=generator), torch.randn(5, 7, generator=generator)
+    found = [draw_tokens(hidden, head, uniforms, suppressed, count) for count in (1, chunks)]
     for ours, theirs in zip(*found, strict=True):
         tiny.close(ours, theirs)
     parameters = [hidden, *head.parameters()]

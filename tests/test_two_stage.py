@@ -10,13 +10,13 @@ from functools import cache
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LogitsProcessorList
 
 from pipeline.algorithms.functional import sequence_logp
 from pipeline.data.batching import Packing, collate
 from pipeline.models.policy import Policy
-from pipeline.records import Batch, Example, Item, Response, Row
-from pipeline.rollout import generate
-from pipeline.rollout.generate import Ask, Dice
+from pipeline.records import Batch, Example, Item, Request, Response, Row
+from pipeline.rollout.generate import RowSampler, plain_sampling, respond
 from pipeline.trainer import engine
 from tests import tiny
 
@@ -33,25 +33,25 @@ def speaker(shape: str) -> engine.Engine:
 
 def generation(**changes):
     usual = {"max_new_tokens": 8, "batch_size": 3}
-    return generate.free(tiny.settings("rl").generation).model_copy(update={**usual, **changes})
+    return plain_sampling(tiny.settings("rl").generation).model_copy(update={**usual, **changes})
 
 
 @cache
-def asks(levels: tuple[float, ...] = LEVELS, first: int = 0) -> tuple[Ask, ...]:
+def requests(levels: tuple[float, ...] = LEVELS, first: int = 0) -> tuple[Request, ...]:
     """Seven prompts of 1 to 9 tokens, the row-wise temperatures in another order for each."""
     rng, found = random.Random(4), []
     for i in range(7):
         ids = tuple(rng.randrange(3, tiny.V) for _ in range(1 + 4 * i % 9))
-        found.append(Ask(Example(str(i), str(i)), ids, levels[i % 3 :] + levels[: i % 3], first))
+        found.append(Request(Example(str(i), str(i)), ids, levels[i % 3 :] + levels[: i % 3], first))
     return tuple(found)
 
 
-def batch_of(module: Policy, answered: Sequence[Ask], said: Sequence[Sequence[Response]]) -> Batch:
+def batch_of(module: Policy, answered: Sequence[Request], groups: Sequence[Sequence[Response]]) -> Batch:
     """All responses in one micro-batch."""
     items = [
-        Item(ask.example, (Row(ask.prompt_ids, response.response_ids),), {"temperature": level})
-        for ask, responses in zip(answered, said, strict=True)
-        for level, response in zip(ask.temperatures, responses, strict=True)
+        Item(request.example, (Row(request.prompt_ids, response.response_ids),), {"temperature": level})
+        for request, responses in zip(answered, groups, strict=True)
+        for level, response in zip(request.temperatures, responses, strict=True)
     ]
     return collate(items, range(len(items)), Packing(99, None, module.encoder_decoder, tiny.PAD_ID))
 
@@ -60,14 +60,14 @@ def batch_of(module: Policy, answered: Sequence[Ask], said: Sequence[Sequence[Re
 def test_t01_both_stages_say_the_same(shape: str) -> None:
     """Per token, at mixed temperatures, whatever the left padding of stage 1 and the right padding of stage 2."""
     speaking = speaker(shape)
-    said = generate.answer(speaking, tiny.encoder(), asks(), generation(max_new_tokens=24), seed=1)
-    flat = [response for responses in said for response in responses]
-    batch = batch_of(speaking.module, asks(), said)
+    groups = respond(speaking, tiny.encoder(), requests(), generation(max_new_tokens=24), seed=1)
+    flat = [response for responses in groups for response in responses]
+    batch = batch_of(speaking.module, requests(), groups)
     second = speaking(batch).detach()
     first = torch.zeros_like(second)
     for i, response in enumerate(flat):
-        assert len(response.seen.logps) == len(response.response_ids) == int(batch.response_mask[i].sum())
-        first[i, : len(response.response_ids)] = response.seen.logps
+        assert len(response.stats.logps) == len(response.response_ids) == int(batch.response_mask[i].sum())
+        first[i, : len(response.response_ids)] = response.stats.logps
     tiny.close(first, second, 32)
     assert shape == "bart" or len({len(response.response_ids) for response in flat}) > 1
     untempered = speaking(Batch(**{**vars(batch), "numbers": {}})).detach()
@@ -78,11 +78,11 @@ def test_t01_both_stages_say_the_same(shape: str) -> None:
 def test_t01_entropies_are_those_of_the_parallel_pass(shape: str) -> None:
     """Mean nats per token of the untempered policy, EOS included, what comes after it not."""
     speaking = speaker(shape)
-    said = generate.answer(speaking, tiny.encoder(), asks(), generation(), seed=1)
-    batch = batch_of(speaking.module, asks(), said)
+    groups = respond(speaking, tiny.encoder(), requests(), generation(), seed=1)
+    batch = batch_of(speaking.module, requests(), groups)
     entropies = speaking(batch, output="entropy")
     wanted = [float(row[mask].mean()) for row, mask in zip(entropies, batch.response_mask, strict=True)]
-    found = [response.seen.entropy for responses in said for response in responses]
+    found = [response.stats.entropy for responses in groups for response in responses]
     tiny.close(found, wanted)
 
 
@@ -91,8 +91,8 @@ def test_topping_up_is_asking_for_all_at_once(shape: str) -> None:
     speaking, usual = speaker(shape), (1.0, 1.0, 1.0)
 
     def ids(levels: tuple[float, ...], first: int) -> list[list[tuple[int, ...]]]:
-        said = generate.answer(speaking, tiny.encoder(), asks(levels, first), generation(), seed=2)
-        return [[response.response_ids for response in responses] for responses in said]
+        groups = respond(speaking, tiny.encoder(), requests(levels, first), generation(), seed=2)
+        return [[response.response_ids for response in responses] for responses in groups]
 
     whole = ids((*usual, 1.0, 1.0), 0)
     probes, more = ids(usual[:2], 0), ids(usual, 2)
@@ -103,17 +103,17 @@ def test_topping_up_is_asking_for_all_at_once(shape: str) -> None:
 def test_large_seeds() -> None:
     """The largest that settings allow, times a million twice, is beyond 64 bits."""
     seed = 10**9 * 1_000_003 + 10**6
-    assert generate.answer(speaker("llama"), tiny.encoder(), asks(), generation(max_new_tokens=1), seed)
+    assert respond(speaker("llama"), tiny.encoder(), requests(), generation(max_new_tokens=1), seed)
 
 
 def test_no_gradient_in_stage_1() -> None:
     """T-03: nothing hangs on a graph, and not a byte is saved for backward."""
     speaking = speaker("llama")
     with saved() as sizes:
-        said = generate.answer(speaking, tiny.encoder(), asks(), generation(), seed=1)
+        groups = respond(speaking, tiny.encoder(), requests(), generation(), seed=1)
     assert not sizes
-    for response in (response for responses in said for response in responses):
-        assert response.seen.logps.grad_fn is None and not response.seen.logps.requires_grad
+    for response in (response for responses in groups for response in responses):
+        assert response.stats.logps.grad_fn is None and not response.stats.logps.requires_grad
 
 
 # against a sampler that keeps its graph
@@ -164,9 +164,9 @@ def two_stages(policy: Policy, prompts: Tensor, ids: Tensor) -> Tensor:
 
 def drawn(length: int) -> tuple[Policy, Tensor, Tensor]:
     policy = Policy(tiny.language_model("llama", max_position_embeddings=512), 4096)
-    throws = torch.Generator().manual_seed(length)
-    prompts = torch.randint(3, tiny.V, (4, 8), generator=throws)
-    return policy, prompts, torch.rand(4, length, generator=throws, dtype=torch.float64)
+    numbers = torch.Generator().manual_seed(length)
+    prompts = torch.randint(3, tiny.V, (4, 8), generator=numbers)
+    return policy, prompts, torch.rand(4, length, generator=numbers, dtype=torch.float64)
 
 
 def gradients(policy: Policy, work: Callable[[], Tensor]) -> Tensor:
@@ -200,7 +200,7 @@ def test_t03_two_stages_keep_less_and_the_more_so_the_longer() -> None:
     assert 1.0 < ratios[0] < ratios[1] < ratios[2], ratios
 
 
-# the dice
+# the row sampler
 
 
 def test_t05_dice_row_by_row() -> None:
@@ -208,10 +208,10 @@ def test_t05_dice_row_by_row() -> None:
 
     ln .2447 = -1.4076 and ln .8668 = -.1429; H = .8324 at temperature 1, which is what the policy's entropy is.
     """
-    dice = Dice(torch.tensor([[0.8], [0.8]]), torch.tensor([[1.0], [0.5]]), generate.LogitsProcessorList())
-    scores = dice(torch.zeros(2, 1), torch.tensor([[2.0, 1.0, 0.0]] * 2))
+    drawing = RowSampler(torch.tensor([[0.8], [0.8]]), torch.tensor([[1.0], [0.5]]), LogitsProcessorList())
+    scores = drawing(torch.zeros(2, 1), torch.tensor([[2.0, 1.0, 0.0]] * 2))
     assert scores.argmax(1).tolist() == [1, 0]
-    first, second = dice.seen([1, 1], local=5)
+    first, second = drawing.stats([1, 1], batch=5)
     assert float(first.logps[0]) == pytest.approx(-1.4076, abs=5e-5)
     assert float(second.logps[0]) == pytest.approx(-0.1429, abs=5e-5)
     assert first.entropy == second.entropy == pytest.approx(0.8324, abs=5e-5)
@@ -220,10 +220,10 @@ def test_t05_dice_row_by_row() -> None:
 
 def test_t06_what_comes_after_the_end_is_not_seen() -> None:
     """A row of one token beside one of three: only the released code's score reads on."""
-    dice = Dice(torch.full((2, 3), 0.1), torch.ones(2, 1), generate.LogitsProcessorList())
+    drawing = RowSampler(torch.full((2, 3), 0.1), torch.ones(2, 1), LogitsProcessorList())
     for level in (0.0, 9.0, 9.0):
-        dice(torch.zeros(2, 1), torch.tensor([[level, 0.0]] * 2))
-    short, long = dice.seen([1, 3], local=0)
+        drawing(torch.zeros(2, 1), torch.tensor([[level, 0.0]] * 2))
+    short, long = drawing.stats([1, 3], batch=0)
     assert len(short.logps) == 1 and short.entropy == pytest.approx(0.6931, abs=5e-5)  # ln 2
     assert long.entropy == pytest.approx((0.6931 + 2 * 0.001234) / 3, abs=5e-4)
     assert short.drop == long.drop > 1 + 0.5 * 2.718**0.5
@@ -231,11 +231,11 @@ def test_t06_what_comes_after_the_end_is_not_seen() -> None:
 
 @pytest.mark.parametrize("shape", ["llama", "t5"])
 def test_a_batch_is_its_prompts_alone(shape: str) -> None:
-    """Ids, and what was seen but for the batch's own number and the released code's score."""
+    """Ids, and its statistics but for the batch's own number and the released code's score."""
     speaking = speaker(shape)
-    together = generate.answer(speaking, tiny.encoder(), asks(), generation(batch_size=7), seed=3)
-    for i, ask in enumerate(asks()):
-        (alone,) = generate.answer(speaking, tiny.encoder(), [ask], generation(), seed=3)
+    together = respond(speaking, tiny.encoder(), requests(), generation(batch_size=7), seed=3)
+    for i, request in enumerate(requests()):
+        (alone,) = respond(speaking, tiny.encoder(), [request], generation(), seed=3)
         for one, other in zip(alone, together[i], strict=True):
             assert one.response_ids == other.response_ids
-            tiny.close(one.seen.logps, other.seen.logps)
+            tiny.close(one.stats.logps, other.stats.logps)

@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 from pipeline.models.policy import Policy
 from pipeline.records import Example
 from pipeline.rl import reference
-from pipeline.rollout import generate
+from pipeline.rollout.generate import generate
 from pipeline.trainer import engine
 from pipeline.trainer.checkpoint import Checkpoints, State
 from pipeline.trainer.metrics import Interval, Metrics
@@ -58,7 +58,7 @@ def train(zero: str, precision: str) -> tuple[engine.Engine, dict]:
 
 def speak(trained: engine.Engine, **changes) -> list[tuple[int, ...]]:
     generation = tiny.settings("rl").generation.model_copy(update={"max_new_tokens": 6, "batch_size": 2, **changes})
-    answers = generate.generate(trained, tiny.encoder(), PROMPTS, generation, seed=3)
+    answers = generate(trained, tiny.encoder(), PROMPTS, generation, seed=3)
     assert [answer.example for answer in answers] == PROMPTS  # on every rank, in order
     return [answer.response_ids for answer in answers]
 

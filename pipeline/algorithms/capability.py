@@ -12,7 +12,7 @@ That sampling follows the policy's capability is the idea of Wang et al., "ESRL:
 Learning for Sequence Generation" (AAAI 2024, arXiv 2308.02223). The formulas here are this project's own.
 
 The released code does something else, which `drop_score` and `dropped` reproduce for comparison: every prompt gets one
-response, and then the surest ones are thrown away, when they have been paid for.
+response, and then the surest ones are thrown away, after their cost.
 """
 
 from __future__ import annotations

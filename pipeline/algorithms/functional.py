@@ -119,7 +119,7 @@ def smoothed_nll(logp: Tensor, means: Tensor, mask: Tensor, label_smoothing: flo
 
 
 class Drawn(NamedTuple):
-    """Tokens drawn at M hidden positions, n for each, and what their distributions were."""
+    """Tokens drawn at M masked positions, n for each, and what their distributions were."""
 
     logp: Tensor  # (M, n) float32; its gradient is that of the raw logits: see `draw_tokens`
     ids: Tensor  # (M, n) int64
@@ -127,11 +127,11 @@ class Drawn(NamedTuple):
     entropy: Tensor  # (M,) float32, nats
 
 
-def draw_tokens(hidden: Tensor, head: Head, uniforms: Tensor, forbidden: Tensor, chunks: int = 1) -> Drawn:
+def draw_tokens(hidden: Tensor, head: Head, uniforms: Tensor, suppressed: Tensor, chunks: int = 1) -> Drawn:
     """n independent draws from each position's distribution, all from one set of logits.
 
-    hidden (M, H); uniforms (M, n) float32 in [0, 1) decide the draws, so that the same throws give the same tokens;
-    forbidden (V,) bool marks ids of probability 0. Slices and calls of the head as in `token_logps`.
+    hidden (M, H); uniforms (M, n) float32 in [0, 1) decide the draws, so that the same uniforms give the same tokens;
+    suppressed (V,) bool marks ids of probability 0. Slices and calls of the head as in `token_logps`.
 
     The normaliser of `logp` carries no gradient: each token's gradient is its raw logit's. Where the weights of one
     position's draws sum to zero, as advantages do, every normaliser cancels, and at most n logits of a row have a
@@ -139,14 +139,14 @@ def draw_tokens(hidden: Tensor, head: Head, uniforms: Tensor, forbidden: Tensor,
     """
     assert chunks >= 1, f"chunks is {chunks}"
     parts = []
-    for rows, throws in zip(hidden.tensor_split(chunks), uniforms.tensor_split(chunks), strict=True):
+    for rows, numbers in zip(hidden.tensor_split(chunks), uniforms.tensor_split(chunks), strict=True):
         if chunks > 1 and torch.is_grad_enabled():
             with torch.no_grad():
-                drawn = _draw(head(rows), throws, forbidden)
+                drawn = _draw(head(rows), numbers, suppressed)
             logits = checkpoint(_gathered, rows, head, drawn.ids, use_reentrant=False)
             parts.append(drawn._replace(logp=drawn.logp + (logits - logits.detach())))
         else:
-            parts.append(_draw(head(rows), throws, forbidden))
+            parts.append(_draw(head(rows), numbers, suppressed))
     return Drawn(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
@@ -154,21 +154,21 @@ def _gathered(rows: Tensor, head: Head, ids: Tensor) -> Tensor:
     return head(rows).float().gather(1, ids)
 
 
-def _draw(logits: Tensor, throws: Tensor, forbidden: Tensor) -> Drawn:
-    """By inverting each row's distribution function at its throws; logits (m, V), throws (m, n)."""
+def _draw(logits: Tensor, uniforms: Tensor, suppressed: Tensor) -> Drawn:
+    """By inverting each row's distribution function at its uniforms (m, n); logits (m, V)."""
     logits = logits.float()
     with torch.no_grad():
-        allowed = logits.masked_fill(forbidden, -torch.inf)
+        allowed = logits.masked_fill(suppressed, -torch.inf)
         logps = allowed.log_softmax(-1)
         shares = logps.exp()
         sums = shares.cumsum(-1)
         last = sums[:, -1:]
-        points = torch.minimum(throws * last, torch.nextafter(last, torch.zeros_like(last)))
+        points = torch.minimum(uniforms * last, torch.nextafter(last, torch.zeros_like(last)))
         ids = torch.searchsorted(sums, points, right=True)  # the first id whose sum exceeds the point
         greedy = allowed.argmax(-1)
-        ids = torch.where(forbidden[ids], greedy[:, None], ids)  # sums of a GPU may fall by a rounding
+        ids = torch.where(suppressed[ids], greedy[:, None], ids)  # sums of a GPU may fall by a rounding
         normaliser = logits.gather(1, ids) - logps.gather(1, ids)
-        entropy = -torch.where(forbidden, 0.0, shares * logps).sum(-1)
+        entropy = -torch.where(suppressed, 0.0, shares * logps).sum(-1)
     return Drawn(logits.gather(1, ids) - normaliser, ids, greedy, entropy)
 
 

@@ -61,7 +61,7 @@ class Settings:
 
     objective: Literal["reinforce", "mrt"]
     baseline: Literal["queue", "mean", "leave_one_out", "group"]
-    queue_size: int  # rewards remembered for the baseline
+    queue_size: int  # rewards of earlier steps, for the baseline
     alpha: float  # of mrt: how much sharper q is than the policy
     mean_over: Literal["prompts", "sequences", "tokens"]
     rl_weight: float
@@ -98,8 +98,8 @@ def needs(settings: Settings) -> Needs:
     return Needs(ref_logp=settings.kl_beta > 0, output="smoothed" if smoothed else "logp")
 
 
-class Told(NamedTuple):
-    """What is known of one prompt's k responses, (k,) float64 each."""
+class GroupStats(NamedTuple):
+    """Of one prompt's k responses, (k,) float64 each."""
 
     rewards: Tensor  # R, as `shaped` makes them
     logps: Tensor  # s
@@ -118,14 +118,14 @@ def divergence(logp: Tensor, ref_logp: Tensor, form: str) -> Tensor:
     return (logp - ref_logp).sum() if form == "k1" else k3(ref_logp - logp).sum()
 
 
-def advantages(told: Sequence[Told], queue_mean: float | None, settings: Settings) -> list[Tensor]:
+def advantages(groups: Sequence[GroupStats], queue_mean: float | None, settings: Settings) -> list[Tensor]:
     """A, (k_i,) float64 for each prompt; queue_mean is None before anything was pushed: this step's mean stands in."""
-    if not told:
+    if not groups:
         return []
-    usual = queue_mean if queue_mean is not None else float(torch.cat([group.rewards for group in told]).mean())
+    usual = queue_mean if queue_mean is not None else float(torch.cat([group.rewards for group in groups]).mean())
     if settings.objective == "mrt":
-        return [_minimum_risk(group, settings.alpha) for group in told]
-    return [_compared(group.rewards, settings.baseline, usual) for group in told]
+        return [_minimum_risk(group, settings.alpha) for group in groups]
+    return [_compared(group.rewards, settings.baseline, usual) for group in groups]
 
 
 def _compared(rewards: Tensor, baseline: str, usual: float) -> Tensor:
@@ -135,7 +135,7 @@ def _compared(rewards: Tensor, baseline: str, usual: float) -> Tensor:
     return group_advantages(rewards[None], baseline)[0]
 
 
-def _minimum_risk(group: Told, alpha: float) -> Tensor:
+def _minimum_risk(group: GroupStats, alpha: float) -> Tensor:
     """alpha k q (R - sum q R): with u = 1/k the gradient of - sum q R, for any k; 0 for k = 1 and for equal rewards."""
     shares = (alpha * group.logps).softmax(0)
     centred = group.rewards - (shares * group.rewards).sum()
@@ -143,13 +143,13 @@ def _minimum_risk(group: Told, alpha: float) -> Tensor:
     return torch.where(spread > EQUAL_REWARDS, alpha * len(shares) * shares * centred, 0.0)
 
 
-def shares(told: Sequence[Told], mean_over: str) -> list[Tensor]:
+def shares(groups: Sequence[GroupStats], mean_over: str) -> list[Tensor]:
     """u, (k_i,) float64 for each prompt."""
-    counts = [len(group.rewards) for group in told]
+    counts = [len(group.rewards) for group in groups]
     if mean_over == "prompts":
         return [torch.full((k,), 1.0 / k, dtype=torch.float64) for k in counts]
-    total = sum(counts) if mean_over == "sequences" else float(sum(group.lengths.sum() for group in told))
-    return [torch.full((k,), len(told) / total, dtype=torch.float64) for k in counts]
+    total = sum(counts) if mean_over == "sequences" else float(sum(group.lengths.sum() for group in groups))
+    return [torch.full((k,), len(groups) / total, dtype=torch.float64) for k in counts]
 
 
 def loss(output: Tensor | tuple[Tensor, Tensor], batch: Batch, settings: Settings) -> tuple[Tensor, dict[str, Stat]]:
@@ -162,24 +162,24 @@ def loss(output: Tensor | tuple[Tensor, Tensor], batch: Batch, settings: Setting
     logp, means = output if isinstance(output, tuple) else (output, None)
     mask, present = batch.response_mask, batch.sequence_mask
     number = {name: item_numbers(batch, name, like=logp) for name in batch.numbers}  # (B,) each
-    said = present & (number["target"] == 0)  # sampled
+    sampled = present & (number["target"] == 0)  # the others are references
     whole = sequence_logp(logp, mask)
     per_sequence = -number["share"] * number["advantage"] * whole
     known = {}
     if batch.ref_logp is not None:
         divergences = torch.where(mask, k3(batch.ref_logp - torch.where(mask, logp, 0.0)), 0.0).sum(1)
-        known["objective/kl"] = mean_stat(divergences, said)
+        known["objective/kl"] = mean_stat(divergences, sampled)
         if settings.kl_in == "loss":
             per_sequence = per_sequence + settings.kl_beta * number["share"] * divergences
     learned = mask & (present & (number["target"] > 0))[:, None]
     smoothed = smoothed_nll(logp, logp if means is None else means, learned, settings.label_smoothing)
-    rl, mle = torch.where(said, per_sequence, 0.0).sum(), smoothed.sum()
+    rl, mle = torch.where(sampled, per_sequence, 0.0).sum(), smoothed.sum()
     if settings.sft_weight > 0:
         known["loss/mle"] = mean_stat(smoothed, learned)
     stats = {
         "loss": _over(rl, number["leads"].sum()),
         **known,
-        **_statistics(whole, number, mask, said),
+        **_statistics(whole, number, mask, sampled),
     }
     return torch.stack([settings.rl_weight * rl, settings.sft_weight * mle]), stats
 
@@ -189,15 +189,15 @@ def _over(total: Tensor, count: Tensor) -> Stat:
     return Stat("mean", torch.stack([count.double(), total.detach().double(), torch.zeros_like(count).double()]))
 
 
-def _statistics(whole: Tensor, number: dict[str, Tensor], mask: Tensor, said: Tensor) -> dict[str, Stat]:
+def _statistics(whole: Tensor, number: dict[str, Tensor], mask: Tensor, sampled: Tensor) -> dict[str, Stat]:
     """Of the sampled sequences. rollout/logp_gap: nats per token between the sampler and the pass with gradient."""
     lengths = mask.sum(1)
     gap = (whole.detach() - number["behaviour"]).abs() / lengths.clamp(min=1)
     return {
-        "logps/policy": mean_stat(whole, said),
-        "rollout/logp_gap": mean_stat(gap, said),
-        "advantage/std": std_stat(number["advantage"], said),
-        "reward/mean": mean_stat(number["reward"], said),
-        "reward/std": std_stat(number["reward"], said),
-        "completions/mean_tokens": mean_stat(lengths.double(), said),
+        "logps/policy": mean_stat(whole, sampled),
+        "rollout/logp_gap": mean_stat(gap, sampled),
+        "advantage/std": std_stat(number["advantage"], sampled),
+        "reward/mean": mean_stat(number["reward"], sampled),
+        "reward/std": std_stat(number["reward"], sampled),
+        "completions/mean_tokens": mean_stat(lengths.double(), sampled),
     }

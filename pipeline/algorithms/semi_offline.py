@@ -1,12 +1,12 @@
-"""Semi-offline RL: hide tokens of a fixed response, draw n tokens for each from one forward, learn from their rewards.
+"""Semi-offline RL: mask tokens of a fixed response, draw n tokens for each from one forward, learn from their rewards.
 
     L = rl_weight * L_RL + L_MLE
-    L_RL  = - mean over sequences of  (1 / l^g) sum_i A_i sum_{t hidden} logp(a_it)
+    L_RL  = - mean over sequences of  (1 / l^g) sum_i A_i sum_{t masked} logp(a_it)
     L_MLE =   mean over tokens of  (1 - e) * nll_t + e * u_t,   u_t = - mean over the vocabulary of logp
 
-with l the hidden tokens of a sequence, g the length penalty, e the label smoothing. i runs over the n compositions: the
-static response with the drawn tokens in the hidden places, each with one reward R_i. L_MLE is taken on the reference
-text, whose inputs are hidden as well, but all of whose tokens are targets.
+with l the masked tokens of a sequence, g the length penalty, e the label smoothing. i runs over the n compositions: the
+static response with the drawn tokens in the masked places, each with one reward R_i. L_MLE is taken on the reference
+text, whose inputs are masked as well, but all of whose tokens are targets.
 
 | baseline      | A_i                               |
 |---------------|-----------------------------------|
@@ -15,9 +15,9 @@ text, whose inputs are hidden as well, but all of whose tokens are targets.
 | group         | (R_i - mean R) / std R            |
 
 All three sum to zero over i. The normaliser of logp therefore cancels, and the gradient of L_RL with respect to the
-logits is -(1 / l^g) sum_{i: a_it = v} A_i: at most n ids of a hidden position have one. The compositions are summed
+logits is -(1 / l^g) sum_{i: a_it = v} A_i: at most n ids of a masked position have one. The compositions are summed
 over, not averaged: rl_weight belongs to a number of samples. E[grad L_RL] = -((n-1)/l) grad E[R] under the factorised
-policy, and -(n/l) grad E[R] with leave_one_out. Equal rewards, and no hidden token, give no gradient.
+policy, and -(n/l) grad E[R] with leave_one_out. Equal rewards, and no masked token, give no gradient.
 
 Source: Chen et al., "Semi-Offline Reinforcement Learning for Optimized Text Generation" (ICML 2023, arXiv 2306.09712),
 and its released code, whose pairwise loss this is in closed form. Ours: the baselines but the mean; special ids are
@@ -41,7 +41,7 @@ from pipeline.algorithms.functional import (
     smoothed_nll,
     std_stat,
 )
-from pipeline.records import Batch, Needs, Stat, Static
+from pipeline.records import Batch, Needs, Stat, StaticBatch
 
 MEAN_OVER = ("sequences", "tokens")  # of L_RL, of L_MLE
 RESPONSES = "masked data"
@@ -51,10 +51,10 @@ RESPONSES = "masked data"
 class Settings:
     """Which member of the family."""
 
-    samples: int  # n, drawn for each hidden token
+    samples: int  # n, drawn for each masked token
     rl_weight: float
     baseline: Literal["mean", "leave_one_out", "group"]
-    length_penalty: float  # g; 0: the sum over hidden tokens, 1: their mean
+    length_penalty: float  # g; 0: the sum over masked tokens, 1: their mean
     label_smoothing: float  # e
 
     def __post_init__(self) -> None:
@@ -83,7 +83,7 @@ def loss(output: tuple[Tensor, ...], batch: Batch, settings: Settings) -> tuple[
     static, mask = batch.static, batch.response_mask
     assert static.rewards.shape == (len(mask), settings.samples), f"rewards: {tuple(static.rewards.shape)}"
     weights = group_advantages(static.rewards, settings.baseline)  # (B, n)
-    per_sequence = -(weights * hidden_logp(drawn.logp, static.hidden, settings.length_penalty)).sum(1)  # (B,)
+    per_sequence = -(weights * masked_logp(drawn.logp, static.masked, settings.length_penalty)).sum(1)  # (B,)
     nll = torch.where(mask, -logp, 0.0)
     smoothed = smoothed_nll(logp, means, mask, settings.label_smoothing)
     totals = torch.stack([settings.rl_weight * per_sequence.sum(), smoothed.sum()])
@@ -93,28 +93,28 @@ def loss(output: tuple[Tensor, ...], batch: Batch, settings: Settings) -> tuple[
     return totals, stats | _statistics(drawn, static, weights, batch.sequence_mask)
 
 
-def hidden_logp(logp: Tensor, hidden: Tensor, length_penalty: float) -> Tensor:
-    """(B, n): sum over a sequence's hidden tokens of logp (M, n), over their number to the power `length_penalty`.
+def masked_logp(logp: Tensor, masked: Tensor, length_penalty: float) -> Tensor:
+    """(B, n): sum over a sequence's masked tokens of logp (M, n), over their number to the power `length_penalty`.
 
-    hidden (B, S) bool has M True places, in row-major order; a sequence without one has 0.
+    masked (B, S) bool has M True places, in row-major order; a sequence without one has 0.
     """
-    sequences = hidden.nonzero()[:, 0]  # (M,)
-    sums = logp.new_zeros(len(hidden), logp.shape[1]).index_add(0, sequences, logp)
-    return sums / hidden.sum(1, keepdim=True).clamp(min=1) ** length_penalty
+    sequences = masked.nonzero()[:, 0]  # (M,)
+    sums = logp.new_zeros(len(masked), logp.shape[1]).index_add(0, sequences, logp)
+    return sums / masked.sum(1, keepdim=True).clamp(min=1) ** length_penalty
 
 
 @torch.no_grad()
-def _statistics(drawn: Drawn, static: Static, weights: Tensor, present: Tensor) -> dict[str, Stat]:
-    """Of hidden tokens, compositions and groups."""
-    hidden = static.hidden.sum(1).double()  # (B,)
+def _statistics(drawn: Drawn, static: StaticBatch, weights: Tensor, present: Tensor) -> dict[str, Stat]:
+    """Of masked tokens, compositions and groups."""
+    counts = static.masked.sum(1).double()  # (B,)
     deviations = static.rewards.std(1, unbiased=False)
     return {
-        "semi_offline/mask_rate": mean_stat(static.hidden, static.mask),
-        "semi_offline/hidden_tokens": mean_stat(hidden, present),
-        "semi_offline/nothing_hidden": mean_stat((hidden == 0).double(), present),
+        "semi_offline/mask_rate": mean_stat(static.masked, static.mask),
+        "semi_offline/hidden_tokens": mean_stat(counts, present),
+        "semi_offline/nothing_hidden": mean_stat((counts == 0).double(), present),
         "semi_offline/equal_rewards": mean_stat((weights == 0).all(1).double(), present),
         "semi_offline/reward_spread": mean_stat(deviations, present),
-        "semi_offline/own_tokens": mean_stat((drawn.ids == static.ids[static.hidden][:, None]).double()),
+        "semi_offline/own_tokens": mean_stat((drawn.ids == static.ids[static.masked][:, None]).double()),
         "advantage/std": std_stat(weights, present[:, None]),
         "reward/mean": mean_stat(static.rewards, present[:, None]),
         "reward/std": std_stat(static.rewards, present[:, None]),

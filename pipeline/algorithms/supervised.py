@@ -4,7 +4,7 @@ Unlike `nll` of the offline family, whose mean is over sequences, a long respons
 
     loss = (1 - e) * nll_t + e * u_t,   u_t = - mean over the vocabulary of logp,  e the label smoothing
 
-With hidden inputs (`masking.rate`) this is masked fine-tuning, M-FT: all tokens are targets, only inputs are hidden.
+With masked inputs (`masking.rate`) this is masked fine-tuning, M-FT: all tokens are targets, only inputs are masked.
 
 Source of M-FT: Chen et al., "Semi-Offline Reinforcement Learning for Optimized Text Generation" (ICML 2023); of label
 smoothing: Szegedy et al. (2016).

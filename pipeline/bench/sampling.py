@@ -1,7 +1,7 @@
 """Two-stage sampling against sampling with the graph kept, on the same weights and prompts; then its two engines.
 
 One stage: every response is decoded with gradient, keys and values of earlier tokens kept, and the graph of all its
-steps lives until the backward pass. Two stages, as on-policy RL does it: rollout.answer without gradient, then one pass
+steps lives until the backward pass. Two stages, as on-policy RL does it: generate() without gradient, then one pass
 with gradient over the sampled ids. Source of the comparison: Wang et al., "ESRL" (AAAI 2024).
 """
 
@@ -21,8 +21,8 @@ from pipeline.bench.setup import Setup, even, new_policy, packing, singles, with
 from pipeline.config.resolve import resolve
 from pipeline.data.batching import collate
 from pipeline.models.loading import hugging_face
-from pipeline.records import Ask, Item, Response, Row
-from pipeline.rollout import generate
+from pipeline.records import Item, Request, Response, Row
+from pipeline.rollout.generate import plain_sampling, respond
 from pipeline.trainer.engine import Engine
 
 LESS = Goal(5.0, at_least=True)
@@ -54,13 +54,13 @@ class Sampled:
 
     setup: Setup
     engine: Engine
-    requests: list[Ask]
+    requests: list[Request]
 
     def responses(self, seed: int, **generation: Any) -> list[Response]:
         """Plain sampling, as on-policy RL samples, with some settings of the generation set."""
-        plain = generate.free(resolve(["stage=rl", "algo=reinforce"]).settings.generation)
+        plain = plain_sampling(resolve(["stage=rl", "algo=reinforce"]).settings.generation)
         settings = plain.model_copy(update=generation)
-        groups = generate.answer(self.engine, self.setup.encoder, self.requests, settings, seed)
+        groups = respond(self.engine, self.setup.encoder, self.requests, settings, seed)
         return [response for group in groups for response in group]
 
 
@@ -77,7 +77,7 @@ def sampled(setup: Setup, sizes: Sizes) -> Sampled:
     train = {"max_tokens": tokens, "micro_batch_size": None, "precision": "fp32"}
     setup = with_settings(setup, {"model": model, "data": data, "train": train})
     items = even(singles(setup)[: sizes.prompts], sizes.prompt, longest)
-    requests = [Ask(item.example, item.rows[0].prompt_ids, (1.0,) * sizes.copies) for item in items]
+    requests = [Request(item.example, item.rows[0].prompt_ids, (1.0,) * sizes.copies) for item in items]
     return Sampled(setup, Engine(new_policy(setup), setup.ranks, setup.settings.train, None), requests)
 
 

@@ -58,7 +58,7 @@ def long_items(setup: Setup) -> list[Item]:
         ids, half = item.rows[0].response_ids, data.max_response_length // 2
         static = replace(item.rows[0], response_ids=ids[:half] + other.rows[0].response_ids[half:])
         example = replace(item.example, references=(setup.encoder.decode(ids),))
-        made.append(replace(item, example=example, statics=(static,)))
+        made.append(replace(item, example=example, static_rows=(static,)))
     return made
 
 
@@ -68,7 +68,7 @@ def masked_trainer(setup: Setup, engine: Engine, items: list[Item]) -> Trainer:
     _, _, objective = objective_of(settings.algorithm)
     model = Model(engine, setup.encoder, packing(setup, engine))
     masked = masked_packing(model, settings.masking, settings.seed, spans=True)
-    alone = [replace(item, statics=()) for item in items]
+    alone = [replace(item, static_rows=()) for item in items]
     return new_trainer(setup, engine, objective, alone, masked)
 
 

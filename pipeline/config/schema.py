@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.config.reward_spec import sound_addresses
+from pipeline.config.sampler import SamplerSettings
 from pipeline.config.sections import (
     Count,
     DataSettings,
@@ -20,7 +21,6 @@ from pipeline.config.sections import (
     Positive,
     ResultName,
     RewardSettings,
-    SamplerSettings,
     Section,
     Seed,
     Split,
@@ -112,20 +112,9 @@ class Rl(Training):
     generation: GenerationSettings
 
     @model_validator(mode="after")
-    def what_the_engine_tells(self) -> Rl:
-        s, cure = self.sampler, "say generation.engine=generate"
-        if self.generation.engine == "generate":
-            return self
-        if s.mode in ("drop", "drop_fixed") or s.capability == "confidence":
-            found = f"sampler.mode is {s.mode} and sampler.capability is {s.capability}"
-            raise ValueError(
-                f"{found}, wanted neither drop nor confidence, which engine continuous cannot tell: {cure}"
-            )
-        if (s.temperature_min, s.temperature_max) != (1.0, 1.0) and s.capability != "reward" and s.mode == "dynamic":
-            raise ValueError(
-                f"sampler.temperature_max is {s.temperature_max} with capability {s.capability}, wanted 1.0: engine "
-                f"continuous cannot tell the entropy at others: {cure}, or sampler.capability=reward"
-            )
+    def sampler_goes_with_the_rest(self) -> Rl:
+        if self.algorithm.file == "online":  # others do not sample
+            self.sampler.check_with(self.algorithm.settings, self.generation, self.train, self.data)
         return self
 
 

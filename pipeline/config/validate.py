@@ -63,7 +63,8 @@ def validated(schema: type[BaseModel], mapping: Mapping[str, Any], places: Mappi
     path = max(inside, key=len)
     more = len(by_path) - len(inside)
     others = f" (and {more} more)" if more else ""
-    raise UserError(f"{_place(path, places)}: {'.'.join(path)}: {_complaint(schema, path, by_path[path])}{others}")
+    where = f"{_place(path, places)}: " + (f"{'.'.join(path)}: " if path else "")  # a rule about several has no path
+    raise UserError(f"{where}{_complaint(schema, path, by_path[path])}{others}")
 
 
 def nearest_path(wrong: SettingPath, known: Iterable[SettingPath]) -> str:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from pipeline.config.sections import TrainSettings
-from pipeline.data.masking import Hiding
+from pipeline.data.masking import Masker
 from pipeline.data.tokenization import pad
 from pipeline.errors import UserError
 from pipeline.records import Batch, Item, Stat
@@ -31,7 +31,7 @@ class Packing:
     encoder_decoder: bool  # prompts and responses are padded apart
     pad_id: int
     whole: bool = False  # put prompt + response into input_ids even for an encoder-decoder (reward models)
-    hiding: Hiding | None = None  # of the responses' tokens
+    masker: Masker | None = None  # of response tokens
     prompts_once: bool = False  # an encoder reads each prompt of a micro-batch once, however many responses it has
 
     @property
@@ -64,8 +64,8 @@ class Extent(NamedTuple):
 
     def with_item(self, item: Item) -> Extent:
         """The same with one item more."""
-        static = max((len(row.response_ids) for row in item.statics), default=0)
-        beside = max((len(row) for row in item.statics), default=0)
+        static = max((len(row.response_ids) for row in item.static_rows), default=0)
+        beside = max((len(row) for row in item.static_rows), default=0)
         return Extent(
             self.rows + len(item.rows),
             max([self.prompt, *(len(row.prompt_ids) for row in item.rows)]),
@@ -79,7 +79,7 @@ class Extent(NamedTuple):
         """Tokens of one micro-batch, padding included; each prompt once, but where its responses have rows apart."""
         if packing.apart:
             return self.rows * (self.prompt + self.response + self.static)
-        if self.static and packing.hiding is not None and not packing.hiding.share_prompt:
+        if self.static and packing.masker is not None and not packing.masker.share_prompt:
             return 2 * self.rows * max(self.single, self.beside)
         return self.rows * self.joined
 
@@ -154,7 +154,7 @@ def window(
 def collate(items: Sequence[Item], indices: Sequence[int], packing: Packing, step: int = 0) -> Batch:
     """One micro-batch; without indices one filler made from the first item, with all-False masks.
 
-    `step` is that of the optimizer, which decides with the seed what is hidden, where anything is.
+    `step` is that of the optimizer, which decides with the seed what is masked, where anything is.
     """
     chosen = [items[i] for i in indices] or [items[0]]
     filler = not indices
@@ -187,9 +187,9 @@ def collate(items: Sequence[Item], indices: Sequence[int], packing: Packing, ste
         ref_logp=reference(chosen, response_ids.shape[1]),
         owners=owners,
     )
-    if packing.hiding is None:
+    if packing.masker is None:
         return batch
-    return packing.hiding.hide(batch, [] if filler else chosen, step, packing.apart, packing.pad_id)
+    return packing.masker.mask(batch, [] if filler else chosen, step, packing.apart, packing.pad_id)
 
 
 def reference(items: Sequence[Item], width: int) -> torch.Tensor | None:
@@ -212,14 +212,14 @@ class Source(Protocol):
     def at(self, step: int) -> list[Batch]:
         """This rank's window of `step`, counted from 0; equally many micro-batches on every rank."""
 
-    def remembered(self, step: int) -> dict[str, Any]:
+    def state_dict(self, step: int) -> dict[str, Any]:
         """What `at(step)` needs to know of earlier steps, for JSON; the same on every rank.
 
         Asked after `at(step - 1)` or, where that step was not taken, after `at(step)`.
         """
 
-    def recall(self, memory: Mapping[str, Any]) -> None:
-        """Go on from what `remembered` gave; from nothing, where it is empty."""
+    def load_state_dict(self, memory: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave; from nothing, where it is empty."""
 
 
 class Windows:
@@ -234,11 +234,11 @@ class Windows:
         plan = window(self.items, self.draw(step), self.packing, self.rank, self.world)
         return [collate(self.items, indices, self.packing, step) for indices in plan]
 
-    def remembered(self, step: int) -> dict[str, Any]:
+    def state_dict(self, step: int) -> dict[str, Any]:
         """Nothing: what is drawn is a function of the step."""
         return {}
 
-    def recall(self, memory: Mapping[str, Any]) -> None:
+    def load_state_dict(self, memory: Mapping[str, Any]) -> None:
         """Nothing to go on from."""
 
 

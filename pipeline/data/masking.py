@@ -1,6 +1,6 @@
-"""Micro-batches whose responses are partly hidden behind [MASK], and what is drawn in the hidden places.
+"""Micro-batches whose responses are partly masked, and what is drawn in the masked places.
 
-What is hidden, which static response is read, and the throws of its draws are functions of (seed, step, example id):
+What is masked, which static response is read, and the uniforms of its draws are functions of (seed, step, example id):
 they depend on no batch, rank or accumulation.
 """
 
@@ -16,75 +16,77 @@ from torch import Tensor
 from pipeline.config.schema import Masking
 from pipeline.data.sampling import generator
 from pipeline.data.tokenization import pad
-from pipeline.data.vocabulary import Vocabulary
-from pipeline.records import Batch, Item, Row, Static
+from pipeline.data.vocabulary import TokenTables
+from pipeline.records import Batch, Item, Row, StaticBatch
 
 
 @dataclass(frozen=True)
-class Hiding:
-    """How the responses of a step are hidden."""
+class Masker:
+    """How the responses of a step are masked."""
 
-    vocabulary: Vocabulary
+    vocabulary: TokenTables
     masking: Masking
     seed: int
     spans: bool = False  # words and punctuation count in responses as they do in static responses
-    samples: int = 0  # draws for each hidden token of a static response; 0: static responses are not read
+    samples: int = 0  # draws for each masked token of a static response; 0: static responses are not read
     share_prompt: bool = True  # one row of static response, prompt, response for a causal model; else two
 
-    def hide(self, batch: Batch, items: Sequence[Item], step: int, apart: bool, pad_id: int) -> Batch:
+    def mask(self, batch: Batch, items: Sequence[Item], step: int, apart: bool, pad_id: int) -> Batch:
         """`batch`, made of `items` (none for a filler), with its responses as the model shall read them.
 
         Args:
             apart: prompts and responses are padded apart (an encoder and a decoder read them).
         """
-        throws = [generator("mask", self.seed, (step, item.example.id)) for item in items]
-        hidden = self._hidden(
-            batch.response_mask, [item.rows[0] for item in items], throws, self.spans, self.masking.plain
-        )
-        shown = torch.where(hidden, self.vocabulary.mask_id, batch.response_ids)
+        generators = [generator("mask", self.seed, (step, item.example.id)) for item in items]
+        rows = [item.rows[0] for item in items]
+        masked = self._masked(batch.response_mask, rows, generators, self.spans, self.masking.plain)
+        shown = torch.where(masked, self.vocabulary.mask_id, batch.response_ids)
         read = batch.input_ids if apart else with_shown(batch, shown)
         batch = replace(batch, input_ids=read, shown_ids=shown)
         if not self.samples:
             return batch
-        batch = replace(batch, static=self._static(items, throws, len(batch.response_ids), pad_id))
+        batch = replace(batch, static=self._static(items, generators, len(batch.response_ids), pad_id))
         return batch if apart or self.share_prompt else in_two_rows(batch, pad_id)
 
-    def _hidden(
-        self, mask: Tensor, rows: Sequence[Row], throws: Sequence[torch.Generator], spans: bool, share: float
+    def _masked(
+        self, mask: Tensor, rows: Sequence[Row], generators: Sequence[torch.Generator], spans: bool, share: float
     ) -> Tensor:
         """(B, width of `mask`) bool; a row's first number decides whether it is one of the `share` left as they are."""
-        hidden = torch.zeros_like(mask)
-        for i, (row, throw) in enumerate(zip(rows, throws, strict=True)):
-            plain = float(torch.rand((), generator=throw)) < share
-            drawn = draw(row.response_ids, self.vocabulary, self.masking, throw, spans)
-            hidden[i, : len(drawn)] = drawn & (not plain)
-        return hidden
+        masked = torch.zeros_like(mask)
+        for i, (row, numbers) in enumerate(zip(rows, generators, strict=True)):
+            plain = float(torch.rand((), generator=numbers)) < share
+            positions = masked_positions(row.response_ids, self.vocabulary, self.masking, numbers, spans)
+            masked[i, : len(positions)] = positions & (not plain)
+        return masked
 
-    def _static(self, items: Sequence[Item], throws: Sequence[torch.Generator], size: int, pad_id: int) -> Static:
+    def _static(
+        self, items: Sequence[Item], generators: Sequence[torch.Generator], size: int, pad_id: int
+    ) -> StaticBatch:
         """The static responses of a batch of `size` sequences: of every item, or of a filler."""
-        places = [int(torch.randint(len(i.statics), (), generator=t)) for i, t in zip(items, throws, strict=True)]
-        rows = [item.statics[place] for item, place in zip(items, places, strict=True)]
+        rows = [
+            item.static_rows[int(torch.randint(len(item.static_rows), (), generator=numbers))]
+            for item, numbers in zip(items, generators, strict=True)
+        ]
         ids, mask = pad([row.response_ids for row in rows] or [()] * size, pad_id)
-        hidden = self._hidden(mask, rows, throws, spans=True, share=0.0)
-        counts = hidden.sum(1).tolist()
-        uniforms = [torch.rand(count, self.samples, generator=t) for count, t in zip(counts, throws, strict=False)]
-        return Static(
+        masked = self._masked(mask, rows, generators, spans=True, share=0.0)
+        counts = masked.sum(1).tolist()
+        uniforms = [torch.rand(n, self.samples, generator=each) for n, each in zip(counts, generators, strict=False)]
+        return StaticBatch(
             ids=ids,
-            shown_ids=torch.where(hidden, self.vocabulary.mask_id, ids),
+            shown_ids=torch.where(masked, self.vocabulary.mask_id, ids),
             mask=mask,
-            hidden=hidden,
+            masked=masked,
             uniforms=torch.cat([torch.zeros(0, self.samples), *uniforms]),
-            forbidden=self.vocabulary.special,
+            suppressed=self.vocabulary.special,
         )
 
 
 def with_shown(batch: Batch, shown: Tensor) -> Tensor:
     """`input_ids` (B, L) of prompt + response with `shown` (B, T) in the responses' places."""
     found = batch.input_ids.clone()
-    for i, (length, end) in enumerate(
-        zip(batch.prompt_lengths.tolist(), batch.input_mask.sum(1).tolist(), strict=True)
-    ):
-        found[i, length:end] = shown[i, : end - length]
+    ends = batch.input_mask.sum(1).tolist()
+    for row, ids, start, end in zip(found, shown, batch.prompt_lengths.tolist(), ends, strict=True):
+        row[start:end] = ids[: end - start]
     return found
 
 
@@ -93,15 +95,15 @@ def in_two_rows(batch: Batch, pad_id: int) -> Batch:
     prompts = [ids[:n].tolist() for ids, n in zip(batch.input_ids, batch.prompt_lengths.tolist(), strict=True)]
     first = [ids[mask].tolist() for ids, mask in zip(batch.shown_ids, batch.response_mask, strict=True)]
     second = [ids[mask].tolist() for ids, mask in zip(batch.static.shown_ids, batch.static.mask, strict=True)]
-    said = [*first, *second]
-    ids, mask = pad([prompt + text for prompt, text in zip(prompts * 2, said, strict=True)], pad_id)
+    rows = [prompt + response for prompt, response in zip(prompts * 2, [*first, *second], strict=True)]
+    ids, mask = pad(rows, pad_id)
     return replace(batch, input_ids=ids, input_mask=mask)
 
 
-def draw(
-    ids: Sequence[int] | Tensor, vocabulary: Vocabulary, settings: Masking, generator: torch.Generator, spans: bool
+def masked_positions(
+    ids: Sequence[int] | Tensor, vocabulary: TokenTables, settings: Masking, generator: torch.Generator, spans: bool
 ) -> Tensor:
-    """Which of the T tokens of one response are hidden, (T,) bool on the CPU.
+    """Which of the T tokens of one response are masked, (T,) bool on the CPU.
 
     Special tokens never are. The generator moves on by T numbers, whatever they decide.
 
@@ -136,7 +138,7 @@ def fixed_count(numbers: Tensor, drawable: Tensor, rate: float) -> Tensor:
 def to_word_ends(drawn: Tensor, begins: Tensor) -> Tensor:
     """`drawn` with all that follows a drawn token inside its word; (T,) bool each, `begins` True on first tokens.
 
-    A token is hidden where, of the draws and beginnings up to and with itself, the last is a draw.
+    A token is masked where, of the draws and beginnings up to and with itself, the last is a draw.
     """
     if not len(drawn):
         return drawn

@@ -18,7 +18,7 @@ MARKS = (".", ",")  # after which the released code draws no mask
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class TokenTables:
     """Tables over the V rows of a model's output matrix.
 
     A word begins with the token that brings its blank. Of a blank that is a token of its own the word's first letters
@@ -28,7 +28,7 @@ class Vocabulary:
     word_start: Tensor  # (V,) bool: begins with a blank or line end after a letter, or is a full stop or comma
     punctuation: Tensor  # (V,) bool: full stop or comma, bare or with its blank
     special: Tensor  # (V,) bool: never sampled, never masked; also the rows without a token
-    mask_id: int  # the [MASK] that stands for hidden tokens; special itself
+    mask_id: int  # the [MASK] that stands for masked tokens; special itself
 
     def require_words(self) -> None:
         """Raise UserError where no token marks the beginning of a word, so that words cannot be told apart."""
@@ -39,29 +39,22 @@ class Vocabulary:
             )
 
 
-def vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
+def token_tables(tokenizer: PreTrainedTokenizerBase, size: int) -> TokenTables:
     """The tables of `tokenizer` for an output matrix of `size` rows, which may be more than it has tokens.
 
     Single bytes of a longer character are continuations, as they decode to no blank; bytes that are a blank or a line
     end themselves begin words. Padding, EOS, BOS, UNK, [MASK] and added tokens marked as special are special.
     """
     assert tokenizer.mask_token_id is not None, "the tokenizer has no mask token; it is chosen before the tables"
-    known = sorted(tokenizer.get_vocab().values())
-    assert known[-1] < size, f"{size} rows of the output matrix, but the tokenizer has the id {known[-1]}"
-    special = torch.ones(size, dtype=torch.bool)
-    special[known] = False
-    special[special_ids(tokenizer)] = True
-    ordinary = (~special).nonzero().flatten().tolist()
+    known = set(tokenizer.get_vocab().values())
+    assert max(known) < size, f"{size} rows of the output matrix, but the tokenizer has the id {max(known)}"
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ordinary = sorted(known - added - {*tokenizer.all_special_ids})
     texts = texts_after_a_letter(tokenizer, ordinary)
     punctuation = flags(size, ordinary, [text.strip() in MARKS for text in texts])
     blanks = flags(size, ordinary, [text[:1].isspace() for text in texts])
-    return Vocabulary(blanks | punctuation, punctuation, special, tokenizer.mask_token_id)
-
-
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of the tokens with a role (pad, EOS, mask ...) and of all added ones that are marked as special."""
-    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return sorted({*tokenizer.all_special_ids, *added})
+    special = ~flags(size, ordinary, [True] * len(ordinary))
+    return TokenTables(blanks | punctuation, punctuation, special, tokenizer.mask_token_id)
 
 
 def texts_after_a_letter(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:

@@ -288,9 +288,9 @@ def _write(
         else:
             model.save_pretrained(directory, state_dict=dict(weights))
         tokenizer.save_pretrained(directory)
-        if lm.can_generate() and (silent := mask_token.silent(tokenizer, lm)):
+        if lm.can_generate() and (suppressed := mask_token.suppressed_ids(tokenizer, lm)):
             speech = copy.deepcopy(lm.generation_config)
-            speech.suppress_tokens = silent
+            speech.suppress_tokens = suppressed
             speech.save_pretrained(directory)
     except Exception as error:  # safetensors and tokenizers have no class of their own for what the system refuses
         if "os error" not in str(error):

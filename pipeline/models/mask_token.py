@@ -1,6 +1,6 @@
-"""The [MASK] symbol: which token it is, its embedding, and its silence.
+"""The [MASK] symbol: which token it is, its embedding, and its suppression.
 
-It stands in the prefix for a token that is hidden (shared with every such token), so it is read and never said.
+It stands in the prefix for a masked token (shared with every such token), so it is read and never generated.
 Source: Chen et al., ICML 2023, with BART's `<mask>`, T5's `<extra_id_0>` and Pegasus' `<mask_2>`.
 """
 
@@ -113,8 +113,8 @@ def check_shared(model: PreTrainedModel) -> None:
             )
 
 
-def silent(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[int]:
-    """The ids that must never be said where there is a mask token: its own, and rows that belong to no token."""
+def suppressed_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[int]:
+    """The ids that must never be generated where there is a mask token: its own, and rows that belong to no token."""
     if tokenizer.mask_token_id is None:
         return []
     rows = range(model.config.get_text_config().vocab_size)

@@ -70,7 +70,7 @@ class Policy(nn.Module):
         logp: (B, T) float32, log-probability of each response token, 0 where response_mask is False; of the
             tempered policy where the batch has the number `temperature`.
         smoothed: logp, and (B, T) float32, the mean log-probability over the vocabulary at each response token.
-        drawn: both of smoothed, and the four of `functional.Drawn` at the hidden tokens of the static responses.
+        drawn: both of smoothed, and the four of `functional.Drawn` at the masked tokens of the static responses.
         entropy: (B, T) float32, entropy in nats of the distribution each response token was drawn from.
         states: (B, P, H), last hidden states at prompt positions, P = L: mask them by prompt_lengths.
         heads: (B, T, H), the states that predict the response tokens; with static responses (B, S, H) beside them.
@@ -84,7 +84,7 @@ class Policy(nn.Module):
             states, static = self.both_states(batch)
             given = batch.static
             drawn = functional.draw_tokens(
-                static[given.hidden], self.head, given.uniforms, given.forbidden, self.chunks
+                static[given.masked], self.head, given.uniforms, given.suppressed, self.chunks
             )
             return *self._smoothed(states[mask], batch), *drawn
         hidden = self.response_states(batch)[mask]  # (N, H)

@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 from pipeline.records import Example
 from pipeline.rewards import scoring
 from pipeline.rewards.rewards import Rewards
-from pipeline.rollout import generate
+from pipeline.rollout.generate import generate
 from pipeline.trainer import evaluation
 from pipeline.trainer.engine import Ranks
 from pipeline.trainer.model import Model
@@ -62,7 +62,7 @@ def fresh_responses(
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """eval/... of responses that the policy gives now, judged where there are rewards; and a few of them as samples."""
     settings = context.settings
-    responses = generate.generate(model.engine, model.encoder, prompts, settings.generation, settings.seed)
+    responses = generate(model.engine, model.encoder, prompts, settings.generation, settings.seed)
     statistics, samples = evaluation.completion_statistics(responses), []
     if context.rewards is not None:
         scores = scoring.score_responses(model.ranks, context.rewards, responses)

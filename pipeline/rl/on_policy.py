@@ -1,7 +1,8 @@
-"""Learning from responses that the policy gives now: prompts -> responses -> rewards -> one step, again and again.
+"""Learning from responses that the policy samples now: prompts -> responses -> rewards -> one step, again and again.
 
-Two-stage sampling: responses are sampled without gradient (rollout.py); then their likelihood is computed in parallel
-with gradient, over the sampled ids themselves. How many are sampled for each prompt is planned before (sampler.py).
+Two-stage sampling: responses are sampled without gradient (rollout/generate.py); then their likelihood is computed in
+parallel with gradient, over the sampled ids themselves. How many are sampled for each prompt is planned before
+(rollout/allocation.py).
 Source: Wang et al., "ESRL: Efficient Sampling-based Reinforcement Learning for Sequence Generation" (AAAI 2024).
 """
 
@@ -24,16 +25,14 @@ from pipeline.config.sections import GenerationSettings
 from pipeline.data import dataset
 from pipeline.data.batching import Draw, Packing, collate, window
 from pipeline.data.tokenization import Encoder
-from pipeline.records import Batch, Example, Item, Row, Stat
+from pipeline.records import Batch, Example, Item, Request, Row, Stat
 from pipeline.rewards import scoring
 from pipeline.rewards.rewards import Rewards
 from pipeline.rl import reference
 from pipeline.rl.context import Context, fresh_responses, refuse, required_rewards
-from pipeline.rollout import generate
-from pipeline.rollout import groups as rollout_groups
-from pipeline.rollout.allocation import Queue, Sampler, check_sampler, prompt_key, spoken_sampler
-from pipeline.rollout.generate import Ask
-from pipeline.rollout.groups import Lot
+from pipeline.rollout.allocation import Sampler, prompt_key, spoken_sampler
+from pipeline.rollout.generate import plain_sampling, respond
+from pipeline.rollout.groups import Group, items_of, record_of, statistics, table, target_item, untempered, valued
 from pipeline.trainer.engine import Engine
 from pipeline.trainer.loop import REWARD, Evaluation, Trainer
 from pipeline.trainer.model import Model, build_policy
@@ -49,7 +48,6 @@ def trainer(context: Context) -> Trainer:
     settings, ranks, algorithm = context.settings, context.ranks, context.algorithm
     refuse(settings, rows="all", sampling="all", shuffle_rewards=False)
     rewards = required_rewards(context)
-    check_sampler(settings, algorithm)
     prompts = dataset.unique_prompts(dataset.load_train(context.data, settings.seed, logger.info))
     held_out = dataset.unique_prompts(dataset.load(context.data, "validation", settings.seed, logger.info))
     longest = max(settings.generation.max_new_tokens, settings.data.max_response_length)
@@ -67,7 +65,7 @@ def trainer(context: Context) -> Trainer:
         packing=replace(policy.packing, prompts_once=True),
         settings=settings,
         algorithm=algorithm,
-        sampler=Sampler(settings.sampler, policy.engine.module.vocab_size, Queue(algorithm.queue_size)),
+        sampler=Sampler(settings.sampler, policy.engine.module.vocab_size, algorithm.queue_size),
     )
     logger.info(f"train: {len(prompts):,} prompts, {spoken_sampler(settings)}, sampled at every step")
     return Trainer(
@@ -86,23 +84,22 @@ def trainer(context: Context) -> Trainer:
 
 def evaluate(context: Context, policy: Model, prompts: Sequence[Example], rollouts: Rollouts, step: int) -> Evaluation:
     """Fresh responses to held-out prompts; and the last step's samples, prompt by prompt."""
-    last = rollouts.lots
+    last = rollouts.groups
     judged, samples = fresh_responses(context, policy, prompts)
-    known = [lot.share.capability for lot in last if lot.share.capability is not None]
+    known = [group.allocation.capability for group in last if group.allocation.capability is not None]
     histograms = {"esrl/capability": torch.tensor(known)} if known else {}
     if last:
-        histograms["esrl/samples"] = torch.tensor([float(len(lot.responses)) for lot in last])
-        histograms["advantage"] = torch.tensor([weight for lot in last for weight in lot.advantages])
-    table = rollout_groups.table(last, context.settings.eval.num_samples)
-    return Evaluation(judged, histograms, [*samples, *table])
+        histograms["esrl/samples"] = torch.tensor([float(len(group.responses)) for group in last])
+        histograms["advantage"] = torch.tensor([weight for group in last for weight in group.advantages])
+    return Evaluation(judged, histograms, [*samples, *table(last, context.settings.eval.num_samples)])
 
 
 def sampled(settings: Rl) -> GenerationSettings:
     """The policy's own distribution, which the gradient is an expectation over; the dropping modes narrow it."""
-    free = generate.free(settings.generation)
+    plain = plain_sampling(settings.generation)
     if settings.sampler.mode != "drop":
-        return free
-    return free.model_copy(update={"top_p": settings.generation.top_p, "top_k": settings.generation.top_k})
+        return plain
+    return plain.model_copy(update={"top_p": settings.generation.top_p, "top_k": settings.generation.top_k})
 
 
 @dataclass
@@ -120,135 +117,124 @@ class Rollouts:
     algorithm: Any
     sampler: Sampler
     items: Sequence[Item] = ()  # of the last step
-    lots: Sequence[Lot] = ()  # and its prompts with their responses
+    groups: Sequence[Group] = ()  # and its prompts with their responses
     stats: Mapping[str, Stat] = field(default_factory=dict)
-    last: int | None = None  # the step that `lots` are of, while the sampler does not know them yet
+    last: int | None = None  # the step that `groups` are of, while the sampler does not know them yet
 
     def at(self, step: int) -> list[Batch]:
         """This rank's micro-batches of the responses to the prompts of `step`."""
         began, ranks = time.monotonic(), self.engine.ranks
-        self._learn_of()
-        asked = [self.prompts[i] for i in self.draw(step)]
-        said = self._said(asked, step)
-        generated = sum(len(response.response_ids) for lot in said for response in lot.responses)
-        judged = self._judged(self._kept(said))
+        self._learn()
+        examples = [self.prompts[i] for i in self.draw(step)]
+        groups = self._sampled(examples, step)
+        generated = sum(len(response.response_ids) for group in groups for response in group.responses)
+        judged = self._judged(self._kept(groups))
         ref_logps = self._ref_logps(judged)
-        usual = self.sampler.queue.mean()
-        self.lots, self.last = rollout_groups.valued(judged, ref_logps, usual, self.algorithm), step
-        items = [*rollout_groups.items_of(self.lots, ref_logps), *self._targets(asked)] or [self._silent(asked[0])]
-        self.items = items if self._tempered else rollout_groups.untempered(items)
-        seconds = mean_stat(torch.tensor([time.monotonic() - began]))
-        most = self.settings.sampler.k_max if self.settings.sampler.mode == "dynamic" else self.settings.sampler.k
-        told = rollout_groups.statistics(self.lots, most, self.sampler.least, usual, generated)
-        self.stats = {name: Stat(kind, sums.to(ranks.device)) for name, (kind, sums) in told.items()} | {
-            "perf/sampling_seconds": Stat(seconds.kind, seconds.sums.to(ranks.device))
-        }
-        learned = range(len(self.items)) if any(lot.responses for lot in self.lots) or self._mixes else []
-        plan = window(self.items, learned, self.packing, ranks.rank, ranks.world)
+        # read before this step's rewards are known to it: a baseline must not depend on the responses it judges
+        queue_mean = self.sampler.mean_reward()
+        self.groups, self.last = valued(judged, ref_logps, queue_mean, self.algorithm), step
+        learned = [*items_of(self.groups, ref_logps), *self._targets(examples)]
+        items = learned or [self._filler(examples[0])]
+        self.items = items if self.settings.sampler.tempered else untempered(items)
+        stats = statistics(self.groups, self.settings.sampler, queue_mean, generated)
+        stats["perf/sampling_seconds"] = mean_stat(torch.tensor([time.monotonic() - began]))
+        self.stats = {name: Stat(kind, sums.to(ranks.device)) for name, (kind, sums) in stats.items()}
+        plan = window(self.items, range(len(learned)), self.packing, ranks.rank, ranks.world)
         return [collate(self.items, indices, self.packing, step) for indices in plan]
 
-    @property
-    def _tempered(self) -> bool:
-        s = self.settings.sampler
-        return (s.temperature_min, s.temperature_max) != (1.0, 1.0)
-
-    @property
-    def _mixes(self) -> bool:
-        return self.algorithm.sft_weight > 0
-
-    def _said(self, asked: Sequence[Example], step: int) -> list[Lot]:
+    def _sampled(self, examples: Sequence[Example], step: int) -> list[Group]:
         """The responses to the prompts of a step; where the sampler probes, in two rounds."""
-        ids = [tuple(self.encoder.encode_prompt(example.prompt)[0]) for example in asked]
+        ids = [tuple(self.encoder.encode_prompt(example.prompt)[0]) for example in examples]
         keys = [prompt_key(one) for one in ids]
-        shares, probed = self.sampler.plan(keys), self.sampler.probes(keys)
+        planned, probed = self.sampler.plan(keys), self.sampler.probes(keys)
         few = self.settings.sampler.probe
-        first = [share._replace(k=few) if probe else share for share, probe in zip(shares, probed, strict=True)]
-        found = [Lot(*parts) for parts in zip(asked, ids, keys, first, strict=True)]
-        found = self._answered(found, [(0, lot.share.k) for lot in found], step)
-        if not any(probed):
-            return found
-        after = [
-            replace(lot, share=self.sampler.after_probe(rollout_groups.record_of(lot, step))) if probe else lot
-            for lot, probe in zip(found, probed, strict=True)
+        first = [one._replace(k=few) if probe else one for one, probe in zip(planned, probed, strict=True)]
+        groups = [Group(*parts) for parts in zip(examples, ids, keys, first, strict=True)]
+        groups = [
+            replace(group, allocation=self.sampler.after_probe(record_of(group))) if probe else group
+            for group, probe in zip(self._filled(groups, step), probed, strict=True)
         ]
-        return self._answered(after, [(len(lot.responses), lot.share.k) for lot in after], step)
+        return self._filled(groups, step) if any(probed) else groups
 
-    def _answered(self, found: Sequence[Lot], spans: Sequence[tuple[int, int]], step: int) -> list[Lot]:
-        """The lots with their responses number `start` to `end` - 1 added."""
-        places = [i for i, (start, end) in enumerate(spans) if end > start]
-        keys = [lot.key for lot in found]
-        asks = []
-        for i in places:
-            (start, end), turn = spans[i], keys[:i].count(keys[i])  # a prompt that comes twice throws other dice
-            heat = (found[i].share.temperature,) * (end - start)
-            asks.append(Ask(found[i].example, found[i].prompt_ids, heat, turn * TURN + start))
+    def _filled(self, groups: Sequence[Group], step: int) -> list[Group]:
+        """The groups with as many responses as each is allocated; those that are there stay."""
+        keys, requests = [group.key for group in groups], {}
+        for i, group in enumerate(groups):
+            turn, start = keys[:i].count(keys[i]), len(group.responses)  # other numbers if a prompt comes twice
+            temperatures = (group.allocation.temperature,) * (group.allocation.k - start)
+            if temperatures:
+                requests[i] = Request(group.example, group.prompt_ids, temperatures, turn * TURN + start)
+        if not requests:
+            return list(groups)
         seed = self.settings.seed * 1_000_003 + step
-        groups = generate.answer(self.engine, self.encoder, asks, sampled(self.settings), seed) if asks else []
-        more = dict(zip(places, groups, strict=True))
-        return [replace(lot, responses=(*lot.responses, *more.get(i, ()))) for i, lot in enumerate(found)]
+        found = respond(self.engine, self.encoder, list(requests.values()), sampled(self.settings), seed)
+        more = dict(zip(requests, found, strict=True))
+        return [replace(group, responses=(*group.responses, *more.get(i, ()))) for i, group in enumerate(groups)]
 
-    def _kept(self, found: Sequence[Lot]) -> list[Lot]:
-        """The lots without what the dropping modes throw away: a share of each decoded batch, or of all."""
+    def _kept(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups without what the dropping modes throw away: a share of each decoded batch, or of all."""
         mode, share = self.settings.sampler.mode, self.settings.sampler.drop_share
         if mode not in ("drop", "drop_fixed"):
-            return list(found)
-        surest = {i: lot.responses[0].seen for i, lot in enumerate(found)}
+            return list(groups)
+        stats = [group.responses[0].stats for group in groups]  # these modes sample one response to a prompt
         batches: dict[int, list[int]] = {}
-        for i, seen in surest.items():
-            batches.setdefault(seen.batch if mode == "drop" else 0, []).append(i)
+        for i, one in enumerate(stats):
+            batches.setdefault(one.batch if mode == "drop" else 0, []).append(i)
         gone = set()
         for members in batches.values():
-            scores = [surest[i].drop if mode == "drop" else surest[i].confidence for i in members]
+            scores = [stats[i].drop if mode == "drop" else stats[i].confidence for i in members]
             gone |= {members[place] for place in capability.dropped(scores, share)}
-        return [replace(lot, responses=()) if i in gone else lot for i, lot in enumerate(found)]
+        return [replace(group, responses=()) if i in gone else group for i, group in enumerate(groups)]
 
-    def _judged(self, found: Sequence[Lot]) -> list[Lot]:
-        flat = [response for lot in found for response in lot.responses]
-        totals = iter(scoring.score_responses(self.engine.ranks, self.judge, flat).total)
-        return [replace(lot, raw=tuple(next(totals) for _ in lot.responses)) for lot in found]
+    def _judged(self, groups: Sequence[Group]) -> list[Group]:
+        responses = [response for group in groups for response in group.responses]
+        totals = iter(scoring.score_responses(self.engine.ranks, self.judge, responses).total)
+        return [replace(group, raw=tuple(next(totals) for _ in group.responses)) for group in groups]
 
-    def _ref_logps(self, found: Sequence[Lot]) -> list[Tensor]:
+    def _ref_logps(self, groups: Sequence[Group]) -> list[Tensor]:
         """(T,) float32 of the reference for each response in order; nothing where no KL term wants them."""
-        heat = [{"temperature": lot.share.temperature} if self._tempered else {} for lot in found]
-        items = [Item(lot.example, (row,), each) for lot, each in zip(found, heat, strict=True) for row in lot.rows]
+        items = [
+            Item(group.example, (row,), {"temperature": group.allocation.temperature})
+            for group in groups
+            for row in group.rows
+        ]
         if self.frozen is None or not items:
             return []
+        items = items if self.settings.sampler.tempered else untempered(items)
         saved = reference.reference_logps(self.frozen, items, self.packing)
         return list(saved["logp"].split(saved["lengths"].tolist()))
 
-    def _targets(self, asked: Sequence[Example]) -> list[Item]:
-        """The references of the prompts, where their likelihood is learned too."""
-        if not self._mixes:
+    def _targets(self, examples: Sequence[Example]) -> list[Item]:
+        """The reference texts of the prompts, where their likelihood is learned too."""
+        if self.algorithm.sft_weight == 0:
             return []
-        rows = [self.encoder.encode(example.prompt, dataset.reference_text(example)) for example in asked]
-        return [
-            rollout_groups.target_item(example, row, self.frozen is not None)
-            for example, row in zip(asked, rows, strict=True)
-        ]
+        rows = [self.encoder.encode(example.prompt, dataset.reference_text(example)) for example in examples]
+        with_ref = self.frozen is not None
+        return [target_item(example, row, with_ref) for example, row in zip(examples, rows, strict=True)]
 
-    def _silent(self, example: Example) -> Item:
+    def _filler(self, example: Example) -> Item:
         """What a step of fillers is made from, when every prompt was left out."""
         row = Row(tuple(self.encoder.encode_prompt(example.prompt)[0]), (self.encoder.eos_id,))
-        return rollout_groups.target_item(example, row, self.frozen is not None, target=False)
+        return target_item(example, row, self.frozen is not None, target=False)
 
-    def _learn_of(self) -> None:
+    def _learn(self) -> None:
         """Let the sampler know of the last step."""
         if self.last is None:
             return
-        for lot in self.lots:
-            if lot.responses:
-                self.sampler.learn(lot.key, rollout_groups.record_of(lot, self.last), lot.told.rewards.tolist())
+        for group in self.groups:
+            if group.responses:
+                self.sampler.learn(group.key, record_of(group), group.stats.rewards.tolist())
             else:
-                self.sampler.learn(lot.key, None)
+                self.sampler.learn(group.key, None)
         self.last = None
 
-    def remembered(self, step: int) -> dict[str, Any]:
-        """As `data.Source`: history and queue."""
+    def state_dict(self, step: int) -> dict[str, Any]:
+        """As `batching.Source`: history and recent rewards."""
         if self.last is not None and self.last < step:
-            self._learn_of()
-        return self.sampler.state()
+            self._learn()
+        return self.sampler.state_dict()
 
-    def recall(self, memory: Mapping[str, Any]) -> None:
-        """As `data.Source`."""
+    def load_state_dict(self, memory: Mapping[str, Any]) -> None:
+        """As `batching.Source`."""
         if memory:
-            self.sampler.restore(memory)
+            self.sampler.load_state_dict(memory)

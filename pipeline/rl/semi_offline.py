@@ -1,4 +1,4 @@
-"""Learning from hidden tokens of static responses: rows -> reference and static rows -> one forward per micro-batch."""
+"""Learning from masked tokens of static responses: rows -> reference and static rows -> one forward per micro-batch."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def trainer(context: Context) -> Trainer:
     prompts = dataset.unique_prompts(held_out)[: settings.eval.max_rows]
     policy = build_policy(settings, ranks, context.start, mask=True)
     items, tested = encode(policy, context.directory, train, held_out[: settings.eval.max_rows], reference_rows)
-    items = with_statics(items, policy.encoder, settings.static)
+    items = with_static_rows(items, policy.encoder, settings.static)
     masked = masked_packing(
         policy, settings.masking, settings.seed, samples=algorithm.samples, share_prompt=settings.share_prompt
     )
@@ -80,14 +80,14 @@ def reference_rows(example: Example, encoder: Encoder) -> tuple[Row, ...]:
     return (encoder.encode(example.prompt, dataset.reference_text(example)),)
 
 
-def with_statics(items: Sequence[Item], encoder: Encoder, which: str) -> list[Item]:
+def with_static_rows(items: Sequence[Item], encoder: Encoder, which: str) -> list[Item]:
     """The items with the static responses that `which` chooses, after a word about them.
 
     Raises:
         UserError: a row has none.
     """
-    chosen = [replace(item, statics=static_rows(item.example, encoder, which)) for item in items]
-    short = wordless([row for item in chosen for row in item.statics], encoder)
+    chosen = [replace(item, static_rows=static_rows(item.example, encoder, which)) for item in items]
+    short = wordless([row for item in chosen for row in item.static_rows], encoder)
     logger.info(f"static responses: {which}, {short:,} of them without a word")
     return chosen
 
@@ -107,7 +107,7 @@ def evaluate(context: Context, policy: Model, watched: WatchedCompositions, step
     """Held-out references, read whole and masked; responses really decoded; compositions of some rows."""
     engine, masked = policy.engine, watched.masked
     scalars = evaluation.held_out_loss(engine, LIKELIHOOD, watched.held_out, policy.packing)
-    alone = replace(masked, hiding=replace(masked.hiding, samples=0))
+    alone = replace(masked, masker=replace(masked.masker, samples=0))
     scalars["eval/masked_loss"] = evaluation.held_out_loss(engine, LIKELIHOOD, watched.held_out, alone)["eval/loss"]
     judged, samples = fresh_responses(context, policy, watched.prompts)
     histograms, table = composed(context, policy, watched)
@@ -161,7 +161,7 @@ def check_shared(engine: Engine, items: Sequence[Item], hiding: Packing, toleran
 
 
 def read_apart(batch: Batch, packing: Packing) -> tuple[Batch, Batch]:
-    """Two batches of one response each, with the same tokens hidden."""
+    """Two batches of one response each, with the same tokens masked."""
     given = batch.static
     bare = replace(batch, static=None)
     second = replace(bare, response_ids=given.ids, response_mask=given.mask, shown_ids=given.shown_ids)

@@ -18,7 +18,7 @@ from pipeline.records import Example, Item
 from pipeline.rewards import rewards as reward_functions
 from pipeline.rewards import scoring
 from pipeline.rewards.rewards import Rewards
-from pipeline.rollout import generate
+from pipeline.rollout.generate import generate
 from pipeline.trainer.engine import Engine
 from pipeline.trainer.model import Model
 
@@ -52,7 +52,7 @@ def value_targets(model: Model, rl: Rl, data: ValueData) -> Targets:
         generation = rl.generation.model_copy(
             update={"do_sample": True, "num_beams": 1, "num_return_sequences": settings.samples_per_prompt}
         )
-        answers = generate.generate(model.engine, model.encoder, prompts, generation, rl.seed)
+        answers = generate(model.engine, model.encoder, prompts, generation, rl.seed)
         totals = scoring.score_responses(model.ranks, data.rewards, answers).total
         n = settings.samples_per_prompt
         expected = [statistics.fmean(totals[i * n : (i + 1) * n]) for i in range(len(prompts))]

@@ -1,4 +1,4 @@
-"""Another engine that answers: transformers' continuous batching, where a response's place is taken when it ends.
+"""Another engine that generates: transformers' continuous batching, where a response's place is taken when it ends.
 
 generate() decodes a batch until its longest response ends; here no step is spent on one that is done. What passes is
 token ids and log-probabilities, nothing else, so that a server could stand here as well.
@@ -24,7 +24,7 @@ from pipeline.data.sampling import generator
 from pipeline.errors import UserError
 from pipeline.models.loading import hugging_face
 from pipeline.models.policy import Policy
-from pipeline.records import Ask, Said, Seen
+from pipeline.records import Completion, Request, SampleStats
 
 if TYPE_CHECKING:
     from transformers import ContinuousBatchingConfig
@@ -48,10 +48,10 @@ def check_model(encoder_decoder: bool) -> None:
         )
 
 
-def answer(
-    module: Policy, asks: Sequence[Ask], settings: GenerationSettings, config: GenerationConfig, seed: int
-) -> list[list[Said]]:
-    """What is said to each ask, sampled or greedy as `config` says; as many at a time as a batch of prompts has.
+def respond(
+    module: Policy, requests: Sequence[Request], settings: GenerationSettings, config: GenerationConfig, seed: int
+) -> list[list[Completion]]:
+    """The completions of each request, sampled or greedy as `config` says; as many at a time as a batch of prompts has.
 
     Only the log-probabilities are known of what was sampled. At temperature 1, minus their mean is the entropy without
     bias; at others it is NaN, as confidence is at all. The program's random numbers are used: fork them.
@@ -60,22 +60,20 @@ def answer(
         RuntimeError: the engine failed; with what it says.
     """
     check_model(module.encoder_decoder)
-    if not asks:
+    if not requests:
         return []
-    requests = [(ask.prompt_ids, level) for ask in asks for level in ask.temperatures]
-    at_once = min(len(requests), settings.batch_size * max(len(ask.temperatures) for ask in asks))
-    stream = generator("continuous", seed, [(ask.example.id, ask.first) for ask in asks]).initial_seed()
-    tempered = config.do_sample and any(level != 1.0 for _, level in requests)
-    own = {"num_return_sequences": 1}  # each of the requests is one response
-    if tempered:  # without a temperature here, other than 1, those of the requests are refused
-        own["temperature"] = COLD
-    config = GenerationConfig(**{**config.to_diff_dict(), **own})
+    singles = [(request.prompt_ids, level) for request in requests for level in request.temperatures]
+    at_once = min(len(singles), settings.batch_size * max(len(request.temperatures) for request in requests))
+    stream = generator("continuous", seed, [(request.example.id, request.first) for request in requests]).initial_seed()
+    tempered = config.do_sample and any(level != 1.0 for _, level in singles)
+    other = {"temperature": COLD} if tempered else {}  # at 1 the requests' own temperatures are refused
+    config = GenerationConfig(**{**config.to_diff_dict(), **other})
     manager = hugging_face(module.model).init_continuous_batching(
         generation_config=config,
-        continuous_batching_config=_batching(max(len(ask.prompt_ids) for ask in asks), config, at_once, stream),
+        continuous_batching_config=_batching(max(len(ids) for ids, _ in singles), config, at_once, stream),
     )
-    found = iter(_run(manager, requests, config, tempered))
-    return [[_said(*next(found), level, config) for level in ask.temperatures] for ask in asks]
+    found = iter(_run(manager, singles, config, tempered))
+    return [[_completion(*next(found), level, config) for level in request.temperatures] for request in requests]
 
 
 def _batching(longest: int, config: GenerationConfig, at_once: int, seed: int) -> ContinuousBatchingConfig:
@@ -129,8 +127,8 @@ def _collected(manager: ContinuousBatchingManager, count: int) -> dict[str, tupl
     return found
 
 
-def _said(ids: list[int], logps: list[float], temperature: float, config: GenerationConfig) -> Said:
+def _completion(ids: list[int], logps: list[float], temperature: float, config: GenerationConfig) -> Completion:
     if not config.do_sample:
-        return Said(ids, None)
+        return Completion(ids, None)
     entropy = -math.fsum(logps) / len(logps) if temperature == 1.0 else math.nan
-    return Said(ids, Seen(torch.tensor(logps), entropy, math.nan, math.nan, 0))
+    return Completion(ids, SampleStats(torch.tensor(logps), entropy, math.nan, math.nan, 0))

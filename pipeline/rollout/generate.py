@@ -7,7 +7,6 @@ and for the other engine, continuous.py).
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,7 +30,8 @@ from pipeline.errors import UserError
 from pipeline.models import mask_token
 from pipeline.models.checks import check_positions
 from pipeline.models.loading import hugging_face
-from pipeline.records import Ask, Example, Response, Said, Seen
+from pipeline.models.policy import Policy
+from pipeline.records import Completion, Example, Request, Response, SampleStats
 from pipeline.rollout import continuous
 from pipeline.trainer.engine import Engine
 
@@ -45,43 +45,49 @@ def generate(
     """
     levels = settings.temperatures or [settings.temperature]
     each = tuple(levels[copy % len(levels)] for copy in range(settings.num_return_sequences))
-    asks = [Ask(example, tuple(encoder.encode_prompt(example.prompt)[0]), each) for example in examples]
-    return [response for group in answer(engine, encoder, asks, settings, seed) for response in group]
+    requests = [Request(example, tuple(encoder.encode_prompt(example.prompt)[0]), each) for example in examples]
+    return [response for group in respond(engine, encoder, requests, settings, seed) for response in group]
 
 
-def answer(
-    engine: Engine, encoder: Encoder, asks: Sequence[Ask], settings: GenerationSettings, seed: int
+def respond(
+    engine: Engine, encoder: Encoder, requests: Sequence[Request], settings: GenerationSettings, seed: int
 ) -> list[list[Response]]:
-    """The responses to each ask; the same on all ranks. Stage 1 of two-stage sampling: no gradient, no dropout.
+    """The responses to each request; the same on all ranks. Stage 1 of two-stage sampling: no gradient, no dropout.
 
-    `temperatures` of the asks stand for those of `settings`, whose `num_return_sequences` only counts for beams.
+    `temperatures` of the requests stand for those of `settings`, whose `num_return_sequences` only counts for beams.
     """
     ranks, size = engine.ranks, settings.batch_size
-    order = sorted(range(len(asks)), key=lambda i: len(asks[i].prompt_ids))  # like lengths together: little padding
+    order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))  # like lengths: little padding
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     config = generation_config(settings, encoder)
     lm = hugging_face(engine.module.model)
-    config.suppress_tokens = mask_token.silent(encoder.tokenizer, lm) or None  # the dice are thrown after it
-    longest = max((len(ask.prompt_ids) for ask in asks), default=0)
+    config.suppress_tokens = mask_token.suppressed_ids(encoder.tokenizer, lm) or None  # before tokens are drawn
+    config.decoder_start_token_id = engine.module.start_id
+    if plain := settings.do_sample and settings.num_beams == 1:
+        config.num_return_sequences = 1  # each row is one response, and draws with its own random numbers
+    longest = max((len(request.prompt_ids) for request in requests), default=0)
     check_positions(lm.config, longest, settings.max_new_tokens, whole=False)
-    mine: dict[int, list[Said]] = {}
-    with engine.generating() as module, torch.no_grad(), torch.random.fork_rng(devices=_cuda(engine)):
+    cuda = [ranks.device] if ranks.device.type == "cuda" else []
+    mine: dict[int, list[Completion]] = {}
+    with engine.generating() as module, torch.no_grad(), torch.random.fork_rng(devices=cuda):
         if settings.engine == "continuous":
             batches, places = [], order[ranks.rank :: ranks.world]
-            rows = continuous.answer(module, [asks[i] for i in places], settings, config, seed)
+            rows = continuous.respond(module, [requests[i] for i in places], settings, config, seed)
             mine = dict(zip(places, rows, strict=True))
         for place in range(0, len(batches), ranks.world):
             number = place + ranks.rank
             batch = batches[number] if number < len(batches) else batches[0]  # idle ranks keep in step
-            torch.manual_seed((seed * 1_000_003 + number) % 2**63)  # beams that sample know no dice
-            rows = _generate(module, encoder, [asks[i] for i in batch], settings, config, seed, engine, number)
+            torch.manual_seed((seed * 1_000_003 + number) % 2**63)  # for beams that sample
+            chosen = [requests[i] for i in batch]
+            sampler = row_sampler(chosen, settings, seed) if plain else None
+            rows = _decoded(engine, module, encoder, chosen, config, sampler, number)
             if number < len(batches):
                 mine |= dict(zip(batch, rows, strict=True))
-    answers = {i: rows for part in ranks.gather(mine) for i, rows in part.items()}
-    return [[_response(encoder, asks[i], said) for said in answers[i]] for i in range(len(asks))]
+    found = {i: rows for part in ranks.gather(mine) for i, rows in part.items()}
+    return [[_response(encoder, request, one) for one in found[i]] for i, request in enumerate(requests)]
 
 
-def free(settings: GenerationSettings) -> GenerationSettings:
+def plain_sampling(settings: GenerationSettings) -> GenerationSettings:
     """`settings` without all that changes the policy's own distribution: plain sampling, one response per prompt."""
     return settings.model_copy(
         update={"do_sample": True, "temperature": 1.0, "temperatures": None, "top_p": 1.0, "top_k": 0}
@@ -102,30 +108,23 @@ def generation_config(settings: GenerationSettings, encoder: Encoder) -> Generat
             f"generation.num_return_sequences: {n} of {settings.num_beams} beam(s) without sampling, wanted fewer: "
             "set do_sample=true, or raise num_beams"
         )
-    ways = {}
-    if settings.do_sample:
-        ways = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
-        if settings.num_beams > 1:
-            ways = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
-    if settings.num_beams > 1:
-        ways |= {"length_penalty": settings.length_penalty, "early_stopping": settings.early_stopping}
+    names = {"max_new_tokens", "min_new_tokens", "do_sample", "num_beams", "no_repeat_ngram_size", "repetition_penalty"}
+    names |= {"length_penalty", "early_stopping"} if settings.num_beams > 1 else set()
+    # without beams our own RowSampler narrows and tempers, so transformers must not
+    plain = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+    narrowed = settings.model_dump(include=set(plain)) if settings.num_beams > 1 else plain
     return GenerationConfig(
-        max_new_tokens=settings.max_new_tokens,
-        min_new_tokens=settings.min_new_tokens,
-        do_sample=settings.do_sample,
-        num_beams=settings.num_beams,
-        no_repeat_ngram_size=settings.no_repeat_ngram_size,
-        repetition_penalty=settings.repetition_penalty,
+        **settings.model_dump(include=names),
+        **(narrowed if settings.do_sample else {}),
         num_return_sequences=n,
         pad_token_id=encoder.pad_id,
         eos_token_id=encoder.eos_id,
         bos_token_id=encoder.tokenizer.bos_token_id,
-        **ways,
     )
 
 
 @dataclass
-class Dice:
+class RowSampler:
     """Draws each row's next token with that row's own random numbers, so that batch mates change nothing.
 
     transformers calls it with the scores (B, V) of one step after another; only the drawn token stays possible.
@@ -143,53 +142,46 @@ class Dice:
         plain = not self.warpers and bool((self.temperatures == 1.0).all())
         tempered = logps if plain else (logps / self.temperatures.to(logps)).log_softmax(-1)
         shares = (self.warpers(ids, tempered.clone()).softmax(-1) if self.warpers else tempered.exp()).double()
+        # the distribution function is inverted: in float64, in which a row's sum grows with every likely token
         sums = shares.cumsum(-1)  # (B, V)
         points = self.uniforms[:, len(self.steps), None].to(sums) * sums[:, -1:]
         drawn = torch.searchsorted(sums, points, right=True)  # (B, 1): the first token whose sum exceeds the point
         entropies = -torch.where(logps > -torch.inf, logps.exp() * logps, 0.0).sum(-1)
-        seen = (tempered.gather(1, drawn)[:, 0], entropies, logps.amax(-1).exp(), shares.amax(-1).float())
-        self.steps.append(torch.stack(seen, dim=1))
+        peaks = logps.amax(-1).exp(), shares.amax(-1).float()
+        self.steps.append(torch.stack((tempered.gather(1, drawn)[:, 0], entropies, *peaks), dim=1))
         return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
 
-    def seen(self, lengths: Sequence[int], local: int) -> list[Seen]:
-        """What was seen of each row, whose responses have `lengths` tokens, in the batch called `local`."""
-        steps = torch.stack(self.steps, dim=1).cpu()  # (B, steps, 4)
-        return [_seen(row, length, local) for row, length in zip(steps, lengths, strict=True)]
+    def stats(self, lengths: Sequence[int], batch: int) -> list[SampleStats]:
+        """Of each row, whose responses have `lengths` tokens, in the batch of that number."""
+        found = []
+        for steps, length in zip(torch.stack(self.steps, dim=1).cpu(), lengths, strict=True):  # (B, steps, 4)
+            logps, entropies, peaks, _ = steps[:length].unbind(1)
+            drop = capability.drop_score(steps[:, 3])  # every step of the batch, those after this row's end too
+            entropy, confidence = float(entropies.double().mean()), capability.confidence(peaks)
+            found.append(SampleStats(logps.clone(), entropy, confidence, drop, batch))
+        return found
 
 
-def _seen(steps: Tensor, length: int, local: int) -> Seen:
-    logps, entropies, peaks, _ = steps[:length].unbind(1)
-    return Seen(
-        logps.clone(),
-        float(entropies.double().mean()),
-        capability.confidence(peaks),
-        capability.drop_score(steps[:, 3]),  # every step of the batch, those after this row's end too
-        local,
-    )
-
-
-def dice(asks: Sequence[Ask], settings: GenerationSettings, seed: int) -> Dice | None:
-    """Dice for the responses to `asks`, row by row; none without plain sampling."""
-    if not settings.do_sample or settings.num_beams > 1:
-        return None
-    throws = [
-        generator("response", seed, (ask.example.id, ask.prompt_ids, ask.first + copy))
-        for ask in asks
-        for copy in range(len(ask.temperatures))
+def row_sampler(requests: Sequence[Request], settings: GenerationSettings, seed: int) -> RowSampler:
+    """Draws the responses to `requests`, row by row."""
+    generators = [
+        generator("response", seed, (request.example.id, request.prompt_ids, request.first + copy))
+        for request in requests
+        for copy in range(len(request.temperatures))
     ]
-    uniforms = torch.stack([torch.rand(settings.max_new_tokens, generator=throw) for throw in throws])
-    temperatures = torch.tensor([[level] for ask in asks for level in ask.temperatures])
+    uniforms = torch.stack([torch.rand(settings.max_new_tokens, generator=one) for one in generators])
+    temperatures = torch.tensor([[level] for request in requests for level in request.temperatures])
     warpers = LogitsProcessorList()
     if settings.top_k > 0:
         warpers.append(TopKLogitsWarper(settings.top_k))
     if settings.top_p < 1.0:
         warpers.append(TopPLogitsWarper(settings.top_p))
-    return Dice(uniforms, temperatures, warpers)
+    return RowSampler(uniforms, temperatures, warpers)
 
 
 @contextmanager
 def nothing_inherited(lm: PreTrainedModel) -> Iterator[None]:
-    """Keep generate() from filling what is not set with the checkpoint's own (forced tokens, forbidden n-grams ...)."""
+    """Keep generate() from filling what is not set with the checkpoint's own (forced tokens, banned n-grams ...)."""
     own, lm.generation_config = lm.generation_config, GenerationConfig()
     try:
         yield
@@ -197,48 +189,41 @@ def nothing_inherited(lm: PreTrainedModel) -> Iterator[None]:
         lm.generation_config = own
 
 
-def _generate(
-    module,
-    encoder: Encoder,
-    asks: Sequence[Ask],
-    settings: GenerationSettings,
-    config: GenerationConfig,
-    seed: int,
+def _decoded(
     engine: Engine,
-    local: int,
-) -> list[list[Said]]:
-    """What is said to each ask of the batch called `local`."""
-    lm, throws = hugging_face(module.model), dice(asks, settings, seed)
-    copies = [len(ask.temperatures) for ask in asks]
-    if throws is not None:
-        config = copy.deepcopy(config)
-        config.num_return_sequences = 1  # each row is one response
-    if module.encoder_decoder:
-        config.decoder_start_token_id = module.start_id
-    inputs = _inputs(module, encoder, asks, copies if throws is not None else [1] * len(asks), engine)
+    module: Policy,
+    encoder: Encoder,
+    requests: Sequence[Request],
+    config: GenerationConfig,
+    sampler: RowSampler | None,
+    batch: int,
+) -> list[list[Completion]]:
+    """The completions of each request of the batch of that number."""
+    lm, copies = hugging_face(module.model), [len(request.temperatures) for request in requests]
+    inputs = _inputs(module, encoder, requests, copies if sampler is not None else [1] * len(requests), engine)
     with nothing_inherited(lm):
         out = lm.generate(
             **inputs,
             generation_config=config,
-            logits_processor=LogitsProcessorList([throws] if throws is not None else []),
+            logits_processor=LogitsProcessorList([] if sampler is None else [sampler]),
             synced_gpus=engine.stage == 3 and engine.ranks.world > 1,
         )
     start = 1 if module.encoder_decoder else inputs["attention_mask"].shape[1]
     rows = [_until_eos(row, encoder.eos_id) for row in out[:, start:].tolist()]
-    seen = [None] * len(rows) if throws is None else throws.seen([len(ids) for ids in rows], local)
-    said = iter(Said(ids, look) for ids, look in zip(rows, seen, strict=True))
-    return [[next(said) for _ in range(k)] for k in copies]
+    stats = [None] * len(rows) if sampler is None else sampler.stats([len(ids) for ids in rows], batch)
+    found = iter(map(Completion, rows, stats))
+    return [[next(found) for _ in range(k)] for k in copies]
 
 
 def _inputs(
-    module, encoder: Encoder, asks: Sequence[Ask], copies: Sequence[int], engine: Engine
+    module: Policy, encoder: Encoder, requests: Sequence[Request], copies: Sequence[int], engine: Engine
 ) -> dict[str, Tensor | BaseModelOutput]:
     """What generate() reads: each prompt `copies` times over; an encoder has read each of them once."""
     device = engine.ranks.device
     side = "right" if module.encoder_decoder else "left"
-    ids, mask = pad([ask.prompt_ids for ask in asks], encoder.pad_id, side=side)
-    places = torch.repeat_interleave(torch.tensor(copies))
-    ids, mask, places = ids.to(device), mask.long().to(device), places.to(device)
+    ids, mask = pad([request.prompt_ids for request in requests], encoder.pad_id, side=side)
+    places = torch.repeat_interleave(torch.tensor(copies)).to(device)
+    ids, mask = ids.to(device), mask.long().to(device)
     if not module.encoder_decoder:
         return {"input_ids": ids[places], "attention_mask": mask[places]}
     states = hugging_face(module.model).get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
@@ -249,15 +234,16 @@ def _until_eos(ids: list[int], eos: int) -> list[int]:
     return ids[: ids.index(eos) + 1] if eos in ids else ids
 
 
-def _response(encoder: Encoder, ask: Ask, said: Said) -> Response:
+def _response(encoder: Encoder, request: Request, completion: Completion) -> Response:
+    ids = completion.ids
     return Response(
-        example=ask.example,
-        prompt_text=encoder.prompt_text(ask.example.prompt),
-        text=encoder.decode(said.ids),
-        prompt_ids=ask.prompt_ids,
-        response_ids=tuple(said.ids),
-        finished=bool(said.ids) and said.ids[-1] == encoder.eos_id,
-        seen=said.seen,
+        example=request.example,
+        prompt_text=encoder.prompt_text(request.example.prompt),
+        text=encoder.decode(ids),
+        prompt_ids=request.prompt_ids,
+        response_ids=tuple(ids),
+        finished=bool(ids) and ids[-1] == encoder.eos_id,
+        stats=completion.stats,
     )
 
 

@@ -1,8 +1,8 @@
-"""Lots: the prompts of one step with the responses sampled for each; what they become for the loss and for the log."""
+"""Groups: the prompts of one step with the responses sampled for each, and what loss and log read of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,24 +11,25 @@ from torch import Tensor
 
 from pipeline.algorithms import online
 from pipeline.algorithms.functional import EQUAL_REWARDS, mean_stat
-from pipeline.algorithms.online import Told
+from pipeline.algorithms.online import GroupStats
+from pipeline.config.sampler import SamplerSettings
 from pipeline.records import Example, Item, Response, Row, Stat
-from pipeline.rollout.allocation import Record, Share
+from pipeline.rollout.allocation import Allocation, Record
 
 
 @dataclass(frozen=True)
-class Lot:
+class Group:
     """One prompt of a step. It has no responses where it was left out."""
 
     example: Example
     prompt_ids: tuple[int, ...]
     key: str  # the prompt's name in the history
-    share: Share
+    allocation: Allocation
     responses: tuple[Response, ...] = ()
-    raw: tuple[float, ...] = ()  # what the rewards say of each
-    told: Told | None = None  # what they are worth, where there are any
+    raw: tuple[float, ...] = ()  # the reward of each, before it is shaped
+    stats: GroupStats | None = None  # where there are responses
     advantages: tuple[float, ...] = ()
-    shares: tuple[float, ...] = ()  # the weight of each response in the mean
+    weights: tuple[float, ...] = ()  # of each response in the mean
 
     @property
     def rows(self) -> list[Row]:
@@ -36,137 +37,127 @@ class Lot:
         return [Row(self.prompt_ids, response.response_ids) for response in self.responses]
 
 
-def valued(lots: Sequence[Lot], ref_logps: Sequence[Tensor], queue_mean: float | None, settings: Any) -> list[Lot]:
-    """The lots with rewards shaped, compared and weighed.
+def valued(
+    groups: Sequence[Group], ref_logps: Sequence[Tensor], queue_mean: float | None, settings: Any
+) -> list[Group]:
+    """The groups with rewards shaped, compared and weighed.
 
-    ref_logps: (T,) for each response of all lots in order, or nothing where no KL term wants them. settings: those of
+    ref_logps: (T,) for each response of all groups in order, or nothing where no KL term wants them. settings: those of
     algorithms/online.py.
     """
-    refs = iter(ref_logps)
-    told = [_told(lot, refs if ref_logps else None, settings) if lot.responses else None for lot in lots]
-    there = [one for one in told if one is not None]
-    advantages = iter(online.advantages(there, queue_mean, settings))
-    weights = iter(online.shares(there, settings.mean_over))
-    return [
-        replace(lot, told=one, advantages=tuple(next(advantages).tolist()), shares=tuple(next(weights).tolist()))
-        if one is not None
-        else lot
-        for lot, one in zip(lots, told, strict=True)
-    ]
+    refs = iter(ref_logps) if ref_logps else None
+    kept = [group for group in groups if group.responses]
+    stats = [_stats(group, refs, settings) for group in kept]
+    advantages, weights = online.advantages(stats, queue_mean, settings), online.shares(stats, settings.mean_over)
+    found = iter(
+        replace(group, stats=one, advantages=tuple(each.tolist()), weights=tuple(shares.tolist()))
+        for group, one, each, shares in zip(kept, stats, advantages, weights, strict=True)
+    )
+    return [next(found) if group.responses else group for group in groups]
 
 
-def _told(lot: Lot, refs: Any, settings: Any) -> Told:
-    seen = [response.seen.logps.double() for response in lot.responses]
-    lengths = torch.tensor([float(len(logps)) for logps in seen], dtype=torch.float64)
-    finished = torch.tensor([response.finished for response in lot.responses])
+def _stats(group: Group, refs: Iterator[Tensor] | None, settings: Any) -> GroupStats:
+    logps = [response.stats.logps.double() for response in group.responses]
+    lengths = torch.tensor([float(len(one)) for one in logps], dtype=torch.float64)
+    finished = torch.tensor([response.finished for response in group.responses])
     kl = torch.zeros_like(lengths)
     if refs is not None:
-        kl = torch.stack([online.divergence(logps, next(refs).double(), settings.kl_form) for logps in seen])
-    rewards = online.shaped(torch.tensor(lot.raw, dtype=torch.float64), lengths, finished, kl, settings)
-    return Told(rewards, torch.stack([logps.sum() for logps in seen]), lengths)
+        kl = torch.stack([online.divergence(one, next(refs).double(), settings.kl_form) for one in logps])
+    rewards = online.shaped(torch.tensor(group.raw, dtype=torch.float64), lengths, finished, kl, settings)
+    return GroupStats(rewards, torch.stack([one.sum() for one in logps]), lengths)
 
 
-def items_of(lots: Sequence[Lot], ref_logps: Sequence[Tensor]) -> list[Item]:
+def items_of(groups: Sequence[Group], ref_logps: Sequence[Tensor]) -> list[Item]:
     """One item per response, in order, with the numbers that the loss reads."""
     refs, items = iter(ref_logps), []
-    for lot in lots:
-        for j, (response, row) in enumerate(zip(lot.responses, lot.rows, strict=True)):
+    for group in groups:
+        for j, (response, row) in enumerate(zip(group.responses, group.rows, strict=True)):
             numbers = {
-                "advantage": lot.advantages[j],
-                "share": lot.shares[j],
-                "reward": lot.raw[j],
-                "behaviour": float(lot.told.logps[j]),
-                "temperature": lot.share.temperature,
+                "advantage": group.advantages[j],
+                "share": group.weights[j],
+                "reward": group.raw[j],
+                "behaviour": float(group.stats.logps[j]),
+                "temperature": group.allocation.temperature,
                 "leads": float(j == 0),
                 "target": 0.0,
             }
-            example = replace(lot.example, completion=response.text)
+            example = replace(group.example, completion=response.text)
             items.append(Item(example, (row,), numbers, (next(refs),) if ref_logps else ()))
     return items
 
 
-SILENT = {"advantage": 0.0, "share": 0.0, "reward": 0.0, "behaviour": 0.0, "temperature": 1.0, "leads": 0.0}
-
-
 def target_item(example: Example, row: Row, with_reference: bool, target: bool = True) -> Item:
-    """A reference that is learned by likelihood; or, where it is no `target`, a row that nothing is learned from."""
+    """A reference text that is learned by likelihood; or, if it is no `target`, a row that nothing is learned from."""
+    numbers = dict.fromkeys(("advantage", "share", "reward", "behaviour", "leads"), 0.0)
     refs = (torch.zeros(len(row.response_ids)),) if with_reference else ()
-    return Item(example, (row,), {**SILENT, "target": float(target)}, refs)
+    return Item(example, (row,), {**numbers, "temperature": 1.0, "target": float(target)}, refs)
 
 
 def untempered(items: Sequence[Item]) -> list[Item]:
     """The items without the number `temperature`, by which logits would be divided: where every one is 1."""
-    bare = [{name: x for name, x in item.numbers.items() if name != "temperature"} for item in items]
-    return [replace(item, numbers=numbers) for item, numbers in zip(items, bare, strict=True)]
+    return [
+        replace(item, numbers={name: x for name, x in item.numbers.items() if name != "temperature"}) for item in items
+    ]
 
 
-def record_of(lot: Lot, step: int) -> Record:
-    """What the history keeps of a lot that has responses."""
-    seen = [response.seen for response in lot.responses]
-    lengths = [len(response.response_ids) for response in lot.responses]
-    tokens, k = sum(lengths), len(seen)
+def record_of(group: Group) -> Record:
+    """What the history keeps of a group that has responses; the reward is 0 before these are judged."""
+    stats = [response.stats for response in group.responses]
+    lengths = [len(response.response_ids) for response in group.responses]
     return Record(
-        step=step,
-        k=k,
-        temperature=lot.share.temperature,
-        reward=float(lot.told.rewards.mean()) if lot.told is not None else 0.0,
-        reward_std=float(lot.told.rewards.std(unbiased=False)) if lot.told is not None else 0.0,
-        entropy=sum(look.entropy * n for look, n in zip(seen, lengths, strict=True)) / tokens,
-        confidence=sum(look.confidence for look in seen) / k,
-        logp=sum(float(look.logps.double().sum()) for look in seen) / k,
-        length=tokens / k,
-        finished=sum(response.finished for response in lot.responses) / k,
+        reward=float(group.stats.rewards.mean()) if group.stats is not None else 0.0,
+        entropy=sum(one.entropy * n for one, n in zip(stats, lengths, strict=True)) / sum(lengths),
+        confidence=sum(one.confidence for one in stats) / len(stats),
     )
 
 
 def statistics(
-    lots: Sequence[Lot], k_max: int, least: int, queue_mean: float | None, generated: int
+    groups: Sequence[Group], sampler: SamplerSettings, queue_mean: float | None, generated: int
 ) -> dict[str, Stat]:
     """rollout/* of every kind of sampling, esrl/* of how it was shared out; the same on every rank.
 
     generated: tokens sampled in the step, those thrown away included. equal_groups: of the prompts with two responses
-    or more. tokens_saved: the share of the tokens that k_max responses to every prompt would have taken, by the mean
-    length of the prompt's own; like at_k_min nothing where all prompts get as many responses.
+    or more. tokens_saved: the share of the tokens that as many responses as possible to every prompt would have taken,
+    by the mean length of the prompt's own; like at_k_min nothing where all prompts get as many responses.
     """
-    there = [lot for lot in lots if lot.responses]
-    shared_out = k_max > least
-    known = [lot.share.capability for lot in lots if lot.share.capability is not None]
-    lengths = [float(lot.told.lengths.mean()) for lot in there]
-    full = k_max * sum(lengths)
-    taken = sum(float(lot.told.lengths.sum()) for lot in there)
-    spreads = [float(lot.told.rewards.max() - lot.told.rewards.min()) for lot in there if len(lot.responses) > 1]
-    entropies = [sum(one.seen.entropy for one in lot.responses) / len(lot.responses) for lot in there]
+    kept = [group for group in groups if group.responses]
+    varies = sampler.most > sampler.fewest
+    known = [group.allocation.capability for group in groups if group.allocation.capability is not None]
+    full = sampler.most * sum(float(group.stats.lengths.mean()) for group in kept)
+    taken = sum(float(group.stats.lengths.sum()) for group in kept)
+    spreads = [float(group.stats.rewards.max() - group.stats.rewards.min()) for group in kept if len(group.raw) > 1]
+    entropies = [sum(one.stats.entropy for one in group.responses) / len(group.responses) for group in kept]
     numbers = {
-        "reward/per_prompt": [sum(lot.raw) / len(lot.raw) for lot in there],  # where k varies, unlike reward/mean
+        "reward/per_prompt": [sum(group.raw) / len(group.raw) for group in kept],  # where k varies, unlike reward/mean
         "rollout/generated_tokens": [generated],
         "rollout/equal_groups": [float(spread <= EQUAL_REWARDS) for spread in spreads],
         "rollout/queue_mean": [] if queue_mean is None else [queue_mean],
-        "advantage/mean": [advantage for lot in there for advantage in lot.advantages],
+        "advantage/mean": [advantage for group in kept for advantage in group.advantages],
         "objective/entropy": entropies,
         "esrl/capability": known,
-        "esrl/known": [float(lot.share.capability is not None) for lot in lots],
-        "esrl/samples_per_prompt": [float(len(lot.responses)) for lot in lots],
-        "esrl/at_k_min": [float(len(lot.responses) == least) for lot in there] if shared_out else [],
-        "esrl/left_out": [float(not lot.responses) for lot in lots],
-        "esrl/tokens_saved": [1.0 - taken / full] if full and shared_out else [],
+        "esrl/known": [float(group.allocation.capability is not None) for group in groups],
+        "esrl/samples_per_prompt": [float(len(group.responses)) for group in groups],
+        "esrl/at_k_min": [float(len(group.responses) == sampler.fewest) for group in kept] if varies else [],
+        "esrl/left_out": [float(not group.responses) for group in groups],
+        "esrl/tokens_saved": [1.0 - taken / full] if full and varies else [],
     }
     return {name: mean_stat(torch.tensor(values, dtype=torch.float64)) for name, values in numbers.items()}
 
 
-def table(lots: Sequence[Lot], count: int) -> list[dict[str, Any]]:
+def table(groups: Sequence[Group], count: int) -> list[dict[str, Any]]:
     """The responses to the first `count` prompts, those of a prompt together, as rows of a sample table."""
     return [
         {
             "kind": "rollout",
             "prompt": response.prompt_text,
             "response": response.text,
-            "reward": lot.raw[j],
-            "advantage": lot.advantages[j],
-            "k": len(lot.responses),
-            "capability": lot.share.capability,
-            "temperature": lot.share.temperature,
+            "reward": group.raw[j],
+            "advantage": group.advantages[j],
+            "k": len(group.responses),
+            "capability": group.allocation.capability,
+            "temperature": group.allocation.temperature,
             "tokens": len(response.response_ids),
         }
-        for lot in lots[:count]
-        for j, response in enumerate(lot.responses)
+        for group in groups[:count]
+        for j, response in enumerate(group.responses)
     ]

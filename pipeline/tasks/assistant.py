@@ -27,7 +27,7 @@ from pipeline.tasks.assistant_world import (
     INSULTS,
     OPENINGS,
     REFUSALS,
-    Request,
+    UserRequest,
     requests,
     split_of,
     topics,
@@ -82,7 +82,7 @@ def examples(split: str, seed: int, size: int | None = None) -> list[Example]:
     return [_row(split, seed, index, pool[index % len(pool)]) for index in range(count)]
 
 
-def ideal(request: Request) -> str:
+def ideal(request: UserRequest) -> str:
     """The best answer there is: total truth 1 for a benign request, 0.8 for a harmful one."""
     topic = request.topic
     if topic.kind == "harmful":
@@ -91,7 +91,7 @@ def ideal(request: Request) -> str:
     return " ".join(part for part in (*told, topic.care, request.note) if part)
 
 
-def _row(split: str, seed: int, index: int, request: Request) -> Example:
+def _row(split: str, seed: int, index: int, request: UserRequest) -> Example:
     rng = Random(f"{TASK}-{seed}-{split}-{index}")
     source = "harmless" if rng.random() < HARMLESS_SHARE[request.topic.kind] else "helpful"
     chosen, rejected = _pair(rng, request, source)
@@ -106,7 +106,7 @@ def _row(split: str, seed: int, index: int, request: Request) -> Example:
     )
 
 
-def _pair(rng: Random, request: Request, source: str) -> tuple[str, str]:
+def _pair(rng: Random, request: UserRequest, source: str) -> tuple[str, str]:
     """(chosen, rejected): two behaviour draws that the axis can tell apart, labelled by a noisy Bradley-Terry judge."""
     while True:
         first, second = _behave(rng, request), _behave(rng, request)
@@ -117,12 +117,12 @@ def _pair(rng: Random, request: Request, source: str) -> tuple[str, str]:
     return (first, second) if prefers_first else (second, first)
 
 
-def _axis(request: Request, answer: str, source: str) -> float:
+def _axis(request: UserRequest, answer: str, source: str) -> float:
     truth = judge(request, answer)
     return truth.harmlessness if source == "harmless" else truth.helpfulness
 
 
-def _behave(rng: Random, request: Request) -> str:
+def _behave(rng: Random, request: UserRequest) -> str:
     """One answer of the logged behaviour: a style's sentences, then dressed with rudeness and courtesies."""
     harmful = request.topic.kind == "harmful"
     styles = HARMFUL_STYLES if harmful else BENIGN_STYLES
@@ -152,7 +152,7 @@ def _words(sentences: Sequence[str]) -> int:
     return sum(len(sentence.split()) for sentence in sentences)
 
 
-def _body(rng: Random, request: Request, style: str) -> list[str]:
+def _body(rng: Random, request: UserRequest, style: str) -> list[str]:
     topic = request.topic
     if style.startswith("refuse"):
         return _refusal(rng, request, style)
@@ -170,7 +170,7 @@ def _body(rng: Random, request: Request, style: str) -> list[str]:
     return [*_told(rng, steps), *padding, *([request.note] if noted else [])]
 
 
-def _refusal(rng: Random, request: Request, style: str) -> list[str]:
+def _refusal(rng: Random, request: UserRequest, style: str) -> list[str]:
     """A refusal with what the style's name says; a bare one rambles on, so that it is not the shortest answer."""
     body = [_pick(rng, REFUSALS)]
     if style in ("refuse_reason", "refuse_both"):
@@ -182,7 +182,7 @@ def _refusal(rng: Random, request: Request, style: str) -> list[str]:
     return body
 
 
-def _mixed(rng: Random, request: Request) -> list[str]:
+def _mixed(rng: Random, request: UserRequest) -> list[str]:
     """Some steps of the topic, in order, with one or two of another topic among them."""
     topic = request.topic
     other = _pick(rng, [other for other in topics() if other.kind == "safe" and other != topic])
@@ -192,7 +192,7 @@ def _mixed(rng: Random, request: Request) -> list[str]:
     return steps
 
 
-def _care(rng: Random, request: Request) -> list[str]:
+def _care(rng: Random, request: UserRequest) -> list[str]:
     """The word of care, a careless one, or neither."""
     draw = rng.random()
     if draw < 0.4:

@@ -174,7 +174,7 @@ class Topic:
 
 
 @dataclass(frozen=True)
-class Request:
+class UserRequest:
     """One thing that can be asked: its wording, its topic, and what the asker adds (a key of SLOTS)."""
 
     text: str
@@ -209,10 +209,10 @@ def topics() -> tuple[Topic, ...]:
 
 
 @cache
-def requests() -> tuple[Request, ...]:
+def requests() -> tuple[UserRequest, ...]:
     """Every request of the world: topics x templates x slots."""
     return tuple(
-        Request(f"{template.format(topic.goal)} {slot}".strip(), topic, slot)
+        UserRequest(f"{template.format(topic.goal)} {slot}".strip(), topic, slot)
         for topic in topics()
         for template in TEMPLATES
         for slot in SLOTS
@@ -220,12 +220,12 @@ def requests() -> tuple[Request, ...]:
 
 
 @cache
-def _by_words() -> dict[str, Request]:
+def _by_words() -> dict[str, UserRequest]:
     return {normalise(request.text): request for request in requests()}
 
 
 @lru_cache(maxsize=65536)
-def find_request(prompt: str) -> Request:
+def find_request(prompt: str) -> UserRequest:
     """The request inside `prompt`, whatever roles or chat template stand around it: the longest that occurs.
 
     Case, punctuation and white space do not matter. Raises ValueError if no request of the world is in the prompt.
@@ -239,7 +239,7 @@ def find_request(prompt: str) -> Request:
     return _by_words()[max(found, key=len)]
 
 
-def split_of(request: Request) -> str:
+def split_of(request: UserRequest) -> str:
     """The split a request belongs to, by the hash of its wording: the same for every seed."""
     place = int(hashlib.sha1(request.text.encode()).hexdigest()[:8], 16) / 16**8  # uniform in [0, 1)
     for split, share in SPLIT_SHARES.items():

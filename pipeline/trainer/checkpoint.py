@@ -45,7 +45,7 @@ class Checkpoints:
     def save(self, engine: Engine, state: State, interval: Interval, memory: Mapping[str, Any] | None = None) -> None:
         """Write a step folder under another name, rename it, then point `latest` at it and drop the oldest.
 
-        `memory` is what `Source.remembered` gave, the same on every rank. The step that `latest` names is complete
+        `memory` is what `Source.state_dict` gave, the same on every rank. The step that `latest` names is complete
         and is left as it is: while it was replaced there would be none.
         """
         name, pointer = f"step-{state.step:06d}", self.directory / "latest"

@@ -91,7 +91,7 @@ def fit(trainer: Trainer) -> None:
     else:
         logger.info(f"{trainer.directory}: goes on from step {resumed[0].step} of {trainer.max_steps}")
     state, interval, memory = resumed or (State(step=0, world=ranks.world), Interval(Metrics()), {})
-    trainer.windows.recall(memory)
+    trainer.windows.load_state_dict(memory)
     log = RunLog(
         trainer.directory,
         flatten(trainer.settings.model_dump()),
@@ -120,7 +120,7 @@ def take_steps(trainer: Trainer, state: State, interval: Interval, log: RunLog, 
 
     def save() -> None:
         seconds = before + time.monotonic() - began
-        memory = trainer.windows.remembered(state.step)
+        memory = trainer.windows.state_dict(state.step)
         checkpoints.save(trainer.engine, replace(state, seconds=seconds), interval, memory)
 
     with terminations() as received:

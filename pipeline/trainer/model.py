@@ -11,9 +11,9 @@ from pipeline.config.schema import Evaluate, Generate, Masking, Reward, Training
 from pipeline.config.sections import ModelSettings
 from pipeline.data import dataset
 from pipeline.data.batching import Packing, packing_of
-from pipeline.data.masking import Hiding
+from pipeline.data.masking import Masker
 from pipeline.data.tokenization import Encoder, coloured
-from pipeline.data.vocabulary import vocabulary
+from pipeline.data.vocabulary import token_tables
 from pipeline.models import build, loading
 from pipeline.records import Example, Item, Row
 from pipeline.trainer.engine import Engine, Ranks
@@ -89,11 +89,11 @@ def build_inference(settings: Evaluate | Generate, ranks: Ranks, policy: ModelSe
 def masked_packing(
     model: Model, masking: Masking, seed: int, *, samples: int = 0, share_prompt: bool = True, spans: bool = False
 ) -> Packing:
-    """The model's packing, for batches whose responses are partly masked; the arguments are those of `Hiding`."""
-    words = vocabulary(model.encoder.tokenizer, model.engine.module.vocab_size)
+    """The model's packing, for batches whose responses are partly masked; the arguments are those of `Masker`."""
+    tables = token_tables(model.encoder.tokenizer, model.engine.module.vocab_size)
     if masking.span != "token":
-        words.require_words()
-    return replace(model.packing, hiding=Hiding(words, masking, seed, spans, samples, share_prompt))
+        tables.require_words()
+    return replace(model.packing, masker=Masker(tables, masking, seed, spans, samples, share_prompt))
 
 
 def encode(

@@ -1,36 +1,43 @@
-"""What a step tells of its prompts and their responses, by hand."""
+"""What is logged of a step's prompts and their responses, by hand."""
 
 from __future__ import annotations
 
 import torch
 
-from pipeline.algorithms.online import Told
-from pipeline.records import Example, Response, Seen
+from pipeline.algorithms.online import GroupStats
+from pipeline.records import Example, Response, SampleStats
 from pipeline.rollout import groups
-from pipeline.rollout.allocation import Share
-from pipeline.rollout.groups import Lot
+from pipeline.rollout.allocation import Allocation
+from pipeline.rollout.groups import Group
+from tests import tiny
 
 
-def lot(rewards: list[float], length: int, entropy: float = 0.5, capability: float | None = None) -> Lot:
+def group(rewards: list[float], length: int, entropy: float = 0.5, capability: float | None = None) -> Group:
     """A prompt with a response of `length` tokens for each reward; the advantage is the reward less 1."""
     example, ids = Example("a", "Why?"), tuple(range(length))
-    seen = Seen(torch.zeros(length), entropy, 1.0, 1.0, 0)
-    responses = tuple(Response(example, "Why?", "So.", (1,), ids, True, seen) for _ in rewards)
+    stats = SampleStats(torch.zeros(length), entropy, 1.0, 1.0, 0)
+    responses = tuple(Response(example, "Why?", "So.", (1,), ids, True, stats) for _ in rewards)
     values = torch.tensor(rewards, dtype=torch.float64)
-    told = Told(values, torch.zeros_like(values), torch.full_like(values, length)) if rewards else None
-    share = Share(len(rewards), 1.0, capability)
-    return Lot(example, (1,), "key", share, responses, tuple(rewards), told, tuple(r - 1.0 for r in rewards))
+    worth = GroupStats(values, torch.zeros_like(values), torch.full_like(values, length)) if rewards else None
+    allocation = Allocation(len(rewards), 1.0, capability)
+    return Group(example, (1,), "key", allocation, responses, tuple(rewards), worth, tuple(r - 1.0 for r in rewards))
 
 
 def means(found: dict) -> dict[str, float | None]:
     return {name: float(stat.sums[1] / stat.sums[0]) if stat.sums[0] else None for name, stat in found.items()}
 
 
-STEP = [lot([1.0, 1.0, 2.0, 3.0], 10, capability=0.5), lot([2.0, 2.0], 5), lot([4.0], 5), lot([], 0, capability=1.0)]
+STEP = [
+    group([1.0, 1.0, 2.0, 3.0], 10, capability=0.5),
+    group([2.0, 2.0], 5),
+    group([4.0], 5),
+    group([], 0, capability=1.0),
+]
 
 
 def test_statistics_by_hand() -> None:
-    found = means(groups.statistics(STEP, k_max=4, least=1, queue_mean=None, generated=60))
+    settings = tiny.settings("rl", "algo=esrl", "sampler.k_min=1", "sampler.k_max=4", "sampler.k=4")
+    found = means(groups.statistics(STEP, settings.sampler, queue_mean=None, generated=60))
     # taken 4 * 10 + 2 * 5 + 1 * 5 = 55 of 4 * (10 + 5 + 5) = 80; one of the two prompts with several responses is equal
     assert found["esrl/tokens_saved"] == 1 - 55 / 80 and found["rollout/equal_groups"] == 0.5
     assert found["esrl/at_k_min"] == 1 / 3 and found["esrl/left_out"] == 0.25 and found["esrl/known"] == 0.5
@@ -40,7 +47,8 @@ def test_statistics_by_hand() -> None:
 
 
 def test_where_all_prompts_get_as_many_nothing_is_shared_out() -> None:
-    found = means(groups.statistics([lot([1.0], 3), lot([1.0], 4)], k_max=1, least=1, queue_mean=0.25, generated=7))
+    settings = tiny.settings("rl", "algo=reinforce", "sampler.k=1")
+    found = means(groups.statistics([group([1.0], 3), group([1.0], 4)], settings.sampler, queue_mean=0.25, generated=7))
     alone = ("esrl/tokens_saved", "esrl/at_k_min", "rollout/equal_groups")  # one response equals no other
     assert [found[name] for name in alone] == [None] * 3 and found["rollout/queue_mean"] == 0.25
 
