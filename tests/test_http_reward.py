@@ -174,7 +174,7 @@ def test_a_connection_that_breaks_is_tried_again():
 
 
 def test_the_wait_doubles_and_the_tries_are_counted():
-    said = r"it answered 503 \(busy\); 3 tries in \d s, wanted an answer: look at"
+    said = r"it answered 503 \(busy\); 3 tries in \d s, wanted an answer: see to"
     with serving(always(503, b"busy\nmore")) as (address, heard), pytest.raises(UserError, match=said):
         score(address, ["a"], how(backoff=0.1))
     first, second = heard.times[1] - heard.times[0], heard.times[2] - heard.times[1]

@@ -11,9 +11,10 @@ import torch
 
 from pipeline.config.reward_spec import parse
 from pipeline.errors import UserError
-from pipeline.rewards.rewards import Reward, Rewards, bounds, resolve, shortened
+from pipeline.rewards.rewards import Reward, Rewards, bounds, resolve
 from pipeline.trainer.evaluation import length_correlation
 from reward_models import length, rouge
+from reward_models._values import shortened
 
 
 def fixed(values):

@@ -43,9 +43,9 @@ def attend(
     if attention_mask is None or attention_mask.shape[-1] >= key.shape[2]:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     first, seen = attention_mask.shape[-2:]
-    statics, others = query.split([first, query.shape[2] - first], dim=2)
+    static_queries, others = query.split([first, query.shape[2] - first], dim=2)
     (near_keys, keys), (near_values, values) = (Overlapping.apply(x, first, seen) for x in (key, value))
-    static, _ = sdpa_attention_forward(module, statics, near_keys, near_values, attention_mask, **kwargs)
+    static, _ = sdpa_attention_forward(module, static_queries, near_keys, near_values, attention_mask, **kwargs)
     response, _ = sdpa_attention_forward(module, others, keys, values, None, **kwargs)
     return torch.cat([static, response], dim=1), None
 
@@ -96,7 +96,7 @@ def additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def places(prompt_lengths: Tensor, static_mask: Tensor, length: int) -> Tensor:
-    """(B, S + length) int64: the place of each token, were the responses read apart; 0 in the padding of the statics.
+    """(B, S + length) int64: the place of each token, were the responses read apart; 0 in the padding of the first.
 
     static_mask (B, S); a padded place could lie beyond the last one that a model has learned.
     """

@@ -1,4 +1,4 @@
-"""A worker process of `judges.py`: is told the names of rewards, then answers each question by values or an error.
+"""A worker process of `workers.py`: receives the names of rewards, then answers each question by values or an error.
 
 `python -m pipeline.rewards.worker_main N`, with N the file descriptor of its end of the pipe.
 """
@@ -17,12 +17,12 @@ from pipeline.errors import UserError
 from pipeline.rewards.rewards import Reward, call, loaded
 from pipeline.rewards.workers import Question, Values
 
-LOOK_SECONDS = 0.5  # between two looks whether the process that asks is still there
+POLL_SECONDS = 0.5  # between two checks whether the process that asks is still there
 
 
 def main(pipe: Connection) -> None:
     """Answer until the process that asks is gone."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # a stage that is told to end still takes its step to the end
+    for number in (signal.SIGINT, signal.SIGTERM):  # a stage that is asked to end still ends its step
         signal.signal(number, signal.SIG_IGN)
     os.set_inheritable(pipe.fileno(), False)
     threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
@@ -54,9 +54,9 @@ def answer(rewards: dict[str, Reward] | UserError, question: Question) -> Values
 
 
 def end_with(parent: int) -> None:
-    """End this process when `parent` has ended, even while a reward judges."""
+    """End this process when `parent` has ended, even while a reward runs."""
     while os.getppid() == parent:
-        time.sleep(LOOK_SECONDS)
+        time.sleep(POLL_SECONDS)
     os._exit(0)
 
 

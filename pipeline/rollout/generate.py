@@ -61,7 +61,7 @@ def answer(
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     config = generation_config(settings, encoder)
     lm = hugging_face(engine.module.model)
-    config.suppress_tokens = mask_token.silent(encoder.tokenizer, lm) or None  # the dice are thrown after it
+    config.suppress_tokens = mask_token.suppressed_ids(encoder.tokenizer, lm) or None  # before tokens are drawn
     longest = max((len(ask.prompt_ids) for ask in asks), default=0)
     check_positions(lm.config, longest, settings.max_new_tokens, whole=False)
     mine: dict[int, list[Said]] = {}

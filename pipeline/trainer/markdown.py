@@ -38,8 +38,8 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def section(row: Row) -> str:
-    """A row of pipeline/rl/composition_samples.py: hidden and drawn tokens stand out as code."""
-    count = sum(hidden for _, hidden in row["static/parts"])
+    """A row of pipeline/rl/composition_samples.py: masked and drawn tokens stand out as code."""
+    count = sum(masked for _, masked in row["static/parts"])
     greedy = [plain(row["greedy/reward"]), "greedy", chips(row["greedy/parts"])]
     drawn = [[plain(one["reward"]), "", chips(one["parts"])] for one in row["compositions"]]
     credit = [
@@ -72,8 +72,8 @@ def rollout(group: Sequence[Row]) -> str:
 
 
 def chips(parts: Sequence[Sequence[Any]]) -> str:
-    """A text in pieces, the hidden ones as code."""
-    return "".join(f"<code>{plain(text) or ' '}</code>" if hidden else plain(text) for text, hidden in parts)
+    """A text in pieces, the masked ones as code."""
+    return "".join(f"<code>{plain(text) or ' '}</code>" if masked else plain(text) for text, masked in parts)
 
 
 def lines(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
