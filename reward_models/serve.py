@@ -89,7 +89,7 @@ class Handler(BaseHTTPRequestHandler):
             self._answer(status, {"error": complaint})
 
     def log_message(self, *arguments: object) -> None:
-        """A line per request would drown the others."""
+        """Nothing: a line per request would drown the others."""
 
     def _body(self) -> bytes:
         """The request's body, read whatever becomes of it: the client hears us only after it has sent all."""
@@ -163,9 +163,8 @@ def options_of(words: Sequence[str]) -> Options:
     options = Options(**given)
     if not options.reward:
         raise UserError("no reward, wanted reward=NAME, reward=path/file.py, or reward=comet")
-    for key in ("threads", "max_request_mb", "batch_size"):
-        if key in given and given[key] < 1:
-            raise UserError(f"{key}: 0, wanted at least 1")
+    if zero := {"threads", "max_request_mb", "batch_size"} & {key for key, value in given.items() if value == 0}:
+        raise UserError(f"{min(zero)}: 0, wanted at least 1")
     if options.reward != "comet" and (foreign := {"model", "batch_size", "gpus"} & set(given)):
         raise UserError(f"{min(foreign)}: only reward=comet has it, wanted it left out")
     return options

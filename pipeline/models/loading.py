@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -25,9 +25,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from pipeline import errors
 from pipeline.config.sections import ModelSettings
-from pipeline.errors import UserError
+from pipeline.errors import ROOM, UserError
 from pipeline.models import checks, mask_token
 from pipeline.models.checks import NO_REWARD_MODEL, reading
 from pipeline.models.lora import adapter_of, under, with_lora
@@ -66,11 +65,10 @@ def _version(settings: ModelSettings) -> dict[str, Any]:
 
 def with_pad(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """The tokenizer with a pad token that is in its vocabulary already, EOS only if nothing else is."""
-    if tokenizer.pad_token_id is not None:
-        return tokenizer
-    vocabulary = tokenizer.get_vocab()
-    spare = next((name for name in PAD_NAMES if name in vocabulary and name != tokenizer.eos_token), None)
-    tokenizer.pad_token = spare if spare is not None else tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        vocabulary = tokenizer.get_vocab()
+        spare = (name for name in PAD_NAMES if name in vocabulary and name != tokenizer.eos_token)
+        tokenizer.pad_token = next(spare, tokenizer.eos_token)
     return tokenizer
 
 
@@ -144,26 +142,30 @@ def load_scalar(
 def _load(
     auto: type, settings: ModelSettings, config: PretrainedConfig, dtype: torch.dtype | str, new_head: bool
 ) -> PreTrainedModel:
-    """A new model, a checkpoint, or one with its adapters merged, as a model of the class `auto`."""
+    """A model of the class `auto`: a new one, or what `settings.path` holds."""
     options = {"attn_implementation": settings.attn_implementation, "dtype": dtype}
-    if settings.path is None:
-        if settings.lora.r:
-            raise UserError("model.lora.r: adapters of a new model's frozen random weights learn little: give model=")
-        model = _from_config(auto, config, options)
-        zero_head(model)
-    elif (adapter := adapter_of(settings)) is not None:
-        model = _from_adapter(auto, settings, config, adapter, options, new_head)
+    if settings.path is not None:
+        model = _from_path(auto, settings, config, options, new_head)
+    elif settings.lora.r:
+        raise UserError("model.lora.r: adapters of a new model's frozen random weights learn little: give model=")
     else:
-        model = _from_checkpoint(auto, settings, config, options, new_head)
+        try:
+            model = auto.from_config(config, **options)
+        except (ImportError, ValueError) as error:
+            problem = f"{settings.attn_implementation} ({' '.join(str(error).split())})"
+            raise UserError(f"model.attn_implementation: {problem}: say sdpa") from None
+        zero_head(model)
     if settings.dropout is not None:
         set_dropout(model, settings.dropout)
     return model
 
 
-def _from_adapter(
-    auto: type, settings: ModelSettings, config: PretrainedConfig, adapter: PeftConfig, options: dict, new_head: bool
+def _from_path(
+    auto: type, settings: ModelSettings, config: PretrainedConfig, options: dict[str, Any], new_head: bool
 ) -> PreTrainedModel:
-    """The model under the adapters with their difference added to its weights."""
+    """A checkpoint's weights; or the model under adapters, with their difference added to its weights."""
+    if (adapter := adapter_of(settings)) is None:
+        return _from_checkpoint(auto, settings, config, options, new_head)
     scalar = adapter.task_type == "SEQ_CLS"
     if scalar != (auto is AutoModelForSequenceClassification) and not new_head:
         if scalar:
@@ -171,11 +173,7 @@ def _from_adapter(
         raise UserError(f"{settings.path}: no scalar head (its adapters belong to a policy), {NO_REWARD_MODEL}")
     kinds = {"SEQ_CLS": AutoModelForSequenceClassification, "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM}
     kind = kinds.get(adapter.task_type, AutoModelForCausalLM)
-    base = under(settings, adapter)
-    if (below := adapter_of(base)) is not None:
-        model = _from_adapter(kind, base, config, below, options, new_head=scalar)
-    else:
-        model = _from_checkpoint(kind, base, config, options, new_head=scalar)
+    model = _from_path(kind, under(settings, adapter), config, options, new_head=scalar)
     mask_token.grow_for(model, adapter)
     with reading(settings.path, "adapters"):
         model = PeftModel.from_pretrained(model, settings.path).merge_and_unload()
@@ -190,15 +188,9 @@ def _from_adapter(
     return model
 
 
-def _from_config(auto: type, config: PretrainedConfig, options: dict) -> PreTrainedModel:
-    try:
-        return auto.from_config(config, **options)
-    except (ImportError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"model.attn_implementation: {options['attn_implementation']} ({reason}): say sdpa") from None
-
-
-def _from_checkpoint(auto: type, settings: ModelSettings, config: PretrainedConfig, options: dict, new_head: bool):
+def _from_checkpoint(
+    auto: type, settings: ModelSettings, config: PretrainedConfig, options: dict[str, Any], new_head: bool
+) -> PreTrainedModel:
     options = {**options, **_version(settings), "output_loading_info": True}
     with reading(settings.path, "weights"):  # `check_report` names mismatched sizes
         model, report = auto.from_pretrained(settings.path, config=config, ignore_mismatched_sizes=True, **options)
@@ -260,11 +252,10 @@ def _write(
     """Weights, configuration and tokenizer. Raises UserError where the disk refuses, and leaves nothing then."""
     lm = hugging_face(model)
     try:
-        if isinstance(model, PeftModel):
-            whole = "auto" if model.active_peft_config.trainable_token_indices is None else False
-            model.save_pretrained(directory, state_dict=dict(weights), save_embedding_layers=whole)
-        else:
-            model.save_pretrained(directory, state_dict=dict(weights))
+        options = {}
+        if isinstance(model, PeftModel) and model.active_peft_config.trainable_token_indices is not None:
+            options = {"save_embedding_layers": False}  # the adapters hold the embeddings that were trained
+        model.save_pretrained(directory, state_dict=dict(weights), **options)
         tokenizer.save_pretrained(directory)
         if lm.can_generate() and (suppressed := mask_token.suppressed_ids(tokenizer, lm)):
             generation = copy.deepcopy(lm.generation_config)
@@ -274,7 +265,7 @@ def _write(
         if "os error" not in str(error):
             raise
         shutil.rmtree(directory, ignore_errors=True)
-        raise UserError(f"{directory}: cannot be written ({error}), {errors.ROOM}") from None
+        raise UserError(f"{directory}: cannot be written ({error}), {ROOM}") from None
 
 
 def start_from_forced(model: PreTrainedModel) -> None:

@@ -1,12 +1,8 @@
 """A reward that a server gives: texts go out as JSON in requests of some rows each, numbers come back.
 
-POST {"prompts": [...], "completions": [...], "references": [[...], ...], ...}: the arguments of a reward function, one
-entry per completion. The answer is 200 with {"rewards": [number, ...]}. A request without rows asks whether the server
-is there. `reward_models/README.md` says it for those who write one, `reward_models/serve.py` is one.
-
-Requests are independent of each other, so the values do not depend on how rows are cut into requests. What may pass
+The protocol is in `reward_models/README.md`; a request without rows asks whether the server is there. What may pass
 (nobody listens, a cut connection, a time-out, 429, 5xx) is tried again after a wait that doubles; all else ends the run
-at once. Redirects are not followed: the key would go where it leads.
+at once. Redirects are not followed: the key would go where they lead.
 """
 
 from __future__ import annotations

@@ -108,9 +108,8 @@ def resolve(
 ) -> RewardFunction:
     """The function of a reward: a server, a model trained in this run, a classifier's directory, a file, or our folder.
 
-    `trained` gives the directories of this run's reward models by name; `learned(directory)` makes a function of one,
-    `served(address)` of a server.
-    Raises UserError for a name that is none of these, or a function that does not take **columns.
+    `trained` are the directories of this run's reward models by name; `learned(directory)` makes a function of one,
+    `served(address)` of a server. Raises UserError for a name that is none of these, or that does not take **columns.
     """
     if is_address(name):
         return served(name)
@@ -139,7 +138,7 @@ def loaded(name: str, trained: Mapping[str, str] = MappingProxyType({})) -> Rewa
 def _takes_columns(function: Callable) -> bool:
     try:
         parameters = inspect.signature(function).parameters
-    except ValueError:  # a builtin that does not tell
+    except ValueError:  # a builtin without a signature
         return False
     return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
 

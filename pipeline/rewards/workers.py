@@ -49,7 +49,7 @@ class RewardWorkers:
     ) -> Callable[[], Values]:
         """Have each worker score a part; what is returned waits for all values, in the order of the texts.
 
-        It is what raises UserError, never this call: a reward's, or that of a worker that died.
+        Only that raises UserError: a reward's, or that of a worker that died.
         """
         asked = []
         for worker, (start, end) in zip(self._workers, cuts(len(completions), len(self._workers)), strict=True):
