@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pipeline.bench import bare, bed, memory, overlap, peers, sampling, semi_offline, startup, steps
+from pipeline.bench import memory, peers, rouge, sampling, semi_offline, setup, startup, steps
 from pipeline.bench.measure import Result, table
 from pipeline.config.schema import Bench
 from pipeline.files import write_json
@@ -21,13 +21,13 @@ from pipeline.launch import run_dir
 from pipeline.launch.entry import run
 from pipeline.trainer import engine
 
-PARTS: dict[str, Callable[[bed.Bed], list[Result]]] = {
-    "steps": steps.measure,
+PARTS: dict[str, Callable[[setup.Setup], list[Result]]] = {
+    "steps": steps.against_sft,
     "semi_offline": semi_offline.measure,
     "sampling": sampling.measure,
-    "loop": bare.measure,
+    "loop": steps.against_bare,
     "memory": memory.measure,
-    "rouge": overlap.measure,
+    "rouge": rouge.measure,
     "startup": startup.measure,
     "peers": peers.measure,
 }
@@ -37,15 +37,15 @@ def main(settings: Bench, words: Sequence[str]) -> None:
     ranks = engine.start(settings.launch.ddp_timeout)
     directory = run_dir.stage_dir(settings, "bench")
     directory.mkdir(parents=True, exist_ok=True)
-    found: list[Result] = []
+    measured: list[Result] = []
     with tempfile.TemporaryDirectory() as folder:
-        ground = bed.prepare(settings, ranks, directory, Path(folder))
+        prepared = setup.prepare(settings, ranks, directory, Path(folder))
         print(", ".join(f"{name} {value}" for name, value in machine().items()), flush=True)
         for part in settings.parts:
-            results = PARTS[part](ground)
-            found += results
+            results = PARTS[part](prepared)
+            measured += results
             print(table(results), flush=True)
-    rows = [{**asdict(result), "goal": result.goal and str(result.goal), "met": result.met} for result in found]
+    rows = [{**asdict(result), "goal": result.goal and str(result.goal), "met": result.met} for result in measured]
     command = "bash run.sh " + shlex.join(words)
     write_json(
         directory / "results.json",

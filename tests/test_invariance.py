@@ -20,6 +20,7 @@ from pipeline.records import Example, Item, Response
 from pipeline.rl import reference
 from pipeline.rollout import generate
 from pipeline.trainer import engine, evaluation
+from pipeline.trainer.model import Model
 from pipeline.trainer.objective import objective_of
 from reward_models import learned
 from stages.reward import scores_of
@@ -159,7 +160,8 @@ def scorer_of(tmp_path: Path, shape: str) -> RewardModel:
 def test_scores_of_pairs(tmp_path: Path, shape: str) -> None:
     scorer, items = scorer_of(tmp_path, shape), tiny.items(9, pairs=True)
     judge = engine.Engine(scorer, tiny.ranks(), tiny.train_settings(), None)
-    found = [scores_of(judge, items, packing) for packing in packings(scorer.encoder_decoder, whole=True)]
+    models = [Model(judge, tiny.encoder(), packing) for packing in packings(scorer.encoder_decoder, whole=True)]
+    found = [scores_of(model, items) for model in models]
     for chosen, rejected in found[1:]:
         tiny.close((chosen, rejected), found[0])
     assert torch.tensor(found[0]).std() > 0.05

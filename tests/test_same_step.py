@@ -315,7 +315,7 @@ def test_p16_cached_is_live(tmp_path: Path, name: str) -> None:
     prepared(ref, rows)
     assert all(torch.equal(weight, before[key]) for key, weight in ref.model.engine.state_dict().items())
     other = reference_of(tmp_path, name, seed=1)  # could not say it: only the files can
-    calls = counted(other.engine)
+    calls = counted(other.model.engine)
     cached = prepared(other, rows)
     assert not calls
 

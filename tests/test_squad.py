@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.bench import plain_squad
 from reward_models import squad
 from reward_models._released import question
+from tests import plain_squad
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "squad_qg" / "test.jsonl.gz"
 BOAT = ["what colour is the boat ?", "which colour does the old boat have ?"]

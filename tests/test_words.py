@@ -1,4 +1,4 @@
-"""Whatever the README and our messages tell a user to type is accepted: every `key=` in them is a setting."""
+"""Whatever the documents and our messages tell a user to type is accepted: every `key=` in them is a setting."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ WORD = re.compile(r"(?<![\w{.-])([a-z_]+(?:\.[a-z_]+)*)=(?!=)")
 DRAWN = ("pipeline/report/svg.py", "pipeline/report/comparison.py")  # their words are attributes of SVG
 FILES = [path for folder in ("pipeline", "stages", "reward_models") for path in sorted((ROOT / folder).rglob("*.py"))]
 FILES += sorted((ROOT / "pipeline" / "report").rglob("*.yaml"))
+DOCUMENTS = ("README.md", "pipeline/bench/RESULTS.md")
 OTHERS = {"key", "slots"}  # of `key=value` itself; of a hostfile
 OF_THE_KILLER = {"processes", "kills"}  # tests/kill_and_resume.py
 OF_THE_SERVER = {"port", "host", "threads", "max_request_mb"}  # reward_models/serve.py
@@ -52,7 +53,7 @@ def test_every_word_in_a_message_is_a_setting(path: Path):
     assert used <= known() | OTHERS
 
 
-def test_every_word_in_the_readme_is_a_setting():
-    used = set(WORD.findall((ROOT / "README.md").read_text(encoding="utf-8")))
+def test_every_word_in_the_documents_is_a_setting():
+    used = {word for name in DOCUMENTS for word in WORD.findall((ROOT / name).read_text(encoding="utf-8"))}
     assert {"learning_rate", "kl_form", "rl.max_steps"} <= used  # it finds them
     assert used <= known() | OTHERS | OF_THE_KILLER | OF_THE_SERVER

@@ -1,7 +1,7 @@
-"""How things are measured side by side: in turns, medians of rounds, peaks of memory, one table.
+"""Measuring side by side: two sides in turns, medians of rounds, peaks of memory, one table.
 
 A round is some steps of both sides taken in turns, so that whatever else the machine does slows both alike. It gives
-one ratio, that of the two medians; printed are the median of the rounds' ratios, the least and the greatest.
+one ratio; printed are the median of the rounds' ratios, the least and the greatest.
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+HEAD = ("", "ours", "other", "ratio", "least .. greatest", "goal", "met", "")
 
-Step = Callable[[int], None]  # takes the number of the step, counted from 0
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -56,58 +57,78 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How often each side is measured."""
+class Timing:
+    """How often each side is measured, and by which clock."""
 
     rounds: int
     steps: int  # per round
     clock: str  # wall | cpu: processor time of this process, where other work shares the machine
     warm: int = 2  # steps before anything counts
 
+    @property
+    def total(self) -> int:
+        return self.warm + self.rounds * self.steps
+
+    @property
+    def single(self) -> Timing:
+        """One step per round, for steps that take seconds."""
+        return replace(self, steps=1, warm=1)
+
 
 def timed(work: Callable[[], object], clock: str) -> float:
     """Seconds that `work` takes, its kernels on the GPU included."""
-    _synchronise()
-    started = CLOCKS[clock]()
+    started = _now(clock)
     work()
-    _synchronise()
-    return CLOCKS[clock]() - started
+    return _now(clock) - started
 
 
-def _synchronise() -> None:
+def _now(clock: str) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+    return CLOCKS[clock]()
 
 
-def alternate(ours: Step, other: Step, plan: Plan) -> list[tuple[float, float]]:
-    """Per round the median seconds of a step of `ours` and of `other`, in turns; each goes first half the time."""
-    for step in range(plan.warm):
-        ours(step)
-        other(step)
-    rounds = []
-    for start in range(plan.warm, plan.warm + plan.rounds * plan.steps, plan.steps):
-        found: tuple[list[float], list[float]] = ([], [])
-        for step in range(start, start + plan.steps):
+def in_turns(
+    ours: Callable[[int], T], other: Callable[[int], T], timing: Timing, of_round: Callable[[list[T]], float]
+) -> list[tuple[float, float]]:
+    """Per round what `of_round` makes of the values of our steps and of the other's; each goes first half the time."""
+
+    def turns(steps: range) -> tuple[list[T], list[T]]:
+        values: tuple[list[T], list[T]] = ([], [])
+        for step in steps:
             for side in (0, 1) if step % 2 == 0 else (1, 0):
-                found[side].append(timed(partial((ours, other)[side], step), plan.clock))
-        rounds.append((statistics.median(found[0]), statistics.median(found[1])))
-    return rounds
+                values[side].append((ours, other)[side](step))
+        return values
+
+    turns(range(timing.warm))
+    rounds = [turns(range(start, start + timing.steps)) for start in range(timing.warm, timing.total, timing.steps)]
+    return [(of_round(mine), of_round(others)) for mine, others in rounds]
+
+
+def alternate(
+    ours: Callable[[int], object], other: Callable[[int], object], timing: Timing
+) -> list[tuple[float, float]]:
+    """Per round the median seconds of a step of `ours` and of `other`; both take the step's number, from 0."""
+    clocked = [lambda step, side=side: timed(lambda: side(step), timing.clock) for side in (ours, other)]
+    return in_turns(*clocked, timing, statistics.median)
+
+
+def speed(steps: Sequence[tuple[float, float]]) -> float:
+    """Tokens per second of steps of (tokens, seconds)."""
+    return sum(tokens for tokens, _ in steps) / sum(seconds for _, seconds in steps)
 
 
 def compared(name: str, unit: str, rounds: Sequence[tuple[float, float]], goal: Goal | None, note: str = "") -> Result:
     """The result of rounds of (ours, other)."""
     ratios = [ours / other for ours, other in rounds]
-    return Result(
-        name,
-        unit,
-        ours=statistics.median(ours for ours, _ in rounds),
-        other=statistics.median(other for _, other in rounds),
-        ratio=statistics.median(ratios),
-        least=min(ratios),
-        greatest=max(ratios),
-        goal=goal,
-        note=note,
-    )
+    medians = (statistics.median(side) for side in (*zip(*rounds, strict=True), ratios))
+    return Result(name, unit, *medians, min(ratios), max(ratios), goal, note)
+
+
+def times_less(name: str, ours: Callable[[], object], other: Callable[[], object], goal: Goal | None) -> Result:
+    """How many times the peak memory of `ours` that of `other` is, each measured once."""
+    mine, others = peak_megabytes(ours), peak_megabytes(other)
+    return Result(f"{name}, peak memory", "MB", mine, others, others / mine, goal=goal)
 
 
 def peak_megabytes(work: Callable[[], object]) -> float:
@@ -122,42 +143,29 @@ def peak_megabytes(work: Callable[[], object]) -> float:
         return (torch.cuda.max_memory_allocated() - before) / 1e6
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         work()
+    now = most = 0
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return peak(changes) / 1e6
-
-
-def peak(changes: Sequence[float]) -> float:
-    """The greatest sum of the first k `changes`, at least 0."""
-    now = most = 0.0
-    for change in changes:
-        now += change
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
         most = max(most, now)
-    return most
+    return most / 1e6
 
 
 def table(results: Sequence[Result]) -> str:
     """The results as aligned columns."""
-    head = ("", "ours", "other", "ratio", "least .. greatest", "goal", "met", "")
-    rows = [head, *(_cells(result) for result in results)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    return "\n".join("  ".join(_aligned(row, widths)).rstrip() for row in rows)
-
-
-def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:
-    last = len(row) - 1
-    cells = enumerate(zip(row, widths, strict=True))
-    return [text.ljust(width) if place in (0, last) else text.rjust(width) for place, (text, width) in cells]
+    rows = [HEAD, *(_cells(result) for result in results)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
+    aligned = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    return "\n".join("  ".join(row).rstrip() for row in aligned)
 
 
 def _cells(result: Result) -> tuple[str, ...]:
-    ratio, least, greatest = ("" if x is None else f"{x:.3f}" for x in (result.ratio, result.least, result.greatest))
     return (
         result.name,
         f"{result.ours:,.4g} {result.unit}",
         "" if result.other is None else f"{result.other:,.4g} {result.unit}",
-        ratio,
-        "" if result.least is None else f"{least} .. {greatest}",
+        "" if result.ratio is None else f"{result.ratio:.3f}",
+        "" if result.least is None else f"{result.least:.3f} .. {result.greatest:.3f}",
         "" if result.goal is None else str(result.goal),
         {None: "", True: "yes", False: "no"}[result.met],
         result.note,

@@ -1,129 +1,98 @@
-"""Semi-offline RL's step against that of M-FT: the same rows, one decoder row of each against two, rewards included.
+"""Semi-offline RL's step against masked fine-tuning's: the same rows, two responses of each against one, with rewards.
 
-M-FT reads a prompt and its reference. Semi-offline RL reads a static response beside them, composes n texts from that
-one forward, and judges them by ROUGE. The models are of one shape and new: no token is likely, so that nearly every
-text differs from all others, which is the dearest case for decoding and rewards. Prompts are as long as the presets
-cut them. REINFORCE, which decodes its texts token by token, takes one step.
+Masked fine-tuning (M-FT) reads a prompt and its reference. Semi-offline RL reads a static response beside them,
+composes n texts from that one forward, and scores them by ROUGE. The models are of one shape and new: no token is
+likely, so that nearly every text differs from all others, which is the dearest case for decoding and rewards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
-from pipeline.bench.bed import Bed, job, new_engine, new_policy, stepper
-from pipeline.bench.long_rows import Sizes, long_bed
-from pipeline.bench.measure import Goal, Plan, Result, alternate, compared, timed
-from pipeline.bench.semi_parts import Semi, parts_of
+from pipeline.bench.measure import Goal, Result, Timing, alternate, compared
+from pipeline.bench.setup import Setup, even, new_engine, new_trainer, packing, singles, stepper, with_settings
 from pipeline.config.resolve import resolve
-from pipeline.data.batching import Windows
-from pipeline.models import build
 from pipeline.models.loading import hugging_face
-from pipeline.models.policy import Policy
+from pipeline.records import Item
 from pipeline.rewards.rewards import Reward, Rewards
-from pipeline.rl import on_policy
 from pipeline.rl.compositions import Composer
-from pipeline.rollout.allocation import Queue, Sampler
 from pipeline.trainer.engine import Engine
-from pipeline.trainer.loop import Job
+from pipeline.trainer.loop import Trainer
+from pipeline.trainer.model import Model, masked_packing
 from pipeline.trainer.objective import objective_of
 from reward_models import rouge
 
 TIME, ONE = Goal(1.15), Goal(1)
-SAMPLES, ONLINE_SAMPLES = (4, 16, 64), 8
-LARGE = Sizes("docstrings", 2000, 512, 60, 8, 8192, hidden_size=384, num_heads=6, num_layers={"t5": 4, "llama": 10})
-JUDGE = Rewards([Reward("rouge", 1.0, rouge.reward)])
+SHAPES = {"t5": (4, (4, 16, 64)), "llama": (10, (64,))}  # layers (twice for t5); samples per prompt
+SIZES = {
+    "data": {"task": "docstrings", "task_size": 2000, "max_prompt_length": 512, "max_response_length": 60},
+    "scratch": {"hidden_size": 384, "num_heads": 6, "vocab_size": 8192},
+    "rows": 8,  # of a step, read in one micro-batch
+}
 
 
-def measure(bed: Bed, sizes: Sizes = LARGE) -> list[Result]:
-    return [line for shape in sizes.num_layers for line in measure_shape(long_bed(bed, sizes, shape), shape)]
+def measure(setup: Setup, sizes: Mapping[str, Any] = SIZES) -> list[Result]:
+    results = []
+    for shape, (layers, samples) in SHAPES.items():
+        scratch = {"num_layers": layers, **sizes["scratch"], "shape": shape}
+        train = {"batch_size": sizes["rows"], "micro_batch_size": sizes["rows"], "max_tokens": None}
+        values = {"data": sizes["data"], "model": {"scratch": scratch}, "train": train}
+        long = with_settings(setup, values, mask=True)
+        items, mft, rl = long_items(long), new_engine(long), new_engine(long)
+        masked = masked_trainer(long, mft, items)
+        weights = sum(weight.numel() for weight in rl.module.parameters()) / 1e6
+        for n in samples:
+            name = f"{shape} of {weights:.0f} M, semi-offline step, n = {n}"
+            results += against(setup.timing, name, semi_trainer(long, rl, items, n), masked)
+    return results
 
 
-def measure_shape(bed: Bed, shape: str) -> list[Result]:
-    """Of a T5 all lines, of other shapes those of the largest number of samples."""
-    mft, rl = (new_engine(bed, new_policy(bed)) for _ in range(2))
-    masked, whole = masked_job(bed, mft), shape == "t5"
-    found = [line for n in SAMPLES[0 if whole else -1 :] for line in against(bed, semi_job(bed, rl, n), masked)]
-    found += parts_of(semi_job(bed, rl, SAMPLES[-1]), bed.plan)
-    if whole:
-        found += against_online(bed, online_job(bed, rl), masked)
-    weights = sum(weight.numel() for weight in rl.module.parameters()) / 1e6
-    return [replace(line, name=f"{shape} of {weights:.0f} M, {line.name}") for line in found]
+def long_items(setup: Setup) -> list[Item]:
+    """The rows at full length: each response is the reference; half of it, and half of the next, the static one."""
+    data, made = setup.settings.data, []
+    items = even(singles(setup), data.max_prompt_length, data.max_response_length)
+    for item, other in zip(items, items[1:] + items[:1], strict=True):
+        ids, half = item.rows[0].response_ids, data.max_response_length // 2
+        static = replace(item.rows[0], response_ids=ids[:half] + other.rows[0].response_ids[half:])
+        example = replace(item.example, references=(setup.encoder.decode(ids),))
+        made.append(replace(item, example=example, statics=(static,)))
+    return made
 
 
-def masked_job(bed: Bed, engine: Engine) -> Job:
+def masked_trainer(setup: Setup, engine: Engine, items: list[Item]) -> Trainer:
     """M-FT on the references."""
     settings = resolve(["stage=sft", "masking.rate=0.4"]).settings
-    packing = build.packing(bed.settings.train, bed.ranks.world, engine.module, bed.encoder)
-    hidden = build.hidden(packing, bed.encoder, engine.module, settings, spans=True)
-    items = [replace(item, statics=()) for item in bed.singles]
-    work = job(bed, engine, settings.algorithm, items, bed.settings.train.batch_size)
-    return replace(work, windows=Windows(items, work.windows.draw, hidden, bed.ranks.rank, bed.ranks.world))
+    _, _, objective = objective_of(settings.algorithm)
+    model = Model(engine, setup.encoder, packing(setup, engine))
+    masked = masked_packing(model, settings.masking, settings.seed, spans=True)
+    alone = [replace(item, statics=()) for item in items]
+    return new_trainer(setup, engine, objective, alone, masked)
 
 
-def semi_job(bed: Bed, engine: Engine, samples: int) -> Semi:
+def semi_trainer(setup: Setup, engine: Engine, items: list[Item], samples: int) -> Trainer:
     """Semi-offline RL with so many samples on references and static responses."""
     settings = resolve(["stage=rl", "algo=semi_offline", f"algorithm.settings.samples={samples}"]).settings
     module, algorithm, objective = objective_of(settings.algorithm)
-    packing = build.packing(bed.settings.train, bed.ranks.world, engine.module, bed.encoder)
-    hidden = build.hidden(packing, bed.encoder, engine.module, settings, samples=samples)
-    composer = Composer(bed.ranks, bed.encoder, JUDGE, bed.singles, module)
-    work = job(bed, engine, settings.algorithm, bed.singles, bed.settings.train.batch_size)
-    windows = Windows(bed.singles, work.windows.draw, hidden, bed.ranks.rank, bed.ranks.world)
-    learned = replace(objective, loss=lambda output, batch: composer.loss(output, batch, algorithm))
-    return Semi(replace(work, windows=windows, objective=learned), composer, algorithm)
+    model = Model(engine, setup.encoder, packing(setup, engine))
+    masked = masked_packing(model, settings.masking, settings.seed, samples=samples)
+    rewards = Rewards([Reward("rouge", 1.0, rouge.reward)])
+    composer = Composer(setup.ranks, setup.encoder, rewards, items, module)
+    scored = replace(objective, loss=partial(composer.loss, settings=algorithm))
+    return new_trainer(setup, engine, scored, items, masked)
 
 
-def online_job(bed: Bed, engine: Engine) -> Job:
-    """REINFORCE with responses as long as the references: a new model hardly ever says EOS."""
-    length = bed.settings.data.max_response_length
-    words = [f"sampler.k={ONLINE_SAMPLES}", f"max_new_tokens={length}"]
-    settings = resolve(["stage=rl", "algo=reinforce", *words]).settings
-    _, algorithm, _ = objective_of(settings.algorithm)
-    work = job(bed, engine, settings.algorithm, bed.singles, bed.settings.train.batch_size)
-    windows = on_policy.Rollouts(
-        engine=engine,
-        frozen=None,
-        encoder=bed.encoder,
-        judge=JUDGE,
-        prompts=[item.example for item in bed.singles],
-        draw=work.windows.draw,
-        packing=build.packing(bed.settings.train, bed.ranks.world, engine.module, bed.encoder),
-        settings=settings,
-        algorithm=algorithm,
-        sampler=Sampler(settings.sampler, engine.module.vocab_size, Queue(algorithm.queue_size)),
-    )
-    return replace(work, windows=windows)
-
-
-def against(bed: Bed, semi: Semi, masked: Job) -> list[Result]:
-    """The two steps in turns, one of each per round: they take seconds. Then the calls of the policy in one."""
-    name = f"semi-offline step, n = {semi.settings.samples}"
-    rounds = alternate(stepper(semi.job), stepper(masked), Plan(bed.plan.rounds, 1, bed.plan.clock, warm=1))
-    with counted(semi.job.engine.module) as calls:
-        stepper(semi.job)(0)
-    ratio = compared(f"{name} / M-FT step", "s", rounds, TIME)
-    return [ratio, Result(f"{name}: policy forwards", "", len(calls), goal=ONE)]
-
-
-def against_online(bed: Bed, online: Job, masked: Job) -> list[Result]:
-    """One step of each."""
-    clock, name = bed.plan.clock, f"REINFORCE step, n = {ONLINE_SAMPLES}"
-    with counted(online.engine.module) as calls:
-        seconds = timed(partial(stepper(online), 0), clock)
-    other = timed(partial(stepper(masked), 0), clock)
-    ratio = Result(f"{name} / M-FT step, measured once", "s", seconds, other, seconds / other)
-    return [ratio, Result(f"{name}: policy forwards", "", len(calls))]
-
-
-@contextmanager
-def counted(policy: Policy) -> Iterator[list[int]]:
-    """One entry for each call of the policy, or of its language model to say one more token."""
+def against(timing: Timing, name: str, semi: Trainer, masked: Trainer) -> list[Result]:
+    """The two steps in turns, one of each per round: they take seconds. Then the calls of the model in one."""
+    rounds = alternate(stepper(semi), stepper(masked), timing.single)
     calls: list[int] = []
-    modules = (policy, hugging_face(policy.model))
-    handles = [module.register_forward_pre_hook(lambda *_: calls.append(1)) for module in modules]
-    yield calls
+    policy = semi.engine.module
+    counted = (policy, hugging_face(policy.model))  # a language model is called by itself to say one more token
+    handles = [module.register_forward_pre_hook(lambda *_: calls.append(1)) for module in counted]
+    stepper(semi)(0)
     for handle in handles:
         handle.remove()
+    ratio = compared(f"{name} / M-FT step", "s", rounds, TIME)
+    return [ratio, Result(f"{name}: policy forwards", "", len(calls), goal=ONE)]

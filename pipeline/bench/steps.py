@@ -1,49 +1,86 @@
-"""A-LOL's step against SFT's: the same rows in the same micro-batches through engines of the same kind."""
+"""One optimizer step side by side: A-LOL's against SFT's, and our loop's against one in bare torch.
+
+The bare loop is given the same micro-batches ready made, reads only the response positions as we do, and takes the
+same step: cross entropy, clip, fused AdamW. Under bf16 it keeps float32 weights and computes in bf16 (autocast).
+"""
 
 from __future__ import annotations
 
-from pipeline.bench.bed import Bed, algorithm_of, job, new_engine, new_policy, packing, stepper
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from pipeline.bench.measure import Goal, Result, alternate, compared, peak_megabytes
-from pipeline.data import dataset
-from pipeline.records import Item
-from pipeline.rl import reference
-from pipeline.trainer.engine import Engine
-from pipeline.trainer.loop import Job
+from pipeline.bench.setup import Setup, alol_trainer, new_policy, sft_trainer, singles, stepper
+from pipeline.models.loading import hugging_face
+from pipeline.records import Batch
+from pipeline.trainer.engine import PRECISIONS, adam_arguments, parameter_groups
+from pipeline.trainer.loop import Trainer
+from pipeline.trainer.schedule import learning_rate
 
 TIME, MEMORY = Goal(1.05), Goal(1.02)
 
 
-def measure(bed: Bed) -> list[Result]:
-    sft_engine, rl_engine = (new_engine(bed, new_policy(bed)) for _ in range(2))
-    size = bed.settings.train.batch_size
-    sft = job(bed, sft_engine, algorithm_of("stage=sft"), bed.singles, size)
-    rl = job(bed, rl_engine, algorithm_of("stage=rl", "algo=alol"), with_advantages(bed, rl_engine), size)
-    rounds = alternate(stepper(rl), stepper(sft), bed.plan)
-    results = [compared("A-LOL step / SFT step", "s", rounds, TIME)]
-    peaks = [(peak_of(rl, step), peak_of(sft, step)) for step in range(bed.settings.rounds)]
-    results.append(compared("A-LOL step / SFT step, peak memory beyond the model's own", "MB", peaks, MEMORY))
-    if bed.ranks.device.type == "cuda":
-        results.append(utilisation(bed, sft, results[0].other))
-    return results
+def against_sft(setup: Setup) -> list[Result]:
+    """Time and memory of A-LOL's step and SFT's: the same rows in the same micro-batches."""
+    items = singles(setup)
+    sft, alol = sft_trainer(setup, items), alol_trainer(setup, items)
+    name, (ours, other) = "A-LOL step / SFT step", (stepper(alol), stepper(sft))
+    time = compared(name, "s", alternate(ours, other, setup.timing), TIME)
+    steps = range(setup.settings.rounds)
+    peaks = [(peak_megabytes(partial(ours, step)), peak_megabytes(partial(other, step))) for step in steps]
+    results = [time, compared(f"{name}, peak memory beyond the model's own", "MB", peaks, MEMORY)]
+    return [*results, utilisation(setup, sft, time.other)] if setup.ranks.device.type == "cuda" else results
 
 
-def with_advantages(bed: Bed, engine: Engine) -> list[Item]:
-    """The rows as offline RL trains on them: with the reference's log-probabilities, and an advantage each."""
-    saved = reference.reference_logps(engine, bed.singles, packing(bed))
-    items = reference.with_reference(bed.singles, saved)
-    ones = [1.0] * len(items)
-    return dataset.with_numbers(items, reward=ones, value=[0.0] * len(items), advantage=ones)
-
-
-def peak_of(work: Job, step: int) -> float:
-    take = stepper(work)
-    return peak_megabytes(lambda: take(step))
-
-
-def utilisation(bed: Bed, sft: Job, seconds: float) -> Result:
+def utilisation(setup: Setup, sft: Trainer, seconds: float) -> Result:
     """The share of the GPU's arithmetic that 6 operations per weight and token read make up (MFU)."""
     weights = sum(p.numel() for p in sft.engine.module.parameters())
-    steps = range(bed.settings.steps)
+    steps = range(setup.settings.steps)
     tokens = sum(int(batch.input_mask.sum()) for step in steps for batch in sft.windows.at(step)) / len(steps)
-    share = 6 * weights * tokens / seconds / (bed.settings.gpu.peak_tflops * 1e12)
+    share = 6 * weights * tokens / seconds / (setup.settings.gpu.peak_tflops * 1e12)
     return Result("SFT step, MFU", "", ours=share, note=f"{weights / 1e9:.2f} G weights, {tokens:,.0f} tokens per step")
+
+
+def against_bare(setup: Setup) -> list[Result]:
+    """What windows, engine, metrics and logging cost."""
+    ours = sft_trainer(setup, singles(setup))
+    windows = [ours.windows.at(step) for step in range(setup.timing.total)]
+    rounds = alternate(stepper(ours), bare_loop(setup, windows), setup.timing)
+    return [compared("our loop / bare torch loop", "s", rounds, TIME)]
+
+
+def bare_loop(setup: Setup, windows: list[list[Batch]]) -> Callable[[int], None]:
+    """A function that takes one step on the window of that number, with torch alone."""
+    settings, device = setup.settings.optimizer, setup.ranks.device
+    model = hugging_face(new_policy(setup).model).float().to(device)
+    groups = parameter_groups(model, settings.weight_decay)
+    optimizer = torch.optim.AdamW(groups, fused=True, **adam_arguments(settings))
+    dtype = PRECISIONS[setup.settings.train.precision]
+
+    def step(number: int) -> None:
+        window = [batch.to(device) for batch in windows[number]]
+        n_terms = sum(int(batch.response_mask.sum()) for batch in window)
+        model.train()
+        for batch in window:
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                (response_nll(model, batch) / n_terms).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(number, len(windows), settings)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def response_nll(model: nn.Module, batch: Batch) -> Tensor:
+    """The sum of the response tokens' negative log-likelihood, logits made for response positions only."""
+    hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # (B, L, H)
+    positions = torch.arange(hidden.shape[1], device=hidden.device)
+    learned = batch.input_mask & (positions >= batch.prompt_lengths[:, None])  # (B, L)
+    logits = model.lm_head(hidden[:, :-1][learned[:, 1:]])  # (N, V)
+    return F.cross_entropy(logits.float(), batch.input_ids[learned], reduction="sum")

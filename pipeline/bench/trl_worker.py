@@ -1,8 +1,8 @@
 """The peer's side of the benchmark, in an interpreter of its own: TRL's trainers, one step at a word.
 
-Reads lines from stdin, answers in lines of JSON. A job (JSON, see `Job`) builds a trainer and is answered {"ready": 1}.
+Reads lines from stdin, answers in lines of JSON. A `PeerJob` in JSON builds a trainer and is answered {"ready": 1}.
 Each "go" then lets it take one optimizer step, from fetching the rows to the updated weights, answered by
-{"seconds": s, "tokens": tokens read, padding not counted}. After `max_steps` of them it waits for the next job.
+{"seconds": s, "tokens": tokens read, padding not counted}. After the last of its steps it waits for the next job.
 Imports nothing of ours.
 """
 
@@ -17,26 +17,21 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 @dataclass(frozen=True)
-class Job:
-    """What to train: everything but `options` is the same on both sides."""
+class PeerJob:
+    """What to train."""
 
     trainer: str  # sft | reward | dpo
     model: str  # a Hugging Face directory
     rows: str  # a file of JSON lines: token ids
-    batch_size: int  # rows or pairs per optimizer step
-    max_steps: int
     clock: str  # wall | cpu
     threads: int
-    bf16: bool
-    learning_rate: float
-    folder: str
     options: dict[str, Any]  # of the trainer's configuration, over the peer's own defaults
 
 
@@ -47,6 +42,13 @@ class ReadyDPOTrainer(DPOTrainer):
         return dataset
 
 
+KINDS = {  # by the job's word: trainer, configuration, and what makes it learn as ours does
+    "sft": (SFTTrainer, SFTConfig, {"completion_only_loss": True}),
+    "reward": (RewardTrainer, RewardConfig, {}),
+    "dpo": (ReadyDPOTrainer, DPOConfig, {"precompute_ref_log_probs": True}),
+}
+
+
 class Turns(TrainerCallback):
     """One step per word from the other side; between two words this process sleeps."""
 
@@ -55,79 +57,55 @@ class Turns(TrainerCallback):
         self.started, self.counted = 0.0, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        self.say({"ready": 1})
-        self.wait()
+        self.answer({"ready": 1})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds = self.clock() - self.started
-        total = int(self.trainer._total_train_tokens)  # TRL's own count of the attention mask
-        self.say({"seconds": seconds, "tokens": total - self.counted})
-        self.counted = total
-        if state.global_step < state.max_steps:
-            self.wait()
+        before, self.counted = self.counted, int(self.trainer._total_train_tokens)  # TRL's count of the attention mask
+        answer = {"seconds": seconds, "tokens": self.counted - before}
+        self.answer(answer, last=state.global_step == state.max_steps)
 
-    def say(self, words: dict[str, float]) -> None:
+    def answer(self, words: dict[str, float], last: bool = False) -> None:
+        """Say `words`, and, but for the last time, wait for the next word."""
         self.channel.write(json.dumps(words) + "\n")
         self.channel.flush()
-
-    def wait(self) -> None:
-        if not sys.stdin.readline():
+        if not last and not sys.stdin.readline():
             sys.exit(0)
         self.started = self.clock()
 
 
-def train(job: Job, channel: Any) -> None:
+def train(job: PeerJob, channel: Any) -> None:
+    """All steps of the trainer that `job` names, from the float32 weights in its model directory."""
     torch.set_num_threads(job.threads)
-    turns = Turns(channel, job.clock)
-    turns.trainer = trainer_of(job, turns)
-    turns.trainer.train()
-
-
-def trainer_of(job: Job, turns: Turns) -> Trainer:
-    """The trainer that `job` names, float32 weights read from its model directory."""
-    with open(job.rows, encoding="utf-8") as lines:
-        rows = Dataset.from_list([json.loads(line) for line in lines])
-    tokenizer = AutoTokenizer.from_pretrained(job.model)
-    shared = {"args": arguments(job), "train_dataset": rows, "processing_class": tokenizer, "callbacks": [turns]}
-    if job.trainer == "reward":
-        head = AutoModelForSequenceClassification.from_pretrained(job.model, num_labels=1, dtype=torch.float32)
-        return RewardTrainer(model=head, **shared)
-    kind = {"sft": SFTTrainer, "dpo": ReadyDPOTrainer}[job.trainer]
-    return kind(model=job.model, **shared)
-
-
-def arguments(job: Job) -> SFTConfig | RewardConfig | DPOConfig:
-    """The peer's configuration: its defaults, the batch, what makes both sides alike, and `options`."""
-    own = {
-        "sft": {"completion_only_loss": True, "model_init_kwargs": {"dtype": "float32"}},
-        "reward": {},
-        "dpo": {"precompute_ref_log_probs": True, "model_init_kwargs": {"dtype": "float32"}},
-    }[job.trainer]
-    per_call = min(job.options.get("per_device_train_batch_size", 8), job.batch_size)
+    trainer, configuration, own = KINDS[job.trainer]
     common = {
-        "output_dir": job.folder,
-        "per_device_train_batch_size": per_call,
-        "gradient_accumulation_steps": job.batch_size // per_call,
-        "max_steps": job.max_steps,
-        "learning_rate": job.learning_rate,
-        "bf16": job.bf16,
+        "model_init_kwargs": {"dtype": "float32"},
         "use_cpu": not torch.cuda.is_available(),
         "report_to": "none",
         "save_strategy": "no",
         "disable_tqdm": True,
         "remove_unused_columns": False,
     }
-    kind = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig}[job.trainer]
-    return kind(**{**own, **common, **job.options, "per_device_train_batch_size": per_call})
+    with open(job.rows, encoding="utf-8") as lines:
+        rows = Dataset.from_list([json.loads(line) for line in lines])
+    turns = Turns(channel, job.clock)
+    turns.trainer = trainer(
+        model=job.model,
+        args=configuration(**own, **common, **job.options),
+        train_dataset=rows,
+        processing_class=AutoTokenizer.from_pretrained(job.model),
+        callbacks=[turns],
+    )
+    turns.trainer.train()
 
 
 def main() -> None:
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what trainers print does not mix with the answers
     for line in iter(sys.stdin.readline, ""):
-        train(Job(**json.loads(line)), channel)
+        train(PeerJob(**json.loads(line)), channel)
 
 
 if __name__ == "__main__":

@@ -70,10 +70,14 @@ def annotate(
 
 
 def with_ref_logps(policy: ReferencePolicy, items: list[Item]) -> list[Item]:
-    """The items with the reference's log-probabilities, views into one tensor."""
+    """The items with the reference's log-probabilities."""
     model = policy.model
     path = policy.cache("ref_logps", rows=rows_digest(items))
-    saved = cached(path, model.engine, lambda: reference_logps(model.engine, items, model.packing))
+    return attached(items, cached(path, model.engine, lambda: reference_logps(model.engine, items, model.packing)))
+
+
+def attached(items: Sequence[Item], saved: dict[str, Tensor]) -> list[Item]:
+    """The items with what `reference_logps` gave for them, as views into one tensor."""
     rows = iter(saved["logp"].split(saved["lengths"].tolist()))
     return [replace(item, ref_logp=tuple(next(rows) for _ in item.rows)) for item in items]
 

@@ -1,0 +1,169 @@
+"""What the parts of the benchmark share: rows of an embedded task, new models, trainers with the product's own loop."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.bench.measure import Timing
+from pipeline.config.resolve import resolve
+from pipeline.config.schema import Bench
+from pipeline.config.yaml_layers import ROOT
+from pipeline.data import dataset
+from pipeline.data.batching import Packing, Windows, packing_of
+from pipeline.data.tokenization import Encoder
+from pipeline.errors import UserError
+from pipeline.models import build
+from pipeline.models.policy import Policy
+from pipeline.records import Example, Item, Row
+from pipeline.rl import reference
+from pipeline.trainer.engine import Engine, Ranks
+from pipeline.trainer.loop import HELD_OUT_LOSS, Evaluation, Trainer, one_step, summary
+from pipeline.trainer.metrics import Interval, Metrics
+from pipeline.trainer.objective import Objective, objective_of
+from pipeline.trainer.schedule import epochs
+
+RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+MANY = 1_000_000  # steps that a trainer of the benchmark could take
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Settings, ranks, and the rows every part draws from."""
+
+    settings: Bench
+    ranks: Ranks
+    rows: list[Example]
+    encoder: Encoder
+    directory: Path  # of the stage: logs stay there
+    folder: Path  # for what is needed only while measuring
+
+    @property
+    def timing(self) -> Timing:
+        return Timing(self.settings.rounds, self.settings.steps, self.settings.clock)
+
+
+def prepare(settings: Bench, ranks: Ranks, directory: Path, folder: Path) -> Setup:
+    """The setup for `settings`, or, where there is a GPU, for the model and the batches of `settings.gpu`.
+
+    Raises:
+        UserError: processor time is asked for where there is a GPU.
+    """
+    if ranks.device.type == "cuda":
+        if settings.clock == "cpu":
+            raise UserError("clock: cpu, but the work is the GPU's: say clock=wall")
+        settings = for_gpu(settings)
+    return _load(settings, ranks, directory, folder)
+
+
+def with_settings(setup: Setup, values: Mapping[str, Any], mask: bool = False) -> Setup:
+    """A setup with other values, with rows and a tokenizer of their own; `mask`: it has a mask token."""
+    return _load(changed(setup.settings, values), setup.ranks, setup.directory, setup.folder, mask)
+
+
+def _load(settings: Bench, ranks: Ranks, directory: Path, folder: Path, mask: bool = False) -> Setup:
+    rows = dataset.load_train(settings.data, settings.seed, str)
+    encoder = build.encoder_of(settings, settings.model, lambda: dataset.texts(rows, settings.template), mask)
+    return Setup(settings, ranks, rows, encoder, directory, folder)
+
+
+def changed(section: Any, values: Mapping[str, Any]) -> Any:
+    """`section` of the settings with other values; a mapping holds those of a section in it."""
+    inner = {name: changed(getattr(section, name), v) for name, v in values.items() if isinstance(v, dict)}
+    return section.model_copy(update={**values, **inner})
+
+
+def for_gpu(settings: Bench) -> Bench:
+    """The settings with `gpu` in the place of the small shape."""
+    gpu = settings.gpu.model_dump()
+    sizes = {name: gpu[name] for name in ("hidden_size", "num_layers", "num_heads")}
+    train = {name: gpu[name] for name in ("precision", "batch_size", "max_tokens")}
+    return changed(settings, {"model": {"scratch": sizes}, "train": train})
+
+
+def environment() -> dict[str, str]:
+    """For another process: this one's without what says that it is a rank, and with our packages in reach."""
+    own = {name: value for name, value in os.environ.items() if name not in RANK_NAMES}
+    return {**own, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [own.get("PYTHONPATH")])])}
+
+
+def singles(setup: Setup) -> list[Item]:
+    """The rows with one response each."""
+    return dataset.encode(dataset.supervised(setup.rows), setup.encoder, dataset.completion_rows).items
+
+
+def new_policy(setup: Setup) -> Policy:
+    settings = setup.settings
+    longest = settings.data.max_response_length
+    return build.policy_module(settings.model, setup.encoder, settings.train, longest, settings.seed)
+
+
+def new_engine(setup: Setup) -> Engine:
+    return Engine(new_policy(setup), setup.ranks, setup.settings.train, setup.settings.optimizer)
+
+
+def packing(setup: Setup, engine: Engine) -> Packing:
+    encoder_decoder = engine.module.encoder_decoder
+    return packing_of(setup.settings.train, setup.ranks.world, encoder_decoder, setup.encoder.pad_id)
+
+
+def new_trainer(setup: Setup, engine: Engine, objective: Objective, items: list[Item], packing: Packing) -> Trainer:
+    """What a stage would put together, without evaluation, logs and checkpoints. A pair is two sequences of a batch."""
+    settings, ranks = setup.settings, setup.ranks
+    draw = epochs(len(items), settings.train.batch_size // len(items[0].rows), settings.seed)
+    return Trainer(
+        engine=engine,
+        objective=objective,
+        windows=Windows(items, draw, packing, ranks.rank, ranks.world),
+        evaluate=lambda step: Evaluation({}),
+        export=lambda directory: None,
+        settings=settings,
+        max_steps=MANY,
+        eval_steps=None,
+        best_metric=HELD_OUT_LOSS,
+        directory=setup.folder,
+    )
+
+
+def trainer_of(setup: Setup, engine: Engine, items: list[Item], words: list[str]) -> Trainer:
+    """A trainer of `items` with the algorithm of the stage that `words` name."""
+    _, _, objective = objective_of(resolve(words).settings.algorithm)
+    return new_trainer(setup, engine, objective, items, packing(setup, engine))
+
+
+def sft_trainer(setup: Setup, items: list[Item]) -> Trainer:
+    return trainer_of(setup, new_engine(setup), items, ["stage=sft"])
+
+
+def alol_trainer(setup: Setup, items: list[Item]) -> Trainer:
+    """A-LOL on the items, with the reference's log-probabilities, and an advantage of 1 each."""
+    engine, ones = new_engine(setup), [1.0] * len(items)
+    items = reference.attached(items, reference.reference_logps(engine, items, packing(setup, engine)))
+    items = dataset.with_numbers(items, reward=ones, value=[0.0] * len(items), advantage=ones)
+    return trainer_of(setup, engine, items, ["stage=rl", "algo=alol"])
+
+
+def stepper(trainer: Trainer) -> Callable[[int], None]:
+    """A function that takes one step of a trainer, and sums its metrics up every train.logging_steps."""
+    interval = Interval(Metrics())
+
+    def step(number: int) -> None:
+        one_step(trainer, number, interval)
+        if (number + 1) % trainer.settings.train.logging_steps == 0:
+            summary(trainer.engine.ranks, interval)
+
+    return step
+
+
+def even(items: list[Item], prompt: int, response: int) -> list[Item]:
+    """The items with every row cut or repeated to `prompt` and `response` tokens: no variation of length."""
+
+    def sized(row: Row) -> Row:
+        ids, said = row.prompt_ids, row.response_ids
+        prompts, responses = ids * (prompt // max(1, len(ids)) + 1), said * (response // max(1, len(said)) + 1)
+        return replace(row, prompt_ids=prompts[:prompt], response_ids=responses[:response])
+
+    return [replace(item, rows=tuple(sized(row) for row in item.rows)) for item in items]
