@@ -17,7 +17,7 @@ import pytest
 
 from pipeline.data.batching import Packing
 from pipeline.errors import UserError
-from pipeline.rewards.rewards import Reward, Rewards, loaded
+from pipeline.rewards.rewards import Rewards, WeightedReward, loaded
 from pipeline.rewards.workers import Question, RewardWorkers, cuts, lost
 from pipeline.rl.compositions import Composer
 from pipeline.trainer.loop import Trainer
@@ -85,7 +85,7 @@ def workers(file: Path) -> RewardWorkers:
 
 
 def rewards(file: Path, names: list[str], workers: RewardWorkers | None) -> Rewards:
-    return Rewards([Reward(name, 2.0, loaded(f"{file}:{name}")) for name in names], workers)
+    return Rewards([WeightedReward(name, 2.0, loaded(f"{file}:{name}")) for name in names], workers)
 
 
 def score(scorer: Rewards, texts: list[str]):
@@ -127,8 +127,8 @@ def test_workers_load_no_torch(file: Path, workers: RewardWorkers) -> None:
 
 
 def test_what_workers_do_not_know_is_called_here(file: Path, workers: RewardWorkers) -> None:
-    here = Reward("model", 1.0, lambda completions, **columns: [os.getpid()] * len(completions))
-    found = score(Rewards([here, Reward("process", 1.0, loaded(f"{file}:process"))], workers), TEXTS)
+    here = WeightedReward("model", 1.0, lambda completions, **columns: [os.getpid()] * len(completions))
+    found = score(Rewards([here, WeightedReward("process", 1.0, loaded(f"{file}:process"))], workers), TEXTS)
     assert found.raw["model"] == [os.getpid()] * 7 and os.getpid() not in found.raw["process"]
 
 
@@ -155,7 +155,7 @@ def test_a_worker_that_dies(file: Path) -> None:
 def test_a_reward_that_does_not_load(file: Path) -> None:
     broken = file.with_name("broken.py")
     broken.write_text("x = 1 / 0\n")
-    scorer = Rewards([Reward("broken", 1.0, lambda **columns: [])], RewardWorkers({"broken": str(broken)}, 1))
+    scorer = Rewards([WeightedReward("broken", 1.0, lambda **columns: [])], RewardWorkers({"broken": str(broken)}, 1))
     with pytest.raises(UserError, match=r"broken\.py does not load: ZeroDivisionError: division by zero"):
         score(scorer, TEXTS)
 

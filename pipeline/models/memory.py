@@ -97,16 +97,14 @@ def shape_of(settings: Training) -> Shape:
     with torch.device("meta"):
         model = auto.from_config(config)
     parameters = float(sum(p.numel() for p in model.parameters()))
-    known = config.get_text_config()
-    layers, vocab = known.num_hidden_layers, known.vocab_size
+    if isinstance(settings, Plan) and settings.parameters is not None:
+        parameters = settings.parameters
     trained = parameters
     if settings.model.lora.r:
         lora = with_lora(model, settings.model.lora, "CAUSAL_LM")
         trained = float(sum(p.numel() for p in lora.parameters() if p.requires_grad))
-    if isinstance(settings, Plan) and settings.parameters is not None:
-        parameters = settings.parameters
-        trained = parameters if not settings.model.lora.r else trained
-    return Shape(parameters, trained, known.hidden_size, layers, vocab)
+    known = config.get_text_config()
+    return Shape(parameters, trained, known.hidden_size, known.num_hidden_layers, known.vocab_size)
 
 
 class UntrainedTokenizer:

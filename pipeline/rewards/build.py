@@ -15,7 +15,7 @@ from pipeline.config.sections import RewardSettings
 from pipeline.launch import run_dir
 from pipeline.records import RewardFunction
 from pipeline.rewards import http
-from pipeline.rewards.rewards import Reward, Rewards, is_learned, resolve
+from pipeline.rewards.rewards import Rewards, WeightedReward, is_learned, resolve
 from pipeline.rewards.workers import RewardWorkers
 from reward_models import learned
 
@@ -40,10 +40,10 @@ def build_rewards(
     def load_learned(directory: str) -> RewardFunction:
         return learned.load(directory, settings.model, settings.template, read.max_length, read.batch_size, device)
 
-    def build(label: str, name: str, weight: float) -> Reward:
+    def build(label: str, name: str, weight: float) -> WeightedReward:
         normalised = weight or name in trained or Path(name).is_dir()
         function = resolve(name, load_learned, lambda address: http.connect(address, read.http), trained)
-        return Reward(label, weight, function, read.normalise if normalised else "none")
+        return WeightedReward(label, weight, function, read.normalise if normalised else "none")
 
     built = [build(*one) for one in named]
     apart = {label: name for label, name, _ in named if not (is_address(name) or is_learned(name, trained))}

@@ -31,7 +31,7 @@ FOLDER = "reward_models"
 
 
 @dataclass(frozen=True)
-class Reward:
+class WeightedReward:
     """One reward model, its weight in the sum, and what is done to its values before."""
 
     name: str
@@ -43,7 +43,7 @@ class Reward:
 class Rewards:
     """The rewards of a run; those that `workers` know are called in worker processes."""
 
-    def __init__(self, rewards: Sequence[Reward], workers: RewardWorkers | None = None) -> None:
+    def __init__(self, rewards: Sequence[WeightedReward], workers: RewardWorkers | None = None) -> None:
         assert rewards, "a run that scores has at least one reward"
         names = [reward.name for reward in rewards]
         twice = next((name for name in names if names.count(name) > 1), None)
@@ -78,7 +78,7 @@ class Rewards:
 
 
 def call(
-    reward: Reward, prompts: list[str], completions: list[str], columns: Mapping[str, list], first: int = 0
+    reward: WeightedReward, prompts: list[str], completions: list[str], columns: Mapping[str, list], first: int = 0
 ) -> list[float]:
     """The reward's values, checked: one finite float per completion. It is not called for no completions.
 
@@ -92,7 +92,7 @@ def call(
     return checked(reward.name, plugins.guarded(place, run), completions, first)
 
 
-def bounds(rewards: Sequence[Reward]) -> tuple[float, float] | None:
+def bounds(rewards: Sequence[WeightedReward]) -> tuple[float, float] | None:
     """The least and the greatest total, if every reward goes through the sigmoid; None if the total has no bounds."""
     if any(reward.normalise != "sigmoid" for reward in rewards):
         return None
@@ -154,7 +154,7 @@ def _unknown(name: str, trained: Mapping[str, str]) -> str:
     )
 
 
-def _normalised(reward: Reward, values: list[float]) -> list[float]:
+def _normalised(reward: WeightedReward, values: list[float]) -> list[float]:
     return [*map(_sigmoid, values)] if reward.normalise == "sigmoid" else values
 
 

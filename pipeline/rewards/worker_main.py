@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from multiprocessing.connection import Connection
 
 from pipeline.errors import UserError
-from pipeline.rewards.rewards import Reward, call, loaded
+from pipeline.rewards.rewards import WeightedReward, call, loaded
 from pipeline.rewards.workers import Question, Values
 
 POLL_SECONDS = 0.5  # between two checks whether the process that asks is still there
@@ -34,15 +34,15 @@ def main(pipe: Connection) -> None:
         return
 
 
-def known(names: Mapping[str, str]) -> dict[str, Reward] | UserError:
+def known(names: Mapping[str, str]) -> dict[str, WeightedReward] | UserError:
     """The rewards by name, or why they cannot be had, which is the answer to every question."""
     try:
-        return {name: Reward(name, 1.0, loaded(source)) for name, source in names.items()}
+        return {name: WeightedReward(name, 1.0, loaded(source)) for name, source in names.items()}
     except UserError as error:
         return error
 
 
-def answer(rewards: dict[str, Reward] | UserError, question: Question) -> Values | UserError:
+def answer(rewards: dict[str, WeightedReward] | UserError, question: Question) -> Values | UserError:
     """The values of each reward, or the error of the first that fails."""
     if isinstance(rewards, UserError):
         return rewards
