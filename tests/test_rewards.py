@@ -55,12 +55,8 @@ def test_all_is_passed_by_keyword():
         assert others == {"prompts": ["p", "p"], "source": ["s", "t"]}
         return [float(text == right) for text, right in zip(completions, answer, strict=True)]
 
-    assert score(
-        Rewards([WeightedReward("a", 1.0, reward)]), ["x", "y"], answer=["x", "z"], source=["s", "t"]
-    ).total == [
-        1.0,
-        0.0,
-    ]
+    rewards = Rewards([WeightedReward("a", 1.0, reward)])
+    assert score(rewards, ["x", "y"], answer=["x", "z"], source=["s", "t"]).total == [1.0, 0.0]
 
 
 @pytest.mark.parametrize(

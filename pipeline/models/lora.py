@@ -1,4 +1,4 @@
-"""LoRA: fresh adapters on a model, and what a directory of trained ones says of itself."""
+"""LoRA: fresh adapters on a model, and what a directory of trained ones belongs to."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def linear_names(model: nn.Module) -> list[str]:
 
 
 def adapter_of(settings: ModelSettings) -> PeftConfig | None:
-    """What `settings.path` says of itself if it holds adapters, as an earlier stage with LoRA leaves them."""
+    """The description of the adapters in `settings.path`, if an earlier stage with LoRA left some there."""
     if settings.path is None or not (Path(settings.path) / "adapter_config.json").is_file():
         return None
     checks.check_files(settings.path)

@@ -1,4 +1,4 @@
-"""What a model says of a batch: log-probabilities of the responses, states of the prompts, scores of the whole.
+"""What a model computes of a batch: log-probabilities of responses, states of prompts, scores of the whole.
 
 Logits are never made for prompts, and never for all response tokens at once: see `functional.token_logps`.
 """
@@ -178,7 +178,7 @@ def read_by_decoder(ids: Tensor, start_id: int) -> Tensor:
 
 
 def token_temperatures(batch: Batch) -> Tensor | None:
-    """(N,) float32, the temperature that each response token was drawn at; None where the batch does not say."""
+    """(N,) float32, the temperature that each response token was drawn at; None where the batch has none."""
     if "temperature" not in batch.numbers:
         return None
     each = functional.item_numbers(batch, "temperature", like=batch.response_mask.float()[:, 0])  # 0 for fillers

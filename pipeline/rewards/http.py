@@ -33,7 +33,7 @@ CHUNK = 2**16  # bytes read at a time
 
 
 class _PassingError(Exception):
-    """What was found instead of an answer, and the seconds that the server asks for before another try, if it does."""
+    """What came instead of an answer, and the seconds that the server asks for before another try, if it does."""
 
 
 class _Server(NamedTuple):

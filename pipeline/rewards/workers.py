@@ -87,7 +87,7 @@ class Worker:
         )
         theirs.close()
         self._thread = ThreadPoolExecutor(1)
-        self._thread.submit(self._pipe.send, dict(names))  # a worker that is gone is found where its answer is read
+        self._thread.submit(self._pipe.send, dict(names))  # a worker that is gone shows where its answer is read
 
     def ask(self, question: Question) -> Future[Values]:
         """The values to come; or a UserError, where the answer is one, or where the worker is gone."""

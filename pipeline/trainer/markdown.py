@@ -51,7 +51,7 @@ def section(row: Row) -> str:
         f"### {plain(row['id'])}",
         f"**prompt:** {plain(row['prompt'])}",
         f"**reference:** {plain(row['reference'])}",
-        f"**static response, {count} tokens hidden:** {chips(row['static/parts'])}",
+        f"**static response, {count} tokens masked:** {chips(row['static/parts'])}",
         f"**{row['samples']} compositions, mean reward {plain(row['mean'])}:** the best and the worst",
         lines(["reward", "", "text"], [greedy, *drawn]),
     ]
