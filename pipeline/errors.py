@@ -10,15 +10,11 @@ from collections.abc import Iterable
 
 ROOM = "wanted room: free some, or raise the quota; the same command goes on from what is whole"
 RIGHT = "wanted a place that may be read and written: mend its rights, or choose another runs_dir="
+OCCUPIED = "wanted a directory: a file stands in its place; move it, or choose another runs_dir= or run="
 CURES = {
-    errno.ENOSPC: ROOM,
-    errno.EDQUOT: ROOM,
-    errno.EFBIG: ROOM,
-    errno.EACCES: RIGHT,
-    errno.EPERM: RIGHT,
-    errno.EROFS: RIGHT,
-    errno.ENOTDIR: "wanted a directory: a file stands in its place; move it, or choose another runs_dir= or run=",
-    errno.EEXIST: "wanted a directory: a file stands in its place; move it, or choose another runs_dir= or run=",
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), ROOM),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), RIGHT),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), OCCUPIED),
     errno.EISDIR: "wanted a file: a directory stands in its place; move it",
     errno.EMFILE: "wanted more open files: raise `ulimit -n`",
     errno.EADDRINUSE: "wanted a free port: leave master_port out, or give another",

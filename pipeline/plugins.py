@@ -39,9 +39,12 @@ def load(name: str, folder: str, what: str, wanted: str) -> Callable:
     source, function = split(name)
     if source.endswith(".py"):
         return _function(_module_of(Path(source), what), function or wanted, f"{what} {source}")
-    if source not in available(folder):
-        raise UserError(f"{what} {source!r}: {_unknown(source, folder, wanted)}")
     place = f"{what} {source!r}"
+    if source not in available(folder):
+        names = available(folder, wanted)
+        cure = f"a file of your own is given by its path, as in my/{source.rpartition('/')[2]}.py"
+        problem = f"not in {folder.replace('.', '/')}/, which has {', '.join(names)}{did_you_mean(source, names)}"
+        raise UserError(f"{place}: {problem}; {cure}")
     module = guarded(f"{place} does not load", partial(importlib.import_module, f"{folder}.{source}"))
     return _function(module, function or wanted, place)
 
@@ -65,7 +68,7 @@ def available(folder: str, wanted: str = "") -> list[str]:
 
 
 def guarded(place: str, call: Callable[[], Result]) -> Result:
-    """The result of `call()`, which is a user's code: whatever it raises, a UserError tells what and where.
+    """The result of `call()`, which is a user's code: whatever it raises, a UserError says what and where.
 
     A user's code may raise anything, or call sys.exit, so everything is caught here and nowhere else; nothing is
     swallowed: the UserError is raised from the original.
@@ -75,15 +78,7 @@ def guarded(place: str, call: Callable[[], Result]) -> Result:
     except UserError:
         raise
     except (Exception, SystemExit) as error:
-        raise UserError(f"{place}: {_told(error)}") from error
-
-
-def _unknown(name: str, folder: str, wanted: str) -> str:
-    """What to say of a name that is not in the folder."""
-    names = available(folder, wanted)
-    place = folder.replace(".", "/")
-    cure = f"a file of your own is given by its path, as in my/{name.rpartition('/')[2]}.py"
-    return f"not in {place}/, which has {', '.join(names)}{did_you_mean(name, names)}; {cure}"
+        raise UserError(f"{place}: {_described(error)}") from error
 
 
 def _module_of(path: Path, what: str) -> ModuleType:
@@ -111,12 +106,11 @@ def _function(module: ModuleType, name: str, place: str) -> Callable:
         has = [other for other in _defined(path) if callable(vars(module).get(other)) and not other.startswith("_")]
         listed = f"it has {', '.join(has) or 'none'}{did_you_mean(name, has)}"
         raise UserError(f"{place}: no function {name!r} in {_shown(path)}, {listed}")
-    found = vars(module)[name]
-    if not callable(found):
-        raise UserError(
-            f"{place}: {name} in {_shown(path)} is a {type(found).__name__}, wanted a function: def {name}(...)"
-        )
-    return found
+    function = vars(module)[name]
+    if not callable(function):
+        problem = f"{name} in {_shown(path)} is a {type(function).__name__}"
+        raise UserError(f"{place}: {problem}, wanted a function: def {name}(...)")
+    return function
 
 
 def _defined(path: Path) -> list[str]:
@@ -130,7 +124,7 @@ def _defined(path: Path) -> list[str]:
     return names + [target.id for target in targets if isinstance(target, ast.Name)]
 
 
-def _told(error: BaseException) -> str:
+def _described(error: BaseException) -> str:
     """Type, message and place of an exception, in one line."""
     if isinstance(error, SyntaxError) and error.filename and error.lineno:
         return f"{type(error).__name__}: {error.msg} ({_shown(Path(error.filename))}:{error.lineno})"

@@ -2,7 +2,7 @@
 
 That package wants other versions of what training needs, so it lives in an environment of its own, and this file is
 imported by nothing but `reward_models/serve.py` there. The prompt is the source, the completion the translation, the
-first reference the reference; models that judge without one (CometKiwi) do not look at it.
+first reference the reference; models that score without one (CometKiwi) do not read it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def load(model: str, batch_size: int, gpus: int) -> Callable[..., list[float]]:
             {"src": source, "mt": text, **({"ref": gold[0]} if gold else {})}
             for source, text, gold in zip(prompts, completions, golds, strict=True)
         ]
-        found = scorer.predict(rows, batch_size=batch_size, gpus=gpus, progress_bar=False, num_workers=0)
-        return [float(score) for score in found.scores]
+        predicted = scorer.predict(rows, batch_size=batch_size, gpus=gpus, progress_bar=False, num_workers=0)
+        return [float(score) for score in predicted.scores]
 
     return reward

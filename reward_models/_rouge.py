@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import chain, pairwise
 from string import ascii_lowercase, digits
@@ -33,10 +33,10 @@ def rouge(
     """
     if not references:
         raise ValueError("there are no references, wanted at least one text")
-    gold, found = ([_read(text, stemmed) for text in texts] for texts in (references, candidates))
+    gold, texts = ([_read(text, stemmed) for text in group] for group in (references, candidates))
     columns = []
     for kind in kinds:
-        by_reference = [_F1[kind](reference, found) for reference in gold]
+        by_reference = [_f1_scores(kind, reference, texts) for reference in gold]
         columns.append([max(scores) for scores in zip(*by_reference, strict=True)])
     return [[*row] for row in zip(*columns, strict=True)]
 
@@ -59,49 +59,38 @@ def _read(text: str, stemmed: bool) -> Text:
     return Text([*chain.from_iterable(lines)], lines)
 
 
-def _rouge1(gold: Text, found: Sequence[Text]) -> list[float]:
-    return _f1_of_each(_shared(gold.tokens, [text.tokens for text in found]), gold, found)
+def _f1_scores(kind: str, gold: Text, texts: Sequence[Text]) -> list[float]:
+    """The F1 of each text: of what is in common, pairs of words for rouge2, and words for the others."""
+    fewer = int(kind == "rouge2")  # by how many a text has fewer pairs than words
+    wanted, counts = len(gold.tokens) - fewer, _IN_COMMON[kind](gold, texts)
+    return [_f1(hits, len(text.tokens) - fewer, wanted) for hits, text in zip(counts, texts, strict=True)]
 
 
-def _rouge2(gold: Text, found: Sequence[Text]) -> list[float]:
-    hits = _shared(pairwise(gold.tokens), [pairwise(text.tokens) for text in found])
-    return _f1_of_each(hits, gold, found, fewer=1)
-
-
-def _rouge_l(gold: Text, found: Sequence[Text]) -> list[float]:
-    return _f1_of_each([LCSseq.similarity(gold.tokens, text.tokens) for text in found], gold, found)
-
-
-def _shared(gold: Iterable[Hashable], found: Iterable[Iterable[Hashable]]) -> list[int]:
+def _shared(gold: Iterable[Hashable], texts: Iterable[Iterable[Hashable]]) -> list[int]:
     """How many items of each text find an equal of their own in `gold`: the subsequence common to both once sorted."""
     wanted = sorted(gold)
     known = {*wanted}.__contains__
-    return [LCSseq.similarity(wanted, sorted(filter(known, grams))) for grams in found]
+    return [LCSseq.similarity(wanted, sorted(filter(known, grams))) for grams in texts]
 
 
-def _f1_of_each(hits: Sequence[int], gold: Text, found: Sequence[Text], fewer: int = 0) -> list[float]:
-    """`fewer`: by how many a text has fewer of what is counted than it has tokens."""
-    wanted = len(gold.tokens) - fewer
-    return [_f1(hit, len(text.tokens) - fewer, wanted) for hit, text in zip(hits, found, strict=True)]
-
-
-def _rouge_lsum(gold: Text, found: Sequence[Text]) -> list[float]:
-    return [_lsum(gold, text) for text in found]
-
-
-def _lsum(gold: Text, found: Text) -> float:
+def _union(gold: Text, text: Text) -> int:
     """Per reference line the union of its subsequences with every candidate line (Lin 2004, section 3.2).
 
     A token counts no more often than the candidate holds it.
     """
     hits: Counter[str] = Counter()
     for line in gold.lines:
-        union = set().union(*(lcs_positions(line, other) for other in found.lines))
+        union = set().union(*(lcs_positions(line, other) for other in text.lines))
         hits.update(line[i] for i in union)
-    return _f1((hits & Counter(found.tokens)).total(), len(found.tokens), len(gold.tokens))
+    return (hits & Counter(text.tokens)).total()
 
 
-_F1 = {"rouge1": _rouge1, "rouge2": _rouge2, "rougeL": _rouge_l, "rougeLsum": _rouge_lsum}
+_IN_COMMON: dict[str, Callable[[Text, Sequence[Text]], list[int]]] = {
+    "rouge1": lambda gold, texts: _shared(gold.tokens, [text.tokens for text in texts]),
+    "rouge2": lambda gold, texts: _shared(pairwise(gold.tokens), [pairwise(text.tokens) for text in texts]),
+    "rougeL": lambda gold, texts: [LCSseq.similarity(gold.tokens, text.tokens) for text in texts],
+    "rougeLsum": lambda gold, texts: [_union(gold, text) for text in texts],
+}
 
 
 def _f1(hits: int, offered: int, wanted: int) -> float:

@@ -1,7 +1,7 @@
 """Sentence BLEU in [0, 1] over all references of a row, as the package sacrebleu has it (Post 2018).
 
 Its defaults: 4-grams, tokenizer 13a, exponential smoothing; and effective order, so that texts of under four words
-are judged by the n-grams they have.
+are scored by the n-grams they have.
 """
 
 from __future__ import annotations

@@ -37,13 +37,9 @@ class Input(Section):
 
 def save_input(directory: Path, encoder: Encoder) -> None:
     """Keep beside the weights how the rows were made that the model was trained on."""
-    read = Input(
-        template=encoder.template,
-        max_prompt_length=encoder.max_prompt_length,
-        keep_of_prompt=encoder.keep,
-        max_response_length=encoder.max_response_length,
-    )
-    (directory / INPUT_FILE).write_text(json.dumps(read.model_dump(), indent=2) + "\n", encoding="utf-8")
+    lengths = {"max_prompt_length": encoder.max_prompt_length, "max_response_length": encoder.max_response_length}
+    content = Input(template=encoder.template, keep_of_prompt=encoder.keep, **lengths).model_dump()
+    (directory / INPUT_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def saved_input(directory: Path) -> Input | None:
@@ -76,30 +72,28 @@ def load(
     Raises:
         UserError: no such model, or it has no scalar head.
     """
-    settings = model.model_copy(update={"path": directory, "revision": None, "dropout": 0.0})
-    settings = settings.model_copy(update={"lora": model.lora.model_copy(update={"r": 0})})
+    adapters = model.lora.model_copy(update={"r": 0})
+    settings = model.model_copy(update={"path": directory, "revision": None, "dropout": 0.0, "lora": adapters})
     tokenizer = load_tokenizer(settings, [])
     scorer = RewardModel(load_scalar(settings, tokenizer, seed=0, new_head=False, dtype="auto")).eval()
-    own = saved_input(Path(directory))
-    if own is None:
-        own = Input(
-            template=template, max_prompt_length=max_length, keep_of_prompt="end", max_response_length=max_length
+    trained = saved_input(Path(directory))
+    if trained is not None:
+        template, max_length = trained.template, trained.max_prompt_length + trained.max_response_length
+        encoder = Encoder(
+            tokenizer, template, trained.max_prompt_length, trained.max_response_length, trained.keep_of_prompt
         )
     else:
-        max_length = own.max_prompt_length + own.max_response_length
-    encoder = Encoder(tokenizer, own.template, own.max_prompt_length, own.max_response_length, own.keep_of_prompt)
+        encoder = Encoder(tokenizer, template, max_length, max_length, "end")
     limit = positions(hugging_face(scorer.model).config)
 
     def reward(prompts: Sequence[str], completions: Sequence[str], **columns: Sequence) -> list[float]:
-        """`raw_prompt` among the columns, which may be chat messages, goes before `prompts`, which is always text."""
+        # `raw_prompt`, which may be chat messages, goes before `prompts`, which is always text
         asked = columns.get("raw_prompt", prompts)
         rows = [read(encoder, prompt, text, max_length) for prompt, text in zip(asked, completions, strict=True)]
         longest = max(map(len, rows), default=0)
         if limit is not None and longest > limit:
-            raise UserError(
-                f"rewards.max_length: {max_length} lets {longest} tokens through, but {directory} has {limit} "
-                f"positions, wanted no more: say rewards.max_length={limit}"
-            )
+            problem = f"{max_length} lets {longest} tokens through, but {directory} has {limit} positions"
+            raise UserError(f"rewards.max_length: {problem}, wanted no more: say rewards.max_length={limit}")
         scores = score(scorer.to(device), rows, encoder.pad_id, batch_size, device)
         scorer.cpu()  # between two scorings the device belongs to the policy
         return scores

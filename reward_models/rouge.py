@@ -7,8 +7,9 @@ commas as words, as the released code of semi-offline RL (Chen et al. 2023) does
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from pipeline.records import RewardFunction
 from reward_models._references import References, runs
 from reward_models._released import punctuated
 from reward_models._rouge import rouge
@@ -21,38 +22,31 @@ def reward(prompts: list[str], completions: list[str], references: References = 
     return [sum(scores) / 3 for scores in _scores(MEAN_OF, completions, references)]
 
 
-def rouge1(prompts: list[str], completions: list[str], references: References = None, **columns: list) -> list[float]:
-    """F1 of shared words."""
-    return [score for (score,) in _scores(("rouge1",), completions, references)]
-
-
-def rouge2(prompts: list[str], completions: list[str], references: References = None, **columns: list) -> list[float]:
-    """F1 of shared pairs of neighbouring words."""
-    return [score for (score,) in _scores(("rouge2",), completions, references)]
-
-
-def rougeL(  # noqa: N802 - the name that everyone uses
-    prompts: list[str], completions: list[str], references: References = None, **columns: list
-) -> list[float]:
-    """F1 of the longest common subsequence of words."""
-    return [score for (score,) in _scores(("rougeL",), completions, references)]
-
-
-def rougeLsum(  # noqa: N802
-    prompts: list[str], completions: list[str], references: References = None, **columns: list
-) -> list[float]:
-    """F1 of the longest common subsequences line by line."""
-    return [score for (score,) in _scores(("rougeLsum",), completions, references)]
-
-
 def released(prompts: list[str], completions: list[str], references: References = None, **columns: list) -> list[float]:
     """The mean of the three where a full stop is the word `sep` and a comma `sep2`, also inside numbers."""
-    values: list[float] = []
-    for texts, neighbours in runs(completions, references, "ROUGE"):
-        gold, found = ([*map(punctuated, some)] for some in (texts, neighbours))
-        values += [sum(scores) / 3 for scores in rouge(MEAN_OF, gold, found)]
-    return values
+    return [sum(scores) / 3 for scores in _scores(MEAN_OF, completions, references, punctuated)]
 
 
-def _scores(kinds: Sequence[str], completions: list[str], references: References) -> list[list[float]]:
-    return [scores for texts, found in runs(completions, references, "ROUGE") for scores in rouge(kinds, texts, found)]
+def _alone(kind: str) -> RewardFunction:
+    def reward(
+        prompts: list[str], completions: list[str], references: References = None, **columns: list
+    ) -> list[float]:
+        return [score for (score,) in _scores((kind,), completions, references)]
+
+    return reward
+
+
+rouge1 = _alone("rouge1")  # F1 of shared words
+rouge2 = _alone("rouge2")  # F1 of shared pairs of neighbouring words
+rougeL = _alone("rougeL")  # noqa: N816 - F1 of the longest common subsequence of words, by the name that everyone uses
+rougeLsum = _alone("rougeLsum")  # noqa: N816 - F1 of the longest common subsequences line by line
+
+
+def _scores(
+    kinds: Sequence[str], completions: list[str], references: References, prepare: Callable[[str], str] = str
+) -> list[list[float]]:
+    return [
+        scores
+        for texts, neighbours in runs(completions, references, "ROUGE")
+        for scores in rouge(kinds, [*map(prepare, texts)], [*map(prepare, neighbours)])
+    ]

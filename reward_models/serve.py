@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hmac
 import json
-import math
 import signal
 import sys
 import threading
@@ -27,6 +26,7 @@ from pipeline import plugins
 from pipeline.config import reward_spec
 from pipeline.errors import UserError, did_you_mean
 from reward_models import _comet
+from reward_models._values import checked
 
 MEGABYTE = 10**6
 CHUNK = 2**16  # bytes
@@ -49,10 +49,6 @@ class Options:
 
 class RefusedError(Exception):
     """A request that is answered with an error: the status, and one line of what was wrong."""
-
-    def __init__(self, status: int, complaint: str) -> None:
-        super().__init__(complaint)
-        self.status = status
 
 
 class Server(ThreadingHTTPServer):
@@ -89,10 +85,11 @@ class Handler(BaseHTTPRequestHandler):
             columns = columns_of(self._body())
             self._answer(200, {"rewards": scored(self.server, columns)})
         except RefusedError as refused:
-            self._answer(refused.status, {"error": str(refused)})
+            status, complaint = refused.args
+            self._answer(status, {"error": complaint})
 
     def log_message(self, *arguments: object) -> None:
-        """A line per request would drown the others."""
+        """Nothing: a line per request would drown the others."""
 
     def _body(self) -> bytes:
         """The request's body, read whatever becomes of it: the client hears us only after it has sent all."""
@@ -140,26 +137,16 @@ def columns_of(body: bytes) -> dict[str, list]:
 
 
 def scored(server: Server, columns: dict[str, list]) -> list[float]:
-    """What the reward says. Raises RefusedError 422, which is not asked again, where it fails: it would fail again."""
-    completions = columns["completions"]
+    """The reward's values. Raises RefusedError 422, which is not asked again, where it fails: it would fail again."""
+    name, completions = server.options.reward, columns["completions"]
     if not completions:
         return []
     try:
         with server.turns:
-            place = f"reward {server.options.reward}"
-            values = plugins.guarded(place, lambda: [*map(float, server.reward(**columns))])
+            values = plugins.guarded(f"reward {name}", partial(server.reward, **columns))
+        return checked(name, values, completions)
     except UserError as error:
         raise RefusedError(422, str(error)) from None
-    if len(values) != len(completions):
-        raise RefusedError(
-            422, f"{place}: {len(values)} values for {len(completions)} completions, wanted one for each"
-        )
-    for i, value in enumerate(values):
-        if not math.isfinite(value):
-            raise RefusedError(
-                422, f"{place}: {value} for completion {i} {completions[i]!r:.80}, wanted a finite number"
-            )
-    return values
 
 
 def options_of(words: Sequence[str]) -> Options:
@@ -169,18 +156,15 @@ def options_of(words: Sequence[str]) -> Options:
     for word in words:
         key, sign, value = word.partition("=")
         if key not in kinds or not sign:
-            raise UserError(
-                f"{word}: wanted one of {', '.join(f'{name}=' for name in kinds)}{did_you_mean(key, kinds)}"
-            )
+            raise UserError(f"{word}: wanted one of {'=, '.join(kinds)}={did_you_mean(key, kinds)}")
         if kinds[key] is int and not value.isdecimal():
             raise UserError(f"{key}: {value!r}, wanted a whole number")
         given[key] = kinds[key](value)
     options = Options(**given)
     if not options.reward:
         raise UserError("no reward, wanted reward=NAME, reward=path/file.py, or reward=comet")
-    for key in ("threads", "max_request_mb", "batch_size"):
-        if key in given and given[key] < 1:
-            raise UserError(f"{key}: 0, wanted at least 1")
+    if zero := {"threads", "max_request_mb", "batch_size"} & {key for key, value in given.items() if value == 0}:
+        raise UserError(f"{min(zero)}: 0, wanted at least 1")
     if options.reward != "comet" and (foreign := {"model", "batch_size", "gpus"} & set(given)):
         raise UserError(f"{min(foreign)}: only reward=comet has it, wanted it left out")
     return options

@@ -19,7 +19,7 @@ from pipeline.data.vocabulary import TokenTables, token_tables
 from pipeline.models.mask_token import with_mask
 from pipeline.models.policy import Policy
 from pipeline.records import Batch, Example, Item, Row
-from pipeline.rewards.rewards import Reward, Rewards
+from pipeline.rewards.rewards import Rewards, WeightedReward
 from tests import tiny
 
 SHAPES = (*tiny.SHAPES, "qwen2", "pegasus")
@@ -114,4 +114,4 @@ def judge() -> Rewards:
     def reward(prompts: list[str], completions: list[str], **columns: list) -> list[float]:
         return [overlap(text, given[0]) for text, given in zip(completions, columns["references"], strict=True)]
 
-    return Rewards([Reward("overlap", 1.0, reward)])
+    return Rewards([WeightedReward("overlap", 1.0, reward)])

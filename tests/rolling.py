@@ -18,7 +18,7 @@ from pipeline.data.batching import Packing
 from pipeline.data.sampling import epoch_rows
 from pipeline.models.policy import Policy
 from pipeline.records import Example
-from pipeline.rewards.rewards import Reward, Rewards
+from pipeline.rewards.rewards import Rewards, WeightedReward
 from pipeline.rl.on_policy import Rollouts
 from pipeline.rollout.allocation import Sampler
 from pipeline.trainer import engine, loop
@@ -82,7 +82,7 @@ def judge(case: Case) -> Rewards:
     def letters(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
         return [0.5 if case.equal else sum(map(ord, text)) % 17 / 16 for text in completions]
 
-    return Rewards([Reward("letters", 1.0, letters)])
+    return Rewards([WeightedReward("letters", 1.0, letters)])
 
 
 def policy(case: Case) -> Policy:

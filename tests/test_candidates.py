@@ -13,7 +13,7 @@ from pipeline.data.write import write_rows
 from pipeline.errors import UserError
 from pipeline.records import Example, Message, Response, Scores
 from pipeline.rewards import candidates
-from pipeline.rewards.rewards import Reward, Rewards
+from pipeline.rewards.rewards import Rewards, WeightedReward
 from pipeline.rl import semi_offline
 from reward_models import length, rouge
 from stages import score
@@ -45,7 +45,7 @@ def test_one_response_is_the_completion() -> None:
 
 
 def test_candidates_are_ranked_and_equal_ones_keep_their_order() -> None:
-    judge = Rewards([Reward("length", 0.5, length.reward)])
+    judge = Rewards([WeightedReward("length", 0.5, length.reward)])
     alone, pick = Example("c", "p", "one two"), replace(ROW, candidates=("b", "one two three", "a", "one two"))
     judged = candidates.judged(tiny.ranks(), judge, [alone, pick, alone])
     # half of 3, 2, 1 and 1 words; the completion beside candidates gets no reward
@@ -60,7 +60,7 @@ def test_candidates_are_ranked_and_equal_ones_keep_their_order() -> None:
 
 def test_candidates_are_compared_with_all_references() -> None:
     row = replace(ROW, candidates=("dog", "ran", "sat on a mat"))
-    judged = candidates.judged(tiny.ranks(), Rewards([Reward("rouge", 1.0, rouge.rougeL)]), [row])
+    judged = candidates.judged(tiny.ranks(), Rewards([WeightedReward("rouge", 1.0, rouge.rougeL)]), [row])
     assert judged.rows[0].candidates == ("ran", "sat on a mat", "dog")
     assert judged.rows[0].candidate_rewards == (1.0, 1.0, 0.0)
 
@@ -227,6 +227,6 @@ def test_the_static_choice_is_a_setting_of_rl() -> None:
 def test_scores_of_ranked_rows_belong_to_their_texts() -> None:
     """The order of `rows` is the ranking, that of `texts` and `scores` the one in which they were judged."""
     row = replace(ROW, candidates=("b", "one two"))
-    judged = candidates.judged(tiny.ranks(), Rewards([Reward("length", 1.0, length.reward)]), [row])
+    judged = candidates.judged(tiny.ranks(), Rewards([WeightedReward("length", 1.0, length.reward)]), [row])
     assert isinstance(judged.scores, Scores)
     assert Counter(zip(judged.texts, judged.scores.total, strict=True)) == Counter({("b", 1.0): 1, ("one two", 2.0): 1})

@@ -14,7 +14,7 @@ from pipeline.errors import UserError
 from pipeline.models.policy import Policy
 from pipeline.records import Example, Message, Response, Scores
 from pipeline.rewards import scoring
-from pipeline.rewards.rewards import Reward, Rewards
+from pipeline.rewards.rewards import Rewards, WeightedReward
 from pipeline.trainer import evaluation
 from pipeline.trainer.objective import Objective
 from tests import tiny
@@ -128,7 +128,9 @@ def test_score_texts_hands_over_all_columns() -> None:
         seen.update(columns, prompts=prompts, completions=completions)
         return [0.25, 0.75]
 
-    rewards = Rewards([Reward("watching", 2.0, watching), Reward("sum", -1.0, lambda prompts, **_: [1.0, 2.0])])
+    rewards = Rewards(
+        [WeightedReward("watching", 2.0, watching), WeightedReward("sum", -1.0, lambda prompts, **_: [1.0, 2.0])]
+    )
     scores = scoring.score_texts(tiny.ranks(), rewards, rows, ["first", "second"])
     assert seen["prompts"] == ["xy", "user: hello\n\nassistant: hi"]
     assert seen["completions"] == ["first", "second"]
@@ -139,9 +141,9 @@ def test_score_texts_hands_over_all_columns() -> None:
 
 
 def test_score_texts_of_nothing_and_of_a_bad_reward() -> None:
-    rewards = Rewards([Reward("echo", 1.0, echo)])
+    rewards = Rewards([WeightedReward("echo", 1.0, echo)])
     assert scoring.score_texts(tiny.ranks(), rewards, [], []).total == []
-    bad = Rewards([Reward("bad", 1.0, lambda prompts, completions, **_: [float("nan")])])
+    bad = Rewards([WeightedReward("bad", 1.0, lambda prompts, completions, **_: [float("nan")])])
     with pytest.raises(UserError, match="bad"):
         scoring.score_texts(tiny.ranks(), bad, [Example("a", "p")], ["x"])
 

@@ -18,7 +18,7 @@ from pipeline.config.sections import HttpSettings
 from pipeline.errors import UserError
 from pipeline.records import Message
 from pipeline.rewards.http import connect
-from pipeline.rewards.rewards import Reward, Rewards
+from pipeline.rewards.rewards import Rewards, WeightedReward
 
 Answer = tuple[int, bytes, dict[str, str]]  # status, body, headers beside Content-Length
 FAST = {"batch_size": 2, "concurrency": 2, "timeout": 5.0, "retries": 2, "backoff": 0.01}
@@ -100,7 +100,7 @@ def always(status: int, body: bytes, **headers: str) -> Callable[[int, dict], An
 
 
 def score(address: str, texts: list[str], settings: HttpSettings, **columns: list) -> list[float]:
-    rewards = Rewards([Reward(address, 1.0, connect(address, settings))])
+    rewards = Rewards([WeightedReward(address, 1.0, connect(address, settings))])
     return list(rewards.score([f"p{i}" for i in range(len(texts))], texts, columns).total)
 
 
@@ -174,7 +174,7 @@ def test_a_connection_that_breaks_is_tried_again():
 
 
 def test_the_wait_doubles_and_the_tries_are_counted():
-    said = r"it answered 503 \(busy\); 3 tries in \d s, wanted an answer: look at"
+    said = r"it answered 503 \(busy\); 3 tries in \d s, wanted an answer: see to"
     with serving(always(503, b"busy\nmore")) as (address, heard), pytest.raises(UserError, match=said):
         score(address, ["a"], how(backoff=0.1))
     first, second = heard.times[1] - heard.times[0], heard.times[2] - heard.times[1]

@@ -118,7 +118,7 @@ def test_a_row_reads_well_in_tensorboard():
         "",
         "**reference:** so",
         "",
-        "**static response, 1 tokens hidden:** on<code> mat</code>",
+        "**static response, 1 tokens masked:** on<code> mat</code>",
         "",
         "**64 compositions, mean reward 0.5:** the best and the worst",
         "",

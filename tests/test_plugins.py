@@ -103,7 +103,7 @@ def test_a_wrong_function_lists_the_file(tmp_path):
         == f"reward {path}: no function 'shrt' in {path}, it has short, long; did you mean 'short'?"
     )
     assert message("rouge:rouge3").startswith("reward 'rouge': no function 'rouge3' in ")
-    assert "it has reward, rouge1, rouge2, rougeL, rougeLsum" in message("rouge:rouge3")
+    assert "it has reward, released, rouge1, rouge2, rougeL, rougeLsum" in message("rouge:rouge3")
 
 
 def test_what_is_no_function(tmp_path):

@@ -11,9 +11,10 @@ import torch
 
 from pipeline.config.reward_spec import parse
 from pipeline.errors import UserError
-from pipeline.rewards.rewards import Reward, Rewards, bounds, resolve, shortened
+from pipeline.rewards.rewards import Rewards, WeightedReward, bounds, resolve
 from pipeline.trainer.evaluation import length_correlation
 from reward_models import length, rouge
+from reward_models._values import shortened
 
 
 def fixed(values):
@@ -30,7 +31,7 @@ def words(prompts, completions, **columns):
 
 
 def test_weighted_sum():
-    rewards = Rewards([Reward("a", 1.0, fixed([1.0, 2.0])), Reward("b", -0.5, fixed([4.0, 0.0]))])
+    rewards = Rewards([WeightedReward("a", 1.0, fixed([1.0, 2.0])), WeightedReward("b", -0.5, fixed([4.0, 0.0]))])
     scores = score(rewards, ["x", "y"])
     assert scores.raw == {"a": [1.0, 2.0], "b": [4.0, 0.0]}
     assert scores.normalised == scores.raw
@@ -38,14 +39,14 @@ def test_weighted_sum():
 
 
 def test_sigmoid_values():
-    scores = score(Rewards([Reward("a", 2.0, fixed([-1.5441417694, 0.3059706092]), "sigmoid")]), ["x", "y"])
+    scores = score(Rewards([WeightedReward("a", 2.0, fixed([-1.5441417694, 0.3059706092]), "sigmoid")]), ["x", "y"])
     assert scores.raw["a"] == [-1.5441417694, 0.3059706092]
     assert scores.normalised["a"] == pytest.approx([0.17593399, 0.57590143], abs=1e-8)
     assert scores.total == pytest.approx([2 * 0.17593399, 2 * 0.57590143], abs=2e-8)
 
 
 def test_sigmoid_far_out():
-    scores = score(Rewards([Reward("a", 1.0, fixed([-1e4, 1e4, 0.0]), "sigmoid")]), ["x", "y", "z"])
+    scores = score(Rewards([WeightedReward("a", 1.0, fixed([-1e4, 1e4, 0.0]), "sigmoid")]), ["x", "y", "z"])
     assert scores.total == [0.0, 1.0, 0.5]
 
 
@@ -54,10 +55,8 @@ def test_all_is_passed_by_keyword():
         assert others == {"prompts": ["p", "p"], "source": ["s", "t"]}
         return [float(text == right) for text, right in zip(completions, answer, strict=True)]
 
-    assert score(Rewards([Reward("a", 1.0, reward)]), ["x", "y"], answer=["x", "z"], source=["s", "t"]).total == [
-        1.0,
-        0.0,
-    ]
+    rewards = Rewards([WeightedReward("a", 1.0, reward)])
+    assert score(rewards, ["x", "y"], answer=["x", "z"], source=["s", "t"]).total == [1.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +74,7 @@ def test_all_is_passed_by_keyword():
     ],
 )
 def test_kinds_of_numbers(values):
-    total = score(Rewards([Reward("a", 1.0, fixed(values))]), ["x", "y"]).total
+    total = score(Rewards([WeightedReward("a", 1.0, fixed(values))]), ["x", "y"]).total
     assert total == [1.0, 0.0]
     assert [type(value) for value in total] == [float, float]
 
@@ -106,7 +105,7 @@ def test_kinds_of_numbers(values):
 )
 def test_wrong_values(values, said):
     with pytest.raises(UserError, match=said) as raised:
-        score(Rewards([Reward("mine", 1.0, fixed(values))]), ["first", "second\ntext"])
+        score(Rewards([WeightedReward("mine", 1.0, fixed(values))]), ["first", "second\ntext"])
     assert "\n" not in str(raised.value)
 
 
@@ -119,7 +118,7 @@ def test_an_exception_names_the_reward_the_line_and_the_cause(tmp_path):
         more.write("def helper(x):\n    return [1 / x]\n")
     function = resolve(str(file), learned=no_model, served=no_server, trained={})
     with pytest.raises(UserError) as raised:
-        score(Rewards([Reward("mine", 1.0, function)]), ["text"], source=["s"], id=["i"])
+        score(Rewards([WeightedReward("mine", 1.0, function)]), ["text"], source=["s"], id=["i"])
     wanted = f"reward mine, called with the columns source, id: ZeroDivisionError: division by zero ({file}:7)"
     assert str(raised.value) == wanted
     assert isinstance(raised.value.__cause__, ZeroDivisionError)
@@ -129,9 +128,9 @@ def test_a_missing_column_is_said():
     with pytest.raises(
         UserError, match=r"called with the columns \(none\): TypeError: .* missing 1 required .* 'answer'$"
     ):
-        score(Rewards([Reward("mine", 1.0, lambda completions, answer, **columns: [])]), ["x"])
+        score(Rewards([WeightedReward("mine", 1.0, lambda completions, answer, **columns: [])]), ["x"])
     with pytest.raises(UserError, match=r"reward rouge, .*: ValueError: there is no column `references`"):
-        score(Rewards([Reward("rouge", 1.0, rouge.reward)]), ["x"])
+        score(Rewards([WeightedReward("rouge", 1.0, rouge.reward)]), ["x"])
 
 
 def test_long_texts_are_shortened():
@@ -160,12 +159,12 @@ def test_length_correlation():
 
 def test_bounds():
     squashed = [
-        Reward("a", 2.0, words, "sigmoid"),
-        Reward("b", -0.5, words, "sigmoid"),
-        Reward("c", 1.0, words, "sigmoid"),
+        WeightedReward("a", 2.0, words, "sigmoid"),
+        WeightedReward("b", -0.5, words, "sigmoid"),
+        WeightedReward("c", 1.0, words, "sigmoid"),
     ]
     assert bounds(squashed) == (-0.5, 3.0)
-    assert bounds([*squashed, Reward("d", 1.0, words)]) is None
+    assert bounds([*squashed, WeightedReward("d", 1.0, words)]) is None
     assert bounds(squashed[:1]) == (0.0, 2.0)
 
 
@@ -238,7 +237,7 @@ def test_resolve_a_file_and_score(tmp_path):
         "def reward(prompts, completions, **columns):\n    return [-len(x) for x in completions]\n"
     )
     function = resolve(f"{tmp_path}/brief.py", no_model, no_server, {})
-    assert score(Rewards([Reward("brief", 0.5, function)]), ["four", ""]).total == [-2.0, 0.0]
+    assert score(Rewards([WeightedReward("brief", 0.5, function)]), ["four", ""]).total == [-2.0, 0.0]
 
 
 def test_resolve_unknown_name():

@@ -15,7 +15,7 @@ from pipeline.algorithms import semi_offline, supervised
 from pipeline.data.batching import Windows
 from pipeline.models.policy import Policy
 from pipeline.records import Example, Item
-from pipeline.rewards.rewards import Reward, Rewards
+from pipeline.rewards.rewards import Rewards, WeightedReward
 from pipeline.rl.compositions import Composer
 from pipeline.rollout.generate import generate
 from pipeline.trainer.engine import Engine
@@ -87,7 +87,7 @@ def fine_tuned() -> Engine:
 
 def reinforced(weights: dict[str, Tensor], shuffled: int | None) -> Engine:
     """Semi-offline RL from `weights`; with a seed `shuffled`, from rewards that have changed places."""
-    trained, judge = engine_of(weights), Rewards([Reward("right", 1.0, right)])
+    trained, judge = engine_of(weights), Rewards([WeightedReward("right", 1.0, right)])
     composer = Composer(trained.ranks, masked.encoder(), judge, rows(), semi_offline, shuffled)
     objective = Objective(
         lambda output, batch: composer.loss(output, batch, SETTINGS), semi_offline.MEAN_OVER, output="drawn"

@@ -113,8 +113,8 @@ def test_a_request_of_no_length():
     [
         ("return [1 / 0]", r"other: ZeroDivisionError: division by zero \(.*judge.py:2\)"),
         ("return [1.0, 2.0]", "2 values for 1 completions, wanted one for each"),
-        ("return [float('nan')]", "nan for completion 0 'c', wanted a finite number"),
-        ("return None", "TypeError: 'NoneType' object is not iterable"),
+        ("return [float('nan')]", "nan for completion 0 'c', wanted a finite float"),
+        ("return None", "it returned a NoneType, wanted a list"),
         ("raise SystemExit(3)", "SystemExit: 3"),
     ],
 )
@@ -154,7 +154,7 @@ def test_the_key(monkeypatch):
 
 
 class Prediction(NamedTuple):
-    """What COMET's `predict` returns, as far as we look at it."""
+    """What COMET's `predict` returns, as far as we use it."""
 
     scores: list[float]
     system_score: float

@@ -17,7 +17,7 @@ from pipeline.bench.setup import Setup, even, new_engine, new_trainer, packing, 
 from pipeline.config.resolve import resolve
 from pipeline.models.loading import hugging_face
 from pipeline.records import Item
-from pipeline.rewards.rewards import Reward, Rewards
+from pipeline.rewards.rewards import Rewards, WeightedReward
 from pipeline.rl.compositions import Composer
 from pipeline.trainer.engine import Engine
 from pipeline.trainer.loop import Trainer
@@ -78,7 +78,7 @@ def semi_trainer(setup: Setup, engine: Engine, items: list[Item], samples: int) 
     module, algorithm, objective = objective_of(settings.algorithm)
     model = Model(engine, setup.encoder, packing(setup, engine))
     masked = masked_packing(model, settings.masking, settings.seed, samples=samples)
-    rewards = Rewards([Reward("rouge", 1.0, rouge.reward)])
+    rewards = Rewards([WeightedReward("rouge", 1.0, rouge.reward)])
     composer = Composer(setup.ranks, setup.encoder, rewards, items, module)
     scored = replace(objective, loss=partial(composer.loss, settings=algorithm))
     return new_trainer(setup, engine, scored, items, masked)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import UserError
@@ -18,12 +19,22 @@ from pipeline.errors import UserError
 HEADS = ["score", "classifier", "classification_head"]  # what architectures call their scalar head
 NO_LANGUAGE_MODEL = ("ForSequenceClassification", "ForTokenClassification", "ForMaskedLM", "ForQuestionAnswering")
 JSON_FILES = ("config.json", "adapter_config.json", "tokenizer_config.json", "tokenizer.json")
+NO_REWARD_MODEL = "wanted a reward model: train one with bash run.sh stage=reward"
 # what transformers, tokenizers and peft raise over files that are missing, cut short, or of another kind
 READ_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, EOFError)
 READ_ERRORS += (SafetensorError, pickle.UnpicklingError)
 
 
-def unreadable(path: str, what: str, error: Exception) -> str:
+@contextmanager
+def reading(path: str, what: str) -> Iterator[None]:
+    """Raises UserError where `what` of the checkpoint at `path` cannot be read."""
+    try:
+        yield
+    except READ_ERRORS as error:
+        raise UserError(_unreadable(path, what, error)) from None
+
+
+def _unreadable(path: str, what: str, error: Exception) -> str:
     """One line for a checkpoint that cannot be read."""
     place = Path(path)
     if place.exists() and not (place / "config.json").exists() and not (place / "adapter_config.json").exists():
@@ -52,31 +63,23 @@ def read_object(file: Path) -> dict[str, Any]:
     """The JSON object in a file that belongs to a checkpoint. Raises UserError with file and line."""
     cure = "wanted a JSON object: save the model again, or name another"
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{file}:{error.lineno}: no JSON ({error.msg}), {cure}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: no UTF-8 text ({error}), {cure}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{file}: JSON of type {type(found).__name__}, {cure}")
-    return found
-
-
-def check_adapter(path: str) -> None:
-    """Raises UserError where adapters are described, but their weights are not there."""
-    if not any(Path(path).glob("adapter_model.*")):
-        raise UserError(
-            f"model.path: {path} has adapter_config.json, but no adapter_model.safetensors, wanted both: copy it again"
-        )
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: JSON of type {type(content).__name__}, {cure}")
+    return content
 
 
 def check_kind(path: str, config: PretrainedConfig) -> None:
     """Raises UserError where a language model is wanted and the checkpoint says it is something else."""
-    named = config.architectures or []
-    if any(name.endswith(NO_LANGUAGE_MODEL) for name in named):
-        reward = named[0].endswith("ForSequenceClassification")
-        hint = "it may be a reward model: name it in reward=, and here" if reward else "name"
-        raise UserError(f"model.path: {path} is a {named[0]}, wanted a language model: {hint} a model that writes text")
+    names = config.architectures or []
+    if any(name.endswith(NO_LANGUAGE_MODEL) for name in names):
+        reward = names[0].endswith("ForSequenceClassification")
+        cure = "it may be a reward model: name it in reward=, and here" if reward else "name"
+        raise UserError(f"model.path: {path} is a {names[0]}, wanted a language model: {cure} a model that writes text")
 
 
 def check_report(path: str, report: Mapping[str, Any], model: PreTrainedModel, new_head: bool) -> bool:
@@ -86,32 +89,21 @@ def check_report(path: str, report: Mapping[str, Any], model: PreTrainedModel, n
         UserError: weights are missing, of another shape, or of layers that the configuration does not have; or the
             head is missing and a new one is not welcome.
     """
-    missing, shapes = sorted(report["missing_keys"]), sorted(report["mismatched_keys"])
+    missing, other = sorted(report["missing_keys"]), "is config.json another model's?"
     heads = [name for name in missing if name.split(".")[0] in HEADS]
-    lost = [name for name in missing if name not in heads]
-    if lost:
-        raise UserError(
-            f"model.path: {path} lacks {len(lost)} weights ({lost[0]}, ...), wanted all of a {type(model).__name__}: "
-            "is it whole?"
-        )
-    if shapes:
-        name, saved, wanted = shapes[0]
-        cure = "is config.json another model's?"
-        if name.split(".")[0] in HEADS:
-            cure = "a reward model has one output"
+    if lost := [name for name in missing if name not in heads]:
+        problem = f"lacks {len(lost)} weights ({lost[0]}, ...), wanted all of a {type(model).__name__}: is it whole?"
+        raise UserError(f"model.path: {path} {problem}")
+    for name, saved, wanted in sorted(report["mismatched_keys"]):
+        cure = "a reward model has one output" if name.split(".")[0] in HEADS else other
         raise UserError(f"model.path: {path}: {name} has shape {tuple(saved)}, wanted {tuple(wanted)}: {cure}")
+    # of an unexpected weight, a namesake in another layer is expected: the checkpoint has more layers
     layers = {_numberless(name) for name in model.state_dict()}
-    beyond = sorted(name for name in report["unexpected_keys"] if _numberless(name) in layers - {name})
-    if beyond:
-        raise UserError(
-            f"model.path: {path} has weights of more layers than config.json says ({beyond[0]}, ...), wanted as many: "
-            "is config.json another model's?"
-        )
+    if beyond := sorted(name for name in report["unexpected_keys"] if _numberless(name) in layers - {name}):
+        problem = f"has weights of more layers than config.json says ({beyond[0]}, ...), wanted as many: {other}"
+        raise UserError(f"model.path: {path} {problem}")
     if heads and not new_head:
-        raise UserError(
-            f"{path}: no scalar head ({heads[0]} is missing), wanted a reward model: "
-            "train one with bash run.sh stage=reward"
-        )
+        raise UserError(f"{path}: no scalar head ({heads[0]} is missing), {NO_REWARD_MODEL}")
     return bool(heads)
 
 
@@ -123,10 +115,8 @@ def check_vocabulary(path: str | None, model: PreTrainedModel, tokenizer: PreTra
     """Raises UserError where the tokenizer has tokens that the model has no embedding for."""
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
-        raise UserError(
-            f"model.path: {path} has {rows} embeddings but its tokenizer has {len(tokenizer)} tokens, wanted no more "
-            "tokens than embeddings: is it another model's?"
-        )
+        problem = f"has {rows} embeddings but its tokenizer has {len(tokenizer)} tokens"
+        raise UserError(f"model.path: {path} {problem}, wanted no more tokens than embeddings: is it another model's?")
 
 
 def positions(config: PretrainedConfig) -> int | None:
@@ -149,11 +139,6 @@ def check_positions(config: PretrainedConfig, prompt: int, response: int, whole:
             f"but the model has {limit} positions, wanted no more: lower data.max_prompt_length, "
             "data.max_response_length or generation.max_new_tokens"
         )
-
-
-def linear_names(model: nn.Module) -> Sequence[str]:
-    """The last names of a model's matrices, which adapters can be put on."""
-    return sorted({name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, nn.Linear)})
 
 
 def verify(directory: Path, weights: dict[str, Tensor]) -> None:

@@ -8,10 +8,10 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -25,11 +25,10 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from pipeline import errors
 from pipeline.config.sections import ModelSettings
-from pipeline.errors import UserError
+from pipeline.errors import ROOM, UserError
 from pipeline.models import checks, mask_token
-from pipeline.models.checks import READ_ERRORS, unreadable
+from pipeline.models.checks import NO_REWARD_MODEL, reading
 from pipeline.models.lora import adapter_of, under, with_lora
 from pipeline.models.scratch import small_config, train_tokenizer
 
@@ -55,43 +54,38 @@ def load_tokenizer(settings: ModelSettings, texts: Sequence[str], mask: bool = F
 def _read_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer as it is."""
     checks.check_files(settings.path)
-    try:
-        return AutoTokenizer.from_pretrained(
-            settings.path, revision=settings.revision, trust_remote_code=settings.trust_remote_code
-        )
-    except READ_ERRORS as error:
-        raise UserError(unreadable(settings.path, "tokenizer", error)) from None
+    with reading(settings.path, "tokenizer"):
+        return AutoTokenizer.from_pretrained(settings.path, **_version(settings))
+
+
+def _version(settings: ModelSettings) -> dict[str, Any]:
+    """Which files of a checkpoint are read, and whether code among them is run."""
+    return {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
 
 
 def with_pad(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """The tokenizer with a pad token that is in its vocabulary already, EOS only if nothing else is."""
-    if tokenizer.pad_token_id is not None:
-        return tokenizer
-    vocabulary = tokenizer.get_vocab()
-    spare = next((name for name in PAD_NAMES if name in vocabulary and name != tokenizer.eos_token), None)
-    tokenizer.pad_token = spare if spare is not None else tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        vocabulary = tokenizer.get_vocab()
+        spare = (name for name in PAD_NAMES if name in vocabulary and name != tokenizer.eos_token)
+        tokenizer.pad_token = next(spare, tokenizer.eos_token)
     return tokenizer
 
 
 def load_config(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
     """The checkpoint's configuration, or that of a small new model."""
     passed: list[str | None] = []
-    while (adapter := adapter_of(settings)) is not None:
+    while (adapter := adapter_of(settings)) is not None:  # adapters may lie on adapters
         passed.append(settings.path)
         settings = under(settings, adapter)
         if settings.path in passed:
-            raise UserError(
-                f"model.path: the adapters of {settings.path} name themselves as the model below them, wanted another"
-            )
+            problem = f"the adapters of {settings.path} name themselves as the model below them"
+            raise UserError(f"model.path: {problem}, wanted another")
     if settings.path is None:
         config = small_config(settings.scratch, tokenizer)
     else:
-        try:
-            config = AutoConfig.from_pretrained(
-                settings.path, revision=settings.revision, trust_remote_code=settings.trust_remote_code
-            )
-        except READ_ERRORS as error:
-            raise UserError(unreadable(settings.path, "model", error)) from None
+        with reading(settings.path, "model"):
+            config = AutoConfig.from_pretrained(settings.path, **_version(settings))
     config.pad_token_id = tokenizer.pad_token_id
     return config
 
@@ -111,7 +105,8 @@ def load_policy(
     config = load_config(settings, tokenizer)
     checks.check_kind(settings.path, config)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model = _load(auto, settings, config, Making(seed, dtype, new_head=False))
+    torch.manual_seed(seed)
+    model = _load(auto, settings, config, dtype, new_head=False)
     if config.is_encoder_decoder:
         start_from_forced(model)
     mask = mask or mask_token.lacks_row(model, tokenizer)
@@ -138,60 +133,50 @@ def load_scalar(
     """
     config = load_config(settings, tokenizer)
     config.num_labels = 1
-    model = _load(AutoModelForSequenceClassification, settings, config, Making(seed, dtype, new_head))
+    torch.manual_seed(seed)
+    model = _load(AutoModelForSequenceClassification, settings, config, dtype, new_head)
     checks.check_vocabulary(settings.path, model, tokenizer)
     return with_lora(model, settings.lora, "SEQ_CLS")
 
 
-class Making(NamedTuple):
-    """How weights are made or read: the seed of new ones, their type, and whether a new scalar head is welcome."""
-
-    seed: int
-    dtype: torch.dtype | str
-    new_head: bool
-
-
-def _load(auto: type, settings: ModelSettings, config: PretrainedConfig, making: Making) -> PreTrainedModel:
-    options = {"attn_implementation": settings.attn_implementation, "dtype": making.dtype}
-    torch.manual_seed(making.seed)
-    if settings.path is None:
-        if settings.lora.r:
-            raise UserError("model.lora.r: adapters of a new model's frozen random weights learn little: give model=")
-        model = _from_config(auto, config, options)
-        zero_head(model)
-    elif (adapter := adapter_of(settings)) is not None:
-        model = _from_adapter(auto, settings, config, adapter, options, making.new_head)
+def _load(
+    auto: type, settings: ModelSettings, config: PretrainedConfig, dtype: torch.dtype | str, new_head: bool
+) -> PreTrainedModel:
+    """A model of the class `auto`: a new one, or what `settings.path` holds."""
+    options = {"attn_implementation": settings.attn_implementation, "dtype": dtype}
+    if settings.path is not None:
+        model = _from_path(auto, settings, config, options, new_head)
+    elif settings.lora.r:
+        raise UserError("model.lora.r: adapters of a new model's frozen random weights learn little: give model=")
     else:
-        model = _from_checkpoint(auto, settings, config, options, making.new_head)
+        try:
+            model = auto.from_config(config, **options)
+        except (ImportError, ValueError) as error:
+            problem = f"{settings.attn_implementation} ({' '.join(str(error).split())})"
+            raise UserError(f"model.attn_implementation: {problem}: say sdpa") from None
+        zero_head(model)
     if settings.dropout is not None:
         set_dropout(model, settings.dropout)
     return model
 
 
-def _from_adapter(
-    auto: type, settings: ModelSettings, config: PretrainedConfig, adapter: PeftConfig, options: dict, new_head: bool
+def _from_path(
+    auto: type, settings: ModelSettings, config: PretrainedConfig, options: dict[str, Any], new_head: bool
 ) -> PreTrainedModel:
-    """The model under the adapters with their difference added to its weights."""
+    """A checkpoint's weights; or the model under adapters, with their difference added to its weights."""
+    if (adapter := adapter_of(settings)) is None:
+        return _from_checkpoint(auto, settings, config, options, new_head)
     scalar = adapter.task_type == "SEQ_CLS"
     if scalar != (auto is AutoModelForSequenceClassification) and not new_head:
         if scalar:
             raise UserError(f"{settings.path}: its adapters belong to a reward model, wanted a policy's: name another")
-        raise UserError(
-            f"{settings.path}: no scalar head (its adapters belong to a policy), wanted a reward model: "
-            "train one with bash run.sh stage=reward"
-        )
+        raise UserError(f"{settings.path}: no scalar head (its adapters belong to a policy), {NO_REWARD_MODEL}")
     kinds = {"SEQ_CLS": AutoModelForSequenceClassification, "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM}
     kind = kinds.get(adapter.task_type, AutoModelForCausalLM)
-    base = under(settings, adapter)
-    if (below := adapter_of(base)) is not None:
-        model = _from_adapter(kind, base, config, below, options, new_head=scalar)
-    else:
-        model = _from_checkpoint(kind, base, config, options, new_head=scalar)
+    model = _from_path(kind, under(settings, adapter), config, options, new_head=scalar)
     mask_token.grow_for(model, adapter)
-    try:
+    with reading(settings.path, "adapters"):
         model = PeftModel.from_pretrained(model, settings.path).merge_and_unload()
-    except READ_ERRORS as error:
-        raise UserError(unreadable(settings.path, "adapters", error)) from None
     if kind is not auto:  # a reward model starts from a policy
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
@@ -203,27 +188,12 @@ def _from_adapter(
     return model
 
 
-def _from_config(auto: type, config: PretrainedConfig, options: dict) -> PreTrainedModel:
-    try:
-        return auto.from_config(config, **options)
-    except (ImportError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"model.attn_implementation: {options['attn_implementation']} ({reason}): say sdpa") from None
-
-
-def _from_checkpoint(auto: type, settings: ModelSettings, config: PretrainedConfig, options: dict, new_head: bool):
-    try:
-        model, report = auto.from_pretrained(
-            settings.path,
-            config=config,
-            revision=settings.revision,
-            trust_remote_code=settings.trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told by `check_report`, which names them
-            **options,
-        )
-    except READ_ERRORS as error:
-        raise UserError(unreadable(settings.path, "weights", error)) from None
+def _from_checkpoint(
+    auto: type, settings: ModelSettings, config: PretrainedConfig, options: dict[str, Any], new_head: bool
+) -> PreTrainedModel:
+    options = {**options, **_version(settings), "output_loading_info": True}
+    with reading(settings.path, "weights"):  # `check_report` names mismatched sizes
+        model, report = auto.from_pretrained(settings.path, config=config, ignore_mismatched_sizes=True, **options)
     if checks.check_report(settings.path, report, model, new_head):
         zero_head(model)
     return model
@@ -282,31 +252,29 @@ def _write(
     """Weights, configuration and tokenizer. Raises UserError where the disk refuses, and leaves nothing then."""
     lm = hugging_face(model)
     try:
-        if isinstance(model, PeftModel):
-            whole = "auto" if model.active_peft_config.trainable_token_indices is None else False
-            model.save_pretrained(directory, state_dict=dict(weights), save_embedding_layers=whole)
-        else:
-            model.save_pretrained(directory, state_dict=dict(weights))
+        options = {}
+        if isinstance(model, PeftModel) and model.active_peft_config.trainable_token_indices is not None:
+            options = {"save_embedding_layers": False}  # the adapters hold the embeddings that were trained
+        model.save_pretrained(directory, state_dict=dict(weights), **options)
         tokenizer.save_pretrained(directory)
         if lm.can_generate() and (suppressed := mask_token.suppressed_ids(tokenizer, lm)):
-            speech = copy.deepcopy(lm.generation_config)
-            speech.suppress_tokens = suppressed
-            speech.save_pretrained(directory)
+            generation = copy.deepcopy(lm.generation_config)
+            generation.suppress_tokens = suppressed
+            generation.save_pretrained(directory)
     except Exception as error:  # safetensors and tokenizers have no class of their own for what the system refuses
         if "os error" not in str(error):
             raise
         shutil.rmtree(directory, ignore_errors=True)
-        raise UserError(f"{directory}: cannot be written ({error}), {errors.ROOM}") from None
+        raise UserError(f"{directory}: cannot be written ({error}), {ROOM}") from None
 
 
 def start_from_forced(model: PreTrainedModel) -> None:
-    """Let the token that `model` is forced to say first be the one that its decoder starts from, in what is saved too.
+    """Start the decoder from the token that generation forces first, in what is saved too.
 
-    Without it a checkpoint would spend its first words' probability on that token, and the `generate` of transformers
+    Otherwise a checkpoint would spend its first words' probability on that token, and the `generate` of transformers
     would force a token that training never showed.
     """
-    speech = model.generation_config
-    if speech is None or not isinstance(speech.forced_bos_token_id, int):
-        return
-    model.config.decoder_start_token_id = speech.decoder_start_token_id = speech.forced_bos_token_id
-    speech.forced_bos_token_id = None
+    generation = model.generation_config
+    if generation is not None and isinstance(generation.forced_bos_token_id, int):
+        model.config.decoder_start_token_id = generation.decoder_start_token_id = generation.forced_bos_token_id
+        generation.forced_bos_token_id = None

@@ -1,16 +1,17 @@
-"""LoRA: fresh adapters on a model, and what a directory of trained ones says of itself."""
+"""LoRA: fresh adapters on a model, and what a directory of trained ones belongs to."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.config.sections import LoraSettings, ModelSettings
 from pipeline.errors import UserError
 from pipeline.models import checks
-from pipeline.models.checks import HEADS, READ_ERRORS, unreadable
+from pipeline.models.checks import HEADS, reading
 
 
 def with_lora(
@@ -31,20 +32,25 @@ def with_lora(
     try:
         return get_peft_model(model, config)
     except (TypeError, ValueError) as error:  # the former where the embeddings are among the targets, beside `tokens`
-        found, names = str(error).splitlines()[0].split(". ")[0], ", ".join(checks.linear_names(model))
-        raise UserError(f"model.lora.target_modules: {found}, wanted all-linear, or some of {names}") from None
+        problem, names = str(error).splitlines()[0].split(". ")[0], ", ".join(linear_names(model))
+        raise UserError(f"model.lora.target_modules: {problem}, wanted all-linear, or some of {names}") from None
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """The last names of a model's matrices, which adapters can be put on."""
+    return sorted({name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, nn.Linear)})
 
 
 def adapter_of(settings: ModelSettings) -> PeftConfig | None:
-    """What `settings.path` says of itself if it holds adapters, as an earlier stage with LoRA leaves them."""
+    """The description of the adapters in `settings.path`, if an earlier stage with LoRA left some there."""
     if settings.path is None or not (Path(settings.path) / "adapter_config.json").is_file():
         return None
     checks.check_files(settings.path)
-    try:
+    with reading(settings.path, "adapter_config.json"):
         adapter = PeftConfig.from_pretrained(settings.path)
-    except READ_ERRORS as error:
-        raise UserError(unreadable(settings.path, "adapter_config.json", error)) from None
-    checks.check_adapter(settings.path)
+    if not any(Path(settings.path).glob("adapter_model.*")):
+        problem = "has adapter_config.json, but no adapter_model.safetensors, wanted both: copy it again"
+        raise UserError(f"model.path: {settings.path} {problem}")
     if adapter.base_model_name_or_path is None:
         raise UserError(f"model.path: the adapters of {settings.path} do not say what model they belong to")
     return adapter

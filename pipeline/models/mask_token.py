@@ -83,9 +83,9 @@ def grow(model: PreTrainedModel, wanted: int) -> None:
 
 def grow_for(model: PreTrainedModel, adapter: PeftConfig) -> None:
     """Give `model` the embeddings that `adapter` was trained with, before it is opened."""
-    found = adapter.to_dict().get("trainable_token_indices") or []
-    groups = found.values() if isinstance(found, dict) else [found]
-    wanted = max((index + 1 for group in groups for index in group), default=0)
+    trained = adapter.to_dict().get("trainable_token_indices") or []
+    lists = trained.values() if isinstance(trained, dict) else [trained]
+    wanted = max((index + 1 for indices in lists for index in indices), default=0)
     if wanted > model.get_input_embeddings().weight.shape[0]:
         grow(model, wanted)
 
@@ -107,10 +107,8 @@ def check_shared(model: PreTrainedModel) -> None:
     shared = model.get_input_embeddings().weight
     for part in (model.get_encoder(), model.get_decoder()):
         if part.get_input_embeddings().weight is not shared:
-            raise UserError(
-                f"model.path: {model.name_or_path} reads and writes with separate embeddings, wanted shared ones for "
-                "the mask token: name another model"
-            )
+            problem = "reads and writes with separate embeddings, wanted shared ones for the mask token"
+            raise UserError(f"model.path: {model.name_or_path} {problem}: name another model")
 
 
 def suppressed_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[int]:

@@ -7,7 +7,7 @@ stage 2 the gradients too, stage 3 the weights too. Activations and logits are e
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from pipeline.config.deepspeed import read_ds_config
 from pipeline.config.schema import Plan, Training
@@ -16,8 +16,7 @@ from pipeline.config.sections import ModelSettings
 GB = 1e9
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """What the estimate needs to know of a model."""
 
     parameters: float
@@ -27,8 +26,7 @@ class Shape:
     vocab_size: int
 
 
-@dataclass(frozen=True)
-class Memory:
+class Memory(NamedTuple):
     """Bytes on one rank."""
 
     weights: float
@@ -36,10 +34,6 @@ class Memory:
     optimizer: float
     activations: float
     logits: float
-
-    @property
-    def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
 
 
 def memory(shape: Shape, stage: int, world: int, half: bool, offload: bool, tokens: int, checkpointing: bool) -> Memory:
@@ -64,41 +58,30 @@ def estimate(settings: Training) -> str:
     """
     shape, train, world = shape_of(settings), settings.train, settings.launch.processes
     zero = read_ds_config(train.zero)["zero_optimization"]
-    tokens = train.max_tokens or train.micro_batch_size * (
-        settings.data.max_prompt_length + settings.data.max_response_length
-    )
+    longest = settings.data.max_prompt_length + settings.data.max_response_length
+    tokens = train.max_tokens or train.micro_batch_size * longest
+
+    def parts(stage: int, offload: bool) -> Memory:
+        half = train.precision != "fp32"
+        return memory(shape, stage, world, half, offload, tokens, train.gradient_checkpointing)
+
     lines = [
         f"model: {shape.parameters / 1e6:,.1f} M weights, {shape.trained / 1e6:,.1f} M trained, {train.precision}",
         f"batch: {train.batch_size} rows per step over {world} processes, {tokens:,} padded tokens per forward",
-        f"{'GB per process':16}"
-        + "".join(f"{title:>12}" for title in ("weights", "gradients", "optimizer", "activations", "logits", "all")),
+        f"{'GB per process':16}" + "".join(f"{title:>12}" for title in (*Memory._fields, "all")),
     ]
     for stage in range(4):
-        offload = stage == zero["stage"] and "offload_optimizer" in zero
-        m = memory(shape, stage, world, train.precision != "fp32", offload, tokens, train.gradient_checkpointing)
-        mark = " <- train.zero" if stage == zero["stage"] else ""
-        parts = (m.weights, m.gradients, m.optimizer, m.activations, m.logits, m.total)
-        lines.append(f"{f'ZeRO-{stage}':16}" + "".join(f"{part / GB:12.2f}" for part in parts) + mark)
+        chosen = stage == zero["stage"]
+        row = parts(stage, chosen and "offload_optimizer" in zero)
+        numbers = "".join(f"{part / GB:12.2f}" for part in (*row, sum(row)))
+        lines.append(f"{f'ZeRO-{stage}':16}{numbers}" + (" <- train.zero" if chosen else ""))
     if isinstance(settings, Plan):
-        lines.append(f"fits in {settings.gpu_memory_gb:g} GB: {fitting(settings, shape, tokens)}")
+        limit = 0.9 * settings.gpu_memory_gb * GB  # the rest is for what is not estimated
+        fitting = [f"ZeRO-{stage}" for stage in range(4) if sum(parts(stage, offload=False)) <= limit]
+        cure = "none: more processes, LoRA, offload or gradient_checkpointing"
+        lines.append(f"fits in {settings.gpu_memory_gb:g} GB: {', '.join(fitting) or cure}")
     lines.append("one model in memory: a reference is never kept beside the policy")
     return "\n".join(lines)
-
-
-def fitting(settings: Plan, shape: Shape, tokens: int) -> str:
-    """The ZeRO stages under which the estimate stays below nine tenths of the GPU."""
-    train, world = settings.train, settings.launch.processes
-    half = train.precision != "fp32"
-    limit = 0.9 * settings.gpu_memory_gb * GB
-    stages = [
-        stage
-        for stage in range(4)
-        if memory(shape, stage, world, half, False, tokens, train.gradient_checkpointing).total <= limit
-    ]
-    return (
-        ", ".join(f"ZeRO-{stage}" for stage in stages)
-        or "none: more processes, LoRA, offload or gradient_checkpointing"
-    )
 
 
 def shape_of(settings: Training) -> Shape:
@@ -109,25 +92,23 @@ def shape_of(settings: Training) -> Shape:
     from pipeline.models.loading import load_config
     from pipeline.models.lora import with_lora
 
-    config = load_config(settings.model, Vocabulary(settings.model))
+    config = load_config(settings.model, UntrainedTokenizer(settings.model))
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.device("meta"):
         model = auto.from_config(config)
     parameters = float(sum(p.numel() for p in model.parameters()))
-    known = config.get_text_config()
-    layers, vocab = known.num_hidden_layers, known.vocab_size
+    if isinstance(settings, Plan) and settings.parameters is not None:
+        parameters = settings.parameters
     trained = parameters
     if settings.model.lora.r:
         lora = with_lora(model, settings.model.lora, "CAUSAL_LM")
         trained = float(sum(p.numel() for p in lora.parameters() if p.requires_grad))
-    if isinstance(settings, Plan) and settings.parameters is not None:
-        parameters = settings.parameters
-        trained = parameters if not settings.model.lora.r else trained
-    return Shape(parameters, trained, known.hidden_size, layers, vocab)
+    known = config.get_text_config()
+    return Shape(parameters, trained, known.hidden_size, known.num_hidden_layers, known.vocab_size)
 
 
-class Vocabulary:
-    """Stands in for a tokenizer where only its size is asked for."""
+class UntrainedTokenizer:
+    """What a model's configuration needs of a tokenizer that is not made yet: its largest size, and its first ids."""
 
     pad_token_id, bos_token_id, eos_token_id = 0, 1, 2
 

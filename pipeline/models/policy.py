@@ -1,4 +1,4 @@
-"""What a model says of a batch: log-probabilities of the responses, states of the prompts, scores of the whole.
+"""What a model computes of a batch: log-probabilities of responses, states of prompts, scores of the whole.
 
 Logits are never made for prompts, and never for all response tokens at once: see `functional.token_logps`.
 """
@@ -46,7 +46,7 @@ class LanguageHead(nn.Module):
 
 
 class Policy(nn.Module):
-    """A language model seen through its responses.
+    """A language model that gives numbers for its responses.
 
     Args:
         max_tokens: the most response tokens of one call, the same on all ranks: it fixes the number of slices the
@@ -78,7 +78,7 @@ class Policy(nn.Module):
         if output == "heads":
             return self.response_states(batch) if batch.static is None else self.both_states(batch)
         if output == "states":
-            return self.prompt_states(batch)
+            return self.input_states(batch)
         mask = batch.response_mask
         if output == "drawn":
             states, static = self.both_states(batch)
@@ -100,30 +100,26 @@ class Policy(nn.Module):
         logps, means = functional.smoothed_logps(hidden, self.head, batch.response_ids[mask], self.chunks, temperatures)
         return spread(logps, mask), spread(means, mask)
 
-    def prompt_states(self, batch: Batch) -> Tensor:
+    def input_states(self, batch: Batch) -> Tensor:
+        """(B, L, H): the last hidden states at `input_ids`, of the encoder where there is one."""
         lm = hugging_face(self.model)
         if self.encoder_decoder:
             return lm.get_encoder()(input_ids=batch.input_ids, attention_mask=batch.input_mask.long()).last_hidden_state
+        # padding is on the right, where causal attention never goes: no mask, so the fast kernels apply
         return lm.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
 
     def response_states(self, batch: Batch) -> Tensor:
         """(B, T, H): the state from which the head predicts each response token."""
-        lm = hugging_face(self.model)
-        if self.encoder_decoder:
-            mask = batch.input_mask.long()
-            encoded = lm.get_encoder()(input_ids=batch.input_ids, attention_mask=mask).last_hidden_state
-            if batch.owners is not None:
-                encoded, mask = encoded[batch.owners], mask[batch.owners]
-            shown = batch.response_ids if batch.shown_ids is None else batch.shown_ids
-            return lm.get_decoder()(
-                input_ids=self.decoder_ids(shown),
-                encoder_hidden_states=encoded,
-                encoder_attention_mask=mask,
-                use_cache=False,
-            ).last_hidden_state
-        # padding is on the right, where causal attention never looks: no mask, so the fast kernels apply
-        hidden = lm.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # (B, L, H)
-        return before_each(hidden, batch.prompt_lengths, batch.response_ids.shape[1])
+        hidden = self.input_states(batch)
+        if not self.encoder_decoder:
+            return before_each(hidden, batch.prompt_lengths, batch.response_ids.shape[1])
+        mask = batch.input_mask.long()
+        if batch.owners is not None:  # each prompt was read once, whatever the number of its responses
+            hidden, mask = hidden[batch.owners], mask[batch.owners]
+        shown = batch.response_ids if batch.shown_ids is None else batch.shown_ids
+        decoder, ids = hugging_face(self.model).get_decoder(), read_by_decoder(shown, self.start_id)
+        decoded = decoder(input_ids=ids, encoder_hidden_states=hidden, encoder_attention_mask=mask, use_cache=False)
+        return decoded.last_hidden_state
 
     def both_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(B, T, H) and (B, S, H): the states that predict the responses and the static responses, in one pass.
@@ -135,14 +131,13 @@ class Policy(nn.Module):
         if self.encoder_decoder:
             return self._decoded_both(batch)
         if len(batch.input_ids) == len(batch.response_ids):
-            return self._beside(batch)
+            return self._in_one_row(batch)
         lengths = batch.prompt_lengths
-        hidden = hugging_face(self.model).base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-        first, second = hidden.chunk(2)  # (B, L, H) each
-        widths = batch.response_ids.shape[1], batch.static.ids.shape[1]
-        return before_each(first, lengths, widths[0]), before_each(second, lengths, widths[1])
+        first, second = self.input_states(batch).chunk(2)  # (B, L, H) each
+        static = before_each(second, lengths, batch.static.ids.shape[1])
+        return before_each(first, lengths, batch.response_ids.shape[1]), static
 
-    def _beside(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _in_one_row(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """As `both_states`, of a causal model that reads both responses in one row."""
         lm, given, lengths = hugging_face(self.model), batch.static, batch.prompt_lengths
         width, length, prompts = given.ids.shape[1], batch.input_ids.shape[1], int(lengths.max())
@@ -162,28 +157,28 @@ class Policy(nn.Module):
         return before_each(rest, lengths, batch.response_ids.shape[1]), torch.cat([after_prompt, static[:, :-1]], dim=1)
 
     def _decoded_both(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        lm, mask = hugging_face(self.model), batch.input_mask.long()
-        encoded = lm.get_encoder()(input_ids=batch.input_ids, attention_mask=mask).last_hidden_state
+        """As `both_states`, of an encoder-decoder."""
+        encoded, mask = self.input_states(batch), batch.input_mask.long()
         prompts = DynamicCache()  # filled by the first pass, read by the second
         states = []
         for shown in (batch.shown_ids, batch.static.shown_ids):
-            found = lm.get_decoder()(
-                input_ids=self.decoder_ids(shown),
+            decoded = hugging_face(self.model).get_decoder()(
+                input_ids=read_by_decoder(shown, self.start_id),
                 encoder_hidden_states=encoded,
                 encoder_attention_mask=mask,
                 past_key_values=EncoderDecoderCache(DynamicCache(), prompts),
             )
-            states.append(found.last_hidden_state)
+            states.append(decoded.last_hidden_state)
         return states[0], states[1]
 
-    def decoder_ids(self, shown: Tensor) -> Tensor:
-        """What a decoder reads: the start token, then each token but the last."""
-        start = torch.full_like(shown[:, :1], self.start_id)
-        return torch.cat([start, shown[:, :-1]], dim=1)
+
+def read_by_decoder(ids: Tensor, start_id: int) -> Tensor:
+    """What a decoder reads to predict `ids` (B, T): the start token, then each token but the last."""
+    return torch.cat([torch.full_like(ids[:, :1], start_id), ids[:, :-1]], dim=1)
 
 
 def token_temperatures(batch: Batch) -> Tensor | None:
-    """(N,) float32, the temperature that each response token was drawn at; None where the batch does not say."""
+    """(N,) float32, the temperature that each response token was drawn at; None where the batch has none."""
     if "temperature" not in batch.numbers:
         return None
     each = functional.item_numbers(batch, "temperature", like=batch.response_mask.float()[:, 0])  # 0 for fillers
@@ -229,16 +224,12 @@ class RewardModel(nn.Module):
     def _decoder_states(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(B, L, H) of a decoder that reads `ids` one place later, as BART and T5 classifiers do.
 
-        Those look for EOS to find a sequence's end, and fail where a cut response has lost its own.
+        Those search for EOS to find a sequence's end, and fail where a cut response has lost its own.
         """
         model = hugging_face(self.model)
-        start = torch.full_like(ids[:, :1], model.config.decoder_start_token_id)
-        return model.base_model(
-            input_ids=ids,
-            attention_mask=mask.long(),
-            decoder_input_ids=torch.cat([start, ids[:, :-1]], dim=1),
-            use_cache=False,
-        ).last_hidden_state
+        shown = read_by_decoder(ids, model.config.decoder_start_token_id)
+        whole = model.base_model(input_ids=ids, attention_mask=mask.long(), decoder_input_ids=shown, use_cache=False)
+        return whole.last_hidden_state
 
 
 @torch.no_grad()
@@ -252,7 +243,7 @@ def check_head(policy: Policy, batch: Batch) -> None:
     lm = hugging_face(policy.model)
     lm.eval()
     if policy.encoder_decoder:
-        decoder_ids = policy.decoder_ids(batch.response_ids)
+        decoder_ids = read_by_decoder(batch.response_ids, policy.start_id)
         logits = lm(input_ids=batch.input_ids, attention_mask=batch.input_mask.long(), decoder_input_ids=decoder_ids)
         theirs = logits.logits[0]
     else:
@@ -263,7 +254,5 @@ def check_head(policy: Policy, batch: Batch) -> None:
     if math.isnan(difference):
         raise UserError("model.path: the model gives NaN on two words: its weights are damaged, wanted finite numbers")
     if not difference <= (1e-3 if theirs.dtype == torch.float32 else 0.1):
-        raise RuntimeError(
-            f"model: {type(lm).__name__} changes its logits in a way that is not known here "
-            f"(log-probabilities differ by {difference:.3g} nats)"
-        )
+        problem = "changes its logits in a way that is not known here"
+        raise RuntimeError(f"model: {type(lm).__name__} {problem} (log-probabilities differ by {difference:.3g} nats)")

@@ -38,14 +38,10 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
         raise UserError(f"model.scratch.vocab_size: {vocab_size}, wanted over {len(BYTES) + len(SPECIAL)}, for bytes")
     trained = Tokenizer(BPE(unk_token=UNK))
     trained.pre_tokenizer = word_splitter()
-    trainer = BpeTrainer(
-        vocab_size=learned,
-        special_tokens=list(SPECIAL),
-        limit_alphabet=learned // 2,
-        min_frequency=2,
-        show_progress=False,
-    )
+    limits = {"vocab_size": learned, "limit_alphabet": learned // 2, "min_frequency": 2}
+    trainer = BpeTrainer(**limits, special_tokens=list(SPECIAL), show_progress=False)
     trained.train_from_iterator(texts, trainer)
+    # the ids of the learned pieces move up, to make room for the bytes
     model = json.loads(trained.to_str())["model"]
     pieces = sorted(model["vocab"], key=model["vocab"].get)
     vocabulary = {piece: i for i, piece in enumerate([*SPECIAL, *BYTES, *pieces[len(SPECIAL) :]])}
@@ -60,13 +56,8 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
 
 def word_splitter() -> pre_tokenizers.PreTokenizer:
     """No piece crosses a blank, a line end or a punctuation mark."""
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split("\n", "isolated"),
-            pre_tokenizers.Punctuation("isolated"),
-            pre_tokenizers.Metaspace(prepend_scheme="never"),
-        ]
-    )
+    lines, marks = pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Punctuation("isolated")
+    return pre_tokenizers.Sequence([lines, marks, pre_tokenizers.Metaspace(prepend_scheme="never")])
 
 
 def small_config(settings: ScratchSettings, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
@@ -75,49 +66,28 @@ def small_config(settings: ScratchSettings, tokenizer: PreTrainedTokenizerBase) 
     Raises:
         UserError: the hidden size does not divide into the heads.
     """
-    hidden, heads, layers = settings.hidden_size, settings.num_heads, settings.num_layers
-    if hidden % (2 * heads):
-        raise UserError(f"model.scratch: hidden_size {hidden} is no multiple of twice num_heads {heads}: change one")
-    shared = {
-        "vocab_size": math.ceil(len(tokenizer) / MULTIPLE) * MULTIPLE,
+    size, heads, layers = settings.hidden_size, settings.num_heads, settings.num_layers
+    if size % (2 * heads):
+        raise UserError(f"model.scratch: hidden_size {size} is no multiple of twice num_heads {heads}: change one")
+    vocabulary = {
+        "vocab_size": round_up(len(tokenizer), MULTIPLE),
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
+    gated, limit = round_up(size * 8 / 3, 32), settings.max_position_embeddings  # a gated layer has 3 matrices, not 2
     if settings.shape == "llama":
-        return LlamaConfig(
-            hidden_size=hidden,
-            intermediate_size=round_up(hidden * 8 / 3, 32),
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            max_position_embeddings=settings.max_position_embeddings,
-            tie_word_embeddings=True,
-            **shared,
-        )
+        sizes = {"hidden_size": size, "intermediate_size": gated, "num_hidden_layers": layers}
+        sizes |= {"num_attention_heads": heads, "max_position_embeddings": limit}
+        return LlamaConfig(**sizes, **vocabulary, tie_word_embeddings=True)
     if settings.shape == "t5":
-        return T5Config(
-            d_model=hidden,
-            d_ff=round_up(hidden * 8 / 3, 32),
-            d_kv=hidden // heads,
-            num_layers=layers,
-            num_heads=heads,
-            feed_forward_proj="gated-gelu",
-            decoder_start_token_id=tokenizer.pad_token_id,
-            **shared,
-        )
-    return BartConfig(
-        d_model=hidden,
-        encoder_layers=layers,
-        decoder_layers=layers,
-        encoder_attention_heads=heads,
-        decoder_attention_heads=heads,
-        encoder_ffn_dim=4 * hidden,
-        decoder_ffn_dim=4 * hidden,
-        max_position_embeddings=settings.max_position_embeddings,
-        decoder_start_token_id=tokenizer.eos_token_id,
-        forced_eos_token_id=None,
-        **shared,
-    )
+        sizes = {"d_model": size, "d_ff": gated, "d_kv": size // heads, "num_layers": layers, "num_heads": heads}
+        start = tokenizer.pad_token_id
+        return T5Config(**sizes, **vocabulary, feed_forward_proj="gated-gelu", decoder_start_token_id=start)
+    sizes = {"d_model": size, "max_position_embeddings": limit}
+    for part in ("encoder", "decoder"):
+        sizes |= {f"{part}_layers": layers, f"{part}_attention_heads": heads, f"{part}_ffn_dim": 4 * size}
+    return BartConfig(**sizes, **vocabulary, decoder_start_token_id=tokenizer.eos_token_id, forced_eos_token_id=None)
 
 
 def round_up(value: float, multiple: int) -> int:

@@ -1,4 +1,4 @@
-"""The value of a prompt: the reward to expect of the reference's responses, read off its frozen hidden states.
+"""The value of a prompt: the reward to expect of the start model's responses, read off its frozen hidden states.
 
 Source: Baheti et al., "Leftover Lunch" (ICLR 2024, arXiv 2305.14718), attention head. Ours: a range instead of
 [0, max], a padding mask, evaluation mode for predictions, and the epoch chosen on held-out prompts.
@@ -76,10 +76,8 @@ def fit(
     targets (n,) and held_out (n,) bool are those of ALL rows, the same on every rank; states, one (S_i, H) each, are
     those of the rows this rank owns: `owned` gives their indices in range(n), each owned by exactly one rank (None:
     all rows, in order). A batch is drawn from all rows; a rank adds the gradients of its own, and makes the same calls
-    of all_sum whether it owns one or not. So all ranks take the same steps, if their heads start equal. Without
-    dropout the result does not depend on the number of ranks but for rounding; with dropout the ranks stay equal to
-    each other, but the noise, and so the result, depends on their number. The noise is seeded by `seed`; the
-    program's random state is left as it was.
+    of all_sum whether it owns one or not. So all ranks take the same steps, if their heads start equal. The number of
+    ranks changes the result by rounding, and by the noise of dropout. The program's random state is left as it was.
 
     Every value starts at the mean of the fitted targets. Stops when `patience` epochs in a row bring no better
     held-out error. Raises UserError where either part is empty, or the held-out error is never a number.
@@ -87,10 +85,8 @@ def fit(
     rows = _Rows(dict(zip(range(len(targets)) if owned is None else owned, states, strict=True)), targets, all_sum)
     kept_out, fitted = held_out.nonzero().flatten().tolist(), (~held_out).nonzero().flatten().tolist()
     if not fitted or not kept_out:
-        raise UserError(
-            f"value fit: {len(fitted)} prompts to fit and {len(kept_out)} held out, wanted at least 1 of each: "
-            "give more validation prompts"
-        )
+        counts = f"{len(fitted)} prompts to fit and {len(kept_out)} held out"
+        raise UserError(f"value fit: {counts}, wanted at least 1 of each: give more validation prompts")
     _start_at(head, float(targets[~held_out].double().mean()))
     optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate, weight_decay=0.0)
     best_epoch, best_mse, best_weights = 0, math.inf, None
@@ -98,7 +94,8 @@ def fit(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for epoch in range(1, epochs + 1):
-            _train_epoch(head, optimizer, rows, _shuffled(fitted, seed, epoch), batch_size)
+            order = [fitted[place] for place in epoch_rows(len(fitted), len(fitted), epoch, seed)]
+            _train_epoch(head, optimizer, rows, order, batch_size)
             mse = _mse(head, rows, kept_out, batch_size)
             if mse < best_mse:
                 best_epoch, best_mse, best_weights = epoch, mse, copy.deepcopy(head.state_dict())
@@ -182,10 +179,6 @@ def _start_at(head: ValueHead, mean: float) -> None:
     share = min(max((mean - head.low) / (head.high - head.low), 0.01), 0.99)
     head.output.weight.zero_()
     head.output.bias.fill_(math.log(share / (1 - share)))
-
-
-def _shuffled(indices: list[int], seed: int, epoch: int) -> list[int]:
-    return [indices[place] for place in epoch_rows(len(indices), len(indices), epoch, seed)]
 
 
 def _r2(mse: float, targets: Tensor) -> float:

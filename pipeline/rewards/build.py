@@ -1,4 +1,4 @@
-"""The rewards that a stage was given: functions, reward models, servers and worker processes, ready to judge."""
+"""The rewards that a stage was given: functions, reward models, servers and worker processes, ready to score."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from pipeline.config.reward_spec import is_address, parse
 from pipeline.config.schema import Common, WithModel
 from pipeline.config.sections import RewardSettings
 from pipeline.launch import run_dir
-from pipeline.rewards import http, rewards
-from pipeline.rewards.rewards import Rewards, is_learned, resolve
-from pipeline.rewards.workers import Judges
+from pipeline.records import RewardFunction
+from pipeline.rewards import http
+from pipeline.rewards.rewards import Rewards, WeightedReward, is_learned, resolve
+from pipeline.rewards.workers import RewardWorkers
 from reward_models import learned
 
 
@@ -32,25 +33,22 @@ def build_rewards(
     `monitors`, label -> reward, are only watched (weight 0): functions raw, reward models normalised as the others.
     """
     trained = run_dir.reward_models(settings)
-    pairs = parse(spec) or [(name, 1.0) for name in trained]
+    weights = parse(spec) or [(name, 1.0) for name in trained]
+    named = [(name, name, weight) for name, weight in weights]
+    named += [(label, name, 0.0) for label, name in (monitors or {}).items()]
 
-    def load_learned(directory: str) -> Any:
+    def load_learned(directory: str) -> RewardFunction:
         return learned.load(directory, settings.model, settings.template, read.max_length, read.batch_size, device)
 
-    def ask(address: str) -> Any:
-        return http.connect(address, read.http)
+    def build(label: str, name: str, weight: float) -> WeightedReward:
+        normalised = weight or name in trained or Path(name).is_dir()
+        function = resolve(name, load_learned, lambda address: http.connect(address, read.http), trained)
+        return WeightedReward(label, weight, function, read.normalise if normalised else "none")
 
-    found = [
-        rewards.Reward(name, weight, resolve(name, load_learned, ask, trained), read.normalise)
-        for name, weight in pairs
-    ]
-    for label, name in (monitors or {}).items():
-        normalise = read.normalise if name in trained or Path(name).is_dir() else "none"
-        found.append(rewards.Reward(label, 0.0, resolve(name, load_learned, ask, trained), normalise))
-    names = {name: name for name, _ in pairs} | dict(monitors or {})
-    apart = {label: name for label, name in names.items() if not (is_address(name) or is_learned(name, trained))}
-    judges = Judges(apart, read.workers) if apart and read.workers else None
-    return Rewards(found, judges) if found else None
+    built = [build(*one) for one in named]
+    apart = {label: name for label, name, _ in named if not (is_address(name) or is_learned(name, trained))}
+    workers = RewardWorkers(apart, read.workers) if apart and read.workers else None
+    return Rewards(built, workers) if built else None
 
 
 def reward_inputs(settings: Common, spec: Any, own: bool = True) -> dict[str, str]:

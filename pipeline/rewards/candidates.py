@@ -1,4 +1,4 @@
-"""Several responses to one prompt: gathered from a policy, judged, ordered best first."""
+"""Several responses to one prompt: gathered from a policy, scored, ordered best first."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Gathered(NamedTuple):
 
     rows: list[Example]
     empty: int  # responses without text
-    repeated: int  # responses that say what another one to the same prompt has said
+    repeated: int  # responses equal to an earlier one to the same prompt
 
 
 class Judged(NamedTuple):
@@ -39,10 +39,10 @@ def gathered(answers: Sequence[Response], n: int) -> Gathered:
     """
     rows, empty, repeated = [], 0, 0
     for start in range(0, len(answers), n):
-        said = [answer.text for answer in answers[start : start + n] if answer.text]
-        texts = tuple(dict.fromkeys(said))
-        empty += n - len(said)
-        repeated += len(said) - len(texts)
+        written = [answer.text for answer in answers[start : start + n] if answer.text]
+        texts = tuple(dict.fromkeys(written))
+        empty += n - len(written)
+        repeated += len(written) - len(texts)
         if texts:
             rows.append(_row(answers[start].example, texts, n))
     return Gathered(rows, empty, repeated)
@@ -55,8 +55,8 @@ def _row(example: Example, texts: tuple[str, ...], n: int) -> Example:
     return replace(bare, completion=example.completion, candidates=texts)
 
 
-def judged(ranks: Ranks, judge: Rewards, rows: Sequence[Example]) -> Judged:
-    """The rows with what `judge` says of them.
+def judged(ranks: Ranks, rewards: Rewards, rows: Sequence[Example]) -> Judged:
+    """The rows with what `rewards` give them.
 
     A row with candidates: each is judged, and they are put best first (equal ones keep their order) with their
     `candidate_rewards`; a completion beside them is what they are compared with, and is not judged. A row with a
@@ -65,10 +65,10 @@ def judged(ranks: Ranks, judge: Rewards, rows: Sequence[Example]) -> Judged:
     counts = [len(row.candidates) or 1 for row in rows]
     of = [row for row, count in zip(rows, counts, strict=True) for _ in range(count)]
     texts = [text for row in rows for text in row.candidates or (row.completion,)]
-    scores = scoring.score_texts(ranks, judge, of, texts)
+    scores = scoring.score_texts(ranks, rewards, of, texts)
     starts = accumulate(counts, initial=0)
-    found = [_with_scores(row, scores, start) for row, start in zip(rows, starts, strict=False)]
-    return Judged(found, of, texts, scores)
+    scored = [_with_scores(row, scores, start) for row, start in zip(rows, starts, strict=False)]
+    return Judged(scored, of, texts, scores)
 
 
 def _with_scores(row: Example, scores: Scores, start: int) -> Example:

@@ -1,12 +1,8 @@
 """A reward that a server gives: texts go out as JSON in requests of some rows each, numbers come back.
 
-POST {"prompts": [...], "completions": [...], "references": [[...], ...], ...}: the arguments of a reward function, one
-entry per completion. The answer is 200 with {"rewards": [number, ...]}. A request without rows asks whether the server
-is there. `reward_models/README.md` says it for those who write one, `reward_models/serve.py` is one.
-
-Requests are independent of each other, so the values do not depend on how rows are cut into requests. What may pass
+The protocol is in `reward_models/README.md`; a request without rows asks whether the server is there. What may pass
 (nobody listens, a cut connection, a time-out, 429, 5xx) is tried again after a wait that doubles; all else ends the run
-at once. Redirects are not followed: the key would go where it leads.
+at once. Redirects are not followed: the key would go where they lead.
 """
 
 from __future__ import annotations
@@ -17,9 +13,9 @@ import ssl
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from http.client import HTTPException, IncompleteRead
 from threading import Event
+from typing import NamedTuple
 from urllib.parse import urljoin, urlsplit
 
 import urllib3
@@ -29,20 +25,18 @@ from pipeline.config.reward_spec import TOKEN, token, web_address
 from pipeline.config.sections import HttpSettings
 from pipeline.errors import UserError
 from pipeline.records import RewardFunction
-from pipeline.rewards.rewards import shortened
+from reward_models._values import shortened
 
 LONGEST_WAIT = 60.0  # seconds between two tries
 MEGABYTE = 10**6
 CHUNK = 2**16  # bytes read at a time
-START = "start it first (python -m reward_models.serve reward=NAME serves one of ours), or correct the address"
 
 
 class _PassingError(Exception):
-    """What was found instead of an answer, and the seconds that the server asks for before another try, if it does."""
+    """What came instead of an answer, and the seconds that the server asks for before another try, if it does."""
 
 
-@dataclass(frozen=True)
-class _Server:
+class _Server(NamedTuple):
     """Whom to ask, and how patiently."""
 
     address: str
@@ -68,23 +62,22 @@ def connect(name: str, settings: HttpSettings) -> RewardFunction:
     try:
         answer = _once(server, b'{"prompts": [], "completions": []}')
     except _PassingError as error:
-        raise server.error(f"{error.args[0]}, wanted a server that answers: {START}") from None
+        cure = "start it first (python -m reward_models.serve reward=NAME serves one of ours), or correct the address"
+        raise server.error(f"{error.args[0]}, wanted a server that answers: {cure}") from None
     _values(server, answer, 0)
 
     def reward(prompts: Sequence[str], completions: Sequence[str], **columns: Sequence) -> list[float]:
-        """Chat messages among the columns go out as objects with role and content."""
         rows = {"prompts": prompts, "completions": completions, **columns}
-        whole = {name: [_plain(value) for value in values] for name, values in rows.items()}
+        # chat messages, which are named tuples, go out as objects with role and content
+        whole = {
+            name: [[turn._asdict() for turn in value] if isinstance(value, tuple) else value for value in values]
+            for name, values in rows.items()
+        }
         count, size = len(completions), settings.batch_size
         parts = [_requests(server, whole, start, min(start + size, count)) for start in range(0, count, size)]
         return _ask(server, [request for part in parts for request in part])
 
     return reward
-
-
-def _plain(value: object) -> object:
-    """Messages, which are named tuples, as objects; all else as it is."""
-    return [message._asdict() for message in value] if isinstance(value, tuple) else value
 
 
 def _requests(server: _Server, columns: Mapping[str, list], start: int, stop: int) -> list[tuple[int, bytes]]:
@@ -94,9 +87,10 @@ def _requests(server: _Server, columns: Mapping[str, list], start: int, stop: in
     if len(body) <= limit * MEGABYTE:
         return [(stop - start, body)]
     if stop - start == 1:
-        text = shortened(columns["completions"][start])
-        found = f"completion {start} '{text}' makes a request of {len(body):,} bytes"
-        raise server.error(f"{found}, wanted at most {limit:g} MB: say rewards.http.max_request_mb={limit * 2:g}")
+        problem = (
+            f"completion {start} '{shortened(columns['completions'][start])}' makes a request of {len(body):,} bytes"
+        )
+        raise server.error(f"{problem}, wanted at most {limit:g} MB: say rewards.http.max_request_mb={limit * 2:g}")
     middle = (start + stop) // 2
     return _requests(server, columns, start, middle) + _requests(server, columns, middle, stop)
 
@@ -104,13 +98,13 @@ def _requests(server: _Server, columns: Mapping[str, list], start: int, stop: in
 def _ask(server: _Server, requests: Sequence[tuple[int, bytes]]) -> list[float]:
     """The values of all requests in their order, some requests under way at once; after a failure none goes on."""
     over = Event()
-    pool = ThreadPoolExecutor(server.settings.concurrency, thread_name_prefix="reward")
+    threads = ThreadPoolExecutor(server.settings.concurrency, thread_name_prefix="reward")
     try:
-        answers = pool.map(lambda request: _values(server, _patiently(server, request[1], over), request[0]), requests)
+        answers = threads.map(lambda one: _values(server, _patiently(server, one[1], over), one[0]), requests)
         return [value for values in answers for value in values]
     finally:
         over.set()
-        pool.shutdown(wait=False, cancel_futures=True)
+        threads.shutdown(wait=False, cancel_futures=True)
 
 
 def _patiently(server: _Server, body: bytes, over: Event) -> bytes:
@@ -120,38 +114,38 @@ def _patiently(server: _Server, body: bytes, over: Event) -> bytes:
         try:
             return _once(server, body)
         except _PassingError as error:
-            found, *asked = error.args
+            problem, *asked = error.args
         if tries <= server.settings.retries and over.wait(min(max([wait, *asked]), LONGEST_WAIT)):
             break
         wait *= 2
-    told = f"{found}; {tries} tries in {time.monotonic() - since:.0f} s"
-    cure = "look at the server, or be more patient with rewards.http.retries= and rewards.http.timeout="
-    raise server.error(f"{told}, wanted an answer: {cure}; the same command goes on from the last checkpoint")
+    problem += f"; {tries} tries in {time.monotonic() - since:.0f} s"
+    cure = "see to the server, or be more patient with rewards.http.retries= and rewards.http.timeout="
+    raise server.error(f"{problem}, wanted an answer: {cure}; the same command goes on from the last checkpoint")
 
 
 def _once(server: _Server, body: bytes) -> bytes:
     """The body of the answer to one request. Raises _PassingError, and UserError for what does not pass."""
     try:
-        response, answer = _exchange(server, body)
+        status, headers, answer = _exchange(server, body)
     except HTTPError as error:
         raise _unanswered(server, error) from None
-    if response.status == 200:
+    problem = f"it answered {status}"
+    if status == 200:
         return answer
-    found = f"it answered {response.status}"
-    if 300 <= response.status < 400:
-        place = urlsplit(urljoin(server.address, response.headers.get("Location", "")))
+    if 300 <= status < 400:
+        place = urlsplit(urljoin(server.address, headers.get("Location", "")))
         shown = shortened(f"{place.scheme}://{place.netloc.rpartition('@')[2]}{place.path}")
-        raise server.error(f"{found}, a redirect to {shown}, wanted the address itself: give that, if it is right")
-    found += f" ({said})" if (said := _said(answer)) else ""
-    if response.status == 429 or response.status >= 500:
-        wait = response.headers.get("Retry-After", "")
-        raise _PassingError(found, float(wait) if wait.isdecimal() else 0.0)
-    cure = f"give the right key in {TOKEN}" if response.status in (401, 403) else "correct the address or the data"
-    raise server.error(f"{found}, wanted 200: {cure}")
+        raise server.error(f"{problem}, a redirect to {shown}, wanted the address itself: give that, if it is right")
+    problem += f" ({line})" if (line := _first_line(answer)) else ""
+    if status == 429 or status >= 500:
+        wait = headers.get("Retry-After", "")
+        raise _PassingError(problem, float(wait) if wait.isdecimal() else 0.0)
+    cure = f"give the right key in {TOKEN}" if status in (401, 403) else "correct the address or the data"
+    raise server.error(f"{problem}, wanted 200: {cure}")
 
 
-def _exchange(server: _Server, body: bytes) -> tuple[urllib3.BaseHTTPResponse, bytes]:
-    """One answer and its body, read in pieces, so that neither an endless nor a trickling one is waited for."""
+def _exchange(server: _Server, body: bytes) -> tuple[int, Mapping[str, str], bytes]:
+    """Status, headers and body of an answer, read in pieces: neither an endless nor a trickling one is waited for."""
     seconds, limit = server.settings.timeout, server.settings.max_answer_mb
     deadline, answer = time.monotonic() + seconds, bytearray()
     options = {"body": body, "timeout": seconds, "redirect": False, "preload_content": False}
@@ -159,37 +153,37 @@ def _exchange(server: _Server, body: bytes) -> tuple[urllib3.BaseHTTPResponse, b
         while piece := response.read1(CHUNK):
             answer += piece
             if len(answer) > limit * MEGABYTE:
-                found = f"its answer is larger than {limit:g} MB, wanted numbers: is this a reward?"
-                raise server.error(f"{found} rewards.http.max_answer_mb= sets the limit")
+                problem = f"its answer is larger than {limit:g} MB, wanted numbers: is this a reward?"
+                raise server.error(f"{problem} rewards.http.max_answer_mb= sets the limit")
             if time.monotonic() > deadline:
                 raise HTTPError from TimeoutError()
-    return response, bytes(answer)
+    return response.status, response.headers, bytes(answer)
 
 
 def _unanswered(server: _Server, error: HTTPError) -> Exception:
     """What to raise where no answer came: _PassingError, or UserError for what does not pass."""
     cause: BaseException = error
-    while below := cause.__cause__ or cause.__context__:  # down to what the socket, TLS or the parser said
+    while below := cause.__cause__ or cause.__context__:  # down to the error of the socket, TLS or the parser
         cause = below
     cure = None
     match cause:
         case TimeoutError():
-            found = f"no answer within {server.settings.timeout:g} s"
+            problem = f"no answer within {server.settings.timeout:g} s"
         case ConnectionRefusedError():
-            found = "nobody listens there"
+            problem = "nobody listens there"
         case socket.gaierror():
-            found = f"its host is not known ({cause.strerror})"
+            problem = f"its host is not known ({cause.strerror})"
         case ssl.SSLCertVerificationError():
-            found = f"its certificate does not hold ({cause.verify_message})"
+            problem = f"its certificate does not hold ({cause.verify_message})"
             cure = "one that SSL_CERT_FILE's authorities signed"
         case ssl.SSLError() if not isinstance(cause, ssl.SSLEOFError):
-            found, cure = f"no TLS with this server ({cause.reason})", "https: is it an http:// address?"
+            problem, cure = f"no TLS with this server ({cause.reason})", "https: is it an http:// address?"
         case HTTPException() if not isinstance(cause, OSError | IncompleteRead):  # those of a connection that ended
-            found = f"what answers speaks no HTTP ({type(cause).__name__})"
+            problem = f"what answers speaks no HTTP ({type(cause).__name__})"
             cure = "an http server: correct the address, or say https://"
         case _:
-            found = f"the connection broke ({shortened(str(cause))})"
-    return _PassingError(found) if cure is None else server.error(f"{found}, wanted {cure}")
+            problem = f"the connection broke ({shortened(str(cause))})"
+    return _PassingError(problem) if cure is None else server.error(f"{problem}, wanted {cure}")
 
 
 def _values(server: _Server, body: bytes, count: int) -> list[float]:
@@ -198,22 +192,19 @@ def _values(server: _Server, body: bytes, count: int) -> list[float]:
     try:
         answer = json.loads(body)
     except (ValueError, RecursionError):
-        raise server.error(f"its answer is no JSON ({_said(body) or 'empty'}), {wanted}") from None
+        raise server.error(f"its answer is no JSON ({_first_line(body) or 'empty'}), {wanted}") from None
     values = answer.get("rewards") if isinstance(answer, dict) else None
     if not isinstance(values, list):
-        raise server.error(f"its answer has no list of rewards ({_said(body)}), {wanted}")
+        raise server.error(f"its answer has no list of rewards ({_first_line(body)}), {wanted}")
     if len(values) != count:
         raise server.error(f"it returned {len(values)} values for {count} completions, {wanted}")
     return values
 
 
-def _said(body: bytes) -> str:
-    """What an answer says in one line: its `error`, as servers of this protocol send it, or its first line."""
+def _first_line(body: bytes) -> str:
+    """An answer in one line: its `error`, as servers of this protocol send it, or its first line."""
     text = body[:CHUNK].decode("utf-8", "replace").strip()
     try:
-        answer = json.loads(text)
-    except (ValueError, RecursionError):
-        answer = None
-    if isinstance(answer, dict) and isinstance(answer.get("error"), str):
-        return " ".join(answer["error"].split())[:300]
-    return shortened(text.splitlines()[0]) if text else ""
+        return " ".join(json.loads(text)["error"].split())[:300]
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):  # it is no object with a text `error`
+        return shortened(text.splitlines()[0]) if text else ""

@@ -13,55 +13,48 @@ from __future__ import annotations
 
 import inspect
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from numbers import Real
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
-
-import numpy as np
 
 from pipeline import plugins
 from pipeline.config.reward_spec import is_address
 from pipeline.errors import UserError, did_you_mean
 from pipeline.records import RewardFunction, Scores
-from pipeline.rewards.workers import Judges
+from pipeline.rewards.workers import RewardWorkers
+from reward_models._values import checked
 
 FOLDER = "reward_models"
-LARGEST = 3.4e38  # of a float32, in which models are trained
-SHOWN = 80  # characters of a text in a message
-
-Normalise = Literal["none", "sigmoid"]
 
 
 @dataclass(frozen=True)
-class Reward:
+class WeightedReward:
     """One reward model, its weight in the sum, and what is done to its values before."""
 
     name: str
     weight: float
     function: RewardFunction
-    normalise: Normalise = "none"
+    normalise: Literal["none", "sigmoid"] = "none"
 
 
 class Rewards:
-    """The rewards of a run; those that `judges` know are called in worker processes."""
+    """The rewards of a run; those that `workers` know are called in worker processes."""
 
-    def __init__(self, rewards: Sequence[Reward], judges: Judges | None = None) -> None:
+    def __init__(self, rewards: Sequence[WeightedReward], workers: RewardWorkers | None = None) -> None:
         assert rewards, "a run that scores has at least one reward"
         names = [reward.name for reward in rewards]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise UserError(f"reward: {twice} is named twice, wanted once: a reward needs no monitor of the same name")
-        self.rewards, self._judges = tuple(rewards), judges
+        self.rewards, self._workers = tuple(rewards), workers
 
     @property
     def elsewhere(self) -> bool:
         """Whether some reward is called in worker processes, so that `begin` saves time."""
-        return self._judges is not None
+        return self._workers is not None
 
     def score(self, prompts: list[str], completions: list[str], columns: Mapping[str, list]) -> Scores:
         """Raw and normalised values by reward, and their weighted sum, one per completion. Raises UserError."""
@@ -69,25 +62,23 @@ class Rewards:
 
     def begin(self, prompts: list[str], completions: list[str], columns: Mapping[str, list]) -> Callable[[], Scores]:
         """Have worker processes begin; what is returned calls the other rewards and gives, or raises, as `score`."""
-        judges, given = self._judges, (prompts, completions, columns)
-        apart = [reward.name for reward in self.rewards if judges is not None and reward.name in judges.names]
-        waiting = judges.ask(apart, *given) if apart else dict
+        given, known = (prompts, completions, columns), () if self._workers is None else self._workers.names
+        apart = [reward.name for reward in self.rewards if reward.name in known]
+        waiting = self._workers.ask(apart, *given) if apart else dict
 
         def scores() -> Scores:
             here = {reward.name: call(reward, *given) for reward in self.rewards if reward.name not in apart}
-            found = here | waiting()
-            return self._scores({reward.name: found[reward.name] for reward in self.rewards})
+            values = here | waiting()
+            raw = {reward.name: values[reward.name] for reward in self.rewards}
+            normalised = {reward.name: _normalised(reward, raw[reward.name]) for reward in self.rewards}
+            weighted = [[reward.weight * x for x in normalised[reward.name]] for reward in self.rewards]
+            return Scores(raw, normalised, [sum(parts) for parts in zip(*weighted, strict=True)])
 
         return scores
 
-    def _scores(self, raw: dict[str, list[float]]) -> Scores:
-        normalised = {reward.name: _normalised(reward, raw[reward.name]) for reward in self.rewards}
-        weighted = [[reward.weight * x for x in normalised[reward.name]] for reward in self.rewards]
-        return Scores(raw, normalised, [sum(parts) for parts in zip(*weighted, strict=True)])
-
 
 def call(
-    reward: Reward, prompts: list[str], completions: list[str], columns: Mapping[str, list], first: int = 0
+    reward: WeightedReward, prompts: list[str], completions: list[str], columns: Mapping[str, list], first: int = 0
 ) -> list[float]:
     """The reward's values, checked: one finite float per completion. It is not called for no completions.
 
@@ -101,26 +92,7 @@ def call(
     return checked(reward.name, plugins.guarded(place, run), completions, first)
 
 
-def checked(name: str, values: object, completions: Sequence[str], first: int = 0) -> list[float]:
-    """`values` as floats. Accepted: list, tuple, 1-d array or tensor of real numbers, numpy and 0-d tensor scalars too.
-
-    Booleans count as 0 and 1. Raises UserError that names the reward, the index and the text.
-    """
-    if isinstance(values, np.ndarray) or _is_tensor(values):
-        values = values.tolist()
-    if not isinstance(values, list | tuple):
-        raise UserError(
-            f"reward {name}: it returned a {type(values).__name__}, wanted a list of one float per completion"
-        )
-    if len(values) != len(completions):
-        raise UserError(
-            f"reward {name}: it returned {len(values)} values for {len(completions)} completions, wanted one for each"
-        )
-    pairs = zip(values, completions, strict=True)
-    return [_number(name, i, value, text) for i, (value, text) in enumerate(pairs, first)]
-
-
-def bounds(rewards: Sequence[Reward]) -> tuple[float, float] | None:
+def bounds(rewards: Sequence[WeightedReward]) -> tuple[float, float] | None:
     """The least and the greatest total, if every reward goes through the sigmoid; None if the total has no bounds."""
     if any(reward.normalise != "sigmoid" for reward in rewards):
         return None
@@ -136,9 +108,8 @@ def resolve(
 ) -> RewardFunction:
     """The function of a reward: a server, a model trained in this run, a classifier's directory, a file, or our folder.
 
-    `trained` gives the directories of this run's reward models by name; `learned(directory)` makes a function of one,
-    `served(address)` of a server.
-    Raises UserError for a name that is none of these, or a function that does not take **columns.
+    `trained` are the directories of this run's reward models by name; `learned(directory)` makes a function of one,
+    `served(address)` of a server. Raises UserError for a name that is none of these, or that does not take **columns.
     """
     if is_address(name):
         return served(name)
@@ -167,7 +138,7 @@ def loaded(name: str, trained: Mapping[str, str] = MappingProxyType({})) -> Rewa
 def _takes_columns(function: Callable) -> bool:
     try:
         parameters = inspect.signature(function).parameters
-    except ValueError:  # a builtin that does not tell
+    except ValueError:  # a builtin without a signature
         return False
     return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
 
@@ -183,31 +154,10 @@ def _unknown(name: str, trained: Mapping[str, str]) -> str:
     )
 
 
-def _normalised(reward: Reward, values: list[float]) -> list[float]:
-    return [_sigmoid(value) for value in values] if reward.normalise == "sigmoid" else values
+def _normalised(reward: WeightedReward, values: list[float]) -> list[float]:
+    return [*map(_sigmoid, values)] if reward.normalise == "sigmoid" else values
 
 
 def _sigmoid(x: float) -> float:
     small = math.exp(-abs(x))  # in (0, 1]: cannot overflow
     return 1 / (1 + small) if x >= 0 else small / (1 + small)
-
-
-def _number(name: str, index: int, value: object, text: str) -> float:
-    if (isinstance(value, np.generic | np.ndarray) or _is_tensor(value)) and value.ndim == 0:
-        value = value.item()
-    if isinstance(value, Real) and abs(value) <= LARGEST:
-        return float(value)
-    found = f"{value!r:.40}" if value is None or isinstance(value, Real | str) else f"a {type(value).__name__}"
-    cure = "a reward that cannot score a text must raise, and say why"
-    raise UserError(f"reward {name}: {found} for completion {index} '{shortened(text)}', wanted a finite float; {cure}")
-
-
-def _is_tensor(value: object) -> bool:
-    """Whether it is torch's; a worker process whose rewards do without torch does not load it."""
-    return "torch" in sys.modules and isinstance(value, sys.modules["torch"].Tensor)
-
-
-def shortened(text: str) -> str:
-    """The text in one line of at most SHOWN characters, with escapes for line ends and what does not print."""
-    shown = repr(text)[1:-1]
-    return shown if len(shown) <= SHOWN else shown[: SHOWN - 3] + "..."

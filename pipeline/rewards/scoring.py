@@ -1,4 +1,4 @@
-"""Rewards of many responses: each rank judges its share, and all ranks get every score."""
+"""Rewards of many responses: each rank scores its share, and all ranks get every score."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.trainer.engine import Ranks
 
 
 def score_texts(ranks: Ranks, rewards: Rewards, examples: Sequence[Example], completions: Sequence[str]) -> Scores:
-    """Judge one completion per example; ranks share the work and all get the whole result.
+    """Score one completion per example; ranks share the work and all get the whole result.
 
     Raises:
         UserError: a reward fails, by the checks of `rewards`; on every rank, wherever it failed.
@@ -44,7 +44,7 @@ def reward_columns(examples: Sequence[Example]) -> dict[str, list[Any]]:
 
 
 def score_responses(ranks: Ranks, rewards: Rewards, responses: Sequence[Response]) -> Scores:
-    """Judge decoded responses."""
+    """Score decoded responses."""
     return score_texts(ranks, rewards, [r.example for r in responses], [r.text for r in responses])
 
 

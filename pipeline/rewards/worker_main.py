@@ -1,4 +1,4 @@
-"""A worker process of `judges.py`: is told the names of rewards, then answers each question by values or an error.
+"""A worker process of `workers.py`: receives the names of rewards, then answers each question by values or an error.
 
 `python -m pipeline.rewards.worker_main N`, with N the file descriptor of its end of the pipe.
 """
@@ -14,15 +14,15 @@ from collections.abc import Mapping
 from multiprocessing.connection import Connection
 
 from pipeline.errors import UserError
-from pipeline.rewards.rewards import Reward, call, loaded
+from pipeline.rewards.rewards import WeightedReward, call, loaded
 from pipeline.rewards.workers import Question, Values
 
-LOOK_SECONDS = 0.5  # between two looks whether the process that asks is still there
+POLL_SECONDS = 0.5  # between two checks whether the process that asks is still there
 
 
 def main(pipe: Connection) -> None:
     """Answer until the process that asks is gone."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # a stage that is told to end still takes its step to the end
+    for number in (signal.SIGINT, signal.SIGTERM):  # a stage that is asked to end still ends its step
         signal.signal(number, signal.SIG_IGN)
     os.set_inheritable(pipe.fileno(), False)
     threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
@@ -34,15 +34,15 @@ def main(pipe: Connection) -> None:
         return
 
 
-def known(names: Mapping[str, str]) -> dict[str, Reward] | UserError:
+def known(names: Mapping[str, str]) -> dict[str, WeightedReward] | UserError:
     """The rewards by name, or why they cannot be had, which is the answer to every question."""
     try:
-        return {name: Reward(name, 1.0, loaded(source)) for name, source in names.items()}
+        return {name: WeightedReward(name, 1.0, loaded(source)) for name, source in names.items()}
     except UserError as error:
         return error
 
 
-def answer(rewards: dict[str, Reward] | UserError, question: Question) -> Values | UserError:
+def answer(rewards: dict[str, WeightedReward] | UserError, question: Question) -> Values | UserError:
     """The values of each reward, or the error of the first that fails."""
     if isinstance(rewards, UserError):
         return rewards
@@ -54,9 +54,9 @@ def answer(rewards: dict[str, Reward] | UserError, question: Question) -> Values
 
 
 def end_with(parent: int) -> None:
-    """End this process when `parent` has ended, even while a reward judges."""
+    """End this process when `parent` has ended, even while a reward runs."""
     while os.getppid() == parent:
-        time.sleep(LOOK_SECONDS)
+        time.sleep(POLL_SECONDS)
     os._exit(0)
 
 

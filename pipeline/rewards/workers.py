@@ -1,8 +1,8 @@
-"""Worker processes that judge texts, so that this process can run the model meanwhile.
+"""Worker processes that call rewards, so that this process can run the model meanwhile.
 
 Each is `pipeline/rewards/worker_main.py` at the other end of a pipe. It is started anew, not forked, and ends when
 this process does, whatever ends that. Not a ProcessPoolExecutor: its workers would make the stage's own imports again,
-torch among them, which takes ten times as long; it does not tell how a worker ended; and with it Ctrl-C waits for
+torch among them, which takes ten times as long; it does not say how a worker ended; and with it Ctrl-C waits for
 rewards.
 """
 
@@ -20,7 +20,7 @@ from multiprocessing import Pipe
 
 from pipeline.errors import UserError
 
-LOOK_SECONDS = 1.0  # between two looks whether a worker that does not answer is still there
+POLL_SECONDS = 1.0  # between two checks whether a worker that does not answer is still there
 
 Values = dict[str, list[float]]  # by reward
 
@@ -36,7 +36,7 @@ class Question:
     columns: dict[str, list]
 
 
-class Judges:
+class RewardWorkers:
     """Worker processes that all know the same rewards. They end when this is forgotten."""
 
     def __init__(self, names: Mapping[str, str], count: int):
@@ -47,9 +47,9 @@ class Judges:
     def ask(
         self, rewards: Sequence[str], prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, list]
     ) -> Callable[[], Values]:
-        """Have each worker judge a part; what is returned waits for all values, in the order of the texts.
+        """Have each worker score a part; what is returned waits for all values, in the order of the texts.
 
-        It is what raises UserError, never this call: a reward's, or that of a worker that died.
+        Only that raises UserError: a reward's, or that of a worker that died.
         """
         asked = []
         for worker, (start, end) in zip(self._workers, cuts(len(completions), len(self._workers)), strict=True):
@@ -87,7 +87,7 @@ class Worker:
         )
         theirs.close()
         self._thread = ThreadPoolExecutor(1)
-        self._thread.submit(self._pipe.send, dict(names))  # a worker that is gone is found where its answer is read
+        self._thread.submit(self._pipe.send, dict(names))  # a worker that is gone shows where its answer is read
 
     def ask(self, question: Question) -> Future[Values]:
         """The values to come; or a UserError, where the answer is one, or where the worker is gone."""
@@ -96,16 +96,16 @@ class Worker:
     def _answer(self, question: Question) -> Values:
         try:
             self._pipe.send(question)
-            # a process that the worker has started may hold the pipe open when the worker is gone
-            while not self._pipe.poll(LOOK_SECONDS):
+            # the pipe may be open though the worker is gone: a process that it has started may hold it
+            while not self._pipe.poll(POLL_SECONDS):
                 if self.process.poll() is not None and not self._pipe.poll():
                     raise EOFError
-            found = self._pipe.recv()
+            answer = self._pipe.recv()
         except (EOFError, ConnectionError):
             raise UserError(lost(self.process.wait(), question)) from None
-        if isinstance(found, UserError):
-            raise found
-        return found
+        if isinstance(answer, UserError):
+            raise answer
+        return answer
 
 
 def environment() -> dict[str, str]:
@@ -119,6 +119,6 @@ def lost(code: int, question: Question) -> str:
     ending = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     texts = f"completions {question.first} to {question.first + len(question.completions) - 1}"
     return (
-        f"rewards.workers: a worker process {ending} while it was to judge {texts} by {', '.join(question.rewards)}, "
-        "wanted values: fewer workers take less memory, rewards.workers=0 judges in the stage's own process"
+        f"rewards.workers: a worker process {ending} while it scored {texts} by {', '.join(question.rewards)}, wanted "
+        "values: fewer workers take less memory, rewards.workers=0 calls rewards in the stage's own process"
     )

@@ -1,7 +1,7 @@
 """Step folders and resume state: complete or absent, rotated, `latest` written last.
 
 checkpoints/step-000200/   DeepSpeed's shards, rank-<rank>.pt (random state, the log's open interval), state.json,
-                           memory.json (what the source of the rows remembers of earlier steps)
+                           memory.json (what the source of the rows keeps of earlier steps)
 checkpoints/latest         the name of the newest complete one
 """
 
@@ -71,10 +71,8 @@ class Checkpoints:
 
     def _rotate(self) -> None:
         by_step = sorted(self.directory.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
-        for old in by_step[: -self.limit]:
+        for old in [*by_step[: -self.limit], *self.directory.glob("part-*")]:
             shutil.rmtree(old)
-        for torn in self.directory.glob("part-*"):
-            shutil.rmtree(torn)
 
     def load(self, engine: Engine) -> tuple[State, Interval, dict[str, Any]] | None:
         """Restore the newest complete checkpoint, and give state, open interval and memory; None if there is none.

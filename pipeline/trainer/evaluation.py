@@ -1,10 +1,11 @@
-"""What held-out data say: losses, decoded responses judged by rewards, distance to the reference."""
+"""Numbers of held-out data: losses, rewards and statistics of decoded responses, distance to the start model."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def distinct(texts: Sequence[Sequence[str]], n: int) -> float:
 
 
 def repetition(words: Sequence[str], n: int = 3) -> float:
-    """The share of a text's n-grams that it has said before; 0 for short texts."""
+    """The share of a text's n-grams that occur in it before; 0 for short texts."""
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
 
@@ -85,11 +86,11 @@ def response_logps(engine: Engine, responses: Sequence[Response], packing: Packi
 def log_ratios(engine: Engine, items: Sequence[Item], packing: Packing) -> Tensor:
     """(rows,) ln(policy / reference) of each whole response, in nats; the items carry the reference's ref_logp."""
     engine.train(False)
-    found: list[float] = []
+    ratios: list[float] = []
     for batch in once(items, packing, engine.ranks.rank, engine.ranks.world):
         gap = torch.where(batch.response_mask, engine(batch).float().cpu() - batch.ref_logp, 0.0)
-        found += gap.sum(1)[batch.sequence_mask].tolist()
-    return torch.tensor([ratio for part in engine.ranks.gather(found) for ratio in part])
+        ratios += gap.sum(1)[batch.sequence_mask].tolist()
+    return torch.tensor([ratio for part in engine.ranks.gather(ratios) for ratio in part])
 
 
 def sampled_kl(policy: Sequence[Tensor], reference: Sequence[Tensor]) -> dict[str, float]:
@@ -137,15 +138,15 @@ def agreement(examples: Sequence[Example], scores: Sequence[float]) -> dict[str,
     same order; there is none where no prompt has such a pair. The correlation is Pearson's, NaN where all are equal.
     """
     rewards = [example.reward for example in examples]
-    groups: dict[object, list[int]] = {}
+    groups: defaultdict[object, list[int]] = defaultdict(list)
     for i, example in enumerate(examples):
-        groups.setdefault(example.prompt, []).append(i)
+        groups[example.prompt].append(i)
     ordered = [(i, j) for rows in groups.values() for i in rows for j in rows if rewards[i] > rewards[j]]
-    found = {"eval/correlation": correlation(scores, rewards)}
+    result = {"eval/correlation": correlation(scores, rewards)}
     if ordered:
-        found["eval/accuracy"] = pair_accuracy([scores[i] for i, _ in ordered], [scores[j] for _, j in ordered])
-        found["eval/pairs"] = float(len(ordered))
-    return found
+        result["eval/accuracy"] = pair_accuracy([scores[i] for i, _ in ordered], [scores[j] for _, j in ordered])
+        result["eval/pairs"] = float(len(ordered))
+    return result
 
 
 def accuracy_by_source(
@@ -153,10 +154,10 @@ def accuracy_by_source(
 ) -> dict[str, float]:
     """Pair accuracy overall and by source, beside the better of "the longer wins" and "the shorter wins"."""
     words = [(len(e.chosen.split()), len(e.rejected.split())) for e in examples]
-    groups: Mapping[str, list[int]] = {"": list(range(len(examples)))}
+    groups: defaultdict[str, list[int]] = defaultdict(list, {"": list(range(len(examples)))})
     for i, example in enumerate(examples):
         if example.source:
-            groups.setdefault(f"/{example.source}", []).append(i)
+            groups[f"/{example.source}"].append(i)
     result = {}
     for suffix, rows in groups.items():
         longer = pair_accuracy([words[i][0] for i in rows], [words[i][1] for i in rows])

@@ -96,7 +96,7 @@ class RunLog:
             return
         for tag, value in flatten(results).items():
             if isinstance(value, (int, float)) and math.isfinite(value):
-                self._board.add_scalar(f"results/{tag}", value, self._progress.step)
+                self._board.add_scalar(f"results/{tag}", value, self._progress.bar.n)
         self._board.flush()
         write_json(self._directory / "results.json", results)
 
@@ -104,7 +104,7 @@ class RunLog:
         """Flush and close the files and the bar. The log cannot be used afterwards."""
         if not self.enabled:
             return
-        self._progress.close()
+        self._progress.bar.close()
         self._rows.close()
         self._board.close()
 
@@ -122,41 +122,21 @@ class _Progress:
     """A tqdm bar on a terminal; elsewhere a plain line every PLAIN_SECONDS."""
 
     def __init__(self, first_step: int, total_steps: int, description: str) -> None:
-        self.step = first_step
-        self._first, self._total, self._description = first_step, total_steps, description
-        self._started = self._last_line = time.monotonic()
-        self._bar = tqdm(
-            desc=description,
-            total=total_steps,
-            initial=first_step,
-            unit="step",
-            dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
-        )
+        self._terminal, self._last_line = sys.stderr.isatty(), time.monotonic()
+        never = {"ncols": 0, "delay": math.inf, "mininterval": math.inf}  # tqdm formats the line, and draws nothing
+        style = {"dynamic_ncols": True} if self._terminal else never
+        self.bar = tqdm(desc=description, total=total_steps, initial=first_step, unit="step", **style)
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
         """Move to `step`; the tags of SHOWN stand beside the bar."""
-        now, moved, self.step = time.monotonic(), step > self.step, max(step, self.step)
-        shown = {name: values[tag] for tag, name in SHOWN.items() if tag in values}
-        if not self._bar.disable:
-            self._bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
-            self._bar.update(self.step - self._bar.n)
-        elif now - self._last_line >= PLAIN_SECONDS or (moved and step >= self._total):
+        now, moved = time.monotonic(), max(step - self.bar.n, 0)
+        shown = {name: f"{values[tag]:.4g}" for tag, name in SHOWN.items() if tag in values}
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update(moved)
+        ended = moved and step >= self.bar.total
+        if not self._terminal and (ended or now - self._last_line >= PLAIN_SECONDS):
             self._last_line = now
-            meter = tqdm.format_meter(
-                self.step,
-                self._total,
-                now - self._started,
-                prefix=self._description,
-                unit="step",
-                initial=self._first,
-                ncols=0,
-                postfix=", ".join(f"{name}={value:.4g}" for name, value in shown.items()),
-            )
-            print(meter, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        self._bar.close()
+            print(self.bar, file=sys.stderr, flush=True)
 
 
 def _truncate(path: Path, resume_step: int) -> list[dict[str, float | None]]:

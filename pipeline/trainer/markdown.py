@@ -12,7 +12,7 @@ from typing import Any
 
 TABLE_ROWS, TABLE_CHARACTERS = 16, 600  # of a table, and of a cell; the file of the samples keeps everything
 SECTIONS = 8  # of compositions, of prompts
-SAID = ("reward", "advantage", "tokens", "response")  # of a sampled response
+ROLLOUT_COLUMNS = ("reward", "advantage", "tokens", "response")  # of a sampled response
 
 Row = Mapping[str, Any]
 
@@ -23,12 +23,12 @@ def pages(rows: Sequence[Row]) -> dict[str, str]:
     sampled = [row for row in rows if row.get("kind") == "rollout"]
     others = [row for row in rows if "compositions" not in row and row.get("kind") != "rollout"]
     groups = [list(group) for _, group in groupby(sampled, key=lambda row: row["prompt"])]
-    found = {
+    texts = {
         "samples": table(others[:TABLE_ROWS]) if others else "",
         "compositions": "\n\n".join(section(row) for row in composed[:SECTIONS]),
         "rollouts": "\n\n".join(rollout(group) for group in groups[:SECTIONS]),
     }
-    return {name: text for name, text in found.items() if text}
+    return {name: text for name, text in texts.items() if text}
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -51,7 +51,7 @@ def section(row: Row) -> str:
         f"### {plain(row['id'])}",
         f"**prompt:** {plain(row['prompt'])}",
         f"**reference:** {plain(row['reference'])}",
-        f"**static response, {count} tokens hidden:** {chips(row['static/parts'])}",
+        f"**static response, {count} tokens masked:** {chips(row['static/parts'])}",
         f"**{row['samples']} compositions, mean reward {plain(row['mean'])}:** the best and the worst",
         lines(["reward", "", "text"], [greedy, *drawn]),
     ]
@@ -61,14 +61,11 @@ def section(row: Row) -> str:
 def rollout(group: Sequence[Row]) -> str:
     """The responses that one step sampled for one prompt (pipeline/rollout/groups.py), the best first."""
     ranked = sorted(group, key=lambda row: -row["reward"])
-    known = ranked[0]["capability"]
-    about = [
-        "1 response" if len(group) == 1 else f"{len(group)} responses",
-        f"temperature {plain(ranked[0]['temperature'])}",
-    ]
-    about += [] if known is None else [f"capability {plain(known)}"]
-    body = [[plain(row[name]) for name in SAID] for row in ranked[:TABLE_ROWS]]
-    return "\n\n".join([f"**prompt:** {plain(ranked[0]['prompt'])}", ", ".join(about), lines(SAID, body)])
+    first, count = ranked[0], len(ranked)
+    about = f"{count} response{'s' if count > 1 else ''}, temperature {plain(first['temperature'])}"
+    about += "" if first["capability"] is None else f", capability {plain(first['capability'])}"
+    body = [[plain(row[name]) for name in ROLLOUT_COLUMNS] for row in ranked[:TABLE_ROWS]]
+    return "\n\n".join([f"**prompt:** {plain(first['prompt'])}", about, lines(ROLLOUT_COLUMNS, body)])
 
 
 def chips(parts: Sequence[Sequence[Any]]) -> str:

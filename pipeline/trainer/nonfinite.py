@@ -18,7 +18,7 @@ SHOWN = 20  # names in a message; the file has all
 
 @dataclass(frozen=True)
 class Micro:
-    """One micro-batch of the step: what the model said of it, and its loss."""
+    """One micro-batch of the step: the model's output for it, and its loss."""
 
     batch: Batch
     output: Tensor  # (B, T) or (B,); of several outputs the first
@@ -51,6 +51,6 @@ def _rows(items: Sequence[Item], micro: Micro) -> list[dict]:
     for index, broken in zip(micro.batch.items, ill, strict=True):
         item = items[index]
         tokens = [{"prompt_ids": list(row.prompt_ids), "response_ids": list(row.response_ids)} for row in item.rows]
-        found = {"id": item.example.id, "source": item.example.source, "broken": broken or suspects}
-        rows.append({**found, "loss": float(micro.total.sum()), **item.numbers, "tokens": tokens})
+        origin = {"id": item.example.id, "source": item.example.source, "broken": broken or suspects}
+        rows.append({**origin, "loss": float(micro.total.sum()), **item.numbers, "tokens": tokens})
     return rows

@@ -1,4 +1,4 @@
-"""Worker processes that judge: the same values, messages and weights as without them, and no process left behind."""
+"""Worker processes that score: the same values, messages and weights as without them, and no process left behind."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import pytest
 
 from pipeline.data.batching import Packing
 from pipeline.errors import UserError
-from pipeline.rewards.rewards import Reward, Rewards, loaded
-from pipeline.rewards.workers import Judges, Question, cuts, lost
+from pipeline.rewards.rewards import Rewards, WeightedReward, loaded
+from pipeline.rewards.workers import Question, RewardWorkers, cuts, lost
 from pipeline.rl.compositions import Composer
 from pipeline.trainer.loop import Trainer
 from pipeline.trainer.objective import objective_of
@@ -80,16 +80,16 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def judges(file: Path) -> Judges:
-    return Judges({name: f"{file}:{name}" for name in NAMES}, 3)
+def workers(file: Path) -> RewardWorkers:
+    return RewardWorkers({name: f"{file}:{name}" for name in NAMES}, 3)
 
 
-def rewards(file: Path, names: list[str], judges: Judges | None) -> Rewards:
-    return Rewards([Reward(name, 2.0, loaded(f"{file}:{name}")) for name in names], judges)
+def rewards(file: Path, names: list[str], workers: RewardWorkers | None) -> Rewards:
+    return Rewards([WeightedReward(name, 2.0, loaded(f"{file}:{name}")) for name in names], workers)
 
 
-def score(judge: Rewards, texts: list[str]):
-    return judge.score(["p" * len(text) for text in texts], texts, {"place": [10 * i for i in range(len(texts))]})
+def score(scorer: Rewards, texts: list[str]):
+    return scorer.score(["p" * len(text) for text in texts], texts, {"place": [10 * i for i in range(len(texts))]})
 
 
 def test_cuts_by_hand() -> None:
@@ -98,8 +98,8 @@ def test_cuts_by_hand() -> None:
     assert cuts(0, 2) == [(0, 0), (0, 0)]
 
 
-def test_values_in_order(file: Path, judges: Judges) -> None:
-    there = rewards(file, ["number", "column"], judges)
+def test_values_in_order(file: Path, workers: RewardWorkers) -> None:
+    there = rewards(file, ["number", "column"], workers)
     found = score(there, TEXTS)
     assert found.raw["number"] == [1000.0, 1001.0, 1002.0, 1003.0, 1004.0, 1005.0, 1006.0]
     assert found.raw["column"] == [0.0, 10.0, 20.0, 30.0, 40.0, 50.0, 60.0]
@@ -112,28 +112,30 @@ def test_values_in_order(file: Path, judges: Judges) -> None:
     assert [one().raw["number"][0] for one in reversed(waiting)] == [2.0, 1.0, 0.0]
 
 
-def test_each_part_in_a_process_of_its_own(file: Path, judges: Judges) -> None:
-    first, second, third = found = score(rewards(file, ["process"], judges), TEXTS).raw["process"][0:7:3]
+def test_each_part_in_a_process_of_its_own(file: Path, workers: RewardWorkers) -> None:
+    first, second, third = found = score(rewards(file, ["process"], workers), TEXTS).raw["process"][0:7:3]
     assert len({*found}) == 3 and os.getpid() not in found
-    again = score(rewards(file, ["process"], judges), TEXTS).raw["process"]
+    again = score(rewards(file, ["process"], workers), TEXTS).raw["process"]
     assert again == [first] * 2 + [second] * 2 + [third] * 3  # each is asked for the same part again
 
 
-def test_workers_load_no_torch(file: Path, judges: Judges) -> None:
-    found = [score(rewards(file, ["torch_is_loaded"], known), ["1"]).raw["torch_is_loaded"] for known in (judges, None)]
+def test_workers_load_no_torch(file: Path, workers: RewardWorkers) -> None:
+    found = [
+        score(rewards(file, ["torch_is_loaded"], known), ["1"]).raw["torch_is_loaded"] for known in (workers, None)
+    ]
     assert found == [[0.0], [1.0]]
 
 
-def test_what_workers_do_not_know_is_called_here(file: Path, judges: Judges) -> None:
-    here = Reward("model", 1.0, lambda completions, **columns: [os.getpid()] * len(completions))
-    found = score(Rewards([here, Reward("process", 1.0, loaded(f"{file}:process"))], judges), TEXTS)
+def test_what_workers_do_not_know_is_called_here(file: Path, workers: RewardWorkers) -> None:
+    here = WeightedReward("model", 1.0, lambda completions, **columns: [os.getpid()] * len(completions))
+    found = score(Rewards([here, WeightedReward("process", 1.0, loaded(f"{file}:process"))], workers), TEXTS)
     assert found.raw["model"] == [os.getpid()] * 7 and os.getpid() not in found.raw["process"]
 
 
 @pytest.mark.parametrize("name", ["second_fails", "second_is_nan", "nothing", "lambdas"])
-def test_the_same_message(file: Path, judges: Judges, name: str) -> None:
+def test_the_same_message(file: Path, workers: RewardWorkers, name: str) -> None:
     said = []
-    for known in (None, judges):
+    for known in (None, workers):
         with pytest.raises(UserError) as raised:
             score(rewards(file, [name], known), [*TEXTS[:6], "7", "6"] if name == "second_fails" else TEXTS)
         said.append(str(raised.value))
@@ -141,23 +143,21 @@ def test_the_same_message(file: Path, judges: Judges, name: str) -> None:
 
 
 def test_a_worker_that_dies(file: Path) -> None:
-    judge = rewards(file, ["leaves"], Judges({"leaves": f"{file}:leaves"}, 1))
-    said = (
-        "rewards.workers: a worker process ended with exit code 3 while it was to judge completions 0 to 6 by leaves,"
-    )
+    scorer = rewards(file, ["leaves"], RewardWorkers({"leaves": f"{file}:leaves"}, 1))
+    said = "rewards.workers: a worker process ended with exit code 3 while it scored completions 0 to 6 by leaves,"
     for _ in range(2):  # and again when it is asked once more
         with pytest.raises(UserError, match=said):
-            score(judge, TEXTS)
+            score(scorer, TEXTS)
     killed = lost(-9, Question(["a", "b"], 4, ["p"] * 2, ["x", "y"], {}))
-    assert "a worker process was killed by SIGKILL while it was to judge completions 4 to 5 by a, b, wanted" in killed
+    assert "a worker process was killed by SIGKILL while it scored completions 4 to 5 by a, b, wanted" in killed
 
 
 def test_a_reward_that_does_not_load(file: Path) -> None:
     broken = file.with_name("broken.py")
     broken.write_text("x = 1 / 0\n")
-    judge = Rewards([Reward("broken", 1.0, lambda **columns: [])], Judges({"broken": str(broken)}, 1))
+    scorer = Rewards([WeightedReward("broken", 1.0, lambda **columns: [])], RewardWorkers({"broken": str(broken)}, 1))
     with pytest.raises(UserError, match=r"broken\.py does not load: ZeroDivisionError: division by zero"):
-        score(judge, TEXTS)
+        score(scorer, TEXTS)
 
 
 def ended(pids: set[int], seconds: float = 20.0) -> bool:
@@ -171,17 +171,17 @@ def ended(pids: set[int], seconds: float = 20.0) -> bool:
 
 
 def test_workers_end_when_they_are_forgotten(file: Path) -> None:
-    judge = rewards(file, ["process"], Judges({"process": f"{file}:process"}, 1))
-    mine = {int(pid) for pid in score(judge, TEXTS).raw["process"]}
+    scorer = rewards(file, ["process"], RewardWorkers({"process": f"{file}:process"}, 1))
+    mine = {int(pid) for pid in score(scorer, TEXTS).raw["process"]}
     assert not ended(mine, 0.1)
-    del judge
+    del scorer
     assert ended(mine)
 
 
 def test_workers_end_with_the_process_that_asks(tmp_path: Path) -> None:
-    """Whatever ends it, and in the middle of a judgement."""
-    code = "import sys; from pipeline.rewards.workers import Judges; "
-    code += "Judges({'mine': sys.argv[1]}, 1).ask(['mine'], [''], ['a'], {})()"
+    """Whatever ends it, and in the middle of a reward."""
+    code = "import sys; from pipeline.rewards.workers import RewardWorkers; "
+    code += "RewardWorkers({'mine': sys.argv[1]}, 1).ask(['mine'], [''], ['a'], {})()"
     endings = (signal.SIGINT, signal.SIGKILL)
     folders = [tmp_path / number.name for number in endings]
     parents = []
@@ -205,13 +205,13 @@ CASE = same_step.Case(DRAWN, masked=True)
 ROWS = Packing(1, None, False, tiny.PAD_ID)  # micro-batches of one row
 
 
-def trainer_of(judge: Rewards, zero: str, folder: Path, watch: Callable[[str], None] | None) -> Trainer:
-    """Semi-offline steps with `judge`; where there is a `watch`, with forwards ahead, and it is told of both halves."""
+def trainer_of(scorer: Rewards, zero: str, folder: Path, watch: Callable[[str], None] | None) -> Trainer:
+    """Semi-offline steps with `scorer`; where there is a `watch`, with forwards ahead, and it hears of both halves."""
     trained = tiny.trainer(same_step.module(CASE), zero, optimizer=same_step.OPTIMIZER)
     items = same_step.items_of(CASE)
     trainer = same_step.trainer_of(CASE, trained, items, ROWS, folder)
     module, settings, objective = objective_of(CASE.algorithm)
-    composer = Composer(trained.ranks, masked.encoder(), judge, items, module)
+    composer = Composer(trained.ranks, masked.encoder(), scorer, items, module)
 
     def begin(output, batch):
         watch(f"begin {batch.items}")
@@ -229,20 +229,20 @@ def trainer_of(judge: Rewards, zero: str, folder: Path, watch: Callable[[str], N
 
 @pytest.fixture(scope="module")
 def at_once(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict]:
-    """Three steps judged here."""
+    """Three steps with rewards called here."""
     yield same_step.run(
         CASE, trainer_of(rewards(file, ["overlap"], None), "zero0", tmp_path_factory.mktemp("here"), None)
     )
 
 
 @pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2"])
-def test_the_same_steps(file: Path, judges: Judges, at_once: dict, zero: str, tmp_path: Path) -> None:
+def test_the_same_steps(file: Path, workers: RewardWorkers, at_once: dict, zero: str, tmp_path: Path) -> None:
     """Each micro-batch's loss is taken after the next one's forward; ZeRO changes no bit on one process."""
-    told: list[str] = []
-    found = same_step.run(CASE, trainer_of(rewards(file, ["overlap"], judges), zero, tmp_path, told.append))
+    heard: list[str] = []
+    found = same_step.run(CASE, trainer_of(rewards(file, ["overlap"], workers), zero, tmp_path, heard.append))
     # rows 0 to 4; then 8, 1, 8; then 4
-    assert told[:6] == ["begin (0,)", "begin (1,)", "rest (0,)", "begin (2,)", "rest (1,)", "begin (3,)"]
-    assert told[6:10] == ["rest (2,)", "begin (4,)", "rest (3,)", "rest (4,)"]
-    assert told[-2:] == ["begin (4,)", "rest (4,)"]
+    assert heard[:6] == ["begin (0,)", "begin (1,)", "rest (0,)", "begin (2,)", "rest (1,)", "begin (3,)"]
+    assert heard[6:10] == ["rest (2,)", "begin (4,)", "rest (3,)", "rest (4,)"]
+    assert heard[-2:] == ["begin (4,)", "rest (4,)"]
     for name in ("loss", "grad_norm", "weights"):
         tiny.close(found[name], at_once[name], roundings=0 if zero == "zero0" else 128)
