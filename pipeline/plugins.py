@@ -20,7 +20,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pipeline.errors import UserError, did_you_mean
 
@@ -65,6 +65,15 @@ def available(folder: str, wanted: str = "") -> list[str]:
         return names
     paths = {name: Path(package.__path__[0]) / f"{name}.py" for name in names}
     return [name for name, path in paths.items() if path.exists() and wanted in _defined(path)]
+
+
+def constant(folder: str, name: str, wanted: str) -> Any:
+    """The literal that a module of a package gives `wanted` at its top, None without one. It is not imported."""
+    path = Path(importlib.import_module(folder).__path__[0]) / f"{name}.py"
+    if not path.is_file() or wanted not in _defined(path):
+        return None
+    body = [node for node in ast.parse(path.read_bytes()).body if isinstance(node, ast.Assign)]
+    return next(ast.literal_eval(node.value) for node in body if ast.unparse(node.targets[0]) == wanted)
 
 
 def guarded(place: str, call: Callable[[], Result]) -> Result:

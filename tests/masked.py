@@ -39,7 +39,7 @@ def words() -> TokenTables:
 def masking(**changes: Any) -> Masking:
     """Tokens drawn one by one, each with probability 0.4."""
     settings = {"rate": 0.4, "span": "token", "after_punctuation": True, **changes}
-    return tiny.settings("rl").masking.model_copy(update=settings)
+    return tiny.settings("rl", "algo=semi_offline").masking.model_copy(update=settings)
 
 
 def sentence(rng: random.Random, longest: int) -> str:

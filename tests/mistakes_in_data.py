@@ -109,7 +109,7 @@ DATA = [
     Mistake(
         "rewards all equal",
         "rl",
-        f"{FROM} algo=alol",
+        f"{FROM} algo=alol value.targets=data value.epochs=1",
         ("sampling weights", "none of .* positive", "sampling=all"),
         rows(all_with(scored(), reward=0.5)),
     ),
@@ -173,14 +173,14 @@ DATA = [
         "a control that online RL has not",
         "rl",
         f"{FROM} algo=reinforce reward=length shuffle_rewards=true",
-        ("shuffle_rewards: True", "algo=reinforce does not look at", "wanted False", "choose another algo"),
+        ("command line", "shuffle_rewards: algo=reinforce has no such", "belongs to algo=.*alol, dpo, nll"),
         rows(lines(answers())),
     ),
     Mistake(
         "a choice of rows that semi-offline RL has not",
         "rl",
         f"{FROM} algo=semi_offline reward=rouge static=reference rows=best_half",
-        ("rows: best_half", "algo=semi_offline does not look at", "wanted all", "choose another algo"),
+        ("command line", "rows: algo=semi_offline has no such", "belongs to algo=a_lol_kl.*wbc"),
         rows(lines(answers())),
     ),
     Mistake(

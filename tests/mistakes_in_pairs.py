@@ -24,7 +24,7 @@ PAIRS = [
         "a choice of pairs that DPO has not",
         "rl",
         f"{FROM} algo=dpo rows=best_half",
-        ("rows: best_half", "algo=dpo does not look at", "wanted all"),
+        ("command line", "rows: algo=dpo has no such setting", "belongs to algo=a_lol_kl"),
         rows(lines(pairs())),
     ),
     Mistake(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForSequenceClassification, PreTrainedModel
 
-from pipeline.config.schema import Algorithm
+from pipeline.config.schema import AlgorithmSettings
 from pipeline.data.batching import Packing, Windows
 from pipeline.data.masking import Masker
 from pipeline.models.policy import Policy, RewardModel
@@ -44,7 +44,7 @@ OPTIMIZER = {**tiny.PLAIN_STEP, "learning_rate": 0.05, "lr_scheduler_type": "con
 class Case:
     """An algorithm with its settings, what it learns from, and the shape of its model."""
 
-    algorithm: Algorithm
+    algorithm: AlgorithmSettings
     pairs: bool = False
     scalar: bool = False  # scores, not log-probabilities
     masked: bool = False  # from masked tokens of static responses

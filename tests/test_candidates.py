@@ -216,12 +216,13 @@ def test_impossible_ways_of_decoding(words: list[str], found: str) -> None:
 
 
 def test_the_static_choice_is_a_setting_of_rl() -> None:
-    assert resolve(["stage=rl"]).settings.static == "worst"
-    assert resolve(["stage=rl", "data.static=reference"]).settings.static == "reference"
+    words = ["stage=rl", "algo=semi_offline"]
+    assert resolve(words).settings.static == "worst"
+    assert resolve([*words, "data.static=reference"]).settings.static == "reference"
     with pytest.raises(
         UserError, match="static: 'wurst', wanted worst, best, random or reference; did you mean 'worst'"
     ):
-        resolve(["stage=rl", "static=wurst"])
+        resolve([*words, "static=wurst"])
 
 
 def test_scores_of_ranked_rows_belong_to_their_texts() -> None:

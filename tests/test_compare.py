@@ -46,14 +46,6 @@ def planned(*words: str) -> comparison_plan.Study:
     return comparison_plan.plan(resolve(given).settings, given)
 
 
-def settings(*words: str):
-    return resolve(["stage=compare", *words]).settings
-
-
-def leaves(layer) -> dict[str, object]:
-    return {".".join(path): leaf.value for path, leaf in layer.items()}
-
-
 # variants and seeds
 
 
@@ -67,13 +59,28 @@ def test_candidates_are_made_before_they_are_scored_and_learned_from():
 
 
 def test_a_variant_has_the_settings_of_all_then_its_own():
-    named = comparison_plan.variants_of(
-        settings("algos=nll, alol", "variants={mine: {algo: alol, lr: 0.5, max_steps: 7}}", "rl.max_steps=9")
-    )
+    words = ["recipe=demo", "algos=nll, alol", "variants={mine: {algo: alol, lr: 0.5, max_steps: 7}}", "rl.max_steps=9"]
+    found = planned(*words, "seeds=1", "run=x")
+    named = {task.step.settings.name: task.step.settings for task in found.tasks if task.step.stage == "rl"}
     assert list(named) == ["nll", "alol", "mine"]
-    assert leaves(named["alol"])["algo"] == "alol" and leaves(named["alol"])["train.max_steps"] == 9
-    mine = leaves(named["mine"])
-    assert (mine["train.max_steps"], mine["optimizer.learning_rate"], mine["train.keep"]) == (7, 0.5, "last")
+    assert named["alol"].algo == "alol" and named["alol"].train.max_steps == 9
+    mine = named["mine"]
+    assert (mine.train.max_steps, mine.optimizer.learning_rate, mine.train.keep) == (7, 0.5, "last")
+
+
+def test_what_is_said_for_all_variants_reaches_those_whose_algorithm_has_it():
+    words = [
+        "recipe=questions",
+        "algos=semi_offline,alol,esrl",
+        "masking.rate=0.3",
+        "rl.static=best",
+        "rl.value.epochs=3",
+    ]
+    found = planned(*words, "seeds=1", "run=x")
+    named = {task.step.settings.name: task.step.settings for task in found.tasks if task.step.stage == "rl"}
+    assert (named["semi_offline"].masking.rate, named["semi_offline"].static) == (0.3, "best")
+    assert named["alol"].value.epochs == 3 and not named["alol"].scale_steps
+    assert not {"static", "masking", "value", "scale_steps"} & set(named["esrl"].model_dump())
 
 
 @pytest.mark.parametrize(
@@ -86,6 +93,8 @@ def test_a_variant_has_the_settings_of_all_then_its_own():
         (["algos=[]"], "no variant"),
         (["variants={x: {algo: alol, leraning_rate: 1}}"], "no such setting"),
         (["variants={x: {algo: alool}}"], "did you mean 'alol'"),
+        (["variants={x: {algo: nll, sampler: {k: 2}}}"], "sampler.k: algo=nll has no such setting"),
+        (["rl.leraning_rate=1"], "no such setting"),
         (["seeds=1,x"], "wanted different whole numbers"),
         (["seeds=[1, 1]"], "wanted different whole numbers"),
         (["max_stepps=3"], "no such setting"),

@@ -9,10 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.config.aliases import ALGORITHM_IDS, ALIASES, SWITCHES
 from pipeline.config.resolve import House, merge, nested, resolve, resolve_steps
-from pipeline.config.schema import STAGES
-from pipeline.config.validate import known_paths
-from pipeline.config.yaml_layers import ROOT, Leaf, dump_yaml, load_yaml, parse_overrides
+from pipeline.config.schema import RL_KINDS, STAGES
+from pipeline.config.yaml_layers import ROOT, Leaf, dump_yaml, load_yaml, parse_overrides, read_layer
 from pipeline.errors import UserError
+from pipeline.trainer.objective import objective_of
 
 
 def values(*words: str) -> dict:
@@ -165,7 +165,7 @@ def house(tmp_path: Path) -> House:
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
-    return House({"learn": Learn, "improve": Improve, "show": Show}, tmp_path)
+    return House({"learn": (Learn,), "improve": (Improve,), "show": (Show,)}, tmp_path)
 
 
 def test_later_layers_win(house: House, tmp_path: Path):
@@ -284,21 +284,16 @@ def test_mistakes_in_recipes_name_the_line(house: House, tmp_path: Path, text: s
 
 
 def test_aliases_lead_to_settings():
-    schema_paths = {".".join(path) for schema in STAGES.values() for path in known_paths(schema)}
-    algorithm_settings = {
-        f"algorithm.settings.{name}"
-        for file in (ROOT / "stages/algo").glob("*.yaml")
-        for name in load_yaml(file)["algorithm"]["settings"]
-    }
+    free = {".".join(path) for file in (ROOT / "stages").glob("**/*.yaml") for path in read_layer(file)}
     targets = {*ALIASES.values(), *(setting for setting, _ in SWITCHES.values())}
-    assert targets <= schema_paths | algorithm_settings
+    assert targets <= {".".join(path) for path in House().paths()} | free
     assert {f"{name}.yaml" for name in ALGORITHM_IDS.values()} <= {p.name for p in (ROOT / "stages/algo").iterdir()}
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_resolves_with_its_defaults(stage: str):
     settings = resolve([f"stage={stage}"]).settings
-    assert type(settings) is STAGES[stage]
+    assert type(settings) in STAGES[stage]
     with pytest.raises(ValueError, match="frozen"):
         settings.run = "other"
 
@@ -339,4 +334,72 @@ def test_what_a_recipe_says_of_its_algorithm_is_for_its_algorithm():
     other = resolve(["stage=rl", "recipe=questions", "algo=reinforce", "algorithm.settings.alpha=2"]).settings
     assert own["rl_weight"] == 4.0
     found = other.algorithm.settings
-    assert (found["alpha"], found["rl_weight"]) == (2, 1.0) and "samples" not in found and other.static == "worst"
+    assert (found["alpha"], found["rl_weight"]) == (2, 1.0) and "samples" not in found
+    assert not {"static", "masking"} & set(type(other).model_fields) and other.sampler.mode == "static"
+
+
+# Which settings stage=rl has.
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "stages/algo").glob("*.yaml")), ids=lambda path: path.stem)
+def test_an_algorithm_has_the_settings_that_it_reads(file: Path):
+    settings = resolve(["stage=rl", f"algo={file.stem}"]).settings
+    chosen = objective_of(settings.algorithm)
+    assert chosen.module.RESPONSES in RL_KINDS and isinstance(settings, RL_KINDS[chosen.module.RESPONSES])
+    values = chosen.module.needs(chosen.settings).values
+    assert ("value" in settings.model_dump()) == values
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["algo=alol", "sampler.k=4"],
+            "sampler.k: algo=alol has no such setting; it belongs to algo=esrl, esrl_drop, ",
+        ),
+        (["algo=nll", "value.epochs=2"], "it belongs to algo=a_lol_kl, a_lol_ref_free, a_lol_seq, alol"),
+        (["algo=a_lol", "mask_rate=0.2"], "masking.rate: algo=alol has no such setting; it belongs to algo=semi_offl"),
+        (["algo=esrl", "algorithm.file=supervised"], "file: 'supervised', wanted one of dpo, offline, online, semi_o"),
+        (["recipe=demo", "sampler.k=4"], "command line: sampler.k: algo=alol has no such setting"),
+    ],
+)
+def test_settings_of_other_algorithms_are_refused(words: list[str], message: str):
+    with pytest.raises(UserError) as error:
+        resolve_steps(words if "recipe=demo" in words else ["stage=rl", *words])
+    assert message in str(error.value)
+
+
+def test_settings_of_other_algorithms_in_files(tmp_path: Path):
+    """What another stage has is meant for that one; a step of a recipe is checked against its own algorithm."""
+    file = tmp_path / "mine.yaml"
+    file.write_text("masking: {rate: 0.3}\n")
+    words = ["stage=rl", "algo=alol", f"config={file}"]
+    assert not hasattr(resolve(words).settings, "masking")
+    assert resolve([*words[:1], "algo=semi_offline", *words[2:]]).settings.masking.rate == 0.3
+    file.write_text("lr: 0.1\nsampler: {k: 4}\n")
+    with pytest.raises(UserError, match=r"mine\.yaml:2: sampler\.k: algo=alol has no such setting"):
+        resolve(words)
+    file.write_text("all: {masking: {rate: 0.3}}\nsteps:\n- stage: rl\n  set:\n    sampler: {k: 4}\n")
+    recipe = ["stage=rl", f"recipe={file}"]
+    with pytest.raises(UserError, match=r"mine\.yaml:5: sampler\.k: algo=alol has no such setting"):
+        resolve(recipe)
+    assert resolve([*recipe, "algo=dpo"]).settings.algo == "dpo"
+    assert resolve([*recipe, "algo=semi_offline"]).settings.masking.rate == 0.3
+
+
+def test_the_weight_decides_whether_there_are_values():
+    assert resolve(["stage=rl", "algo=nll", "algorithm.settings.weight=advantage"]).settings.value.epochs == 40
+
+
+def test_an_algorithm_is_like_another(house: House, tmp_path: Path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("like: alol\nlr: 0.3\n")
+    settings = resolve(["stage=improve", f"algo={mine}"], house).settings
+    assert (settings.algorithm.settings, settings.optimizer.learning_rate) == ({"clip": 0.9}, 0.3)
+    for text, message in (
+        (f"like: {mine}\n", "which is like"),
+        ("like: allol\n", "mine.yaml:1: like=allol: wanted one"),
+    ):
+        mine.write_text(text)
+        with pytest.raises(UserError, match=message):
+            resolve(["stage=improve", f"algo={mine}"], house)

@@ -25,7 +25,7 @@ SPANS = ("token", "word", "whole_word")
 
 def masking(**changes) -> Masking:
     """RL's masking, at the rate of the released runs."""
-    return tiny.settings("rl").masking.model_copy(update={"rate": 0.4, **changes})
+    return tiny.settings("rl", "algo=semi_offline").masking.model_copy(update={"rate": 0.4, **changes})
 
 
 def numbers_of(seed: int = 0) -> torch.Generator:

@@ -41,10 +41,11 @@ DATA_WORDS = ["task=assistant", "data.task_size=96", *LENGTHS]
 SMALL = [f"model.scratch.{size}" for size in ("hidden_size=32", "num_layers=2", "num_heads=2")]
 STEP = ["batch_size=16", "eval.max_rows=12", "eval.num_samples=2", "max_steps=1"]
 SHORT = ["max_new_tokens=12"]
+VALUES = ["value.targets=data", "value.epochs=1"]  # of the default, algo=alol
 SOUND = {  # words with which a stage goes through, if its model is there
     "sft": [*DATA_WORDS, *SMALL, *STEP, *SHORT],
     "reward": [*DATA_WORDS, *SMALL, *STEP, "name=helpfulness"],
-    "rl": [*DATA_WORDS, *STEP, *SHORT, "value.targets=data", "value.epochs=1"],
+    "rl": [*DATA_WORDS, *STEP, *SHORT, *VALUES],
     "score": DATA_WORDS,
     "generate": [*DATA_WORDS, *SHORT, "max_rows=4", "splits=[validation]"],
     "evaluate": [*DATA_WORDS, *SHORT, "max_rows=4", "split=validation"],
@@ -59,6 +60,8 @@ def words_of(stage: str, runs: Path, own: list[str]) -> list[str]:
     given = {name(word) for word in own}
     if given & {"data.train", "data.path"} and "data.task" not in given:
         given |= {"data.task", "data.task_size"}
+    if "algo" in given:
+        given |= {name(word) for word in VALUES}
     sound = [f"runs_dir={runs}", *SOUND[stage]]
     return [f"stage={stage}", *(word for word in sound if name(word) not in given), *own]
 

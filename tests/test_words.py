@@ -29,7 +29,7 @@ OF_THE_SERVER = {"port", "host", "threads", "max_request_mb"}  # reward_models/s
 def known() -> set[str]:
     """What may stand before the '=' of a word; a comparison passes `rl.x` and `evaluate.x` on to those stages."""
     named = {*ALIASES, *SWITCHES, *CONTROL}
-    own = {stage: {".".join(path) for path in known_paths(schema)} for stage, schema in STAGES.items()}
+    own = {stage: {".".join(path) for record in STAGES[stage] for path in known_paths(record)} for stage in STAGES}
     passed = {f"{stage}.{name}" for stage in ("rl", "evaluate") for name in (*own[stage], *ALIASES)}
     free = {".".join(path) for file in (ROOT / "stages").glob("**/*.yaml") for path in read_layer(file)}
     return named | passed | free | {name for names in own.values() for name in names}

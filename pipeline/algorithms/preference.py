@@ -23,7 +23,6 @@ from pipeline.algorithms.functional import item_numbers, masked_sum, mean_stat, 
 from pipeline.records import Batch, Needs, Stat
 
 MEAN_OVER = "items"
-RESPONSES = "data"
 
 
 @dataclass(frozen=True)

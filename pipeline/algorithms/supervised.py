@@ -21,7 +21,6 @@ from pipeline.algorithms.functional import mean_stat, sequence_logp, smoothed_nl
 from pipeline.records import Batch, Needs, Stat
 
 MEAN_OVER = "tokens"
-RESPONSES = "data"
 
 
 @dataclass(frozen=True)

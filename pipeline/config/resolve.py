@@ -1,7 +1,10 @@
 """Which layers make a stage's settings.
 
 Later layers win: stages/common.yaml < stages/<stage>.yaml < stages/algo/<algo>.yaml < the recipe's `all`
-< the recipe's step < the user's config=FILE.yaml < key=value.
+< the recipe's step < the user's config=FILE.yaml < key=value. An algorithm's YAML may begin with `like: NAME`: what it
+does not say is as in that algorithm's.
+
+Which settings stage=rl has is decided by the algorithm, see `schema.rl_record`.
 
 A recipe is a mapping of two keys: `all`, settings for every stage that has them, and `steps`, a list of
 {stage: sft, name: optional, set: {settings of this step}, scratch: {settings over those where no model is named}}.
@@ -9,15 +12,16 @@ A recipe is a mapping of two keys: `all`, settings for every stage that has them
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
+from pipeline import plugins
 from pipeline.config.aliases import ALGORITHM_IDS
-from pipeline.config.schema import STAGES
+from pipeline.config.schema import STAGES, rl_record
 from pipeline.config.validate import SettingPath, describe, known_paths, nearest_path, validated
 from pipeline.config.yaml_layers import (
     COMMAND_LINE,
@@ -40,6 +44,7 @@ EXCLUSIVE = (  # giving one of a pair takes back the other, if only an earlier l
 )
 MODEL = ("model", "path")
 DRIVERS = ("compare",)  # stages that start others: settings of other stages are for those
+LIKE = ("like",)  # of an algorithm's YAML: the one that it differs from
 FREE = ("algorithm", "settings")  # its keys are those of the stage's or the algorithm's own YAML
 
 
@@ -54,10 +59,22 @@ class Resolved:
 
 @dataclass(frozen=True)
 class House:
-    """Where the layers lie and which stages there are; tests build smaller ones."""
+    """Where the layers lie and which stages there are, each with its records; tests build smaller ones."""
 
-    schemas: Mapping[str, type[BaseModel]] = field(default_factory=lambda: STAGES)
+    schemas: Mapping[str, tuple[type[BaseModel], ...]] = field(default_factory=lambda: STAGES)
     folder: Path = ROOT / "stages"
+
+    def names(self, stage: str) -> set[str]:
+        """The top-level settings that `stage` has, whatever the algorithm."""
+        return {name for record in self.schemas[stage] for name in record.model_fields}
+
+    def owners(self, name: str) -> list[str]:
+        """The stages that have the top-level setting `name`."""
+        return [stage for stage in self.schemas if name in self.names(stage)]
+
+    def paths(self) -> Iterator[SettingPath]:
+        """Every settable path of every stage."""
+        return (path for records in self.schemas.values() for record in records for path in known_paths(record))
 
 
 class Step(NamedTuple):
@@ -72,6 +89,14 @@ class Recipe(NamedTuple):
     steps: list[Step]
 
 
+class Layers(NamedTuple):
+    """What a stage's settings are made of."""
+
+    record: type[BaseModel]  # says which settings there are
+    shipped: Layer  # of the stage and its algorithm
+    later: list[Layer]
+
+
 def resolve(words: Iterable[str], house: House | None = None) -> Resolved:
     """The settings of the one stage that `words` name. Raises UserError."""
     house = house or House()
@@ -83,15 +108,16 @@ def resolve(words: Iterable[str], house: House | None = None) -> Resolved:
         near = did_you_mean(stage or "", house.schemas)
         raise UserError(f"{COMMAND_LINE}: {found}, wanted one of {', '.join(house.schemas)}{near}")
     if stage in DRIVERS:
-        overrides = _of_stage(overrides, stage, house)
+        overrides = _without(overrides, _foreign(house.schemas[stage][0], stage, house)[0])
     else:
         _refuse_foreign(overrides, stage, house)
-    base, later = _layers(overrides, stage, house)
-    _refuse_values_of_sections(later, house.schemas[stage])
-    merged = merge([base, *later])
-    _check_free_keys(base, merged)
+    layers = _layers(overrides, stage, house)
+    _refuse_unread(layers, stage, house)
+    _refuse_values_of_sections(layers.later, layers.record)
+    merged = merge([layers.shipped, *layers.later])
+    _check_free_keys(layers.shipped, merged)
     places = {path: leaf.place for path, leaf in merged.items()}
-    return Resolved(stage, validated(house.schemas[stage], nested(merged), places), words)
+    return Resolved(stage, validated(layers.record, nested(merged), places), words)
 
 
 def resolve_steps(words: Iterable[str], house: House | None = None) -> list[Resolved]:
@@ -116,8 +142,10 @@ def resolve_steps(words: Iterable[str], house: House | None = None) -> list[Reso
     steps = [[*head, *reaching(head, free, house)] for head in heads]
     for one in free:
         if not any(one in step for step in steps):
-            _refuse_foreign(parse_overrides([one]), own[-1].stage, house)
-            resolve([*heads[-1], one], house)
+            path = next(iter(parse_overrides([one])))
+            place = next((i for i, step in enumerate(own) if path[0] in house.names(step.stage)), -1)
+            _refuse_foreign(parse_overrides([one]), own[place].stage, house)
+            resolve([*heads[place], one], house)
     return [resolve(step, house) for step in steps]
 
 
@@ -125,16 +153,23 @@ def reaching(head: list[str], words: list[str], house: House | None = None) -> l
     """Those of a user's `words` that the step named by `head` (stage=, recipe=, name=) has the settings of."""
     house = house or House()
     stage = head[0].partition("=")[2]
-    fields = {*house.schemas[stage].model_fields, *CONTROL}
-    base = _layers(parse_overrides([*head, *words]), stage, house)[0]
-    return [one for one in words if any(_reaches(path, fields, base) for path in parse_overrides([one]))]
+    record, shipped, _ = _layers(parse_overrides([*head, *words]), stage, house)
+    fields = {*record.model_fields, *CONTROL}
+    return [one for one in words if any(_reaches(path, fields, shipped) for path in parse_overrides([one]))]
+
+
+def unread(words: Iterable[str]) -> set[str]:
+    """The top-level settings that the stage which `words` name has with other algorithms only."""
+    house, overrides = House(), parse_overrides(words)
+    stage = str(word(overrides, "stage"))
+    return _foreign(_layers(overrides, stage, house).record, stage, house)[1]
 
 
 def word(overrides: Layer, name: str) -> str | None:
     """The value of a word such as stage= or recipe=, None if it is not there. Raises UserError if it is not text."""
     value = overrides[(name,)].value if (name,) in overrides else None
     if value is not None and not isinstance(value, str):
-        raise UserError(f"{COMMAND_LINE}: {name}={value!r}, wanted a name")
+        raise UserError(f"{overrides[(name,)].place}: {name}={value!r}, wanted a name")
     return value
 
 
@@ -178,28 +213,75 @@ def named_file(name: str, folder: Path, place: str) -> Path:
     return folder / f"{name}.yaml"
 
 
-def _layers(overrides: Layer, stage: str, house: House) -> tuple[Layer, list[Layer]]:
+def _layers(overrides: Layer, stage: str, house: House) -> Layers:
     """What ships for the stage (common, stage, algorithm) merged, and the layers over it."""
-    recipe, scratch = _recipe_layers(overrides, stage, house)
-    config = word(overrides, "config")
-    own = [] if config is None else [_of_stage(read_layer(Path(config)), stage, house)]
-    own.append({path: leaf for path, leaf in overrides.items() if path[0] not in CONTROL})
-    model = merge([*recipe, *own]).get(MODEL)
-    recipe += [scratch] if model is None or model.value is None else []
-    common = _of_stage(read_layer(house.folder / "common.yaml"), stage, house)
-    shipped = [common, read_layer(house.folder / f"{stage}.yaml")]
-    algo, planned = (merge([*shipped, *layers]).get(("algo",)) for layers in ([*recipe, *own], recipe))
-    if algo is None or "algo" not in house.schemas[stage].model_fields or not isinstance(algo.value, str):
-        return merge(shipped), [*recipe, *own]
-    name = ALGORITHM_IDS.get(algo.value, algo.value)
-    file = named_file(name, house.folder / "algo", f"{algo.place}: algo")
-    if planned is not None and name != ALGORITHM_IDS.get(str(planned.value), planned.value):
-        recipe = [_without_free(layer) for layer in recipe]  # they are of the algorithm that the recipe runs
-    return merge([*shipped, read_layer(file)]), [*recipe, *own, {("algo",): Leaf(name, algo.place)}]
+    everywhere, steps, scratch = _recipe_layers(overrides, stage, house)
+    file = word(overrides, "config")
+    config = {} if file is None else read_layer(Path(file))
+    own = {path: leaf for path, leaf in overrides.items() if path[0] not in CONTROL}
+    model = merge([everywhere, *steps, config, own]).get(MODEL)
+    steps += [scratch] if model is None or model.value is None else []
+    shipped = merge(read_layer(house.folder / f"{name}.yaml") for name in ("common", stage))
+    planned, algo = (_algo([shipped, everywhere, *steps, *more], stage, house) for more in ([], [config, own]))
+    if algo is not None:
+        shipped = merge([shipped, _algorithm(algo.value, f"{algo.place}: algo", house)])
+        own[("algo",)] = algo
+    another = None not in (planned, algo) and planned.value != algo.value
+    if another:  # settings of an algorithm in a recipe are of the one that it runs
+        everywhere, *steps = (_without_free(layer) for layer in (everywhere, *steps))
+
+    # each layer without what is not meant for this stage or this algorithm; what nobody has stays, to be complained of
+    record = _record(merge([shipped, everywhere, *steps, config, own]), stage, house)
+    elsewhere, unread = _foreign(record, stage, house)
+    shipped, everywhere = (_without(layer, elsewhere | unread) for layer in (shipped, everywhere))
+    steps = [_without(layer, unread) for layer in steps] if another else steps
+    return Layers(record, shipped, [everywhere, *steps, _without(config, elsewhere), own])
 
 
-def _recipe_layers(overrides: Layer, stage: str, house: House) -> tuple[list[Layer], Layer]:
-    """The recipe's settings for all stages and those of the one step that `overrides` mean; and its `scratch`."""
+def _algo(layers: Iterable[Layer], stage: str, house: House) -> Leaf | None:
+    """`algo` by the name of its YAML, None where the stage has none."""
+    algo = merge(layers).get(("algo",)) if "algo" in house.names(stage) else None
+    if algo is None or not isinstance(algo.value, str):
+        return None
+    return algo._replace(value=ALGORITHM_IDS.get(algo.value, algo.value))
+
+
+def _algorithm(name: str, place: str, house: House, above: tuple[str, ...] = ()) -> Layer:
+    """The YAML of an algorithm over that of the one it is `like`."""
+    if name in above:
+        raise UserError(f"{place}={name}, which is like {above[-1]} itself")
+    layer = read_layer(named_file(name, house.folder / "algo", place))
+    like, place = word(layer, "like"), f"{layer[LIKE].place}: like" if LIKE in layer else ""
+    layer.pop(LIKE, None)
+    return layer if like is None else merge([_algorithm(like, place, house, (*above, name)), layer])
+
+
+def _record(merged: Layer, stage: str, house: House) -> type[BaseModel]:
+    """Which of the stage's records says what settings there are."""
+    records, file = house.schemas[stage], merged.get(("algorithm", "file"))
+    if len(records) == 1 or file is None:
+        return records[0]
+    responses = plugins.constant("pipeline.algorithms", str(file.value), "RESPONSES")
+    if responses is None:
+        names = ", ".join(plugins.available("pipeline.algorithms", "RESPONSES"))
+        raise UserError(f"{file.place}: algorithm.file: {describe(file.value)}, wanted one of {names}")
+    weight = merged.get((*FREE, "weight"))
+    return rl_record(responses, weight and weight.value)
+
+
+def _foreign(record: type[BaseModel], stage: str, house: House) -> tuple[set[str], set[str]]:
+    """The top-level settings that `record` has not: those of other stages, and those of this one's other records."""
+    own = set(record.model_fields)
+    elsewhere = {name for other in house.schemas if other != stage for name in house.names(other)}
+    return elsewhere - own, house.names(stage) - own
+
+
+def _without(layer: Layer, names: set[str]) -> Layer:
+    return {path: leaf for path, leaf in layer.items() if path[0] not in names}
+
+
+def _recipe_layers(overrides: Layer, stage: str, house: House) -> tuple[Layer, list[Layer], Layer]:
+    """The recipe's settings for all stages, those of the one step that `overrides` mean, and its `scratch`."""
     recipe, name = word(overrides, "recipe"), word(overrides, "name")
     everywhere, steps = _recipe(recipe, house)
     steps = [step for step in steps if step.stage == stage]
@@ -211,8 +293,7 @@ def _recipe_layers(overrides: Layer, stage: str, house: House) -> tuple[list[Lay
         found = f"name={name}" if name else f"stage={stage} alone"
         near = did_you_mean(name or "", names)
         raise UserError(f"{COMMAND_LINE}: {found}: recipe {recipe} has the {stage} steps {', '.join(names)}{near}")
-    layers = [_of_stage(everywhere, stage, house), *(step.settings for step in named)]
-    return layers, merge(step.scratch for step in named)
+    return everywhere, [step.settings for step in named], merge(step.scratch for step in named)
 
 
 def _recipe(name: str | None, house: House) -> Recipe:
@@ -225,8 +306,8 @@ def _recipe(name: str | None, house: House) -> Recipe:
         raise UserError(f"{label(path)}: wanted a mapping of `steps`, a list, and if you like `all`, settings")
     everywhere = sub_layer(path, data.get("all"), lines, ("all",))
     for setting, leaf in everywhere.items():
-        if not any(setting[0] in schema.model_fields for schema in house.schemas.values()):
-            near = nearest_path(setting, (path for schema in house.schemas.values() for path in known_paths(schema)))
+        if not house.owners(setting[0]):
+            near = nearest_path(setting, house.paths())
             raise UserError(f"{leaf.place}: {'.'.join(setting)}: no such setting{near}")
     return Recipe(everywhere, [_step(path, lines, index, step, house) for index, step in enumerate(data["steps"])])
 
@@ -244,20 +325,30 @@ def _step(path: Path, lines: Mapping[SettingPath, int], index: int, step: Any, h
     return Step(step["stage"], step.get("name"), {**name, **layer}, scratch)
 
 
-def _of_stage(layer: Layer, stage: str, house: House) -> Layer:
-    """`layer` without the settings that only other stages have; what no stage has stays, to be complained of."""
-    own = house.schemas[stage].model_fields
-    others = {name for schema in house.schemas.values() for name in schema.model_fields} - set(own)
-    return {path: leaf for path, leaf in layer.items() if path[0] not in others}
-
-
 def _refuse_foreign(overrides: Layer, stage: str, house: House) -> None:
     """Raise UserError for a word that is a setting of other stages only."""
     for path in overrides:
-        owners = [name for name, schema in house.schemas.items() if path[0] in schema.model_fields]
+        owners = house.owners(path[0])
         if owners and stage not in owners:
             found = f"{'.'.join(path)}: stage={stage} has no such setting"
             raise UserError(f"{COMMAND_LINE}: {found}; it belongs to {', '.join(owners)}")
+
+
+def _refuse_unread(layers: Layers, stage: str, house: House) -> None:
+    """Raise UserError for a setting that the stage has with other algorithms only."""
+    names = _foreign(layers.record, stage, house)[1]
+    for path, leaf in (entry for layer in layers.later for entry in layer.items()):
+        if path[0] in names:
+            algo = merge([layers.shipped, *layers.later])[("algo",)].value
+            found = f"{'.'.join(path)}: algo={algo} has no such setting"
+            raise UserError(f"{leaf.place}: {found}; it belongs to algo={', '.join(_readers(path[0], stage, house))}")
+
+
+def _readers(name: str, stage: str, house: House) -> list[str]:
+    """The algorithms that ship with which `stage` has the top-level setting `name`."""
+    algos = sorted(file.stem for file in (house.folder / "algo").glob("*.yaml"))
+    records = {algo: _layers({("algo",): Leaf(algo, "")}, stage, house).record for algo in algos}
+    return [algo for algo, record in records.items() if name in record.model_fields]
 
 
 def _refuse_values_of_sections(layers: Iterable[Layer], schema: type[BaseModel]) -> None:

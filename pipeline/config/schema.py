@@ -31,7 +31,7 @@ from pipeline.config.sections import (
 )
 
 
-class Algorithm(Section):
+class AlgorithmSettings(Section):
     """The file in `pipeline/algorithms/` and its own settings, which that file checks."""
 
     file: str
@@ -55,7 +55,7 @@ class WithModel(Common):
 
 
 class Training(WithModel):
-    algorithm: Algorithm
+    algorithm: AlgorithmSettings
     train: TrainSettings
     optimizer: OptimizerSettings
     eval: EvalSettings
@@ -94,28 +94,65 @@ RewardSpec = Annotated[str | dict[str, float] | None, BeforeValidator(sound_addr
 
 
 class Rl(Training):
+    """What all algorithms of stage=rl have; the records below add what one kind of them reads."""
+
     algo: str
     start_from: Literal["sft", "model"]
     scored: str | None
     reward: RewardSpec
     rewards: RewardSettings
+    generation: GenerationSettings
+
+
+class RlOffline(Rl):
+    """Of an algorithm that learns from logged responses."""
+
     rows: Literal["all", "chosen", "best_half", "worst_half"]
     shuffle_rewards: bool
-    static: Literal["worst", "best", "random", "reference"]
-    share_prompt: bool
     sampling: Literal["priority", "positive", "all"]
     scale_steps: bool
     ratio_tolerance: RatioTolerance
-    masking: Masking
-    sampler: SamplerSettings
+
+
+class RlAdvantage(RlOffline):
+    """Of one that weighs them by their advantage, which takes a value of every prompt."""
+
     value: ValueSettings
-    generation: GenerationSettings
+
+
+class RlPairs(Rl):
+    """Of an algorithm that learns from preference pairs."""
+
+    shuffle_rewards: bool
+    ratio_tolerance: RatioTolerance
+
+
+class RlMasked(Rl):
+    """Of an algorithm that masks tokens of static responses and samples others in their places."""
+
+    shuffle_rewards: bool
+    static: Literal["worst", "best", "random", "reference"]
+    share_prompt: bool
+    masking: Masking
+
+
+class RlPolicy(Rl):
+    """Of an algorithm that learns from responses it samples from the policy."""
+
+    sampler: SamplerSettings
 
     @model_validator(mode="after")
-    def sampler_goes_with_the_rest(self) -> Rl:
-        if self.algorithm.file == "online":  # others do not sample
-            self.sampler.check_with(self.algorithm.settings, self.generation, self.train, self.data)
+    def sampler_goes_with_the_rest(self) -> RlPolicy:
+        self.sampler.check_with(self.algorithm.settings, self.generation, self.train, self.data)
         return self
+
+
+RL_KINDS = {"data": RlOffline, "pairs": RlPairs, "masked data": RlMasked, "policy": RlPolicy}  # by RESPONSES
+
+
+def rl_record(responses: str, weight: object) -> type[Rl]:
+    """The settings of stage=rl with an algorithm of these RESPONSES; `weight` is its setting of that name, or None."""
+    return RlAdvantage if (responses, weight) == ("data", "advantage") else RL_KINDS[responses]
 
 
 class Score(WithModel):
@@ -189,15 +226,15 @@ class Bench(Training):
     gpu: GpuSettings
 
 
-STAGES: dict[str, type[Common]] = {
-    "sft": Sft,
-    "reward": Reward,
-    "rl": Rl,
-    "score": Score,
-    "generate": Generate,
-    "evaluate": Evaluate,
-    "compare": Compare,
-    "report": Report,
-    "plan": Plan,
-    "bench": Bench,
+STAGES: dict[str, tuple[type[Common], ...]] = {  # several records where the algorithm decides which settings there are
+    "sft": (Sft,),
+    "reward": (Reward,),
+    "rl": (RlOffline, RlAdvantage, RlPairs, RlMasked, RlPolicy),
+    "score": (Score,),
+    "generate": (Generate,),
+    "evaluate": (Evaluate,),
+    "compare": (Compare,),
+    "report": (Report,),
+    "plan": (Plan,),
+    "bench": (Bench,),
 }

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.config.resolve import Resolved, merge, reaching, resolve, resolve_steps
+from pipeline.config.resolve import Resolved, merge, reaching, resolve, resolve_steps, unread
 from pipeline.config.reward_spec import labelled, parse
 from pipeline.config.schema import Compare
-from pipeline.config.yaml_layers import WHOLE, Layer, as_word, parse_overrides
+from pipeline.config.yaml_layers import WHOLE, Layer, Leaf, as_word, parse_overrides
 from pipeline.errors import UserError
 from pipeline.launch import run_dir
 
@@ -70,7 +70,7 @@ class Study:
 
 def plan(settings: Compare, words: Sequence[str]) -> Study:
     """Every step of a comparison, checked before any is started. Raises UserError."""
-    variants, seeds = variants_of(settings), seeds_of(settings.seeds)
+    variants, everyone, seeds = variants_of(settings), layer_of(settings.rl), seeds_of(settings.seeds)
     common = passed_on(words)
     homes = homes_of(settings, seeds)
     before = {home: _home_tasks(home, common, settings.share_before and home != homes[0]) for home in homes}
@@ -83,7 +83,7 @@ def plan(settings: Compare, words: Sequence[str]) -> Study:
         ending = f"-seed{seed}" if settings.share_before else ""
         rl, evaluation = _recipe_steps(Home(home.run, seed), common)[1:]
         waits = _names(before[home])
-        learned = {name: _changed(rl, layer, layer_of({"name": name + ending})) for name, layer in variants.items()}
+        learned = {name: variant_step(rl, everyone, own, name + ending) for name, own in variants.items()}
         made = {name: Task(step, waits, seed) for name, step in learned.items()}
         policies = {START: START, **{name: f"rl/{name}{ending}" for name in made}}
         judged = _evaluation_step(settings, evaluation, ending, policies, judges)
@@ -95,7 +95,7 @@ def plan(settings: Compare, words: Sequence[str]) -> Study:
 
 
 def variants_of(settings: Compare) -> dict[str, Layer]:
-    """Name -> settings of its rl stage: `rl` of all, then its own. Raises UserError for a name that will not do."""
+    """Name -> its own settings of the rl stage. Raises UserError for a name that will not do."""
     algos = settings.algos.split(",") if isinstance(settings.algos, str) else settings.algos
     algos = [name.strip() for name in algos if name.strip()]
     named = [*((name, {"algo": name}) for name in algos), *settings.variants.items()]
@@ -106,8 +106,7 @@ def variants_of(settings: Compare) -> dict[str, Layer]:
             raise UserError(f"{PLACE}: variant {name} is given twice; give it once in algos= and variants=")
     if not named:
         raise UserError(f"{PLACE}: no variant, wanted at least one in algos= or variants=")
-    everyone = layer_of(settings.rl)
-    return {name: merge([everyone, layer_of(own)]) for name, own in named}
+    return {name: layer_of(own) for name, own in named}
 
 
 def seeds_of(given: int | str | Sequence[int]) -> list[int]:
@@ -141,6 +140,14 @@ def layer_of(settings: Mapping[str, Any]) -> Layer:
 
 def _names(tasks: Sequence[Task]) -> frozenset[str]:
     return frozenset(task.name for task in tasks)
+
+
+def variant_step(rl: Resolved, everyone: Layer, own: Layer, name: str) -> Resolved:
+    """The recipe's rl step with the settings of all variants, those that its algorithm has, and with its own."""
+    merged = merge([parse_overrides(rl.words), everyone, own])
+    foreign = unread(_as_words(merged))
+    kept = {path: leaf for path, leaf in merged.items() if path in own or path[0] not in foreign}
+    return resolve(_as_words({**kept, ("name",): Leaf(name, PLACE)}))
 
 
 def _evaluation_step(
@@ -192,8 +199,12 @@ def _score_step(steps: Sequence[Resolved], home: Home, common: Sequence[str]) ->
 
 def _changed(step: Resolved, *layers: Layer) -> Resolved:
     """The step with further settings over its own words."""
-    merged = merge([parse_overrides(step.words), *layers])
-    return resolve([as_word(".".join(path), leaf.value) for path, leaf in merged.items()])
+    return resolve(_as_words(merge([parse_overrides(step.words), *layers])))
+
+
+def _as_words(layer: Layer) -> list[str]:
+    """A layer as key=value words."""
+    return [as_word(".".join(path), leaf.value) for path, leaf in layer.items()]
 
 
 def _words_of(settings: Mapping[str, Any], prefix: str = "") -> list[str]:

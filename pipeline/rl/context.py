@@ -36,17 +36,6 @@ class Context:
     objective: Objective
 
 
-def refuse(settings: Rl, **neutral: Any) -> None:
-    """Raise UserError where a setting that this kind of learning does not look at is not `neutral`."""
-    values = settings.model_dump()
-    for name, wanted in neutral.items():
-        if values[name] != wanted:
-            raise UserError(
-                f"{name}: {values[name]}, which algo={settings.algo} does not look at, wanted {wanted}: leave it out, "
-                "or choose another algo="
-            )
-
-
 def required_rewards(context: Context) -> Rewards:
     """The rewards of the stage. Raises UserError where there are none."""
     if context.rewards is None:

@@ -13,7 +13,7 @@ from pipeline.data import dataset, pairs, sampling
 from pipeline.data.batching import Windows
 from pipeline.files import fingerprint
 from pipeline.records import Example
-from pipeline.rl.context import Context, refuse
+from pipeline.rl.context import Context
 from pipeline.rl.offline import WatchedRows, check_start, evaluate
 from pipeline.rl.reference import ReferencePolicy, annotate
 from pipeline.trainer.loop import HELD_OUT_LOSS, REWARD, Trainer
@@ -26,7 +26,6 @@ logger = logging.getLogger("tiffin")
 def trainer(context: Context) -> Trainer:
     """DPO: the start model's log-probabilities of both responses are known beforehand; nothing has to be judged."""
     settings, ranks = context.settings, context.ranks
-    refuse(settings, rows="all", sampling="all")
     train, held_out = preference_pairs(context)
     prompts = dataset.unique_prompts(held_out)[: settings.eval.max_rows]
     policy = build_policy(settings, ranks, context.start)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pipeline.algorithms import capability
 from pipeline.algorithms.functional import mean_stat
-from pipeline.config.schema import Rl
+from pipeline.config.schema import RlPolicy
 from pipeline.config.sections import GenerationSettings
 from pipeline.data import dataset
 from pipeline.data.batching import Draw, Packing, collate, window
@@ -29,7 +29,7 @@ from pipeline.records import Batch, Example, Item, Request, Row, Stat
 from pipeline.rewards import scoring
 from pipeline.rewards.rewards import Rewards
 from pipeline.rl import reference
-from pipeline.rl.context import Context, fresh_responses, refuse, required_rewards
+from pipeline.rl.context import Context, fresh_responses, required_rewards
 from pipeline.rollout.allocation import Sampler, prompt_key, spoken_sampler
 from pipeline.rollout.generate import plain_sampling, respond
 from pipeline.rollout.groups import Group, items_of, record_of, statistics, table, target_item, untempered, valued
@@ -46,7 +46,6 @@ TURN = 1_000_000  # more than the responses that a prompt has at once
 def trainer(context: Context) -> Trainer:
     """On-policy RL. train.batch_size counts prompts, each of which has several responses in the step."""
     settings, ranks, algorithm = context.settings, context.ranks, context.algorithm
-    refuse(settings, rows="all", sampling="all", shuffle_rewards=False)
     rewards = required_rewards(context)
     prompts = dataset.unique_prompts(dataset.load_train(context.data, settings.seed, logger.info))
     held_out = dataset.unique_prompts(dataset.load(context.data, "validation", settings.seed, logger.info))
@@ -94,7 +93,7 @@ def evaluate(context: Context, policy: Model, prompts: Sequence[Example], rollou
     return Evaluation(judged, histograms, [*samples, *table(last, context.settings.eval.num_samples)])
 
 
-def sampled(settings: Rl) -> GenerationSettings:
+def sampled(settings: RlPolicy) -> GenerationSettings:
     """The policy's own distribution, which the gradient is an expectation over; the dropping modes narrow it."""
     plain = plain_sampling(settings.generation)
     if settings.sampler.mode != "drop":
@@ -113,7 +112,7 @@ class Rollouts:
     prompts: Sequence[Example]
     draw: Draw
     packing: Packing
-    settings: Rl
+    settings: RlPolicy
     algorithm: Any
     sampler: Sampler
     items: Sequence[Item] = ()  # of the last step

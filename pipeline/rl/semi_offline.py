@@ -19,7 +19,7 @@ from pipeline.errors import UserError
 from pipeline.records import Batch, Example, Item, Row
 from pipeline.rl.composition_samples import samples_of
 from pipeline.rl.compositions import Composer
-from pipeline.rl.context import Context, fresh_responses, refuse, required_rewards
+from pipeline.rl.context import Context, fresh_responses, required_rewards
 from pipeline.trainer import evaluation
 from pipeline.trainer.engine import Engine
 from pipeline.trainer.loop import REWARD, Evaluation, Trainer
@@ -35,7 +35,6 @@ CLOSE = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.1}  # relative to the states' size
 def trainer(context: Context) -> Trainer:
     """Semi-offline RL: nothing is known beforehand but static responses; rewards are those of what is composed."""
     settings, ranks, algorithm = context.settings, context.ranks, context.algorithm
-    refuse(settings, rows="all", sampling="all")
     rewards = required_rewards(context)
     train = dataset.load_train(context.data, settings.seed, logger.info)
     held_out = dataset.load(context.data, "validation", settings.seed, logger.info)

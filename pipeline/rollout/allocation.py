@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 from pipeline.algorithms import capability
 from pipeline.config.sampler import SamplerSettings
-from pipeline.config.schema import Rl
+from pipeline.config.schema import RlPolicy
 
 LOW, HIGH = 0.05, 0.95  # quantiles between which a reward or an entropy is good or bad, where no range is given
 
 
-def spoken_sampler(settings: Rl) -> str:
+def spoken_sampler(settings: RlPolicy) -> str:
     """How many responses a prompt has, in words."""
     s = settings.sampler
     if s.mode == "dynamic":

@@ -5,22 +5,55 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from pipeline import plugins
-from pipeline.config.schema import Algorithm
+from pipeline.config.schema import AlgorithmSettings
 from pipeline.config.validate import one_complaint
 from pipeline.errors import UserError
-from pipeline.records import Batch, Stat
+from pipeline.records import Batch, Needs, Stat
 from pipeline.trainer.engine import Engine
 
 Output = Tensor | tuple[Tensor, ...]
-Loss = Callable[[Output, Batch], tuple[Tensor, dict[str, Stat]]]
-Rest = Callable[[], tuple[Tensor, dict[str, Stat]]]  # of a loss that has begun
+Total = tuple[Tensor, dict[str, Stat]]  # what a loss returns: a sum for each name in MEAN_OVER, and its statistics
+Loss = Callable[[Output, Batch], Total]
+Rest = Callable[[], Total]  # of a loss that has begun
+
+
+@runtime_checkable
+class AlgorithmModule(Protocol):
+    """What a file of pipeline/algorithms/ holds; `settings` is always one of its own Settings."""
+
+    MEAN_OVER: str | tuple[str, ...]  # see `Objective`
+    Settings: type  # a frozen dataclass that checks itself
+
+    def needs(self, settings: Any) -> Needs:
+        """What has to be known before training, and what is asked of the model."""
+
+    def loss(self, output: Output, batch: Batch, settings: Any) -> Total:
+        """Of one micro-batch: the model's output on it is (B, T) log-probabilities or what `needs` asks for."""
+
+
+@runtime_checkable
+class RlModule(AlgorithmModule, Protocol):
+    """One that stage=rl runs."""
+
+    RESPONSES: str  # where they come from: a key of `schema.RL_KINDS`
+
+
+@runtime_checkable
+class RewardModule(AlgorithmModule, Protocol):
+    """One that stage=reward runs; its output is scores (B,)."""
+
+    def columns(self, settings: Any) -> tuple[str, ...]:
+        """The numbers that every pair must bring along."""
+
+    def pairs_only(self, settings: Any) -> bool:
+        """Whether rows must be pairs; if not, responses with a reward each will do."""
 
 
 @dataclass(frozen=True)
@@ -72,36 +105,36 @@ def count_terms(batch: Batch, mean_over: str) -> int:
     return sequences // 2 if mean_over == "pairs" else sequences
 
 
-def objective_of(algorithm: Algorithm) -> tuple[Any, Any, Objective]:
-    """The algorithm's module, its settings checked by its own rules, and what it minimises.
+class Algorithm(NamedTuple):
+    """An algorithm that was chosen, with the settings it has."""
 
-    Raises:
-        UserError: no such file, or settings it does not take.
-    """
+    module: AlgorithmModule
+    settings: Any  # a module.Settings
+    objective: Objective
+
+
+def objective_of(algorithm: AlgorithmSettings) -> Algorithm:
+    """The algorithm, its settings checked by its own rules. Raises UserError for no such file or wrong settings."""
     names = plugins.available("pipeline.algorithms", "loss")
     if algorithm.file not in names:
         raise UserError(f"algorithm.file: {algorithm.file!r}, wanted one of {', '.join(names)}")
     module = importlib.import_module(f"pipeline.algorithms.{algorithm.file}")
     settings = checked_settings(module.Settings, algorithm.settings)
 
-    def loss(output: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Stat]]:
+    def loss(output: Output, batch: Batch) -> Total:
         return module.loss(output, batch, settings)
 
-    return module, settings, Objective(loss, module.MEAN_OVER, module.needs(settings).output)
+    return Algorithm(module, settings, Objective(loss, module.MEAN_OVER, module.needs(settings).output))
 
 
 def checked_settings(schema: type, values: dict[str, Any]) -> Any:
     """`values` as the algorithm's own settings record. Raises UserError for a wrong, missing or unknown key."""
+    known = schema.__dataclass_fields__
+    for name in values:
+        if name not in known:
+            raise UserError(f"algorithm.settings.{name}: no such setting, wanted one of {', '.join(sorted(known))}")
     try:
-        return _validated(schema, values)
+        return TypeAdapter(schema).validate_python(values)
     except ValidationError as error:
         path, complaint = one_complaint(error)
         raise UserError(f"{'.'.join(['algorithm.settings', *path])}: {complaint}") from None
-
-
-def _validated(schema: type, values: dict[str, Any]) -> Any:
-    known = set(schema.__dataclass_fields__)
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise UserError(f"algorithm.settings.{unknown[0]}: no such setting, wanted one of {', '.join(sorted(known))}")
-    return TypeAdapter(schema).validate_python(values)
