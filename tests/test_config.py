@@ -8,9 +8,10 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.config.aliases import ALGORITHM_IDS, ALIASES, SWITCHES
-from pipeline.config.resolve import House, merge, nested, resolve, resolve_steps
+from pipeline.config.definitions import Definitions
+from pipeline.config.resolve import resolve, resolve_steps
 from pipeline.config.schema import RL_KINDS, STAGES
-from pipeline.config.yaml_layers import ROOT, Leaf, dump_yaml, load_yaml, parse_overrides, read_layer
+from pipeline.config.yaml_layers import ROOT, Leaf, dump_yaml, load_yaml, merge, nested, parse_overrides, read_layer
 from pipeline.errors import UserError
 from pipeline.trainer.objective import objective_of
 
@@ -104,7 +105,7 @@ def test_dump_reads_back(tmp_path: Path):
     assert load_yaml(file) == mapping
 
 
-# A small house: two stages, two algorithms, one recipe.
+# Small definitions: three stages, two algorithms, one recipe.
 
 
 class Section(BaseModel):
@@ -160,19 +161,19 @@ FILES = {
 
 
 @pytest.fixture
-def house(tmp_path: Path) -> House:
+def defined(tmp_path: Path) -> Definitions:
     for name, text in FILES.items():
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
-    return House({"learn": (Learn,), "improve": (Improve,), "show": (Show,)}, tmp_path)
+    return Definitions({"learn": (Learn,), "improve": (Improve,), "show": (Show,)}, tmp_path)
 
 
-def test_later_layers_win(house: House, tmp_path: Path):
-    rate = lambda *words: resolve(["stage=improve", *words], house).settings.optimizer.learning_rate  # noqa: E731
+def test_later_layers_win(defined: Definitions, tmp_path: Path):
+    rate = lambda *words: resolve(["stage=improve", *words], defined).settings.optimizer.learning_rate  # noqa: E731
     config = tmp_path / "mine.yaml"
     config.write_text("lr: 0.7\n")
-    assert resolve(["stage=learn"], house).settings.optimizer.learning_rate == 1e-4  # common
+    assert resolve(["stage=learn"], defined).settings.optimizer.learning_rate == 1e-4  # common
     assert rate() == 1e-5  # the stage
     assert rate("recipe=demo", "name=two") == 1e-5  # a step that does not say
     assert rate("recipe=demo", "name=one") == 0.5  # a step that does
@@ -180,14 +181,14 @@ def test_later_layers_win(house: House, tmp_path: Path):
     assert rate("recipe=demo", "name=one", f"config={config}", "lr=0.9") == 0.9
 
 
-def test_published_names_and_settings_of_algorithms(house: House):
-    settings = resolve(["stage=improve", "algo=a_lol", "clip=0.5"], house).settings
+def test_published_names_and_settings_of_algorithms(defined: Definitions):
+    settings = resolve(["stage=improve", "algo=a_lol", "clip=0.5"], defined).settings
     assert (settings.algo, settings.algorithm.settings) == ("alol", {"clip": 0.5})
-    assert resolve(["stage=improve", "algo=nll"], house).settings.algorithm.settings == {}
+    assert resolve(["stage=improve", "algo=nll"], defined).settings.algorithm.settings == {}
 
 
-def test_mappings_merge_except_whole_ones(house: House):
-    assert resolve(["stage=improve", "reward={b: 2.0}"], house).settings.reward == {"b": 2.0}
+def test_mappings_merge_except_whole_ones(defined: Definitions):
+    assert resolve(["stage=improve", "reward={b: 2.0}"], defined).settings.reward == {"b": 2.0}
     one = {("a", "x"): Leaf(1, "p"), ("a", "y"): Leaf(2, "p")}
     assert nested(merge([one, {("a", "y"): Leaf(3, "q")}])) == {"a": {"x": 1, "y": 3}}
     assert nested(merge([one, {("a",): Leaf(None, "q")}])) == {"a": None}
@@ -195,14 +196,14 @@ def test_mappings_merge_except_whole_ones(house: House):
     assert nested(merge([{("a",): Leaf(None, "q")}, one])) == {"a": {"x": 1, "y": 2}}
 
 
-def test_max_steps_takes_back_the_default_of_num_train_epochs(house: House):
-    assert resolve(["stage=learn", "max_steps=5"], house).settings.train == Train(num_train_epochs=None, max_steps=5)
-    both = resolve(["stage=learn", "max_steps=5", "num_train_epochs=2.0"], house).settings.train
+def test_max_steps_takes_back_the_default_of_num_train_epochs(defined: Definitions):
+    assert resolve(["stage=learn", "max_steps=5"], defined).settings.train == Train(num_train_epochs=None, max_steps=5)
+    both = resolve(["stage=learn", "max_steps=5", "num_train_epochs=2.0"], defined).settings.train
     assert both == Train(num_train_epochs=2.0, max_steps=5)  # said together: the real schema complains
 
 
-def test_steps_of_a_recipe(house: House):
-    steps = resolve_steps(["lr=0.9", "clip=0.2", "colour=green"], house)
+def test_steps_of_a_recipe(defined: Definitions):
+    steps = resolve_steps(["lr=0.9", "clip=0.2", "colour=green"], defined)
     assert [step.words for step in steps] == [
         ("stage=learn", "recipe=demo", "lr=0.9"),
         ("stage=improve", "recipe=demo", "name=one", "lr=0.9", "clip=0.2"),
@@ -211,10 +212,10 @@ def test_steps_of_a_recipe(house: House):
     ]
     assert [step.settings.run for step in steps] == ["demo"] * 4
     assert [step.settings.name for step in steps] == [None, "one", "two", None]
-    assert all(resolve(step.words, house) == step for step in steps)
-    assert len(resolve_steps(["stage=improve", "recipe=demo"], house)) == 2
-    assert len(resolve_steps(["stage=improve", "recipe=demo", "name=two"], house)) == 1
-    assert len(resolve_steps(["stage=learn"], house)) == 1
+    assert all(resolve(step.words, defined) == step for step in steps)
+    assert len(resolve_steps(["stage=improve", "recipe=demo"], defined)) == 2
+    assert len(resolve_steps(["stage=improve", "recipe=demo", "name=two"], defined)) == 1
+    assert len(resolve_steps(["stage=learn"], defined)) == 1
 
 
 @pytest.mark.parametrize(
@@ -241,9 +242,9 @@ def test_steps_of_a_recipe(house: House):
         (["stage=3"], "command line: stage=3, wanted a name"),
     ],
 )
-def test_mistakes_are_one_line_with_place_and_cure(house: House, words: list[str], message: str):
+def test_mistakes_are_one_line_with_place_and_cure(defined: Definitions, words: list[str], message: str):
     with pytest.raises(UserError) as error:
-        resolve_steps(words, house)
+        resolve_steps(words, defined)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -256,11 +257,11 @@ def test_mistakes_are_one_line_with_place_and_cure(house: House, words: list[str
         ("- 1\n", "mine.yaml: the file is [1], wanted a mapping"),
     ],
 )
-def test_mistakes_in_files_name_the_line(house: House, tmp_path: Path, text: str, message: str):
+def test_mistakes_in_files_name_the_line(defined: Definitions, tmp_path: Path, text: str, message: str):
     config = tmp_path / "mine.yaml"
     config.write_text(text)
     with pytest.raises(UserError) as error:
-        resolve(["stage=learn", f"config={config}"], house)
+        resolve(["stage=learn", f"config={config}"], defined)
     assert message in str(error.value)
 
 
@@ -274,10 +275,10 @@ def test_mistakes_in_files_name_the_line(house: House, tmp_path: Path, text: str
         ("steps:\n  - stage: learn\n    set:\n      lr: x\n", r"demo\.yaml:4: optimizer\.learning_rate: 'x' is text"),
     ],
 )
-def test_mistakes_in_recipes_name_the_line(house: House, tmp_path: Path, text: str, message: str):
+def test_mistakes_in_recipes_name_the_line(defined: Definitions, tmp_path: Path, text: str, message: str):
     (tmp_path / "recipes/demo.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
-        resolve_steps(["stage=learn", "recipe=demo"], house)
+        resolve_steps(["stage=learn", "recipe=demo"], defined)
 
 
 # What ships.
@@ -286,7 +287,7 @@ def test_mistakes_in_recipes_name_the_line(house: House, tmp_path: Path, text: s
 def test_aliases_lead_to_settings():
     free = {".".join(path) for file in (ROOT / "stages").glob("**/*.yaml") for path in read_layer(file)}
     targets = {*ALIASES.values(), *(setting for setting, _ in SWITCHES.values())}
-    assert targets <= {".".join(path) for path in House().paths()} | free
+    assert targets <= {".".join(path) for path in Definitions().paths()} | free
     assert {f"{name}.yaml" for name in ALGORITHM_IDS.values()} <= {p.name for p in (ROOT / "stages/algo").iterdir()}
 
 
@@ -391,10 +392,10 @@ def test_the_weight_decides_whether_there_are_values():
     assert resolve(["stage=rl", "algo=nll", "algorithm.settings.weight=advantage"]).settings.value.epochs == 40
 
 
-def test_an_algorithm_is_like_another(house: House, tmp_path: Path):
+def test_an_algorithm_is_like_another(defined: Definitions, tmp_path: Path):
     mine = tmp_path / "mine.yaml"
     mine.write_text("like: alol\nlr: 0.3\n")
-    settings = resolve(["stage=improve", f"algo={mine}"], house).settings
+    settings = resolve(["stage=improve", f"algo={mine}"], defined).settings
     assert (settings.algorithm.settings, settings.optimizer.learning_rate) == ({"clip": 0.9}, 0.3)
     for text, message in (
         (f"like: {mine}\n", "which is like"),
@@ -402,4 +403,4 @@ def test_an_algorithm_is_like_another(house: House, tmp_path: Path):
     ):
         mine.write_text(text)
         with pytest.raises(UserError, match=message):
-            resolve(["stage=improve", f"algo={mine}"], house)
+            resolve(["stage=improve", f"algo={mine}"], defined)

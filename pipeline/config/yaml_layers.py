@@ -1,6 +1,6 @@
 """YAML files and key=value words -> layers of settings that remember where each value was written.
 
-The only importer of yaml. `layers.py` decides which layers make a stage's settings.
+The only importer of yaml. `resolve.py` decides which layers make a stage's settings.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ from pipeline.errors import UserError, did_you_mean
 ROOT = Path(__file__).resolve().parent.parent.parent
 COMMAND_LINE = "command line"
 WHOLE = {("reward",), ("policies",), ("monitors",)}  # mappings that a later layer replaces instead of merging into
+EXCLUSIVE = (  # giving one of a pair takes back the other, if only an earlier layer gave it
+    (("train", "num_train_epochs"), ("train", "max_steps")),
+    (("train", "micro_batch_size"), ("train", "max_tokens")),
+)
 
 
 class Leaf(NamedTuple):
@@ -112,6 +116,43 @@ def sub_layer(path: Path, data: Any, lines: Mapping[SettingPath, int], prefix: S
     for name, value in data.items():
         _add(layer, _layer([(str(name), value)], place), place((str(name),)))
     return layer
+
+
+def word(overrides: Layer, name: str) -> str | None:
+    """The value of a word such as stage= or recipe=, None if it is not there. Raises UserError if it is not text."""
+    value = overrides[(name,)].value if (name,) in overrides else None
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"{overrides[(name,)].place}: {name}={value!r}, wanted a name")
+    return value
+
+
+def merge(layers: Iterable[Layer]) -> Layer:
+    """Later layers over earlier ones, leaf by leaf. None of the arguments is changed."""
+    merged: Layer = {}
+    for layer in layers:
+        for path, leaf in layer.items():
+            inside = [other for other in merged if other != path and other[: len(path)] == path]
+            if leaf.value == {} and path not in WHOLE and inside:
+                continue
+            around = [path[:length] for length in range(1, len(path)) if path[:length] in merged]
+            for other in (*inside, *around, *([path] if path in merged else [])):
+                del merged[other]
+            merged[path] = leaf  # at the end: the order is that of the last writers
+        for one, other in (*EXCLUSIVE, *(pair[::-1] for pair in EXCLUSIVE)):
+            if one in layer and layer[one].value is not None and other in merged and other not in layer:
+                merged[other] = Leaf(None, layer[one].place)
+    return merged
+
+
+def nested(layer: Layer) -> dict[str, Any]:
+    """A flat layer as nested mappings."""
+    tree: dict[str, Any] = {}
+    for path, leaf in layer.items():
+        here = tree
+        for part in path[:-1]:
+            here = here.setdefault(part, {})
+        here[path[-1]] = leaf.value
+    return tree
 
 
 def label(path: Path) -> str:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.config.resolve import Resolved, merge, reaching, resolve, resolve_steps, unread
+from pipeline.config.resolve import Resolved, reaching, resolve, resolve_steps, unread
 from pipeline.config.reward_spec import labelled, parse
 from pipeline.config.schema import Compare
-from pipeline.config.yaml_layers import WHOLE, Layer, Leaf, as_word, parse_overrides
+from pipeline.config.yaml_layers import WHOLE, Layer, Leaf, as_word, merge, parse_overrides
 from pipeline.errors import UserError
 from pipeline.launch import run_dir
 
