@@ -6,29 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from pipeline.config import sections
 from pipeline.config.reward_spec import sound_addresses
 from pipeline.config.sampler import SamplerSettings
-from pipeline.config.sections import (
-    Count,
-    DataSettings,
-    EvalSettings,
-    FolderName,
-    Fraction,
-    GenerationSettings,
-    LaunchSettings,
-    ModelSettings,
-    OptimizerSettings,
-    Positive,
-    ResultName,
-    RewardSettings,
-    Section,
-    Seed,
-    Split,
-    TemplateSettings,
-    TrainSettings,
-    ValueSettings,
-    Whole,
-)
+from pipeline.config.sections import Count, FolderName, Fraction, Positive, ResultName, Section, Seed, Split, Whole
 
 
 class AlgorithmSettings(Section):
@@ -45,20 +26,20 @@ class Common(Section):
     name: ResultName | None
     runs_dir: str
     seed: Seed
-    launch: LaunchSettings
+    launch: sections.LaunchSettings
 
 
 class WithModel(Common):
-    model: ModelSettings
-    template: TemplateSettings
-    data: DataSettings
+    model: sections.ModelSettings
+    template: sections.TemplateSettings
+    data: sections.DataSettings
 
 
 class Training(WithModel):
     algorithm: AlgorithmSettings
-    train: TrainSettings
-    optimizer: OptimizerSettings
-    eval: EvalSettings
+    train: sections.TrainSettings
+    optimizer: sections.OptimizerSettings
+    eval: sections.EvalSettings
 
 
 class Masking(Section):
@@ -74,7 +55,7 @@ class Masking(Section):
 class Sft(Training):
     train_on: Literal["last", "all"]
     masking: Masking
-    generation: GenerationSettings
+    generation: sections.GenerationSettings
 
 
 class Reward(Training):
@@ -100,8 +81,8 @@ class Rl(Training):
     start_from: Literal["sft", "model"]
     scored: str | None
     reward: RewardSpec
-    rewards: RewardSettings
-    generation: GenerationSettings
+    rewards: sections.RewardSettings
+    generation: sections.GenerationSettings
 
 
 class RlOffline(Rl):
@@ -117,7 +98,7 @@ class RlOffline(Rl):
 class RlAdvantage(RlOffline):
     """Of one that weighs them by their advantage, which takes a value of every prompt."""
 
-    value: ValueSettings
+    value: sections.ValueSettings
 
 
 class RlPairs(Rl):
@@ -159,17 +140,17 @@ class Score(WithModel):
     of: Literal["data", "generate"]
     splits: Annotated[list[Split], Field(min_length=1)]
     reward: RewardSpec
-    rewards: RewardSettings
+    rewards: sections.RewardSettings
 
 
 class Generate(WithModel):
     policy: str | None
     splits: Annotated[list[Split], Field(min_length=1)]
     max_rows: Count | None
-    train: TrainSettings
+    train: sections.TrainSettings
     reward: RewardSpec
-    rewards: RewardSettings
-    generation: GenerationSettings
+    rewards: sections.RewardSettings
+    generation: sections.GenerationSettings
 
 
 class Evaluate(WithModel):
@@ -177,11 +158,11 @@ class Evaluate(WithModel):
     split: Split
     max_rows: Count
     num_samples: Whole
-    train: TrainSettings
+    train: sections.TrainSettings
     reward: RewardSpec
     monitors: Annotated[list[str] | dict[str, str], BeforeValidator(sound_addresses)]
-    rewards: RewardSettings
-    generation: GenerationSettings
+    rewards: sections.RewardSettings
+    generation: sections.GenerationSettings
 
 
 class Compare(Common):

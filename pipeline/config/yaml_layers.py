@@ -68,7 +68,7 @@ for _class in (_Loader, _Dumper):
 
 def load_yaml(path: str | Path) -> Any:
     """The content of a YAML file. Raises UserError with file and line."""
-    return _read(Path(path))[0]
+    return read_with_lines(Path(path))[0]
 
 
 def dump_yaml(mapping: Mapping[str, Any]) -> str:
@@ -96,13 +96,7 @@ def as_word(name: str, value: Any) -> str:
 
 def read_layer(path: Path) -> Layer:
     """A YAML file of settings as a layer. Raises UserError with file and line."""
-    data, lines = _read(path)
-    return sub_layer(path, data, lines, ())
-
-
-def read_with_lines(path: Path) -> tuple[Any, dict[SettingPath, int]]:
-    """A YAML file, and the line of every key and list item in it. Raises UserError with file and line."""
-    return _read(path)
+    return sub_layer(path, *read_with_lines(path), ())
 
 
 def sub_layer(path: Path, data: Any, lines: Mapping[SettingPath, int], prefix: SettingPath) -> Layer:
@@ -233,7 +227,8 @@ def _cure(word: str) -> str:
     return did_you_mean(word, ALIASES) + "; see stage=help"
 
 
-def _read(path: Path) -> tuple[Any, dict[SettingPath, int]]:
+def read_with_lines(path: Path) -> tuple[Any, dict[SettingPath, int]]:
+    """A YAML file, and the line of every key and list item in it. Raises UserError with file and line."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
