@@ -17,7 +17,7 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -67,6 +67,7 @@ def available(folder: str, wanted: str = "") -> list[str]:
     return [name for name, path in paths.items() if path.exists() and wanted in _defined(path)]
 
 
+@cache
 def constant(folder: str, name: str, wanted: str) -> Any:
     """The literal that a module of a package gives `wanted` at its top, None without one. It is not imported."""
     path = Path(importlib.import_module(folder).__path__[0]) / f"{name}.py"
