@@ -15,7 +15,7 @@ import torch
 
 from pipeline.bench import memory, peers, rouge, sampling, semi_offline, setup, startup, steps
 from pipeline.bench.measure import Result, table
-from pipeline.config.schema import Bench
+from pipeline.config.schema import BenchStage
 from pipeline.files import write_json
 from pipeline.launch import run_dir
 from pipeline.launch.entry import run
@@ -33,7 +33,7 @@ PARTS: dict[str, Callable[[setup.Setup], list[Result]]] = {
 }
 
 
-def main(settings: Bench, words: Sequence[str]) -> None:
+def main(settings: BenchStage, words: Sequence[str]) -> None:
     ranks = engine.start(settings.launch.ddp_timeout)
     directory = run_dir.stage_dir(settings, "bench")
     directory.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.config.schema import Compare
+from pipeline.config.schema import CompareStage
 from pipeline.config.yaml_layers import dump_yaml
 from pipeline.files import read_metrics, write_json, write_text
 from pipeline.launch import comparison_plan, run_dir, scheduler
@@ -23,7 +23,7 @@ BASELINES = (comparison_plan.START, "nll")
 OF_RL = {"advantage/kept_fraction": "rl/kept_fraction", "value/r2": "rl/value_r2"}  # known before the first step
 
 
-def main(settings: Compare, words: Sequence[str]) -> None:
+def main(settings: CompareStage, words: Sequence[str]) -> None:
     directory = run_dir.stage_dir(settings, "compare")
     plan = comparison_plan.plan(settings, words)
     directory.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline import files
 from pipeline.config.reward_spec import labelled
-from pipeline.config.schema import Evaluate
+from pipeline.config.schema import EvaluateStage
 from pipeline.config.sections import ModelSettings
 from pipeline.data import dataset
 from pipeline.errors import UserError
@@ -34,7 +34,7 @@ SHOWN = {
 }
 
 
-def main(settings: Evaluate, words: Sequence[str]) -> None:
+def main(settings: EvaluateStage, words: Sequence[str]) -> None:
     ranks = engine.start(settings.launch.ddp_timeout)
     directory = run_dir.stage_dir(settings, "evaluate")
     models = {name: run_dir.policy_model(settings, place) for name, place in settings.policies.items()}
@@ -62,7 +62,7 @@ def main(settings: Evaluate, words: Sequence[str]) -> None:
 
 
 def judged(
-    settings: Evaluate, models: dict[str, ModelSettings], prompts: list[Example], rewards: Rewards, ranks: Ranks
+    settings: EvaluateStage, models: dict[str, ModelSettings], prompts: list[Example], rewards: Rewards, ranks: Ranks
 ) -> tuple[dict[str, dict[str, float]], list[dict]]:
     """What each policy scores, with its distance to the first one; and samples of all, in the policies' order.
 

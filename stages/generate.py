@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from pipeline.config.schema import Generate
+from pipeline.config.schema import GenerateStage
 from pipeline.data import dataset
 from pipeline.data.write import write_rows
 from pipeline.files import write_json
@@ -27,7 +27,7 @@ logger = logging.getLogger("tiffin")
 BATCHES = 20  # on each rank between two words about how far it is
 
 
-def main(settings: Generate, words: Sequence[str]) -> None:
+def main(settings: GenerateStage, words: Sequence[str]) -> None:
     ranks = engine.start(settings.launch.ddp_timeout)
     directory = run_dir.stage_dir(settings, "generate")
     model = run_dir.policy_model(settings, settings.policy)
@@ -61,7 +61,7 @@ def main(settings: Generate, words: Sequence[str]) -> None:
     ranks.barrier()
 
 
-def responses(policy: Model, asked: Sequence[Example], settings: Generate, split: str) -> list[Response]:
+def responses(policy: Model, asked: Sequence[Example], settings: GenerateStage, split: str) -> list[Response]:
     """Those to `asked`, part by part; after each of several parts a word about how far it is."""
     part = BATCHES * settings.generation.batch_size * policy.ranks.world
     answers: list[Response] = []

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.config.schema import Plan
+from pipeline.config.schema import PlanStage
 from pipeline.launch.entry import run
 from pipeline.models import memory
 
 
-def main(settings: Plan, words: Sequence[str]) -> None:
+def main(settings: PlanStage, words: Sequence[str]) -> None:
     print(memory.estimate(settings), flush=True)
 
 

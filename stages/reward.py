@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pipeline.config.schema import Reward
+from pipeline.config.schema import RewardStage
 from pipeline.data import dataset, pairs
 from pipeline.data.batching import Windows, once
 from pipeline.launch import run_dir
@@ -25,7 +25,7 @@ from reward_models import learned
 logger = logging.getLogger("tiffin")
 
 
-def main(settings: Reward, words: Sequence[str]) -> None:
+def main(settings: RewardStage, words: Sequence[str]) -> None:
     ranks = engine.start(settings.launch.ddp_timeout)
     directory = run_dir.stage_dir(settings, "reward")
     start = run_dir.start_model(settings)
@@ -54,7 +54,7 @@ def main(settings: Reward, words: Sequence[str]) -> None:
     )
 
 
-def rows_of(settings: Reward, module: Any, algorithm: Any) -> tuple[list[Example], list[Example]]:
+def rows_of(settings: RewardStage, module: Any, algorithm: Any) -> tuple[list[Example], list[Example]]:
     """What to learn from and what is held out: pairs, or every response by itself where its score will do.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeline.config.schema import Rl
+from pipeline.config.schema import RlStage
 from pipeline.config.sections import DataSettings, ModelSettings
 from pipeline.data import dataset
 from pipeline.errors import UserError
@@ -25,7 +25,7 @@ TRAINERS = {
 }  # by the algorithm's RESPONSES
 
 
-def main(settings: Rl, words: Sequence[str]) -> None:
+def main(settings: RlStage, words: Sequence[str]) -> None:
     ranks = engine.start(settings.launch.ddp_timeout)
     directory = run_dir.stage_dir(settings, "rl")
     start, data = start_model(settings), scored_data(settings)
@@ -39,7 +39,7 @@ def main(settings: Rl, words: Sequence[str]) -> None:
     fit(TRAINERS[module.RESPONSES](context))
 
 
-def start_model(settings: Rl) -> ModelSettings:
+def start_model(settings: RlStage) -> ModelSettings:
     """The model to start from. Raises UserError where there is none: RL does not begin with a new one."""
     model = run_dir.start_model(settings)
     if model.path is None:
@@ -50,7 +50,7 @@ def start_model(settings: Rl) -> ModelSettings:
     return model
 
 
-def scored_data(settings: Rl) -> DataSettings:
+def scored_data(settings: RlStage) -> DataSettings:
     """Where the rows come from: `scored`, else the run's score stage, else data.*."""
     left = run_dir.run_dir(settings) / "score"
     place = settings.scored or (str(left) if run_dir.finished(left) else None)

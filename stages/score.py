@@ -11,7 +11,7 @@ import logging
 import statistics
 from collections.abc import Sequence
 
-from pipeline.config.schema import Score
+from pipeline.config.schema import ScoreStage
 from pipeline.config.sections import DataSettings
 from pipeline.data import dataset
 from pipeline.data.write import write_rows
@@ -26,7 +26,7 @@ from pipeline.trainer import engine, evaluation
 logger = logging.getLogger("tiffin")
 
 
-def main(settings: Score, words: Sequence[str]) -> None:
+def main(settings: ScoreStage, words: Sequence[str]) -> None:
     ranks = engine.start(settings.launch.ddp_timeout)
     directory = run_dir.stage_dir(settings, "score")
     data = data_of(settings)
@@ -54,7 +54,7 @@ def main(settings: Score, words: Sequence[str]) -> None:
     ranks.barrier()
 
 
-def data_of(settings: Score) -> DataSettings:
+def data_of(settings: ScoreStage) -> DataSettings:
     """Where the rows come from: data.*, or the run's generate stage. Raises UserError where that has left none."""
     if settings.of == "data":
         return settings.data

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from pipeline.config.schema import Sft
+from pipeline.config.schema import SftStage
 from pipeline.data import conversations, dataset
 from pipeline.data.batching import Packing, Windows
 from pipeline.launch import run_dir
@@ -24,7 +24,7 @@ from pipeline.trainer.schedule import epochs, steps_for
 logger = logging.getLogger("tiffin")
 
 
-def main(settings: Sft, words: Sequence[str]) -> None:
+def main(settings: SftStage, words: Sequence[str]) -> None:
     ranks = engine.start(settings.launch.ddp_timeout)
     directory = run_dir.stage_dir(settings, "sft")
     inputs = dataset.inputs(settings, settings.model)
@@ -58,14 +58,14 @@ def main(settings: Sft, words: Sequence[str]) -> None:
     )
 
 
-def rows_of(settings: Sft) -> tuple[list[Example], list[Example]]:
+def rows_of(settings: SftStage) -> tuple[list[Example], list[Example]]:
     """The rows to learn from, a row a turn if all are learned; and those held out."""
     train = dataset.supervised(dataset.load_train(settings.data, settings.seed, logger.info))
     held_out = dataset.supervised(dataset.load(settings.data, "validation", settings.seed, logger.info))
     return conversations.learned(train, settings.train_on), held_out[: settings.eval.max_rows]
 
 
-def in_fewer_rows(items: list[Item], policy: Model, settings: Sft) -> list[Item]:
+def in_fewer_rows(items: list[Item], policy: Model, settings: SftStage) -> list[Item]:
     """Each conversation in one row where that changes nothing, after a word about it."""
     if settings.train_on != "all" or settings.masking.rate > 0 or policy.packing.encoder_decoder:
         return items
@@ -84,7 +84,7 @@ class WatchedAnswers:
     packing: Packing
 
 
-def evaluate(settings: Sft, policy: Model, watched: WatchedAnswers, step: int) -> Evaluation:
+def evaluate(settings: SftStage, policy: Model, watched: WatchedAnswers, step: int) -> Evaluation:
     """The loss on held-out rows, whole and, where training masks, masked; and what the model answers now."""
     scalars = evaluation.held_out_loss(policy.engine, watched.objective, watched.items, policy.packing)
     scalars["eval/perplexity"] = math.exp(min(scalars["eval/loss"], 50.0))

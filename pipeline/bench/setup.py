@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.bench.measure import Timing
 from pipeline.config.resolve import resolve
-from pipeline.config.schema import Bench
+from pipeline.config.schema import BenchStage
 from pipeline.config.yaml_layers import ROOT
 from pipeline.data import dataset
 from pipeline.data.batching import Packing, Windows, packing_of
@@ -34,7 +34,7 @@ MANY = 1_000_000  # steps that a trainer of the benchmark could take
 class Setup:
     """Settings, ranks, and the rows every part draws from."""
 
-    settings: Bench
+    settings: BenchStage
     ranks: Ranks
     rows: list[Example]
     encoder: Encoder
@@ -46,7 +46,7 @@ class Setup:
         return Timing(self.settings.rounds, self.settings.steps, self.settings.clock)
 
 
-def prepare(settings: Bench, ranks: Ranks, directory: Path, folder: Path) -> Setup:
+def prepare(settings: BenchStage, ranks: Ranks, directory: Path, folder: Path) -> Setup:
     """The setup for `settings`, or, where there is a GPU, for the model and the batches of `settings.gpu`.
 
     Raises:
@@ -64,7 +64,7 @@ def with_settings(setup: Setup, values: Mapping[str, Any], mask: bool = False) -
     return _load(changed(setup.settings, values), setup.ranks, setup.directory, setup.folder, mask)
 
 
-def _load(settings: Bench, ranks: Ranks, directory: Path, folder: Path, mask: bool = False) -> Setup:
+def _load(settings: BenchStage, ranks: Ranks, directory: Path, folder: Path, mask: bool = False) -> Setup:
     rows = dataset.load_train(settings.data, settings.seed, str)
     encoder = build.encoder_of(settings, settings.model, lambda: dataset.texts(rows, settings.template), mask)
     return Setup(settings, ranks, rows, encoder, directory, folder)
@@ -76,7 +76,7 @@ def changed(section: Any, values: Mapping[str, Any]) -> Any:
     return section.model_copy(update={**values, **inner})
 
 
-def for_gpu(settings: Bench) -> Bench:
+def for_gpu(settings: BenchStage) -> BenchStage:
     """The settings with `gpu` in the place of the small shape."""
     gpu = settings.gpu.model_dump()
     sizes = {name: gpu[name] for name in ("hidden_size", "num_layers", "num_heads")}

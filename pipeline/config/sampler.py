@@ -122,12 +122,12 @@ class SamplerSettings(Section):
         if self.mode in ("drop", "drop_fixed") or self.capability == "confidence":
             found = f"sampler.mode is {self.mode} and sampler.capability is {self.capability}"
             raise ValueError(
-                f"{found}, wanted neither drop nor confidence, which engine continuous cannot tell: {cure}"
+                f"{found}, wanted neither drop nor confidence, which engine continuous does not report: {cure}"
             )
         if self.tempered and self.capability != "reward" and self.mode == "dynamic":
             raise ValueError(
                 f"sampler.temperature_max is {self.temperature_max} with capability {self.capability}, wanted 1.0: "
-                f"engine continuous cannot tell the entropy at others: {cure}, or sampler.capability=reward"
+                f"engine continuous does not report the entropy at others: {cure}, or sampler.capability=reward"
             )
 
     def _check_comparison(self, algorithm: Mapping[str, Any]) -> None:

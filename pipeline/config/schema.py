@@ -52,13 +52,13 @@ class Masking(Section):
     plain: Fraction
 
 
-class Sft(Training):
+class SftStage(Training):
     train_on: Literal["last", "all"]
     masking: Masking
     generation: sections.GenerationSettings
 
 
-class Reward(Training):
+class RewardStage(Training):
     name: ResultName
     start_from: Literal["sft", "model"]
 
@@ -74,7 +74,7 @@ class RatioTolerance(Section):
 RewardSpec = Annotated[str | dict[str, float] | None, BeforeValidator(sound_addresses)]
 
 
-class Rl(Training):
+class RlStage(Training):
     """What all algorithms of stage=rl have; the records below add what one kind of them reads."""
 
     algo: str
@@ -85,7 +85,7 @@ class Rl(Training):
     generation: sections.GenerationSettings
 
 
-class RlOffline(Rl):
+class RlOffline(RlStage):
     """Of an algorithm that learns from logged responses."""
 
     rows: Literal["all", "chosen", "best_half", "worst_half"]
@@ -101,14 +101,14 @@ class RlAdvantage(RlOffline):
     value: sections.ValueSettings
 
 
-class RlPairs(Rl):
+class RlPairs(RlStage):
     """Of an algorithm that learns from preference pairs."""
 
     shuffle_rewards: bool
     ratio_tolerance: RatioTolerance
 
 
-class RlMasked(Rl):
+class RlMasked(RlStage):
     """Of an algorithm that masks tokens of static responses and samples others in their places."""
 
     shuffle_rewards: bool
@@ -117,7 +117,7 @@ class RlMasked(Rl):
     masking: Masking
 
 
-class RlPolicy(Rl):
+class RlPolicy(RlStage):
     """Of an algorithm that learns from responses it samples from the policy."""
 
     sampler: SamplerSettings
@@ -131,19 +131,19 @@ class RlPolicy(Rl):
 RL_KINDS = {"data": RlOffline, "pairs": RlPairs, "masked data": RlMasked, "policy": RlPolicy}  # by RESPONSES
 
 
-def rl_record(responses: str, weight: object) -> type[Rl]:
+def rl_record(responses: str, weight: object) -> type[RlStage]:
     """The settings of stage=rl with an algorithm of these RESPONSES; `weight` is its setting of that name, or None."""
     return RlAdvantage if (responses, weight) == ("data", "advantage") else RL_KINDS[responses]
 
 
-class Score(WithModel):
+class ScoreStage(WithModel):
     of: Literal["data", "generate"]
     splits: Annotated[list[Split], Field(min_length=1)]
     reward: RewardSpec
     rewards: sections.RewardSettings
 
 
-class Generate(WithModel):
+class GenerateStage(WithModel):
     policy: str | None
     splits: Annotated[list[Split], Field(min_length=1)]
     max_rows: Count | None
@@ -153,7 +153,7 @@ class Generate(WithModel):
     generation: sections.GenerationSettings
 
 
-class Evaluate(WithModel):
+class EvaluateStage(WithModel):
     policies: Annotated[dict[str, str], Field(min_length=1)]
     split: Split
     max_rows: Count
@@ -165,7 +165,7 @@ class Evaluate(WithModel):
     generation: sections.GenerationSettings
 
 
-class Compare(Common):
+class CompareStage(Common):
     """Methods side by side over seeds; `rl`, `evaluate` and each of `variants` hold settings of those stages."""
 
     algos: str | list[str]
@@ -177,11 +177,11 @@ class Compare(Common):
     evaluate: dict[str, Any]
 
 
-class Report(Common):
+class ReportStage(Common):
     pass
 
 
-class Plan(Training):
+class PlanStage(Training):
     parameters: Positive | None
     gpu_memory_gb: Positive
 
@@ -198,7 +198,7 @@ class GpuSettings(Section):
     peak_tflops: Positive
 
 
-class Bench(Training):
+class BenchStage(Training):
     parts: list[Literal["steps", "semi_offline", "sampling", "loop", "memory", "rouge", "startup", "peers"]]
     rounds: Count
     steps: Count
@@ -208,14 +208,14 @@ class Bench(Training):
 
 
 STAGES: dict[str, tuple[type[Common], ...]] = {  # several records where the algorithm decides which settings there are
-    "sft": (Sft,),
-    "reward": (Reward,),
+    "sft": (SftStage,),
+    "reward": (RewardStage,),
     "rl": (RlOffline, RlAdvantage, RlPairs, RlMasked, RlPolicy),
-    "score": (Score,),
-    "generate": (Generate,),
-    "evaluate": (Evaluate,),
-    "compare": (Compare,),
-    "report": (Report,),
-    "plan": (Plan,),
-    "bench": (Bench,),
+    "score": (ScoreStage,),
+    "generate": (GenerateStage,),
+    "evaluate": (EvaluateStage,),
+    "compare": (CompareStage,),
+    "report": (ReportStage,),
+    "plan": (PlanStage,),
+    "bench": (BenchStage,),
 }

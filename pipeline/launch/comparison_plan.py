@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from pipeline.config.resolve import Resolved, reaching, resolve, resolve_steps, unread
 from pipeline.config.reward_spec import labelled, parse
-from pipeline.config.schema import Compare
+from pipeline.config.schema import CompareStage
 from pipeline.config.yaml_layers import WHOLE, Layer, Leaf, as_word, merge, parse_overrides
 from pipeline.errors import UserError
 from pipeline.launch import run_dir
@@ -24,7 +24,7 @@ SECOND = "second:"  # what the labels of the next home's reward models begin wit
 START = "sft"  # the policy all variants start from
 PLACE = "stage=compare"
 NOT_BEFORE = ("rl", "evaluate", "report")  # a recipe's steps that make no home
-OWN = {*Compare.model_fields, "stage", "dry_run"} - {"launch", "runs_dir"}  # words that are not passed on
+OWN = {*CompareStage.model_fields, "stage", "dry_run"} - {"launch", "runs_dir"}  # words that are not passed on
 
 
 class Home(NamedTuple):
@@ -68,7 +68,7 @@ class Study:
     weights: Mapping[str, float]  # of the rewards that `reward=` names; the others weigh 1
 
 
-def plan(settings: Compare, words: Sequence[str]) -> Study:
+def plan(settings: CompareStage, words: Sequence[str]) -> Study:
     """Every step of a comparison, checked before any is started. Raises UserError."""
     variants, everyone, seeds = variants_of(settings), layer_of(settings.rl), seeds_of(settings.seeds)
     common = passed_on(words)
@@ -94,7 +94,7 @@ def plan(settings: Compare, words: Sequence[str]) -> Study:
     return Study(tasks, results, weights)
 
 
-def variants_of(settings: Compare) -> dict[str, Layer]:
+def variants_of(settings: CompareStage) -> dict[str, Layer]:
     """Name -> its own settings of the rl stage. Raises UserError for a name that will not do."""
     algos = settings.algos.split(",") if isinstance(settings.algos, str) else settings.algos
     algos = [name.strip() for name in algos if name.strip()]
@@ -118,7 +118,7 @@ def seeds_of(given: int | str | Sequence[int]) -> list[int]:
     return [int(text) for text in texts]
 
 
-def homes_of(settings: Compare, seeds: Sequence[int]) -> list[Home]:
+def homes_of(settings: CompareStage, seeds: Sequence[int]) -> list[Home]:
     """One per seed; with share_before the first seed's, and that of the next seed."""
     if settings.share_before:
         seeds = [seeds[0], seeds[1] if len(seeds) > 1 else seeds[0] + 1]
@@ -151,7 +151,7 @@ def variant_step(rl: Resolved, everyone: Layer, own: Layer, name: str) -> Resolv
 
 
 def _evaluation_step(
-    settings: Compare, step: Resolved, ending: str, policies: Mapping[str, str], judges: Sequence[Task]
+    settings: CompareStage, step: Resolved, ending: str, policies: Mapping[str, str], judges: Sequence[Task]
 ) -> Resolved:
     """The recipe's evaluation of all policies, watched by the reward models of another home too."""
     name = (settings.name or "compare") + ending

@@ -18,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock, SoftFileLock, Timeout
 
-from pipeline.config.schema import Common, Reward, Rl, WithModel
+from pipeline.config.schema import Common, RewardStage, RlStage, WithModel
 from pipeline.config.sections import ModelSettings
 from pipeline.config.yaml_layers import dump_yaml, load_yaml
 from pipeline.errors import UserError
@@ -182,7 +182,7 @@ def refuse_other(
             )
 
 
-def start_model(settings: Reward | Rl) -> ModelSettings:
+def start_model(settings: RewardStage | RlStage) -> ModelSettings:
     """The run's SFT model if start_from says so and it is there, else the model that is named, else a new one.
 
     Raises:

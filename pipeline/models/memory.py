@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from pipeline.config.deepspeed import read_ds_config
-from pipeline.config.schema import Plan, Training
+from pipeline.config.schema import PlanStage, Training
 from pipeline.config.sections import ModelSettings
 
 GB = 1e9
@@ -75,7 +75,7 @@ def estimate(settings: Training) -> str:
         row = parts(stage, chosen and "offload_optimizer" in zero)
         numbers = "".join(f"{part / GB:12.2f}" for part in (*row, sum(row)))
         lines.append(f"{f'ZeRO-{stage}':16}{numbers}" + (" <- train.zero" if chosen else ""))
-    if isinstance(settings, Plan):
+    if isinstance(settings, PlanStage):
         limit = 0.9 * settings.gpu_memory_gb * GB  # the rest is for what is not estimated
         fitting = [f"ZeRO-{stage}" for stage in range(4) if sum(parts(stage, offload=False)) <= limit]
         cure = "none: more processes, LoRA, offload or gradient_checkpointing"
@@ -97,7 +97,7 @@ def shape_of(settings: Training) -> Shape:
     with torch.device("meta"):
         model = auto.from_config(config)
     parameters = float(sum(p.numel() for p in model.parameters()))
-    if isinstance(settings, Plan) and settings.parameters is not None:
+    if isinstance(settings, PlanStage) and settings.parameters is not None:
         parameters = settings.parameters
     trained = parameters
     if settings.model.lora.r:

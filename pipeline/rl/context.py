@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.schema import Rl
+from pipeline.config.schema import RlStage
 from pipeline.config.sections import DataSettings, ModelSettings
 from pipeline.errors import UserError
 from pipeline.records import Example
@@ -24,7 +24,7 @@ from pipeline.trainer.objective import Objective
 class Context:
     """One RL stage before anything is read or built."""
 
-    settings: Rl
+    settings: RlStage
     ranks: Ranks
     directory: Path
     start: ModelSettings  # the model to start from

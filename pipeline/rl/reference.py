@@ -18,7 +18,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from pipeline.config.schema import Rl
+from pipeline.config.schema import RlStage
 from pipeline.data import dataset
 from pipeline.data.batching import Packing, collate, once, window
 from pipeline.errors import UserError
@@ -37,7 +37,7 @@ class ReferencePolicy:
     """The frozen start of the policy, as the engine holds it before the first step, and the key of what it says."""
 
     model: Model
-    settings: Rl
+    settings: RlStage
     weights: str  # fingerprint
 
     def cache(self, name: str, **parts: object) -> Path:

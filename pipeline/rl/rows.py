@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from pipeline.config.schema import Rl
+from pipeline.config.schema import RlStage
 from pipeline.data import sampling
 from pipeline.data.batching import Draw
 from pipeline.data.convert import CHOSEN, REJECTED
@@ -17,7 +17,7 @@ from pipeline.rewards.rewards import Rewards
 from pipeline.trainer.engine import Ranks
 
 
-def with_rewards(ranks: Ranks, rows: list[Example], rewards: Rewards | None, settings: Rl) -> list[Example]:
+def with_rewards(ranks: Ranks, rows: list[Example], rewards: Rewards | None, settings: RlStage) -> list[Example]:
     """The rows with their reward: judged if `reward` is set or they bring none, else their own.
 
     Raises:
@@ -71,7 +71,7 @@ class Population:
     kept_fraction: float  # rows of positive weight over all rows
 
 
-def population(items: Sequence[Item], weight: str, settings: Rl) -> Population:
+def population(items: Sequence[Item], weight: str, settings: RlStage) -> Population:
     """The draw that `sampling` asks for, by the row weight of the algorithm.
 
     Args:

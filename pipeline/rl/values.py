@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.config.schema import Rl
+from pipeline.config.schema import RlStage
 from pipeline.config.sections import ValueSettings
 from pipeline.data import dataset, sampling
 from pipeline.data.batching import Packing, collate, once, window
@@ -44,7 +44,7 @@ class Targets:
     high: float
 
 
-def value_targets(model: Model, rl: Rl, data: ValueData) -> Targets:
+def value_targets(model: Model, rl: RlStage, data: ValueData) -> Targets:
     """Prompts with the reward to expect: of fresh responses of the reference, or of the logged ones."""
     settings = rl.value
     if settings.targets == "policy":

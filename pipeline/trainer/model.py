@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline.config.schema import Evaluate, Generate, Masking, Reward, Training
+from pipeline.config.schema import EvaluateStage, GenerateStage, Masking, RewardStage, Training
 from pipeline.config.sections import ModelSettings
 from pipeline.data import dataset
 from pipeline.data.batching import Packing, packing_of
@@ -68,7 +68,9 @@ def build_policy(
     return Model(Engine(policy, ranks, settings.train, optimizer), encoder, packing)
 
 
-def build_reward_model(settings: Reward, ranks: Ranks, start: ModelSettings, texts: Callable[[], list[str]]) -> Model:
+def build_reward_model(
+    settings: RewardStage, ranks: Ranks, start: ModelSettings, texts: Callable[[], list[str]]
+) -> Model:
     """The reward model to train; arguments as of `build_policy`."""
     encoder = build.encoder_of(settings, start, texts)
     scorer = build.reward_module(start, encoder, settings.train, settings.seed)
@@ -76,7 +78,7 @@ def build_reward_model(settings: Reward, ranks: Ranks, start: ModelSettings, tex
     return Model(Engine(scorer, ranks, settings.train, settings.optimizer), encoder, packing)
 
 
-def build_inference(settings: Evaluate | Generate, ranks: Ranks, policy: ModelSettings) -> Model:
+def build_inference(settings: EvaluateStage | GenerateStage, ranks: Ranks, policy: ModelSettings) -> Model:
     """A policy that only generates and is read; sharded where train.zero says stage 3."""
     encoder = build.encoder_of(settings, policy, list)
     longest = settings.generation.max_new_tokens
