@@ -43,12 +43,11 @@ def main(settings: Evaluate, words: Sequence[str]) -> None:
     }
     if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs)):
         return
-    say = print if ranks.main else str
     judge = build.build_rewards(settings, settings.reward, settings.rewards, ranks.device, monitors)
     if judge is None:
         raise UserError("stage=evaluate: nothing to judge with: give reward=NAME, or train one with stage=reward")
-    prompts = dataset.unique_prompts(dataset.load(settings.data, settings.split, settings.seed, say))
-    prompts = prompts[: settings.max_rows]
+    (rows,) = dataset.splits(settings.data, settings.seed, [settings.split])
+    prompts = dataset.unique_prompts(rows)[: settings.max_rows]
 
     results, samples = judged(settings, models, prompts, judge, ranks)
     if ranks.main:

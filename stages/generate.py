@@ -36,13 +36,10 @@ def main(settings: Generate, words: Sequence[str]) -> None:
     judge = None
     if settings.reward is not None:
         judge = build.build_rewards(settings, settings.reward, settings.rewards, ranks.device)
-    prompts = {
-        split: dataset.unique_prompts(dataset.load_split(settings.data, split, settings.seed, say))
-        for split in settings.splits
-    }
+    prompts = map(dataset.unique_prompts, dataset.splits(settings.data, settings.seed, settings.splits))
     results: dict[str, object] = {}
     with generate.inference(settings, model, ranks) as (speaker, encoder, _):
-        for split, rows in prompts.items():
+        for split, rows in zip(settings.splits, prompts, strict=True):
             asked = rows[: settings.max_rows]
             answers = responses(speaker, encoder, asked, settings, lambda done, split=split: say(f"{split}: {done}"))
             found = candidates.gathered(answers, settings.generation.num_return_sequences)
@@ -52,7 +49,7 @@ def main(settings: Generate, words: Sequence[str]) -> None:
                 found = found._replace(rows=judged.rows)
                 statistics |= evaluation.reward_statistics(judged.scores, judged.texts)
             if ranks.main:
-                write_rows(str(directory / f"{split}.jsonl"), found.rows)
+                write_rows(directory / f"{split}.jsonl", found.rows)
             results[split] = {**counts(found), **statistics}
             say(f"{directory / split}.jsonl: {summary(found, len(answers))}")
     if ranks.main:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -32,7 +32,7 @@ def main(settings: Reward, words: Sequence[str]) -> None:
     # rows -> tokens
     module, algorithm, objective = objective_of(settings.algorithm)
     say = print if ranks.main else str
-    train, held_out = rows_of(settings, module, algorithm, say)
+    train, held_out = rows_of(settings, module, algorithm)
     alone = not pairs.all_pairs(train)  # responses with a score each
     made = dataset.completion_rows if alone else dataset.pair_rows
     encoder = build.encoder_of(settings, model, lambda: dataset.texts(train, settings.template))
@@ -74,21 +74,18 @@ def main(settings: Reward, words: Sequence[str]) -> None:
     loop.train(settings, directory, trainer, course)
 
 
-def rows_of(
-    settings: Reward, module: Any, algorithm: Any, say: Callable[[str], None]
-) -> tuple[list[Example], list[Example]]:
+def rows_of(settings: Reward, module: Any, algorithm: Any) -> tuple[list[Example], list[Example]]:
     """What to learn from and what is held out: pairs, or every response by itself where its score will do.
 
     Raises:
         UserError: a row lacks what the objective learns from.
     """
-    train = dataset.load_train(settings.data, settings.seed, say)
-    held_out = dataset.load(settings.data, "validation", settings.seed, say)
+    train, held_out = dataset.splits(settings.data, settings.seed)
     if module.pairs_only(algorithm) or pairs.all_pairs([*train, *held_out]):
-        train, held_out = pairs.paired(train, say), pairs.paired(held_out, say)[: settings.eval.max_rows]
+        train, held_out = pairs.paired(train), pairs.paired(held_out)[: settings.eval.max_rows]
         dataset.require([*train, *held_out], module.columns(algorithm), f"objective: {algorithm.objective}")
         return train, held_out
-    train, held_out = (pairs.annotated(rows, settings.data) for rows in (train, held_out))
+    train, held_out = (pairs.annotated(rows) for rows in (train, held_out))
     return train, held_out[: settings.eval.max_rows]
 
 

@@ -39,11 +39,12 @@ def main(settings: Score, words: Sequence[str]) -> None:
         return
     say = print if ranks.main else str
     results: dict[str, object] = {}
-    for split in splits_of(settings.splits, data):
-        rows = dataset.judgeable(dataset.load_split(data, split, settings.seed, say), data)
+    names = splits_of(settings.splits, data)
+    for split, examples in zip(names, dataset.splits(data, settings.seed, names), strict=True):
+        rows = dataset.judgeable(examples, data)
         judged = candidates.judged(ranks, judge, rows)
         if ranks.main:
-            write_rows(str(directory / f"{split}.jsonl"), judged.rows)
+            write_rows(directory / f"{split}.jsonl", judged.rows)
         found = evaluation.reward_statistics(judged.scores, judged.texts) | by_source(judged.of, judged.scores)
         results[split] = {"rows": len(rows), "candidates": sum(len(row.candidates) for row in rows), **found}
         say(f"{split}: {len(rows):,} rows, reward {statistics.fmean(judged.scores.total):.4f}")

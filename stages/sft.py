@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pipeline.config.schema import Sft
 from pipeline.data import conversations, dataset
 from pipeline.data.batching import Packing, Windows
-from pipeline.data.dataset import Report
 from pipeline.data.tokenization import Encoder, coloured
 from pipeline.launch import run_dir
 from pipeline.launch.entry import run
@@ -29,9 +28,8 @@ def main(settings: Sft, words: Sequence[str]) -> None:
 
     # rows -> tokens
     say = print if ranks.main else str
-    train = dataset.supervised(dataset.load_train(settings.data, settings.seed, say))
+    train, held_out = map(dataset.supervised, dataset.splits(settings.data, settings.seed))
     train = conversations.learned(train, settings.train_on)
-    held_out = dataset.supervised(dataset.load(settings.data, "validation", settings.seed, say))
     held_out = held_out[: settings.eval.max_rows]
     hides = settings.masking.rate > 0
     encoder = build.encoder_of(settings, model, lambda: dataset.texts(train, settings.template), hides)
@@ -81,7 +79,7 @@ def windows(items: Sequence[Item], packing: Packing, settings: Sft, ranks: engin
     return Windows(items, draw, packing, ranks.rank, ranks.world)
 
 
-def in_fewer_rows(items: Sequence[Item], say: Report) -> list[Item]:
+def in_fewer_rows(items: Sequence[Item], say: Callable[[str], None]) -> list[Item]:
     """Each conversation in one row where that changes nothing, after a word about it."""
     found = conversations.joined(items)
     say(f"train: {len(items):,} turns read in {len(found):,} rows")

@@ -60,10 +60,10 @@ def prepare(settings: Bench, ranks: Ranks, directory: Path, folder: Path) -> Bed
         if settings.clock == "cpu":
             raise UserError("clock: cpu, but the work is the GPU's: say clock=wall")
         settings = for_gpu(settings)
-    rows = dataset.load_train(settings.data, settings.seed, str)
+    (rows,) = dataset.splits(settings.data, settings.seed, ["train"])
     encoder = build.encoder_of(settings, settings.model, lambda: dataset.texts(rows, settings.template))
     singles = dataset.encode(dataset.supervised(rows), encoder, dataset.completion_rows).items
-    pairs = dataset.encode(pairing.paired(rows, str), encoder, dataset.pair_rows).items
+    pairs = dataset.encode(pairing.paired(rows), encoder, dataset.pair_rows).items
     return Bed(settings, ranks, encoder, singles, pairs, directory, folder)
 
 

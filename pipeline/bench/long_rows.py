@@ -46,7 +46,7 @@ def long_bed(bed: Bed, sizes: Sizes, shape: str) -> Bed:
     whole = {"batch_size": sizes.rows, "micro_batch_size": sizes.rows, "max_tokens": None}
     parts = {"data": data, "model": settings.model.model_copy(update={"scratch": scratch})}
     settings = settings.model_copy(update={**parts, "train": settings.train.model_copy(update=whole)})
-    rows = dataset.load_train(data, settings.seed, str)
+    (rows,) = dataset.splits(data, settings.seed, ["train"])
     encoder = build.encoder_of(settings, settings.model, lambda: dataset.texts(rows, settings.template), mask=True)
     longer = joined(rows)[: sizes.rows * STEPS]
     items = even(dataset.encode(longer, encoder, both_rows).items, sizes.prompt, sizes.response)

@@ -77,7 +77,7 @@ def shaped(bed: Bed, sizes: Sizes) -> Ground:
     tokens = sizes.rows * sizes.copies * (sizes.prompt + longest)
     train = settings.train.model_copy(update={"max_tokens": tokens, "micro_batch_size": None, "precision": "fp32"})
     settings = settings.model_copy(update={"model": model, "data": data, "train": train})
-    rows = dataset.load_train(data, settings.seed, str)
+    (rows,) = dataset.splits(data, settings.seed, ["train"])
     encoder = build.encoder_of(settings, model, lambda: dataset.texts(rows, settings.template))
     items = dataset.encode(dataset.supervised(rows), encoder, dataset.completion_rows).items[: sizes.rows]
     bed = replace(bed, settings=settings, encoder=encoder, singles=even(items, sizes.prompt, longest), pairs=[])

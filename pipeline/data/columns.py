@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 
 from pipeline.data.fields import (
     Columns,
@@ -33,6 +32,7 @@ CARRIED = (
     *("margin", "reward", "rewards", *CHOSEN_REWARD, *REJECTED_REWARD, *CORRECTNESS),
 )
 
+Fields = dict[str, object]  # some of an Example's, by name
 Prompt = str | tuple[Message, ...]
 
 
@@ -64,34 +64,18 @@ def last_answer(value: object, place: str) -> tuple[tuple[Message, ...], str]:
     return turns[:-1], turns[-1].content
 
 
-def carry(row: Columns, example: Example) -> Example:
-    """`example` with all that it lacks taken from the columns of the same name.
+def example_of(row: Columns, given: Fields, id: str) -> Example:
+    """The Example of `given`, what the row's format says of it, and of the columns that carry all the rest.
 
-    References default to the completion, or else to the chosen response. An empty list of references stays empty.
+    References default to the completion, or else to the chosen response; an empty list of references stays empty.
+    `id` is for a row that names none.
     """
-    completion = example.completion or _optional_response(row, "completion")
-    chosen = example.chosen or _optional_response(row, "chosen")
-    listed = (example.candidates, example.candidate_rewards) if example.candidates else candidate_list(row)
-    references = example.references or texts(row, "references", "reference")
-    if references is None:
-        references = tuple(filter(None, (completion or chosen,)))
-    return replace(
-        example,
-        id=example.id or optional_label(row, "id") or "",
-        source=example.source or optional_label(row, "source") or "",
-        completion=completion,
-        references=references,
-        candidates=listed[0],
-        candidate_rewards=listed[1],
-        chosen=chosen,
-        rejected=example.rejected or _optional_response(row, "rejected"),
-        chosen_reward=_given(example.chosen_reward, row, *CHOSEN_REWARD),
-        rejected_reward=_given(example.rejected_reward, row, *REJECTED_REWARD),
-        margin=_given(example.margin, row, "margin"),
-        correctness=_correctness(row) if example.correctness is None else example.correctness,
-        reward=_given(example.reward, row, "reward"),
-        rewards=example.rewards or named_numbers(row, "rewards"),
-    )
+    fields = {name: given[name] if name in given else read(row) for name, read in OTHERWISE.items()} | given
+    if "candidates" not in given:
+        fields["candidates"], fields["candidate_rewards"] = candidate_list(row)
+    if fields["references"] is None:
+        fields["references"] = tuple(filter(None, (fields["completion"] or fields["chosen"],)))
+    return Example(**fields | {"id": fields["id"] or id})
 
 
 def candidate_list(row: Columns) -> tuple[tuple[str, ...], tuple[float, ...]]:
@@ -148,10 +132,6 @@ def _optional_response(row: Columns, name: str) -> str | None:
     return None if row.get(name) in (None, "") else response_of(row, name)
 
 
-def _given(value: float | None, row: Columns, *names: str) -> float | None:
-    return value if value is not None else optional_number(row, *names)
-
-
 def _correctness(row: Columns) -> float | None:
     """1 or 0 of a truth value, else the number."""
     name = first_of(row, CORRECTNESS)
@@ -161,3 +141,20 @@ def _correctness(row: Columns) -> float | None:
 
 def _is_list(row: Columns, name: str) -> bool:
     return isinstance(row.get(name), list | tuple)
+
+
+# How a field is read from the columns of its name, where the row's format does not say it.
+OTHERWISE: Mapping[str, Callable[[Columns], object]] = {
+    "id": lambda row: optional_label(row, "id"),
+    "source": lambda row: optional_label(row, "source") or "",
+    "completion": lambda row: _optional_response(row, "completion"),
+    "references": lambda row: texts(row, "references", "reference"),
+    "chosen": lambda row: _optional_response(row, "chosen"),
+    "rejected": lambda row: _optional_response(row, "rejected"),
+    "chosen_reward": lambda row: optional_number(row, *CHOSEN_REWARD),
+    "rejected_reward": lambda row: optional_number(row, *REJECTED_REWARD),
+    "margin": lambda row: optional_number(row, "margin"),
+    "correctness": _correctness,
+    "reward": lambda row: optional_number(row, "reward"),
+    "rewards": lambda row: named_numbers(row, "rewards"),
+}

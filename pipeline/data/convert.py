@@ -19,6 +19,7 @@ from pipeline.errors import UserError
 from pipeline.records import Example
 
 CHOSEN, REJECTED = "/chosen", "/rejected"  # what the ids of the two rows of a pair end with
+PAIRED = ("chosen", "rejected", "chosen_reward", "rejected_reward", "margin", "correctness")  # fields of a pair
 
 
 class Pairing(NamedTuple):
@@ -32,11 +33,11 @@ class Pairing(NamedTuple):
 
 
 def to_scored(examples: Sequence[Example], which: Literal["chosen", "both"]) -> list[Example]:
-    """Each pair as one row (its chosen response) or two (chosen, then rejected); rows with a completion pass unchanged.
+    """Each pair as one row (its chosen response) or two (chosen, then rejected); rows with a completion as they are.
 
-    A new row has the pair's prompt, references and source; the response as completion; chosen_reward or
+    A new row has the pair's prompt, references, candidates and source; the response as completion; chosen_reward or
     rejected_reward as its reward (None if the pair has none: to be scored); and the pair's id with "/chosen" or
-    "/rejected". The pair's margin, correctness and `rewards` are not kept. Raises UserError for a row with neither.
+    "/rejected". Nothing else of a pair is kept. Raises UserError for a row with neither.
     """
     assert which in ("chosen", "both"), which
     return [row for example in examples for row in _scored_rows(example, which)]
@@ -47,11 +48,7 @@ def to_supervised(examples: Sequence[Example]) -> list[Example]:
 
     Raises UserError for a row with neither completion nor pair.
     """
-    rows = []
-    for example in examples:
-        chosen = _scored_rows(example, "chosen")[0]
-        rows.append(example if chosen is example else replace(chosen, id=example.id))
-    return rows
+    return [one if one.completion is not None else _chosen(one, one.id) for one in examples]
 
 
 def to_pairs(examples: Sequence[Example]) -> Pairing:
@@ -61,10 +58,12 @@ def to_pairs(examples: Sequence[Example]) -> Pairing:
     the chosen row's; where the two rows came from one pair, its id comes back. `rewards` are not kept. Rows that are
     pairs already, without a completion, pass unchanged. Raises UserError for a row without completion or reward.
     """
-    given = [example for example in examples if _is_pair(example) and example.completion is None]
+    given: list[Example] = []
     groups: dict[object, list[Example]] = {}
     for example in examples:
-        if not (_is_pair(example) and example.completion is None):
+        if _is_pair(example) and example.completion is None:
+            given.append(example)
+        else:
             groups.setdefault(example.prompt, []).append(_checked(example))
     made, alone, tied, between = [], 0, 0, 0
     for rows in groups.values():
@@ -81,25 +80,28 @@ def to_pairs(examples: Sequence[Example]) -> Pairing:
 
 def _scored_rows(example: Example, which: str) -> list[Example]:
     if example.completion is not None:
-        return [example]
-    if not _is_pair(example):
+        return [_without_pair(example)]
+    chosen = _chosen(example, example.id + CHOSEN)
+    if which == "chosen":
+        return [chosen]
+    rejected = replace(chosen, id=example.id + REJECTED, completion=example.rejected, reward=example.rejected_reward)
+    return [chosen, rejected]
+
+
+def _without_pair(example: Example) -> Example:
+    """A row with a response of its own, less what else it holds to compare."""
+    held = [name for name in PAIRED if getattr(example, name) is not None]
+    return replace(example, **dict.fromkeys(held)) if held else example
+
+
+def _chosen(pair: Example, id: str) -> Example:
+    if not _is_pair(pair):
         raise UserError(
-            f"{example.id}: neither a completion nor chosen and rejected, wanted a response to learn from; "
+            f"{pair.id}: neither a completion nor chosen and rejected, wanted a response to learn from; "
             "add the column `completion` (or `response`), or rename the one that holds it"
         )
-    bare = replace(
-        example,
-        chosen=None,
-        rejected=None,
-        chosen_reward=None,
-        rejected_reward=None,
-        margin=None,
-        correctness=None,
-        rewards={},
-    )
-    chosen = replace(bare, id=example.id + CHOSEN, completion=example.chosen, reward=example.chosen_reward)
-    rejected = replace(bare, id=example.id + REJECTED, completion=example.rejected, reward=example.rejected_reward)
-    return [chosen] if which == "chosen" else [chosen, rejected]
+    nothing = dict.fromkeys(PAIRED)
+    return replace(pair, **nothing, id=id, completion=pair.chosen, reward=pair.chosen_reward, rewards={})
 
 
 def _pair(best: Example, worst: Example) -> Example:

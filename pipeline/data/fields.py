@@ -73,16 +73,13 @@ def optional_number(row: Columns, *names: str) -> float | None:
 
 def checked_number(value: object, place: str) -> float:
     """`value` as a float that is finite in float32. True and false are no numbers."""
-    fault = f"{place}: {described(value)}, wanted a finite number"
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise RowError(fault)
     try:
-        result = float(value)
-    except (ValueError, OverflowError) as error:
-        raise RowError(fault) from error
-    if not math.isfinite(result) or abs(result) > LARGEST:
-        raise RowError(fault)
-    return result
+        number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not abs(number) <= LARGEST:  # nan is neither above nor below
+        raise RowError(f"{place}: {described(value)}, wanted a finite number")
+    return number
 
 
 def texts(row: Columns, *names: str) -> tuple[str, ...] | None:

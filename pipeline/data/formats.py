@@ -7,23 +7,23 @@ columns, a row of any format may carry every column that an Example has, under t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import NamedTuple
 
-from pipeline.data.columns import (
-    CARRIED,
-    COMPLETION,
-    Prompt,
-    candidate_list,
-    carry,
-    last_answer,
-    prompt_of,
-    response_of,
+from pipeline.data.columns import CARRIED, COMPLETION, Fields, Prompt, last_answer, prompt_of, response_of
+from pipeline.data.fields import (
+    Columns,
+    RowError,
+    first_of,
+    has,
+    named_numbers,
+    number,
+    optional_number,
+    optional_text,
+    text,
 )
-from pipeline.data.fields import Columns, RowError, first_of, has, number, optional_number, optional_text, text
 from pipeline.data.released import candidates_tsv, gen_task, hh, prefix_suffix
 from pipeline.errors import did_you_mean
-from pipeline.records import Example
+from pipeline.records import Message
 
 REWARD = ("reward", "score")
 PUBLISHED = {"article": "highlights", "document": "summary", "dialogue": "summary", "sentence": "question"}
@@ -31,20 +31,20 @@ PROMPT = ("prompt", "instruction", "input", "history")  # `prompt`, or the other
 
 
 class Format(NamedTuple):
-    """One shape of a row. `convert` raises RowError; the Example's id is empty where the row names none."""
+    """One shape of a row. `fields` are those of an Example that it has columns of its own for; it raises RowError."""
 
     wanted: str  # its columns, in words
     fits: Callable[[Columns], bool]  # asked about the columns of the first row that have a value
-    convert: Callable[[Columns], Example]
+    fields: Callable[[Columns], Fields]
     reads: tuple[str, ...]  # the columns it looks at beside CARRIED
 
 
 def detect(row: Columns) -> str:
     """The first format that fits `row`. Raises RowError with all formats and the nearest column."""
     present = {name: value for name, value in row.items() if value is not None}
-    found = next((name for name, form in FORMATS.items() if form.fits(present)), None)
-    if found is not None:
-        return found
+    fitting = next((name for name, form in FORMATS.items() if form.fits(present)), None)
+    if fitting is not None:
+        return fitting
     known = sorted({name for form in FORMATS.values() for name in form.reads} | set(CARRIED))
     hint = next(filter(None, (did_you_mean(name, known) for name in present if name not in known)), "")
     wanted = " | ".join(form.wanted for form in FORMATS.values())
@@ -56,76 +56,70 @@ def unused_columns(row: Columns, name: str) -> list[str]:
     return [column for column in row if column not in FORMATS[name].reads and column not in CARRIED]
 
 
-def scored(row: Columns) -> Example:
+def scored(row: Columns) -> Fields:
     """A prompt, the response that was given, and what it was worth: `reward`, or `rewards` by name, or both."""
-    example = supervised(row)
-    reward = optional_number(row, *REWARD) if example.rewards else number(row, *REWARD)
-    return replace(example, reward=reward)
+    rewards = named_numbers(row, "rewards")
+    reward = optional_number(row, *REWARD) if rewards else number(row, *REWARD)
+    return supervised(row) | {"reward": reward, "rewards": rewards}
 
 
-def supervised(row: Columns) -> Example:
+def supervised(row: Columns) -> Fields:
     """A prompt and its wanted completion: messages, prompt + completion, or instruction + output."""
-    if has(row, "messages"):
-        prompt, completion = last_answer(row["messages"], "messages")
-        if not prompt:
-            raise RowError("messages: one message, wanted a prompt and the assistant's answer to it")
-    else:
-        prompt = prompt_of(row)
+    if not has(row, "messages"):
         names = COMPLETION if has(row, "prompt") else ("output", *COMPLETION)
-        completion = response_of(row, *names)
-    return carry(row, Example("", prompt, completion=completion))
+        return {"prompt": prompt_of(row), "completion": response_of(row, *names)}
+    prompt, completion = last_answer(row["messages"], "messages")
+    if not prompt:
+        raise RowError("messages: one message, wanted a prompt and the assistant's answer to it")
+    return {"prompt": prompt, "completion": completion}
 
 
-def preference(row: Columns) -> Example:
+def preference(row: Columns) -> Fields:
     """A prompt with a better and a worse response; these may be chats, which may hold the prompt."""
-    if isinstance(row.get("chosen"), list):
-        prompt, chosen, rejected = _chat_pair(row)
-    else:
-        prompt, chosen, rejected = prompt_of(row), text(row, "chosen"), text(row, "rejected")
-    return carry(row, Example("", prompt, chosen=chosen, rejected=rejected))
-
-
-def candidates(row: Columns) -> Example:
-    """A prompt with responses to learn from; without `prompt`, the `source` column is the prompt, and no label.
-
-    The completion is the `reference`, where that column and no `completion` is there.
-    """
-    prompt = prompt_of(row) if first_of(row, PROMPT) else text(row, "source")
-    rest = row if first_of(row, PROMPT) else {name: value for name, value in row.items() if name != "source"}
-    listed, rewards = candidate_list(row)
-    if not listed:
-        raise RowError("candidates: missing, wanted a list")
-    completion = None if has(row, "completion") else optional_text(row, "reference")
-    return carry(rest, Example("", prompt, completion, candidates=listed, candidate_rewards=rewards))
-
-
-def published(row: Columns) -> Example:
-    """A text and its summary, or a sentence and its question, under the names that public data sets give them."""
-    names = sorted(PUBLISHED, key=lambda name: name not in row)  # a fault is told of the column that is there
-    prompt = text(row, *names)
-    return carry(row, Example("", prompt, completion=text(row, PUBLISHED[first_of(row, names)])))
-
-
-def plain_text(row: Columns) -> Example:
-    """Text to learn a language from: an empty prompt, and the text as completion."""
-    return carry(row, Example("", "", completion=text(row, "text")))
-
-
-def prompts(row: Columns) -> Example:
-    """Only something to answer."""
-    return carry(row, Example("", prompt_of(row)))
-
-
-def _chat_pair(row: Columns) -> tuple[Prompt, str, str]:
-    """(prompt, chosen, rejected) of two chats. Messages before the answers follow the `prompt` messages, if any."""
+    if not isinstance(row.get("chosen"), list):
+        return {"prompt": prompt_of(row), "chosen": text(row, "chosen"), "rejected": text(row, "rejected")}
     before, chosen = last_answer(row["chosen"], "chosen")
     other, rejected = last_answer(row["rejected"], "rejected")
     if before != other:
         raise RowError("chosen, rejected: differ before their last message, wanted two answers to one prompt")
+    return {"prompt": _chat_prompt(row, before), "chosen": chosen, "rejected": rejected}
+
+
+def candidates(row: Columns) -> Fields:
+    """A prompt with responses to learn from; without `prompt`, the `source` column is the prompt, and no label.
+
+    The completion is the `reference`, where that column and no `completion` is there.
+    """
+    if not has(row, "candidates"):
+        raise RowError("candidates: missing, wanted a list")
+    has_prompt = first_of(row, PROMPT) is not None
+    fields = {"prompt": prompt_of(row)} if has_prompt else {"prompt": text(row, "source"), "source": ""}
+    return fields if has(row, "completion") else {**fields, "completion": optional_text(row, "reference")}
+
+
+def published(row: Columns) -> Fields:
+    """A text and its summary, or a sentence and its question, under the names that public data sets give them."""
+    names = sorted(PUBLISHED, key=lambda name: name not in row)  # an error names the column that is there
+    prompt = text(row, *names)
+    return {"prompt": prompt, "completion": text(row, PUBLISHED[first_of(row, names)])}
+
+
+def plain_text(row: Columns) -> Fields:
+    """Text to learn a language from: an empty prompt, and the text as completion."""
+    return {"prompt": "", "completion": text(row, "text")}
+
+
+def prompts(row: Columns) -> Fields:
+    """Only something to answer."""
+    return {"prompt": prompt_of(row)}
+
+
+def _chat_prompt(row: Columns, before: tuple[Message, ...]) -> Prompt:
+    """The messages before the answers, behind those of `prompt`, if any, that they do not repeat."""
     if not before:
-        return prompt_of(row), chosen, rejected
+        return prompt_of(row)
     given = prompt_of(row) if isinstance(row.get("prompt"), list) else ()
-    return (before if before[: len(given)] == given else (*given, *before)), chosen, rejected
+    return before if before[: len(given)] == given else (*given, *before)
 
 
 def _has_completion(row: Columns) -> bool:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
-from pipeline.data.columns import carry, ranked
+from pipeline.data.columns import Fields, ranked
 from pipeline.data.fields import (
     Columns,
     RowError,
@@ -14,10 +13,11 @@ from pipeline.data.fields import (
     checked_text,
     described,
     named_numbers,
+    optional_label,
     optional_text,
     text,
 )
-from pipeline.records import Example, Message
+from pipeline.records import Message
 
 HH_MARK = "\n\nAssistant:"  # before each answer of an hh-rlhf transcript
 TURN_TAGS = {"<|prompter|>": "user", "<|assistant|>": "assistant"}
@@ -25,22 +25,20 @@ REFERENCES_MARK, REFERENCE_MARK = "<#REFS#>", "<#REF#>"
 QUERY_MARK, CANDIDATE_MARK, SCORE_MARK = "<#QUERY#>", "<#SEP#>", "<#SCORE#>"
 
 
-def hh(row: Columns) -> Example:
+def hh(row: Columns) -> Fields:
     """Two whole transcripts; the prompt is what they share, up to and including the last "Assistant:"."""
     chosen, rejected = text(row, "chosen"), text(row, "rejected")
     cut = _shared_length(chosen, rejected)
     if cut == 0:
         raise RowError(f"chosen, rejected: share no beginning up to {HH_MARK!r}, wanted two answers to one prompt")
-    pair = Example(
-        "",
-        chosen[:cut],
-        chosen=checked_text(chosen[cut:], "chosen, its last answer"),
-        rejected=checked_text(rejected[cut:], "rejected, its last answer"),
-    )
-    return carry(row, pair)
+    return {
+        "prompt": chosen[:cut],
+        "chosen": checked_text(chosen[cut:], "chosen, its last answer"),
+        "rejected": checked_text(rejected[cut:], "rejected, its last answer"),
+    }
 
 
-def prefix_suffix(row: Columns) -> Example:
+def prefix_suffix(row: Columns) -> Fields:
     """prefix: the list of tagged turns, twice; suffix: chosen, rejected; reward: theirs. The source is meta.path."""
     prefix = checked_list(row.get("prefix"), "prefix", "two lists of turns", 2)
     suffix = checked_list(row.get("suffix"), "suffix", "two texts: chosen, rejected", 2)
@@ -48,60 +46,53 @@ def prefix_suffix(row: Columns) -> Example:
     if prefix[0] != prefix[1]:
         raise RowError("prefix: the two lists of turns differ, wanted one prompt for both suffixes")
     meta = row.get("meta")
-    pair = Example(
-        "",
-        _tagged_turns(prefix[0]),
-        chosen=checked_text(suffix[0], "suffix[0]"),
-        rejected=checked_text(suffix[1], "suffix[1]"),
-        chosen_reward=checked_number(reward[0], "reward[0]"),
-        rejected_reward=checked_number(reward[1], "reward[1]"),
-    )
-    example = carry({name: value for name, value in row.items() if name != "reward"}, pair)
     origin = optional_text(meta, "path") if isinstance(meta, Mapping) else None
-    return replace(example, source=example.source or origin or "")
+    return {
+        "prompt": _tagged_turns(prefix[0]),
+        "chosen": checked_text(suffix[0], "suffix[0]"),
+        "rejected": checked_text(suffix[1], "suffix[1]"),
+        "chosen_reward": checked_number(reward[0], "reward[0]"),
+        "rejected_reward": checked_number(reward[1], "reward[1]"),
+        "reward": None,
+        "source": optional_label(row, "source") or origin or "",
+    }
 
 
-def gen_task(row: Columns) -> Example:
+def gen_task(row: Columns) -> Fields:
     """`references` is ONE text, the logged response; final_reward is its reward, the other components its rewards."""
     response = text(row, "references")
     components = named_numbers(row, "reward_components")
     if "final_reward" not in components:
         raise RowError("reward_components: no final_reward, wanted {..., final_reward: a finite number}")
-    parts = {name: value for name, value in components.items() if name != "final_reward"}
-    example = Example(
-        "",
-        text(row, "prompt_or_input_text"),
-        completion=response,
-        references=(response,),
-        reward=components["final_reward"],
-        rewards=parts,
-    )
-    return carry(row, example)
+    return {
+        "prompt": text(row, "prompt_or_input_text"),
+        "completion": response,
+        "references": (response,),
+        "reward": components.pop("final_reward"),
+        "rewards": components,
+    }
 
 
-def candidates_tsv(row: Columns) -> Example:
+def candidates_tsv(row: Columns) -> Fields:
     """Source, reference and ranked candidates. The completion is the reference; candidates are ordered by score.
 
     A row of two columns, as in the files to predict from, has no candidates.
     """
     reference = text(row, "data_gt")
+    fields = {"prompt": text(row, "data_src"), "completion": reference, "references": (reference,)}
     if "data_kd" not in row:
-        return carry(row, Example("", text(row, "data_src"), completion=reference, references=(reference,)))
+        return fields
     rest, others = _split_once(text(row, "data_kd"), REFERENCES_MARK)
     references = (reference, *(others.split(REFERENCE_MARK) if others is not None else ()))
     before, after = _split_once(rest, QUERY_MARK)
     pieces = (before if after is None else after).split(CANDIDATE_MARK)
     scored = [_candidate(piece, f"data_kd, candidate {i}") for i, piece in enumerate(pieces, start=1)]
-    candidates, rewards = ranked(tuple(one for one, _ in scored), tuple(score for _, score in scored))
-    example = Example(
-        "",
-        text(row, "data_src"),
-        completion=reference,
-        references=tuple(dict.fromkeys(checked_text(one, "data_kd, references") for one in references)),
-        candidates=candidates,
-        candidate_rewards=rewards,
-    )
-    return carry(row, example)
+    candidates, rewards = ranked(*zip(*scored, strict=True))
+    return fields | {
+        "references": tuple(dict.fromkeys(checked_text(one, "data_kd, references") for one in references)),
+        "candidates": candidates,
+        "candidate_rewards": rewards,
+    }
 
 
 def _shared_length(chosen: str, rejected: str) -> int:

@@ -61,9 +61,8 @@ def lesson(scene: Scene) -> Lesson:
 
 def pairs_of(scene: Scene) -> tuple[list[Example], list[Example]]:
     """The pairs to learn from, turned round at random if rewards are to be shuffled, and those held out."""
-    settings, say = scene.settings, scene.say
-    train = pairing.paired(dataset.load_train(scene.data, settings.seed, say), say)
-    held_out = pairing.paired(dataset.load(scene.data, "validation", settings.seed, say), say)
+    settings = scene.settings
+    train, held_out = map(pairing.paired, dataset.splits(scene.data, settings.seed))
     return with_shuffled_sides(train, settings.seed) if settings.shuffle_rewards else train, held_out
 
 

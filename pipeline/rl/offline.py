@@ -80,9 +80,8 @@ class Rows(NamedTuple):
 
 def rewarded_rows(scene: Scene, needs: Needs) -> Rows:
     """The rows with their rewards, where they are needed; those to learn from chosen, or shuffled, as asked for."""
-    settings, data, say = scene.settings, scene.data, scene.say
-    train = dataset.scored(dataset.load_train(data, settings.seed, say), data)
-    held_out = dataset.scored(dataset.load(data, "validation", settings.seed, say), data)
+    settings, data = scene.settings, scene.data
+    train, held_out = (dataset.scored(rows, data) for rows in dataset.splits(data, settings.seed))
     prompts = dataset.unique_prompts(held_out)
     held_out = held_out[: settings.eval.max_rows]
     if needs.rewards or settings.rows != "all" or settings.shuffle_rewards:

@@ -46,8 +46,7 @@ def lesson(scene: Scene) -> Lesson:
     refuse(settings, rows="all", sampling="all", shuffle_rewards=False)
     judge = required_judge(scene)
     check_sampler(settings, scene.algorithm)
-    prompts = dataset.unique_prompts(dataset.load_train(scene.data, settings.seed, scene.say))
-    held_out = dataset.unique_prompts(dataset.load(scene.data, "validation", settings.seed, scene.say))
+    prompts, held_out = map(dataset.unique_prompts, dataset.splits(scene.data, settings.seed))
     held_out = held_out[: settings.eval.max_rows]
     encoder = build.encoder_of(settings, scene.model, list)
     longest = max(settings.generation.max_new_tokens, settings.data.max_response_length)

@@ -76,8 +76,7 @@ class Held:
 def rows_of(scene: Scene, encoder: Encoder) -> Held:
     """What is learned from and looked at, after a word about both."""
     settings, data = scene.settings, scene.data
-    train = dataset.load_train(data, settings.seed, scene.say)
-    held_out = dataset.load(data, "validation", settings.seed, scene.say)
+    train, held_out = dataset.splits(data, settings.seed)
     encoded = dataset.encode(train, encoder, reference_rows)
     tested = dataset.encode(held_out[: settings.eval.max_rows], encoder, reference_rows)
     items = with_statics(encoded.items, encoder, settings.static)
