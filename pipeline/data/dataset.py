@@ -153,13 +153,13 @@ def require(examples: Sequence[Example], columns: Sequence[str], why: str) -> No
 
 def texts(examples: Sequence[Example], template: TemplateSettings) -> list[str]:
     """What the examples look like to a model, to make a vocabulary of."""
-    found: list[str] = []
+    shown: list[str] = []
     for example in examples:
         prompt = example.prompt if isinstance(example.prompt, str) else " ".join(t.content for t in example.prompt)
-        found.append(template.prompt.replace("{prompt}", prompt))
+        shown.append(template.prompt.replace("{prompt}", prompt))
         answers = (example.completion, example.chosen, example.rejected)
-        found += [template.response.replace("{response}", text) for text in answers if text]
-    return found
+        shown += [template.response.replace("{response}", text) for text in answers if text]
+    return shown
 
 
 @dataclass(frozen=True)

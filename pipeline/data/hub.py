@@ -80,10 +80,10 @@ def split_names(path: str) -> list[str]:
 
 
 def _unreachable(path: str, error: Exception) -> UserError:
-    found = " ".join(str(error).split())
+    reason = " ".join(str(error).split())
     name = parse(path)
-    files = f"name its files with {name.repository}@refs/convert/parquet, or " if "scripts" in found else ""
+    files = f"name its files with {name.repository}@refs/convert/parquet, or " if "scripts" in reason else ""
     return UserError(
-        f"{path}: neither a local file nor readable from the hub ({found}), wanted one of them; "
+        f"{path}: neither a local file nor readable from the hub ({reason}), wanted one of them; "
         f"{files}bring the data as files with data.path= or data.train="
     )

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from random import Random
 from typing import TypeVar
 
-from pipeline.errors import UserError, did_you_mean
 from pipeline.records import Example
 from pipeline.tasks.assistant_truth import judge
 from pipeline.tasks.assistant_world import (
@@ -27,11 +26,12 @@ from pipeline.tasks.assistant_world import (
     INSULTS,
     OPENINGS,
     REFUSALS,
+    SPLIT_SHARES,
     Request,
     requests,
-    split_of,
     topics,
 )
+from pipeline.tasks.shares import check_split, split_of
 
 T = TypeVar("T")
 
@@ -73,11 +73,9 @@ def examples(split: str, seed: int, size: int | None = None) -> list[Example]:
     Requests are dealt in rounds, so every request of the split comes up before one comes up again.
     Raises UserError for an unknown split.
     """
-    if split not in SPLITS:
-        hint = did_you_mean(split, SPLITS)
-        raise UserError(f"data.task: assistant: found split {split!r}, wanted one of {', '.join(SPLITS)}{hint}")
+    check_split(TASK, split, SPLITS)
     rng = Random(f"{TASK}-{seed}-{split}-order")
-    pool = _shuffled(rng, [request for request in requests() if split_of(request) == split])
+    pool = _shuffled(rng, [request for request in requests() if split_of(request.text, SPLIT_SHARES) == split])
     count = SPLITS[split] if size is None else size
     return [_row(split, seed, index, pool[index % len(pool)]) for index in range(count)]
 
