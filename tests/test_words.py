@@ -51,7 +51,11 @@ def test_every_word_in_a_message_is_a_setting(path: Path):
     assert used <= known() | OTHERS
 
 
-def test_every_word_in_the_readme_is_a_setting():
-    used = set(WORD.findall((ROOT / "README.md").read_text(encoding="utf-8")))
-    assert {"learning_rate", "kl_form", "rl.max_steps"} <= used  # it finds them
+@pytest.mark.parametrize(
+    ("document", "some"),
+    [("README.md", {"learning_rate", "kl_form", "rl.max_steps"}), ("pipeline/data/README.md", {"data.files", "task"})],
+)
+def test_every_word_in_a_document_is_a_setting(document: str, some: set[str]):
+    used = set(WORD.findall((ROOT / document).read_text(encoding="utf-8")))
+    assert some <= used  # it finds them
     assert used <= known() | OTHERS | OF_THE_KILLER | OF_THE_SERVER

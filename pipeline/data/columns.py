@@ -4,23 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from pipeline.data.fields import (
-    Columns,
-    RowError,
-    checked_list,
-    checked_number,
-    checked_text,
-    described,
-    first_of,
-    has,
-    messages,
-    named_numbers,
-    numbers,
-    optional_label,
-    optional_number,
-    text,
-    texts,
-)
+from pipeline.data import fields
+from pipeline.data.fields import Columns, RowError
 from pipeline.records import Example, Message
 
 COMPLETION = ("completion", "response")
@@ -38,9 +23,9 @@ Prompt = str | tuple[Message, ...]
 
 def prompt_of(row: Columns) -> Prompt:
     """The `prompt` column, text or chat messages; else `instruction`, with `input` and `history`, as a chat."""
-    if not has(row, "prompt") and has(row, "instruction"):
+    if not fields.has(row, "prompt") and fields.has(row, "instruction"):
         return _instruction(row)
-    return text(row, "prompt") if not _is_list(row, "prompt") else messages(row["prompt"], "prompt")
+    return fields.text(row, "prompt") if not _is_list(row, "prompt") else fields.messages(row["prompt"], "prompt")
 
 
 def response_of(row: Columns, *names: str) -> str:
@@ -51,14 +36,14 @@ def response_of(row: Columns, *names: str) -> str:
             if before:
                 raise RowError(f"{name}: {len(before) + 1} messages, wanted one from the assistant")
             return answer
-        if has(row, name):
+        if fields.has(row, name):
             break
-    return text(row, *names)
+    return fields.text(row, *names)
 
 
 def last_answer(value: object, place: str) -> tuple[tuple[Message, ...], str]:
     """Chat messages as (all but the last, the last one's text); the last must be the assistant's."""
-    turns = messages(value, place)
+    turns = fields.messages(value, place)
     if turns[-1].role != "assistant":
         raise RowError(f"{place}: the last message is from '{turns[-1].role}', wanted one from 'assistant'")
     return turns[:-1], turns[-1].content
@@ -70,12 +55,12 @@ def example_of(row: Columns, given: Fields, id: str) -> Example:
     References default to the completion, or else to the chosen response; an empty list of references stays empty.
     `id` is for a row that names none.
     """
-    fields = {name: given[name] if name in given else read(row) for name, read in OTHERWISE.items()} | given
+    whole = {name: read(row) for name, read in OTHERWISE.items() if name not in given} | given
     if "candidates" not in given:
-        fields["candidates"], fields["candidate_rewards"] = candidate_list(row)
-    if fields["references"] is None:
-        fields["references"] = tuple(filter(None, (fields["completion"] or fields["chosen"],)))
-    return Example(**fields | {"id": fields["id"] or id})
+        whole["candidates"], whole["candidate_rewards"] = candidate_list(row)
+    if whole["references"] is None:
+        whole["references"] = tuple(filter(None, (whole["completion"] or whole["chosen"],)))
+    return Example(**whole | {"id": whole["id"] or id})
 
 
 def candidate_list(row: Columns) -> tuple[tuple[str, ...], tuple[float, ...]]:
@@ -84,13 +69,13 @@ def candidate_list(row: Columns) -> tuple[tuple[str, ...], tuple[float, ...]]:
     The column is a list of {"text", "score"}, or of text, with or without `candidate_rewards`. With rewards, the
     candidates are put in the order of their rewards, and equal ones keep theirs; without, the order given counts.
     """
-    if not has(row, "candidates"):
+    if not fields.has(row, "candidates"):
         return (), ()
-    values = checked_list(row["candidates"], "candidates", "a list")
+    values = fields.checked_list(row["candidates"], "candidates", "a list")
     if not values:
         raise RowError("candidates: empty, wanted at least one")
     if not isinstance(values[0], Mapping):
-        return ranked(texts(row, "candidates"), numbers(row, "candidate_rewards"))
+        return ranked(fields.texts(row, "candidates"), fields.numbers(row, "candidate_rewards"))
     pairs = [_candidate(value, f"candidates[{i}]") for i, value in enumerate(values)]
     return ranked(tuple(one for one, _ in pairs), tuple(score for _, score in pairs if score is not None))
 
@@ -107,24 +92,24 @@ def ranked(candidates: tuple[str, ...], rewards: tuple[float, ...]) -> tuple[tup
 
 def _candidate(value: object, place: str) -> tuple[str, float | None]:
     if not isinstance(value, Mapping):
-        raise RowError(f'{place}: {described(value)}, wanted {{"text": ..., "score": ...}}')
-    score = value.get("score")
-    return checked_text(value.get("text"), f"{place}.text"), (
-        None if score is None else checked_number(score, f"{place}.score")
-    )
+        raise RowError(f'{place}: {fields.described(value)}, wanted {{"text": ..., "score": ...}}')
+    candidate, score = fields.checked_text(value.get("text"), f"{place}.text"), value.get("score")
+    return candidate, None if score is None else fields.checked_number(score, f"{place}.score")
 
 
 def _instruction(row: Columns) -> tuple[Message, ...]:
     """history [[query, response], ...] as turns, then the instruction, with the input on a line of its own."""
     turns = []
-    history = checked_list(row["history"], "history", "[[query, response], ...]") if has(row, "history") else ()
+    history = (
+        fields.checked_list(row["history"], "history", "[[query, response], ...]") if fields.has(row, "history") else ()
+    )
     for i, turn in enumerate(history):
-        query, response = checked_list(turn, f"history[{i}]", "[query, response]", 2)
-        turns.append(Message("user", checked_text(query, f"history[{i}][0]")))
-        turns.append(Message("assistant", checked_text(response, f"history[{i}][1]")))
-    request = text(row, "instruction")
+        query, response = fields.checked_list(turn, f"history[{i}]", "[query, response]", 2)
+        turns.append(Message("user", fields.checked_text(query, f"history[{i}][0]")))
+        turns.append(Message("assistant", fields.checked_text(response, f"history[{i}][1]")))
+    request = fields.text(row, "instruction")
     if row.get("input") not in (None, ""):
-        request = f"{request}\n{text(row, 'input')}"
+        request = f"{request}\n{fields.text(row, 'input')}"
     return (*turns, Message("user", request))
 
 
@@ -134,9 +119,9 @@ def _optional_response(row: Columns, name: str) -> str | None:
 
 def _correctness(row: Columns) -> float | None:
     """1 or 0 of a truth value, else the number."""
-    name = first_of(row, CORRECTNESS)
+    name = fields.first_of(row, CORRECTNESS)
     value = None if name is None else row[name]
-    return float(value) if isinstance(value, bool) else optional_number(row, *CORRECTNESS)
+    return float(value) if isinstance(value, bool) else fields.optional_number(row, *CORRECTNESS)
 
 
 def _is_list(row: Columns, name: str) -> bool:
@@ -145,16 +130,16 @@ def _is_list(row: Columns, name: str) -> bool:
 
 # How a field is read from the columns of its name, where the row's format does not say it.
 OTHERWISE: Mapping[str, Callable[[Columns], object]] = {
-    "id": lambda row: optional_label(row, "id"),
-    "source": lambda row: optional_label(row, "source") or "",
+    "id": lambda row: fields.optional_label(row, "id"),
+    "source": lambda row: fields.optional_label(row, "source") or "",
     "completion": lambda row: _optional_response(row, "completion"),
-    "references": lambda row: texts(row, "references", "reference"),
+    "references": lambda row: fields.texts(row, "references", "reference"),
     "chosen": lambda row: _optional_response(row, "chosen"),
     "rejected": lambda row: _optional_response(row, "rejected"),
-    "chosen_reward": lambda row: optional_number(row, *CHOSEN_REWARD),
-    "rejected_reward": lambda row: optional_number(row, *REJECTED_REWARD),
-    "margin": lambda row: optional_number(row, "margin"),
+    "chosen_reward": lambda row: fields.optional_number(row, *CHOSEN_REWARD),
+    "rejected_reward": lambda row: fields.optional_number(row, *REJECTED_REWARD),
+    "margin": lambda row: fields.optional_number(row, "margin"),
     "correctness": _correctness,
-    "reward": lambda row: optional_number(row, "reward"),
-    "rewards": lambda row: named_numbers(row, "rewards"),
+    "reward": lambda row: fields.optional_number(row, "reward"),
+    "rewards": lambda row: fields.named_numbers(row, "rewards"),
 }

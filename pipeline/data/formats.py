@@ -9,18 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from pipeline.data import fields
 from pipeline.data.columns import CARRIED, COMPLETION, Fields, Prompt, last_answer, prompt_of, response_of
-from pipeline.data.fields import (
-    Columns,
-    RowError,
-    first_of,
-    has,
-    named_numbers,
-    number,
-    optional_number,
-    optional_text,
-    text,
-)
+from pipeline.data.fields import Columns, RowError
 from pipeline.data.released import candidates_tsv, gen_task, hh, prefix_suffix
 from pipeline.errors import did_you_mean
 from pipeline.records import Message
@@ -31,11 +22,11 @@ PROMPT = ("prompt", "instruction", "input", "history")  # `prompt`, or the other
 
 
 class Format(NamedTuple):
-    """One shape of a row. `fields` are those of an Example that it has columns of its own for; it raises RowError."""
+    """One shape of a row. `read` gives the fields of an Example that it has columns of its own for, or a RowError."""
 
     wanted: str  # its columns, in words
     fits: Callable[[Columns], bool]  # asked about the columns of the first row that have a value
-    fields: Callable[[Columns], Fields]
+    read: Callable[[Columns], Fields]
     reads: tuple[str, ...]  # the columns it looks at beside CARRIED
 
 
@@ -58,15 +49,15 @@ def unused_columns(row: Columns, name: str) -> list[str]:
 
 def scored(row: Columns) -> Fields:
     """A prompt, the response that was given, and what it was worth: `reward`, or `rewards` by name, or both."""
-    rewards = named_numbers(row, "rewards")
-    reward = optional_number(row, *REWARD) if rewards else number(row, *REWARD)
+    rewards = fields.named_numbers(row, "rewards")
+    reward = fields.optional_number(row, *REWARD) if rewards else fields.number(row, *REWARD)
     return supervised(row) | {"reward": reward, "rewards": rewards}
 
 
 def supervised(row: Columns) -> Fields:
     """A prompt and its wanted completion: messages, prompt + completion, or instruction + output."""
-    if not has(row, "messages"):
-        names = COMPLETION if has(row, "prompt") else ("output", *COMPLETION)
+    if not fields.has(row, "messages"):
+        names = COMPLETION if fields.has(row, "prompt") else ("output", *COMPLETION)
         return {"prompt": prompt_of(row), "completion": response_of(row, *names)}
     prompt, completion = last_answer(row["messages"], "messages")
     if not prompt:
@@ -77,7 +68,7 @@ def supervised(row: Columns) -> Fields:
 def preference(row: Columns) -> Fields:
     """A prompt with a better and a worse response; these may be chats, which may hold the prompt."""
     if not isinstance(row.get("chosen"), list):
-        return {"prompt": prompt_of(row), "chosen": text(row, "chosen"), "rejected": text(row, "rejected")}
+        return {"prompt": prompt_of(row)} | {name: fields.text(row, name) for name in ("chosen", "rejected")}
     before, chosen = last_answer(row["chosen"], "chosen")
     other, rejected = last_answer(row["rejected"], "rejected")
     if before != other:
@@ -90,28 +81,18 @@ def candidates(row: Columns) -> Fields:
 
     The completion is the `reference`, where that column and no `completion` is there.
     """
-    if not has(row, "candidates"):
+    if not fields.has(row, "candidates"):
         raise RowError("candidates: missing, wanted a list")
-    has_prompt = first_of(row, PROMPT) is not None
-    fields = {"prompt": prompt_of(row)} if has_prompt else {"prompt": text(row, "source"), "source": ""}
-    return fields if has(row, "completion") else {**fields, "completion": optional_text(row, "reference")}
+    has_prompt = fields.first_of(row, PROMPT) is not None
+    given = {"prompt": prompt_of(row)} if has_prompt else {"prompt": fields.text(row, "source"), "source": ""}
+    return given if fields.has(row, "completion") else {**given, "completion": fields.optional_text(row, "reference")}
 
 
 def published(row: Columns) -> Fields:
     """A text and its summary, or a sentence and its question, under the names that public data sets give them."""
     names = sorted(PUBLISHED, key=lambda name: name not in row)  # an error names the column that is there
-    prompt = text(row, *names)
-    return {"prompt": prompt, "completion": text(row, PUBLISHED[first_of(row, names)])}
-
-
-def plain_text(row: Columns) -> Fields:
-    """Text to learn a language from: an empty prompt, and the text as completion."""
-    return {"prompt": "", "completion": text(row, "text")}
-
-
-def prompts(row: Columns) -> Fields:
-    """Only something to answer."""
-    return {"prompt": prompt_of(row)}
+    prompt = fields.text(row, *names)
+    return {"prompt": prompt, "completion": fields.text(row, PUBLISHED[fields.first_of(row, names)])}
 
 
 def _chat_prompt(row: Columns, before: tuple[Message, ...]) -> Prompt:
@@ -123,11 +104,11 @@ def _chat_prompt(row: Columns, before: tuple[Message, ...]) -> Prompt:
 
 
 def _has_completion(row: Columns) -> bool:
-    return "messages" in row or (_has_prompt(row) and first_of(row, (*COMPLETION, "output")) is not None)
+    return "messages" in row or (_has_prompt(row) and fields.first_of(row, (*COMPLETION, "output")) is not None)
 
 
 def _has_prompt(row: Columns) -> bool:
-    return first_of(row, ("prompt", "instruction")) is not None
+    return fields.first_of(row, ("prompt", "instruction")) is not None
 
 
 def _is_pair(row: Columns) -> bool:
@@ -156,12 +137,7 @@ FORMATS = {
         candidates_tsv,
         ("data_src", "data_gt", "data_kd"),
     ),
-    "candidates": Format(
-        "prompt or source + candidates",
-        lambda row: "candidates" in row,
-        candidates,
-        PROMPT,
-    ),
+    "candidates": Format("prompt or source + candidates", lambda row: "candidates" in row, candidates, PROMPT),
     "preference": Format(
         "prompt + chosen + rejected",
         lambda row: _is_pair(row) and (_has_prompt(row) or isinstance(row["chosen"], list)),
@@ -171,7 +147,7 @@ FORMATS = {
     "hh": Format("chosen + rejected as whole transcripts", _is_pair, hh, ()),
     "scored": Format(
         "prompt + completion + reward",
-        lambda row: _has_completion(row) and first_of(row, (*REWARD, "rewards")) is not None,
+        lambda row: _has_completion(row) and fields.first_of(row, (*REWARD, "rewards")) is not None,
         scored,
         (*DIALOGUE, *REWARD),
     ),
@@ -184,6 +160,8 @@ FORMATS = {
         published,
         (*PUBLISHED, *PUBLISHED.values()),
     ),
-    "text": Format("text", lambda row: "text" in row, plain_text, ("text",)),
-    "prompts": Format("prompt", _has_prompt, prompts, PROMPT),
+    "text": Format(  # to learn a language from: the prompt is empty
+        "text", lambda row: "text" in row, lambda row: {"prompt": "", "completion": fields.text(row, "text")}, ("text",)
+    ),
+    "prompts": Format("prompt", _has_prompt, lambda row: {"prompt": prompt_of(row)}, PROMPT),
 }

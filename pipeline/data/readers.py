@@ -113,13 +113,13 @@ def _check_flags(path: str, row: RawRow, names: Sequence[str]) -> None:
 
 def _read_rows(path: str, rows: Iterable[RawRow], format: str, filters: Filters) -> ReadResult:
     """Every row once, from its columns to an Example or to the reason why it is none."""
-    result, fields, name = ReadResult(format), FORMATS[format].fields, stem(path)
+    result, read, name = ReadResult(format), FORMATS[format].read, stem(path)
     for row in rows:
         try:
             if row.fault:
                 raise RowError(row.fault)
             reason = _reason_to_drop(row.columns, filters)
-            example = None if reason else example_of(row.columns, fields(row.columns), f"{name}/{row.line}")
+            example = None if reason else example_of(row.columns, read(row.columns), f"{name}/{row.line}")
         except RowError as error:
             result.bad_rows.append(f"{path}:{row.line}: {error}")
             continue
