@@ -36,7 +36,7 @@ def main(settings: Generate, words: Sequence[str]) -> None:
     judge = None
     if settings.reward is not None:
         judge = build.build_rewards(settings, settings.reward, settings.rewards, ranks.device)
-    prompts = map(dataset.unique_prompts, dataset.splits(settings.data, settings.seed, settings.splits))
+    prompts = [dataset.unique_prompts(rows) for rows in dataset.splits(settings.data, settings.seed, settings.splits)]
     results: dict[str, object] = {}
     with generate.inference(settings, model, ranks) as (speaker, encoder, _):
         for split, rows in zip(settings.splits, prompts, strict=True):

@@ -140,7 +140,7 @@ def test_splits_that_are_not_there_are_passed_by(tmp_path) -> None:
     assert score.splits_of(three, only_test) == ["test"]
     assert score.splits_of(three, dataset.read_from(data, train="t.jsonl")) == ["train", "validation"]
     with pytest.raises(UserError, match=r"no validation split, only test: give data\.validation="):
-        dataset.splits(only_test, 0, ["validation"])
+        next(dataset.splits(only_test, 0, ["validation"]))
 
 
 def test_rows_of_a_stage_need_no_filter() -> None:

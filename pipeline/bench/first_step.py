@@ -33,7 +33,7 @@ def main(clock: str, words: Sequence[str]) -> dict[str, float]:
 
     settings = take("settings", lambda: resolve(words).settings)
     ranks = take("process group", lambda: engine.start(settings.launch.ddp_timeout))
-    rows = take("data", lambda: dataset.supervised(dataset.splits(settings.data, settings.seed, ["train"])[0]))
+    rows = take("data", lambda: dataset.supervised(next(dataset.splits(settings.data, settings.seed, ["train"]))))
 
     def encode() -> Any:
         encoder = models_build.encoder_of(settings, settings.model, lambda: dataset.texts(rows, settings.template))

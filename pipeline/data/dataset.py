@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
@@ -22,18 +22,18 @@ SPLITS = ("train", "validation", "test")
 NUMBERS = ("reward", "margin", "chosen_reward", "rejected_reward", "correctness")
 
 
-def splits(data: DataSettings, seed: int, names: Sequence[str] = ("train", "validation")) -> list[list[Example]]:
-    """The rows of each split of `names`, in their order. A file is read once, whatever it serves for.
+def splits(data: DataSettings, seed: int, names: Sequence[str] = ("train", "validation")) -> Iterator[list[Example]]:
+    """The rows of each split of `names`, one split after the other. A file is read once, whatever it serves for.
 
     Where there is no validation split, validation_fraction of the prompts of train are it, and not in train.
     Raises:
         UserError: no data is named, or what is named cannot be read or lacks a split, or a split has no rows.
     """
     rows = {name: _of_task(data, name, seed) for name in names} if data.task is not None else _of_files(data, names)
-    for name, examples in rows.items():
-        if not examples:
+    for name in names:
+        if not rows[name]:
             raise UserError(f"data: the {name} split has no rows, wanted at least one: {_cure(data, name)}")
-    return [rows[name] for name in names]
+        yield rows[name]
 
 
 def _cure(data: DataSettings, split: str) -> str:
