@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from pipeline.data import fields
 from pipeline.data.fields import Columns, RowError
@@ -10,12 +10,7 @@ from pipeline.records import Example, Message
 
 COMPLETION = ("completion", "response")
 CHOSEN_REWARD = ("chosen_reward", "chosen_score", "score_chosen", "chosen_gpt_score")
-CORRECTNESS = ("correctness", "gpt_correctness")
 REJECTED_REWARD = ("rejected_reward", "rejected_score", "score_rejected", "rejected_gpt_score")
-CARRIED = (
-    *("id", "source", "completion", "references", "reference", "candidates", "candidate_rewards", "chosen", "rejected"),
-    *("margin", "reward", "rewards", *CHOSEN_REWARD, *REJECTED_REWARD, *CORRECTNESS),
-)
 
 Fields = dict[str, object]  # some of an Example's, by name
 Prompt = str | tuple[Message, ...]
@@ -55,12 +50,12 @@ def example_of(row: Columns, given: Fields, id: str) -> Example:
     References default to the completion, or else to the chosen response; an empty list of references stays empty.
     `id` is for a row that names none.
     """
-    whole = {name: read(row) for name, read in OTHERWISE.items() if name not in given} | given
+    whole = {name: read(row, *names) for name, (read, *names) in CARRIERS.items() if name not in given} | given
     if "candidates" not in given:
         whole["candidates"], whole["candidate_rewards"] = candidate_list(row)
     if whole["references"] is None:
         whole["references"] = tuple(filter(None, (whole["completion"] or whole["chosen"],)))
-    return Example(**whole | {"id": whole["id"] or id})
+    return Example(**whole | {"id": whole["id"] or id, "source": whole["source"] or ""})
 
 
 def candidate_list(row: Columns) -> tuple[tuple[str, ...], tuple[float, ...]]:
@@ -117,29 +112,29 @@ def _optional_response(row: Columns, name: str) -> str | None:
     return None if row.get(name) in (None, "") else response_of(row, name)
 
 
-def _correctness(row: Columns) -> float | None:
+def _number_or_truth(row: Columns, *names: str) -> float | None:
     """1 or 0 of a truth value, else the number."""
-    name = fields.first_of(row, CORRECTNESS)
-    value = None if name is None else row[name]
-    return float(value) if isinstance(value, bool) else fields.optional_number(row, *CORRECTNESS)
+    value = row.get(fields.first_of(row, names))
+    return float(value) if isinstance(value, bool) else fields.optional_number(row, *names)
 
 
 def _is_list(row: Columns, name: str) -> bool:
     return isinstance(row.get(name), list | tuple)
 
 
-# How a field is read from the columns of its name, where the row's format does not say it.
-OTHERWISE: Mapping[str, Callable[[Columns], object]] = {
-    "id": lambda row: fields.optional_label(row, "id"),
-    "source": lambda row: fields.optional_label(row, "source") or "",
-    "completion": lambda row: _optional_response(row, "completion"),
-    "references": lambda row: fields.texts(row, "references", "reference"),
-    "chosen": lambda row: _optional_response(row, "chosen"),
-    "rejected": lambda row: _optional_response(row, "rejected"),
-    "chosen_reward": lambda row: fields.optional_number(row, *CHOSEN_REWARD),
-    "rejected_reward": lambda row: fields.optional_number(row, *REJECTED_REWARD),
-    "margin": lambda row: fields.optional_number(row, "margin"),
-    "correctness": _correctness,
-    "reward": lambda row: fields.optional_number(row, "reward"),
-    "rewards": lambda row: fields.named_numbers(row, "rewards"),
+# field of an Example -> how to read it, and the columns that may carry it, where a row's format does not say it
+CARRIERS: Mapping[str, tuple] = {
+    "id": (fields.optional_label, "id"),
+    "source": (fields.optional_label, "source"),
+    "completion": (_optional_response, "completion"),
+    "references": (fields.texts, "references", "reference"),
+    "chosen": (_optional_response, "chosen"),
+    "rejected": (_optional_response, "rejected"),
+    "chosen_reward": (fields.optional_number, *CHOSEN_REWARD),
+    "rejected_reward": (fields.optional_number, *REJECTED_REWARD),
+    "margin": (fields.optional_number, "margin"),
+    "correctness": (_number_or_truth, "correctness", "gpt_correctness"),
+    "reward": (fields.optional_number, "reward"),
+    "rewards": (fields.named_numbers, "rewards"),
 }
+CARRIED = {"candidates", "candidate_rewards", *(name for _, *names in CARRIERS.values() for name in names)}

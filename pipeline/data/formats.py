@@ -36,7 +36,7 @@ def detect(row: Columns) -> str:
     fitting = next((name for name, form in FORMATS.items() if form.fits(present)), None)
     if fitting is not None:
         return fitting
-    known = sorted({name for form in FORMATS.values() for name in form.reads} | set(CARRIED))
+    known = sorted({name for form in FORMATS.values() for name in form.reads} | CARRIED)
     hint = next(filter(None, (did_you_mean(name, known) for name in present if name not in known)), "")
     wanted = " | ".join(form.wanted for form in FORMATS.values())
     raise RowError(f"columns {', '.join(present) or '(none)'}: no known format, wanted {wanted}{hint}")

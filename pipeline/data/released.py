@@ -44,7 +44,7 @@ def prefix_suffix(row: Columns) -> Fields:
         "chosen_reward": fields.checked_number(reward[0], "reward[0]"),
         "rejected_reward": fields.checked_number(reward[1], "reward[1]"),
         "reward": None,
-        "source": fields.optional_label(row, "source") or origin or "",
+        "source": fields.optional_label(row, "source") or origin,
     }
 
 
