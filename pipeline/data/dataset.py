@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import compress
 from pathlib import Path
 
 from pipeline import files, plugins
@@ -57,35 +56,34 @@ def _of_task(data: DataSettings, split: str, seed: int) -> list[Example]:
 
 
 def _of_files(data: DataSettings, names: Sequence[str]) -> dict[str, list[Example]]:
-    places = split_places(data)
+    places, fraction = split_places(data), data.validation_fraction
     cut = "train" in places and "validation" not in places  # validation is a part of train
     for name in names:
-        if name not in places and not (cut and name == "validation" and data.validation_fraction > 0):
+        if name not in places and not (cut and name == "validation" and fraction > 0):
             raise UserError(f"data: there is no {name} split, only {', '.join(places)}: give data.{name}=")
     origin = {name: places.get(name, places.get("train")) for name in names}
     read = {place: _read(place, data) for place in dict.fromkeys(origin.values())}
-    rows = {name: read[place] for name, place in origin.items()}
-    if cut and places["train"] in read:
-        rows |= {name: part for name, part in _parts(read[places["train"]], data).items() if name in names}
-    elif "train" in rows:
-        rows["train"] = rows["train"][: data.max_rows]
-    if "train" in rows and not rows["train"]:
-        count = len(read[places["train"]][: data.max_rows])
+    rows = {name: read[place][: data.max_rows if name == "train" else None] for name, place in origin.items()}
+    if not cut:
+        return rows
+    parts = {name: _part(some, name, fraction) for name, some in rows.items()}
+    if "train" in parts and not parts["train"]:
         raise UserError(
-            f"data.validation_fraction: {data.validation_fraction} holds all {count} rows of train out, wanted some "
-            "to learn from: lower it, or give data.validation= (all rows of one prompt stay together)"
+            f"data.validation_fraction: {fraction} holds all {len(rows['train'])} rows of train out, wanted some to "
+            "learn from: lower it, or give data.validation= (all rows of one prompt stay together)"
         )
-    return rows
+    return parts
 
 
-def _parts(whole: Sequence[Example], data: DataSettings) -> dict[str, list[Example]]:
-    """The rows of a training file as train and validation: all rows of one prompt go together."""
-    held_out = [_is_held_out(example, data.validation_fraction) for example in whole]
-    learned = [not held for held in held_out[: data.max_rows]]
-    return {"train": [*compress(whole, learned)], "validation": [*compress(whole, held_out)]}
+def _part(rows: list[Example], split: str, fraction: float) -> list[Example]:
+    """The rows of a training file that belong to `split`, train or validation; a test file's as they are."""
+    if split == "test":
+        return rows
+    return [row for row in rows if _is_held_out(row, fraction) == (split == "validation")]
 
 
 def _is_held_out(example: Example, fraction: float) -> bool:
+    """Told by the prompt alone: all rows of one prompt go together."""
     digest = hashlib.sha256(repr(example.prompt).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64 < fraction
 
@@ -95,8 +93,7 @@ def _read(place: str, data: DataSettings) -> list[Example]:
     if folders:  # a hub set keeps each source in a folder of its own
         whole = data.model_copy(update={"sources": None})
         return [replace(e, source=s) for s, folder in folders.items() for e in _read(folder, whole)]
-    sources = None if data.sources is None else tuple(data.sources)
-    filters = readers.Filters(tuple(data.exclude), data.drop_abrupt, sources)
+    filters = readers.Filters(data.exclude, data.drop_abrupt, data.sources)
     return readers.read(place, data.format, filters, data.max_bad_rows).examples
 
 

@@ -36,9 +36,9 @@ class Filters:
     sources: only rows of these sources stay.
     """
 
-    exclude: tuple[str, ...] = ()
+    exclude: Sequence[str] = ()
     drop_abrupt: bool = False
-    sources: tuple[str, ...] | None = None
+    sources: Sequence[str] | None = None
 
 
 @dataclass
@@ -79,9 +79,7 @@ def _peek(path: str, format: str | None) -> tuple[Iterable[RawRow], RawRow]:
     """(all rows, the first sound one), the file's rows still being read one by one."""
     if format is not None and format not in FORMATS:
         known = ", ".join(FORMATS)
-        raise UserError(
-            f"data.format: '{format}' is no format, wanted one of {known}{did_you_mean(format, [*FORMATS])}"
-        )
+        raise UserError(f"data.format: '{format}' is no format, wanted one of {known}{did_you_mean(format, FORMATS)}")
     rows = raw_rows(path, ranked=format == "candidates_tsv")
     head = []
     for row in rows:
