@@ -45,7 +45,7 @@ def last_answer(value: object, place: str) -> tuple[tuple[Message, ...], str]:
 
 
 def example_of(row: Columns, given: Fields, id: str) -> Example:
-    """The Example of `given`, what the row's format says of it, and of the columns that carry all the rest.
+    """The Example of a row: `given` are the fields that its format knows, the others come from their usual columns.
 
     References default to the completion, or else to the chosen response; an empty list of references stays empty.
     `id` is for a row that names none.
@@ -122,7 +122,7 @@ def _is_list(row: Columns, name: str) -> bool:
     return isinstance(row.get(name), list | tuple)
 
 
-# field of an Example -> how to read it, and the columns that may carry it, where a row's format does not say it
+# field of an Example -> how to read it, and the columns that may carry it, unless the row's format gives it
 CARRIERS: Mapping[str, tuple] = {
     "id": (fields.optional_label, "id"),
     "source": (fields.optional_label, "source"),

@@ -83,7 +83,7 @@ def _part(rows: list[Example], split: str, fraction: float) -> list[Example]:
 
 
 def _is_held_out(example: Example, fraction: float) -> bool:
-    """Told by the prompt alone: all rows of one prompt go together."""
+    """Depends on the prompt alone, so that all rows of one prompt stay together."""
     digest = hashlib.sha256(repr(example.prompt).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64 < fraction
 

@@ -1,7 +1,7 @@
 """Raw rows from one file or one hub data set: jsonl, json, csv, tsv, txt, parquet, each plain or .gz.
 
 Files are read strictly: UTF-8 or nothing, whole lines, whole gzip streams. A line that is no row (broken JSON, too few
-cells) is handed on as a fault, so that the caller can count it; a file that cannot be read on is a UserError.
+cells) is given out with its fault, so that the caller can count it; a file that cannot be read on is a UserError.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from pipeline.data import hub
@@ -74,33 +75,27 @@ def stem(path: str) -> str:
 
 def text_lines(path: str) -> Iterator[tuple[int, str]]:
     """(line number, line with its newline) of a UTF-8 file. Only the newline character ends a line."""
-    for number, line in _binary_lines(path):
-        try:
-            decoded = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            wrong = f"byte 0x{line[error.start]:02x} at {error.start + 1} is not UTF-8"
-            raise UserError(f"{path}:{number}: {wrong}, wanted UTF-8 text; {_recoded(number, line)}") from error
-        yield number, decoded
-
-
-def _recoded(number: int, line: bytes) -> str:
-    """The cure for a line that is no UTF-8, told by the marks that files begin with."""
-    if number == 1 and line.startswith(GZIP_MARK):
-        return "it is compressed: let its name end in .gz"
-    source = "UTF-16" if number == 1 and line.startswith(UTF16_MARKS) else "LATIN1"
-    return f"convert the file, for instance with iconv -f {source} -t UTF-8"
-
-
-def _binary_lines(path: str) -> Iterator[tuple[int, bytes]]:
     number = 0
     try:
         with _opened(path) as stream:
             for number, line in enumerate(stream, start=1):
-                yield number, line
+                yield number, _decoded(path, number, line)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise _damaged_gzip(f"{path}:{number + 1}", error) from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}), wanted a readable file; check it") from error
+
+
+def _decoded(path: str, number: int, line: bytes) -> str:
+    try:
+        return line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        wrong = f"byte 0x{line[error.start]:02x} at {error.start + 1} is not UTF-8"
+        encoding = "UTF-16" if number == 1 and line.startswith(UTF16_MARKS) else "LATIN1"
+        cure = f"convert the file, for instance with iconv -f {encoding} -t UTF-8"
+        if number == 1 and line.startswith(GZIP_MARK):
+            cure = "it is compressed: let its name end in .gz"
+        raise UserError(f"{path}:{number}: {wrong}, wanted UTF-8 text; {cure}") from error
 
 
 def _opened(path: str) -> io.BufferedIOBase:
@@ -155,17 +150,13 @@ def _is_json_lines(lines: Sequence[tuple[int, str]]) -> bool:
     return isinstance(value, dict) and not isinstance(value.get("data"), list)
 
 
-def _csv(path: str) -> Iterator[RawRow]:
-    return _table(path, csv.excel)
-
-
 def _tsv(path: str) -> Iterator[RawRow]:
     """With a header line, quoted as csv; or the headerless ranked-candidates file, known by its mark and not quoted."""
     return _ranked(path) if SCORE_MARK in _first_line(path) else _table(path, csv.excel_tab)
 
 
 def _txt(path: str) -> Iterator[RawRow]:
-    """Told by the first line: JSON lines, or cells separated by tabs or by bars."""
+    """JSON lines, or cells separated by tabs or by bars: the first line decides."""
     first = _first_line(path)
     if not first or first.lstrip().startswith("{"):
         return _json_lines(path)
@@ -290,7 +281,7 @@ READERS: Mapping[str, Callable[[str], Iterator[RawRow]]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _json,
-    ".csv": _csv,
+    ".csv": partial(_table, dialect=csv.excel),
     ".tsv": _tsv,
     ".txt": _txt,
     ".parquet": _parquet,

@@ -1,4 +1,4 @@
-"""A file or hub data set -> Examples: the one door for data. All that is not kept is counted and reported.
+"""The rows of a file or hub data set as Examples. Rows that are left out are counted, and the counts logged.
 
 result = read("pairs.jsonl.gz", filters=Filters(exclude=("tie", "abrupt")))
 """
@@ -43,7 +43,7 @@ class Filters:
 
 @dataclass
 class ReadResult:
-    """What a file held, with a word for every row of it."""
+    """What a file held; each of its rows is an example, bad or dropped."""
 
     format: str
     examples: list[Example] = field(default_factory=list)

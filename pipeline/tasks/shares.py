@@ -1,4 +1,4 @@
-"""Which of a task's things belong to which split: told by a hash of their names, the same for every seed."""
+"""The splits of the embedded tasks: each thing belongs to one by a hash of its name, whatever the seed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pipeline.errors import UserError, did_you_mean
 
 
 def split_of(name: str, shares: Mapping[str, float]) -> str:
-    """The split of what is called `name`; `shares` are those of the splits and sum to 1."""
+    """The split that `name` belongs to; `shares` of the splits sum to 1."""
     place = int(hashlib.sha1(name.encode()).hexdigest()[:8], 16) / 16**8  # uniform in [0, 1)
     for split, share in shares.items():
         if place < share:
