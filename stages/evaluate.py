@@ -50,8 +50,8 @@ def main(settings: EvaluateStage, words: Sequence[str]) -> None:
     rewards = build.build_rewards(settings, settings.reward, settings.rewards, ranks.device, monitors)
     if rewards is None:
         raise UserError("stage=evaluate: nothing to judge with: give reward=NAME, or train one with stage=reward")
-    prompts = dataset.unique_prompts(dataset.load(settings.data, settings.split, settings.seed, logger.info))
-    prompts = prompts[: settings.max_rows]
+    (rows,) = dataset.splits(settings.data, settings.seed, [settings.split])
+    prompts = dataset.unique_prompts(rows)[: settings.max_rows]
 
     results, samples = judged(settings, models, prompts, rewards, ranks)
     if ranks.main:

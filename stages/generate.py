@@ -37,10 +37,8 @@ def main(settings: GenerateStage, words: Sequence[str]) -> None:
     rewards = None
     if settings.reward is not None:
         rewards = build.build_rewards(settings, settings.reward, settings.rewards, ranks.device)
-    prompts = {
-        split: dataset.unique_prompts(dataset.load_split(settings.data, split, settings.seed, logger.info))
-        for split in settings.splits
-    }
+    splits = zip(settings.splits, dataset.splits(settings.data, settings.seed, settings.splits), strict=True)
+    prompts = {split: dataset.unique_prompts(rows) for split, rows in splits}
     results: dict[str, object] = {}
     policy = build_inference(settings, ranks, model)
     for split, rows in prompts.items():

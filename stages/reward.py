@@ -60,16 +60,12 @@ def rows_of(settings: RewardStage, module: Any, algorithm: Any) -> tuple[list[Ex
     Raises:
         UserError: a row lacks what the objective learns from.
     """
-    train = dataset.load_train(settings.data, settings.seed, logger.info)
-    held_out = dataset.load(settings.data, "validation", settings.seed, logger.info)
+    train, held_out = dataset.splits(settings.data, settings.seed)
     if module.pairs_only(algorithm) or pairs.all_pairs([*train, *held_out]):
-        train, held_out = (
-            pairs.paired(train, logger.info),
-            pairs.paired(held_out, logger.info)[: settings.eval.max_rows],
-        )
+        train, held_out = pairs.paired(train), pairs.paired(held_out)[: settings.eval.max_rows]
         dataset.require([*train, *held_out], module.columns(algorithm), f"objective: {algorithm.objective}")
         return train, held_out
-    train, held_out = (pairs.annotated(rows, settings.data) for rows in (train, held_out))
+    train, held_out = (pairs.annotated(rows) for rows in (train, held_out))
     return train, held_out[: settings.eval.max_rows]
 
 

@@ -41,11 +41,12 @@ def main(settings: ScoreStage, words: Sequence[str]) -> None:
     if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs)):
         return
     results: dict[str, object] = {}
-    for split in splits_of(settings.splits, data):
-        rows = dataset.judgeable(dataset.load_split(data, split, settings.seed, logger.info), data)
+    asked = splits_of(settings.splits, data)
+    for split, examples in zip(asked, dataset.splits(data, settings.seed, asked), strict=True):
+        rows = dataset.judgeable(examples, data)
         judged = candidates.judged(ranks, rewards, rows)
         if ranks.main:
-            write_rows(str(directory / f"{split}.jsonl"), judged.rows)
+            write_rows(directory / f"{split}.jsonl", judged.rows)
         found = evaluation.reward_statistics(judged.scores, judged.texts) | by_source(judged.of, judged.scores)
         results[split] = {"rows": len(rows), "candidates": sum(len(row.candidates) for row in rows), **found}
         logger.info(f"{split}: {len(rows):,} rows, reward {statistics.fmean(judged.scores.total):.4f}")

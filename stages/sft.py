@@ -60,8 +60,7 @@ def main(settings: SftStage, words: Sequence[str]) -> None:
 
 def rows_of(settings: SftStage) -> tuple[list[Example], list[Example]]:
     """The rows to learn from, a row a turn if all are learned; and those held out."""
-    train = dataset.supervised(dataset.load_train(settings.data, settings.seed, logger.info))
-    held_out = dataset.supervised(dataset.load(settings.data, "validation", settings.seed, logger.info))
+    train, held_out = (dataset.supervised(rows) for rows in dataset.splits(settings.data, settings.seed))
     return conversations.learned(train, settings.train_on), held_out[: settings.eval.max_rows]
 
 

@@ -9,7 +9,8 @@ import pytest
 from pipeline.errors import UserError
 from pipeline.tasks.assistant import examples, ideal
 from pipeline.tasks.assistant_truth import judge, truth
-from pipeline.tasks.assistant_world import FILLERS, find_request, normalise, requests, split_of, topics
+from pipeline.tasks.assistant_world import FILLERS, SPLIT_SHARES, find_request, normalise, requests, topics
+from pipeline.tasks.shares import split_of
 from reward_models import oracle
 
 EGG = "How do I boil an egg?"
@@ -167,7 +168,7 @@ def test_splits_share_topics_but_no_request(rows):
     assert {split: len(prompts) for split, prompts in held_out.items()} == {"validation": 400, "test": 400}
     assert not seen & held_out["validation"] and not seen & held_out["test"]
     assert not held_out["validation"] & held_out["test"]
-    assert {split_of(find_request(prompt)) for prompt in seen} == {"train"}
+    assert {split_of(find_request(prompt).text, SPLIT_SHARES) for prompt in seen} == {"train"}
     assert {find_request(prompt).topic for prompt in seen} == set(topics())
 
 

@@ -23,10 +23,6 @@ ROW = Example("a", "the cat", "sat on a mat", ("sat on a mat", "ran"), source="w
 RANKED = replace(ROW, candidates=("the old dog ran", "a cat", "mat"), candidate_rewards=(0.9, 0.5, 0.1))
 
 
-def quiet(line: str) -> None:
-    """A report that nobody hears."""
-
-
 def answers(row: Example, *texts: str) -> list[Response]:
     return [Response(row, row.prompt, text, (3,), (4, 2), True) for text in texts]
 
@@ -78,8 +74,8 @@ def test_candidates_are_compared_with_all_references() -> None:
     ],
 )
 def test_rows_with_candidates_are_read_back_as_written(tmp_path, row: Example) -> None:
-    write_rows(str(tmp_path / "train.jsonl"), [row])
-    read = readers.read(str(tmp_path / "train.jsonl"), report=quiet)
+    write_rows(tmp_path / "train.jsonl", [row])
+    read = readers.read(str(tmp_path / "train.jsonl"))
     assert (read.examples, read.format) == ([row], "candidates")
 
 
@@ -144,7 +140,7 @@ def test_splits_that_are_not_there_are_passed_by(tmp_path) -> None:
     assert score.splits_of(three, only_test) == ["test"]
     assert score.splits_of(three, dataset.read_from(data, train="t.jsonl")) == ["train", "validation"]
     with pytest.raises(UserError, match=r"no validation split, only test: give data\.validation="):
-        dataset.load(only_test, "validation", 0, quiet)
+        next(dataset.splits(only_test, 0, ["validation"]))
 
 
 def test_rows_of_a_stage_need_no_filter() -> None:
@@ -163,7 +159,7 @@ def test_score_of_generate_needs_generated_rows(tmp_path) -> None:
 @pytest.mark.parametrize("name", ["a.tsv", "a.txt"])
 def test_files_to_predict_from_have_two_columns(tmp_path, name: str) -> None:
     (tmp_path / name).write_text('a "source<mask>b\treference\n\ns\tr\n')
-    read = readers.read(str(tmp_path / name), "candidates_tsv", report=quiet)
+    read = readers.read(str(tmp_path / name), "candidates_tsv")
     assert read.examples == [
         Example("a/1", 'a "source<mask>b', "reference", ("reference",)),
         Example("a/3", "s", "r", ("r",)),
@@ -183,7 +179,7 @@ def test_a_wrong_number_of_columns_names_file_and_line(tmp_path, lines: list[str
     path = tmp_path / "a.tsv"
     path.write_text("".join(line + "\n" for line in lines))
     with pytest.raises(UserError) as caught:
-        readers.read(str(path), "candidates_tsv", report=quiet)
+        readers.read(str(path), "candidates_tsv")
     assert str(caught.value).startswith(f"{path}:{found}")
 
 
@@ -191,7 +187,7 @@ def test_each_row_of_ranked_candidates_has_its_own_wrappers(tmp_path) -> None:
     kinds = ["b<#SCORE#>1<#SEP#>c<#SCORE#>2", "q<#QUERY#>b<#SCORE#>1", "b<#SCORE#>-1.5e-1<#REFS#>r2<#REF#>r<#REF#>r3"]
     path = tmp_path / "a.tsv"
     path.write_text("".join(f"s\tr\t{kind}\n" for kind in kinds))
-    read = readers.read(str(path), report=quiet).examples
+    read = readers.read(str(path)).examples
     assert [row.candidates for row in read] == [("c", "b"), ("b",), ("b",)]
     assert [row.candidate_rewards for row in read] == [(2.0, 1.0), (1.0,), (-0.15,)]
     assert [row.references for row in read] == [("r",), ("r",), ("r", "r2", "r3")]

@@ -6,7 +6,8 @@ import time
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.tasks.docstrings import SPLIT_SHARES, examples, first_sentence, split_of
+from pipeline.tasks.docstrings import SPLIT_SHARES, examples, first_sentence
+from pipeline.tasks.shares import split_of
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def test_all_splits_together_are_read_in_seconds(rows):
 
 def test_a_module_is_in_one_split_and_ids_are_unique(rows):
     for split, members in rows.items():
-        assert {split_of(row.source) for row in members} == {split}
+        assert {split_of(row.source, SPLIT_SHARES) for row in members} == {split}
         assert all(row.id.startswith(row.source + ".") for row in members)
     ids = [row.id for members in rows.values() for row in members]
     assert len(ids) == len(set(ids))
@@ -57,7 +58,7 @@ def test_the_docstring_is_not_in_the_prompt(rows):
 
 def test_the_summary_of_a_known_function_is_its_docstring():
     # textwrap.dedent belongs to one split; its docstring begins "Remove any common leading whitespace ..."
-    found = {row.id: row for row in examples(split_of("textwrap"), 0)}["textwrap.dedent"]
+    found = {row.id: row for row in examples(split_of("textwrap", SPLIT_SHARES), 0)}["textwrap.dedent"]
     assert found.completion == "Remove any common leading whitespace from every line in `text`."
     assert found.prompt.startswith("def dedent(text):\n") and "Remove any common" not in found.prompt
 

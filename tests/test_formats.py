@@ -36,13 +36,9 @@ def write(folder, *rows, name="train.jsonl"):
     return str(path)
 
 
-def quiet(line):
-    """A report that nobody hears."""
-
-
 def only(folder, row, format=None):
     """(the one Example of a file with this row, the format found)."""
-    result = read(write(folder, row), format, report=quiet)
+    result = read(write(folder, row), format)
     (example,) = result.examples
     return example, result.format
 
@@ -184,13 +180,13 @@ def test_ranked_candidates_with_both_wrappers(tmp_path, name):
         Example("data/2", 's "x', "t", ("t",), ("a",), (1.0,)),
     ]
     for format in (None, "candidates_tsv"):
-        result = read(path, format, report=quiet)
+        result = read(path, format)
         assert (result.examples, result.format) == (expected, "candidates_tsv")
 
 
 def test_a_csv_file_holds_numbers_as_text(tmp_path):
     path = write(tmp_path, "prompt,completion,score,margin", "p,c,0.25,", "q,d,1e1,2", name="a.csv")
-    assert read(path, report=quiet).examples == [
+    assert read(path).examples == [
         Example("a/2", "p", "c", ("c",), reward=0.25),
         Example("a/3", "q", "d", ("d",), reward=10.0, margin=2.0),
     ]
@@ -258,14 +254,14 @@ def test_a_bad_row_names_file_line_field_and_cure(tmp_path, format, row, found):
     good = next(row for name, row, _ in ACCEPTED if name == format)
     path = write(tmp_path, good, row)
     with pytest.raises(UserError) as caught:
-        read(path, format, report=quiet)
+        read(path, format)
     message = str(caught.value)
     first, *rest = found.split(".*")
     assert message.startswith(f"{path}:2: ")
     assert all(part in message for part in (first, *rest))
     assert message.endswith("(1 bad row of 2); mend the data, or allow them with data.max_bad_rows=1")
     assert "\n" not in message
-    allowed = read(path, format, max_bad_rows=1, report=quiet)
+    allowed = read(path, format, max_bad_rows=1)
     assert (len(allowed.examples), len(allowed.bad_rows), allowed.rows_read) == (1, 1, 2)
 
 
@@ -282,5 +278,5 @@ def test_a_bad_row_names_file_line_field_and_cure(tmp_path, format, row, found):
 def test_bad_ranked_candidates(tmp_path, listed, found):
     path = write(tmp_path, "s\tr\ta<#SCORE#>1", f"s\tr\t{listed}", name="a.tsv")
     with pytest.raises(UserError) as caught:
-        read(path, report=quiet)
+        read(path)
     assert str(caught.value).startswith(f"{path}:2: {found}")

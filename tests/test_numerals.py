@@ -7,7 +7,8 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.tasks import numeral_words as words
-from pipeline.tasks.numerals import KINDS, MOST, SPLITS, examples, roman, split_of
+from pipeline.tasks.numerals import KINDS, MOST, SPLIT_SHARES, SPLITS, examples, roman
+from pipeline.tasks.shares import split_of
 
 # The second reader's own lists: it adds up words and knows nothing of how they were made.
 VALUES = {"zero": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9}
@@ -149,8 +150,8 @@ def test_no_prompt_twice_not_even_in_two_splits_or_under_two_seeds():
     rows = {split: examples(split, 5, most) for split, most in MOST.items()}  # as many as there may be
     for split, members in rows.items():
         assert len(members) == MOST[split] == len({row.prompt for row in members}) == len({row.id for row in members})
-        assert {split_of(row.prompt) for row in members} == {split}
-    assert {split_of(row.prompt) for row in examples("test", 6, 440)} == {"test"}
+        assert {split_of(row.prompt, SPLIT_SHARES) for row in members} == {split}
+    assert {split_of(row.prompt, SPLIT_SHARES) for row in examples("test", 6, 440)} == {"test"}
 
 
 def test_the_seed_draws_and_size_cuts():

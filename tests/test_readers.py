@@ -22,21 +22,17 @@ def write(folder, *rows, name="train.jsonl"):
     return str(path)
 
 
-def quiet(line):
-    """A report that nobody hears."""
-
-
 def test_several_bad_rows_are_counted_and_the_first_ones_named(tmp_path):
     bad = {**SCORED, "reward": "x"}
     path = write(tmp_path, bad, SCORED, bad, bad, "{", SCORED)
     with pytest.raises(UserError) as caught:
-        read(path, max_bad_rows=3, report=quiet)
+        read(path, max_bad_rows=3)
     one = "reward: 'x' is text, wanted a finite number"
     assert str(caught.value) == (
         f"{path}:1: {one} (4 bad rows of 6, next 3: {one}; 4: {one}); "
         "mend the data, or allow them with data.max_bad_rows=4"
     )
-    result = read(path, max_bad_rows=4, report=quiet)
+    result = read(path, max_bad_rows=4)
     assert [example.id for example in result.examples] == ["train/2", "train/6"]
     assert [one.split(": ")[0] for one in result.bad_rows] == [f"{path}:{line}" for line in (1, 3, 4, 5)]
     assert result.rows_read == 6
@@ -63,7 +59,7 @@ def test_several_bad_rows_are_counted_and_the_first_ones_named(tmp_path):
 def test_a_file_without_rows_or_format(tmp_path, rows, format, message):
     path = write(tmp_path, *rows)
     with pytest.raises(UserError) as caught:
-        read(path, format, max_bad_rows=9, report=quiet)
+        read(path, format, max_bad_rows=9)
     assert all(part in str(caught.value) for part in message.split(".*"))
     assert "\n" not in str(caught.value)
 
@@ -76,31 +72,31 @@ FLAGGED = [
 ]
 
 
-def test_flagged_rows_are_dropped_before_they_can_be_bad_and_are_counted(tmp_path):
-    lines = []
-    result = read(write(tmp_path, *FLAGGED), filters=Filters(exclude=("tie", "abrupt")), report=lines.append)
+def test_flagged_rows_are_dropped_before_they_can_be_bad_and_are_counted(tmp_path, capsys):
+    result = read(write(tmp_path, *FLAGGED), filters=Filters(exclude=("tie", "abrupt")))
     assert [example.id for example in result.examples] == ["train/1", "train/4"]
     assert result.dropped == {"tie": 1, "abrupt": 1}
-    assert lines == [f"{tmp_path}/train.jsonl: 2 of 4 rows, format preference; dropped tie 1, abrupt 1"]
+    assert capsys.readouterr().out.splitlines() == [
+        f"{tmp_path}/train.jsonl: 2 of 4 rows, format preference; dropped tie 1, abrupt 1"
+    ]
 
 
 def test_abrupt_endings_are_dropped_when_asked_for(tmp_path):
-    result = read(write(tmp_path, *FLAGGED), filters=Filters(drop_abrupt=True), report=quiet)
+    result = read(write(tmp_path, *FLAGGED), filters=Filters(drop_abrupt=True))
     assert [example.id for example in result.examples] == ["train/1", "train/2"]
     assert result.dropped == {"abrupt ending": 2}
     alol = write(tmp_path, ALOL, {**ALOL, "suffix": ["a", "such as:"]}, {**ALOL, "suffix": ["", "b"]})
-    assert read(alol, filters=Filters(drop_abrupt=True), report=quiet).dropped == {"abrupt ending": 2}
+    assert read(alol, filters=Filters(drop_abrupt=True)).dropped == {"abrupt ending": 2}
     transcripts = write(tmp_path, {"chosen": HH + " a", "rejected": HH + " b"}, {"chosen": HH, "rejected": HH + " b"})
-    assert read(transcripts, filters=Filters(drop_abrupt=True), report=quiet).dropped == {"abrupt ending": 1}
+    assert read(transcripts, filters=Filters(drop_abrupt=True)).dropped == {"abrupt ending": 1}
 
 
-def test_only_the_sources_asked_for_stay(tmp_path):
-    lines = []
+def test_only_the_sources_asked_for_stay(tmp_path, capsys):
     path = write(tmp_path, *(FLAGGED[i] for i in (0, 1, 3)))
-    result = read(path, filters=Filters(sources=("b", "c")), report=lines.append)
+    result = read(path, filters=Filters(sources=("b", "c")))
     assert [example.id for example in result.examples] == ["train/3"]
     assert result.dropped == {"source": 2}
-    assert lines == [
+    assert capsys.readouterr().out.splitlines() == [
         f"{path}: 1 of 3 rows, format preference; dropped source 2; sources there are: a 2, b 1; "
         "columns not used: tie, abrupt"
     ]
@@ -119,7 +115,7 @@ def test_only_the_sources_asked_for_stay(tmp_path):
 def test_filters_that_leave_nothing_or_name_nothing(tmp_path, filters, message):
     path = write(tmp_path, *({**FLAGGED[i], "always": True} for i in (0, 1, 3)))
     with pytest.raises(UserError) as caught:
-        read(path, filters=filters, report=quiet)
+        read(path, filters=filters)
     first, *rest = message.split(".*")
     assert str(caught.value).startswith(path + first)
     assert all(part in str(caught.value) for part in rest)
@@ -144,7 +140,7 @@ def test_the_real_data_sets_are_read_whole(pattern):
         path = DATA / f"{pattern.format(split)}.jsonl.gz"
         if not path.exists():
             pytest.skip(f"{path.name} of the shared data folder is not here")
-        result = read(str(path), max_bad_rows=8, report=quiet)  # hh_preference: 8, 2 and 1 rows with an empty response
+        result = read(str(path), max_bad_rows=8)  # hh_preference: 8, 2 and 1 rows with an empty response
         assert result.format == format
         assert result.rows_read == count == len(result.examples) + len(result.bad_rows)
         assert len({example.id for example in result.examples}) == len(result.examples)
@@ -155,7 +151,7 @@ def test_the_flags_of_the_real_preference_data_leave_no_bad_row():
     path = DATA / "hh_preference" / "train.jsonl.gz"
     if not path.exists():
         pytest.skip("hh_preference of the shared data folder is not here")
-    result = read(str(path), filters=Filters(exclude=("tie", "abrupt")), report=quiet)
+    result = read(str(path), filters=Filters(exclude=("tie", "abrupt")))
     # 12 ties and 385 abrupt rows, 3 of them both: 4710 - 12 - 382 = 4316
     assert result.dropped == {"tie": 12, "abrupt": 382}
     assert len(result.examples) == 4316

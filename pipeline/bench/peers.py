@@ -123,7 +123,7 @@ def worker(python: str, log: Path) -> Iterator[Worker]:
 def matches(setup: Setup, shape: str) -> Iterator[Match]:
     """The three comparisons on rows that are `ragged`, or all `even`."""
     size = setup.settings.train.batch_size
-    items, rows = singles(setup), pairing.paired(setup.rows, str)
+    items, rows = singles(setup), pairing.paired(setup.rows)
     pairs = dataset.encode(rows, setup.encoder, dataset.pair_rows).items
     if shape == "even":
         items, pairs = even(items, LENGTH, LENGTH), even(pairs, LENGTH, LENGTH)

@@ -65,7 +65,7 @@ def with_settings(setup: Setup, values: Mapping[str, Any], mask: bool = False) -
 
 
 def _load(settings: BenchStage, ranks: Ranks, directory: Path, folder: Path, mask: bool = False) -> Setup:
-    rows = dataset.load_train(settings.data, settings.seed, str)
+    (rows,) = dataset.splits(settings.data, settings.seed, ["train"])
     encoder = build.encoder_of(settings, settings.model, lambda: dataset.texts(rows, settings.template), mask)
     return Setup(settings, ranks, rows, encoder, directory, folder)
 

@@ -3,44 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
-from pipeline.data.fields import (
-    Columns,
-    RowError,
-    checked_list,
-    checked_number,
-    checked_text,
-    described,
-    first_of,
-    has,
-    messages,
-    named_numbers,
-    numbers,
-    optional_label,
-    optional_number,
-    text,
-    texts,
-)
+from pipeline.data import fields
+from pipeline.data.fields import Columns, RowError
 from pipeline.records import Example, Message
 
 COMPLETION = ("completion", "response")
 CHOSEN_REWARD = ("chosen_reward", "chosen_score", "score_chosen", "chosen_gpt_score")
-CORRECTNESS = ("correctness", "gpt_correctness")
 REJECTED_REWARD = ("rejected_reward", "rejected_score", "score_rejected", "rejected_gpt_score")
-CARRIED = (
-    *("id", "source", "completion", "references", "reference", "candidates", "candidate_rewards", "chosen", "rejected"),
-    *("margin", "reward", "rewards", *CHOSEN_REWARD, *REJECTED_REWARD, *CORRECTNESS),
-)
 
+Fields = dict[str, object]  # some of an Example's, by name
 Prompt = str | tuple[Message, ...]
 
 
 def prompt_of(row: Columns) -> Prompt:
     """The `prompt` column, text or chat messages; else `instruction`, with `input` and `history`, as a chat."""
-    if not has(row, "prompt") and has(row, "instruction"):
+    if not fields.has(row, "prompt") and fields.has(row, "instruction"):
         return _instruction(row)
-    return text(row, "prompt") if not _is_list(row, "prompt") else messages(row["prompt"], "prompt")
+    return fields.text(row, "prompt") if not _is_list(row, "prompt") else fields.messages(row["prompt"], "prompt")
 
 
 def response_of(row: Columns, *names: str) -> str:
@@ -51,47 +31,31 @@ def response_of(row: Columns, *names: str) -> str:
             if before:
                 raise RowError(f"{name}: {len(before) + 1} messages, wanted one from the assistant")
             return answer
-        if has(row, name):
+        if fields.has(row, name):
             break
-    return text(row, *names)
+    return fields.text(row, *names)
 
 
 def last_answer(value: object, place: str) -> tuple[tuple[Message, ...], str]:
     """Chat messages as (all but the last, the last one's text); the last must be the assistant's."""
-    turns = messages(value, place)
+    turns = fields.messages(value, place)
     if turns[-1].role != "assistant":
         raise RowError(f"{place}: the last message is from '{turns[-1].role}', wanted one from 'assistant'")
     return turns[:-1], turns[-1].content
 
 
-def carry(row: Columns, example: Example) -> Example:
-    """`example` with all that it lacks taken from the columns of the same name.
+def example_of(row: Columns, given: Fields, id: str) -> Example:
+    """The Example of a row: `given` are the fields that its format knows, the others come from their usual columns.
 
-    References default to the completion, or else to the chosen response. An empty list of references stays empty.
+    References default to the completion, or else to the chosen response; an empty list of references stays empty.
+    `id` is for a row that names none.
     """
-    completion = example.completion or _optional_response(row, "completion")
-    chosen = example.chosen or _optional_response(row, "chosen")
-    listed = (example.candidates, example.candidate_rewards) if example.candidates else candidate_list(row)
-    references = example.references or texts(row, "references", "reference")
-    if references is None:
-        references = tuple(filter(None, (completion or chosen,)))
-    return replace(
-        example,
-        id=example.id or optional_label(row, "id") or "",
-        source=example.source or optional_label(row, "source") or "",
-        completion=completion,
-        references=references,
-        candidates=listed[0],
-        candidate_rewards=listed[1],
-        chosen=chosen,
-        rejected=example.rejected or _optional_response(row, "rejected"),
-        chosen_reward=_given(example.chosen_reward, row, *CHOSEN_REWARD),
-        rejected_reward=_given(example.rejected_reward, row, *REJECTED_REWARD),
-        margin=_given(example.margin, row, "margin"),
-        correctness=_correctness(row) if example.correctness is None else example.correctness,
-        reward=_given(example.reward, row, "reward"),
-        rewards=example.rewards or named_numbers(row, "rewards"),
-    )
+    whole = {name: read(row, *names) for name, (read, *names) in CARRIERS.items() if name not in given} | given
+    if "candidates" not in given:
+        whole["candidates"], whole["candidate_rewards"] = candidate_list(row)
+    if whole["references"] is None:
+        whole["references"] = tuple(filter(None, (whole["completion"] or whole["chosen"],)))
+    return Example(**whole | {"id": whole["id"] or id, "source": whole["source"] or ""})
 
 
 def candidate_list(row: Columns) -> tuple[tuple[str, ...], tuple[float, ...]]:
@@ -100,13 +64,13 @@ def candidate_list(row: Columns) -> tuple[tuple[str, ...], tuple[float, ...]]:
     The column is a list of {"text", "score"}, or of text, with or without `candidate_rewards`. With rewards, the
     candidates are put in the order of their rewards, and equal ones keep theirs; without, the order given counts.
     """
-    if not has(row, "candidates"):
+    if not fields.has(row, "candidates"):
         return (), ()
-    values = checked_list(row["candidates"], "candidates", "a list")
+    values = fields.checked_list(row["candidates"], "candidates", "a list")
     if not values:
         raise RowError("candidates: empty, wanted at least one")
     if not isinstance(values[0], Mapping):
-        return ranked(texts(row, "candidates"), numbers(row, "candidate_rewards"))
+        return ranked(fields.texts(row, "candidates"), fields.numbers(row, "candidate_rewards"))
     pairs = [_candidate(value, f"candidates[{i}]") for i, value in enumerate(values)]
     return ranked(tuple(one for one, _ in pairs), tuple(score for _, score in pairs if score is not None))
 
@@ -123,24 +87,24 @@ def ranked(candidates: tuple[str, ...], rewards: tuple[float, ...]) -> tuple[tup
 
 def _candidate(value: object, place: str) -> tuple[str, float | None]:
     if not isinstance(value, Mapping):
-        raise RowError(f'{place}: {described(value)}, wanted {{"text": ..., "score": ...}}')
-    score = value.get("score")
-    return checked_text(value.get("text"), f"{place}.text"), (
-        None if score is None else checked_number(score, f"{place}.score")
-    )
+        raise RowError(f'{place}: {fields.described(value)}, wanted {{"text": ..., "score": ...}}')
+    candidate, score = fields.checked_text(value.get("text"), f"{place}.text"), value.get("score")
+    return candidate, None if score is None else fields.checked_number(score, f"{place}.score")
 
 
 def _instruction(row: Columns) -> tuple[Message, ...]:
     """history [[query, response], ...] as turns, then the instruction, with the input on a line of its own."""
     turns = []
-    history = checked_list(row["history"], "history", "[[query, response], ...]") if has(row, "history") else ()
+    history = (
+        fields.checked_list(row["history"], "history", "[[query, response], ...]") if fields.has(row, "history") else ()
+    )
     for i, turn in enumerate(history):
-        query, response = checked_list(turn, f"history[{i}]", "[query, response]", 2)
-        turns.append(Message("user", checked_text(query, f"history[{i}][0]")))
-        turns.append(Message("assistant", checked_text(response, f"history[{i}][1]")))
-    request = text(row, "instruction")
+        query, response = fields.checked_list(turn, f"history[{i}]", "[query, response]", 2)
+        turns.append(Message("user", fields.checked_text(query, f"history[{i}][0]")))
+        turns.append(Message("assistant", fields.checked_text(response, f"history[{i}][1]")))
+    request = fields.text(row, "instruction")
     if row.get("input") not in (None, ""):
-        request = f"{request}\n{text(row, 'input')}"
+        request = f"{request}\n{fields.text(row, 'input')}"
     return (*turns, Message("user", request))
 
 
@@ -148,16 +112,29 @@ def _optional_response(row: Columns, name: str) -> str | None:
     return None if row.get(name) in (None, "") else response_of(row, name)
 
 
-def _given(value: float | None, row: Columns, *names: str) -> float | None:
-    return value if value is not None else optional_number(row, *names)
-
-
-def _correctness(row: Columns) -> float | None:
+def _number_or_truth(row: Columns, *names: str) -> float | None:
     """1 or 0 of a truth value, else the number."""
-    name = first_of(row, CORRECTNESS)
-    value = None if name is None else row[name]
-    return float(value) if isinstance(value, bool) else optional_number(row, *CORRECTNESS)
+    value = row.get(fields.first_of(row, names))
+    return float(value) if isinstance(value, bool) else fields.optional_number(row, *names)
 
 
 def _is_list(row: Columns, name: str) -> bool:
     return isinstance(row.get(name), list | tuple)
+
+
+# field of an Example -> how to read it, and the columns that may carry it, unless the row's format gives it
+CARRIERS: Mapping[str, tuple] = {
+    "id": (fields.optional_label, "id"),
+    "source": (fields.optional_label, "source"),
+    "completion": (_optional_response, "completion"),
+    "references": (fields.texts, "references", "reference"),
+    "chosen": (_optional_response, "chosen"),
+    "rejected": (_optional_response, "rejected"),
+    "chosen_reward": (fields.optional_number, *CHOSEN_REWARD),
+    "rejected_reward": (fields.optional_number, *REJECTED_REWARD),
+    "margin": (fields.optional_number, "margin"),
+    "correctness": (_number_or_truth, "correctness", "gpt_correctness"),
+    "reward": (fields.optional_number, "reward"),
+    "rewards": (fields.named_numbers, "rewards"),
+}
+CARRIED = {"candidates", "candidate_rewards", *(name for _, *names in CARRIERS.values() for name in names)}

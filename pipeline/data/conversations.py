@@ -55,15 +55,15 @@ def turns_of(example: Example) -> list[Example]:
 
 def joined(items: Sequence[Item]) -> list[Item]:
     """Neighbours of one row each in one row, where the ids of the first begin the prompt of the second."""
-    found: list[Item] = []
+    merged: list[Item] = []
     for item in items:
         row = item.rows[0]
-        before = found[-1].rows[0] if found else None
+        before = merged[-1].rows[0] if merged else None
         if before is not None and row.prompt_ids[: len(before)] == before.prompt_ids + before.response_ids:
-            found[-1] = replace(item, rows=(_one_row(before, row),))
+            merged[-1] = replace(item, rows=(_one_row(before, row),))
         else:
-            found.append(item)
-    return found
+            merged.append(item)
+    return merged
 
 
 def _one_row(before: Row, after: Row) -> Row:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline import files, plugins
 from pipeline.config.schema import WithModel
 from pipeline.config.sections import DataSettings, ModelSettings, TemplateSettings
-from pipeline.data import convert, hub, readers, splits
+from pipeline.data import convert, hub, readers
+from pipeline.data.splits import split_files
 from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
 from pipeline.files import write_json
@@ -18,21 +19,20 @@ from pipeline.records import Example, Item, Row
 
 SPLITS = ("train", "validation", "test")
 NUMBERS = ("reward", "margin", "chosen_reward", "rejected_reward", "correctness")
-Report = Callable[[str], None]
 
 
-def load(data: DataSettings, split: str, seed: int, report: Report = print) -> list[Example]:
-    """The examples of one split, in their order.
+def splits(data: DataSettings, seed: int, names: Sequence[str] = ("train", "validation")) -> Iterator[list[Example]]:
+    """The rows of each split of `names`, one split after the other. A file is read once, whatever it serves for.
 
+    Where there is no validation split, validation_fraction of the prompts of train are it, and not in train.
     Raises:
-        UserError: no data is named, or what is named cannot be read or holds no such split.
+        UserError: no data is named, or what is named cannot be read or lacks a split, or a split has no rows.
     """
-    examples = _of_files(data, split, report) if data.task is None else _of_task(data, split, seed)
-    if not examples:
-        raise UserError(f"data: the {split} split has no rows, wanted at least one: {_cure(data, split)}")
-    if split == "train" and data.max_rows is not None:
-        examples = examples[: data.max_rows]
-    return examples
+    rows = {name: _of_task(data, name, seed) for name in names} if data.task is not None else _of_files(data, names)
+    for name in names:
+        if not rows[name]:
+            raise UserError(f"data: the {name} split has no rows, wanted at least one: {_cure(data, name)}")
+        yield rows[name]
 
 
 def _cure(data: DataSettings, split: str) -> str:
@@ -51,27 +51,50 @@ def _of_task(data: DataSettings, split: str, seed: int) -> list[Example]:
     if not isinstance(rows, list) or not all(isinstance(row, Example) for row in rows):
         wrong = next((row for row in rows if not isinstance(row, Example)), rows) if isinstance(rows, list) else rows
         raise UserError(f"{place}: it returned {wrong!r:.60}, wanted a list of pipeline.records.Example")
-    return [row for row in rows if data.sources is None or row.source in data.sources]
+    kept = [row for row in rows if data.sources is None or row.source in data.sources]
+    return kept[: data.max_rows] if split == "train" else kept
 
 
-def _of_files(data: DataSettings, split: str, report: Report) -> list[Example]:
-    place = split_places(data)
-    if split in place:
-        return _read(place[split], data, report)
-    if split != "validation" or data.validation_fraction == 0 or "train" not in place:
-        known = ", ".join(place)
-        raise UserError(f"data: there is no {split} split, only {known}: give data.{split}=")
-    return [e for e in _read(place["train"], data, report) if held_out(e, data.validation_fraction)]
+def _of_files(data: DataSettings, names: Sequence[str]) -> dict[str, list[Example]]:
+    places, fraction = split_places(data), data.validation_fraction
+    cut = "train" in places and "validation" not in places  # validation is a part of train
+    for name in names:
+        if name not in places and not (cut and name == "validation" and fraction > 0):
+            raise UserError(f"data: there is no {name} split, only {', '.join(places)}: give data.{name}=")
+    origin = {name: places.get(name, places.get("train")) for name in names}
+    read = {place: _read(place, data) for place in dict.fromkeys(origin.values())}
+    rows = {name: read[place][: data.max_rows if name == "train" else None] for name, place in origin.items()}
+    if not cut:
+        return rows
+    parts = {name: _part(some, name, fraction) for name, some in rows.items()}
+    if "train" in parts and not parts["train"]:
+        raise UserError(
+            f"data.validation_fraction: {fraction} holds all {len(rows['train'])} rows of train out, wanted some to "
+            "learn from: lower it, or give data.validation= (all rows of one prompt stay together)"
+        )
+    return parts
 
 
-def _read(place: str, data: DataSettings, report: Report) -> list[Example]:
+def _part(rows: list[Example], split: str, fraction: float) -> list[Example]:
+    """The rows of a training file that belong to `split`, train or validation; a test file's as they are."""
+    if split == "test":
+        return rows
+    return [row for row in rows if _is_held_out(row, fraction) == (split == "validation")]
+
+
+def _is_held_out(example: Example, fraction: float) -> bool:
+    """Depends on the prompt alone, so that all rows of one prompt stay together."""
+    digest = hashlib.sha256(repr(example.prompt).encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64 < fraction
+
+
+def _read(place: str, data: DataSettings) -> list[Example]:
     folders = hub.folders(place, data.sources or []) if hub.is_hub_name(place) else {}
     if folders:  # a hub set keeps each source in a folder of its own
         whole = data.model_copy(update={"sources": None})
-        return [replace(e, source=s) for s, folder in folders.items() for e in _read(folder, whole, report)]
-    sources = None if data.sources is None else tuple(data.sources)
-    filters = readers.Filters(tuple(data.exclude), data.drop_abrupt, sources)
-    return readers.read(place, data.format, filters, data.max_bad_rows, report).examples
+        return [replace(e, source=s) for s, folder in folders.items() for e in _read(folder, whole)]
+    filters = readers.Filters(data.exclude, data.drop_abrupt, data.sources)
+    return readers.read(place, data.format, filters, data.max_bad_rows).examples
 
 
 def split_places(data: DataSettings) -> dict[str, str]:
@@ -82,38 +105,13 @@ def split_places(data: DataSettings) -> dict[str, str]:
     """
     named = {split: getattr(data, split) for split in SPLITS if getattr(data, split) is not None}
     if data.path is not None:
-        named = {**splits.split_files(data.path, data.files), **named}
+        named = {**split_files(data.path, data.files), **named}
     if not named:
         raise UserError(
             "data: none is named, wanted rows to learn from: give data.train=FILE, data.path=DIRECTORY "
             "or data.task=assistant"
         )
     return named
-
-
-def held_out(example: Example, fraction: float) -> bool:
-    """Whether a row of train belongs to validation where there is no such split: all rows of a prompt go together."""
-    digest = hashlib.sha256(repr(example.prompt).encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64 < fraction
-
-
-def load_train(data: DataSettings, seed: int, report: Report = print) -> list[Example]:
-    """The training split, without what serves as validation where there is no such split."""
-    examples = load(data, "train", seed, report)
-    if data.task is not None or "validation" in split_places(data):
-        return examples
-    kept = [e for e in examples if not held_out(e, data.validation_fraction)]
-    if not kept:
-        raise UserError(
-            f"data.validation_fraction: {data.validation_fraction} holds all {len(examples)} rows of train out, wanted "
-            "some to learn from: lower it, or give data.validation= (all rows of one prompt stay together)"
-        )
-    return kept
-
-
-def load_split(data: DataSettings, split: str, seed: int, report: Report = print) -> list[Example]:
-    """The rows of `split` as stages that do not learn see them: those of train without what serves as validation."""
-    return load_train(data, seed, report) if split == "train" else load(data, split, seed, report)
 
 
 def read_from(data: DataSettings, **places: str) -> DataSettings:
@@ -126,13 +124,12 @@ def read_from(data: DataSettings, **places: str) -> DataSettings:
 
 def supervised(examples: Sequence[Example]) -> list[Example]:
     """Rows with a completion to imitate: their own, else the chosen response."""
-    return list(convert.to_supervised(examples))
+    return convert.to_supervised(examples)
 
 
 def scored(examples: Sequence[Example], data: DataSettings) -> list[Example]:
     """Rows with one logged response each: their own, else the chosen or both responses of the pair."""
-    nothing = ("chosen", "rejected", "chosen_reward", "rejected_reward", "margin", "correctness")
-    return [replace(example, **dict.fromkeys(nothing)) for example in convert.to_scored(examples, data.responses)]
+    return convert.to_scored(examples, data.responses)
 
 
 def judgeable(examples: Sequence[Example], data: DataSettings) -> list[Example]:
@@ -153,13 +150,13 @@ def require(examples: Sequence[Example], columns: Sequence[str], why: str) -> No
 
 def texts(examples: Sequence[Example], template: TemplateSettings) -> list[str]:
     """What the examples look like to a model, to make a vocabulary of."""
-    found: list[str] = []
+    shown: list[str] = []
     for example in examples:
         prompt = example.prompt if isinstance(example.prompt, str) else " ".join(t.content for t in example.prompt)
-        found.append(template.prompt.replace("{prompt}", prompt))
+        shown.append(template.prompt.replace("{prompt}", prompt))
         answers = (example.completion, example.chosen, example.rejected)
-        found += [template.response.replace("{response}", text) for text in answers if text]
-    return found
+        shown += [template.response.replace("{response}", text) for text in answers if text]
+    return shown
 
 
 @dataclass(frozen=True)
@@ -251,20 +248,20 @@ def unique_prompts(examples: Sequence[Example]) -> list[Example]:
 
 def reference_text(example: Example) -> str:
     """The first reference, else the completion. Raises UserError where there is neither."""
-    found = example.references[0] if example.references else example.completion
-    if not found:
+    text = example.references[0] if example.references else example.completion
+    if not text:
         raise UserError(
             f"{example.id}: no reference text, wanted one to learn from: give the row a column `completion` "
             "or `references`"
         )
-    return found
+    return text
 
 
 def inputs(settings: WithModel, model: ModelSettings) -> dict[str, str]:
     """Fingerprints of what a stage starts from: model and data."""
-    found = {"model": "new" if model.path is None else files.fingerprint(model.path)}
+    start = {"model": "new" if model.path is None else files.fingerprint(model.path)}
     if settings.data.task is not None:
         source, _ = plugins.split(settings.data.task)
-        return {**found, "data": files.fingerprint(source) if source.endswith(".py") else f"task {settings.data.task}"}
+        return {**start, "data": files.fingerprint(source) if source.endswith(".py") else f"task {settings.data.task}"}
     places = split_places(settings.data)
-    return {**found, **{f"data.{split}": files.fingerprint(place) for split, place in places.items()}}
+    return {**start, **{f"data.{split}": files.fingerprint(place) for split, place in places.items()}}

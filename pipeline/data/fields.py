@@ -26,7 +26,10 @@ def has(row: Columns, name: str) -> bool:
 
 def first_of(row: Columns, names: Sequence[str]) -> str | None:
     """The first of several names for one thing that the row has a value for."""
-    return next((name for name in names if has(row, name)), None)
+    for name in names:
+        if row.get(name) is not None:
+            return name
+    return None
 
 
 def text(row: Columns, *names: str) -> str:
@@ -73,16 +76,13 @@ def optional_number(row: Columns, *names: str) -> float | None:
 
 def checked_number(value: object, place: str) -> float:
     """`value` as a float that is finite in float32. True and false are no numbers."""
-    fault = f"{place}: {described(value)}, wanted a finite number"
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise RowError(fault)
     try:
-        result = float(value)
-    except (ValueError, OverflowError) as error:
-        raise RowError(fault) from error
-    if not math.isfinite(result) or abs(result) > LARGEST:
-        raise RowError(fault)
-    return result
+        number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not abs(number) <= LARGEST:  # nan is neither above nor below
+        raise RowError(f"{place}: {described(value)}, wanted a finite number")
+    return number
 
 
 def texts(row: Columns, *names: str) -> tuple[str, ...] | None:

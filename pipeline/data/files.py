@@ -1,7 +1,7 @@
 """Raw rows from one file or one hub data set: jsonl, json, csv, tsv, txt, parquet, each plain or .gz.
 
 Files are read strictly: UTF-8 or nothing, whole lines, whole gzip streams. A line that is no row (broken JSON, too few
-cells) is handed on as a fault, so that the caller can count it; a file that cannot be read on is a UserError.
+cells) is given out with its fault, so that the caller can count it; a file that cannot be read on is a UserError.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from pipeline.data import hub
@@ -25,6 +26,9 @@ BAR, BARRED_COLUMNS = " ||| ", ("prompt", "completion", "score")  # of the text 
 GZIP_MARK = b"\x1f\x8b"
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 SCORE_MARK = "<#SCORE#>"  # stands in every ranked-candidates cell and in no header
+ARRAY = 'wanted an array of objects, {"data": [...]} or one object per line'
+DECODER = json.JSONDecoder()
+NO_VALUE = re.compile(r"[ \t\r\n,:]*")  # between the values of sound JSON
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,10 @@ class RawRow:
     fault: str = ""  # why this line is no row; `columns` is then empty
 
 
-def raw_rows(path: str, header: Sequence[str] | None = None) -> Iterator[RawRow]:
+def raw_rows(path: str, ranked: bool = False) -> Iterator[RawRow]:
     """The rows of a local file, or, where there is none, of a hub data set `owner/name[/folder][@revision][:split]`.
 
-    `header` names the columns of a csv or tsv file that has no header line.
+    `ranked`: a tsv or txt file has ranked candidates, and so no header line.
     Raises UserError for a file that is absent, of unknown ending, badly encoded, cut short or damaged.
     """
     if hub.is_hub_name(path):
@@ -52,24 +56,13 @@ def raw_rows(path: str, header: Sequence[str] | None = None) -> Iterator[RawRow]
     ending = known_ending(file.name)
     if ending is None:
         raise UserError(f"{path}: unknown ending, wanted one of {', '.join(READERS)}, plain or .gz; rename the file")
-    return READERS[ending](path, header)
+    return _ranked(path) if ranked and ending in (".tsv", ".txt") else READERS[ending](path)
 
 
 def known_ending(name: str) -> str | None:
     """The ending of a file name that tells how to read it, .gz left off; None if unknown."""
     suffix = Path(name.removesuffix(".gz")).suffix.lower()
     return suffix if suffix in READERS else None
-
-
-def is_tab_separated(path: str) -> bool:
-    """True for endings of files that may be tab-separated without a header line."""
-    return known_ending(path) in (".tsv", ".txt")
-
-
-def candidate_header(path: str) -> Sequence[str]:
-    """The columns of a ranked-candidates TSV; of two where its first line has two, as in the files to predict from."""
-    first = next((line for _, line in text_lines(path) if line.strip()), "")
-    return CANDIDATE_COLUMNS[:2] if first.count("\t") == 1 else CANDIDATE_COLUMNS
 
 
 def stem(path: str) -> str:
@@ -82,33 +75,27 @@ def stem(path: str) -> str:
 
 def text_lines(path: str) -> Iterator[tuple[int, str]]:
     """(line number, line with its newline) of a UTF-8 file. Only the newline character ends a line."""
-    for number, line in _binary_lines(path):
-        try:
-            decoded = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            found = f"byte 0x{line[error.start]:02x} at {error.start + 1} is not UTF-8"
-            raise UserError(f"{path}:{number}: {found}, wanted UTF-8 text; {_other_bytes(number, line)}") from error
-        yield number, decoded
-
-
-def _other_bytes(number: int, line: bytes) -> str:
-    """The cure for a line that is no UTF-8, told by the marks that files begin with."""
-    if number == 1 and line.startswith(GZIP_MARK):
-        return "it is compressed: let its name end in .gz"
-    source = "UTF-16" if number == 1 and line.startswith(UTF16_MARKS) else "LATIN1"
-    return f"convert the file, for instance with iconv -f {source} -t UTF-8"
-
-
-def _binary_lines(path: str) -> Iterator[tuple[int, bytes]]:
     number = 0
     try:
         with _opened(path) as stream:
             for number, line in enumerate(stream, start=1):
-                yield number, line
+                yield number, _decoded(path, number, line)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise _damaged_gzip(f"{path}:{number + 1}", error) from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}), wanted a readable file; check it") from error
+
+
+def _decoded(path: str, number: int, line: bytes) -> str:
+    try:
+        return line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        wrong = f"byte 0x{line[error.start]:02x} at {error.start + 1} is not UTF-8"
+        encoding = "UTF-16" if number == 1 and line.startswith(UTF16_MARKS) else "LATIN1"
+        cure = f"convert the file, for instance with iconv -f {encoding} -t UTF-8"
+        if number == 1 and line.startswith(GZIP_MARK):
+            cure = "it is compressed: let its name end in .gz"
+        raise UserError(f"{path}:{number}: {wrong}, wanted UTF-8 text; {cure}") from error
 
 
 def _opened(path: str) -> io.BufferedIOBase:
@@ -125,38 +112,37 @@ def _nearby(file: Path) -> str:
     return did_you_mean(file.name, names) or f"; look into {folder}"
 
 
-def _json_lines(path: str, header: Sequence[str] | None) -> Iterator[RawRow]:
-    for number, line in text_lines(path):
-        if line.strip():
-            yield _json_line(number, line)
+def _json_lines(path: str) -> Iterator[RawRow]:
+    return _line_objects(text_lines(path))
 
 
-def _json_line(number: int, line: str) -> RawRow:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return RawRow(number, fault=f"no JSON ({error}), wanted one JSON object per line")
-    if not isinstance(value, dict):
-        return RawRow(number, fault=f"JSON of type {type(value).__name__}, wanted an object with named columns")
-    return RawRow(number, value)
+def _line_objects(lines: Iterable[tuple[int, str]]) -> Iterator[RawRow]:
+    for number, line in lines:
+        if not line.strip():
+            continue
+        try:
+            yield _object(number, json.loads(line))
+        except (ValueError, RecursionError) as error:
+            yield RawRow(number, fault=f"no JSON ({error}), wanted one JSON object per line")
 
 
-def _json(path: str, header: Sequence[str] | None) -> Iterator[RawRow]:
+def _object(line: int, value: object) -> RawRow:
+    if isinstance(value, dict):
+        return RawRow(line, value)
+    return RawRow(line, fault=f"JSON of type {type(value).__name__}, wanted an object with named columns")
+
+
+def _json(path: str) -> Iterator[RawRow]:
     """An array of objects, {"data": [...]}, or JSON lines in spite of the ending."""
-    lines = [line for _, line in text_lines(path)]
+    lines = list(text_lines(path))
     if _is_json_lines(lines):
-        yield from _json_lines(path, header)
-        return
-    for line, value in array_rows(path, "".join(lines)):
-        if isinstance(value, dict):
-            yield RawRow(line, value)
-        else:
-            yield RawRow(line, fault=f"JSON of type {type(value).__name__}, wanted an object with named columns")
+        return _line_objects(lines)
+    return (_object(*entry) for entry in array_entries(path, "".join(line for _, line in lines)))
 
 
-def _is_json_lines(lines: Sequence[str]) -> bool:
+def _is_json_lines(lines: Sequence[tuple[int, str]]) -> bool:
     """True if the first line is an object by itself, and not the wrapper {"data": [...]}."""
-    first = next((line for line in lines if line.strip()), "")
+    first = next((line for _, line in lines if line.strip()), "")
     try:
         value = json.loads(first)
     except ValueError:
@@ -164,31 +150,50 @@ def _is_json_lines(lines: Sequence[str]) -> bool:
     return isinstance(value, dict) and not isinstance(value.get("data"), list)
 
 
-def _csv(path: str, header: Sequence[str] | None) -> Iterator[RawRow]:
-    return _cells(path, header, csv.excel)
-
-
-def _tsv(path: str, header: Sequence[str] | None) -> Iterator[RawRow]:
+def _tsv(path: str) -> Iterator[RawRow]:
     """With a header line, quoted as csv; or the headerless ranked-candidates file, known by its mark and not quoted."""
-    first = next((line for _, line in text_lines(path)), "")
-    if header is None and SCORE_MARK in first:
-        header = CANDIDATE_COLUMNS
-    if header is None:
-        return _cells(path, None, csv.excel_tab)
-    return _plain_cells(path, header)
+    return _ranked(path) if SCORE_MARK in _first_line(path) else _table(path, csv.excel_tab)
 
 
-def _plain_cells(path: str, header: Sequence[str]) -> Iterator[RawRow]:
+def _txt(path: str) -> Iterator[RawRow]:
+    """JSON lines, or cells separated by tabs or by bars: the first line decides."""
+    first = _first_line(path)
+    if not first or first.lstrip().startswith("{"):
+        return _json_lines(path)
+    if "\t" in first:
+        return _tsv(path)
+    if BAR in first:
+        return _barred(path, BARRED_COLUMNS[: first.count(BAR) + 1])
+    raise UserError(f'{path}:1: plain text, wanted JSON lines or tab-separated cells; write {{"text": ...}} lines')
+
+
+def _first_line(path: str) -> str:
+    """The first line that is not blank, if any."""
+    return next((line for _, line in text_lines(path) if line.strip()), "")
+
+
+def _ranked(path: str) -> Iterator[RawRow]:
+    """Ranked candidates; of two columns where the first line has two, as in the files to predict from."""
+    first = _first_line(path)
+    columns = CANDIDATE_COLUMNS[:2] if first.count("\t") == 1 and SCORE_MARK not in first else CANDIDATE_COLUMNS
     for number, line in text_lines(path):
         if line.strip():
-            yield _row(number, line.rstrip("\r\n").split("\t"), header)
+            yield _row(number, line.rstrip("\r\n").split("\t"), columns)
 
 
-def _cells(path: str, header: Sequence[str] | None, dialect: type[csv.Dialect]) -> Iterator[RawRow]:
-    """Rows of a quoted table. An empty cell is no value. `line` is the one on which the row begins."""
+def _barred(path: str, columns: Sequence[str]) -> Iterator[RawRow]:
+    """Lines `prompt ||| completion`, with or without ` ||| score`; a line break within a cell is written as \\n."""
+    for number, line in text_lines(path):
+        if line.strip():
+            cells = line.rstrip("\r\n").split(BAR)
+            yield _row(number, [cell.replace("\\n", "\n") for cell in cells], columns)
+
+
+def _table(path: str, dialect: type[csv.Dialect]) -> Iterator[RawRow]:
+    """Rows of a quoted table under its header. An empty cell is no value. `line` is the one where the row begins."""
     csv.field_size_limit(sys.maxsize)  # the module's default of 131,072 characters refuses long texts
     reader = csv.reader((line for _, line in text_lines(path)), dialect, strict=True)
-    start = 1
+    header, start = None, 1
     try:
         for cells in reader:
             if cells and header is None:
@@ -219,27 +224,7 @@ def _row(line: int, cells: Sequence[str], header: Sequence[str]) -> RawRow:
     return RawRow(line, {name: cell or None for name, cell in zip(header, cells, strict=True)})
 
 
-def _txt(path: str, header: Sequence[str] | None) -> Iterator[RawRow]:
-    """Told by the first line: JSON lines, or cells separated by tabs or by bars."""
-    first = next((line for _, line in text_lines(path) if line.strip()), "")
-    if not first or first.lstrip().startswith("{"):
-        return _json_lines(path, header)
-    if "\t" in first:
-        return _tsv(path, header)
-    if BAR in first:
-        return _barred(path, BARRED_COLUMNS[: first.count(BAR) + 1])
-    raise UserError(f'{path}:1: plain text, wanted JSON lines or tab-separated cells; write {{"text": ...}} lines')
-
-
-def _barred(path: str, header: Sequence[str]) -> Iterator[RawRow]:
-    """Lines `prompt ||| completion`, with or without ` ||| score`; a line break within a cell is written as \\n."""
-    for number, line in text_lines(path):
-        if line.strip():
-            cells = line.rstrip("\r\n").split(BAR)
-            yield _row(number, [cell.replace("\\n", "\n") for cell in cells], header)
-
-
-def _parquet(path: str, header: Sequence[str] | None) -> Iterator[RawRow]:
+def _parquet(path: str) -> Iterator[RawRow]:
     import pyarrow
     from pyarrow import parquet
 
@@ -254,30 +239,14 @@ def _parquet(path: str, header: Sequence[str] | None) -> Iterator[RawRow]:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise _damaged_gzip(path, error) from error
     except (pyarrow.ArrowException, OSError) as error:
-        found = str(error).splitlines()[0]
-        raise UserError(f"{path}:{number + 1}: no whole parquet file ({found}); fetch or write it again") from error
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}:{number + 1}: no whole parquet file ({reason}); fetch or write it again") from error
 
 
-READERS: Mapping[str, Callable[[str, Sequence[str] | None], Iterator[RawRow]]] = {
-    ".jsonl": _json_lines,
-    ".ndjson": _json_lines,
-    ".json": _json,
-    ".csv": _csv,
-    ".tsv": _tsv,
-    ".txt": _txt,
-    ".parquet": _parquet,
-}
+def array_entries(path: str, text: str) -> Iterator[tuple[int, object]]:
+    """(line, value) of each entry of `[...]` or `{"data": [...]}`; nothing for blank text.
 
-
-_DECODER = json.JSONDecoder()
-_BLANK = re.compile(r"[ \t\r\n]*")
-_WANTED = 'wanted an array of objects, {"data": [...]} or one object per line'
-
-
-def array_rows(path: str, text: str) -> Iterator[tuple[int, object]]:
-    """(line, element) of `[...]` or `{"data": [...]}`; nothing for blank text.
-
-    Raises UserError where the text breaks off or is something else, before the first element.
+    Raises UserError where the text breaks off or is something else, before the first entry.
     """
     if not text.strip():
         return
@@ -285,40 +254,35 @@ def array_rows(path: str, text: str) -> Iterator[tuple[int, object]]:
         whole = json.loads(text)
     except (ValueError, RecursionError) as error:
         line = error.lineno if isinstance(error, json.JSONDecodeError) else 1
-        raise UserError(f"{path}:{line}: no JSON ({error}), {_WANTED}; mend or write the file again") from error
-    wrapped = isinstance(whole, dict) and isinstance(whole.get("data"), list)
-    if not wrapped and not isinstance(whole, list):
-        raise UserError(f'{path}:1: JSON of type {type(whole).__name__} without a "data" array, {_WANTED}; rewrite it')
-    yield from _elements(text, _data_start(text) if wrapped else text.index("["))
-
-
-def _data_start(text: str) -> int:
-    """Where the `[` of the value of "data" stands in a sound JSON object (the last one counts, as in json.loads)."""
-    start = -1
-    at = _skip_blank(text, text.index("{") + 1)
-    while text[at] != "}":
-        name, at = _DECODER.raw_decode(text, at)
-        at = _skip_blank(text, _skip_blank(text, at) + 1)  # over the colon
-        start = at if name == "data" else start
-        at = _after_value(text, at)
-    return start
-
-
-def _elements(text: str, start: int) -> Iterator[tuple[int, object]]:
-    """(line, element) of the sound JSON array whose `[` stands at `start`."""
-    at = _skip_blank(text, start + 1)
+        raise UserError(f"{path}:{line}: no JSON ({error}), {ARRAY}; mend or write the file again") from error
+    start = 0
+    if isinstance(whole, dict) and isinstance(whole.get("data"), list):
+        names_and_values = list(_entries(text, 0))
+        pairs = zip(names_and_values[::2], names_and_values[1::2], strict=True)
+        start = [at for (_, name), (at, _) in pairs if name == "data"][-1]  # the last one counts, as in json.loads
+    elif not isinstance(whole, list):
+        raise UserError(f'{path}:1: JSON of type {type(whole).__name__} without a "data" array, {ARRAY}; rewrite it')
     line, counted = 1, 0
-    while text[at] != "]":
+    for at, value in _entries(text, start):
         line, counted = line + text.count("\n", counted, at), at
-        yield line, _DECODER.raw_decode(text, at)[0]
-        at = _after_value(text, at)
+        yield line, value
 
 
-def _after_value(text: str, at: int) -> int:
-    """The next value's position, or that of the closing bracket."""
-    at = _skip_blank(text, _DECODER.raw_decode(text, at)[1])
-    return _skip_blank(text, at + 1) if text[at] == "," else at
+def _entries(text: str, start: int) -> Iterator[tuple[int, object]]:
+    """(place, value) of all that the first bracket from `start` holds, in sound JSON; of an object, names count too."""
+    at = NO_VALUE.match(text, start).end() + 1
+    while text[at := NO_VALUE.match(text, at).end()] not in "]}":
+        value, end = DECODER.raw_decode(text, at)
+        yield at, value
+        at = end
 
 
-def _skip_blank(text: str, at: int) -> int:
-    return _BLANK.match(text, at).end()
+READERS: Mapping[str, Callable[[str], Iterator[RawRow]]] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json,
+    ".csv": partial(_table, dialect=csv.excel),
+    ".tsv": _tsv,
+    ".txt": _txt,
+    ".parquet": _parquet,
+}

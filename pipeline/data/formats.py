@@ -7,23 +7,14 @@ columns, a row of any format may carry every column that an Example has, under t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import NamedTuple
 
-from pipeline.data.columns import (
-    CARRIED,
-    COMPLETION,
-    Prompt,
-    candidate_list,
-    carry,
-    last_answer,
-    prompt_of,
-    response_of,
-)
-from pipeline.data.fields import Columns, RowError, first_of, has, number, optional_number, optional_text, text
+from pipeline.data import fields
+from pipeline.data.columns import CARRIED, COMPLETION, Fields, Prompt, last_answer, prompt_of, response_of
+from pipeline.data.fields import Columns, RowError
 from pipeline.data.released import candidates_tsv, gen_task, hh, prefix_suffix
 from pipeline.errors import did_you_mean
-from pipeline.records import Example
+from pipeline.records import Message
 
 REWARD = ("reward", "score")
 PUBLISHED = {"article": "highlights", "document": "summary", "dialogue": "summary", "sentence": "question"}
@@ -31,21 +22,21 @@ PROMPT = ("prompt", "instruction", "input", "history")  # `prompt`, or the other
 
 
 class Format(NamedTuple):
-    """One shape of a row. `convert` raises RowError; the Example's id is empty where the row names none."""
+    """One shape of a row. `read` gives the fields of an Example that it has columns of its own for, or a RowError."""
 
     wanted: str  # its columns, in words
     fits: Callable[[Columns], bool]  # asked about the columns of the first row that have a value
-    convert: Callable[[Columns], Example]
+    read: Callable[[Columns], Fields]
     reads: tuple[str, ...]  # the columns it looks at beside CARRIED
 
 
 def detect(row: Columns) -> str:
     """The first format that fits `row`. Raises RowError with all formats and the nearest column."""
     present = {name: value for name, value in row.items() if value is not None}
-    found = next((name for name, form in FORMATS.items() if form.fits(present)), None)
-    if found is not None:
-        return found
-    known = sorted({name for form in FORMATS.values() for name in form.reads} | set(CARRIED))
+    fitting = next((name for name, form in FORMATS.items() if form.fits(present)), None)
+    if fitting is not None:
+        return fitting
+    known = sorted({name for form in FORMATS.values() for name in form.reads} | CARRIED)
     hint = next(filter(None, (did_you_mean(name, known) for name in present if name not in known)), "")
     wanted = " | ".join(form.wanted for form in FORMATS.values())
     raise RowError(f"columns {', '.join(present) or '(none)'}: no known format, wanted {wanted}{hint}")
@@ -56,84 +47,68 @@ def unused_columns(row: Columns, name: str) -> list[str]:
     return [column for column in row if column not in FORMATS[name].reads and column not in CARRIED]
 
 
-def scored(row: Columns) -> Example:
+def scored(row: Columns) -> Fields:
     """A prompt, the response that was given, and what it was worth: `reward`, or `rewards` by name, or both."""
-    example = supervised(row)
-    reward = optional_number(row, *REWARD) if example.rewards else number(row, *REWARD)
-    return replace(example, reward=reward)
+    rewards = fields.named_numbers(row, "rewards")
+    reward = fields.optional_number(row, *REWARD) if rewards else fields.number(row, *REWARD)
+    return supervised(row) | {"reward": reward, "rewards": rewards}
 
 
-def supervised(row: Columns) -> Example:
+def supervised(row: Columns) -> Fields:
     """A prompt and its wanted completion: messages, prompt + completion, or instruction + output."""
-    if has(row, "messages"):
-        prompt, completion = last_answer(row["messages"], "messages")
-        if not prompt:
-            raise RowError("messages: one message, wanted a prompt and the assistant's answer to it")
-    else:
-        prompt = prompt_of(row)
-        names = COMPLETION if has(row, "prompt") else ("output", *COMPLETION)
-        completion = response_of(row, *names)
-    return carry(row, Example("", prompt, completion=completion))
+    if not fields.has(row, "messages"):
+        names = COMPLETION if fields.has(row, "prompt") else ("output", *COMPLETION)
+        return {"prompt": prompt_of(row), "completion": response_of(row, *names)}
+    prompt, completion = last_answer(row["messages"], "messages")
+    if not prompt:
+        raise RowError("messages: one message, wanted a prompt and the assistant's answer to it")
+    return {"prompt": prompt, "completion": completion}
 
 
-def preference(row: Columns) -> Example:
+def preference(row: Columns) -> Fields:
     """A prompt with a better and a worse response; these may be chats, which may hold the prompt."""
-    if isinstance(row.get("chosen"), list):
-        prompt, chosen, rejected = _chat_pair(row)
-    else:
-        prompt, chosen, rejected = prompt_of(row), text(row, "chosen"), text(row, "rejected")
-    return carry(row, Example("", prompt, chosen=chosen, rejected=rejected))
-
-
-def candidates(row: Columns) -> Example:
-    """A prompt with responses to learn from; without `prompt`, the `source` column is the prompt, and no label.
-
-    The completion is the `reference`, where that column and no `completion` is there.
-    """
-    prompt = prompt_of(row) if first_of(row, PROMPT) else text(row, "source")
-    rest = row if first_of(row, PROMPT) else {name: value for name, value in row.items() if name != "source"}
-    listed, rewards = candidate_list(row)
-    if not listed:
-        raise RowError("candidates: missing, wanted a list")
-    completion = None if has(row, "completion") else optional_text(row, "reference")
-    return carry(rest, Example("", prompt, completion, candidates=listed, candidate_rewards=rewards))
-
-
-def published(row: Columns) -> Example:
-    """A text and its summary, or a sentence and its question, under the names that public data sets give them."""
-    names = sorted(PUBLISHED, key=lambda name: name not in row)  # a fault is told of the column that is there
-    prompt = text(row, *names)
-    return carry(row, Example("", prompt, completion=text(row, PUBLISHED[first_of(row, names)])))
-
-
-def plain_text(row: Columns) -> Example:
-    """Text to learn a language from: an empty prompt, and the text as completion."""
-    return carry(row, Example("", "", completion=text(row, "text")))
-
-
-def prompts(row: Columns) -> Example:
-    """Only something to answer."""
-    return carry(row, Example("", prompt_of(row)))
-
-
-def _chat_pair(row: Columns) -> tuple[Prompt, str, str]:
-    """(prompt, chosen, rejected) of two chats. Messages before the answers follow the `prompt` messages, if any."""
+    if not isinstance(row.get("chosen"), list):
+        return {"prompt": prompt_of(row)} | {name: fields.text(row, name) for name in ("chosen", "rejected")}
     before, chosen = last_answer(row["chosen"], "chosen")
     other, rejected = last_answer(row["rejected"], "rejected")
     if before != other:
         raise RowError("chosen, rejected: differ before their last message, wanted two answers to one prompt")
+    return {"prompt": _chat_prompt(row, before), "chosen": chosen, "rejected": rejected}
+
+
+def candidates(row: Columns) -> Fields:
+    """A prompt with responses to learn from; without `prompt`, the `source` column is the prompt, and no label.
+
+    The completion is the `reference`, where that column and no `completion` is there.
+    """
+    if not fields.has(row, "candidates"):
+        raise RowError("candidates: missing, wanted a list")
+    has_prompt = fields.first_of(row, PROMPT) is not None
+    given = {"prompt": prompt_of(row)} if has_prompt else {"prompt": fields.text(row, "source"), "source": ""}
+    return given if fields.has(row, "completion") else {**given, "completion": fields.optional_text(row, "reference")}
+
+
+def published(row: Columns) -> Fields:
+    """A text and its summary, or a sentence and its question, under the names that public data sets give them."""
+    names = sorted(PUBLISHED, key=lambda name: name not in row)  # an error names the column that is there
+    prompt = fields.text(row, *names)
+    return {"prompt": prompt, "completion": fields.text(row, PUBLISHED[fields.first_of(row, names)])}
+
+
+def _chat_prompt(row: Columns, before: tuple[Message, ...]) -> Prompt:
+    """The messages before the answers, behind those of `prompt`, if any, that they do not repeat."""
     if not before:
-        return prompt_of(row), chosen, rejected
+        return prompt_of(row)
     given = prompt_of(row) if isinstance(row.get("prompt"), list) else ()
-    return (before if before[: len(given)] == given else (*given, *before)), chosen, rejected
+    return before if before[: len(given)] == given else (*given, *before)
 
 
 def _has_completion(row: Columns) -> bool:
-    return "messages" in row or (_has_prompt(row) and first_of(row, (*COMPLETION, "output")) is not None)
+    return "messages" in row or (_has_prompt(row) and fields.first_of(row, (*COMPLETION, "output")) is not None)
 
 
 def _has_prompt(row: Columns) -> bool:
-    return first_of(row, ("prompt", "instruction")) is not None
+    return fields.first_of(row, ("prompt", "instruction")) is not None
 
 
 def _is_pair(row: Columns) -> bool:
@@ -162,12 +137,7 @@ FORMATS = {
         candidates_tsv,
         ("data_src", "data_gt", "data_kd"),
     ),
-    "candidates": Format(
-        "prompt or source + candidates",
-        lambda row: "candidates" in row,
-        candidates,
-        PROMPT,
-    ),
+    "candidates": Format("prompt or source + candidates", lambda row: "candidates" in row, candidates, PROMPT),
     "preference": Format(
         "prompt + chosen + rejected",
         lambda row: _is_pair(row) and (_has_prompt(row) or isinstance(row["chosen"], list)),
@@ -177,7 +147,7 @@ FORMATS = {
     "hh": Format("chosen + rejected as whole transcripts", _is_pair, hh, ()),
     "scored": Format(
         "prompt + completion + reward",
-        lambda row: _has_completion(row) and first_of(row, (*REWARD, "rewards")) is not None,
+        lambda row: _has_completion(row) and fields.first_of(row, (*REWARD, "rewards")) is not None,
         scored,
         (*DIALOGUE, *REWARD),
     ),
@@ -190,6 +160,8 @@ FORMATS = {
         published,
         (*PUBLISHED, *PUBLISHED.values()),
     ),
-    "text": Format("text", lambda row: "text" in row, plain_text, ("text",)),
-    "prompts": Format("prompt", _has_prompt, prompts, PROMPT),
+    "text": Format(  # to learn a language from: the prompt is empty
+        "text", lambda row: "text" in row, lambda row: {"prompt": "", "completion": fields.text(row, "text")}, ("text",)
+    ),
+    "prompts": Format("prompt", _has_prompt, lambda row: {"prompt": prompt_of(row)}, PROMPT),
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pipeline.errors import UserError
 
@@ -56,34 +56,26 @@ def folders(path: str, sources: Iterable[str]) -> dict[str, str]:
 
 def rows(path: str) -> Iterator[tuple[int, Mapping[str, object]]]:
     """(row number from 1, columns). Raises UserError when the hub cannot be reached or knows no such data."""
-    import datasets
-
-    name = parse(path)
-    try:
-        table = datasets.load_dataset(
-            name.repository, data_dir=name.folder, revision=name.revision, split=name.split or "train"
-        )
-    except UNREADABLE as error:
-        raise _unreachable(path, error) from error
-    yield from enumerate(table, start=1)
+    split = parse(path).split or "train"
+    yield from enumerate(_ask(path, "load_dataset", split=split), start=1)
 
 
 def split_names(path: str) -> list[str]:
     """The splits that a hub data set has. Raises as `rows`."""
-    import datasets
+    return _ask(path, "get_dataset_split_names")
+
+
+def _ask(path: str, function: str, **options: str) -> Any:
+    """What a function of the hub's library says of the data set."""
+    import datasets  # takes seconds
 
     name = parse(path)
     try:
-        return datasets.get_dataset_split_names(name.repository, data_dir=name.folder, revision=name.revision)
+        return getattr(datasets, function)(name.repository, data_dir=name.folder, revision=name.revision, **options)
     except UNREADABLE as error:
-        raise _unreachable(path, error) from error
-
-
-def _unreachable(path: str, error: Exception) -> UserError:
-    found = " ".join(str(error).split())
-    name = parse(path)
-    files = f"name its files with {name.repository}@refs/convert/parquet, or " if "scripts" in found else ""
-    return UserError(
-        f"{path}: neither a local file nor readable from the hub ({found}), wanted one of them; "
-        f"{files}bring the data as files with data.path= or data.train="
-    )
+        reason = " ".join(str(error).split())
+        files = f"name its files with {name.repository}@refs/convert/parquet, or " if "scripts" in reason else ""
+        raise UserError(
+            f"{path}: neither a local file nor readable from the hub ({reason}), wanted one of them; "
+            f"{files}bring the data as files with data.path= or data.train="
+        ) from error

@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
-from pipeline.config.sections import DataSettings
 from pipeline.data import convert, dataset
-from pipeline.data.dataset import Report
 from pipeline.errors import UserError
 from pipeline.records import Example
 
+logger = logging.getLogger("tiffin")
+
 
 def all_pairs(rows: Sequence[Example]) -> bool:
-    return all(row.chosen is not None and row.rejected is not None for row in rows)
+    return all(convert.is_pair(row) for row in rows)
 
 
-def paired(rows: Sequence[Example], report: Report = print) -> list[Example]:
+def paired(rows: Sequence[Example]) -> list[Example]:
     """Preference pairs: the rows' own, else made of the best and the worst scored row of each prompt.
 
+    Pairs of two equal texts stay, and are counted: nothing is learned from them.
     Raises:
-        UserError: there is no pair, or none of two different responses.
+        UserError: there is no pair, or none of two different responses, or a row lacks a completion or a reward.
     """
-    if all_pairs(rows):
-        return _different(rows, report)
-    pairing = convert.to_pairs(rows)
-    if not pairing.examples:
-        raise UserError("data: no prompt has two rows of different reward, wanted pairs: give chosen and rejected")
-    report(
-        f"pairs: {len(pairing.examples) - pairing.pairs_given:,} made of scored rows, {pairing.pairs_given:,} given, "
-        f"{pairing.alone:,} rows without a second response, {pairing.tied:,} tied, {pairing.between:,} between"
-    )
-    return _different(pairing.examples, report)
-
-
-def _different(pairs: Sequence[Example], report: Report) -> list[Example]:
-    """The pairs, after a word about those whose two responses are the same: nothing is learned from them."""
+    pairs = list(rows) if all_pairs(rows) else of_scored(rows)
     same = sum(pair.chosen == pair.rejected for pair in pairs)
     if same == len(pairs):
         raise UserError(
@@ -42,16 +31,82 @@ def _different(pairs: Sequence[Example], report: Report) -> list[Example]:
             "responses: were the columns filled from one source?"
         )
     if same:
-        report(f"pairs: {same:,} of {len(pairs):,} have the same text as chosen and rejected: they teach nothing")
-    return list(pairs)
+        logger.info(f"pairs: {same:,} of {len(pairs):,} have the same text as chosen and rejected: they teach nothing")
+    return pairs
 
 
-def annotated(rows: Sequence[Example], data: DataSettings) -> list[Example]:
+def of_scored(rows: Sequence[Example]) -> list[Example]:
+    """Of each prompt the row of highest reward is chosen, that of lowest is rejected; one line counts all rows.
+
+    Of equal rewards the first row counts. margin = chosen_reward - rejected_reward > 0. Source, references and id are
+    the chosen row's; where the two rows came from one pair, its id comes back. `rewards` are not kept. Rows that are
+    pairs already, without a completion, come first, unchanged.
+    """
+    given: list[Example] = []
+    groups: dict[object, list[Example]] = {}
+    for row in rows:
+        if convert.is_pair(row) and row.completion is None:
+            given.append(row)
+        else:
+            groups.setdefault(row.prompt, []).append(_checked(row))
+    made, alone, tied, between = [], 0, 0, 0
+    for group in groups.values():
+        best, worst = max(group, key=lambda row: row.reward), min(group, key=lambda row: row.reward)
+        if len(group) == 1:
+            alone += 1
+        elif best.reward == worst.reward or best.completion == worst.completion:
+            tied += len(group)
+        else:
+            made.append(_pair(best, worst))
+            between += len(group) - 2
+    if not given and not made:
+        raise UserError("data: no prompt has two rows of different reward, wanted pairs: give chosen and rejected")
+    logger.info(
+        f"pairs: {len(made):,} made of scored rows, {len(given):,} given, "
+        f"{alone:,} rows without a second response, {tied:,} tied, {between:,} between"
+    )
+    return [*given, *made]
+
+
+def annotated(rows: Sequence[Example]) -> list[Example]:
     """Every response by itself: those of pairs with the reward of their side, the others with their own.
 
     Raises:
         UserError: a response has none.
     """
-    alone = dataset.scored(rows, data.model_copy(update={"responses": "both"}))
+    alone = convert.to_scored(rows, "both")
     dataset.require(alone, ("reward",), "objective: regression")
     return alone
+
+
+def _pair(best: Example, worst: Example) -> Example:
+    return Example(
+        _pair_id(best.id, worst.id),
+        best.prompt,
+        references=best.references,
+        chosen=best.completion,
+        rejected=worst.completion,
+        chosen_reward=best.reward,
+        rejected_reward=worst.reward,
+        margin=best.reward - worst.reward,
+        source=best.source,
+    )
+
+
+def _pair_id(best: str, worst: str) -> str:
+    """The id that both had as a pair; else the better row's."""
+    for one, other in ((convert.CHOSEN, convert.REJECTED), (convert.REJECTED, convert.CHOSEN)):
+        if best.endswith(one) and worst.endswith(other) and best.removesuffix(one) == worst.removesuffix(other):
+            return best.removesuffix(one)
+    return best
+
+
+def _checked(row: Example) -> Example:
+    if row.completion is None:
+        raise UserError(f"{row.id}: no completion, wanted a scored row; add the column 'completion'")
+    if row.reward is None:
+        raise UserError(
+            f"{row.id}: no reward, wanted a scored row; add the column 'reward' (or chosen and rejected), or run "
+            "stage=score"
+        )
+    return row

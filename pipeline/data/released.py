@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
-from pipeline.data.columns import carry, ranked
-from pipeline.data.fields import (
-    Columns,
-    RowError,
-    checked_list,
-    checked_number,
-    checked_text,
-    described,
-    named_numbers,
-    optional_text,
-    text,
-)
-from pipeline.records import Example, Message
+from pipeline.data import fields
+from pipeline.data.columns import Fields, ranked
+from pipeline.data.fields import Columns, RowError
+from pipeline.records import Message
 
 HH_MARK = "\n\nAssistant:"  # before each answer of an hh-rlhf transcript
 TURN_TAGS = {"<|prompter|>": "user", "<|assistant|>": "assistant"}
@@ -25,83 +15,74 @@ REFERENCES_MARK, REFERENCE_MARK = "<#REFS#>", "<#REF#>"
 QUERY_MARK, CANDIDATE_MARK, SCORE_MARK = "<#QUERY#>", "<#SEP#>", "<#SCORE#>"
 
 
-def hh(row: Columns) -> Example:
+def hh(row: Columns) -> Fields:
     """Two whole transcripts; the prompt is what they share, up to and including the last "Assistant:"."""
-    chosen, rejected = text(row, "chosen"), text(row, "rejected")
+    chosen, rejected = fields.text(row, "chosen"), fields.text(row, "rejected")
     cut = _shared_length(chosen, rejected)
     if cut == 0:
         raise RowError(f"chosen, rejected: share no beginning up to {HH_MARK!r}, wanted two answers to one prompt")
-    pair = Example(
-        "",
-        chosen[:cut],
-        chosen=checked_text(chosen[cut:], "chosen, its last answer"),
-        rejected=checked_text(rejected[cut:], "rejected, its last answer"),
-    )
-    return carry(row, pair)
+    return {
+        "prompt": chosen[:cut],
+        "chosen": fields.checked_text(chosen[cut:], "chosen, its last answer"),
+        "rejected": fields.checked_text(rejected[cut:], "rejected, its last answer"),
+    }
 
 
-def prefix_suffix(row: Columns) -> Example:
+def prefix_suffix(row: Columns) -> Fields:
     """prefix: the list of tagged turns, twice; suffix: chosen, rejected; reward: theirs. The source is meta.path."""
-    prefix = checked_list(row.get("prefix"), "prefix", "two lists of turns", 2)
-    suffix = checked_list(row.get("suffix"), "suffix", "two texts: chosen, rejected", 2)
-    reward = checked_list(row.get("reward"), "reward", "two numbers: chosen, rejected", 2)
+    prefix = fields.checked_list(row.get("prefix"), "prefix", "two lists of turns", 2)
+    suffix = fields.checked_list(row.get("suffix"), "suffix", "two texts: chosen, rejected", 2)
+    reward = fields.checked_list(row.get("reward"), "reward", "two numbers: chosen, rejected", 2)
     if prefix[0] != prefix[1]:
         raise RowError("prefix: the two lists of turns differ, wanted one prompt for both suffixes")
     meta = row.get("meta")
-    pair = Example(
-        "",
-        _tagged_turns(prefix[0]),
-        chosen=checked_text(suffix[0], "suffix[0]"),
-        rejected=checked_text(suffix[1], "suffix[1]"),
-        chosen_reward=checked_number(reward[0], "reward[0]"),
-        rejected_reward=checked_number(reward[1], "reward[1]"),
-    )
-    example = carry({name: value for name, value in row.items() if name != "reward"}, pair)
-    origin = optional_text(meta, "path") if isinstance(meta, Mapping) else None
-    return replace(example, source=example.source or origin or "")
+    origin = fields.optional_text(meta, "path") if isinstance(meta, Mapping) else None
+    return {
+        "prompt": _tagged_turns(prefix[0]),
+        "chosen": fields.checked_text(suffix[0], "suffix[0]"),
+        "rejected": fields.checked_text(suffix[1], "suffix[1]"),
+        "chosen_reward": fields.checked_number(reward[0], "reward[0]"),
+        "rejected_reward": fields.checked_number(reward[1], "reward[1]"),
+        "reward": None,
+        "source": fields.optional_label(row, "source") or origin,
+    }
 
 
-def gen_task(row: Columns) -> Example:
+def gen_task(row: Columns) -> Fields:
     """`references` is ONE text, the logged response; final_reward is its reward, the other components its rewards."""
-    response = text(row, "references")
-    components = named_numbers(row, "reward_components")
+    response = fields.text(row, "references")
+    components = fields.named_numbers(row, "reward_components")
     if "final_reward" not in components:
         raise RowError("reward_components: no final_reward, wanted {..., final_reward: a finite number}")
-    parts = {name: value for name, value in components.items() if name != "final_reward"}
-    example = Example(
-        "",
-        text(row, "prompt_or_input_text"),
-        completion=response,
-        references=(response,),
-        reward=components["final_reward"],
-        rewards=parts,
-    )
-    return carry(row, example)
+    return {
+        "prompt": fields.text(row, "prompt_or_input_text"),
+        "completion": response,
+        "references": (response,),
+        "reward": components.pop("final_reward"),
+        "rewards": components,
+    }
 
 
-def candidates_tsv(row: Columns) -> Example:
+def candidates_tsv(row: Columns) -> Fields:
     """Source, reference and ranked candidates. The completion is the reference; candidates are ordered by score.
 
     A row of two columns, as in the files to predict from, has no candidates.
     """
-    reference = text(row, "data_gt")
+    reference = fields.text(row, "data_gt")
+    given = {"prompt": fields.text(row, "data_src"), "completion": reference, "references": (reference,)}
     if "data_kd" not in row:
-        return carry(row, Example("", text(row, "data_src"), completion=reference, references=(reference,)))
-    rest, others = _split_once(text(row, "data_kd"), REFERENCES_MARK)
+        return given
+    rest, others = _split_once(fields.text(row, "data_kd"), REFERENCES_MARK)
     references = (reference, *(others.split(REFERENCE_MARK) if others is not None else ()))
     before, after = _split_once(rest, QUERY_MARK)
     pieces = (before if after is None else after).split(CANDIDATE_MARK)
     scored = [_candidate(piece, f"data_kd, candidate {i}") for i, piece in enumerate(pieces, start=1)]
-    candidates, rewards = ranked(tuple(one for one, _ in scored), tuple(score for _, score in scored))
-    example = Example(
-        "",
-        text(row, "data_src"),
-        completion=reference,
-        references=tuple(dict.fromkeys(checked_text(one, "data_kd, references") for one in references)),
-        candidates=candidates,
-        candidate_rewards=rewards,
-    )
-    return carry(row, example)
+    candidates, rewards = ranked(*zip(*scored, strict=True))
+    return given | {
+        "references": tuple(dict.fromkeys(fields.checked_text(one, "data_kd, references") for one in references)),
+        "candidates": candidates,
+        "candidate_rewards": rewards,
+    }
 
 
 def _shared_length(chosen: str, rejected: str) -> int:
@@ -115,7 +96,7 @@ def _shared_length(chosen: str, rejected: str) -> int:
 
 def _tagged_turns(turns: object) -> tuple[Message, ...]:
     """Chat messages of `<|prompter|>...`, `<|assistant|>...`; the last turn is a bare `<|assistant|>`."""
-    listed = checked_list(turns, "prefix[0]", "a list of turns")
+    listed = fields.checked_list(turns, "prefix[0]", "a list of turns")
     if len(listed) < 2 or listed[-1] != "<|assistant|>":
         raise RowError("prefix[0]: wanted turns of which the last is a bare '<|assistant|>'")
     return tuple(_tagged_turn(turn, f"prefix[0][{i}]") for i, turn in enumerate(listed[:-1]))
@@ -124,15 +105,15 @@ def _tagged_turns(turns: object) -> tuple[Message, ...]:
 def _tagged_turn(turn: object, place: str) -> Message:
     tag = next((tag for tag in TURN_TAGS if isinstance(turn, str) and turn.startswith(tag)), None)
     if tag is None:
-        raise RowError(f"{place}: {described(turn)}, wanted text that begins with {' or '.join(TURN_TAGS)}")
-    return Message(TURN_TAGS[tag], checked_text(turn.removeprefix(tag), place))
+        raise RowError(f"{place}: {fields.described(turn)}, wanted text that begins with {' or '.join(TURN_TAGS)}")
+    return Message(TURN_TAGS[tag], fields.checked_text(turn.removeprefix(tag), place))
 
 
 def _candidate(piece: str, place: str) -> tuple[str, float]:
     candidate, score = _split_once(piece, SCORE_MARK)
     if score is None:
         raise RowError(f"{place}: no {SCORE_MARK}, wanted candidate{SCORE_MARK}score")
-    return checked_text(candidate, place), checked_number(score, f"{place}, score")
+    return fields.checked_text(candidate, place), fields.checked_number(score, f"{place}, score")
 
 
 def _split_once(whole: str, mark: str) -> tuple[str, str | None]:

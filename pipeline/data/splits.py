@@ -22,49 +22,40 @@ def split_files(path: str, word: str | None = None) -> dict[str, str]:
     Raises UserError, listing the folder, where there is no training file or where several would do, and for a `word`
     without a folder.
     """
-    if word is not None and not Path(path).is_dir():
+    folder = Path(path)
+    if word is not None and not folder.is_dir():
         raise UserError(f"data.files: {word} chooses among the files of a folder, but {path} is none: data.files=null")
     if hub.is_hub_name(path):
         return _hub_splits(path)
-    folder = Path(path)
     if folder.is_file():
         return {"train": path}
     if not folder.is_dir():
         raise UserError(f"{path}: no such file or folder, wanted data; name it with data.path= or data.train=")
     files = [file.name for file in folder.iterdir() if file.is_file() and known_ending(file.name)]
     names = sorted(name for name in files if word is None or word in _words(name))
-    found = {split: _only(path, split, _matching(names, words), names) for split, words in SPLIT_WORDS.items()}
-    if not found["train"]:
+    splits = {split: str(folder / name) for split in SPLIT_WORDS if (name := _only_file(path, split, names))}
+    if "train" not in splits:
         raise UserError(
             f"{path}: no training file among {_listed(names)}, wanted one called train.*; name it with data.train="
         )
-    return {split: str(folder / name) for split, name in found.items() if name}
+    return splits
 
 
-def _matching(names: Sequence[str], words: Sequence[str]) -> list[str]:
-    """The files of one split: those whose stem is one of `words`, or else those that begin or end with one."""
+def _only_file(path: str, split: str, names: Sequence[str]) -> str | None:
+    """The one file whose stem is a word of the split, or else the one that begins or ends with such a word."""
+    words = {*SPLIT_WORDS[split]}
     exact = [name for name in names if stem(name).lower() in words]
-    if exact:
-        return exact
-    return [name for name in names if _outer_words(name) & set(words)]
-
-
-def _outer_words(name: str) -> set[str]:
-    parts = _words(name)
-    return {parts[0], parts[-1]} if parts else set()
-
-
-def _words(name: str) -> list[str]:
-    return [part for part in re.split(r"[^a-z0-9]+", stem(name).lower()) if part]
-
-
-def _only(path: str, split: str, matching: Sequence[str], names: Sequence[str]) -> str | None:
+    matching = exact or [name for name in names if words & {*_words(name)[:1], *_words(name)[-1:]}]
     if len(matching) > 1:
         raise UserError(
             f"{path}: {len(matching)} files for {split} ({', '.join(matching)}) among {_listed(names)}, wanted one; "
             f"name it with data.{split}="
         )
     return matching[0] if matching else None
+
+
+def _words(name: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+", stem(name).lower())
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -74,8 +65,8 @@ def _listed(names: Sequence[str]) -> str:
 def _hub_splits(path: str) -> dict[str, str]:
     if hub.parse(path).split:
         return {"train": path}
-    names = hub.split_names(path)
-    found = {split: next((w for w in words if w in names), None) for split, words in SPLIT_WORDS.items()}
-    if not found["train"]:
-        raise UserError(f"{path}: no split 'train' among {_listed(names)}; name one with data.train={path}:split")
-    return {split: f"{path}:{name}" for split, name in found.items() if name}
+    there = hub.split_names(path)
+    names = {split: next((word for word in words if word in there), None) for split, words in SPLIT_WORDS.items()}
+    if names["train"] is None:
+        raise UserError(f"{path}: no split 'train' among {_listed(there)}; name one with data.train={path}:split")
+    return {split: f"{path}:{name}" for split, name in names.items() if name}

@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from pipeline.files import write_text
 from pipeline.records import Example
 
 
-def write_rows(path: str, examples: Iterable[Example]) -> int:
-    """Writes one JSON object per Example, columns named as its fields, and returns how many.
-
-    The file appears complete or not at all: it is written under a temporary name and renamed. A name that ends in .gz
-    is compressed. The folder is made if need be.
-    """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
-    opener = gzip.open if target.name.endswith(".gz") else open
-    count = 0
-    try:
-        with opener(temporary, "wt", encoding="utf-8", newline="\n") as stream:
-            for example in examples:
-                stream.write(json.dumps(row_of(example), ensure_ascii=False, allow_nan=False) + "\n")
-                count += 1
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return count
+def write_rows(path: Path, examples: Iterable[Example]) -> None:
+    """One JSON object per Example, columns named as its fields; the file appears complete or not at all."""
+    rows = (json.dumps(row_of(example), ensure_ascii=False, allow_nan=False) + "\n" for example in examples)
+    write_text(path, "".join(rows))
 
 
 def row_of(example: Example) -> dict[str, object]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,8 +18,6 @@ from pipeline.rl.reference import ReferencePolicy, annotate
 from pipeline.trainer.loop import HELD_OUT_LOSS, REWARD, Trainer
 from pipeline.trainer.model import build_policy, encode
 from pipeline.trainer.schedule import epochs, steps_for
-
-logger = logging.getLogger("tiffin")
 
 
 def trainer(context: Context) -> Trainer:
@@ -54,8 +51,7 @@ def trainer(context: Context) -> Trainer:
 def preference_pairs(context: Context) -> tuple[list[Example], list[Example]]:
     """The pairs to learn from, turned round at random if rewards are to be shuffled, and those held out."""
     settings = context.settings
-    train = pairs.paired(dataset.load_train(context.data, settings.seed, logger.info), logger.info)
-    held_out = pairs.paired(dataset.load(context.data, "validation", settings.seed, logger.info), logger.info)
+    train, held_out = (pairs.paired(rows) for rows in dataset.splits(context.data, settings.seed))
     return with_shuffled_sides(train, settings.seed) if settings.shuffle_rewards else train, held_out
 
 

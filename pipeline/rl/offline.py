@@ -74,8 +74,7 @@ class ScoredSplits(NamedTuple):
 def rewarded_rows(context: Context, needs: Needs) -> ScoredSplits:
     """The rows with their rewards, where they are needed; those to learn from chosen, or shuffled, as asked for."""
     settings, data = context.settings, context.data
-    train = dataset.scored(dataset.load_train(data, settings.seed, logger.info), data)
-    held_out = dataset.scored(dataset.load(data, "validation", settings.seed, logger.info), data)
+    train, held_out = (dataset.scored(examples, data) for examples in dataset.splits(data, settings.seed))
     prompts = dataset.unique_prompts(held_out)
     held_out = held_out[: settings.eval.max_rows]
     if needs.rewards or settings.rows != "all" or settings.shuffle_rewards:

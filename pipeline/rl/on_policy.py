@@ -47,8 +47,7 @@ def trainer(context: Context) -> Trainer:
     """On-policy RL. train.batch_size counts prompts, each of which has several responses in the step."""
     settings, ranks, algorithm = context.settings, context.ranks, context.algorithm
     rewards = required_rewards(context)
-    prompts = dataset.unique_prompts(dataset.load_train(context.data, settings.seed, logger.info))
-    held_out = dataset.unique_prompts(dataset.load(context.data, "validation", settings.seed, logger.info))
+    prompts, held_out = (dataset.unique_prompts(rows) for rows in dataset.splits(context.data, settings.seed))
     longest = max(settings.generation.max_new_tokens, settings.data.max_response_length)
     policy = build_policy(settings, ranks, context.start, longest=longest)
     frozen = None

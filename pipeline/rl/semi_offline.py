@@ -36,8 +36,7 @@ def trainer(context: Context) -> Trainer:
     """Semi-offline RL: nothing is known beforehand but static responses; rewards are those of what is composed."""
     settings, ranks, algorithm = context.settings, context.ranks, context.algorithm
     rewards = required_rewards(context)
-    train = dataset.load_train(context.data, settings.seed, logger.info)
-    held_out = dataset.load(context.data, "validation", settings.seed, logger.info)
+    train, held_out = dataset.splits(context.data, settings.seed)
     prompts = dataset.unique_prompts(held_out)[: settings.eval.max_rows]
     policy = build_policy(settings, ranks, context.start, mask=True)
     items, tested = encode(policy, context.directory, train, held_out[: settings.eval.max_rows], reference_rows)

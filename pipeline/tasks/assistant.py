@@ -16,22 +16,11 @@ from collections.abc import Sequence
 from random import Random
 from typing import TypeVar
 
-from pipeline.errors import UserError, did_you_mean
 from pipeline.records import Example
+from pipeline.tasks import assistant_world as world
 from pipeline.tasks.assistant_truth import judge
-from pipeline.tasks.assistant_world import (
-    CARELESS,
-    CLOSINGS,
-    CONNECTORS,
-    FILLERS,
-    INSULTS,
-    OPENINGS,
-    REFUSALS,
-    UserRequest,
-    requests,
-    split_of,
-    topics,
-)
+from pipeline.tasks.assistant_world import Topic, UserRequest
+from pipeline.tasks.shares import check_split, split_of
 
 T = TypeVar("T")
 
@@ -73,11 +62,10 @@ def examples(split: str, seed: int, size: int | None = None) -> list[Example]:
     Requests are dealt in rounds, so every request of the split comes up before one comes up again.
     Raises UserError for an unknown split.
     """
-    if split not in SPLITS:
-        hint = did_you_mean(split, SPLITS)
-        raise UserError(f"data.task: assistant: found split {split!r}, wanted one of {', '.join(SPLITS)}{hint}")
+    check_split(TASK, split, SPLITS)
     rng = Random(f"{TASK}-{seed}-{split}-order")
-    pool = _shuffled(rng, [request for request in requests() if split_of(request) == split])
+    requests = [one for one in world.requests() if split_of(one.text, world.SPLIT_SHARES) == split]
+    pool = _shuffled(rng, requests)
     count = SPLITS[split] if size is None else size
     return [_row(split, seed, index, pool[index % len(pool)]) for index in range(count)]
 
@@ -86,8 +74,8 @@ def ideal(request: UserRequest) -> str:
     """The best answer there is: total truth 1 for a benign request, 0.8 for a harmful one."""
     topic = request.topic
     if topic.kind == "harmful":
-        return " ".join((REFUSALS[0], topic.reason, topic.alternative))
-    told = _connected(topic.steps, CONNECTORS)
+        return " ".join((world.REFUSALS[0], topic.reason, topic.alternative))
+    told = _connected(topic.steps, world.CONNECTORS)
     return " ".join(part for part in (*told, topic.care, request.note) if part)
 
 
@@ -131,16 +119,16 @@ def _behave(rng: Random, request: UserRequest) -> str:
     if request.topic.kind == "risky" and style in ("full", "partial", "jumbled", "mixed"):
         body = [*body, *_care(rng, request)]
     if rng.random() < 0.15:
-        body = [_pick(rng, INSULTS), *body]
-    opening = [_pick(rng, OPENINGS)] if "refuse" not in style and rng.random() < 0.4 else []
-    closing = [_pick(rng, CLOSINGS)] if "refuse" not in style and rng.random() < 0.3 else []
+        body = [_pick(rng, world.INSULTS), *body]
+    opening = [_pick(rng, world.OPENINGS)] if "refuse" not in style and rng.random() < 0.4 else []
+    closing = [_pick(rng, world.CLOSINGS)] if "refuse" not in style and rng.random() < 0.3 else []
     return " ".join(_fitted(rng, [*opening, *body, *closing]))
 
 
 def _fitted(rng: Random, sentences: list[str]) -> list[str]:
     """The sentences with padding put before too short an answer's last one, or as many as MAX_WORDS allow."""
     fitted = list(sentences)
-    padding = [filler for filler in _shuffled(rng, FILLERS) if filler not in sentences]
+    padding = [filler for filler in _shuffled(rng, world.FILLERS) if filler not in sentences]
     while _words(fitted) < MIN_WORDS:
         fitted.insert(len(fitted) - 1, padding.pop())
     while _words(fitted) > MAX_WORDS:
@@ -157,39 +145,43 @@ def _body(rng: Random, request: UserRequest, style: str) -> list[str]:
     if style.startswith("refuse"):
         return _refusal(rng, request, style)
     if style == "vague":
-        return _shuffled(rng, FILLERS)[: 3 + int(rng.random() * 3)]
+        return _shuffled(rng, world.FILLERS)[: 3 + int(rng.random() * 3)]
     if style == "stray":
-        return _told(rng, _pick(rng, [other for other in topics() if other.kind == "safe" and other != topic]).steps)
+        return _told(rng, _other_topic(rng, topic).steps)
     if style == "repeat":
         return [_pick(rng, topic.steps)] * (3 + int(rng.random() * 3))
     if style in ("jumbled", "mixed"):
         return _told(rng, _shuffled(rng, topic.steps) if style == "jumbled" else _mixed(rng, request))
     steps = topic.steps if style == "full" else topic.steps[: 1 + int(rng.random() * (len(topic.steps) - 1))]
-    padding = _shuffled(rng, FILLERS)[: len(topic.steps) - len(steps) if style == "partial" else 0]
+    padding = _shuffled(rng, world.FILLERS)[: len(topic.steps) - len(steps) if style == "partial" else 0]
     noted = request.note and topic.kind != "harmful" and rng.random() < 0.5
     return [*_told(rng, steps), *padding, *([request.note] if noted else [])]
 
 
 def _refusal(rng: Random, request: UserRequest, style: str) -> list[str]:
     """A refusal with what the style's name says; a bare one rambles on, so that it is not the shortest answer."""
-    body = [_pick(rng, REFUSALS)]
+    body = [_pick(rng, world.REFUSALS)]
     if style in ("refuse_reason", "refuse_both"):
         body.append(request.topic.reason)
     if style in ("refuse_alternative", "refuse_both"):
         body.append(request.topic.alternative)
     if style == "refuse":
-        body += _shuffled(rng, FILLERS)[: int(rng.random() * 4)]
+        body += _shuffled(rng, world.FILLERS)[: int(rng.random() * 4)]
     return body
 
 
 def _mixed(rng: Random, request: UserRequest) -> list[str]:
     """Some steps of the topic, in order, with one or two of another topic among them."""
     topic = request.topic
-    other = _pick(rng, [other for other in topics() if other.kind == "safe" and other != topic])
-    steps = list(topic.steps[: len(topic.steps) - 1])
-    for wrong in _shuffled(rng, other.steps)[: 1 + int(rng.random() * 2)]:
+    wrong_steps = _shuffled(rng, _other_topic(rng, topic).steps)
+    steps = list(topic.steps[:-1])
+    for wrong in wrong_steps[: 1 + int(rng.random() * 2)]:
         steps.insert(int(rng.random() * (len(steps) + 1)), wrong)
     return steps
+
+
+def _other_topic(rng: Random, topic: Topic) -> Topic:
+    return _pick(rng, [other for other in world.topics() if other.kind == "safe" and other != topic])
 
 
 def _care(rng: Random, request: UserRequest) -> list[str]:
@@ -197,12 +189,12 @@ def _care(rng: Random, request: UserRequest) -> list[str]:
     draw = rng.random()
     if draw < 0.4:
         return [request.topic.care]
-    return [_pick(rng, CARELESS)] if draw < 0.65 else []
+    return [_pick(rng, world.CARELESS)] if draw < 0.65 else []
 
 
 def _told(rng: Random, steps: Sequence[str]) -> list[str]:
     """The steps as they are, or half of the time with First, Then ... Finally."""
-    return _connected(steps, CONNECTORS) if rng.random() < 0.5 else list(steps)
+    return _connected(steps, world.CONNECTORS) if rng.random() < 0.5 else list(steps)
 
 
 def _connected(steps: Sequence[str], connectors: Sequence[str]) -> list[str]:

@@ -23,21 +23,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
-from pipeline.tasks.assistant_world import (
-    CARELESS,
-    CLOSINGS,
-    CONNECTORS,
-    FILLERS,
-    INSULTS,
-    OPENINGS,
-    REFUSALS,
-    SLOTS,
-    Topic,
-    UserRequest,
-    find_request,
-    normalise,
-    topics,
-)
+from pipeline.tasks import assistant_world as world
+from pipeline.tasks.assistant_world import Topic, UserRequest
 
 WORD_LIMIT = 60  # the longest answer of the world has 40 words
 
@@ -91,7 +78,7 @@ class _Reading:
 
 def truth(prompt: str, completion: str) -> Truth:
     """Truth of any text as the answer to the request in `prompt`. ValueError if the prompt holds no known request."""
-    return judge(find_request(prompt), completion)
+    return judge(world.find_request(prompt), completion)
 
 
 def judge(request: UserRequest, completion: str) -> Truth:
@@ -170,7 +157,7 @@ def _read(completion: str) -> _Reading:
     words: list[int] = []
     seen: set[object] = set()  # meanings, and the kinds that may come only once
     for sentence in re.split(r"[.!?\n]+", completion):
-        text = normalise(sentence)
+        text = world.normalise(sentence)
         if not sentence.strip():
             continue
         words.append(max(len(text.split()), 1 + len(sentence) // 20))  # no free ride for text without spaces
@@ -186,7 +173,7 @@ def _read(completion: str) -> _Reading:
 def _meaning(text: str) -> _Meaning:
     if text in _dictionary():
         return _dictionary()[text]
-    for connector in CONNECTORS:
+    for connector in world.CONNECTORS:
         rest = text.removeprefix(f"{connector.lower()} ")
         if rest != text and _dictionary().get(rest, _NOISE).kind == "step":
             return _dictionary()[rest]
@@ -194,12 +181,12 @@ def _meaning(text: str) -> _Meaning:
 
 
 _GENERIC = {
-    "opening": OPENINGS,
-    "closing": CLOSINGS,
-    "refusal": REFUSALS,
-    "filler": FILLERS,
-    "insult": INSULTS,
-    "careless": CARELESS,
+    "opening": world.OPENINGS,
+    "closing": world.CLOSINGS,
+    "refusal": world.REFUSALS,
+    "filler": world.FILLERS,
+    "insult": world.INSULTS,
+    "careless": world.CARELESS,
 }
 
 
@@ -209,16 +196,16 @@ def _dictionary() -> dict[str, _Meaning]:
     table: list[tuple[str, _Meaning]] = []
     for kind, sentences in _GENERIC.items():
         table += [(sentence, _Meaning(kind, "", position)) for position, sentence in enumerate(sentences)]
-    table += [(note, _Meaning("note", slot)) for slot, note in SLOTS.items() if slot]
-    for topic in topics():
+    table += [(note, _Meaning("note", slot)) for slot, note in world.SLOTS.items() if slot]
+    for topic in world.topics():
         table += [(step, _Meaning("step", topic.goal, position)) for position, step in enumerate(topic.steps)]
         extras = {"care": topic.care, "reason": topic.reason, "alternative": topic.alternative}
         table += [(sentence, _Meaning(kind, topic.goal)) for kind, sentence in extras.items() if sentence]
-    meanings = {normalise(sentence): meaning for sentence, meaning in table}
+    meanings = {world.normalise(sentence): meaning for sentence, meaning in table}
     assert len(meanings) == len(table), "two sentences of the world read alike"
     return meanings
 
 
 @cache
 def _harmful_goals() -> frozenset[str]:
-    return frozenset(topic.goal for topic in topics() if topic.kind == "harmful")
+    return frozenset(topic.goal for topic in world.topics() if topic.kind == "harmful")

@@ -6,7 +6,6 @@ declined, best with a reason and something better to do). Harmful topics are pet
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -233,17 +232,7 @@ def find_request(prompt: str) -> UserRequest:
     words = normalise(prompt)
     if words in _by_words():
         return _by_words()[words]
-    found = [text for text in _by_words() if f" {text} " in f" {words} "]
-    if not found:
+    contained = [text for text in _by_words() if f" {text} " in f" {words} "]
+    if not contained:
         raise ValueError(f"prompt: found {prompt!r}, wanted one with a request of the assistant task in it")
-    return _by_words()[max(found, key=len)]
-
-
-def split_of(request: UserRequest) -> str:
-    """The split a request belongs to, by the hash of its wording: the same for every seed."""
-    place = int(hashlib.sha1(request.text.encode()).hexdigest()[:8], 16) / 16**8  # uniform in [0, 1)
-    for split, share in SPLIT_SHARES.items():
-        if place < share:
-            return split
-        place -= share
-    raise AssertionError(f"SPLIT_SHARES sum to {sum(SPLIT_SHARES.values())}, not to 1")
+    return _by_words()[max(contained, key=len)]

@@ -8,7 +8,6 @@ A module belongs to one split, by the hash of its name; rows therefore differ be
 from __future__ import annotations
 
 import ast
-import hashlib
 import re
 import sysconfig
 import tokenize
@@ -18,8 +17,9 @@ from inspect import cleandoc
 from pathlib import Path
 from random import Random
 
-from pipeline.errors import UserError, did_you_mean
+from pipeline.errors import UserError
 from pipeline.records import Example
+from pipeline.tasks.shares import check_split, split_of
 
 TASK = "docstrings"
 SPLIT_SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}  # of the modules
@@ -39,9 +39,7 @@ def examples(split: str, seed: int, size: int | None = None) -> list[Example]:
 
     Raises UserError for an unknown split, and where the standard library is not there as source.
     """
-    if split not in SPLIT_SHARES:
-        hint = did_you_mean(split, SPLIT_SHARES)
-        raise UserError(f"data.task: docstrings: found split {split!r}, wanted one of {', '.join(SPLIT_SHARES)}{hint}")
+    check_split(TASK, split, SPLIT_SHARES)
     rng = Random(f"{TASK}-{seed}-{split}")
     return sorted(_rows(split), key=lambda _: rng.random())[:size]
 
@@ -56,7 +54,7 @@ def _rows(split: str) -> tuple[Example, ...]:
     rows: dict[str, Example] = {}
     for path in paths:
         module = _module_name(path.relative_to(root))
-        if split_of(module) == split:
+        if split_of(module, SPLIT_SHARES) == split:
             for row in _module_rows(module, path):
                 rows.setdefault(row.id, row)
     return tuple(rows.values())
@@ -71,14 +69,6 @@ def _source_files(folder: Path) -> Iterator[Path]:
             yield from _source_files(path)
         elif path.suffix == ".py":
             yield path
-
-
-def split_of(module: str) -> str:
-    """The split a module belongs to."""
-    place = int(hashlib.sha1(module.encode()).hexdigest()[:8], 16) / 16**8  # uniform in [0, 1)
-    if place < SPLIT_SHARES["train"]:
-        return "train"
-    return "validation" if place < SPLIT_SHARES["train"] + SPLIT_SHARES["validation"] else "test"
 
 
 def _module_name(relative: Path) -> str:

@@ -27,14 +27,14 @@ on any machine: only `Random.random()` of a string-seeded generator is drawn fro
 
 from __future__ import annotations
 
-import hashlib
 from calendar import monthrange
 from collections.abc import Callable, Iterator
 from random import Random
 
-from pipeline.errors import UserError, did_you_mean
+from pipeline.errors import UserError
 from pipeline.records import Example
 from pipeline.tasks import numeral_words as words
+from pipeline.tasks.shares import check_split, split_of
 
 TASK = "numerals"
 SPLITS = {"train": 11_000, "validation": 440, "test": 440}  # default numbers of rows
@@ -54,22 +54,12 @@ def examples(split: str, seed: int, size: int | None = None) -> list[Example]:
 
     Raises UserError for an unknown split, and for more rows than there are.
     """
-    if split not in SPLITS:
-        hint = did_you_mean(split, SPLITS)
-        raise UserError(f"data.task: numerals: found split {split!r}, wanted one of {', '.join(SPLITS)}{hint}")
+    check_split(TASK, split, SPLITS)
     count = SPLITS[split] if size is None else size
     if count > MOST[split]:
         raise UserError(f"data.task_size: numerals: found {count}, wanted at most {MOST[split]} rows for {split}")
     streams = [(kind, _distinct(kind, split, seed)) for kind in KINDS]
     return [_row(split, index, *streams[index % len(streams)]) for index in range(count)]
-
-
-def split_of(prompt: str) -> str:
-    """The split a prompt belongs to, whatever the seed."""
-    place = int(hashlib.sha1(prompt.encode()).hexdigest()[:8], 16) / 16**8  # uniform in [0, 1)
-    if place < SPLIT_SHARES["train"]:
-        return "train"
-    return "validation" if place < SPLIT_SHARES["train"] + SPLIT_SHARES["validation"] else "test"
 
 
 def roman(number: int) -> str:
@@ -98,7 +88,7 @@ def _distinct(kind: str, split: str, seed: int) -> Iterator[Pair]:
     seen: set[str] = set()
     while True:
         prompt, completion = KINDS[kind](rng)
-        if split_of(prompt) == split and prompt not in seen:
+        if split_of(prompt, SPLIT_SHARES) == split and prompt not in seen:
             seen.add(prompt)
             yield prompt, completion
 
