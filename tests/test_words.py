@@ -1,4 +1,4 @@
-"""Whatever the README and our messages tell a user to type is accepted: every `key=` in them is a setting."""
+"""Whatever the documents and our messages tell a user to type is accepted: every `key=` in them is a setting."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pipeline.config.resolve import CONTROL
 from pipeline.config.schema import STAGES
 from pipeline.config.validate import known_paths
 from pipeline.config.yaml_layers import read_layer
+from tests.documents import DOCUMENTS
 
 ROOT = Path(__file__).resolve().parent.parent
 WORD = re.compile(r"(?<![\w{.-])([a-z_]+(?:\.[a-z_]+)*)=(?!=)")
@@ -52,7 +53,12 @@ def test_every_word_in_a_message_is_a_setting(path: Path):
     assert used <= known() | OTHERS
 
 
-def test_every_word_in_the_readme_is_a_setting():
-    used = set(WORD.findall((ROOT / "README.md").read_text(encoding="utf-8")))
-    assert {"learning_rate", "kl_form", "rl.max_steps"} <= used  # it finds them
-    assert used <= known() | OTHERS | OF_THE_KILLER | OF_THE_SERVER
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_word_in_the_documents_is_a_setting(name: str):
+    assert set(WORD.findall(DOCUMENTS[name])) <= known() | OTHERS | OF_THE_KILLER | OF_THE_SERVER
+
+
+def test_there_are_words_in_the_documents():
+    assert {"learning_rate", "kl_form", "rl.max_steps"} <= {
+        one for text in DOCUMENTS.values() for one in WORD.findall(text)
+    }
