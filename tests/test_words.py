@@ -14,13 +14,12 @@ from pipeline.config.resolve import CONTROL
 from pipeline.config.schema import STAGES
 from pipeline.config.validate import known_paths
 from pipeline.config.yaml_layers import read_layer
+from tests.documents import DOCUMENTS, ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 WORD = re.compile(r"(?<![\w{.-])([a-z_]+(?:\.[a-z_]+)*)=(?!=)")
 DRAWN = ("pipeline/report/svg.py", "pipeline/report/comparison.py")  # their words are attributes of SVG
 FILES = [path for folder in ("pipeline", "stages", "reward_models") for path in sorted((ROOT / folder).rglob("*.py"))]
 FILES += sorted((ROOT / "pipeline" / "report").rglob("*.yaml"))
-DOCUMENTS = ("README.md", "pipeline/data/README.md", "pipeline/bench/RESULTS.md")
 OTHERS = {"key", "slots"}  # of `key=value` itself; of a hostfile
 OF_THE_KILLER = {"processes", "kills"}  # tests/kill_and_resume.py
 OF_THE_SERVER = {"port", "host", "threads", "max_request_mb"}  # reward_models/serve.py
@@ -53,7 +52,12 @@ def test_every_word_in_a_message_is_a_setting(path: Path):
     assert used <= known() | OTHERS
 
 
-def test_every_word_in_the_documents_is_a_setting():
-    used = {word for name in DOCUMENTS for word in WORD.findall((ROOT / name).read_text(encoding="utf-8"))}
-    assert {"learning_rate", "kl_form", "rl.max_steps"} <= used  # it finds them
-    assert used <= known() | OTHERS | OF_THE_KILLER | OF_THE_SERVER
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_word_in_the_documents_is_a_setting(name: str):
+    assert set(WORD.findall(DOCUMENTS[name])) <= known() | OTHERS | OF_THE_KILLER | OF_THE_SERVER
+
+
+def test_there_are_words_in_the_documents():
+    assert {"learning_rate", "kl_form", "rl.max_steps"} <= {
+        one for text in DOCUMENTS.values() for one in WORD.findall(text)
+    }
