@@ -112,10 +112,12 @@ def lcs_positions(line: Sequence[str], other: Sequence[str]) -> Iterator[int]:
     places: defaultdict[str, int] = defaultdict(int)
     for i, token in enumerate(line):
         places[token] |= 1 << i
+    # Hyyro's bit rows: bit i of a row is 0 where the LCS grows at token i
     rows = [(1 << len(line)) - 1]
     for token in other:
         matches = rows[-1] & places[token]
         rows.append(rows[-1] + matches | rows[-1] - matches)
+    # back through the table, at ties as rouge-score goes
     i, j = len(line), len(other)
     while i and j:
         if line[i - 1] == other[j - 1]:

@@ -72,6 +72,7 @@ def judged(
     sampled: dict[str, tuple[list[Response], list]] = {}
     results: dict[str, dict[str, float]] = {}
     samples: dict[str, list[dict]] = {}
+    # the first policy comes last: by then it can say how likely it finds the others' responses
     for name in [*names[1:], names[0]]:
         policy = build_inference(settings, ranks, models[name])
         answers = generate(policy.engine, policy.encoder, prompts, settings.generation, settings.seed)

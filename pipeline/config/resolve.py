@@ -57,6 +57,7 @@ def resolve(words: Iterable[str], defined: Definitions | None = None) -> Resolve
         overrides = _without(overrides, _foreign(defined.records[stage][0], stage, defined)[0])
     else:
         _refuse_foreign(overrides, stage, defined)
+    # shipped defaults first, then what the user says; each value knows where it stands
     layers = _layers(overrides, stage, defined)
     _refuse_unread(layers, stage, defined)
     _refuse_values_of_sections(layers.later, layers.record)
@@ -86,6 +87,7 @@ def resolve_steps(words: Iterable[str], defined: Definitions | None = None) -> l
     free = [one for one in words if one.split("=")[0] not in ("stage", "recipe", "name", "dry_run")]
     heads = [[f"stage={step.stage}", f"recipe={recipe}", *([f"name={step.name}"] if step.name else [])] for step in own]
     steps = [[*head, *reaching(head, free, defined)] for head in heads]
+    # a word that no step of the recipe knows is a mistake: let its likeliest owner say so
     for one in free:
         if not any(one in step for step in steps):
             owners = defined.owners(next(iter(parse_overrides([one])))[0])

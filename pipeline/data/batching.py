@@ -133,6 +133,7 @@ def by_budget(items: Sequence[Item], order: Sequence[int], packing: Packing) -> 
             groups[-1].append(i)
             extent = longer
             continue
+        # a new micro-batch, which this row alone must fit into
         groups.append([i])
         extent = Extent().with_item(items[i])
         if (tokens := extent.tokens(packing)) > packing.max_tokens:
@@ -160,22 +161,18 @@ def collate(items: Sequence[Item], indices: Sequence[int], packing: Packing, ste
     filler = not indices
     rows = [item.rows[place] for place in range(len(chosen[0].rows)) for item in chosen]
     response_ids, response_mask = pad([row.response_ids for row in rows], packing.pad_id)
+    # turns of a conversation that are read, not learned
     if any(row.learned for row in rows):
         response_mask &= pad([row.learned or (1,) * len(row.response_ids) for row in rows], 0)[0].bool()
     read = [row.prompt_ids if packing.apart else row.prompt_ids + row.response_ids for row in rows]
     owners = None
     if packing.prompts_once and packing.apart:
+        # the encoder then works once per prompt, not once per response
         places = {ids: place for place, ids in enumerate(dict.fromkeys(read))}
         owners, read = torch.tensor([places[ids] for ids in read]), list(places)
     input_ids, input_mask = pad(read, packing.pad_id)
-    numbers = (
-        {}
-        if filler
-        else {
-            name: torch.tensor([item.numbers[name] for item in chosen], dtype=torch.float32)
-            for name in chosen[0].numbers
-        }
-    )
+    # a filler's numbers are empty: it counts for nothing
+    values = {name: [] if filler else [item.numbers[name] for item in chosen] for name in chosen[0].numbers}
     batch = Batch(
         items=tuple(indices),
         input_ids=input_ids,
@@ -183,8 +180,8 @@ def collate(items: Sequence[Item], indices: Sequence[int], packing: Packing, ste
         prompt_lengths=torch.tensor([len(row.prompt_ids) for row in rows]),
         response_ids=response_ids,
         response_mask=response_mask & (not filler),
-        numbers=numbers if not filler else {name: torch.zeros(0) for name in chosen[0].numbers},
-        ref_logp=reference(chosen, response_ids.shape[1]),
+        numbers={name: torch.tensor(column, dtype=torch.float32) for name, column in values.items()},
+        ref_logp=padded_ref_logps(chosen, response_ids.shape[1]),
         owners=owners,
     )
     if packing.masker is None:
@@ -192,7 +189,7 @@ def collate(items: Sequence[Item], indices: Sequence[int], packing: Packing, ste
     return packing.masker.mask(batch, [] if filler else chosen, step, packing.apart, packing.pad_id)
 
 
-def reference(items: Sequence[Item], width: int) -> torch.Tensor | None:
+def padded_ref_logps(items: Sequence[Item], width: int) -> torch.Tensor | None:
     """(B, width) float32 reference log-probabilities, zero in the padding; None where items carry none."""
     if not items[0].ref_logp:
         return None

@@ -67,6 +67,7 @@ class Masker:
             item.static_rows[int(torch.randint(len(item.static_rows), (), generator=numbers))]
             for item, numbers in zip(items, generators, strict=True)
         ]
+        # no rows: a filler, which keeps the ranks in step
         ids, mask = pad([row.response_ids for row in rows] or [()] * size, pad_id)
         masked = self._masked(mask, rows, generators, spans=True, share=0.0)
         counts = masked.sum(1).tolist()

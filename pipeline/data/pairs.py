@@ -49,6 +49,7 @@ def of_scored(rows: Sequence[Example]) -> list[Example]:
             given.append(row)
         else:
             groups.setdefault(row.prompt, []).append(_checked(row))
+    # the largest contrast of each prompt; what lies between would say less, more often
     made, alone, tied, between = [], 0, 0, 0
     for group in groups.values():
         best, worst = max(group, key=lambda row: row.reward), min(group, key=lambda row: row.reward)

@@ -22,6 +22,7 @@ def row_of(example: Example) -> dict[str, object]:
     A row with an empty prompt is plain text: its completion is the column `text`.
     """
     prompt = example.prompt if isinstance(example.prompt, str) else [turn._asdict() for turn in example.prompt]
+    # references that the reader would make of the answer itself need no column
     better = example.completion or example.chosen
     columns = {
         "id": example.id,

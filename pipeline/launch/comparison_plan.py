@@ -79,8 +79,10 @@ def plan(settings: CompareStage, words: Sequence[str]) -> Study:
     for seed in seeds:
         home = homes[0] if settings.share_before else homes[seeds.index(seed)]
         other = homes[(homes.index(home) + 1) % len(homes)]
+        # reward models of another seed, which nothing here was trained against
         judges = [] if other == home else [task for task in before[other] if task.step.stage == "reward"]
         ending = f"-seed{seed}" if settings.share_before else ""
+        # one RL run per variant from the same start, then one evaluation of all
         rl, evaluation = _recipe_steps(Home(home.run, seed), common)[1:]
         waits = _names(before[home])
         learned = {name: variant_step(rl, everyone, own, name + ending) for name, own in variants.items()}

@@ -68,6 +68,7 @@ def run_all(tasks: Sequence[Task], jobs: int, logs: Path) -> dict[str, int]:
                 running.append(start(task, jobs, logs))
             if not running:
                 break
+            # what ended makes room, and its followers ready
             for one in [one for one in running if one.process.poll() is not None]:
                 running.remove(one)
                 code = one.process.returncode if one.process.returncode >= 0 else 128 - one.process.returncode

@@ -94,6 +94,7 @@ def shape_of(settings: Training) -> Shape:
 
     config = load_config(settings.model, UntrainedTokenizer(settings.model))
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    # weights without memory: only their shapes count
     with torch.device("meta"):
         model = auto.from_config(config)
     parameters = float(sum(p.numel() for p in model.parameters()))

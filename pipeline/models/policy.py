@@ -249,6 +249,7 @@ def check_head(policy: Policy, batch: Batch) -> None:
     else:
         first = int(batch.prompt_lengths[0]) - 1
         theirs = lm(input_ids=batch.input_ids, use_cache=False).logits[0, first : first + batch.response_ids.shape[1]]
+    # our own way to the logits must give what the model's own forward gives
     expected = theirs.float().log_softmax(-1).gather(1, batch.response_ids[0][:, None])[:, 0]
     difference = float((policy(batch)[0] - expected).abs().max())
     if math.isnan(difference):

@@ -87,6 +87,7 @@ def fit(
     if not fitted or not kept_out:
         counts = f"{len(fitted)} prompts to fit and {len(kept_out)} held out"
         raise UserError(f"value fit: {counts}, wanted at least 1 of each: give more validation prompts")
+    # from the mean: what is learned is how prompts differ
     _start_at(head, float(targets[~held_out].double().mean()))
     optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate, weight_decay=0.0)
     best_epoch, best_mse, best_weights = 0, math.inf, None

@@ -38,6 +38,7 @@ def build(run_dir: Path) -> Path:
             f"{run_dir}: no stage has left anything to report, wanted at least one of {', '.join(STAGES)} with "
             f"{' or '.join(FILES)}; run a stage first, or name another run with run="
         )
+    # each finding of the page is a verdict on a stage or on the policies side by side
     evaluation = next((stage for stage in stages if stage.name == "evaluate" and columns_of(stage.results)), None)
     policies = columns_of(evaluation.results) if evaluation else {}
     judged = {stage.name: verdicts(stage) for stage in stages}

@@ -137,6 +137,7 @@ def _once(server: _Server, body: bytes) -> bytes:
         shown = shortened(f"{place.scheme}://{place.netloc.rpartition('@')[2]}{place.path}")
         raise server.error(f"{problem}, a redirect to {shown}, wanted the address itself: give that, if it is right")
     problem += f" ({line})" if (line := _first_line(answer)) else ""
+    # these pass: the request is sent again, after what the server asks for
     if status == 429 or status >= 500:
         wait = headers.get("Retry-After", "")
         raise _PassingError(problem, float(wait) if wait.isdecimal() else 0.0)

@@ -50,6 +50,7 @@ def trainer(context: Context) -> Trainer:
     prompts, held_out = (dataset.unique_prompts(rows) for rows in dataset.splits(context.data, settings.seed))
     longest = max(settings.generation.max_new_tokens, settings.data.max_response_length)
     policy = build_policy(settings, ranks, context.start, longest=longest)
+    # a KL term compares with the start as it was: a second model, which is only read
     frozen = None
     if context.module.needs(algorithm).ref_logp:
         frozen = build_policy(settings, ranks, context.start, longest=longest, frozen=True).engine

@@ -93,6 +93,7 @@ def with_values(policy: ReferencePolicy, items: list[Item], data: ValueData) -> 
         raise UserError(
             "value.targets: policy, but nothing can score new responses: give reward=, or value.targets=data"
         )
+    # all that the values depend on: another judge, seed or number of ranks gives others
     parts = {
         "rows": rows_digest(items),
         "logged": [item.numbers["reward"] for item in data.logged] if settings.value.targets == "data" else None,

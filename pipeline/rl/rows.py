@@ -88,6 +88,7 @@ def population(items: Sequence[Item], weight: str, settings: RlStage) -> Populat
             f"sampling: all, but none of {n} rows has a positive {weight} (largest {max(weights):.4g}), wanted one to "
             "learn from: raise the rewards above 0, or say algo=alol, which subtracts what was to be expected"
         )
+    # in proportion to the weight; otherwise every row that is kept once per epoch
     if settings.sampling == "priority":
         return Population(lambda step: sampling.priority_rows(weights, size, step, seed), len(kept) / n)
     pool = list(range(n)) if settings.sampling == "all" else kept

@@ -41,6 +41,7 @@ def trainer(context: Context) -> Trainer:
     policy = build_policy(settings, ranks, context.start, mask=True)
     items, tested = encode(policy, context.directory, train, held_out[: settings.eval.max_rows], reference_rows)
     items = with_static_rows(items, policy.encoder, settings.static)
+    # masks and samples depend on seed, step and row alone, not on batches or ranks
     masked = masked_packing(
         policy, settings.masking, settings.seed, samples=algorithm.samples, share_prompt=settings.share_prompt
     )

@@ -62,6 +62,7 @@ def value_targets(model: Model, rl: RlStage, data: ValueData) -> Targets:
             logged.setdefault(item.example.prompt, []).append(item.numbers["reward"])
         prompts = dataset.unique_prompts([item.example for item in data.logged])[: settings.max_prompts]
         expected = [statistics.fmean(logged[example.prompt]) for example in prompts]
+    # a share of the prompts chooses the best epoch and is never fitted
     encoded = dataset.encode(prompts, model.encoder, dataset.prompt_rows).items
     low, high = value_range(data.rewards, expected)
     order = sampling.epoch_rows(len(prompts), len(prompts), 0, rl.seed)
@@ -97,6 +98,7 @@ def fit_value(
     """A value head over the frozen reference, fitted by all ranks together; the same on all of them."""
     states = prompt_states(engine, targets.items, packing)
     hidden = engine.ranks.from_main(next(iter(states.values())).shape[1] if states else None)
+    # the head's first weights are the same on every rank, and cost the training no random number
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = value_head.ValueHead(hidden, targets.low, targets.high, settings.num_heads, settings.dropout)

@@ -51,6 +51,7 @@ class Checkpoints:
         name, pointer = f"step-{state.step:06d}", self.directory / "latest"
         if self.ranks.from_main(pointer.is_file() and pointer.read_text(encoding="utf-8").strip() == name):
             return
+        # under another name until all ranks have written: a kill leaves no half checkpoint
         part = self.directory / f"part-{name}"
         if self.ranks.main:
             shutil.rmtree(part, ignore_errors=True)
@@ -62,6 +63,7 @@ class Checkpoints:
         if self.ranks.main:
             write_json(part / "memory.json", dict(memory or {}))
             write_json(part / "state.json", asdict(state))
+            # on the disk first, then the rename, then the pointer: each moment has a whole `latest`
             flush(part)
             shutil.rmtree(self.directory / name, ignore_errors=True)
             os.replace(part, self.directory / name)

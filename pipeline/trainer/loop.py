@@ -100,6 +100,7 @@ def fit(trainer: Trainer) -> None:
         total_steps=trainer.max_steps,
         description="/".join(trainer.directory.parts[-2:]),
     )
+    # results.json comes last: a stage with one is done, and its checkpoints may go
     state = take_steps(trainer, state, interval, log, checkpoints)
     keep(trainer, state)
     log.finish(results(state, train.keep, trainer.max_steps))
@@ -128,6 +129,7 @@ def take_steps(trainer: Trainer, state: State, interval: Interval, log: RunLog, 
             state, values = evaluate(trainer, state, log)
             log.scalars(0, values)
         while state.step < last:
+            # one rank's signal stops all, or the others would wait for it
             if ranks.any(bool(received)):
                 save()
                 raise PreemptedError(f"stopped by SIGTERM after step {state.step} of {last}, which is saved")
