@@ -51,7 +51,7 @@ def main(settings: GenerateStage, words: Sequence[str]) -> None:
             found = found._replace(rows=judged.rows)
             statistics |= evaluation.reward_statistics(judged.scores, judged.texts)
         if ranks.main:
-            write_rows(str(directory / f"{split}.jsonl"), found.rows)
+            write_rows(directory / f"{split}.jsonl", found.rows)
         results[split] = {**counts(found), **statistics}
         logger.info(f"{directory / split}.jsonl: {summary(found, len(answers))}")
     if ranks.main:
