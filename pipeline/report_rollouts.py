@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import page, page_samples
-from pipeline.algorithms.functional import EQUAL_REWARDS
 from pipeline.charts import MINUS, number
 from pipeline.errors import UserError
 from pipeline.report_stages import json_object
@@ -71,6 +70,8 @@ def _group(rows: Sequence[Mapping[str, Any]]) -> str:
 def _about(rows: Sequence[Mapping[str, Any]]) -> str:
     rewards = [row["reward"] for row in rows]
     mean, spread = math.fsum(rewards) / len(rows), max(rewards) - min(rewards)
+    from pipeline.algorithms.functional import EQUAL_REWARDS  # here: a page without rollouts needs no torch
+
     known, many = rows[0]["capability"], "1 response" if len(rows) == 1 else f"{len(rows)} responses"
     sure = "unknown" if known is None else number(known)
     words = f"{many} at temperature {number(rows[0]['temperature'])}, mean reward {number(mean)}"

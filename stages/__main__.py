@@ -15,7 +15,8 @@ from pipeline.config.schema import Training
 from pipeline.config.yaml_layers import ROOT, Layer, dump_yaml, parse_overrides
 from pipeline.errors import UserError
 from pipeline.launch.entry import leave
-from pipeline.launch.launcher import DISTRIBUTED, command, environment, run
+from pipeline.launch.launcher import DISTRIBUTED, command, environment, is_rank, run
+from stages import inputs
 
 HELP = ("stage=help", "--help", "-h")
 TEST = "stage=test"
@@ -47,10 +48,15 @@ def main(words: Sequence[str]) -> int:
 
 
 def start(step: Resolved) -> int:
-    """Run one step to its end and return its exit code. Where this is one rank of many, rank 0 alone runs the steps
-    that do not share their work."""
+    """Run one step to its end, unless it is done, and return its exit code.
+
+    Where this is one rank of many, rank 0 alone runs the steps that do not share their work; of the others the ranks
+    find out together whether they are done. Raises UserError where the step was started with other settings.
+    """
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     if step.stage not in DISTRIBUTED and rank != "0":
+        return 0
+    if not is_rank(os.environ) and inputs.done(step.stage, step.settings):
         return 0
     launch = step.settings.launch
     return run(command(launch, step.stage, step.words, os.environ), environment(launch, step.stage, os.environ))

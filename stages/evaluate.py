@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from pathlib import Path
 
-from pipeline import files
 from pipeline.config.reward_spec import labelled
 from pipeline.config.schema import Evaluate
 from pipeline.config.sections import ModelSettings
@@ -21,6 +19,7 @@ from pipeline.rewards.rewards import Rewards
 from pipeline.rollout import generate
 from pipeline.trainer import engine, evaluation
 from pipeline.trainer.engine import Ranks
+from stages import inputs
 
 SHOWN = {
     "reward/mean": "reward",
@@ -34,17 +33,10 @@ def main(settings: Evaluate, words: Sequence[str]) -> None:
     ranks = engine.start(settings.launch.ddp_timeout)
     directory = run_dir.stage_dir(settings, "evaluate")
     models = {name: run_dir.policy_model(settings, place) for name, place in settings.policies.items()}
-    inputs = dataset.inputs(settings, settings.model)
-    inputs |= {f"policy {name}": files.fingerprint(model.path) for name, model in models.items()}
-    inputs |= build.reward_inputs(settings, settings.reward)
-    monitors = labelled(settings.monitors)
-    inputs |= {
-        f"monitor {label}": files.fingerprint(place) for label, place in monitors.items() if Path(place).is_dir()
-    }
-    if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs)):
+    if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs.of_evaluate(settings))):
         return
     say = print if ranks.main else str
-    judge = build.build_rewards(settings, settings.reward, settings.rewards, ranks.device, monitors)
+    judge = build.build_rewards(settings, settings.reward, settings.rewards, ranks.device, labelled(settings.monitors))
     if judge is None:
         raise UserError("stage=evaluate: nothing to judge with: give reward=NAME, or train one with stage=reward")
     prompts = dataset.unique_prompts(dataset.load(settings.data, settings.split, settings.seed, say))

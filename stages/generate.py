@@ -21,6 +21,7 @@ from pipeline.rewards import build, candidates
 from pipeline.rewards.candidates import Gathered
 from pipeline.rollout import generate
 from pipeline.trainer import engine, evaluation
+from stages import inputs
 
 BATCHES = 20  # on each rank between two words about how far it is
 
@@ -29,8 +30,7 @@ def main(settings: Generate, words: Sequence[str]) -> None:
     ranks = engine.start(settings.launch.ddp_timeout)
     directory = run_dir.stage_dir(settings, "generate")
     model = run_dir.policy_model(settings, settings.policy)
-    inputs = dataset.inputs(settings, model) | build.reward_inputs(settings, settings.reward, own=False)
-    if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs)):
+    if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs.of_generate(settings))):
         return
     say = partial(print, flush=True) if ranks.main else str
     judge = None

@@ -20,13 +20,14 @@ from pipeline.trainer import engine, evaluation, loop
 from pipeline.trainer.loop import Evaluation, Watch
 from pipeline.trainer.objective import objective_of
 from reward_models import learned
+from stages import inputs
 
 
 def main(settings: Reward, words: Sequence[str]) -> None:
     ranks = engine.start(settings.launch.ddp_timeout)
     directory = run_dir.stage_dir(settings, "reward")
     model = run_dir.start_model(settings)
-    if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, dataset.inputs(settings, model))):
+    if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs.of_reward(settings))):
         return
 
     # rows -> tokens

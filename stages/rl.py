@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipeline.config.schema import Rl
-from pipeline.config.sections import DataSettings, ModelSettings
-from pipeline.data import dataset
-from pipeline.errors import UserError
 from pipeline.launch import run_dir
 from pipeline.launch.entry import run
 from pipeline.rewards import build
@@ -15,6 +12,7 @@ from pipeline.rl import dpo, offline, on_policy, semi_offline
 from pipeline.rl.context import Scene
 from pipeline.trainer import engine, loop
 from pipeline.trainer.objective import objective_of
+from stages import inputs
 
 LESSONS = {
     "data": offline.lesson,
@@ -27,36 +25,16 @@ LESSONS = {
 def main(settings: Rl, words: Sequence[str]) -> None:
     ranks = engine.start(settings.launch.ddp_timeout)
     directory = run_dir.stage_dir(settings, "rl")
-    model, data = start_model(settings), scored_data(settings)
-    judge_key = build.reward_inputs(settings, settings.reward)
-    inputs = dataset.inputs(settings.model_copy(update={"data": data}), model) | judge_key
-    if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs)):
+    model, data = inputs.rl_model(settings), inputs.rl_data(settings)
+    found = ranks.on_main(lambda: inputs.of_rl(settings))
+    if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, found)):
         return
     module, algorithm, objective = objective_of(settings.algorithm)
+    judge_key = {name: mark for name, mark in found.items() if name.startswith("reward ")}
     judge = build.build_rewards(settings, settings.reward, settings.rewards, ranks.device)
     scene = Scene(settings, ranks, directory, model, data, judge, judge_key, module, algorithm, objective)
     lesson = LESSONS[module.RESPONSES](scene)
     loop.train(settings, directory, lesson.engine, lesson.course, lesson.prepare)
-
-
-def start_model(settings: Rl) -> ModelSettings:
-    """The model to start from. Raises UserError where there is none: RL does not begin with a new one."""
-    model = run_dir.start_model(settings)
-    if model.path is None:
-        raise UserError(
-            f"stage=rl: {run_dir.run_dir(settings)}/sft holds no model to start from: make one with "
-            f"bash run.sh stage=sft run={settings.run} data.train=FILE, or give model="
-        )
-    return model
-
-
-def scored_data(settings: Rl) -> DataSettings:
-    """Where the rows come from: `scored`, else the run's score stage, else data.*."""
-    left = run_dir.run_dir(settings) / "score"
-    place = settings.scored or (str(left) if run_dir.finished(left) else None)
-    if place is None:
-        return settings.data
-    return dataset.read_from(settings.data, path=place)
 
 
 if __name__ == "__main__":

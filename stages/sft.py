@@ -18,13 +18,14 @@ from pipeline.rollout import generate
 from pipeline.trainer import engine, evaluation, loop
 from pipeline.trainer.loop import Evaluation, Watch
 from pipeline.trainer.objective import objective_of
+from stages import inputs
 
 
 def main(settings: Sft, words: Sequence[str]) -> None:
     ranks = engine.start(settings.launch.ddp_timeout)
     directory = run_dir.stage_dir(settings, "sft")
     model = settings.model
-    if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, dataset.inputs(settings, model))):
+    if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs.of_sft(settings))):
         return
 
     # rows -> tokens

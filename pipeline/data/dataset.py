@@ -7,16 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline import files, plugins
-from pipeline.config.schema import WithModel
-from pipeline.config.sections import DataSettings, ModelSettings, TemplateSettings
+from pipeline import plugins
+from pipeline.config.sections import DataSettings, TemplateSettings
 from pipeline.data import convert, hub, readers, splits
 from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.records import Example, Item, Row
 
-SPLITS = ("train", "validation", "test")
 NUMBERS = ("reward", "margin", "chosen_reward", "rejected_reward", "correctness")
 Report = Callable[[str], None]
 
@@ -55,7 +53,7 @@ def _of_task(data: DataSettings, split: str, seed: int) -> list[Example]:
 
 
 def _of_files(data: DataSettings, split: str, report: Report) -> list[Example]:
-    place = split_places(data)
+    place = splits.split_places(data)
     if split in place:
         return _read(place[split], data, report)
     if split != "validation" or data.validation_fraction == 0 or "train" not in place:
@@ -74,23 +72,6 @@ def _read(place: str, data: DataSettings, report: Report) -> list[Example]:
     return readers.read(place, data.format, filters, data.max_bad_rows, report).examples
 
 
-def split_places(data: DataSettings) -> dict[str, str]:
-    """split -> file or hub name, from data.path and data.train, data.validation, data.test.
-
-    Raises:
-        UserError: nothing is named.
-    """
-    named = {split: getattr(data, split) for split in SPLITS if getattr(data, split) is not None}
-    if data.path is not None:
-        named = {**splits.split_files(data.path, data.files), **named}
-    if not named:
-        raise UserError(
-            "data: none is named, wanted rows to learn from: give data.train=FILE, data.path=DIRECTORY "
-            "or data.task=assistant"
-        )
-    return named
-
-
 def held_out(example: Example, fraction: float) -> bool:
     """Whether a row of train belongs to validation where there is no such split: all rows of a prompt go together."""
     digest = hashlib.sha256(repr(example.prompt).encode()).digest()
@@ -100,7 +81,7 @@ def held_out(example: Example, fraction: float) -> bool:
 def load_train(data: DataSettings, seed: int, report: Report = print) -> list[Example]:
     """The training split, without what serves as validation where there is no such split."""
     examples = load(data, "train", seed, report)
-    if data.task is not None or "validation" in split_places(data):
+    if data.task is not None or "validation" in splits.split_places(data):
         return examples
     kept = [e for e in examples if not held_out(e, data.validation_fraction)]
     if not kept:
@@ -114,14 +95,6 @@ def load_train(data: DataSettings, seed: int, report: Report = print) -> list[Ex
 def load_split(data: DataSettings, split: str, seed: int, report: Report = print) -> list[Example]:
     """The rows of `split` as stages that do not learn see them: those of train without what serves as validation."""
     return load_train(data, seed, report) if split == "train" else load(data, split, seed, report)
-
-
-def read_from(data: DataSettings, **places: str) -> DataSettings:
-    """`data` with rows that an earlier stage left at `places` (path, or splits): they need no filter any more."""
-    nowhere = {"path": None, "files": None, "task": None, "task_size": None, **dict.fromkeys(SPLITS)}
-    return data.model_copy(
-        update={**nowhere, "format": None, "exclude": [], "drop_abrupt": False, "sources": None, **places}
-    )
 
 
 def supervised(examples: Sequence[Example]) -> list[Example]:
@@ -262,13 +235,3 @@ def reference_text(example: Example) -> str:
             "or `references`"
         )
     return found
-
-
-def inputs(settings: WithModel, model: ModelSettings) -> dict[str, str]:
-    """Fingerprints of what a stage starts from: model and data."""
-    found = {"model": "new" if model.path is None else files.fingerprint(model.path)}
-    if settings.data.task is not None:
-        source, _ = plugins.split(settings.data.task)
-        return {**found, "data": files.fingerprint(source) if source.endswith(".py") else f"task {settings.data.task}"}
-    places = split_places(settings.data)
-    return {**found, **{f"data.{split}": files.fingerprint(place) for split, place in places.items()}}

@@ -9,8 +9,6 @@ from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
-import torch
-
 from pipeline.errors import UserError
 
 NAME = "starts.jsonl"
@@ -48,6 +46,8 @@ def read(directory: Path) -> list[dict]:
 
 def device() -> str:
     """What this process computes on."""
+    import torch  # here: those who only read what was noted need none
+
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"CPU, {os.cpu_count()} cores, {platform.machine()}"
