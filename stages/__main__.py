@@ -14,6 +14,7 @@ from pipeline.config.resolve import Resolved, resolve_steps
 from pipeline.config.schema import Training
 from pipeline.config.yaml_layers import ROOT, Layer, dump_yaml, parse_overrides
 from pipeline.errors import UserError
+from pipeline.launch.closing import closing
 from pipeline.launch.entry import leave
 from pipeline.launch.launcher import DISTRIBUTED, command, environment, is_rank, run
 from stages import inputs
@@ -38,7 +39,7 @@ def main(words: Sequence[str]) -> int:
     for number, step in enumerate(steps, 1):
         if len(steps) > 1:
             print(f"[{number}/{len(steps)}] {title(step)}", flush=True)
-        code = start(step)
+        code = start(step, last=number == len(steps))
         if code != 0:
             rest = f"; {len(steps) - number} later steps not started" if number < len(steps) else ""
             if len(steps) > 1:
@@ -47,8 +48,8 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def start(step: Resolved) -> int:
-    """Run one step to its end, unless it is done, and return its exit code.
+def start(step: Resolved, last: bool) -> int:
+    """Run one step to its end, unless it is done, say what it left, and return its exit code.
 
     Where this is one rank of many, rank 0 alone runs the steps that do not share their work; of the others the ranks
     find out together whether they are done. Raises UserError where the step was started with other settings.
@@ -59,7 +60,11 @@ def start(step: Resolved) -> int:
     if not is_rank(os.environ) and inputs.done(step.stage, step.settings):
         return 0
     launch = step.settings.launch
-    return run(command(launch, step.stage, step.words, os.environ), environment(launch, step.stage, os.environ))
+    argv = command(launch, step.stage, step.words, os.environ)
+    code = run(argv, environment(launch, step.stage, os.environ))
+    if code == 0 and rank == "0" and (line := closing(step, last)):
+        print(line, flush=True)
+    return code
 
 
 def test(arguments: Sequence[str]) -> int:
