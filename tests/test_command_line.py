@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -142,6 +143,20 @@ def test_test_words_go_to_pytest(tmp_path: Path):
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_has_its_files(stage: str):
     assert (ROOT / "stages" / f"{stage}.yaml").is_file() and (ROOT / "stages" / f"{stage}.py").is_file()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="PYTHONSAFEPATH is of Python 3.11")
+def test_the_installed_command_is_the_command_line(tmp_path: Path):
+    """Also where a folder called like ours lies: neither the command nor the stages that it starts are of there."""
+    module, function = re.search(r'"tiffin = ([\w.]+):(\w+)"', (ROOT / "setup.py").read_text()).groups()
+    for file in ("bin/tiffin", "here/stages/__init__.py", "here/stages/report.py"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    (tmp_path / "bin/tiffin").write_text(f"from {module} import {function}\n{function}()\n")
+    argv = [sys.executable, str(tmp_path / "bin/tiffin"), "stage=report", "run=none"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(argv, cwd=tmp_path / "here", env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("tiffin: runs/none"), done
 
 
 # The environment of run.sh.
