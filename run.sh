@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Finds or makes the environment, then hands over to `python -m stages`. See: bash run.sh stage=help
+# Where Tiffin is installed (pip install .), `tiffin` says the same.
 # PYTHON=/path/to/python chooses the interpreter. Paths in settings, and runs/, are relative to where you call it from.
 set -euo pipefail
 

@@ -35,6 +35,7 @@ setup(
     python_requires=">=3.10",
     install_requires=REQUIREMENTS,
     extras_require={"dev": DEV},
+    entry_points={"console_scripts": ["tiffin = stages.__main__:tiffin"]},
     packages=[*find_packages(include=["pipeline", "pipeline.*", "stages", "reward_models"]), "ds_configs"],
     package_data={
         "stages": ["*.yaml", "*/*.yaml"],

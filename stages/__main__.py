@@ -1,4 +1,4 @@
-"""The command line: `python -m stages key=value ...`. Checks every step, then runs each as its own process."""
+"""The command line, `python -m stages key=value ...` or `tiffin`: checks all steps, runs each as its own process."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from pipeline.config.help import help_text
 from pipeline.config.resolve import Resolved, resolve_steps
 from pipeline.config.schema import Training
 from pipeline.config.yaml_layers import ROOT, Layer, dump_yaml, parse_overrides
 from pipeline.errors import UserError
+from pipeline.launch.closing import closing
 from pipeline.launch.entry import leave
-from pipeline.launch.launcher import DISTRIBUTED, command, environment, run
+from pipeline.launch.launcher import DISTRIBUTED, command, environment, is_rank, run
+from stages import inputs
 
 HELP = ("stage=help", "--help", "-h")
 TEST = "stage=test"
@@ -37,7 +40,7 @@ def main(words: Sequence[str]) -> int:
     for number, step in enumerate(steps, 1):
         if len(steps) > 1:
             print(f"[{number}/{len(steps)}] {title(step)}", flush=True)
-        code = start(step)
+        code = start(step, last=number == len(steps))
         if code != 0:
             rest = f"; {len(steps) - number} later steps not started" if number < len(steps) else ""
             if len(steps) > 1:
@@ -46,14 +49,23 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def start(step: Resolved) -> int:
-    """Run one step to its end and return its exit code. Where this is one rank of many, rank 0 alone runs the steps
-    that do not share their work."""
+def start(step: Resolved, last: bool) -> int:
+    """Run one step to its end, unless it is done, say what it left, and return its exit code.
+
+    Where this is one rank of many, rank 0 alone runs the steps that do not share their work; of the others the ranks
+    find out together whether they are done. Raises UserError where the step was started with other settings.
+    """
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     if step.stage not in DISTRIBUTED and rank != "0":
         return 0
+    if not is_rank(os.environ) and inputs.done(step.stage, step.settings):
+        return 0
     launch = step.settings.launch
-    return run(command(launch, step.stage, step.words, os.environ), environment(launch, step.stage, os.environ))
+    argv = command(launch, step.stage, step.words, os.environ)
+    code = run(argv, environment(launch, step.stage, os.environ))
+    if code == 0 and rank == "0" and (line := closing(step, last)):
+        print(line, flush=True)
+    return code
 
 
 def test(arguments: Sequence[str]) -> int:
@@ -86,6 +98,12 @@ def _dry_run(overrides: Layer) -> bool:
     if not isinstance(value, bool):
         raise UserError(f"command line: dry_run={value!r}, wanted true or false")
     return value
+
+
+def tiffin() -> NoReturn:
+    """What the installed command `tiffin` calls."""
+    os.environ["PYTHONSAFEPATH"] = "1"  # as run.sh: folders called stages or pipeline where you are do not hide ours
+    leave(lambda: main(sys.argv[1:]))
 
 
 if __name__ == "__main__":

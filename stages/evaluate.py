@@ -5,9 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
-from pipeline import files
 from pipeline.config.reward_spec import labelled
 from pipeline.config.schema import EvaluateStage
 from pipeline.config.sections import ModelSettings
@@ -23,6 +21,7 @@ from pipeline.rollout.generate import generate, plain_sampling
 from pipeline.trainer import engine, evaluation
 from pipeline.trainer.engine import Ranks
 from pipeline.trainer.model import build_inference
+from stages import inputs
 
 logger = logging.getLogger("tiffin")
 
@@ -38,15 +37,9 @@ def main(settings: EvaluateStage, words: Sequence[str]) -> None:
     ranks = engine.start(settings.launch.ddp_timeout)
     directory = run_dir.stage_dir(settings, "evaluate")
     models = {name: run_dir.policy_model(settings, place) for name, place in settings.policies.items()}
-    inputs = dataset.inputs(settings, settings.model)
-    inputs |= {f"policy {name}": files.fingerprint(model.path) for name, model in models.items()}
-    inputs |= build.reward_inputs(settings, settings.reward)
-    monitors = labelled(settings.monitors)
-    inputs |= {
-        f"monitor {label}": files.fingerprint(place) for label, place in monitors.items() if Path(place).is_dir()
-    }
-    if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs)):
+    if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs.of_evaluate(settings))):
         return
+    monitors = labelled(settings.monitors)
     rewards = build.build_rewards(settings, settings.reward, settings.rewards, ranks.device, monitors)
     if rewards is None:
         raise UserError("stage=evaluate: nothing to judge with: give reward=NAME, or train one with stage=reward")

@@ -21,6 +21,7 @@ from pipeline.rewards.candidates import Gathered
 from pipeline.rollout.generate import generate
 from pipeline.trainer import engine, evaluation
 from pipeline.trainer.model import Model, build_inference
+from stages import inputs
 
 logger = logging.getLogger("tiffin")
 
@@ -31,8 +32,7 @@ def main(settings: GenerateStage, words: Sequence[str]) -> None:
     ranks = engine.start(settings.launch.ddp_timeout)
     directory = run_dir.stage_dir(settings, "generate")
     model = run_dir.policy_model(settings, settings.policy)
-    inputs = dataset.inputs(settings, model) | build.reward_inputs(settings, settings.reward, own=False)
-    if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs)):
+    if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs.of_generate(settings))):
         return
     rewards = None
     if settings.reward is not None:

@@ -21,6 +21,7 @@ from pipeline.trainer.model import Model, build_reward_model, encode
 from pipeline.trainer.objective import Objective, objective_of
 from pipeline.trainer.schedule import epochs, steps_for
 from reward_models import learned
+from stages import inputs
 
 logger = logging.getLogger("tiffin")
 
@@ -29,7 +30,7 @@ def main(settings: RewardStage, words: Sequence[str]) -> None:
     ranks = engine.start(settings.launch.ddp_timeout)
     directory = run_dir.stage_dir(settings, "reward")
     start = run_dir.start_model(settings)
-    if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, dataset.inputs(settings, start))):
+    if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs.of_reward(settings))):
         return
     module, algorithm, objective = objective_of(settings.algorithm)
     train, held_out = rows_of(settings, module, algorithm)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from pipeline.config.schema import ScoreStage
 from pipeline.config.sections import DataSettings
-from pipeline.data import dataset
+from pipeline.data import dataset, splits
 from pipeline.data.write import write_rows
 from pipeline.errors import UserError
 from pipeline.files import write_json
@@ -22,6 +22,7 @@ from pipeline.launch.entry import run
 from pipeline.records import Example, Scores
 from pipeline.rewards import build, candidates
 from pipeline.trainer import engine, evaluation
+from stages import inputs
 
 logger = logging.getLogger("tiffin")
 
@@ -29,16 +30,14 @@ logger = logging.getLogger("tiffin")
 def main(settings: ScoreStage, words: Sequence[str]) -> None:
     ranks = engine.start(settings.launch.ddp_timeout)
     directory = run_dir.stage_dir(settings, "score")
-    data = data_of(settings)
+    data = inputs.score_data(settings)
     rewards = build.build_rewards(settings, settings.reward, settings.rewards, ranks.device)
     if rewards is None:
         raise UserError(
             "stage=score: nothing to score with: give reward=NAME (length, rouge, your/file.py ...), "
             f"or train one with bash run.sh stage=reward run={settings.run}"
         )
-    inputs = dataset.inputs(settings.model_copy(update={"data": data}), settings.model)
-    inputs |= build.reward_inputs(settings, settings.reward)
-    if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs)):
+    if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs.of_score(settings))):
         return
     results: dict[str, object] = {}
     asked = splits_of(settings.splits, data)
@@ -55,25 +54,11 @@ def main(settings: ScoreStage, words: Sequence[str]) -> None:
     ranks.barrier()
 
 
-def data_of(settings: ScoreStage) -> DataSettings:
-    """Where the rows come from: data.*, or the run's generate stage. Raises UserError where that has left none."""
-    if settings.of == "data":
-        return settings.data
-    left = run_dir.run_dir(settings) / "generate"
-    if not run_dir.finished(left):
-        raise UserError(
-            f"of=generate: {left} holds no finished rows, wanted responses or candidates to score: make them with "
-            f"bash run.sh stage=generate run={settings.run} splits=[train,validation]"
-        )
-    files = {split: left / f"{split}.jsonl" for split in dataset.SPLITS}
-    return dataset.read_from(settings.data, **{split: str(file) for split, file in files.items() if file.is_file()})
-
-
 def splits_of(asked: Sequence[str], data: DataSettings) -> list[str]:
     """The splits asked for that the data have; validation is cut from train where it has no file of its own."""
     if data.task is not None:
         return list(asked)
-    there = {*dataset.split_places(data)}
+    there = {*splits.split_places(data)}
     return [split for split in asked if split in there or (split == "validation" and "train" in there)]
 
 

@@ -20,6 +20,7 @@ from pipeline.trainer.loop import HELD_OUT_LOSS, Evaluation, Trainer, fit
 from pipeline.trainer.model import Model, build_policy, encode, masked_packing
 from pipeline.trainer.objective import Objective, objective_of
 from pipeline.trainer.schedule import epochs, steps_for
+from stages import inputs
 
 logger = logging.getLogger("tiffin")
 
@@ -27,8 +28,7 @@ logger = logging.getLogger("tiffin")
 def main(settings: SftStage, words: Sequence[str]) -> None:
     ranks = engine.start(settings.launch.ddp_timeout)
     directory = run_dir.stage_dir(settings, "sft")
-    inputs = dataset.inputs(settings, settings.model)
-    if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs)):
+    if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs.of_sft(settings))):
         return
     _, _, objective = objective_of(settings.algorithm)
     train, held_out = rows_of(settings)

@@ -44,12 +44,12 @@ class Forked:
             old.unlink()
         resolved = resolve(words)
         self.codes: dict[int, int | None] = {}  # process -> exit code
-        self._port = free_port()
+        port = free_port()
         sys.stdout.flush()
         for rank in range(world):
             pid = os.fork()
             if pid == 0:
-                _child(place, resolved.stage, resolved.words, rank, world, self._port)
+                _child(place, resolved.stage, resolved.words, rank, world, port)
             self.codes[pid] = None
         self.ranks = list(self.codes)
 
@@ -87,8 +87,6 @@ class Forked:
             trouble = f"ranks went on for {PATIENCE_SECONDS:.0f} s after one had ended and they were told to"
             self.signal(signal.SIGKILL, None)
             _wait(self._all_ended, PATIENCE_SECONDS)
-        for left in Path("/dev/shm").glob(f"deepspeed_*_{self._port}_*"):  # DeepSpeed's, 69 MB a rank after a kill
-            left.unlink()
         code = self.code() if first is None else first
         assert code is not None, f"{self.place}: a process survived SIGKILL"
         return code, trouble

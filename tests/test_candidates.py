@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from pipeline.config.resolve import resolve
-from pipeline.data import dataset, readers
+from pipeline.data import dataset, readers, splits
 from pipeline.data.write import write_rows
 from pipeline.errors import UserError
 from pipeline.records import Example, Message, Response, Scores
@@ -16,7 +16,7 @@ from pipeline.rewards import candidates
 from pipeline.rewards.rewards import Rewards, WeightedReward
 from pipeline.rl import semi_offline
 from reward_models import length, rouge
-from stages import score
+from stages import inputs, score
 from tests import tiny
 
 ROW = Example("a", "the cat", "sat on a mat", ("sat on a mat", "ran"), source="web")
@@ -136,16 +136,16 @@ def test_splits_that_are_not_there_are_passed_by(tmp_path) -> None:
     data = resolve(["stage=score"]).settings.data
     three = ["train", "validation", "test"]
     (tmp_path / "t.jsonl").write_text('{"prompt": "p", "candidates": ["a"]}\n')
-    only_test = dataset.read_from(data, test=str(tmp_path / "t.jsonl"))
+    only_test = splits.read_from(data, test=str(tmp_path / "t.jsonl"))
     assert score.splits_of(three, only_test) == ["test"]
-    assert score.splits_of(three, dataset.read_from(data, train="t.jsonl")) == ["train", "validation"]
+    assert score.splits_of(three, splits.read_from(data, train="t.jsonl")) == ["train", "validation"]
     with pytest.raises(UserError, match=r"no validation split, only test: give data\.validation="):
         next(dataset.splits(only_test, 0, ["validation"]))
 
 
 def test_rows_of_a_stage_need_no_filter() -> None:
     words = ["task=assistant", "data.task_size=9", "data.sources=[helpful]", "data.format=hh", "data.max_rows=3"]
-    data = dataset.read_from(resolve(["stage=score", *words]).settings.data, path="left")
+    data = splits.read_from(resolve(["stage=score", *words]).settings.data, path="left")
     assert (data.path, data.task, data.task_size, data.sources, data.format) == ("left", None, None, None, None)
     assert data.max_rows == 3  # not how rows are read, but how many
 
@@ -153,7 +153,7 @@ def test_rows_of_a_stage_need_no_filter() -> None:
 def test_score_of_generate_needs_generated_rows(tmp_path) -> None:
     settings = resolve(["stage=score", "of=generate", f"runs_dir={tmp_path}"]).settings
     with pytest.raises(UserError, match=r"of=generate: .*generate holds no finished rows.*stage=generate run=default"):
-        score.data_of(settings)
+        inputs.score_data(settings)
 
 
 @pytest.mark.parametrize("name", ["a.tsv", "a.txt"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -10,9 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config.resolve import resolve
 from pipeline.config.schema import STAGES
 from pipeline.config.yaml_layers import ROOT
-from pipeline.launch import environment
+from pipeline.files import write_json
+from pipeline.launch import environment, run_dir
+from stages import inputs
 
 
 def stages(*words: str, cwd: Path, module: str = "stages") -> subprocess.CompletedProcess[str]:
@@ -59,11 +63,69 @@ def test_help_is_quick_and_lists_what_the_folders_hold(tmp_path: Path):
 def test_the_command_line_does_not_load_torch(tmp_path: Path):
     code = (
         "import sys, stages.__main__ as main\n"
+        "import stages.compare, stages.plan, stages.report\n"
         "assert main.main(['stage=help']) == 0\n"
         "main.resolve_steps(['stage=rl'])\n"
-        "assert not {'torch', 'transformers', 'deepspeed'} & set(sys.modules)"
+        "assert not {'torch', 'transformers', 'deepspeed', 'datasets', 'pyarrow'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+
+
+FINISHED = ["stage=rl", "model=MODEL", "data.train=rows.jsonl", "reward=judge.py"]
+
+
+@pytest.fixture
+def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The words of a finished stage, with what it started from: a model, rows and a reward of one's own."""
+    monkeypatch.chdir(tmp_path)
+    for file in ("MODEL/weights", "rows.jsonl", "judge.py"):
+        Path(file).parent.mkdir(exist_ok=True)
+        Path(file).write_text(file)
+    settings = resolve(FINISHED).settings
+    directory = run_dir.stage_dir(settings, "rl")
+    assert run_dir.open_stage(directory, settings, FINISHED, inputs.of_rl(settings))
+    write_json(directory / "results.json", {})
+    return FINISHED
+
+
+def without_processes(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The command line where no stage can be started, nor torch be loaded."""
+    code = (
+        "import sys, stages.__main__ as main\n"
+        "from pipeline.launch.entry import leave\n"
+        "sys.executable, sys.modules['torch'] = '/nowhere', None\n"
+        f"leave(lambda: main.main({list(words)!r}))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, check=False)
+
+
+def test_what_is_done_is_told_without_starting_it(finished: list[str], tmp_path: Path):
+    done = without_processes(*finished, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "runs/default/rl is done; remove it to do it again\n"), done.stderr
+    (tmp_path / "runs/default/rl/results.json").unlink()
+    assert "/nowhere" in without_processes(*finished, cwd=tmp_path).stderr  # it would be started
+
+
+@pytest.mark.parametrize("file", ["MODEL/weights", "rows.jsonl", "judge.py"])
+def test_what_is_done_with_other_inputs_is_refused_without_starting_it(finished: list[str], tmp_path: Path, file: str):
+    (tmp_path / file).write_text("another")
+    done = without_processes(*finished, cwd=tmp_path)
+    name = {"MODEL/weights": "model", "rows.jsonl": "data.train", "judge.py": "reward judge.py"}[file]
+    assert done.returncode == 2 and f"runs/default/rl: its {name} has changed since it was started" in done.stderr
+
+
+def test_what_was_begun_with_other_settings_is_refused_without_starting_it(finished: list[str], tmp_path: Path):
+    (tmp_path / "runs/default/rl/results.json").unlink()
+    (tmp_path / "runs/default/rl/metrics.jsonl").touch()
+    done = without_processes(*finished, "seed=2", cwd=tmp_path)
+    assert done.returncode == 2 and "runs/default/rl: was started with seed=1, now it is 2" in done.stderr
+
+
+def test_ranks_find_out_together_whether_a_stage_is_done(finished: list[str], tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "/nowhere" in without_processes(*finished, cwd=tmp_path).stderr
 
 
 def test_dry_run_of_one_stage_begins_nothing(tmp_path: Path):
@@ -81,6 +143,20 @@ def test_test_words_go_to_pytest(tmp_path: Path):
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_has_its_files(stage: str):
     assert (ROOT / "stages" / f"{stage}.yaml").is_file() and (ROOT / "stages" / f"{stage}.py").is_file()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="PYTHONSAFEPATH is of Python 3.11")
+def test_the_installed_command_is_the_command_line(tmp_path: Path):
+    """Also where a folder called like ours lies: neither the command nor the stages that it starts are of there."""
+    module, function = re.search(r'"tiffin = ([\w.]+):(\w+)"', (ROOT / "setup.py").read_text()).groups()
+    for file in ("bin/tiffin", "here/stages/__init__.py", "here/stages/report.py"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    (tmp_path / "bin/tiffin").write_text(f"from {module} import {function}\n{function}()\n")
+    argv = [sys.executable, str(tmp_path / "bin/tiffin"), "stage=report", "run=none"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(argv, cwd=tmp_path / "here", env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("tiffin: runs/none"), done
 
 
 # The environment of run.sh.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -242,11 +243,18 @@ def test_encoder_side_specials_stay_on_the_prompt(before: str, after: str) -> No
     assert cut[-1] == encoder.eos_id and len(cut) == 3
 
 
-def test_the_coloured_example_shows_all() -> None:
+@pytest.mark.parametrize(
+    ("terminal", "no_color", "colours"), [(True, "", True), (True, "1", False), (False, "", False)]
+)
+def test_the_coloured_example_shows_all(monkeypatch, terminal: bool, no_color: str, colours: bool) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    monkeypatch.setenv("NO_COLOR", no_color)
     encoder = tiny.encoder()
     row = encoder.encode("the cat", "sat on")
     shown = coloured(encoder, row)
-    assert "the cat" in shown and shown.index("the cat") < shown.index("\033[32m")
+    assert shown.count("\033") == (4 if colours else 0)
+    assert not colours or shown.index("the cat") < shown.index("\033[32m") < shown.index("</s>")
+    assert "the cat" in shown
     assert "</s>" in shown and f"{len(row.response_ids)} response tokens (learned)" in shown
 
 

@@ -7,17 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline import files, plugins
-from pipeline.config.schema import WithModel
-from pipeline.config.sections import DataSettings, ModelSettings, TemplateSettings
+from pipeline import plugins
+from pipeline.config.sections import DataSettings, TemplateSettings
 from pipeline.data import convert, hub, readers
-from pipeline.data.splits import split_files
+from pipeline.data.splits import split_places
 from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.records import Example, Item, Row
 
-SPLITS = ("train", "validation", "test")
 NUMBERS = ("reward", "margin", "chosen_reward", "rejected_reward", "correctness")
 
 
@@ -95,31 +93,6 @@ def _read(place: str, data: DataSettings) -> list[Example]:
         return [replace(e, source=s) for s, folder in folders.items() for e in _read(folder, whole)]
     filters = readers.Filters(data.exclude, data.drop_abrupt, data.sources)
     return readers.read(place, data.format, filters, data.max_bad_rows).examples
-
-
-def split_places(data: DataSettings) -> dict[str, str]:
-    """split -> file or hub name, from data.path and data.train, data.validation, data.test.
-
-    Raises:
-        UserError: nothing is named.
-    """
-    named = {split: getattr(data, split) for split in SPLITS if getattr(data, split) is not None}
-    if data.path is not None:
-        named = {**split_files(data.path, data.files), **named}
-    if not named:
-        raise UserError(
-            "data: none is named, wanted rows to learn from: give data.train=FILE, data.path=DIRECTORY "
-            "or data.task=assistant"
-        )
-    return named
-
-
-def read_from(data: DataSettings, **places: str) -> DataSettings:
-    """`data` with rows that an earlier stage left at `places` (path, or splits): they need no filter any more."""
-    nowhere = {"path": None, "files": None, "task": None, "task_size": None, **dict.fromkeys(SPLITS)}
-    return data.model_copy(
-        update={**nowhere, "format": None, "exclude": [], "drop_abrupt": False, "sources": None, **places}
-    )
 
 
 def supervised(examples: Sequence[Example]) -> list[Example]:
@@ -255,13 +228,3 @@ def reference_text(example: Example) -> str:
             "or `references`"
         )
     return text
-
-
-def inputs(settings: WithModel, model: ModelSettings) -> dict[str, str]:
-    """Fingerprints of what a stage starts from: model and data."""
-    start = {"model": "new" if model.path is None else files.fingerprint(model.path)}
-    if settings.data.task is not None:
-        source, _ = plugins.split(settings.data.task)
-        return {**start, "data": files.fingerprint(source) if source.endswith(".py") else f"task {settings.data.task}"}
-    places = split_places(settings.data)
-    return {**start, **{f"data.{split}": files.fingerprint(place) for split, place in places.items()}}

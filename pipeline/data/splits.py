@@ -1,4 +1,4 @@
-"""Which file of a folder, or which split of a hub data set, is for training, validation and test."""
+"""Where a stage's rows lie: which file, or which split of a hub data set, is for training, validation and test."""
 
 from __future__ import annotations
 
@@ -6,11 +6,38 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.config.sections import DataSettings
 from pipeline.data import hub
 from pipeline.data.files import known_ending, stem
 from pipeline.errors import UserError
 
 SPLIT_WORDS = {"train": ("train",), "validation": ("validation", "val", "valid", "dev"), "test": ("test",)}
+SPLITS = tuple(SPLIT_WORDS)
+
+
+def split_places(data: DataSettings) -> dict[str, str]:
+    """split -> file or hub name, from data.path and data.train, data.validation, data.test.
+
+    Raises:
+        UserError: nothing is named.
+    """
+    named = {split: getattr(data, split) for split in SPLITS if getattr(data, split) is not None}
+    if data.path is not None:
+        named = {**split_files(data.path, data.files), **named}
+    if not named:
+        raise UserError(
+            "data: none is named, wanted rows to learn from: give data.train=FILE, data.path=DIRECTORY "
+            "or data.task=assistant"
+        )
+    return named
+
+
+def read_from(data: DataSettings, **places: str) -> DataSettings:
+    """`data` with rows that an earlier stage left at `places` (path, or splits): they need no filter any more."""
+    nowhere = {"path": None, "files": None, "task": None, "task_size": None, **dict.fromkeys(SPLITS)}
+    return data.model_copy(
+        update={**nowhere, "format": None, "exclude": [], "drop_abrupt": False, "sources": None, **places}
+    )
 
 
 def split_files(path: str, word: str | None = None) -> dict[str, str]:

@@ -6,6 +6,8 @@ generation, token for token. EOS belongs to the response. Masks come from length
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -140,8 +142,13 @@ def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> tuple
 
 
 def coloured(encoder: Encoder, row: Row) -> str:
-    """One row for a terminal: the prompt dim, the response's tokens green with their boundaries, EOS visible."""
+    """One row to read: the prompt, the response's tokens with their boundaries, EOS visible.
+
+    On a terminal the prompt is dim and the response green, unless NO_COLOR is set (https://no-color.org).
+    """
+    colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    dim, green, plain = ("\033[2m", "\033[32m", "\033[0m") if colours else ("", "", "")
     pieces = encoder.tokenizer.convert_ids_to_tokens(list(row.response_ids))
     prompt = encoder.tokenizer.decode(list(row.prompt_ids))
     counts = f"{len(row.prompt_ids)} prompt tokens (not learned) + {len(row.response_ids)} response tokens (learned)"
-    return f"\033[2m{prompt}\033[0m\033[32m{'|'.join(pieces)}\033[0m\n{counts}"
+    return f"{dim}{prompt}{plain}{green}{'|'.join(pieces)}{plain}\n{counts}"

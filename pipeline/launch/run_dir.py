@@ -11,7 +11,7 @@ import json
 import logging
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,8 @@ FREE = (
     "eval.num_samples",
     "rewards.workers",
 )
-NOTES = ("config.yaml", "inputs.json", "command.txt", "data.json", ".lock")  # of a start, before it does anything
+CONFIG, INPUTS = "config.yaml", "inputs.json"
+NOTES = (CONFIG, INPUTS, "command.txt", "data.json", ".lock")  # of a start, before it does anything
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # a file system that knows none
 
 logger = logging.getLogger("tiffin")
@@ -65,7 +66,7 @@ def model_of(settings: Common, stage: str) -> Path | None:
 
 def settings_of(directory: Path) -> Mapping[str, Any]:
     """The settings that a stage directory was made with."""
-    return load_yaml(directory / "config.yaml")
+    return load_yaml(directory / CONFIG)
 
 
 def reward_models(settings: Common) -> dict[str, str]:
@@ -133,25 +134,40 @@ def open_stage(directory: Path, settings: Common, words: Sequence[str], inputs: 
     """
     directory.mkdir(parents=True, exist_ok=True)
     claim(directory)
-    config, noted = directory / "config.yaml", directory / "inputs.json"
-    if config.is_file() and noted.is_file() and begun(directory):
-        refuse_other(directory, settings, load_yaml(config), dict(inputs), json.loads(noted.read_text("utf-8")))
-        if finished(directory):
-            shutil.rmtree(directory / "checkpoints", ignore_errors=True)  # a kill between the two leaves them
-            logger.info(f"{directory} is done; remove it to do it again")
-            return False
+    if done(directory, settings, lambda: inputs):
+        return False
+    if begun(directory):
+        refuse_other_inputs(directory, inputs)
         return True
     if finished(directory):
         raise UserError(f"{directory}: it has results but not what made them (config.yaml): remove it, or use run=")
-    write_json(noted, dict(inputs))
+    write_json(directory / INPUTS, dict(inputs))
     write_text(directory / "command.txt", "bash run.sh " + shlex.join(words) + "\n")
-    write_text(config, dump_yaml(settings.model_dump()))
+    write_text(directory / CONFIG, dump_yaml(settings.model_dump()))
+    return True
+
+
+def done(directory: Path, settings: Common, inputs: Callable[[], Mapping[str, str]]) -> bool:
+    """Whether a stage is finished, which is then said; `inputs`, as of `open_stage`, is asked of finished ones only.
+
+    Raises:
+        UserError: it was started with other settings, or finished with other inputs.
+    """
+    if not begun(directory):
+        return False
+    refuse_other(directory, settings)
+    if not finished(directory):
+        return False
+    refuse_other_inputs(directory, inputs())
+    shutil.rmtree(directory / "checkpoints", ignore_errors=True)  # a kill right before the end leaves them
+    logger.info(f"{directory} is done; remove it to do it again")
     return True
 
 
 def begun(directory: Path) -> bool:
     """Whether a stage left more than the notes of its start; one that a mistake ended before may start otherwise."""
-    return any(path.name not in NOTES and path.suffix != ".tmp" for path in directory.iterdir())
+    noted = (directory / CONFIG).is_file() and (directory / INPUTS).is_file()
+    return noted and any(path.name not in NOTES and path.suffix != ".tmp" for path in directory.iterdir())
 
 
 def dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -162,11 +178,9 @@ def dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def refuse_other(
-    directory: Path, settings: Common, old: Mapping[str, Any], inputs: Mapping[str, str], old_inputs: Mapping[str, str]
-) -> None:
-    """Raises UserError naming the first setting or input that changed since the stage was started."""
-    before, now = dotted(old), dotted(settings.model_dump())
+def refuse_other(directory: Path, settings: Common) -> None:
+    """Raises UserError naming the first setting that changed since the stage was started."""
+    before, now = dotted(settings_of(directory)), dotted(settings.model_dump())
     for key in sorted({*before, *now}):
         if key.startswith(FREE) or before.get(key) == now.get(key):
             continue
@@ -174,8 +188,13 @@ def refuse_other(
             f"{directory}: was started with {key}={before.get(key)}, now it is {now.get(key)}: "
             "go back, choose another run= or name=, or remove the directory"
         )
-    for name in sorted({*old_inputs, *inputs}):
-        if old_inputs.get(name) != inputs.get(name):
+
+
+def refuse_other_inputs(directory: Path, inputs: Mapping[str, str]) -> None:
+    """Raises UserError naming the first input that changed since the stage was started."""
+    old = json.loads((directory / INPUTS).read_text("utf-8"))
+    for name in sorted({*old, *inputs}):
+        if old.get(name) != inputs.get(name):
             raise UserError(
                 f"{directory}: its {name} has changed since it was started: choose another run= or name=, "
                 "or remove the directory"

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.config.yaml_layers import load_yaml
 from pipeline.errors import PreemptedError
 from pipeline.launch import run_dir
 from pipeline.launch.comparison_plan import Task
@@ -38,9 +37,8 @@ def finished(tasks: Sequence[Task]) -> set[str]:
     """
     done: set[str] = set()
     for task in tasks:
-        config = task.directory / "config.yaml"
-        if config.is_file():
-            run_dir.refuse_other(task.directory, task.step.settings, load_yaml(config), {}, {})
+        if (task.directory / run_dir.CONFIG).is_file():
+            run_dir.refuse_other(task.directory, task.step.settings)
             if run_dir.finished(task.directory) and task.after <= done:
                 done.add(task.name)
     return done

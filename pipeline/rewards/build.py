@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from pipeline import files
 from pipeline.config.reward_spec import is_address, parse
-from pipeline.config.schema import Common, WithModel
+from pipeline.config.schema import WithModel
 from pipeline.config.sections import RewardSettings
 from pipeline.launch import run_dir
 from pipeline.records import RewardFunction
@@ -49,11 +48,3 @@ def build_rewards(
     apart = {label: name for label, name, _ in named if not (is_address(name) or is_learned(name, trained))}
     workers = RewardWorkers(apart, read.workers) if apart and read.workers else None
     return Rewards(built, workers) if built else None
-
-
-def reward_inputs(settings: Common, spec: Any, own: bool = True) -> dict[str, str]:
-    """Fingerprints of the reward models and files that `spec` stands for; without one, if `own`, those of the run."""
-    trained = run_dir.reward_models(settings)
-    names = [name for name, _ in parse(spec)] or (list(trained) if own else [])
-    places = {name: trained.get(name, name.split(".py:")[0] + (".py" if ".py:" in name else "")) for name in names}
-    return {f"reward {name}": files.fingerprint(place) for name, place in places.items()}

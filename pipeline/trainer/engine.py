@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import copy
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,10 @@ import deepspeed  # asks for the accelerator when it is imported
 import torch.distributed as dist
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# DeepSpeed would compile this operator at the first start on CPUs. Its tensor-parallel inference alone calls it: what
+# training sends goes through gloo with it and without it.
+SHARED_MEMORY = "deepspeed_shm_comm"
 
 # DeepSpeed divides by this number and frees its accumulation buffers when it is 1; the true number of micro-batches
 # varies from step to step, so the boundary is set by hand and the division is undone in `backward`.
@@ -118,7 +123,10 @@ def start(timeout_seconds: int) -> Ranks:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    else:
+        deepspeed.ops.__compatible_ops__[SHARED_MEMORY] = False
     deepspeed.utils.logger.setLevel("WARNING")
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # in DeepSpeed's calls
     if not dist.is_initialized():
         timeout = timedelta(seconds=timeout_seconds)
         deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=timeout, verbose=False)

@@ -1,0 +1,121 @@
+"""The line that ends a stage: what it left, and what to run next. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pipeline.config.resolve import Resolved, resolve_steps
+from pipeline.config.schema import Common, GenerateStage, RlStage, SftStage
+from pipeline.config.yaml_layers import Layer, as_word, parse_overrides
+from pipeline.launch import run_dir
+
+SOURCES = (("recipe",), ("data", "task"), ("data", "path"))  # settings that say where the rows of all stages come from
+CARRIED = (("run",), ("runs_dir",), *SOURCES)  # from a stage's words to those of the next
+HEADLINES = ("eval/reward/mean", "eval/rewards/accuracy", "eval/accuracy", "eval/loss")  # the first that is there
+ROWS = {  # what a stage reads, where neither a task nor a directory nor a recipe says so
+    "sft": "data.train=FILE",
+    "reward": "data.train=PAIRS",
+    "rl": "data.train=FILE",
+    "generate": "data.train=FILE",
+    "evaluate": "data.test=FILE",
+}
+
+
+def closing(step: Resolved, last: bool) -> str:
+    """What a finished step left and, of the `last` one, what to run next; empty where its own last line says it."""
+    if step.stage not in LEFT:
+        return ""
+    directory = run_dir.stage_dir(step.settings, step.stage)
+    line = LEFT[step.stage](str(directory), json.loads((directory / "results.json").read_text("utf-8")))
+    return f"{line}; next: bash run.sh {shlex.join(next_words(step))}" if last and step.stage in FOLLOWS else line
+
+
+def next_words(step: Resolved) -> list[str]:
+    """The words of the stage that usually follows; names that only the user knows are in capitals."""
+    given = parse_overrides(step.words)
+    head = _next_in_recipe(step, given) or FOLLOWS[step.stage](step.settings)
+    carried = [as_word(".".join(path), given[path].value) for path in CARRIED if path in given]
+    stage = head[0].partition("=")[2]
+    scored = stage == "rl" and (len(head) > 1 or run_dir.finished(run_dir.run_dir(step.settings) / "score"))
+    rows = [ROWS[stage]] if stage in ROWS and not scored and not {*SOURCES} & {*given} else []
+    return [*head, *carried, *rows]
+
+
+def _next_in_recipe(step: Resolved, given: Layer) -> list[str]:
+    """stage= and name= of the step after this one, where a recipe was asked for and has one."""
+    if ("recipe",) not in given:
+        return []
+    steps = [(one.stage, one.settings.name) for one in resolve_steps([f"recipe={given[('recipe',)].value}"])]
+    place = (step.stage, step.settings.name)
+    if place not in steps[:-1]:
+        return []
+    stage, name = steps[steps.index(place) + 1]
+    return [f"stage={stage}"] if name is None else [f"stage={stage}", f"name={name}"]
+
+
+def _after_sft(settings: SftStage) -> list[str]:
+    return ["stage=generate"] if settings.masking.rate > 0 else ["stage=reward", "name=NAME"]
+
+
+def _after_reward(settings: Common) -> list[str]:
+    return ["stage=rl"] if run_dir.model_of(settings, "sft") else ["stage=sft"]
+
+
+def _after_generate(settings: GenerateStage) -> list[str]:
+    if settings.reward is None:
+        return ["stage=score", "of=generate", "reward=NAME"]
+    return ["stage=rl", f"scored={run_dir.stage_dir(settings, 'generate')}"]
+
+
+def _after_rl(settings: RlStage) -> list[str]:
+    """An evaluation of this model beside the one that it was made of, by the same reward."""
+    start = "sft" if run_dir.model_of(settings, "sft") and settings.start_from == "sft" else settings.model.path
+    policies = {"sft": start, "rl": "rl" if settings.name is None else f"rl/{settings.name}"}
+    words = [] if policies == {"sft": "sft", "rl": "rl"} else [as_word("policies", policies)]
+    if settings.reward is not None:
+        return ["stage=evaluate", *words, as_word("reward", settings.reward)]
+    return ["stage=evaluate", *words, *([] if run_dir.reward_models(settings) else ["reward=NAME"])]
+
+
+FOLLOWS: dict[str, Callable[[Any], list[str]]] = {
+    "sft": _after_sft,
+    "reward": _after_reward,
+    "generate": _after_generate,
+    "score": lambda settings: ["stage=rl"],
+    "rl": _after_rl,
+    "evaluate": lambda settings: ["stage=report"],
+}
+
+
+def _trained(directory: str, results: Mapping[str, Any]) -> str:
+    tag = next((tag for tag in HEADLINES if tag in results), None)
+    found = f"{tag} {_number(results[tag])} " if tag else ""
+    return f"{directory}/model: {found}at step {results['model_step']} of {results['steps']}"
+
+
+def _rows(directory: str, results: Mapping[str, Any]) -> str:
+    return f"{directory}: " + ", ".join(f"{split} {found['rows']:,} rows" for split, found in results.items())
+
+
+def _judged(directory: str, results: Mapping[str, Any]) -> str:
+    rewards = [f"{policy} {_number(found['reward/mean'])}" for policy, found in results.items()]
+    return f"{directory}/results.json: reward {', '.join(rewards)}"
+
+
+def _measured(directory: str, results: Mapping[str, Any]) -> str:
+    return f"{directory}/results.json: {len(results['results'])} results"
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"
+
+
+LEFT: dict[str, Callable[[str, Mapping[str, Any]], str]] = {
+    **dict.fromkeys(("sft", "reward", "rl"), _trained),
+    **dict.fromkeys(("score", "generate"), _rows),
+    "evaluate": _judged,
+    "bench": _measured,
+}

@@ -1,0 +1,117 @@
+"""What each stage starts from: which model, which rows, which rewards, and their fingerprints. Needs no torch.
+
+A stage's own process asks, and the command line before it starts one: both see the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline import plugins
+from pipeline.config.reward_spec import labelled, parse
+from pipeline.config.schema import Common, EvaluateStage, GenerateStage, RewardStage, RlStage, ScoreStage, SftStage
+from pipeline.config.sections import DataSettings, ModelSettings
+from pipeline.data.splits import SPLITS, read_from, split_places
+from pipeline.errors import UserError
+from pipeline.files import fingerprint
+from pipeline.launch import run_dir
+
+Inputs = dict[str, str]  # name -> fingerprint
+
+
+def of_sft(settings: SftStage) -> Inputs:
+    return _model(settings.model) | _data(settings.data)
+
+
+def of_reward(settings: RewardStage) -> Inputs:
+    return _model(run_dir.start_model(settings)) | _data(settings.data)
+
+
+def of_rl(settings: RlStage) -> Inputs:
+    return _model(rl_model(settings)) | _data(rl_data(settings)) | of_rewards(settings, settings.reward)
+
+
+def of_score(settings: ScoreStage) -> Inputs:
+    return _model(settings.model) | _data(score_data(settings)) | of_rewards(settings, settings.reward)
+
+
+def of_generate(settings: GenerateStage) -> Inputs:
+    model = run_dir.policy_model(settings, settings.policy)
+    return _model(model) | _data(settings.data) | of_rewards(settings, settings.reward, own=False)
+
+
+def of_evaluate(settings: EvaluateStage) -> Inputs:
+    policies = {name: run_dir.policy_model(settings, place).path for name, place in settings.policies.items()}
+    monitors = {label: place for label, place in labelled(settings.monitors).items() if Path(place).is_dir()}
+    found = _model(settings.model) | _data(settings.data) | of_rewards(settings, settings.reward)
+    found |= {f"policy {name}": fingerprint(path) for name, path in policies.items()}
+    return found | {f"monitor {label}": fingerprint(place) for label, place in monitors.items()}
+
+
+OF: dict[str, Callable[[Any], Inputs]] = {
+    "sft": of_sft,
+    "reward": of_reward,
+    "rl": of_rl,
+    "score": of_score,
+    "generate": of_generate,
+    "evaluate": of_evaluate,
+}  # the other stages have none: they look at what there is
+
+
+def done(stage: str, settings: Common) -> bool:
+    """Whether a stage is finished, which is then said. Raises UserError where other settings or inputs made it."""
+    return stage in OF and run_dir.done(run_dir.stage_dir(settings, stage), settings, lambda: OF[stage](settings))
+
+
+def of_rewards(settings: Common, spec: str | Mapping[str, float] | None, own: bool = True) -> Inputs:
+    """The reward models and files that `spec` stands for; without one, if `own`, the run's reward models."""
+    trained = run_dir.reward_models(settings)
+    names = [name for name, _ in parse(spec)] or (list(trained) if own else [])
+    places = {name: trained.get(name, name.split(".py:")[0] + (".py" if ".py:" in name else "")) for name in names}
+    return {f"reward {name}": fingerprint(place) for name, place in places.items()}
+
+
+def rl_model(settings: RlStage) -> ModelSettings:
+    """The model that RL starts from. Raises UserError where there is none: RL does not begin with a new one."""
+    model = run_dir.start_model(settings)
+    if model.path is None:
+        raise UserError(
+            f"stage=rl: {run_dir.run_dir(settings)}/sft holds no model to start from: make one with "
+            f"bash run.sh stage=sft run={settings.run} data.train=FILE, or give model="
+        )
+    return model
+
+
+def rl_data(settings: RlStage) -> DataSettings:
+    """Where the rows of RL come from: `scored`, else the run's score stage, else data.*."""
+    left = run_dir.run_dir(settings) / "score"
+    place = settings.scored or (str(left) if run_dir.finished(left) else None)
+    return settings.data if place is None else read_from(settings.data, path=place)
+
+
+def score_data(settings: ScoreStage) -> DataSettings:
+    """Where the rows to score come from: data.*, or the run's generate stage. Raises UserError where it left none."""
+    if settings.of == "data":
+        return settings.data
+    left = run_dir.run_dir(settings) / "generate"
+    if not run_dir.finished(left):
+        raise UserError(
+            f"of=generate: {left} holds no finished rows, wanted responses or candidates to score: make them with "
+            f"bash run.sh stage=generate run={settings.run} splits=[train,validation]"
+        )
+    files = {split: left / f"{split}.jsonl" for split in SPLITS}
+    return read_from(settings.data, **{split: str(file) for split, file in files.items() if file.is_file()})
+
+
+def _model(model: ModelSettings) -> Inputs:
+    return {"model": "new" if model.path is None else fingerprint(model.path)}
+
+
+def _data(data: DataSettings) -> Inputs:
+    """The files of the rows, or the task: its name, or the file that makes it."""
+    if data.task is None:
+        return {f"data.{split}": fingerprint(place) for split, place in split_places(data).items()}
+    source, _ = plugins.split(data.task)
+    return {"data": fingerprint(source) if source.endswith(".py") else f"task {data.task}"}

@@ -1,0 +1,92 @@
+"""The line that ends a stage: what it left, and a next command that the command line accepts."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from pipeline.config.resolve import resolve, resolve_steps
+from pipeline.files import write_json
+from pipeline.launch import run_dir
+from pipeline.launch.closing import LEFT, closing, next_words
+
+TRAINED = {"eval/loss": 1.23456, "eval/margin": 0.5, "model_step": 150, "steps": 200, "seconds": 9.0}
+JUDGED = {"sft": {"reward/mean": 0.5, "reward/std": 1.0}, "rl": {"reward/mean": 0.75}}
+RESULTS = {
+    "sft": (TRAINED, "/model: eval/loss 1.235 at step 150 of 200"),
+    "reward": ({"eval/accuracy": 0.65, **TRAINED}, "/model: eval/accuracy 0.65 at step 150 of 200"),
+    "rl": ({**TRAINED, "eval/reward/mean": None}, "/model: eval/reward/mean not finite at step 150 of 200"),
+    "score": ({"train": {"rows": 5700}, "test": {"rows": 3}}, ": train 5,700 rows, test 3 rows"),
+    "generate": ({"train": {"rows": 7}}, ": train 7 rows"),
+    "evaluate": (JUDGED, "/results.json: reward sft 0.5, rl 0.75"),
+    "bench": ({"results": [1, 2]}, "/results.json: 2 results"),
+}
+
+
+def finished(where: Path, stage: str, *words: str, model: bool = False):
+    """A step that left its results."""
+    step = resolve([f"stage={stage}", *words, f"runs_dir={where}"])
+    directory = run_dir.stage_dir(step.settings, stage)
+    write_json(directory / "results.json", RESULTS[stage][0])
+    if model:
+        (directory / "model").mkdir()
+    return step
+
+
+@pytest.mark.parametrize("stage", LEFT)
+def test_what_a_stage_left(tmp_path: Path, stage: str) -> None:
+    words = ["name=x"] if stage == "reward" else []
+    step = finished(tmp_path, stage, *words)
+    directory = tmp_path / "default" / stage / "x" if stage == "reward" else tmp_path / "default" / stage
+    assert closing(step, last=False) == f"{directory}{RESULTS[stage][1]}"
+    told = closing(step, last=True)
+    assert told.startswith(closing(step, last=False)) and "\n" not in told
+    assert ("; next: bash run.sh stage=" in told) == (stage != "bench")
+
+
+@pytest.mark.parametrize("stage", ["report", "compare", "plan"])
+def test_stages_whose_own_last_line_says_it(stage: str) -> None:
+    words = ["recipe=demo"] if stage == "compare" else []
+    assert closing(resolve([f"stage={stage}", *words]), last=True) == ""
+
+
+NEXT = [
+    (["stage=sft", "data.train=x.jsonl"], "stage=reward name=NAME data.train=PAIRS"),
+    (["stage=sft", "data.path=rows", "mask_rate=0.4", "run=mine"], "stage=generate run=mine data.path=rows"),
+    (["stage=reward", "name=a", "task=assistant"], "stage=sft data.task=assistant"),
+    (["stage=generate", "data.train=x.jsonl"], "stage=score of=generate reward=NAME"),
+    (["stage=generate", "data.train=x", "reward=rouge"], "stage=rl scored=runs/default/generate"),
+    (
+        ["stage=rl", "model=m", "data.train=x"],
+        'stage=evaluate \'policies={"sft": "m", "rl": "rl"}\' reward=NAME data.test=FILE',
+    ),
+    (["stage=evaluate", "run=a"], "stage=report run=a"),
+    (["stage=sft", "recipe=demo", "run=b"], "stage=reward name=helpfulness run=b recipe=demo"),
+    (["stage=reward", "recipe=demo", "name=helpfulness"], "stage=reward name=harmlessness recipe=demo"),
+    (["stage=evaluate", "recipe=demo"], "stage=report recipe=demo"),
+]
+
+
+@pytest.mark.parametrize(("words", "following"), NEXT, ids=[" ".join(words) for words, _ in NEXT])
+def test_what_follows_in_a_run_without_anything_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], following: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = next_words(resolve(words))
+    assert shlex.join(found) == following
+    assert len(resolve_steps(found)) == 1
+
+
+def test_what_follows_depends_on_what_there_is(tmp_path: Path) -> None:
+    finished(tmp_path, "sft", model=True)
+    reward = finished(tmp_path, "reward", "name=a", model=True)
+    assert next_words(reward) == ["stage=rl", f"runs_dir={tmp_path}", "data.train=FILE"]
+    score = finished(tmp_path, "score")
+    assert next_words(score) == ["stage=rl", f"runs_dir={tmp_path}"]
+    rl = finished(tmp_path, "rl", "reward=rouge", model=True)
+    assert next_words(rl) == ["stage=evaluate", "reward=rouge", f"runs_dir={tmp_path}", "data.test=FILE"]
+    second = finished(tmp_path, "rl", "name=b", model=True)
+    assert next_words(second)[1] == 'policies={"sft": "sft", "rl": "rl/b"}'
+    assert resolve(next_words(second)).settings.policies == {"sft": "sft", "rl": "rl/b"}
