@@ -58,8 +58,7 @@ def main(settings: RewardStage, words: Sequence[str]) -> None:
 def rows_of(settings: RewardStage, module: Any, algorithm: Any) -> tuple[list[Example], list[Example]]:
     """What to learn from and what is held out: pairs, or every response by itself where its score will do.
 
-    Raises:
-        UserError: a row lacks what the objective learns from.
+    Raises UserError where a row lacks what the objective learns from.
     """
     train, held_out = dataset.splits(settings.data, settings.seed)
     if module.pairs_only(algorithm) or pairs.all_pairs([*train, *held_out]):

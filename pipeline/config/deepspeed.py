@@ -24,8 +24,7 @@ OWNED = {  # key of the file -> the setting that decides it
 def read_ds_config(name: str) -> dict[str, Any]:
     """The JSON of ds_configs/ called `name`, or the user's file.
 
-    Raises:
-        UserError: no such file, it is no such JSON, it sets what another setting owns, or leaves values to others.
+    Raises UserError: no such file or JSON, or it sets what another setting owns, or leaves values to others.
     """
     path = Path(name) if name.endswith(".json") else DS_CONFIGS / f"{name}.json"
     if not path.is_file():

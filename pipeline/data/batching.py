@@ -40,11 +40,7 @@ class Packing:
 
 
 def packing_of(train: TrainSettings, world: int, encoder_decoder: bool, pad_id: int, whole: bool = False) -> Packing:
-    """The packing that `train` asks for.
-
-    Raises:
-        UserError: the batch arithmetic leaves a remainder.
-    """
+    """The packing that `train` asks for. Raises UserError where the batch arithmetic leaves a remainder."""
     per_call = train.micro_batch_size if train.micro_batch_size is not None else 1
     if train.batch_size % (world * per_call):
         what = f"processes {world}" + (f" x micro_batch_size {per_call}" if train.micro_batch_size else "")
@@ -101,9 +97,7 @@ def group(items: Sequence[Item], indices: Sequence[int], packing: Packing, world
     """Cut `indices` into micro-batches of like length, a multiple of `world` of them.
 
     Longest first, so that the micro-batches at one place of every rank's window are alike.
-
-    Raises:
-        UserError: one item alone is over max_tokens.
+    Raises UserError where one item alone is over max_tokens.
     """
     order = sorted(indices, key=lambda i: (-Extent().with_item(items[i]).joined, i))
     if packing.micro_batch_size is not None:

@@ -22,9 +22,8 @@ NUMBERS = ("reward", "margin", "chosen_reward", "rejected_reward", "correctness"
 def splits(data: DataSettings, seed: int, names: Sequence[str] = ("train", "validation")) -> Iterator[list[Example]]:
     """The rows of each split of `names`, one split after the other. A file is read once, whatever it serves for.
 
-    Where there is no validation split, validation_fraction of the prompts of train are it, and not in train.
-    Raises:
-        UserError: no data is named, or what is named cannot be read or lacks a split, or a split has no rows.
+    Where there is no validation split, validation_fraction of the prompts of train are it, and not in train. Raises
+    UserError where no data is named, or what is named cannot be read or lacks a split, or a split has no rows.
     """
     rows = {name: _of_task(data, name, seed) for name in names} if data.task is not None else _of_files(data, names)
     for name in names:

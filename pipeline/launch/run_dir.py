@@ -79,8 +79,7 @@ def reward_models(settings: Common) -> dict[str, str]:
 def claim(directory: Path) -> None:
     """Hold `directory` until this process ends, however it ends; what one holds one may claim again.
 
-    Raises:
-        UserError: another process holds it.
+    Raises UserError where another process holds it.
     """
     path = (directory / ".lock").resolve()
     if path in _held:
@@ -123,14 +122,9 @@ def _acquire(lock: FileLock, timeout: float) -> None:
 def open_stage(directory: Path, settings: Common, words: Sequence[str], inputs: Mapping[str, str]) -> bool:
     """Start or continue a stage: compare with what an earlier start noted, then note what this one is.
 
-    Returns:
-        False where the stage is finished, with the same settings and inputs; nothing is left to do.
-
-    Args:
-        inputs: name -> fingerprint of what the stage starts from (models, data, rewards).
-
-    Raises:
-        UserError: it was started with other settings or inputs, or another process is at work there.
+    False where the stage is finished, with the same settings and inputs; nothing is left to do. `inputs` is name ->
+    fingerprint of what the stage starts from (models, data, rewards). Raises UserError where it was started with other
+    settings or inputs, or another process is at work there.
     """
     directory.mkdir(parents=True, exist_ok=True)
     claim(directory)
@@ -150,8 +144,7 @@ def open_stage(directory: Path, settings: Common, words: Sequence[str], inputs: 
 def done(directory: Path, settings: Common, inputs: Callable[[], Mapping[str, str]]) -> bool:
     """Whether a stage is finished, which is then said; `inputs`, as of `open_stage`, is asked of finished ones only.
 
-    Raises:
-        UserError: it was started with other settings, or finished with other inputs.
+    Raises UserError where it was started with other settings, or finished with other inputs.
     """
     if not begun(directory):
         return False
@@ -204,8 +197,7 @@ def refuse_other_inputs(directory: Path, inputs: Mapping[str, str]) -> None:
 def start_model(settings: RewardStage | RlStage) -> ModelSettings:
     """The run's SFT model if start_from says so and it is there, else the model that is named, else a new one.
 
-    Raises:
-        UserError: a model is named, and the SFT model was made of another.
+    Raises UserError where a model is named, and the SFT model was made of another.
     """
     found = model_of(settings, "sft") if settings.start_from == "sft" else None
     if found is None:
@@ -222,8 +214,7 @@ def start_model(settings: RewardStage | RlStage) -> ModelSettings:
 def policy_model(settings: WithModel, place: str | None) -> ModelSettings:
     """The model called `place`: a stage of the run (sft, rl, rl/name), a directory, or a hub name; None: the newest.
 
-    Raises:
-        UserError: there is no such policy.
+    Raises UserError where there is no such policy.
     """
     names = ["rl", "sft"] if place is None else [place]
     found = next((path for name in names if (path := model_of(settings, name))), None)

@@ -32,8 +32,7 @@ class Running(NamedTuple):
 def finished(tasks: Sequence[Task]) -> set[str]:
     """The names of tasks that need no process: their results are there, and so are those of all they wait for.
 
-    Raises:
-        UserError: a task was started with other settings.
+    Raises UserError where a task was started with other settings.
     """
     done: set[str] = set()
     for task in tasks:

@@ -41,8 +41,7 @@ PAD_NAMES = ("<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<u
 def load_tokenizer(settings: ModelSettings, texts: Sequence[str], mask: bool = False) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer, with a pad token chosen if it has none; made from `texts` without a checkpoint.
 
-    Args:
-        mask: the tokenizer shall have a mask token.
+    `mask`: the tokenizer shall have a mask token.
     """
     if settings.path is None:
         tokenizer = train_tokenizer(texts, settings.scratch.vocab_size)
@@ -99,8 +98,7 @@ def load_policy(
 ) -> PreTrainedModel | PeftModel:
     """A causal or encoder-decoder language model with weights in `dtype`, with LoRA if asked for.
 
-    Args:
-        mask: the model shall read the tokenizer's mask token, and learn its embedding under LoRA too.
+    `mask`: the model shall read the tokenizer's mask token, and learn its embedding under LoRA too.
     """
     config = load_config(settings, tokenizer)
     checks.check_kind(settings.path, config)
@@ -127,9 +125,8 @@ def load_scalar(
 ) -> PreTrainedModel | PeftModel:
     """A model with one output per sequence, weights in `dtype` ("auto": as they were saved).
 
-    Args:
-        new_head: whether a checkpoint without a scalar head (an SFT model) is welcome; its head starts at zero,
-            so that every first score is 0. Otherwise such a checkpoint is an error, never a random head.
+    `new_head`: whether a checkpoint without a scalar head (an SFT model) is welcome; its head starts at zero, so that
+    every first score is 0. Otherwise such a checkpoint is an error, never a random head.
     """
     config = load_config(settings, tokenizer)
     config.num_labels = 1
@@ -229,12 +226,8 @@ def save(
 ) -> None:
     """Write a directory that transformers (or peft) loads, then reopen it: complete or absent.
 
-    Args:
-        weights: the whole `state_dict` of `model`, on the CPU.
-        then: writes what else belongs into the directory.
-
-    Raises:
-        RuntimeError: what was written has an empty tensor or another shape than the model.
+    `weights` is the whole `state_dict` of `model`, on the CPU; `then` writes what else belongs into the directory.
+    Raises RuntimeError where what was written has an empty tensor or another shape than the model.
     """
     part = directory.with_name(directory.name + ".part")
     shutil.rmtree(part, ignore_errors=True)

@@ -63,8 +63,7 @@ def word_splitter() -> pre_tokenizers.PreTokenizer:
 def small_config(settings: ScratchSettings, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
     """The configuration of a small Llama, T5 or BART for `tokenizer`.
 
-    Raises:
-        UserError: the hidden size does not divide into the heads.
+    Raises UserError where the hidden size does not divide into the heads.
     """
     size, heads, layers = settings.hidden_size, settings.num_heads, settings.num_layers
     if size % (2 * heads):

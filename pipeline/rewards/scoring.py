@@ -13,8 +13,7 @@ from pipeline.trainer.engine import Ranks
 def score_texts(ranks: Ranks, rewards: Rewards, examples: Sequence[Example], completions: Sequence[str]) -> Scores:
     """Score one completion per example; ranks share the work and all get the whole result.
 
-    Raises:
-        UserError: a reward fails, by the checks of `rewards`; on every rank, wherever it failed.
+    Raises UserError where a reward fails, by the checks of `rewards`; on every rank, wherever it failed.
     """
     mine = list(range(ranks.rank, len(examples), ranks.world))
     own = [examples[i] for i in mine]

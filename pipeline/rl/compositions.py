@@ -47,8 +47,7 @@ class Composer:
     def loss(self, output: tuple[Tensor, ...], batch: Batch, settings: Any) -> tuple[Tensor, dict[str, Stat]]:
         """The algorithm's sums, and its statistics beside those of the compositions.
 
-        Raises:
-            UserError: a reward fails; on every rank, wherever it failed.
+        Raises UserError where a reward fails; on every rank, wherever it failed.
         """
         return self.begin(output, batch, settings)()
 

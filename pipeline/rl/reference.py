@@ -85,8 +85,7 @@ def attached(items: Sequence[Item], saved: dict[str, Tensor]) -> list[Item]:
 def with_values(policy: ReferencePolicy, items: list[Item], data: ValueData) -> tuple[list[Item], dict[str, float]]:
     """The items with `value` and `advantage`, and how well the value head predicts on prompts it did not see.
 
-    Raises:
-        UserError: targets are to come from the policy, but nothing can judge its responses.
+    Raises UserError where targets are to come from the policy, but nothing can judge its responses.
     """
     settings, model = policy.settings, policy.model
     if settings.value.targets == "policy" and data.rewards is None:
@@ -156,13 +155,9 @@ def cached(path: Path, engine: Engine, compute: Callable[[], Any]) -> Any:
 
 @torch.no_grad()
 def reference_logps(engine: Engine, items: Sequence[Item], packing: Packing) -> dict[str, Tensor]:
-    """Log-probabilities of all response tokens.
+    """Log-probabilities of all response tokens. Raises UserError, which names the rows, where some are not finite.
 
-    Returns:
-        `logp`: (tokens,) float32, all rows of all items one after another; `lengths`: (rows,) int64.
-
-    Raises:
-        UserError: some are not finite; names the rows.
+    `logp`: (tokens,) float32, all rows of all items one after another; `lengths`: (rows,) int64.
     """
     engine.train(False)
     mine: dict[int, list[Tensor]] = {}
@@ -192,8 +187,7 @@ def check_ratio(
 ) -> float:
     """The mean |logp - ref_logp| per token over `indices` before the first step, which must be about 0.
 
-    Raises:
-        UserError: it is over `tolerance`.
+    Raises UserError where it is over `tolerance`.
     """
     engine.train()
     sums = torch.zeros(2, dtype=torch.float64)

@@ -20,8 +20,7 @@ from pipeline.trainer.engine import Ranks
 def with_rewards(ranks: Ranks, rows: list[Example], rewards: Rewards | None, settings: RlStage) -> list[Example]:
     """The rows with their reward: judged if `reward` is set or they bring none, else their own.
 
-    Raises:
-        UserError: there is neither a reward column nor anything to judge with.
+    Raises UserError where there is neither a reward column nor anything to judge with.
     """
     own = all(row.reward is not None for row in rows)
     if own and settings.reward is None:
@@ -74,11 +73,8 @@ class Population:
 def population(items: Sequence[Item], weight: str, settings: RlStage) -> Population:
     """The draw that `sampling` asks for, by the row weight of the algorithm.
 
-    Args:
-        weight: the number that weighs a row: reward or advantage; "one" weighs all alike.
-
-    Raises:
-        UserError: no row has a positive weight.
+    `weight` is the number that weighs a row: reward or advantage; "one" weighs all alike. Raises UserError where no row
+    has a positive weight.
     """
     size, seed, n = settings.train.batch_size, settings.seed, len(items)
     weights = [1.0 if weight == "one" else item.numbers[weight] for item in items]

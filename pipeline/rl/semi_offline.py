@@ -82,8 +82,7 @@ def reference_rows(example: Example, encoder: Encoder) -> tuple[Row, ...]:
 def with_static_rows(items: Sequence[Item], encoder: Encoder, which: str) -> list[Item]:
     """The items with the static responses that `which` chooses, after a word about them.
 
-    Raises:
-        UserError: a row has none.
+    Raises UserError where a row has none.
     """
     chosen = [replace(item, static_rows=static_rows(item.example, encoder, which)) for item in items]
     short = wordless([row for item in chosen for row in item.static_rows], encoder)
@@ -140,8 +139,7 @@ LIKELIHOOD = Objective(
 def check_shared(engine: Engine, items: Sequence[Item], hiding: Packing, tolerance: float) -> None:
     """Compare the first row's states, both responses read in one pass, with those of two passes.
 
-    Raises:
-        UserError: the model reads the rows otherwise when they share a prompt.
+    Raises UserError where the model reads the rows otherwise when they share a prompt.
     """
     engine.train(False)
     batch = collate(items, [0], hiding)

@@ -99,8 +99,7 @@ def plain_sampling(settings: GenerationSettings) -> GenerationSettings:
 def generation_config(settings: GenerationSettings, encoder: Encoder) -> GenerationConfig:
     """transformers' configuration of `settings`.
 
-    Raises:
-        UserError: several responses per prompt, but no way to make them differ.
+    Raises UserError for several responses per prompt with no way to make them differ.
     """
     n = settings.num_return_sequences
     if n > max(1, settings.num_beams) and not settings.do_sample:

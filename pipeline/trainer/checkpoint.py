@@ -79,8 +79,7 @@ class Checkpoints:
     def load(self, engine: Engine) -> tuple[State, Interval, dict[str, Any]] | None:
         """Restore the newest complete checkpoint, and give state, open interval and memory; None if there is none.
 
-        Raises:
-            UserError: it was written by another number of ranks.
+        Raises UserError where it was written by another number of ranks.
         """
         directory = self.ranks.from_main(self._latest())
         if directory is None:

@@ -164,8 +164,7 @@ def terminations() -> Iterator[list[int]]:
 def one_step(trainer: Trainer, step: int, interval: Interval) -> str | None:
     """Forward and backward over the window of `step`, then one optimizer step.
 
-    Returns:
-        What was not finite and on which rows, where anything was; the optimizer has then not stepped, on any rank.
+    Returns what was not finite and on which rows, where anything was; the optimizer has then not stepped, on any rank.
     """
     began, engine, ranks = time.monotonic(), trainer.engine, trainer.engine.ranks
     window = trainer.windows.at(step)
