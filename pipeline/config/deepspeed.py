@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.files import flatten
 
 DS_CONFIGS = Path(__file__).parent.parent.parent / "ds_configs"
 STAGES = (0, 1, 2, 3)
@@ -51,14 +51,6 @@ def _check(path: Path, config: Any) -> None:
     for key in ("bf16", "fp16"):
         if not isinstance(config.get(key, {}), dict):
             raise UserError(f"{path}: {key} is {config[key]!r}, wanted a mapping; train.precision switches it on")
-    left = next((key for key, value in _flat(config) if value == "auto"), None)
+    left = next((key for key, value in flatten(config, ".").items() if value == "auto"), None)
     if left is not None:
         raise UserError(f"{path}: {left} is 'auto', wanted a value: nothing fills it in here; remove it")
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -85,14 +85,6 @@ class Extent(NamedTuple):
         return self.single + self.static
 
 
-def padded_tokens(items: Sequence[Item], packing: Packing) -> int:
-    """Tokens, padding included, of one micro-batch made of `items`."""
-    extent = Extent()
-    for item in items:
-        extent = extent.with_item(item)
-    return extent.tokens(packing)
-
-
 def group(items: Sequence[Item], indices: Sequence[int], packing: Packing, world: int) -> list[list[int]]:
     """Cut `indices` into micro-batches of like length, a multiple of `world` of them.
 

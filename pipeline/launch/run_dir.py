@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, SoftFileLock, Timeout
 
@@ -22,7 +21,7 @@ from pipeline.config.schema import Common, RewardStage, RlStage, WithModel
 from pipeline.config.sections import ModelSettings
 from pipeline.config.yaml_layers import dump_yaml, load_yaml
 from pipeline.errors import UserError
-from pipeline.files import write_json, write_text
+from pipeline.files import flatten, write_json, write_text
 
 # What may differ between two starts of one stage: nothing here changes a weight or a reported number.
 FREE = (
@@ -62,11 +61,6 @@ def model_of(settings: Common, stage: str) -> Path | None:
     """The final model that `stage` (or stage/name) of this run left, if it did."""
     directory = run_dir(settings) / stage
     return directory / "model" if finished(directory) and (directory / "model").is_dir() else None
-
-
-def settings_of(directory: Path) -> Mapping[str, Any]:
-    """The settings that a stage directory was made with."""
-    return load_yaml(directory / CONFIG)
 
 
 def reward_models(settings: Common) -> dict[str, str]:
@@ -163,17 +157,9 @@ def begun(directory: Path) -> bool:
     return noted and any(path.name not in NOTES and path.suffix != ".tmp" for path in directory.iterdir())
 
 
-def dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by the names that users type: train.batch_size."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
-
-
 def refuse_other(directory: Path, settings: Common) -> None:
     """Raises UserError naming the first setting that changed since the stage was started."""
-    before, now = dotted(settings_of(directory)), dotted(settings.model_dump())
+    before, now = flatten(load_yaml(directory / CONFIG), "."), flatten(settings.model_dump(), ".")
     for key in sorted({*before, *now}):
         if key.startswith(FREE) or before.get(key) == now.get(key):
             continue
@@ -202,7 +188,7 @@ def start_model(settings: RewardStage | RlStage) -> ModelSettings:
     found = model_of(settings, "sft") if settings.start_from == "sft" else None
     if found is None:
         return settings.model
-    made_of, named = settings_of(found.parent)["model"]["path"], settings.model.path
+    made_of, named = load_yaml(found.parent / CONFIG)["model"]["path"], settings.model.path
     if named not in (None, made_of, str(found)):
         raise UserError(
             f"model.path: {named}, but {found.parent} was made of {made_of or 'a new model'}: "
