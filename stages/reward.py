@@ -41,16 +41,15 @@ def main(settings: RewardStage, words: Sequence[str]) -> None:
     draw = epochs(len(items), settings.train.batch_size, settings.seed)
     fit(
         Trainer(
-            engine=scorer.engine,
+            model=scorer,
             settings=settings,
             directory=directory,
             windows=Windows(items, draw, scorer.packing, ranks.rank, ranks.world),
             objective=objective,
             max_steps=steps_for(settings, len(items)),
-            eval_steps=settings.train.eval_steps,
             evaluate=partial(evaluate, scorer, objective, tested),
             best_metric=HELD_OUT_LOSS,
-            export=partial(scorer.export, then=partial(learned.save_input, encoder=scorer.encoder)),
+            then=partial(learned.save_input, encoder=scorer.encoder),
         )
     )
 

@@ -49,16 +49,14 @@ def trainer(context: Context) -> Trainer:
     shuffled = settings.seed if settings.shuffle_rewards else None
     composer = Composer(ranks, policy.encoder, rewards, items, context.module, shuffled)
     return Trainer(
-        engine=policy.engine,
+        model=policy,
         settings=settings,
         directory=context.directory,
         windows=Windows(items, draw, masked, ranks.rank, ranks.world),
         objective=composed_objective(context, policy, composer),
         max_steps=steps_for(settings, len(items)),
-        eval_steps=settings.train.eval_steps,
         evaluate=partial(evaluate, context, policy, WatchedCompositions(items, tested, prompts, composer, masked)),
         best_metric=REWARD,
-        export=policy.export,
         prepare=partial(check_shared, policy.engine, items, masked, CLOSE[settings.train.precision]),
     )
 

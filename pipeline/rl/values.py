@@ -63,7 +63,7 @@ def value_targets(model: Model, rl: RlStage, data: ValueData) -> Targets:
         prompts = dataset.unique_prompts([item.example for item in data.logged])[: settings.max_prompts]
         expected = [statistics.fmean(logged[example.prompt]) for example in prompts]
     # a share of the prompts chooses the best epoch and is never fitted
-    encoded = dataset.encode(prompts, model.encoder, dataset.prompt_rows).items
+    encoded = dataset.encode(prompts, model.encoder, dataset.prompt_rows)
     low, high = value_range(data.rewards, expected)
     order = sampling.epoch_rows(len(prompts), len(prompts), 0, rl.seed)
     mask = torch.zeros(len(prompts), dtype=torch.bool)

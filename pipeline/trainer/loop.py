@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pipeline.config.schema import Training
 from pipeline.data.batching import Source
+from pipeline.data.sampling import step_budget
 from pipeline.errors import PreemptedError, UserError
 from pipeline.files import flatten
 from pipeline.records import Batch, Stat
@@ -27,6 +28,7 @@ from pipeline.trainer.checkpoint import Checkpoints, State
 from pipeline.trainer.engine import Engine, Ranks
 from pipeline.trainer.logger import RunLog
 from pipeline.trainer.metrics import Interval, Metrics
+from pipeline.trainer.model import Model
 from pipeline.trainer.nonfinite import Micro, trace
 from pipeline.trainer.objective import Objective, Output, Rest
 from pipeline.trainer.schedule import due, learning_rate
@@ -64,21 +66,30 @@ REWARD = BestMetric("eval/reward/mean", larger_is_better=True)
 class Trainer:
     """One training: what is learned, from what, for how long, and how it is evaluated.
 
-    `evaluate`, `export` and `prepare` are called on all ranks. `prepare` is called where training starts from nothing,
-    with the untouched weights in the engine.
+    `evaluate` and `prepare` are called on all ranks. `prepare` is called where training starts from nothing, with the
+    untouched weights in the engine.
     """
 
-    engine: Engine
+    model: Model
     settings: Training
     directory: Path
     windows: Source
     objective: Objective
     max_steps: int
-    eval_steps: int | None
     evaluate: Callable[[int], Evaluation]
     best_metric: BestMetric
-    export: Callable[[Path], None]
     prepare: Callable[[], None] = lambda: None
+    then: Callable[[Path], None] | None = None  # writes what else belongs beside exported weights
+    kept_fraction: float = 1.0  # of the rows that are drawn: evaluations come after as much of the whole
+
+    @property
+    def engine(self) -> Engine:
+        return self.model.engine
+
+    @property
+    def eval_steps(self) -> int | None:
+        every = self.settings.train.eval_steps
+        return None if every is None else step_budget(every, self.kept_fraction)
 
 
 def fit(trainer: Trainer) -> None:
@@ -242,14 +253,14 @@ def evaluate(trainer: Trainer, state: State, log: RunLog) -> tuple[State, dict[s
     state = replace(state, last_seen=scalars)
     value = scalars[trainer.best_metric.tag]
     if trainer.best_metric.better(value, state.best):
-        trainer.export(trainer.directory / "best")
+        trainer.model.export(trainer.directory / "best", trainer.then)
         state = replace(state, best=value, best_step=state.step, best_seen=scalars)
     return state, scalars
 
 
 def keep(trainer: Trainer, state: State) -> None:
     """Export the last weights to last/, and let model/ be best/ or last/ as train.keep says."""
-    trainer.export(trainer.directory / "last")
+    trainer.model.export(trainer.directory / "last", trainer.then)
     if trainer.engine.ranks.main:
         chosen = trainer.directory / (trainer.settings.train.keep if state.best_step is not None else "last")
         part = trainer.directory / "model.part"
