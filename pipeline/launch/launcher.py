@@ -20,7 +20,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from pipeline.config.sections import LaunchSettings
 from pipeline.errors import UserError
 
 DISTRIBUTED = ("sft", "reward", "rl", "score", "generate", "evaluate")
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PORTS = range(20_000, 32_000)
 GPU_FILES = ("nvidia[0-9]*", "dxg", "kfd", "davinci*", "accel*")  # in /dev: CUDA, WSL, ROCm, Ascend, Gaudi
 
@@ -137,14 +139,20 @@ def run(argv: Sequence[str], env: Mapping[str, str]) -> int:
         else:
             tell(process.pid, number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, forward) for number in numbers}
-    try:
+    with handled(forward):
         code = process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     return code if code >= 0 else 128 - code
+
+
+@contextmanager
+def handled(handler: Callable[[int, Any], None], numbers: Sequence[int] = ENDING) -> Iterator[None]:
+    """Have `handler` called, with the number and the frame, where one of these signals comes."""
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def tell(pid: int, number: int) -> None:

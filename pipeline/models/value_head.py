@@ -108,14 +108,6 @@ def fit(
     return FitReport(best_epoch, best_mse, _r2(best_mse, targets[held_out]), _mse(head, rows, fitted, batch_size))
 
 
-@torch.no_grad()
-def predict(head: ValueHead, states: Sequence[Tensor], batch_size: int) -> Tensor:
-    """(n,) float32 on the CPU: the values of n prompts, states one (S_i, H) each, in evaluation mode."""
-    head.eval()
-    batches = [states[start : start + batch_size] for start in range(0, len(states), batch_size)]
-    return torch.cat([torch.empty(0), *(_values(head, batch).cpu() for batch in batches)])
-
-
 class _Rows(NamedTuple):
     """The rows of a fit as one rank sees them."""
 
@@ -127,7 +119,7 @@ class _Rows(NamedTuple):
         return [index for index in indices if index in self.states]
 
 
-def _values(head: ValueHead, states: Sequence[Tensor]) -> Tensor:
+def values(head: ValueHead, states: Sequence[Tensor]) -> Tensor:
     """(B,) the head's values of prompts of different lengths."""
     device = head.query.device
     padded = pad_sequence([state.to(device) for state in states], batch_first=True)  # (B, S, H)
@@ -137,8 +129,8 @@ def _values(head: ValueHead, states: Sequence[Tensor]) -> Tensor:
 
 def _squared_error(head: ValueHead, rows: _Rows, indices: Sequence[int]) -> Tensor:
     """() the sum of the squared errors of rows that this rank owns."""
-    values = _values(head, [rows.states[index] for index in indices])
-    return (values - rows.targets[list(indices)].to(values)).square().sum()
+    found = values(head, [rows.states[index] for index in indices])
+    return (found - rows.targets[list(indices)].to(found)).square().sum()
 
 
 def _train_epoch(head: ValueHead, optimizer: torch.optim.Optimizer, rows: _Rows, order: list[int], size: int) -> None:

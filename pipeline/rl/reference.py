@@ -43,14 +43,18 @@ class ReferencePolicy:
     def cache(self, name: str, **parts: object) -> Path:
         """Where a result is kept: the name holds everything it depends on."""
         settings = self.settings
-        key = cache_key(
-            weights=self.weights,
-            precision=settings.train.precision,
-            attention=settings.model.attn_implementation,
-            dropout=settings.model.dropout,
-            device=self.model.ranks.device.type,
+        content = {
+            "format": FORMAT,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "weights": self.weights,
+            "precision": settings.train.precision,
+            "attention": settings.model.attn_implementation,
+            "dropout": settings.model.dropout,
+            "device": self.model.ranks.device.type,
             **parts,
-        )
+        }
+        key = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:24]
         return run_dir.run_dir(settings) / "cache" / f"{name}-{key}.pt"
 
 
@@ -116,16 +120,6 @@ def with_values(policy: ReferencePolicy, items: list[Item], data: ValueData) -> 
     expected = saved["values"].tolist()
     gains = [item.numbers["reward"] - value for item, value in zip(items, expected, strict=True)]
     return dataset.with_numbers(items, value=expected, advantage=gains), saved["report"]
-
-
-def cache_key(**parts: Any) -> str:
-    """A name that changes with anything the content depends on."""
-    text = json.dumps(
-        {"format": FORMAT, "torch": torch.__version__, "transformers": transformers.__version__, **parts},
-        sort_keys=True,
-        default=str,
-    )
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def rows_digest(items: Sequence[Item]) -> str:

@@ -9,7 +9,6 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from pipeline.data.batching import Source
 from pipeline.data.sampling import step_budget
 from pipeline.errors import PreemptedError, UserError
 from pipeline.files import flatten
+from pipeline.launch.launcher import handled
 from pipeline.records import Batch, Stat
 from pipeline.trainer.checkpoint import Checkpoints, State
 from pipeline.trainer.engine import Engine, Ranks
@@ -135,7 +135,8 @@ def take_steps(trainer: Trainer, state: State, interval: Interval, log: RunLog, 
         memory = trainer.windows.state_dict(state.step)
         checkpoints.save(trainer.engine, replace(state, seconds=seconds), interval, memory)
 
-    with terminations() as received:
+    received: list[int] = []  # instead of ending the process
+    with handled(lambda number, frame: received.append(number), [signal.SIGTERM]):
         if state.step == 0:
             state, values = evaluate(trainer, state, log)
             log.scalars(0, values)
@@ -159,17 +160,6 @@ def take_steps(trainer: Trainer, state: State, interval: Interval, log: RunLog, 
             if train.save_steps is not None and due(state.step, train.save_steps, last):
                 save()
     return replace(state, seconds=before + time.monotonic() - began)
-
-
-@contextmanager
-def terminations() -> Iterator[list[int]]:
-    """A list that SIGTERM adds to, instead of ending the process."""
-    received: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
-    try:
-        yield received
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def one_step(trainer: Trainer, step: int, interval: Interval) -> str | None:
