@@ -90,11 +90,8 @@ def judged(
 def table(results: dict[str, dict[str, float]]) -> str:
     """The headline numbers, one line per policy."""
     first = next(iter(results.values()))
-    columns = {
-        name: name.removeprefix("rewards/").removesuffix("/mean")
-        for name in first
-        if fnmatchcase(name, "rewards/*/mean")
-    }
+    means = [name for name in first if fnmatchcase(name, "rewards/*/mean")]
+    columns = {name: name.removeprefix("rewards/").removesuffix("/mean") for name in means}
     columns |= SHOWN
     width = max(len(title) for title in columns.values()) + 2
     lines = ["".join([f"{'policy':10}", *(f"{title:>{width}}" for title in columns.values())])]

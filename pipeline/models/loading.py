@@ -11,19 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import logging as transformers_logging
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.config.sections import ModelSettings
 from pipeline.errors import ROOM, UserError
@@ -32,8 +23,8 @@ from pipeline.models.checks import NO_REWARD_MODEL, reading
 from pipeline.models.lora import adapter_of, under, with_lora
 from pipeline.models.scratch import small_config, train_tokenizer
 
-transformers_logging.set_verbosity_error()
-transformers_logging.disable_progress_bar()
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
 
 PAD_NAMES = ("<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
 
@@ -54,7 +45,7 @@ def _read_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer as it is."""
     checks.check_files(settings.path)
     with reading(settings.path, "tokenizer"):
-        return AutoTokenizer.from_pretrained(settings.path, **_version(settings))
+        return transformers.AutoTokenizer.from_pretrained(settings.path, **_version(settings))
 
 
 def _version(settings: ModelSettings) -> dict[str, Any]:
@@ -84,7 +75,7 @@ def load_config(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> 
         config = small_config(settings.scratch, tokenizer)
     else:
         with reading(settings.path, "model"):
-            config = AutoConfig.from_pretrained(settings.path, **_version(settings))
+            config = transformers.AutoConfig.from_pretrained(settings.path, **_version(settings))
     config.pad_token_id = tokenizer.pad_token_id
     return config
 
@@ -102,7 +93,7 @@ def load_policy(
     """
     config = load_config(settings, tokenizer)
     checks.check_kind(settings.path, config)
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
     torch.manual_seed(seed)
     model = _load(auto, settings, config, dtype, new_head=False)
     if config.is_encoder_decoder:
@@ -131,7 +122,7 @@ def load_scalar(
     config = load_config(settings, tokenizer)
     config.num_labels = 1
     torch.manual_seed(seed)
-    model = _load(AutoModelForSequenceClassification, settings, config, dtype, new_head)
+    model = _load(transformers.AutoModelForSequenceClassification, settings, config, dtype, new_head)
     checks.check_vocabulary(settings.path, model, tokenizer)
     return with_lora(model, settings.lora, "SEQ_CLS")
 
@@ -164,12 +155,15 @@ def _from_path(
     if (adapter := adapter_of(settings)) is None:
         return _from_checkpoint(auto, settings, config, options, new_head)
     scalar = adapter.task_type == "SEQ_CLS"
-    if scalar != (auto is AutoModelForSequenceClassification) and not new_head:
+    if scalar != (auto is transformers.AutoModelForSequenceClassification) and not new_head:
         if scalar:
             raise UserError(f"{settings.path}: its adapters belong to a reward model, wanted a policy's: name another")
         raise UserError(f"{settings.path}: no scalar head (its adapters belong to a policy), {NO_REWARD_MODEL}")
-    kinds = {"SEQ_CLS": AutoModelForSequenceClassification, "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM}
-    kind = kinds.get(adapter.task_type, AutoModelForCausalLM)
+    kinds = {
+        "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+        "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
+    }
+    kind = kinds.get(adapter.task_type, transformers.AutoModelForCausalLM)
     model = _from_path(kind, under(settings, adapter), config, options, new_head=scalar)
     mask_token.grow_for(model, adapter)
     with reading(settings.path, "adapters"):

@@ -42,21 +42,20 @@ def trainer(context: Context) -> Trainer:
     items, held_out = annotated[: len(items)], annotated[len(items) :]
 
     # which rows, for how long
-    drawn = rows.population(items, context.algorithm.weight, settings)
-    facts["advantage/kept_fraction"] = drawn.kept_fraction
+    draw, facts["advantage/kept_fraction"] = rows.population(items, context.algorithm.weight, settings)
     logger.info(", ".join(f"{name} {value:.3g}" for name, value in facts.items()))
-    kept = drawn.kept_fraction if settings.scale_steps else 1.0
+    kept = facts["advantage/kept_fraction"] if settings.scale_steps else 1.0
     watched = WatchedRows(held_out, prompts[: settings.eval.max_rows], items, facts)
     return Trainer(
         model=policy,
         settings=settings,
         directory=context.directory,
-        windows=Windows(items, drawn.draw, policy.packing, ranks.rank, ranks.world),
+        windows=Windows(items, draw, policy.packing, ranks.rank, ranks.world),
         objective=context.objective,
         max_steps=step_budget(steps_for(settings, len(items)), kept),
         evaluate=partial(evaluate, context, policy, watched),
         best_metric=HELD_OUT_LOSS if context.rewards is None else REWARD,
-        prepare=partial(check_start, context, policy, items, drawn.draw(0)),
+        prepare=partial(check_start, context, policy, items, draw(0)),
         kept_fraction=kept,
     )
 

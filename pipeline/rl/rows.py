@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from pipeline.config.schema import RlStage
 from pipeline.data import sampling
@@ -62,16 +62,8 @@ def with_shuffled_rewards(rows: list[Example], seed: int) -> list[Example]:
     return [replace(row, reward=rows[i].reward) for row, i in zip(rows, order, strict=True)]
 
 
-@dataclass(frozen=True)
-class Population:
-    """Which rows are drawn, how, and for how many steps of those asked for."""
-
-    draw: Draw
-    kept_fraction: float  # rows of positive weight over all rows
-
-
-def population(items: Sequence[Item], weight: str, settings: RlStage) -> Population:
-    """The draw that `sampling` asks for, by the row weight of the algorithm.
+def population(items: Sequence[Item], weight: str, settings: RlStage) -> tuple[Draw, float]:
+    """The draw that `sampling` asks for, by the row weight of the algorithm; and the share of rows that can be drawn.
 
     `weight` is the number that weighs a row: reward or advantage; "one" weighs all alike. Raises UserError where no row
     has a positive weight.
@@ -86,10 +78,6 @@ def population(items: Sequence[Item], weight: str, settings: RlStage) -> Populat
         )
     # in proportion to the weight; otherwise every row that is kept once per epoch
     if settings.sampling == "priority":
-        return Population(lambda step: sampling.priority_rows(weights, size, step, seed), len(kept) / n)
+        return lambda step: sampling.priority_rows(weights, size, step, seed), len(kept) / n
     pool = list(range(n)) if settings.sampling == "all" else kept
-
-    def draw(step: int) -> list[int]:
-        return [pool[i] for i in sampling.epoch_rows(len(pool), size, step, seed)]
-
-    return Population(draw, len(kept) / n)
+    return lambda step: [pool[i] for i in sampling.epoch_rows(len(pool), size, step, seed)], len(kept) / n

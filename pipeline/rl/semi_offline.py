@@ -176,22 +176,17 @@ def static_rows(example: Example, encoder: Encoder, which: str) -> tuple[Row, ..
     """What static RL may start from: the `worst` or the `best` candidate, all of them (`random`), or the `reference`.
 
     A row without a single word stays. One cut at the limit has no EOS.
-    Raises UserError where the example has no candidates, or no reference text.
+    Candidates are taken to stand best first. Raises UserError where the example has none, or no reference text.
     """
-    return tuple(encoder.encode(example.prompt, text) for text in static_texts(example, which))
-
-
-def static_texts(example: Example, which: str) -> tuple[str, ...]:
-    """The texts of `static_rows`; candidates are taken to stand best first."""
     if which == "reference":
-        return (dataset.reference_text(example),)
+        return reference_rows(example, encoder)
     if not example.candidates:
         raise UserError(
             f"{example.id}: no candidates, wanted some for static={which} to start from: make them with bash run.sh "
             "stage=generate num_return_sequences=8, rank them with stage=score of=generate, or say static=reference"
         )
     chosen = {"worst": example.candidates[-1:], "best": example.candidates[:1], "random": example.candidates}
-    return chosen[which]
+    return tuple(encoder.encode(example.prompt, text) for text in chosen[which])
 
 
 def wordless(rows: Sequence[Row], encoder: Encoder) -> int:

@@ -103,19 +103,8 @@ def fit_value(
         torch.manual_seed(seed)
         head = value_head.ValueHead(hidden, targets.low, targets.high, settings.num_heads, settings.dropout)
     owned = sorted(states)
-    report = value_head.fit(
-        head.to(engine.ranks.device),
-        [states[i] for i in owned],
-        targets.rewards,
-        targets.held_out,
-        learning_rate=settings.learning_rate,
-        epochs=settings.epochs,
-        batch_size=settings.batch_size,
-        patience=settings.patience,
-        seed=seed,
-        owned=owned,
-        all_sum=engine.ranks.all_sum,
-    )
+    mine, told = [states[i] for i in owned], (targets.rewards, targets.held_out)
+    report = value_head.fit(head.to(engine.ranks.device), mine, *told, settings, seed, owned, engine.ranks.all_sum)
     return head, {
         "value/mse": report.held_out_mse,
         "value/r2": report.held_out_r2,
