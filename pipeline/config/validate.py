@@ -123,7 +123,9 @@ def _complaint(schema: type[BaseModel], path: SettingPath, errors: list[Any]) ->
     value = first["input"]
     if first["type"] in WANTED and isinstance(value, str):
         return f"{describe(value)} is text, wanted {wanted}"
-    near = did_you_mean(value, _choices(first)) if isinstance(value, str) else ""
+    # of a literal error: "'llama', 't5' or 'bart'" -> llama, t5, bart
+    choices = first["ctx"]["expected"].split("'")[1::2] if first["type"] == "literal_error" else []
+    near = did_you_mean(value, choices) if isinstance(value, str) else ""
     return f"{describe(value)}, wanted {wanted}{near}"
 
 
@@ -148,8 +150,3 @@ def _wanted(error: Any) -> str:
     if kind == "literal_error":
         return error["ctx"]["expected"].replace("'", "")
     return WANTED[kind] if kind in WANTED else error["msg"].removeprefix("Input should be ")
-
-
-def _choices(error: Any) -> list[str]:
-    """The words of a literal error: "'llama', 't5' or 'bart'" -> llama, t5, bart."""
-    return error["ctx"]["expected"].split("'")[1::2] if error["type"] == "literal_error" else []

@@ -14,6 +14,7 @@ from pipeline.algorithms import functional, supervised
 from pipeline.algorithms.functional import Drawn
 from pipeline.data import dataset
 from pipeline.data.batching import Packing, Windows, collate
+from pipeline.data.masking import in_two_rows
 from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
 from pipeline.records import Batch, Example, Item, Row
@@ -162,14 +163,10 @@ def read_apart(batch: Batch, packing: Packing) -> tuple[Batch, Batch]:
     second = replace(bare, response_ids=given.ids, response_mask=given.mask, shown_ids=given.shown_ids)
     if packing.apart:
         return bare, second
-    prompts = [ids[:n] for ids, n in zip(batch.input_ids, batch.prompt_lengths.tolist(), strict=False)]
-    pairs = []
-    for one in (bare, second):
-        said = [ids[mask] for ids, mask in zip(one.shown_ids, one.response_mask, strict=True)]
-        rows = [torch.cat(pair) for pair in zip(prompts, said, strict=True)]
-        read = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=packing.pad_id)
-        pairs.append(replace(one, input_ids=read, input_mask=torch.ones_like(read, dtype=torch.bool)))
-    return pairs[0], pairs[1]
+    rows = in_two_rows(batch, packing.pad_id) if packing.masker.share_prompt else batch
+    ids, masks = rows.input_ids.chunk(2), rows.input_mask.chunk(2)
+    bare = replace(bare, input_ids=ids[0], input_mask=masks[0])
+    return bare, replace(second, input_ids=ids[1], input_mask=masks[1])
 
 
 def static_rows(example: Example, encoder: Encoder, which: str) -> tuple[Row, ...]:

@@ -190,7 +190,7 @@ def one_step(trainer: Trainer, step: int, interval: Interval) -> str | None:
             return trouble
         logger.warning(f"{trouble}; left out")
     if math.isfinite(norm):
-        interval.metrics.merge(metrics)
+        interval.metrics.add(metrics.stats)
     interval.add(step_stats(window, norm, rate, ranks.device), time.monotonic() - began)
     return trouble
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -91,16 +91,11 @@ def count_terms(batch: Batch, mean_over: str) -> int:
     return sequences // 2 if mean_over == "pairs" else sequences
 
 
-class Algorithm(NamedTuple):
-    """An algorithm that was chosen, with the settings it has."""
+def objective_of(algorithm: AlgorithmSettings) -> tuple[AlgorithmModule, Any, Objective]:
+    """The algorithm's file, its Settings, which check themselves, and its objective.
 
-    module: AlgorithmModule
-    settings: Any  # a module.Settings
-    objective: Objective
-
-
-def objective_of(algorithm: AlgorithmSettings) -> Algorithm:
-    """The algorithm, its settings checked by its own rules. Raises UserError for no such file or wrong settings."""
+    Raises UserError for no such file or wrong settings.
+    """
     names = plugins.available("pipeline.algorithms", "loss")
     if algorithm.file not in names:
         raise UserError(f"algorithm.file: {algorithm.file!r}, wanted one of {', '.join(names)}")
@@ -110,7 +105,7 @@ def objective_of(algorithm: AlgorithmSettings) -> Algorithm:
     def loss(output: Output, batch: Batch) -> Total:
         return module.loss(output, batch, settings)
 
-    return Algorithm(module, settings, Objective(loss, module.MEAN_OVER, module.needs(settings).output))
+    return module, settings, Objective(loss, module.MEAN_OVER, module.needs(settings).output)
 
 
 def checked_settings(schema: type, values: dict[str, Any]) -> Any:
