@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -82,10 +83,7 @@ def nearest_path(wrong: SettingPath, known: Iterable[SettingPath]) -> str:
 
 def describe(value: Any) -> str:
     """A value as a user wrote it, cut at 60 characters."""
-    names = {None: "null", True: "true", False: "false"}
-    if value is None or isinstance(value, bool):
-        return names[value]
-    text = repr(value)
+    text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)  # null, true, false
     return text if len(text) <= 60 else text[:57] + "..."
 
 

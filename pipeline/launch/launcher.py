@@ -43,8 +43,9 @@ def command(settings: LaunchSettings, stage: str, words: Sequence[str], environ:
         options = ["--no_local_rank", "--log_level", "error", "--master_port", str(_port(settings))]
         return [sys.executable, "-m", "deepspeed.launcher.runner", *_resources(settings), *options, "--module", *module]
     if launcher == "torchrun":
-        resources = ["--nproc-per-node", str(settings.processes), *_rendezvous(settings)]
-        return [sys.executable, "-m", "torch.distributed.run", *resources, "--module", *module]
+        port = ["--standalone"] if settings.master_port is None else ["--master-port", str(_port(settings))]
+        options = ["--nproc-per-node", str(settings.processes), *port]
+        return [sys.executable, "-m", "torch.distributed.run", *options, "--module", *module]
     if launcher == "srun":
         return ["srun", "--kill-on-bad-exit=1", *_tasks(settings, environ), sys.executable, "-m", *module]
     return [sys.executable, "-m", *module]
@@ -175,13 +176,6 @@ def _resources(settings: LaunchSettings) -> list[str]:
         raise UserError("launch.hostfile: several machines need the program pdsh, not found; install it, or use Slurm")
     per_host = ["--num_gpus", str(settings.processes)] if settings.processes > 1 else []
     return ["--hostfile", settings.hostfile, *per_host]
-
-
-def _rendezvous(settings: LaunchSettings) -> list[str]:
-    if settings.master_port is None:
-        return ["--standalone"]
-    _refuse_taken(settings)
-    return ["--master-port", str(settings.master_port)]
 
 
 def _tasks(settings: LaunchSettings, environ: Mapping[str, str]) -> list[str]:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+
 from pipeline.config.schema import RlStage
 from pipeline.data import sampling
 from pipeline.data.batching import Draw
@@ -58,7 +60,7 @@ def chosen_rows(rows: list[Example], which: str) -> list[Example]:
 
 def with_shuffled_rewards(rows: list[Example], seed: int) -> list[Example]:
     """The rows with one another's rewards: the same numbers, which say nothing of the responses any more."""
-    order = sampling.shuffled_rows(len(rows), seed)
+    order = torch.randperm(len(rows), generator=sampling.generator("shuffle", seed, 0)).tolist()  # of no epoch
     return [replace(row, reward=rows[i].reward) for row, i in zip(rows, order, strict=True)]
 
 

@@ -63,14 +63,10 @@ class Objective:
 
     def terms(self, window: Sequence[Batch]) -> Tensor:
         """What the micro-batches add to the divisors of the means: () float64, or (k,)."""
-
-        def count(name: str) -> int:
-            return sum(count_terms(batch, name) for batch in window)
-
         one = isinstance(self.mean_over, str)
-        return torch.tensor(
-            count(self.mean_over) if one else [count(name) for name in self.mean_over], dtype=torch.float64
-        )
+        names = [self.mean_over] if one else self.mean_over
+        counts = torch.tensor([[count_terms(batch, name) for name in names] for batch in window], dtype=torch.float64)
+        return counts.sum(0)[0] if one else counts.sum(0)
 
 
 def count_terms(batch: Batch, mean_over: str) -> int:
