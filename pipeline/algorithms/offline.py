@@ -91,10 +91,9 @@ def loss(logp: Tensor, batch: Batch, settings: Settings) -> tuple[Tensor, dict[s
     What lies under the mask and in filler sequences has no influence. Raises UserError naming the reward, advantage or
     ref_logp that is missing or has a wrong shape.
     """
-    assert logp.shape == batch.response_mask.shape, (
-        f"logp: shape is {tuple(logp.shape)}, but response_mask has {tuple(batch.response_mask.shape)}"
-    )
-    nll = torch.where(batch.response_mask, -logp, 0.0)  # (B, T) >= 0
+    mask = batch.response_mask
+    assert logp.shape == mask.shape, f"logp: shape is {tuple(logp.shape)}, but response_mask has {tuple(mask.shape)}"
+    nll = torch.where(mask, -logp, 0.0)  # (B, T) >= 0
     per_sequence = (weights(logp, batch, settings) * nll).sum(1)  # (B,)
     per_sequence = per_sequence + settings.kl_beta * KL_TERMS[settings.kl_form](logp, batch)
     return per_sequence.sum(), _statistics(logp, batch, settings, per_sequence)

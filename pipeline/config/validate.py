@@ -15,17 +15,12 @@ from pipeline.errors import UserError, did_you_mean
 SettingPath = tuple[str, ...]  # ("optimizer", "learning_rate")
 
 WANTED = {
-    "float_type": "a number",
-    "float_parsing": "a number",
-    "int_parsing": "a whole number",
-    "bool_parsing": "true or false",
-    "int_type": "a whole number",
-    "bool_type": "true or false",
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
+    **dict.fromkeys(("int_type", "int_parsing"), "a whole number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "a mapping"),
     "string_type": "text",
     "list_type": "a list",
-    "dict_type": "a mapping",
-    "model_type": "a mapping",
-    "model_attributes_type": "a mapping",
     "none_required": "null",
     "finite_number": "a finite number",
 }
