@@ -80,7 +80,7 @@ class Trainer:
     best_metric: BestMetric
     prepare: Callable[[], None] = lambda: None
     then: Callable[[Path], None] | None = None  # writes what else belongs beside exported weights
-    kept_fraction: float = 1.0  # of the rows that are drawn: evaluations come after as much of the whole
+    kept_fraction: float = 1.0  # of rows, where fewer steps are taken for those that are left out
 
     @property
     def engine(self) -> Engine:
@@ -135,7 +135,7 @@ def take_steps(trainer: Trainer, state: State, interval: Interval, log: RunLog, 
         memory = trainer.windows.state_dict(state.step)
         checkpoints.save(trainer.engine, replace(state, seconds=seconds), interval, memory)
 
-    received: list[int] = []  # instead of ending the process
+    received: list[int] = []  # SIGTERMs, which then end nothing
     with handled(lambda number, frame: received.append(number), [signal.SIGTERM]):
         if state.step == 0:
             state, values = evaluate(trainer, state, log)
