@@ -60,11 +60,12 @@ def write_jsonl(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     write_text(path, "".join(json.dumps(_jsonable(r), ensure_ascii=False, allow_nan=False) + "\n" for r in rows))
 
 
-def flatten(nested: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Mappings within mappings as one with keys joined by '/'."""
+def flatten(nested: Mapping[str, object], separator: str = "/", prefix: str = "") -> dict[str, object]:
+    """Mappings within mappings as one with keys joined by `separator`, as in train.batch_size."""
     flat: dict[str, object] = {}
     for key, value in nested.items():
-        flat |= flatten(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        inner = isinstance(value, Mapping)
+        flat |= flatten(value, separator, f"{prefix}{key}{separator}") if inner else {f"{prefix}{key}": value}
     return flat
 
 

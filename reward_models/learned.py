@@ -69,8 +69,7 @@ def load(
         template, max_length: for classifiers that did not come from `stage=reward`; those that did read rows as they
             were trained to. max_length is in tokens of prompt + response; the prompt loses its beginning first.
 
-    Raises:
-        UserError: no such model, or it has no scalar head.
+    Raises UserError where there is no such model, or it has no scalar head.
     """
     adapters = model.lora.model_copy(update={"r": 0})
     settings = model.model_copy(update={"path": directory, "revision": None, "dropout": 0.0, "lora": adapters})

@@ -56,13 +56,10 @@ def _parts(completions: Sequence[str], references: References) -> list[tuple[flo
     values: list[tuple[float, float]] = []
     for texts, neighbours in runs(completions, references, "squad"):
         gold, questions = [text.strip().lower() for text in texts], [*map(question, neighbours)]
-        values += zip(_rouges(gold, questions), _bleus(gold, questions), strict=True)
+        wanted = [*map(_between_blanks, gold)]
+        rouges = [_rouge(wanted, _between_blanks(text)) for text in questions]
+        values += zip(rouges, _bleus(gold, questions), strict=True)
     return values
-
-
-def _rouges(gold: Sequence[str], texts: Sequence[str]) -> list[float]:
-    wanted = [*map(_between_blanks, gold)]
-    return [_rouge(wanted, _between_blanks(text)) for text in texts]
 
 
 def _between_blanks(text: str) -> list[str]:

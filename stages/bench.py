@@ -47,10 +47,8 @@ def main(settings: BenchStage, words: Sequence[str]) -> None:
             print(table(results), flush=True)
     rows = [{**asdict(result), "goal": result.goal and str(result.goal), "met": result.met} for result in measured]
     command = "bash run.sh " + shlex.join(words)
-    write_json(
-        directory / "results.json",
-        {"command": command, **machine(), "settings": settings.model_dump(), "results": rows},
-    )
+    found = {"command": command, **machine(), "settings": settings.model_dump(), "results": rows}
+    write_json(directory / "results.json", found)
 
 
 def machine() -> dict[str, Any]:

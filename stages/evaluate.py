@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 
 from pipeline.config.reward_spec import labelled
 from pipeline.config.schema import EvaluateStage
@@ -89,17 +90,14 @@ def judged(
 def table(results: dict[str, dict[str, float]]) -> str:
     """The headline numbers, one line per policy."""
     first = next(iter(results.values()))
-    columns = {name: name.removeprefix("rewards/").removesuffix("/mean") for name in first if is_reward_mean(name)}
+    means = [name for name in first if fnmatchcase(name, "rewards/*/mean")]
+    columns = {name: name.removeprefix("rewards/").removesuffix("/mean") for name in means}
     columns |= SHOWN
     width = max(len(title) for title in columns.values()) + 2
     lines = ["".join([f"{'policy':10}", *(f"{title:>{width}}" for title in columns.values())])]
     for policy, values in results.items():
         lines.append("".join([f"{policy:10}", *(f"{values[name]:>{width}.4f}" for name in columns)]))
     return "\n".join(lines)
-
-
-def is_reward_mean(name: str) -> bool:
-    return name.startswith("rewards/") and name.endswith("/mean")
 
 
 if __name__ == "__main__":

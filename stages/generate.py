@@ -52,7 +52,9 @@ def main(settings: GenerateStage, words: Sequence[str]) -> None:
             statistics |= evaluation.reward_statistics(judged.scores, judged.texts)
         if ranks.main:
             write_rows(directory / f"{split}.jsonl", found.rows)
-        results[split] = {**counts(found), **statistics}
+        left_out = {"empty_responses": found.empty, "repeated_responses": found.repeated}
+        count = sum(len(row.candidates) for row in found.rows)
+        results[split] = {"rows": len(found.rows), "candidates": count, **left_out, **statistics}
         logger.info(f"{directory / split}.jsonl: {summary(found, len(answers))}")
     if ranks.main:
         write_json(directory / "results.json", results)
@@ -69,15 +71,6 @@ def responses(policy: Model, asked: Sequence[Example], settings: GenerateStage, 
         if len(asked) > part:
             logger.info(f"{split}: {start + len(some):,} of {len(asked):,} prompts")
     return answers
-
-
-def counts(found: Gathered) -> dict[str, int]:
-    return {
-        "rows": len(found.rows),
-        "candidates": sum(len(row.candidates) for row in found.rows),
-        "empty_responses": found.empty,
-        "repeated_responses": found.repeated,
-    }
 
 
 def summary(found: Gathered, drawn: int) -> str:

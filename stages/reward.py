@@ -41,16 +41,15 @@ def main(settings: RewardStage, words: Sequence[str]) -> None:
     draw = epochs(len(items), settings.train.batch_size, settings.seed)
     fit(
         Trainer(
-            engine=scorer.engine,
+            model=scorer,
             settings=settings,
             directory=directory,
             windows=Windows(items, draw, scorer.packing, ranks.rank, ranks.world),
             objective=objective,
             max_steps=steps_for(settings, len(items)),
-            eval_steps=settings.train.eval_steps,
             evaluate=partial(evaluate, scorer, objective, tested),
             best_metric=HELD_OUT_LOSS,
-            export=partial(scorer.export, then=partial(learned.save_input, encoder=scorer.encoder)),
+            then=partial(learned.save_input, encoder=scorer.encoder),
         )
     )
 
@@ -58,8 +57,7 @@ def main(settings: RewardStage, words: Sequence[str]) -> None:
 def rows_of(settings: RewardStage, module: Any, algorithm: Any) -> tuple[list[Example], list[Example]]:
     """What to learn from and what is held out: pairs, or every response by itself where its score will do.
 
-    Raises:
-        UserError: a row lacks what the objective learns from.
+    Raises UserError where a row lacks what the objective learns from.
     """
     train, held_out = dataset.splits(settings.data, settings.seed)
     if module.pairs_only(algorithm) or pairs.all_pairs([*train, *held_out]):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from pipeline.config.schema import SftStage
-from pipeline.data import conversations, dataset
+from pipeline.data import conversations, convert, dataset
 from pipeline.data.batching import Packing, Windows
 from pipeline.launch import run_dir
 from pipeline.launch.entry import run
@@ -44,23 +44,21 @@ def main(settings: SftStage, words: Sequence[str]) -> None:
     draw = epochs(len(items), settings.train.batch_size, settings.seed)
     fit(
         Trainer(
-            engine=policy.engine,
+            model=policy,
             settings=settings,
             directory=directory,
             windows=Windows(items, draw, packing, ranks.rank, ranks.world),
             objective=objective,
             max_steps=steps_for(settings, len(items)),
-            eval_steps=settings.train.eval_steps,
             evaluate=partial(evaluate, settings, policy, WatchedAnswers(objective, tested, held_out, packing)),
             best_metric=HELD_OUT_LOSS,
-            export=policy.export,
         )
     )
 
 
 def rows_of(settings: SftStage) -> tuple[list[Example], list[Example]]:
     """The rows to learn from, a row a turn if all are learned; and those held out."""
-    train, held_out = (dataset.supervised(rows) for rows in dataset.splits(settings.data, settings.seed))
+    train, held_out = (convert.to_supervised(rows) for rows in dataset.splits(settings.data, settings.seed))
     return conversations.learned(train, settings.train_on), held_out[: settings.eval.max_rows]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -28,6 +28,7 @@ from pipeline.trainer import loop
 from pipeline.trainer.engine import Engine, Ranks
 from pipeline.trainer.loop import HELD_OUT_LOSS, Evaluation, Trainer
 from pipeline.trainer.metrics import Interval, Metrics
+from pipeline.trainer.model import Model
 from pipeline.trainer.objective import Objective, objective_of
 from tests import masked, tiny
 
@@ -194,17 +195,14 @@ def objective_for(case: Case, ranks: Ranks, items: Sequence[Item]) -> Objective:
 def trainer_of(case: Case, trained: Engine, items: Sequence[Item], packing: Packing, folder: Path) -> Trainer:
     """What the loop is given to take the steps of DRAWN; nothing is evaluated, logged or exported."""
     ranks = trained.ranks
-    nothing: Callable[[object], Evaluation] = lambda _: Evaluation({})  # noqa: E731
     changed = {"train": tiny.train_settings(), "optimizer": tiny.optimizer_settings(**OPTIMIZER)}
     return Trainer(
-        engine=trained,
+        model=Model(trained, tiny.encoder(), packing),
         objective=objective_for(case, ranks, items),
         windows=Windows(items, lambda step: list(DRAWN[step]), packing_of(case, packing), ranks.rank, ranks.world),
-        evaluate=nothing,
-        export=nothing,
+        evaluate=lambda step: Evaluation({}),
         settings=tiny.settings("sft").model_copy(update=changed),
         max_steps=len(DRAWN),
-        eval_steps=None,
         best_metric=HELD_OUT_LOSS,
         directory=folder,
     )

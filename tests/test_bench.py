@@ -156,7 +156,7 @@ TINY = sampling.Sizes({"hidden_size": 16, "num_layers": 1, "num_heads": 2, "voca
 def test_both_ways_of_sampling_have_the_gradient_of_what_they_sampled(setup: Setup) -> None:
     """The graph that is kept gives what one pass over the same ids gives."""
     small, length = sampling.sampled(setup, TINY), 6
-    policy = small.engine.module
+    policy = small.module
     two = sampling.two_stages(small, length)
     one = sampling.one_stage(small, length)
     # a new model finds all of its V tokens alike: 2 rows of 6 tokens at about ln V each
@@ -170,7 +170,7 @@ def test_both_ways_of_sampling_have_the_gradient_of_what_they_sampled(setup: Set
 
 def test_responses_end_by_chance(setup: Setup) -> None:
     small = sampling.sampled(setup, replace(TINY, lengths=(200,), copies=32))
-    sampling.ends_by_chance(small.engine.module.model, small.setup.encoder.eos_id)
+    sampling.ends_by_chance(small.module.model, small.setup.encoder.eos_id)
     lengths = [len(response.response_ids) for response in small.responses(0, max_new_tokens=200, batch_size=2)]
     # 64 responses that end after 32 tokens each on average: the mean is 32 +- 4
     assert len(set(lengths)) > 16 and 16 < sum(lengths) / len(lengths) < 48

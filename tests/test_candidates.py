@@ -102,8 +102,9 @@ def test_what_static_rl_starts_from() -> None:
         assert semi_offline.static_rows(RANKED, encoder, which) == tuple(
             encoder.encode("the cat", text) for text in wanted
         )
-    assert semi_offline.static_texts(replace(ROW, references=()), "reference") == ("sat on a mat",)
-    assert semi_offline.static_texts(Example("a", "p", "logged", ("gold",)), "reference") == ("gold",)
+    without, other = replace(ROW, references=()), replace(ROW, completion="ran", references=("mat",))
+    assert semi_offline.static_rows(without, encoder, "reference") == (encoder.encode("the cat", "sat on a mat"),)
+    assert semi_offline.static_rows(other, encoder, "reference") == (encoder.encode("the cat", "mat"),)
 
 
 def test_a_static_row_cut_at_the_limit_has_no_eos() -> None:

@@ -345,9 +345,9 @@ def test_what_a_recipe_says_of_its_algorithm_is_for_its_algorithm():
 @pytest.mark.parametrize("file", sorted((ROOT / "stages/algo").glob("*.yaml")), ids=lambda path: path.stem)
 def test_an_algorithm_has_the_settings_that_it_reads(file: Path):
     settings = resolve(["stage=rl", f"algo={file.stem}"]).settings
-    chosen = objective_of(settings.algorithm)
-    assert chosen.module.RESPONSES in RL_KINDS and isinstance(settings, RL_KINDS[chosen.module.RESPONSES])
-    values = chosen.module.needs(chosen.settings).values
+    module, algorithm, _ = objective_of(settings.algorithm)
+    assert module.RESPONSES in RL_KINDS and isinstance(settings, RL_KINDS[module.RESPONSES])
+    values = module.needs(algorithm).values
     assert ("value" in settings.model_dump()) == values
 
 

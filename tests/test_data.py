@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from pipeline.data.batching import Packing, Windows, collate, group, once, packing_of, padded_tokens, window
+from pipeline.data.batching import Packing, Windows, collate, group, once, packing_of, window
 from pipeline.errors import UserError
 from pipeline.records import Example, Item
 from pipeline.trainer.schedule import epochs
@@ -50,7 +50,7 @@ def test_the_budget_holds_with_padding(packing: Packing, seed: int) -> None:
     for indices in group(items, range(40), packing, 3):
         batch = collate(items, indices, packing)
         read = batch.input_ids.numel() + (batch.response_ids.numel() if packing.apart else 0)
-        assert not indices or read == padded_tokens([items[i] for i in indices], packing) <= 60
+        assert not indices or read == tiny.padded_tokens([items[i] for i in indices], packing) <= 60
 
 
 def test_a_budget_is_used() -> None:

@@ -127,32 +127,27 @@ class Toy:
         items = items or tiny.items(9)
         words = {**USUAL, "max_steps": self.steps, **self.words}
         settings = tiny.settings("sft", *(f"train.{name}={value}" for name, value in words.items()))
-        trained = self.engine()
+        engine = self.engine()
         torch.manual_seed(0)
-        export = Model(trained, tiny.encoder(), PACKING).export
+        trained = Model(engine, tiny.encoder(), PACKING)
 
         def evaluate(step: int) -> Evaluation:
             self.at_evaluation(step)
-            found = evaluation.held_out_loss(trained, self.objective, items, PACKING)
+            found = evaluation.held_out_loss(engine, self.objective, items, PACKING)
             return Evaluation(found, {"lengths": torch.arange(3.0)}, [{"id": "a", "response": f"at {step}"}])
-
-        def exporting(place: Path) -> None:
-            self.at_export(place)
-            export(place)
 
         draw = schedule.epochs(len(items), settings.train.batch_size, settings.seed)
         trainer = loop.Trainer(
-            engine=trained,
+            model=trained,
             settings=settings,
             directory=self.directory,
             windows=Windows(items, draw, PACKING, 0, 1),
             objective=self.objective,
             max_steps=self.steps,
-            eval_steps=settings.train.eval_steps,
             evaluate=evaluate,
             best_metric=BestMetric("eval/loss", self.larger_is_better),
-            export=exporting,
             prepare=prepare,
+            then=self.at_export,
         )
         loop.fit(trainer)
 
@@ -244,7 +239,7 @@ def test_stopped_after_the_last_step(tmp_path: Path, whole: Toy) -> None:
     toy = Toy(tmp_path / "sft")
 
     def fail(place: Path) -> None:
-        if place.name == "last":
+        if place.name == "last.part":
             raise KilledError
 
     toy.at_export = fail

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.algorithms import semi_offline, supervised
 from pipeline.algorithms.functional import Drawn
-from pipeline.data.batching import Packing, collate, padded_tokens
+from pipeline.data.batching import Packing, collate
 from pipeline.models import attention
 from pipeline.models.loading import hugging_face
 from pipeline.models.policy import Policy
@@ -130,7 +130,7 @@ def test_the_budget_is_what_is_read(shape: str, shared: bool) -> None:
     for part in parts:
         part.register_forward_pre_hook(lambda *given: read.append(given[2]["input_ids"].numel()), with_kwargs=True)
     policy(whole(policy, rows, share_prompt=shared), output="heads")
-    assert sum(read) == padded_tokens(rows, masked.packing(policy, SETTINGS.samples, share_prompt=shared))
+    assert sum(read) == tiny.padded_tokens(rows, masked.packing(policy, SETTINGS.samples, share_prompt=shared))
 
 
 def test_what_is_seen() -> None:

@@ -91,14 +91,14 @@ def test_responses_are_cut_on_the_right_and_lose_eos() -> None:
 
 
 def test_cuts_are_counted() -> None:
-    from pipeline.data.dataset import completion_rows, encode
+    from pipeline.data.dataset import completion_rows, counts, encode
     from pipeline.records import Example
 
     rows = [Example("a", "the cat sat on a mat", "ran"), Example("b", "the", "cat sat on a mat and ran")]
-    encoded = encode(rows, tiny.encoder(3, 4), completion_rows)
-    assert (encoded.cut_prompts, encoded.cut_responses) == (1, 1)
-    assert encoded.response_tokens == sum(len(item.rows[0].response_ids) for item in encoded.items)
-    assert "1 prompts and 1 responses cut" in encoded.summary("train")
+    items = encode(rows, tiny.encoder(3, 4), completion_rows)
+    found = counts(items)
+    assert (found["cut_prompts"], found["cut_responses"]) == (1, 1)
+    assert found["response_tokens"] == sum(len(item.rows[0].response_ids) for item in items)
 
 
 def test_masks_come_from_lengths_even_where_pad_is_eos() -> None:

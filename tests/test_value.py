@@ -9,11 +9,27 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
-from pipeline.models.value_head import ValueHead, fit, predict
+from pipeline.models import value_head
+from pipeline.models.value_head import ValueHead, values
 from tests import tiny
 
 H = 16
 FITTING = {"learning_rate": 0.01, "epochs": 8, "batch_size": 8, "patience": 8, "seed": 0}
+
+
+def fit(head, states, targets, held_out, *, seed, owned=None, all_sum=lambda local: local, **changes):
+    """All rows, in order, unless this rank owns some of them only."""
+    settings = tiny.settings("rl", "algo=alol").value.model_copy(update=changes)
+    owned = range(len(targets)) if owned is None else owned
+    return value_head.fit(head, states, targets, held_out, settings, seed, owned, all_sum)
+
+
+@torch.no_grad()
+def predict(head, states, batch_size):
+    """(n,) float32: the values of n prompts, states one (S_i, H) each, in evaluation mode."""
+    head.eval()
+    batches = [states[start : start + batch_size] for start in range(0, len(states), batch_size)]
+    return torch.cat([torch.empty(0), *(values(head, batch) for batch in batches)])
 
 
 def make_head(low=0.0, high=1.0, dropout=0.1, hidden_size=H, seed=0):

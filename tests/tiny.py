@@ -30,7 +30,7 @@ from transformers import (
 from pipeline.algorithms import supervised
 from pipeline.config.resolve import resolve
 from pipeline.config.sections import TemplateSettings
-from pipeline.data.batching import Packing, Windows
+from pipeline.data.batching import Extent, Packing, Windows
 from pipeline.data.tokenization import Encoder
 from pipeline.models import scratch
 from pipeline.records import Example, Item, Row
@@ -124,6 +124,14 @@ def items(count: int, seed: int = 0, longest: int = 9, pairs: bool = False, **nu
         example = Example(f"row {i}", f"prompt {i}")
         made.append(Item(example, rows, {name: float(number(i)) for name, number in numbers.items()}))
     return made
+
+
+def padded_tokens(rows: Sequence[Item], packing: Packing) -> int:
+    """Tokens, padding included, of one micro-batch made of `rows`."""
+    extent = Extent()
+    for one in rows:
+        extent = extent.with_item(one)
+    return extent.tokens(packing)
 
 
 def ranks() -> engine.Ranks:

@@ -52,10 +52,8 @@ def loss(logp: Tensor, batch: Batch, settings: Settings) -> tuple[Tensor, dict[s
     logp (B, T): all chosen responses, then all rejected ones in the same order, B = 2 * pairs with fillers. What lies
     under the mask and in fillers has no influence. Raises UserError where ref_logp is missing or has another shape.
     """
-    present = batch.sequence_mask  # (B,)
-    assert logp.shape == batch.response_mask.shape, (
-        f"logp: shape is {tuple(logp.shape)}, but response_mask has {tuple(batch.response_mask.shape)}"
-    )
+    present, mask = batch.sequence_mask, batch.response_mask  # (B,), (B, T)
+    assert logp.shape == mask.shape, f"logp: shape is {tuple(logp.shape)}, but response_mask has {tuple(mask.shape)}"
     assert len(logp) % 2 == 0, f"logp: {len(logp)} rows, wanted an even number, chosen then rejected"
     pairs = len(logp) // 2
     assert torch.equal(present[:pairs], present[pairs:]), "response_mask: a pair has only one response"

@@ -36,7 +36,7 @@ def token_logps(
     """
 
     def slice_logps(rows: Tensor, ids: Tensor, divisors: Tensor | None) -> Tensor:
-        return _Logps.apply(_logits(head, rows, divisors), ids)
+        return _Logps.apply(_logits(head, rows, divisors), ids, False)[0]
 
     return torch.cat(_in_slices(slice_logps, hidden, targets, temperatures, chunks))
 
@@ -60,21 +60,26 @@ def _in_slices(
 
 
 class _Logps(torch.autograd.Function):
-    """log_softmax then gather, with one (n, V) tensor kept and one made in backward; autograd's own way makes three."""
+    """log_softmax then gather, with one (n, V) tensor kept and one made in backward; autograd's own way makes three.
+
+    With `smooth` the mean over the vocabulary stands beside it, from the same tensor; else None.
+    """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, ids: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, ids: Tensor, smooth: bool) -> tuple[Tensor, Tensor | None]:
         logps = logits.log_softmax(-1)
         ctx.save_for_backward(logps, ids)
-        return logps.gather(-1, ids[:, None])[:, 0]
+        return logps.gather(-1, ids[:, None])[:, 0], logps.mean(-1) if smooth else None
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        """d logp[t] / d logits = one-hot(t) - softmax."""
+    def backward(ctx: Any, grad: Tensor, grad_mean: Tensor | None) -> tuple[Tensor, None, None]:
+        """d logp[t] / d logits = one-hot(t) - softmax; d mean / d logits = 1 / V - softmax."""
         logps, ids = ctx.saved_tensors
-        grad_logits = logps.exp().mul_(-grad[:, None])
-        return grad_logits.scatter_add_(-1, ids[:, None], grad[:, None]), None
+        grad_logits = logps.exp().mul_(-(grad if grad_mean is None else grad + grad_mean)[:, None])
+        if grad_mean is not None:
+            grad_logits.add_(grad_mean[:, None] / logps.shape[-1])
+        return grad_logits.scatter_add_(-1, ids[:, None], grad[:, None]), None, None
 
 
 def smoothed_logps(
@@ -86,28 +91,10 @@ def smoothed_logps(
     """
 
     def slice_logps(rows: Tensor, ids: Tensor, divisors: Tensor | None) -> Tensor:
-        return torch.stack(_SmoothLogps.apply(_logits(head, rows, divisors), ids))  # (2, n)
+        return torch.stack(_Logps.apply(_logits(head, rows, divisors), ids, True))  # (2, n)
 
     logps, means = torch.cat(_in_slices(slice_logps, hidden, targets, temperatures, chunks), dim=1)
     return logps, means
-
-
-class _SmoothLogps(torch.autograd.Function):
-    """As `_Logps`, with the mean over the vocabulary beside it, from the same tensor."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        logps = logits.log_softmax(-1)
-        ctx.save_for_backward(logps, ids)
-        return logps.gather(-1, ids[:, None])[:, 0], logps.mean(-1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, grad_mean: Tensor) -> tuple[Tensor, None]:
-        """d mean / d logits = 1 / V - softmax."""
-        logps, ids = ctx.saved_tensors
-        grad_logits = logps.exp().mul_(-(grad + grad_mean)[:, None]).add_(grad_mean[:, None] / logps.shape[-1])
-        return grad_logits.scatter_add_(-1, ids[:, None], grad[:, None]), None
 
 
 def smoothed_nll(logp: Tensor, means: Tensor, mask: Tensor, label_smoothing: float) -> Tensor:

@@ -91,10 +91,9 @@ def loss(logp: Tensor, batch: Batch, settings: Settings) -> tuple[Tensor, dict[s
     What lies under the mask and in filler sequences has no influence. Raises UserError naming the reward, advantage or
     ref_logp that is missing or has a wrong shape.
     """
-    assert logp.shape == batch.response_mask.shape, (
-        f"logp: shape is {tuple(logp.shape)}, but response_mask has {tuple(batch.response_mask.shape)}"
-    )
-    nll = torch.where(batch.response_mask, -logp, 0.0)  # (B, T) >= 0
+    mask = batch.response_mask
+    assert logp.shape == mask.shape, f"logp: shape is {tuple(logp.shape)}, but response_mask has {tuple(mask.shape)}"
+    nll = torch.where(mask, -logp, 0.0)  # (B, T) >= 0
     per_sequence = (weights(logp, batch, settings) * nll).sum(1)  # (B,)
     per_sequence = per_sequence + settings.kl_beta * KL_TERMS[settings.kl_form](logp, batch)
     return per_sequence.sum(), _statistics(logp, batch, settings, per_sequence)
@@ -145,10 +144,6 @@ def _statistics(logp: Tensor, batch: Batch, settings: Settings, per_sequence: Te
     return stats | RATIO_STATISTICS[settings.ratio](logp, batch, settings)
 
 
-def _no_statistics(logp: Tensor, batch: Batch, settings: Settings) -> dict[str, Stat]:
-    return {}
-
-
 def _ratio_statistics(logp: Tensor, batch: Batch, settings: Settings) -> dict[str, Stat]:
     """Of the ratio as it enters the weights, after the clip: over responses for `sequence`, over tokens for `token`."""
     log_rho = log_ratio(logp, batch, settings)  # (B, 1) or (B, T)
@@ -169,52 +164,32 @@ def _probability_statistics(logp: Tensor, batch: Batch, settings: Settings) -> d
     }
 
 
-def _ones(logp: Tensor, batch: Batch) -> Tensor:
-    return logp.new_ones(len(logp))
-
-
-def _reward(logp: Tensor, batch: Batch) -> Tensor:
-    return item_numbers(batch, "reward", like=logp)
-
-
-def _positive_advantage(logp: Tensor, batch: Batch) -> Tensor:
-    return item_numbers(batch, "advantage", like=logp).clamp(min=0.0)
-
-
-def _no_factor(logp: Tensor, batch: Batch, settings: Settings) -> Tensor:
-    return torch.ones_like(logp)
-
-
 def _clipped_ratio(logp: Tensor, batch: Batch, settings: Settings) -> Tensor:
     return clip_ratio(log_ratio(logp, batch, settings), settings.clip)
-
-
-def _floored_probability(logp: Tensor, batch: Batch, settings: Settings) -> Tensor:
-    return logp.exp().clamp(min=settings.probability_floor)
-
-
-def _no_kl(logp: Tensor, batch: Batch) -> Tensor:
-    return logp.new_zeros(len(logp))
-
-
-def _released_kl(logp: Tensor, batch: Batch) -> Tensor:
-    return _token_log_ratio(logp, batch).sum(1)  # N_ref - N
 
 
 def _k3_kl(logp: Tensor, batch: Batch) -> Tensor:
     return k3(_token_log_ratio(logp, batch)).sum(1)
 
 
-ROW_WEIGHTS = {"one": _ones, "reward": _reward, "advantage": _positive_advantage}  # -> (B,)
+ROW_WEIGHTS = {
+    "one": lambda logp, batch: logp.new_ones(len(logp)),
+    "reward": lambda logp, batch: item_numbers(batch, "reward", like=logp),
+    "advantage": lambda logp, batch: item_numbers(batch, "advantage", like=logp).clamp(min=0.0),
+}  # -> (B,)
 TOKEN_FACTORS = {
-    "none": _no_factor,
+    "none": lambda logp, batch, settings: torch.ones_like(logp),
     "sequence": _clipped_ratio,
     "token": _clipped_ratio,
-    "probability": _floored_probability,
+    "probability": lambda logp, batch, settings: logp.exp().clamp(min=settings.probability_floor),
 }  # -> (B, 1) or (B, T)
-KL_TERMS = {"none": _no_kl, "released": _released_kl, "k3": _k3_kl}  # -> (B,)
+KL_TERMS = {
+    "none": lambda logp, batch: logp.new_zeros(len(logp)),
+    "released": lambda logp, batch: _token_log_ratio(logp, batch).sum(1),  # N_ref - N
+    "k3": _k3_kl,
+}  # -> (B,)
 RATIO_STATISTICS = {
-    "none": _no_statistics,
+    "none": lambda logp, batch, settings: {},
     "sequence": _ratio_statistics,
     "token": _ratio_statistics,
     "probability": _probability_statistics,

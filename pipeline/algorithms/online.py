@@ -176,11 +176,7 @@ def loss(output: Tensor | tuple[Tensor, Tensor], batch: Batch, settings: Setting
     rl, mle = torch.where(sampled, per_sequence, 0.0).sum(), smoothed.sum()
     if settings.sft_weight > 0:
         known["loss/mle"] = mean_stat(smoothed, learned)
-    stats = {
-        "loss": _over(rl, number["leads"].sum()),
-        **known,
-        **_statistics(whole, number, mask, sampled),
-    }
+    stats = {"loss": _over(rl, number["leads"].sum()), **known, **_statistics(whole, number, mask, sampled)}
     return torch.stack([settings.rl_weight * rl, settings.sft_weight * mle]), stats
 
 

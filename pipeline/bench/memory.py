@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.algorithms.functional import token_logps
 from pipeline.bench.measure import Goal, Result, alternate, compared, times_less
@@ -31,14 +31,10 @@ def measure(
         torch.autograd.grad(token_logps(hidden, head, targets, chunks).sum(), [hidden, head.weight])
 
     def other(step: int = 0) -> None:
-        torch.autograd.grad(whole_logps(hidden, head, targets).sum(), [hidden, head.weight])
+        logps = head(hidden).float().log_softmax(-1).gather(1, targets[:, None])  # logits (N, V) are kept whole
+        torch.autograd.grad(logps.sum(), [hidden, head.weight])
 
     less = times_less("logits kept whole / our response log-probs", ours, other, LESS)
     rounds = alternate(ours, other, setup.timing.single)
     time = compared("our response log-probs / logits kept whole, time", "s", rounds, None)
     return [replace(less, note=f"{tokens} tokens, V = {vocabulary:,}, {chunks} slices"), time]
-
-
-def whole_logps(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
-    """(N,) log-probabilities from logits (N, V) that are kept whole."""
-    return head(hidden).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]

@@ -17,24 +17,14 @@ from typing import Any
 
 import torch
 
+from pipeline.bench import setup as prepared
 from pipeline.bench.measure import Goal, Result, Timing, compared, in_turns, speed, timed
-from pipeline.bench.setup import (
-    Setup,
-    alol_trainer,
-    environment,
-    even,
-    new_policy,
-    sft_trainer,
-    singles,
-    stepper,
-    trainer_of,
-)
+from pipeline.bench.setup import Setup, alol_trainer, even, new_policy, sft_trainer, singles
 from pipeline.data import dataset
 from pipeline.data import pairs as pairing
 from pipeline.errors import UserError
 from pipeline.models import build, loading
 from pipeline.records import Item
-from pipeline.trainer.engine import Engine
 from pipeline.trainer.loop import Trainer
 
 FASTER = Goal(1.2, at_least=True)
@@ -78,7 +68,7 @@ def measure(setup: Setup) -> list[Result]:
 
 def contest(match: Match, ask: Worker, timing: Timing) -> list[tuple[float, float]]:
     """Per round the tokens per second of our steps and of the peer's, taken in turns."""
-    take = stepper(match.ours)
+    take = prepared.stepper(match.ours)
 
     def ours(number: int) -> tuple[float, float]:
         seconds = timed(lambda: take(number), timing.clock)
@@ -97,7 +87,7 @@ def worker(python: str, log: Path) -> Iterator[Worker]:
     with log.open("w", encoding="utf-8") as errors:
         try:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors, "text": True}
-            process = subprocess.Popen([python, str(WORKER)], env=environment(), **pipes)
+            process = subprocess.Popen([python, str(WORKER)], env=prepared.environment(), **pipes)
         except OSError as error:
             raise UserError(f"peer_python: {python} cannot be started ({error.strerror}), wanted a Python") from None
 
@@ -124,14 +114,13 @@ def matches(setup: Setup, shape: str) -> Iterator[Match]:
     """The three comparisons on rows that are `ragged`, or all `even`."""
     size = setup.settings.train.batch_size
     items, rows = singles(setup), pairing.paired(setup.rows)
-    pairs = dataset.encode(rows, setup.encoder, dataset.pair_rows).items
+    pairs = dataset.encode(rows, setup.encoder, dataset.pair_rows)
     if shape == "even":
         items, pairs = even(items, LENGTH, LENGTH), even(pairs, LENGTH, LENGTH)
     pair_rows = [pair_row(item) for item in pairs]
     yield Match("SFT", "sft", sft_trainer(setup, items), [single_row(item) for item in items], size)
     scalar = build.reward_module(setup.settings.model, setup.encoder, setup.settings.train, setup.settings.seed)
-    engine = Engine(scalar, setup.ranks, setup.settings.train, setup.settings.optimizer)
-    reward = trainer_of(setup, engine, pairs, ["stage=reward"])
+    reward = prepared.trainer_of(setup, prepared.model_of(setup, scalar), pairs, ["stage=reward"])
     yield Match("reward model", "reward", reward, [whole_pair(row) for row in pair_rows], size // 2)
     both = [replace(item, rows=(row,)) for item in pairs for row in item.rows]
     yield Match("A-LOL / DPO", "dpo", alol_trainer(setup, both), pair_rows, size // 2)

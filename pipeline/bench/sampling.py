@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.bench.measure import Goal, Result, alternate, compared, in_turns, speed, timed, times_less
-from pipeline.bench.setup import Setup, even, new_policy, packing, singles, with_settings
+from pipeline.bench.setup import Setup, even, model_of, new_policy, singles, with_settings
 from pipeline.config.resolve import resolve
 from pipeline.data.batching import collate
 from pipeline.models.loading import hugging_face
+from pipeline.models.policy import Policy
 from pipeline.records import Item, Request, Response, Row
 from pipeline.rollout.generate import plain_sampling, respond
-from pipeline.trainer.engine import Engine
+from pipeline.trainer.model import Model
 
 LESS = Goal(5.0, at_least=True)
 GOAL_LENGTH = 256  # tokens, at which LESS is asked for
@@ -53,14 +54,18 @@ class Sampled:
     """A new model in float32, and the prompts, all of one length, that it answers."""
 
     setup: Setup
-    engine: Engine
+    model: Model
     requests: list[Request]
+
+    @property
+    def module(self) -> Policy:
+        return self.model.engine.module
 
     def responses(self, seed: int, **generation: Any) -> list[Response]:
         """Plain sampling, as on-policy RL samples, with some settings of the generation set."""
         plain = plain_sampling(resolve(["stage=rl", "algo=reinforce"]).settings.generation)
         settings = plain.model_copy(update=generation)
-        groups = respond(self.engine, self.setup.encoder, self.requests, settings, seed)
+        groups = respond(self.model.engine, self.setup.encoder, self.requests, settings, seed)
         return [response for group in groups for response in group]
 
 
@@ -78,7 +83,7 @@ def sampled(setup: Setup, sizes: Sizes) -> Sampled:
     setup = with_settings(setup, {"model": model, "data": data, "train": train})
     items = even(singles(setup)[: sizes.prompts], sizes.prompt, longest)
     requests = [Request(item.example, item.rows[0].prompt_ids, (1.0,) * sizes.copies) for item in items]
-    return Sampled(setup, Engine(new_policy(setup), setup.ranks, setup.settings.train, None), requests)
+    return Sampled(setup, model_of(setup, new_policy(setup), trained=False), requests)
 
 
 def at_length(small: Sampled, length: int) -> list[Result]:
@@ -86,7 +91,7 @@ def at_length(small: Sampled, length: int) -> list[Result]:
 
     def learn(way: Callable[[Sampled, int], Tensor], step: int = 0) -> None:
         way(small, length).backward()
-        small.engine.module.zero_grad(set_to_none=True)
+        small.module.zero_grad(set_to_none=True)
 
     two, one = partial(learn, two_stages), partial(learn, one_stage)
     head = f"T = {length}: "
@@ -100,13 +105,13 @@ def two_stages(small: Sampled, length: int) -> Tensor:
     lengths = {"max_new_tokens": length, "min_new_tokens": length}
     responses = small.responses(0, **lengths, batch_size=len(small.requests))
     items = [Item(one.example, (Row(one.prompt_ids, one.response_ids),)) for one in responses]
-    batch = collate(items, range(len(items)), packing(small.setup, small.engine)).to(small.setup.ranks.device)
-    return -small.engine.module(batch)[batch.response_mask].sum()
+    batch = collate(items, range(len(items)), small.model.packing).to(small.setup.ranks.device)
+    return -small.module(batch)[batch.response_mask].sum()
 
 
 def one_stage(small: Sampled, length: int) -> Tensor:
     """() the same from the decoding itself, with gradient through every step and its keys and values."""
-    lm, device = hugging_face(small.engine.module.model), small.setup.ranks.device
+    lm, device = hugging_face(small.module.model), small.setup.ranks.device
     draws = torch.Generator(device).manual_seed(0)
     ids = torch.tensor([request.prompt_ids for request in small.requests], device=device)
     total, cache = torch.zeros((), device=device), None
@@ -121,7 +126,7 @@ def one_stage(small: Sampled, length: int) -> Tensor:
 def by_engine(setup: Setup, sizes: Sizes) -> Result:
     """Tokens per second of both engines, in turns, on responses of very different lengths."""
     ragged = sampled(setup, sizes)
-    ends_by_chance(hugging_face(ragged.engine.module.model), ragged.setup.encoder.eos_id)
+    ends_by_chance(hugging_face(ragged.module.model), ragged.setup.encoder.eos_id)
     size = max(1, sizes.prompts // 4)  # several batches: continuous batching has somebody to take a place
 
     def take(engine: str, seed: int) -> tuple[int, float]:
@@ -131,7 +136,7 @@ def by_engine(setup: Setup, sizes: Sizes) -> Result:
 
     sides = (partial(take, engine) for engine in ("continuous", "generate"))
     rounds = in_turns(*sides, setup.timing.single, speed)
-    weights = sum(weight.numel() for weight in ragged.engine.module.parameters()) / 1e6
+    weights = sum(weight.numel() for weight in ragged.module.parameters()) / 1e6
     at_a_time, all_of_them = size * sizes.copies, sizes.prompts * sizes.copies
     note = f"Llama of {weights:.0f} M, {at_a_time} of {all_of_them} responses at a time"
     return compared("sampling engines, continuous / generate", "tok/s", rounds, None, note)

@@ -13,13 +13,12 @@ from functools import partial
 from typing import Any
 
 from pipeline.bench.measure import Goal, Result, Timing, alternate, compared
-from pipeline.bench.setup import Setup, even, new_engine, new_trainer, packing, singles, stepper, with_settings
+from pipeline.bench.setup import Setup, even, model_of, new_policy, new_trainer, singles, stepper, with_settings
 from pipeline.config.resolve import resolve
 from pipeline.models.loading import hugging_face
 from pipeline.records import Item
 from pipeline.rewards.rewards import Rewards, WeightedReward
 from pipeline.rl.compositions import Composer
-from pipeline.trainer.engine import Engine
 from pipeline.trainer.loop import Trainer
 from pipeline.trainer.model import Model, masked_packing
 from pipeline.trainer.objective import objective_of
@@ -41,9 +40,9 @@ def measure(setup: Setup, sizes: Mapping[str, Any] = SIZES) -> list[Result]:
         train = {"batch_size": sizes["rows"], "micro_batch_size": sizes["rows"], "max_tokens": None}
         values = {"data": sizes["data"], "model": {"scratch": scratch}, "train": train}
         long = with_settings(setup, values, mask=True)
-        items, mft, rl = long_items(long), new_engine(long), new_engine(long)
+        items, mft, rl = long_items(long), *(model_of(long, new_policy(long)) for _ in range(2))
         masked = masked_trainer(long, mft, items)
-        weights = sum(weight.numel() for weight in rl.module.parameters()) / 1e6
+        weights = sum(weight.numel() for weight in rl.engine.module.parameters()) / 1e6
         for n in samples:
             name = f"{shape} of {weights:.0f} M, semi-offline step, n = {n}"
             results += against(setup.timing, name, semi_trainer(long, rl, items, n), masked)
@@ -62,26 +61,24 @@ def long_items(setup: Setup) -> list[Item]:
     return made
 
 
-def masked_trainer(setup: Setup, engine: Engine, items: list[Item]) -> Trainer:
+def masked_trainer(setup: Setup, model: Model, items: list[Item]) -> Trainer:
     """M-FT on the references."""
     settings = resolve(["stage=sft", "masking.rate=0.4"]).settings
     _, _, objective = objective_of(settings.algorithm)
-    model = Model(engine, setup.encoder, packing(setup, engine))
     masked = masked_packing(model, settings.masking, settings.seed, spans=True)
     alone = [replace(item, static_rows=()) for item in items]
-    return new_trainer(setup, engine, objective, alone, masked)
+    return new_trainer(setup, model, objective, alone, masked)
 
 
-def semi_trainer(setup: Setup, engine: Engine, items: list[Item], samples: int) -> Trainer:
+def semi_trainer(setup: Setup, model: Model, items: list[Item], samples: int) -> Trainer:
     """Semi-offline RL with so many samples on references and static responses."""
     settings = resolve(["stage=rl", "algo=semi_offline", f"algorithm.settings.samples={samples}"]).settings
     module, algorithm, objective = objective_of(settings.algorithm)
-    model = Model(engine, setup.encoder, packing(setup, engine))
     masked = masked_packing(model, settings.masking, settings.seed, samples=samples)
     rewards = Rewards([WeightedReward("rouge", 1.0, rouge.reward)])
     composer = Composer(setup.ranks, setup.encoder, rewards, items, module)
     scored = replace(objective, loss=partial(composer.loss, settings=algorithm))
-    return new_trainer(setup, engine, scored, items, masked)
+    return new_trainer(setup, model, scored, items, masked)
 
 
 def against(timing: Timing, name: str, semi: Trainer, masked: Trainer) -> list[Result]:

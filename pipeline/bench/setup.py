@@ -12,17 +12,18 @@ from pipeline.bench.measure import Timing
 from pipeline.config.resolve import resolve
 from pipeline.config.schema import BenchStage
 from pipeline.config.yaml_layers import ROOT
-from pipeline.data import dataset
+from pipeline.data import convert, dataset
 from pipeline.data.batching import Packing, Windows, packing_of
 from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
 from pipeline.models import build
-from pipeline.models.policy import Policy
+from pipeline.models.policy import Policy, RewardModel
 from pipeline.records import Example, Item, Row
 from pipeline.rl import reference
 from pipeline.trainer.engine import Engine, Ranks
 from pipeline.trainer.loop import HELD_OUT_LOSS, Evaluation, Trainer, one_step, summary
 from pipeline.trainer.metrics import Interval, Metrics
+from pipeline.trainer.model import Model
 from pipeline.trainer.objective import Objective, objective_of
 from pipeline.trainer.schedule import epochs
 
@@ -49,8 +50,7 @@ class Setup:
 def prepare(settings: BenchStage, ranks: Ranks, directory: Path, folder: Path) -> Setup:
     """The setup for `settings`, or, where there is a GPU, for the model and the batches of `settings.gpu`.
 
-    Raises:
-        UserError: processor time is asked for where there is a GPU.
+    Raises UserError where processor time is asked for and there is a GPU.
     """
     if ranks.device.type == "cuda":
         if settings.clock == "cpu":
@@ -92,7 +92,7 @@ def environment() -> dict[str, str]:
 
 def singles(setup: Setup) -> list[Item]:
     """The rows with one response each."""
-    return dataset.encode(dataset.supervised(setup.rows), setup.encoder, dataset.completion_rows).items
+    return dataset.encode(convert.to_supervised(setup.rows), setup.encoder, dataset.completion_rows)
 
 
 def new_policy(setup: Setup) -> Policy:
@@ -101,49 +101,45 @@ def new_policy(setup: Setup) -> Policy:
     return build.policy_module(settings.model, setup.encoder, settings.train, longest, settings.seed)
 
 
-def new_engine(setup: Setup) -> Engine:
-    return Engine(new_policy(setup), setup.ranks, setup.settings.train, setup.settings.optimizer)
+def model_of(setup: Setup, module: Policy | RewardModel, trained: bool = True) -> Model:
+    """The module under an engine, with an optimizer if it is to be trained."""
+    train, pad_id = setup.settings.train, setup.encoder.pad_id
+    engine = Engine(module, setup.ranks, train, setup.settings.optimizer if trained else None)
+    return Model(engine, setup.encoder, packing_of(train, setup.ranks.world, module.encoder_decoder, pad_id))
 
 
-def packing(setup: Setup, engine: Engine) -> Packing:
-    encoder_decoder = engine.module.encoder_decoder
-    return packing_of(setup.settings.train, setup.ranks.world, encoder_decoder, setup.encoder.pad_id)
-
-
-def new_trainer(setup: Setup, engine: Engine, objective: Objective, items: list[Item], packing: Packing) -> Trainer:
+def new_trainer(setup: Setup, model: Model, objective: Objective, items: list[Item], packing: Packing) -> Trainer:
     """What a stage would put together, without evaluation, logs and checkpoints. A pair is two sequences of a batch."""
     settings, ranks = setup.settings, setup.ranks
     draw = epochs(len(items), settings.train.batch_size // len(items[0].rows), settings.seed)
     return Trainer(
-        engine=engine,
+        model=model,
         objective=objective,
         windows=Windows(items, draw, packing, ranks.rank, ranks.world),
         evaluate=lambda step: Evaluation({}),
-        export=lambda directory: None,
         settings=settings,
         max_steps=MANY,
-        eval_steps=None,
         best_metric=HELD_OUT_LOSS,
         directory=setup.folder,
     )
 
 
-def trainer_of(setup: Setup, engine: Engine, items: list[Item], words: list[str]) -> Trainer:
+def trainer_of(setup: Setup, model: Model, items: list[Item], words: list[str]) -> Trainer:
     """A trainer of `items` with the algorithm of the stage that `words` name."""
     _, _, objective = objective_of(resolve(words).settings.algorithm)
-    return new_trainer(setup, engine, objective, items, packing(setup, engine))
+    return new_trainer(setup, model, objective, items, model.packing)
 
 
 def sft_trainer(setup: Setup, items: list[Item]) -> Trainer:
-    return trainer_of(setup, new_engine(setup), items, ["stage=sft"])
+    return trainer_of(setup, model_of(setup, new_policy(setup)), items, ["stage=sft"])
 
 
 def alol_trainer(setup: Setup, items: list[Item]) -> Trainer:
     """A-LOL on the items, with the reference's log-probabilities, and an advantage of 1 each."""
-    engine, ones = new_engine(setup), [1.0] * len(items)
-    items = reference.attached(items, reference.reference_logps(engine, items, packing(setup, engine)))
+    model, ones = model_of(setup, new_policy(setup)), [1.0] * len(items)
+    items = reference.attached(items, reference.reference_logps(model.engine, items, model.packing))
     items = dataset.with_numbers(items, reward=ones, value=[0.0] * len(items), advantage=ones)
-    return trainer_of(setup, engine, items, ["stage=rl", "algo=alol"])
+    return trainer_of(setup, model, items, ["stage=rl", "algo=alol"])
 
 
 def stepper(trainer: Trainer) -> Callable[[int], None]:

@@ -32,10 +32,7 @@ ALIASES: dict[str, str] = {
 }
 
 # `bf16=true` is `train.precision=bf16`; `bf16=false` would not say what else, and is refused.
-SWITCHES: dict[str, tuple[str, str]] = {
-    "bf16": ("train.precision", "bf16"),
-    "fp16": ("train.precision", "fp16"),
-}
+SWITCHES: dict[str, tuple[str, str]] = {"bf16": ("train.precision", "bf16"), "fp16": ("train.precision", "fp16")}
 
 # Published ids of algorithms whose file in stages/algo/ has another name.
 ALGORITHM_IDS: dict[str, str] = {"a_lol": "alol"}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.files import flatten
 
 DS_CONFIGS = Path(__file__).parent.parent.parent / "ds_configs"
 STAGES = (0, 1, 2, 3)
@@ -24,8 +24,7 @@ OWNED = {  # key of the file -> the setting that decides it
 def read_ds_config(name: str) -> dict[str, Any]:
     """The JSON of ds_configs/ called `name`, or the user's file.
 
-    Raises:
-        UserError: no such file, it is no such JSON, it sets what another setting owns, or leaves values to others.
+    Raises UserError: no such file or JSON, or it sets what another setting owns, or leaves values to others.
     """
     path = Path(name) if name.endswith(".json") else DS_CONFIGS / f"{name}.json"
     if not path.is_file():
@@ -52,14 +51,6 @@ def _check(path: Path, config: Any) -> None:
     for key in ("bf16", "fp16"):
         if not isinstance(config.get(key, {}), dict):
             raise UserError(f"{path}: {key} is {config[key]!r}, wanted a mapping; train.precision switches it on")
-    left = next((key for key, value in _flat(config) if value == "auto"), None)
+    left = next((key for key, value in flatten(config, ".").items() if value == "auto"), None)
     if left is not None:
         raise UserError(f"{path}: {left} is 'auto', wanted a value: nothing fills it in here; remove it")
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

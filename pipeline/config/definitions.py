@@ -15,20 +15,10 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 
 from pipeline import plugins
+from pipeline.config import yaml_layers
 from pipeline.config.schema import STAGES, rl_record
 from pipeline.config.validate import SettingPath, describe, known_paths, nearest_path
-from pipeline.config.yaml_layers import (
-    COMMAND_LINE,
-    ROOT,
-    Layer,
-    Leaf,
-    label,
-    merge,
-    read_layer,
-    read_with_lines,
-    sub_layer,
-    word,
-)
+from pipeline.config.yaml_layers import COMMAND_LINE, ROOT, Layer, Leaf, label, merge, read_layer, sub_layer
 from pipeline.errors import UserError, did_you_mean
 
 LIKE = ("like",)
@@ -89,7 +79,7 @@ class Definitions:
         if name in above:
             raise UserError(f"{place}={name}, which is like {above[-1]} itself")
         layer = read_layer(_named_file(name, self.folder / "algo", place))
-        like = word(layer, "like")
+        like = yaml_layers.word(layer, "like")
         if like is None:
             return layer
         base = self.algorithm(like, f"{layer.pop(LIKE).place}: like", (*above, name))
@@ -100,7 +90,7 @@ class Definitions:
         if name is None:
             return Recipe({}, [])
         path = _named_file(name, self.folder / "recipes", f"{COMMAND_LINE}: recipe")
-        data, lines = read_with_lines(path)
+        data, lines = yaml_layers.read_with_lines(path)
         if not isinstance(data, dict) or not set(data) <= {"all", "steps"} or not isinstance(data.get("steps"), list):
             raise UserError(f"{label(path)}: wanted a mapping of `steps`, a list, and if you like `all`, settings")
         everywhere = sub_layer(path, data.get("all"), lines, ("all",))

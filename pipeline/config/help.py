@@ -36,15 +36,13 @@ def help_text() -> str:
     algorithms |= {name: f"Published name of {target}." for name, target in ALGORITHM_IDS.items()}
     short = [f"{name} = {target}" for name, target in ALIASES.items()]
     short += [f"{name}=true is {setting}={value}" for name, (setting, value) in SWITCHES.items()]
+    rewards = [*plugins.available("reward_models", "reward"), "your/file.py", "http://HOST:PORT/PATH"]
     parts = [
         USAGE,
         _table("Stages (stage=)", stages),
         _table("Algorithms (algo=)", algorithms),
         _table("Recipes (recipe=)", _described(folder / "recipes")),
-        _row(
-            "Rewards (reward=)",
-            [*plugins.available("reward_models", "reward"), "your/file.py", "http://HOST:PORT/PATH"],
-        ),
+        _row("Rewards (reward=)", rewards),
         _row("Tasks (task=)", [*plugins.available("pipeline.tasks", "examples"), "your/task.py"]),
         "Settings with their defaults: stages/common.yaml and stages/<stage>.yaml. Short names:",
         _wrapped(short),

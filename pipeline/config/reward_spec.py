@@ -21,8 +21,7 @@ def is_address(name: str) -> bool:
 def web_address(text: str) -> SplitResult:
     """The parts of an address that is nothing but http or https, host, port and path.
 
-    Raises:
-        ValueError: it is another; the message shows no address that may hold a password or a key.
+    Raises ValueError for another; the message shows no address that may hold a password or a key.
     """
     if any(sign in text for sign in "@?#"):
         found = "an address with a user, a password or what follows a '?' or '#'"

@@ -7,16 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.sections import (
-    Count,
-    DataSettings,
-    Fraction,
-    GenerationSettings,
-    Positive,
-    Section,
-    TrainSettings,
-    Whole,
-)
+from pipeline.config import sections
+from pipeline.config.sections import Count, Fraction, Positive, Section, Whole
 
 
 class SamplerSettings(Section):
@@ -83,7 +75,11 @@ class SamplerSettings(Section):
         return self
 
     def check_with(
-        self, algorithm: Mapping[str, Any], generation: GenerationSettings, train: TrainSettings, data: DataSettings
+        self,
+        algorithm: Mapping[str, Any],
+        generation: sections.GenerationSettings,
+        train: sections.TrainSettings,
+        data: sections.DataSettings,
     ) -> None:
         """Raise ValueError where these do not go with the other sections; `algorithm` holds algorithms/online.py's."""
         if generation.engine == "continuous":

@@ -101,11 +101,9 @@ class DataSettings(Section):
 
     @model_validator(mode="after")
     def task_or_files(self) -> DataSettings:
-        files = next(
-            (name for name in ("path", "train", "validation", "test") if getattr(self, name) is not None), None
-        )
-        if self.task is not None and files is not None:
-            raise ValueError(f"both task and {files} are given, wanted one source of rows: say data.task=null")
+        files = [name for name in ("path", "train", "validation", "test") if getattr(self, name) is not None]
+        if self.task is not None and files:
+            raise ValueError(f"both task and {files[0]} are given, wanted one source of rows: say data.task=null")
         if self.task is None and self.task_size is not None:
             raise ValueError(f"task_size is {self.task_size}, wanted null without a task: say data.max_rows")
         return self

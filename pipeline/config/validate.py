@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -14,17 +15,12 @@ from pipeline.errors import UserError, did_you_mean
 SettingPath = tuple[str, ...]  # ("optimizer", "learning_rate")
 
 WANTED = {
-    "float_type": "a number",
-    "float_parsing": "a number",
-    "int_parsing": "a whole number",
-    "bool_parsing": "true or false",
-    "int_type": "a whole number",
-    "bool_type": "true or false",
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
+    **dict.fromkeys(("int_type", "int_parsing"), "a whole number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "a mapping"),
     "string_type": "text",
     "list_type": "a list",
-    "dict_type": "a mapping",
-    "model_type": "a mapping",
-    "model_attributes_type": "a mapping",
     "none_required": "null",
     "finite_number": "a finite number",
 }
@@ -82,10 +78,7 @@ def nearest_path(wrong: SettingPath, known: Iterable[SettingPath]) -> str:
 
 def describe(value: Any) -> str:
     """A value as a user wrote it, cut at 60 characters."""
-    names = {None: "null", True: "true", False: "false"}
-    if value is None or isinstance(value, bool):
-        return names[value]
-    text = repr(value)
+    text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)  # null, true, false
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -123,7 +116,9 @@ def _complaint(schema: type[BaseModel], path: SettingPath, errors: list[Any]) ->
     value = first["input"]
     if first["type"] in WANTED and isinstance(value, str):
         return f"{describe(value)} is text, wanted {wanted}"
-    near = did_you_mean(value, _choices(first)) if isinstance(value, str) else ""
+    # of a literal error: "'llama', 't5' or 'bart'" -> llama, t5, bart
+    choices = first["ctx"]["expected"].split("'")[1::2] if first["type"] == "literal_error" else []
+    near = did_you_mean(value, choices) if isinstance(value, str) else ""
     return f"{describe(value)}, wanted {wanted}{near}"
 
 
@@ -148,8 +143,3 @@ def _wanted(error: Any) -> str:
     if kind == "literal_error":
         return error["ctx"]["expected"].replace("'", "")
     return WANTED[kind] if kind in WANTED else error["msg"].removeprefix("Input should be ")
-
-
-def _choices(error: Any) -> list[str]:
-    """The words of a literal error: "'llama', 't5' or 'bart'" -> llama, t5, bart."""
-    return error["ctx"]["expected"].split("'")[1::2] if error["type"] == "literal_error" else []

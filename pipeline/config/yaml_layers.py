@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,7 +83,7 @@ def parse_overrides(words: Iterable[str]) -> Layer:
         name, equals, text = word.partition("=")
         if not equals or not name.strip() or name.startswith("-"):
             raise UserError(f"{COMMAND_LINE}: {word!r}, wanted key=value{_cure(word)}")
-        _add(layer, _layer([(name.strip(), _value(name, text))], lambda path: COMMAND_LINE), COMMAND_LINE)
+        _add(layer, _layer(name.strip(), _value(name, text), lambda path: COMMAND_LINE), COMMAND_LINE)
     return layer
 
 
@@ -108,7 +108,7 @@ def sub_layer(path: Path, data: Any, lines: Mapping[SettingPath, int], prefix: S
     place = lambda key: f"{label(path)}:{lines[(*prefix, *key)]}"  # noqa: E731
     layer: Layer = {}
     for name, value in data.items():
-        _add(layer, _layer([(str(name), value)], place), place((str(name),)))
+        _add(layer, _layer(str(name), value, place), place((str(name),)))
     return layer
 
 
@@ -169,14 +169,11 @@ def _add(layer: Layer, more: Layer, place: str) -> None:
         layer[path] = leaf
 
 
-def _layer(entries: Iterable[tuple[str, Any]], place: Any) -> Layer:
-    """Top-level names and their values as leaves; `place` tells where a path, before aliases, was written."""
-    layer: Layer = {}
-    for name, value in entries:
-        target, value_ = _target(name, value, place((name,)))
-        for path, leaf in _leaves((), value_, target in WHOLE):
-            layer[(*target, *path)] = Leaf(leaf, place((name, *path)))
-    return layer
+def _layer(name: str, value: Any, place: Callable[[SettingPath], str]) -> Layer:
+    """A top-level name and its value as leaves; `place` tells where a path, before aliases, was written."""
+    target, meant = _target(name, value, place((name,)))
+    leaves = _leaves((), meant, target in WHOLE)
+    return {(*target, *path): Leaf(leaf, place((name, *path))) for path, leaf in leaves}
 
 
 def _leaves(path: SettingPath, value: Any, whole: bool) -> Iterator[tuple[SettingPath, Any]]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.config.sections import TrainSettings
 from pipeline.data.masking import Masker
@@ -40,11 +41,7 @@ class Packing:
 
 
 def packing_of(train: TrainSettings, world: int, encoder_decoder: bool, pad_id: int, whole: bool = False) -> Packing:
-    """The packing that `train` asks for.
-
-    Raises:
-        UserError: the batch arithmetic leaves a remainder.
-    """
+    """The packing that `train` asks for. Raises UserError where the batch arithmetic leaves a remainder."""
     per_call = train.micro_batch_size if train.micro_batch_size is not None else 1
     if train.batch_size % (world * per_call):
         what = f"processes {world}" + (f" x micro_batch_size {per_call}" if train.micro_batch_size else "")
@@ -89,21 +86,11 @@ class Extent(NamedTuple):
         return self.single + self.static
 
 
-def padded_tokens(items: Sequence[Item], packing: Packing) -> int:
-    """Tokens, padding included, of one micro-batch made of `items`."""
-    extent = Extent()
-    for item in items:
-        extent = extent.with_item(item)
-    return extent.tokens(packing)
-
-
 def group(items: Sequence[Item], indices: Sequence[int], packing: Packing, world: int) -> list[list[int]]:
     """Cut `indices` into micro-batches of like length, a multiple of `world` of them.
 
     Longest first, so that the micro-batches at one place of every rank's window are alike.
-
-    Raises:
-        UserError: one item alone is over max_tokens.
+    Raises UserError where one item alone is over max_tokens.
     """
     order = sorted(indices, key=lambda i: (-Extent().with_item(items[i]).joined, i))
     if packing.micro_batch_size is not None:
@@ -171,6 +158,7 @@ def collate(items: Sequence[Item], indices: Sequence[int], packing: Packing, ste
         places = {ids: place for place, ids in enumerate(dict.fromkeys(read))}
         owners, read = torch.tensor([places[ids] for ids in read]), list(places)
     input_ids, input_mask = pad(read, packing.pad_id)
+    logps = [item.ref_logp[place] for place in range(len(chosen[0].ref_logp)) for item in chosen]
     # a filler's numbers are empty: it counts for nothing
     values = {name: [] if filler else [item.numbers[name] for item in chosen] for name in chosen[0].numbers}
     batch = Batch(
@@ -181,23 +169,12 @@ def collate(items: Sequence[Item], indices: Sequence[int], packing: Packing, ste
         response_ids=response_ids,
         response_mask=response_mask & (not filler),
         numbers={name: torch.tensor(column, dtype=torch.float32) for name, column in values.items()},
-        ref_logp=padded_ref_logps(chosen, response_ids.shape[1]),
+        ref_logp=pad_sequence(logps, batch_first=True) if logps else None,
         owners=owners,
     )
     if packing.masker is None:
         return batch
     return packing.masker.mask(batch, [] if filler else chosen, step, packing.apart, packing.pad_id)
-
-
-def padded_ref_logps(items: Sequence[Item], width: int) -> torch.Tensor | None:
-    """(B, width) float32 reference log-probabilities, zero in the padding; None where items carry none."""
-    if not items[0].ref_logp:
-        return None
-    rows = [item.ref_logp[place] for place in range(len(items[0].ref_logp)) for item in items]
-    padded = torch.zeros(len(rows), width)
-    for i, row in enumerate(rows):
-        padded[i, : len(row)] = row
-    return padded
 
 
 class Source(Protocol):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 from pipeline import plugins
 from pipeline.config.sections import DataSettings, TemplateSettings
@@ -13,7 +12,6 @@ from pipeline.data import convert, hub, readers
 from pipeline.data.splits import split_places
 from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
-from pipeline.files import write_json
 from pipeline.records import Example, Item, Row
 
 NUMBERS = ("reward", "margin", "chosen_reward", "rejected_reward", "correctness")
@@ -22,9 +20,8 @@ NUMBERS = ("reward", "margin", "chosen_reward", "rejected_reward", "correctness"
 def splits(data: DataSettings, seed: int, names: Sequence[str] = ("train", "validation")) -> Iterator[list[Example]]:
     """The rows of each split of `names`, one split after the other. A file is read once, whatever it serves for.
 
-    Where there is no validation split, validation_fraction of the prompts of train are it, and not in train.
-    Raises:
-        UserError: no data is named, or what is named cannot be read or lacks a split, or a split has no rows.
+    Where there is no validation split, validation_fraction of the prompts of train are it, and not in train. Raises
+    UserError where no data is named, or what is named cannot be read or lacks a split, or a split has no rows.
     """
     rows = {name: _of_task(data, name, seed) for name in names} if data.task is not None else _of_files(data, names)
     for name in names:
@@ -95,19 +92,10 @@ def _read(place: str, data: DataSettings) -> list[Example]:
     return readers.read(place, data.format, filters, data.max_bad_rows).examples
 
 
-def supervised(examples: Sequence[Example]) -> list[Example]:
-    """Rows with a completion to imitate: their own, else the chosen response."""
-    return convert.to_supervised(examples)
-
-
-def scored(examples: Sequence[Example], data: DataSettings) -> list[Example]:
-    """Rows with one logged response each: their own, else the chosen or both responses of the pair."""
-    return convert.to_scored(examples, data.responses)
-
-
 def judgeable(examples: Sequence[Example], data: DataSettings) -> list[Example]:
-    """Rows with candidates as they are; of all others the rows that `scored` makes."""
-    return [row for one in examples for row in ([one] if one.candidates else scored([one], data))]
+    """Rows with candidates as they are; of all others those with one response each that `convert.to_scored` makes."""
+    responses = data.responses
+    return [row for one in examples for row in ([one] if one.candidates else convert.to_scored([one], responses))]
 
 
 def require(examples: Sequence[Example], columns: Sequence[str], why: str) -> None:
@@ -132,54 +120,25 @@ def texts(examples: Sequence[Example], template: TemplateSettings) -> list[str]:
     return shown
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """The items of one split and what encoding did to them."""
-
-    items: list[Item]
-    tokens: int
-    response_tokens: int
-    cut_prompts: int
-    cut_responses: int
-
-    def counts(self) -> dict[str, int]:
-        """What data.json says of a split: rows, responses (two in a pair), tokens, and how many were cut."""
-        return {
-            "rows": len(self.items),
-            "responses": sum(len(item.rows) for item in self.items),
-            "tokens": self.tokens,
-            "response_tokens": self.response_tokens,
-            "cut_prompts": self.cut_prompts,
-            "cut_responses": self.cut_responses,
-        }
-
-    def summary(self, name: str) -> str:
-        """The counts in one line."""
-        return (
-            f"{name}: {len(self.items):,} rows, {self.tokens:,} tokens ({self.response_tokens:,} of responses), "
-            f"{self.cut_prompts:,} prompts and {self.cut_responses:,} responses cut"
-        )
-
-
 def encode(
     examples: Sequence[Example], encoder: Encoder, rows_of: Callable[[Example, Encoder], tuple[Row, ...]]
-) -> Encoded:
+) -> list[Item]:
     """Items of `examples`, each with the rows that `rows_of` makes of it."""
     numbers = numbers_of(examples)
-    items = [Item(one, rows_of(one, encoder), known) for one, known in zip(examples, numbers, strict=True)]
+    return [Item(one, rows_of(one, encoder), known) for one, known in zip(examples, numbers, strict=True)]
+
+
+def counts(items: Sequence[Item]) -> dict[str, int]:
+    """What data.json says of a split: rows, responses (two in a pair), tokens, and how many were cut."""
     rows = [row for item in items for row in item.rows]
-    return Encoded(
-        items,
-        tokens=sum(len(row) for row in rows),
-        response_tokens=sum(len(row.response_ids) for row in rows),
-        cut_prompts=sum(row.cut_prompt for row in rows),
-        cut_responses=sum(row.cut_response for row in rows),
-    )
-
-
-def note(directory: Path, train: Encoded, validation: Encoded) -> None:
-    """data.json: what the stage's rows came to, for the report."""
-    write_json(directory / "data.json", {"train": train.counts(), "validation": validation.counts()})
+    return {
+        "rows": len(items),
+        "responses": len(rows),
+        "tokens": sum(len(row) for row in rows),
+        "response_tokens": sum(len(row.response_ids) for row in rows),
+        "cut_prompts": sum(row.cut_prompt for row in rows),
+        "cut_responses": sum(row.cut_response for row in rows),
+    }
 
 
 def completion_rows(example: Example, encoder: Encoder) -> tuple[Row, ...]:

@@ -26,10 +26,7 @@ def has(row: Columns, name: str) -> bool:
 
 def first_of(row: Columns, names: Sequence[str]) -> str | None:
     """The first of several names for one thing that the row has a value for."""
-    for name in names:
-        if row.get(name) is not None:
-            return name
-    return None
+    return next((name for name in names if has(row, name)), None)
 
 
 def text(row: Columns, *names: str) -> str:

@@ -34,8 +34,7 @@ class Masker:
     def mask(self, batch: Batch, items: Sequence[Item], step: int, apart: bool, pad_id: int) -> Batch:
         """`batch`, made of `items` (none for a filler), with its responses as the model shall read them.
 
-        Args:
-            apart: prompts and responses are padded apart (an encoder and a decoder read them).
+        `apart`: prompts and responses are padded apart (an encoder and a decoder read them).
         """
         generators = [generator("mask", self.seed, (step, item.example.id)) for item in items]
         rows = [item.rows[0] for item in items]

@@ -19,9 +19,8 @@ def all_pairs(rows: Sequence[Example]) -> bool:
 def paired(rows: Sequence[Example]) -> list[Example]:
     """Preference pairs: the rows' own, else made of the best and the worst scored row of each prompt.
 
-    Pairs of two equal texts stay, and are counted: nothing is learned from them.
-    Raises:
-        UserError: there is no pair, or none of two different responses, or a row lacks a completion or a reward.
+    Pairs of two equal texts stay, and are counted: nothing is learned from them. Raises UserError where there is no
+    pair, or none of two different responses, or a row lacks a completion or a reward.
     """
     pairs = list(rows) if all_pairs(rows) else of_scored(rows)
     same = sum(pair.chosen == pair.rejected for pair in pairs)
@@ -72,8 +71,7 @@ def of_scored(rows: Sequence[Example]) -> list[Example]:
 def annotated(rows: Sequence[Example]) -> list[Example]:
     """Every response by itself: those of pairs with the reward of their side, the others with their own.
 
-    Raises:
-        UserError: a response has none.
+    Raises UserError where a response has none.
     """
     alone = convert.to_scored(rows, "both")
     dataset.require(alone, ("reward",), "objective: regression")

@@ -68,7 +68,9 @@ def read(path: str, format: str | None = None, filters: Filters | None = None, m
     format = format or _detected(path, first)
     _check_flags(path, first, filters.exclude)
     result = _read_rows(path, rows, format, filters)
-    _check_bad(path, result, max_bad_rows)
+    if (bad := len(result.bad_rows)) > max_bad_rows:
+        found = _first_bad(path, result.bad_rows, result.rows_read)
+        raise UserError(f"{found}; mend the data, or allow them with data.max_bad_rows={bad}")
     if not result.examples:
         raise _nothing_left(path, result, filters)
     logger.info(_summary(path, result, unused_columns(first.columns, format), filters))
@@ -153,14 +155,6 @@ def _ends_abruptly(row: Columns) -> bool:
     )
     answers = (value.strip() for value in values if isinstance(value, str))
     return any(not answer or answer.endswith(":") for answer in answers)
-
-
-def _check_bad(path: str, result: ReadResult, allowed: int) -> None:
-    bad = result.bad_rows
-    if len(bad) > allowed:
-        raise UserError(
-            f"{_first_bad(path, bad, result.rows_read)}; mend the data, or allow them with data.max_bad_rows={len(bad)}"
-        )
 
 
 def _first_bad(path: str, bad: Sequence[str], rows_read: int) -> str:

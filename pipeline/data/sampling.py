@@ -67,11 +67,6 @@ def survivors(weights: Sequence[float] | Tensor) -> list[int]:
     return rows
 
 
-def shuffled_rows(n: int, seed: int) -> list[int]:
-    """A permutation of range(n) of its own: not one that any epoch draws."""
-    return torch.randperm(n, generator=generator("shuffle", seed, 0)).tolist()
-
-
 def step_budget(steps: int, kept_fraction: float) -> int:
     """Steps for the kept share of the rows: steps * kept_fraction, truncated, and at least 1.
 

@@ -18,8 +18,7 @@ SPLITS = tuple(SPLIT_WORDS)
 def split_places(data: DataSettings) -> dict[str, str]:
     """split -> file or hub name, from data.path and data.train, data.validation, data.test.
 
-    Raises:
-        UserError: nothing is named.
+    Raises UserError where nothing is named.
     """
     named = {split: getattr(data, split) for split in SPLITS if getattr(data, split) is not None}
     if data.path is not None:

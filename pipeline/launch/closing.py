@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pipeline.config.resolve import Resolved, resolve_steps
-from pipeline.config.schema import Common, GenerateStage, RlStage, SftStage
+from pipeline.config.schema import GenerateStage, RlStage
 from pipeline.config.yaml_layers import Layer, as_word, parse_overrides
 from pipeline.launch import run_dir
 
@@ -56,14 +56,6 @@ def _next_in_recipe(step: Resolved, given: Layer) -> list[str]:
     return [f"stage={stage}"] if name is None else [f"stage={stage}", f"name={name}"]
 
 
-def _after_sft(settings: SftStage) -> list[str]:
-    return ["stage=generate"] if settings.masking.rate > 0 else ["stage=reward", "name=NAME"]
-
-
-def _after_reward(settings: Common) -> list[str]:
-    return ["stage=rl"] if run_dir.model_of(settings, "sft") else ["stage=sft"]
-
-
 def _after_generate(settings: GenerateStage) -> list[str]:
     if settings.reward is None:
         return ["stage=score", "of=generate", "reward=NAME"]
@@ -81,8 +73,8 @@ def _after_rl(settings: RlStage) -> list[str]:
 
 
 FOLLOWS: dict[str, Callable[[Any], list[str]]] = {
-    "sft": _after_sft,
-    "reward": _after_reward,
+    "sft": lambda settings: ["stage=generate"] if settings.masking.rate > 0 else ["stage=reward", "name=NAME"],
+    "reward": lambda settings: ["stage=rl"] if run_dir.model_of(settings, "sft") else ["stage=sft"],
     "generate": _after_generate,
     "score": lambda settings: ["stage=rl"],
     "rl": _after_rl,
@@ -105,10 +97,6 @@ def _judged(directory: str, results: Mapping[str, Any]) -> str:
     return f"{directory}/results.json: reward {', '.join(rewards)}"
 
 
-def _measured(directory: str, results: Mapping[str, Any]) -> str:
-    return f"{directory}/results.json: {len(results['results'])} results"
-
-
 def _number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4g}"
 
@@ -117,5 +105,5 @@ LEFT: dict[str, Callable[[str, Mapping[str, Any]], str]] = {
     **dict.fromkeys(("sft", "reward", "rl"), _trained),
     **dict.fromkeys(("score", "generate"), _rows),
     "evaluate": _judged,
-    "bench": _measured,
+    "bench": lambda directory, results: f"{directory}/results.json: {len(results['results'])} results",
 }

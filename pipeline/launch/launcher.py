@@ -20,7 +20,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from pipeline.config.sections import LaunchSettings
 from pipeline.errors import UserError
 
 DISTRIBUTED = ("sft", "reward", "rl", "score", "generate", "evaluate")
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PORTS = range(20_000, 32_000)
 GPU_FILES = ("nvidia[0-9]*", "dxg", "kfd", "davinci*", "accel*")  # in /dev: CUDA, WSL, ROCm, Ascend, Gaudi
 
@@ -41,8 +43,9 @@ def command(settings: LaunchSettings, stage: str, words: Sequence[str], environ:
         options = ["--no_local_rank", "--log_level", "error", "--master_port", str(_port(settings))]
         return [sys.executable, "-m", "deepspeed.launcher.runner", *_resources(settings), *options, "--module", *module]
     if launcher == "torchrun":
-        resources = ["--nproc-per-node", str(settings.processes), *_rendezvous(settings)]
-        return [sys.executable, "-m", "torch.distributed.run", *resources, "--module", *module]
+        port = ["--standalone"] if settings.master_port is None else ["--master-port", str(_port(settings))]
+        options = ["--nproc-per-node", str(settings.processes), *port]
+        return [sys.executable, "-m", "torch.distributed.run", *options, "--module", *module]
     if launcher == "srun":
         return ["srun", "--kill-on-bad-exit=1", *_tasks(settings, environ), sys.executable, "-m", *module]
     return [sys.executable, "-m", *module]
@@ -137,14 +140,20 @@ def run(argv: Sequence[str], env: Mapping[str, str]) -> int:
         else:
             tell(process.pid, number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, forward) for number in numbers}
-    try:
+    with handled(forward):
         code = process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     return code if code >= 0 else 128 - code
+
+
+@contextmanager
+def handled(handler: Callable[[int, Any], None], numbers: Sequence[int] = ENDING) -> Iterator[None]:
+    """Have `handler` called, with the number and the frame, where one of these signals comes."""
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def tell(pid: int, number: int) -> None:
@@ -167,13 +176,6 @@ def _resources(settings: LaunchSettings) -> list[str]:
         raise UserError("launch.hostfile: several machines need the program pdsh, not found; install it, or use Slurm")
     per_host = ["--num_gpus", str(settings.processes)] if settings.processes > 1 else []
     return ["--hostfile", settings.hostfile, *per_host]
-
-
-def _rendezvous(settings: LaunchSettings) -> list[str]:
-    if settings.master_port is None:
-        return ["--standalone"]
-    _refuse_taken(settings)
-    return ["--master-port", str(settings.master_port)]
 
 
 def _tasks(settings: LaunchSettings, environ: Mapping[str, str]) -> list[str]:

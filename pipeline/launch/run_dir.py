@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, SoftFileLock, Timeout
 
@@ -22,7 +21,7 @@ from pipeline.config.schema import Common, RewardStage, RlStage, WithModel
 from pipeline.config.sections import ModelSettings
 from pipeline.config.yaml_layers import dump_yaml, load_yaml
 from pipeline.errors import UserError
-from pipeline.files import write_json, write_text
+from pipeline.files import flatten, write_json, write_text
 
 # What may differ between two starts of one stage: nothing here changes a weight or a reported number.
 FREE = (
@@ -64,11 +63,6 @@ def model_of(settings: Common, stage: str) -> Path | None:
     return directory / "model" if finished(directory) and (directory / "model").is_dir() else None
 
 
-def settings_of(directory: Path) -> Mapping[str, Any]:
-    """The settings that a stage directory was made with."""
-    return load_yaml(directory / CONFIG)
-
-
 def reward_models(settings: Common) -> dict[str, str]:
     """The reward models trained in this run: name -> model directory."""
     folder = run_dir(settings) / "reward"
@@ -79,8 +73,7 @@ def reward_models(settings: Common) -> dict[str, str]:
 def claim(directory: Path) -> None:
     """Hold `directory` until this process ends, however it ends; what one holds one may claim again.
 
-    Raises:
-        UserError: another process holds it.
+    Raises UserError where another process holds it.
     """
     path = (directory / ".lock").resolve()
     if path in _held:
@@ -123,14 +116,9 @@ def _acquire(lock: FileLock, timeout: float) -> None:
 def open_stage(directory: Path, settings: Common, words: Sequence[str], inputs: Mapping[str, str]) -> bool:
     """Start or continue a stage: compare with what an earlier start noted, then note what this one is.
 
-    Returns:
-        False where the stage is finished, with the same settings and inputs; nothing is left to do.
-
-    Args:
-        inputs: name -> fingerprint of what the stage starts from (models, data, rewards).
-
-    Raises:
-        UserError: it was started with other settings or inputs, or another process is at work there.
+    False where the stage is finished, with the same settings and inputs; nothing is left to do. `inputs` is name ->
+    fingerprint of what the stage starts from (models, data, rewards). Raises UserError where it was started with other
+    settings or inputs, or another process is at work there.
     """
     directory.mkdir(parents=True, exist_ok=True)
     claim(directory)
@@ -150,8 +138,7 @@ def open_stage(directory: Path, settings: Common, words: Sequence[str], inputs: 
 def done(directory: Path, settings: Common, inputs: Callable[[], Mapping[str, str]]) -> bool:
     """Whether a stage is finished, which is then said; `inputs`, as of `open_stage`, is asked of finished ones only.
 
-    Raises:
-        UserError: it was started with other settings, or finished with other inputs.
+    Raises UserError where it was started with other settings, or finished with other inputs.
     """
     if not begun(directory):
         return False
@@ -170,17 +157,9 @@ def begun(directory: Path) -> bool:
     return noted and any(path.name not in NOTES and path.suffix != ".tmp" for path in directory.iterdir())
 
 
-def dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by the names that users type: train.batch_size."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
-
-
 def refuse_other(directory: Path, settings: Common) -> None:
     """Raises UserError naming the first setting that changed since the stage was started."""
-    before, now = dotted(settings_of(directory)), dotted(settings.model_dump())
+    before, now = flatten(load_yaml(directory / CONFIG), "."), flatten(settings.model_dump(), ".")
     for key in sorted({*before, *now}):
         if key.startswith(FREE) or before.get(key) == now.get(key):
             continue
@@ -204,13 +183,12 @@ def refuse_other_inputs(directory: Path, inputs: Mapping[str, str]) -> None:
 def start_model(settings: RewardStage | RlStage) -> ModelSettings:
     """The run's SFT model if start_from says so and it is there, else the model that is named, else a new one.
 
-    Raises:
-        UserError: a model is named, and the SFT model was made of another.
+    Raises UserError where a model is named, and the SFT model was made of another.
     """
     found = model_of(settings, "sft") if settings.start_from == "sft" else None
     if found is None:
         return settings.model
-    made_of, named = settings_of(found.parent)["model"]["path"], settings.model.path
+    made_of, named = load_yaml(found.parent / CONFIG)["model"]["path"], settings.model.path
     if named not in (None, made_of, str(found)):
         raise UserError(
             f"model.path: {named}, but {found.parent} was made of {made_of or 'a new model'}: "
@@ -222,8 +200,7 @@ def start_model(settings: RewardStage | RlStage) -> ModelSettings:
 def policy_model(settings: WithModel, place: str | None) -> ModelSettings:
     """The model called `place`: a stage of the run (sft, rl, rl/name), a directory, or a hub name; None: the newest.
 
-    Raises:
-        UserError: there is no such policy.
+    Raises UserError where there is no such policy.
     """
     names = ["rl", "sft"] if place is None else [place]
     found = next((path for name in names if (path := model_of(settings, name))), None)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from pipeline.errors import PreemptedError
 from pipeline.launch import run_dir
 from pipeline.launch.comparison_plan import Task
-from pipeline.launch.launcher import command, environment, tell
+from pipeline.launch.launcher import command, environment, handled, tell
 
 POLL_SECONDS = 0.2
 
@@ -32,8 +32,7 @@ class Running(NamedTuple):
 def finished(tasks: Sequence[Task]) -> set[str]:
     """The names of tasks that need no process: their results are there, and so are those of all they wait for.
 
-    Raises:
-        UserError: a task was started with other settings.
+    Raises UserError where a task was started with other settings.
     """
     done: set[str] = set()
     for task in tasks:
@@ -125,12 +124,8 @@ def forwarded_signals(running: Sequence[Running]) -> Iterator[list[int]]:
             if one.process.poll() is None:
                 tell(one.process.pid, number)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
+    with handled(forward):
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class Clock:

@@ -85,9 +85,8 @@ def check_kind(path: str, config: PretrainedConfig) -> None:
 def check_report(path: str, report: Mapping[str, Any], model: PreTrainedModel, new_head: bool) -> bool:
     """Whether the scalar head is new, by the report of `from_pretrained`.
 
-    Raises:
-        UserError: weights are missing, of another shape, or of layers that the configuration does not have; or the
-            head is missing and a new one is not welcome.
+    Raises UserError where weights are missing, of another shape, or of layers that the configuration does not have; or
+    where the head is missing and a new one is not welcome.
     """
     missing, other = sorted(report["missing_keys"]), "is config.json another model's?"
     heads = [name for name in missing if name.split(".")[0] in HEADS]
@@ -128,8 +127,7 @@ def positions(config: PretrainedConfig) -> int | None:
 def check_positions(config: PretrainedConfig, prompt: int, response: int, whole: bool) -> None:
     """Raises UserError where rows may be longer than the model's positions.
 
-    Args:
-        whole: prompt and response are read as one text even by an encoder-decoder.
+    `whole`: prompt and response are read as one text even by an encoder-decoder.
     """
     limit = positions(config)
     longest = max(prompt, response) if config.is_encoder_decoder and not whole else prompt + response

@@ -11,19 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import logging as transformers_logging
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.config.sections import ModelSettings
 from pipeline.errors import ROOM, UserError
@@ -32,8 +23,8 @@ from pipeline.models.checks import NO_REWARD_MODEL, reading
 from pipeline.models.lora import adapter_of, under, with_lora
 from pipeline.models.scratch import small_config, train_tokenizer
 
-transformers_logging.set_verbosity_error()
-transformers_logging.disable_progress_bar()
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
 
 PAD_NAMES = ("<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
 
@@ -41,8 +32,7 @@ PAD_NAMES = ("<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<u
 def load_tokenizer(settings: ModelSettings, texts: Sequence[str], mask: bool = False) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer, with a pad token chosen if it has none; made from `texts` without a checkpoint.
 
-    Args:
-        mask: the tokenizer shall have a mask token.
+    `mask`: the tokenizer shall have a mask token.
     """
     if settings.path is None:
         tokenizer = train_tokenizer(texts, settings.scratch.vocab_size)
@@ -55,7 +45,7 @@ def _read_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer as it is."""
     checks.check_files(settings.path)
     with reading(settings.path, "tokenizer"):
-        return AutoTokenizer.from_pretrained(settings.path, **_version(settings))
+        return transformers.AutoTokenizer.from_pretrained(settings.path, **_version(settings))
 
 
 def _version(settings: ModelSettings) -> dict[str, Any]:
@@ -85,7 +75,7 @@ def load_config(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> 
         config = small_config(settings.scratch, tokenizer)
     else:
         with reading(settings.path, "model"):
-            config = AutoConfig.from_pretrained(settings.path, **_version(settings))
+            config = transformers.AutoConfig.from_pretrained(settings.path, **_version(settings))
     config.pad_token_id = tokenizer.pad_token_id
     return config
 
@@ -99,12 +89,11 @@ def load_policy(
 ) -> PreTrainedModel | PeftModel:
     """A causal or encoder-decoder language model with weights in `dtype`, with LoRA if asked for.
 
-    Args:
-        mask: the model shall read the tokenizer's mask token, and learn its embedding under LoRA too.
+    `mask`: the model shall read the tokenizer's mask token, and learn its embedding under LoRA too.
     """
     config = load_config(settings, tokenizer)
     checks.check_kind(settings.path, config)
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
     torch.manual_seed(seed)
     model = _load(auto, settings, config, dtype, new_head=False)
     if config.is_encoder_decoder:
@@ -127,14 +116,13 @@ def load_scalar(
 ) -> PreTrainedModel | PeftModel:
     """A model with one output per sequence, weights in `dtype` ("auto": as they were saved).
 
-    Args:
-        new_head: whether a checkpoint without a scalar head (an SFT model) is welcome; its head starts at zero,
-            so that every first score is 0. Otherwise such a checkpoint is an error, never a random head.
+    `new_head`: whether a checkpoint without a scalar head (an SFT model) is welcome; its head starts at zero, so that
+    every first score is 0. Otherwise such a checkpoint is an error, never a random head.
     """
     config = load_config(settings, tokenizer)
     config.num_labels = 1
     torch.manual_seed(seed)
-    model = _load(AutoModelForSequenceClassification, settings, config, dtype, new_head)
+    model = _load(transformers.AutoModelForSequenceClassification, settings, config, dtype, new_head)
     checks.check_vocabulary(settings.path, model, tokenizer)
     return with_lora(model, settings.lora, "SEQ_CLS")
 
@@ -167,12 +155,15 @@ def _from_path(
     if (adapter := adapter_of(settings)) is None:
         return _from_checkpoint(auto, settings, config, options, new_head)
     scalar = adapter.task_type == "SEQ_CLS"
-    if scalar != (auto is AutoModelForSequenceClassification) and not new_head:
+    if scalar != (auto is transformers.AutoModelForSequenceClassification) and not new_head:
         if scalar:
             raise UserError(f"{settings.path}: its adapters belong to a reward model, wanted a policy's: name another")
         raise UserError(f"{settings.path}: no scalar head (its adapters belong to a policy), {NO_REWARD_MODEL}")
-    kinds = {"SEQ_CLS": AutoModelForSequenceClassification, "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM}
-    kind = kinds.get(adapter.task_type, AutoModelForCausalLM)
+    kinds = {
+        "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+        "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
+    }
+    kind = kinds.get(adapter.task_type, transformers.AutoModelForCausalLM)
     model = _from_path(kind, under(settings, adapter), config, options, new_head=scalar)
     mask_token.grow_for(model, adapter)
     with reading(settings.path, "adapters"):
@@ -229,12 +220,8 @@ def save(
 ) -> None:
     """Write a directory that transformers (or peft) loads, then reopen it: complete or absent.
 
-    Args:
-        weights: the whole `state_dict` of `model`, on the CPU.
-        then: writes what else belongs into the directory.
-
-    Raises:
-        RuntimeError: what was written has an empty tensor or another shape than the model.
+    `weights` is the whole `state_dict` of `model`, on the CPU; `then` writes what else belongs into the directory.
+    Raises RuntimeError where what was written has an empty tensor or another shape than the model.
     """
     part = directory.with_name(directory.name + ".part")
     shutil.rmtree(part, ignore_errors=True)

@@ -32,13 +32,10 @@ def with_lora(
     try:
         return get_peft_model(model, config)
     except (TypeError, ValueError) as error:  # the former where the embeddings are among the targets, beside `tokens`
-        problem, names = str(error).splitlines()[0].split(". ")[0], ", ".join(linear_names(model))
+        problem = str(error).splitlines()[0].split(". ")[0]
+        matrices = {name for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+        names = ", ".join(sorted({name.rpartition(".")[2] for name in matrices}))
         raise UserError(f"model.lora.target_modules: {problem}, wanted all-linear, or some of {names}") from None
-
-
-def linear_names(model: nn.Module) -> list[str]:
-    """The last names of a model's matrices, which adapters can be put on."""
-    return sorted({name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, nn.Linear)})
 
 
 def adapter_of(settings: ModelSettings) -> PeftConfig | None:

@@ -43,13 +43,8 @@ def give_row(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, known: 
     """Make sure that `model` has an embedding for the mask: the mean of the others where it learned none.
 
     The matrices grow by the mask alone, to a multiple of 64; a row that is there already, but means nothing, is
-    overwritten in the input matrix. All other rows stay as they are.
-
-    Args:
-        known: the checkpoint's own tokenizer has the same mask token.
-
-    Raises:
-        UserError: encoder and decoder do not share the embeddings.
+    overwritten in the input matrix. All other rows stay as they are. `known`: the checkpoint's own tokenizer has the
+    same mask token. Raises UserError where encoder and decoder do not share the embeddings.
     """
     check_shared(model)
     weight, mask = model.get_input_embeddings().weight, tokenizer.mask_token_id

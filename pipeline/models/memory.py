@@ -53,8 +53,7 @@ def memory(shape: Shape, stage: int, world: int, half: bool, offload: bool, toke
 def estimate(settings: Training) -> str:
     """A table of the estimate for the configured ZeRO stage beside the others.
 
-    Raises:
-        UserError: the model's configuration or the ZeRO file cannot be read.
+    Raises UserError where the model's configuration or the ZeRO file cannot be read.
     """
     shape, train, world = shape_of(settings), settings.train, settings.launch.processes
     zero = read_ds_config(train.zero)["zero_optimization"]

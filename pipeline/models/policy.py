@@ -48,9 +48,8 @@ class LanguageHead(nn.Module):
 class Policy(nn.Module):
     """A language model that gives numbers for its responses.
 
-    Args:
-        max_tokens: the most response tokens of one call, the same on all ranks: it fixes the number of slices the
-            head works in, which under ZeRO-3 must not depend on the data.
+    `max_tokens` are the most response tokens of one call, the same on all ranks: they fix the number of slices the head
+    works in, which under ZeRO-3 must not depend on the data.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, max_tokens: int):

@@ -6,17 +6,11 @@ import json
 import math
 from collections.abc import Sequence
 
+import transformers
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
-from transformers import (
-    BartConfig,
-    LlamaConfig,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-    T5Config,
-)
+from transformers import BartConfig, LlamaConfig, PretrainedConfig, PreTrainedTokenizerBase, T5Config
 
 from pipeline.config.sections import ScratchSettings
 from pipeline.errors import UserError
@@ -49,9 +43,8 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
     tokenizer = Tokenizer(BPE(vocabulary, merges, unk_token=UNK, byte_fallback=True, fuse_unk=True))
     tokenizer.pre_tokenizer = word_splitter()
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="never")])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS, unk_token=UNK
-    )
+    special = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS, "unk_token": UNK}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 def word_splitter() -> pre_tokenizers.PreTokenizer:
@@ -63,8 +56,7 @@ def word_splitter() -> pre_tokenizers.PreTokenizer:
 def small_config(settings: ScratchSettings, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
     """The configuration of a small Llama, T5 or BART for `tokenizer`.
 
-    Raises:
-        UserError: the hidden size does not divide into the heads.
+    Raises UserError where the hidden size does not divide into the heads.
     """
     size, heads, layers = settings.hidden_size, settings.num_heads, settings.num_layers
     if size % (2 * heads):

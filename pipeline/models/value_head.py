@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from pipeline.config.sections import ValueSettings
 from pipeline.data.sampling import epoch_rows
 from pipeline.errors import UserError
 
@@ -62,58 +63,46 @@ def fit(
     states: Sequence[Tensor],
     targets: Tensor,
     held_out: Tensor,
-    *,
-    learning_rate: float,
-    epochs: int,
-    batch_size: int,
-    patience: int,
+    settings: ValueSettings,
     seed: int,
-    owned: Sequence[int] | None = None,
-    all_sum: AllSum = lambda local: local,
+    owned: Sequence[int],
+    all_sum: AllSum,
 ) -> FitReport:
     """Regress the targets on the states in place; the head keeps the weights of its best held-out epoch.
 
     targets (n,) and held_out (n,) bool are those of ALL rows, the same on every rank; states, one (S_i, H) each, are
-    those of the rows this rank owns: `owned` gives their indices in range(n), each owned by exactly one rank (None:
-    all rows, in order). A batch is drawn from all rows; a rank adds the gradients of its own, and makes the same calls
-    of all_sum whether it owns one or not. So all ranks take the same steps, if their heads start equal. The number of
-    ranks changes the result by rounding, and by the noise of dropout. The program's random state is left as it was.
+    those of the rows this rank owns: `owned` gives their indices in range(n), each owned by exactly one rank. A batch
+    is drawn from all rows; a rank adds the gradients of its own, and makes the same calls of all_sum whether it owns
+    one or not. So all ranks take the same steps, if their heads start equal. The number of ranks changes the result by
+    rounding, and by the noise of dropout. The program's random state is left as it was.
 
     Every value starts at the mean of the fitted targets. Stops when `patience` epochs in a row bring no better
     held-out error. Raises UserError where either part is empty, or the held-out error is never a number.
     """
-    rows = _Rows(dict(zip(range(len(targets)) if owned is None else owned, states, strict=True)), targets, all_sum)
+    rows, size = _Rows(dict(zip(owned, states, strict=True)), targets, all_sum), settings.batch_size
     kept_out, fitted = held_out.nonzero().flatten().tolist(), (~held_out).nonzero().flatten().tolist()
     if not fitted or not kept_out:
         counts = f"{len(fitted)} prompts to fit and {len(kept_out)} held out"
         raise UserError(f"value fit: {counts}, wanted at least 1 of each: give more validation prompts")
     # from the mean: what is learned is how prompts differ
     _start_at(head, float(targets[~held_out].double().mean()))
-    optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=settings.learning_rate, weight_decay=0.0)
     best_epoch, best_mse, best_weights = 0, math.inf, None
     device = head.query.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for epoch in range(1, epochs + 1):
+        for epoch in range(1, settings.epochs + 1):
             order = [fitted[place] for place in epoch_rows(len(fitted), len(fitted), epoch, seed)]
-            _train_epoch(head, optimizer, rows, order, batch_size)
-            mse = _mse(head, rows, kept_out, batch_size)
+            _train_epoch(head, optimizer, rows, order, size)
+            mse = _mse(head, rows, kept_out, size)
             if mse < best_mse:
                 best_epoch, best_mse, best_weights = epoch, mse, copy.deepcopy(head.state_dict())
-            if epoch - best_epoch >= patience:
+            if epoch - best_epoch >= settings.patience:
                 break
     if best_weights is None:
         raise UserError(f"value fit: the held-out error was never a number in {epoch} epochs: lower learning_rate")
     head.load_state_dict(best_weights)
-    return FitReport(best_epoch, best_mse, _r2(best_mse, targets[held_out]), _mse(head, rows, fitted, batch_size))
-
-
-@torch.no_grad()
-def predict(head: ValueHead, states: Sequence[Tensor], batch_size: int) -> Tensor:
-    """(n,) float32 on the CPU: the values of n prompts, states one (S_i, H) each, in evaluation mode."""
-    head.eval()
-    batches = [states[start : start + batch_size] for start in range(0, len(states), batch_size)]
-    return torch.cat([torch.empty(0), *(_values(head, batch).cpu() for batch in batches)])
+    return FitReport(best_epoch, best_mse, _r2(best_mse, targets[held_out]), _mse(head, rows, fitted, size))
 
 
 class _Rows(NamedTuple):
@@ -127,7 +116,7 @@ class _Rows(NamedTuple):
         return [index for index in indices if index in self.states]
 
 
-def _values(head: ValueHead, states: Sequence[Tensor]) -> Tensor:
+def values(head: ValueHead, states: Sequence[Tensor]) -> Tensor:
     """(B,) the head's values of prompts of different lengths."""
     device = head.query.device
     padded = pad_sequence([state.to(device) for state in states], batch_first=True)  # (B, S, H)
@@ -137,8 +126,8 @@ def _values(head: ValueHead, states: Sequence[Tensor]) -> Tensor:
 
 def _squared_error(head: ValueHead, rows: _Rows, indices: Sequence[int]) -> Tensor:
     """() the sum of the squared errors of rows that this rank owns."""
-    values = _values(head, [rows.states[index] for index in indices])
-    return (values - rows.targets[list(indices)].to(values)).square().sum()
+    found = values(head, [rows.states[index] for index in indices])
+    return (found - rows.targets[list(indices)].to(found)).square().sum()
 
 
 def _train_epoch(head: ValueHead, optimizer: torch.optim.Optimizer, rows: _Rows, order: list[int], size: int) -> None:

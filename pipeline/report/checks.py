@@ -51,8 +51,7 @@ def judge(quantity: str, reading: Reading) -> Verdict:
 def of_policies(base: Numbers, other: Numbers, monitors: Sequence[str] = ()) -> dict[str, Reading]:
     """What an evaluation gives for one policy beside the first, by quantity.
 
-    Args:
-        monitors: the rewards that nothing was trained on.
+    `monitors` are the rewards that nothing was trained on.
     """
     both = [tag for tag in other if other[tag] is not None and base.get(tag) is not None]
     kl = other.get("objective/kl")

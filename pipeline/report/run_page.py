@@ -14,7 +14,6 @@ from pathlib import Path
 from pipeline.config.resolve import resolve
 from pipeline.errors import UserError
 from pipeline.files import flatten, write_text
-from pipeline.launch.run_dir import dotted
 from pipeline.report.checks import Verdict, judge, of_policies
 from pipeline.report.curves import show_curves
 from pipeline.report.html import render
@@ -77,7 +76,7 @@ def findings(
 
 def differences(stage: Stage) -> list[tuple[str, str, str]]:
     """(key, value, default) of the settings that are not what ships for the stage and its algorithm."""
-    defaults, now = _defaults(stage), dotted(stage.settings)
+    defaults, now = _defaults(stage), flatten(stage.settings, ".")
     return [
         (key, _setting(value), _setting(defaults[key]) if key in defaults else "no such setting now")
         for key, value in now.items()
@@ -140,7 +139,7 @@ def _defaults(stage: Stage) -> Mapping[str, object]:
     gone = isinstance(algo, str) and algo.endswith((".yaml", ".yml")) and not Path(algo).is_file()
     words = [f"stage={stage.kind}", *([f"algo={algo}"] if algo and not gone else [])]
     try:
-        return dotted(resolve(words).settings.model_dump())
+        return flatten(resolve(words).settings.model_dump(), ".")
     except UserError:  # an algorithm that this version does not know: the whole configuration is shown all the same
         return {}
 

@@ -134,10 +134,6 @@ def _non_finite(left: Left) -> Reading | None:
     return _part_of(left.facts.get("non_finite"), steps)
 
 
-def _data_cut(left: Left) -> Reading | None:
-    return _part_of(left.facts.get("cut_responses"), left.facts.get("responses"))
-
-
 def _part_of(part: float | None, whole: float | None) -> Reading | None:
     return Reading(part / whole, f"{part:,} of {whole:,}") if part is not None and whole else None
 
@@ -250,7 +246,7 @@ TRAINING: Mapping[str, Take] = {
     "non_finite": _non_finite,
     "grad_spike": _grad_spike,
     "best_step": _best_step,
-    "data_cut": _data_cut,
+    "data_cut": lambda left: _part_of(left.facts.get("cut_responses"), left.facts.get("responses")),
 }
 OF_KIND: Mapping[str, Mapping[str, Take]] = {
     "sft": {"overfit": _overfit, "masked_end": _masked_gap(-1)},

@@ -50,8 +50,7 @@ class _Server(NamedTuple):
 def connect(name: str, settings: HttpSettings) -> RewardFunction:
     """A function with the rewards' calling convention that asks the server at the address `name`.
 
-    Raises:
-        UserError: the server is not there, or does not answer a request without rows as a reward does.
+    Raises UserError where it is not there, or does not answer a request without rows as a reward does.
     """
     web_address(name)
     headers = {"Content-Type": "application/json", "Accept": "application/json", "Connection": "close"}

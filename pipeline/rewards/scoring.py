@@ -13,24 +13,22 @@ from pipeline.trainer.engine import Ranks
 def score_texts(ranks: Ranks, rewards: Rewards, examples: Sequence[Example], completions: Sequence[str]) -> Scores:
     """Score one completion per example; ranks share the work and all get the whole result.
 
-    Raises:
-        UserError: a reward fails, by the checks of `rewards`; on every rank, wherever it failed.
+    Raises UserError where a reward fails, by the checks of `rewards`; on every rank, wherever it failed.
     """
-    mine = list(range(ranks.rank, len(examples), ranks.world))
+    mine = range(ranks.rank, len(examples), ranks.world)
     own = [examples[i] for i in mine]
     prompts = [plain_prompt(example) for example in own]
     texts = [completions[i] for i in mine]
     part = ranks.agreed(lambda: rewards.score(prompts, texts, reward_columns(own)))
-    parts = ranks.gather((mine, part))
+    parts = ranks.gather(part)
 
-    def merged(values: list[tuple[list[int], Sequence[float]]]) -> list[float]:
-        whole = dict(pair for indices, numbers in values for pair in zip(indices, numbers, strict=True))
-        return [whole[i] for i in range(len(examples))]
+    def merged(shares: Sequence[Sequence[float]]) -> list[float]:
+        return [shares[i % ranks.world][i // ranks.world] for i in range(len(examples))]
 
     def by_name(field: str) -> dict[str, list[float]]:
-        return {name: merged([(i, getattr(p, field)[name]) for i, p in parts]) for name in getattr(part, field)}
+        return {name: merged([getattr(one, field)[name] for one in parts]) for name in getattr(part, field)}
 
-    return Scores(by_name("raw"), by_name("normalised"), merged([(i, p.total) for i, p in parts]))
+    return Scores(by_name("raw"), by_name("normalised"), merged([one.total for one in parts]))
 
 
 def reward_columns(examples: Sequence[Example]) -> dict[str, list[Any]]:

@@ -47,8 +47,7 @@ class Composer:
     def loss(self, output: tuple[Tensor, ...], batch: Batch, settings: Any) -> tuple[Tensor, dict[str, Stat]]:
         """The algorithm's sums, and its statistics beside those of the compositions.
 
-        Raises:
-            UserError: a reward fails; on every rank, wherever it failed.
+        Raises UserError where a reward fails; on every rank, wherever it failed.
         """
         return self.begin(output, batch, settings)()
 
@@ -57,7 +56,17 @@ class Composer:
     ) -> Callable[[], tuple[Tensor, dict[str, Stat]]]:
         """`loss` in two halves: texts are written and worker processes asked; what is returned waits for rewards."""
         judged = self.ask(*self.write(Drawn(*output[2:]), batch), batch)
-        return lambda: self.judged_loss(output, batch, settings, judged())
+
+        def rest() -> tuple[Tensor, dict[str, Stat]]:
+            found = judged()
+            rewards = torch.zeros(len(batch.response_ids), settings.samples)  # 0 for fillers
+            rewards[: len(batch.items)] = found.rewards[:, :-1]
+            static = replace(batch.static, rewards=rewards.to(batch.response_ids.device))
+            totals, stats = self.module.loss(output, replace(batch, static=static), settings)
+            own = {name: Stat(kind, sums.to(self.ranks.device)) for name, (kind, sums) in statistics(found).items()}
+            return totals, stats | own
+
+        return rest
 
     def compose(self, drawn: Drawn, batch: Batch) -> Compositions:
         """The texts of one micro-batch with their rewards. Raises UserError as `loss`."""
@@ -85,17 +94,6 @@ class Composer:
             return Compositions(examples, ids, texts, found, rewards)
 
         return judged
-
-    def judged_loss(
-        self, output: tuple[Tensor, ...], batch: Batch, settings: Any, found: Compositions
-    ) -> tuple[Tensor, dict[str, Stat]]:
-        """As `loss`, with texts that are judged already."""
-        rewards = torch.zeros(len(batch.response_ids), settings.samples)  # 0 for fillers
-        rewards[: len(batch.items)] = found.rewards[:, :-1]
-        static = replace(batch.static, rewards=rewards.to(batch.response_ids.device))
-        totals, stats = self.module.loss(output, replace(batch, static=static), settings)
-        own = statistics(found)
-        return totals, stats | {name: Stat(kind, sums.to(self.ranks.device)) for name, (kind, sums) in own.items()}
 
     def _shuffled(self, rewards: Tensor, examples: Sequence[Example], texts: list[list[str]]) -> Tensor:
         """A control: the same numbers, which say nothing of the texts any more; the greedy text keeps its own."""

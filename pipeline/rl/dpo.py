@@ -23,7 +23,9 @@ from pipeline.trainer.schedule import epochs, steps_for
 def trainer(context: Context) -> Trainer:
     """DPO: the start model's log-probabilities of both responses are known beforehand; nothing has to be judged."""
     settings, ranks = context.settings, context.ranks
-    train, held_out = preference_pairs(context)
+    train, held_out = (pairs.paired(rows) for rows in dataset.splits(context.data, settings.seed))
+    if settings.shuffle_rewards:
+        train = with_shuffled_sides(train, settings.seed)
     prompts = dataset.unique_prompts(held_out)[: settings.eval.max_rows]
     policy = build_policy(settings, ranks, context.start)
     items, tested = encode(policy, context.directory, train, held_out[: settings.eval.max_rows], dataset.pair_rows)
@@ -34,25 +36,16 @@ def trainer(context: Context) -> Trainer:
     items, tested = annotated[: len(items)], annotated[len(items) :]
     draw = epochs(len(items), settings.train.batch_size, settings.seed)
     return Trainer(
-        engine=policy.engine,
+        model=policy,
         settings=settings,
         directory=context.directory,
         windows=Windows(items, draw, policy.packing, ranks.rank, ranks.world),
         objective=context.objective,
         max_steps=steps_for(settings, len(items)),
-        eval_steps=settings.train.eval_steps,
         evaluate=partial(evaluate, context, policy, WatchedRows(tested, prompts, items, {})),
         best_metric=HELD_OUT_LOSS if context.rewards is None else REWARD,
-        export=policy.export,
         prepare=partial(check_start, context, policy, items, draw(0)),
     )
-
-
-def preference_pairs(context: Context) -> tuple[list[Example], list[Example]]:
-    """The pairs to learn from, turned round at random if rewards are to be shuffled, and those held out."""
-    settings = context.settings
-    train, held_out = (pairs.paired(rows) for rows in dataset.splits(context.data, settings.seed))
-    return with_shuffled_sides(train, settings.seed) if settings.shuffle_rewards else train, held_out
 
 
 def with_shuffled_sides(examples: Sequence[Example], seed: int) -> list[Example]:

@@ -6,11 +6,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 
-from pipeline.data import dataset
+from pipeline.data import convert, dataset
 from pipeline.data.batching import Windows
 from pipeline.data.sampling import step_budget
 from pipeline.files import fingerprint
@@ -32,49 +31,40 @@ logger = logging.getLogger("tiffin")
 def trainer(context: Context) -> Trainer:
     """The offline family: every row's response, reward, reference log-probability and value are known beforehand."""
     settings, ranks, needs = context.settings, context.ranks, context.module.needs(context.algorithm)
-    split = rewarded_rows(context, needs)
+    train, tested, prompts = rewarded_rows(context, needs)
     policy = build_policy(settings, ranks, context.start)
-    items, held_out = encode(policy, context.directory, split.train, split.held_out, dataset.completion_rows)
+    items, held_out = encode(policy, context.directory, train, tested, dataset.completion_rows)
 
     # what the reference says, before the first step changes it
     reference = ReferencePolicy(policy, settings, fingerprint(context.start.path))
-    value_data = ValueData(split.prompts, items, context.rewards, context.rewards_key)
+    value_data = ValueData(prompts, items, context.rewards, context.rewards_key)
     annotated, facts = annotate(reference, [*items, *held_out], needs, value_data)
     items, held_out = annotated[: len(items)], annotated[len(items) :]
 
     # which rows, for how long
-    drawn = rows.population(items, context.algorithm.weight, settings)
-    facts["advantage/kept_fraction"] = drawn.kept_fraction
+    draw, facts["advantage/kept_fraction"] = rows.population(items, context.algorithm.weight, settings)
     logger.info(", ".join(f"{name} {value:.3g}" for name, value in facts.items()))
-    budget = partial(step_budget, kept_fraction=drawn.kept_fraction if settings.scale_steps else 1.0)
-    watched = WatchedRows(held_out, split.prompts[: settings.eval.max_rows], items, facts)
+    kept = facts["advantage/kept_fraction"] if settings.scale_steps else 1.0
+    watched = WatchedRows(held_out, prompts[: settings.eval.max_rows], items, facts)
     return Trainer(
-        engine=policy.engine,
+        model=policy,
         settings=settings,
         directory=context.directory,
-        windows=Windows(items, drawn.draw, policy.packing, ranks.rank, ranks.world),
+        windows=Windows(items, draw, policy.packing, ranks.rank, ranks.world),
         objective=context.objective,
-        max_steps=budget(steps_for(settings, len(items))),
-        eval_steps=None if settings.train.eval_steps is None else budget(settings.train.eval_steps),
+        max_steps=step_budget(steps_for(settings, len(items)), kept),
         evaluate=partial(evaluate, context, policy, watched),
         best_metric=HELD_OUT_LOSS if context.rewards is None else REWARD,
-        export=policy.export,
-        prepare=partial(check_start, context, policy, items, drawn.draw(0)) if needs.ref_logp else nothing,
+        prepare=partial(check_start, context, policy, items, draw(0)),
+        kept_fraction=kept,
     )
 
 
-class ScoredSplits(NamedTuple):
-    """What offline RL reads: rows to learn from, held-out rows, and all held-out prompts, each once."""
-
-    train: list[Example]
-    held_out: list[Example]
-    prompts: list[Example]
-
-
-def rewarded_rows(context: Context, needs: Needs) -> ScoredSplits:
-    """The rows with their rewards, where they are needed; those to learn from chosen, or shuffled, as asked for."""
+def rewarded_rows(context: Context, needs: Needs) -> tuple[list[Example], list[Example], list[Example]]:
+    """Rows to learn from, chosen or shuffled as asked for, and held-out rows, with rewards where they are needed; and
+    all held-out prompts, each once."""
     settings, data = context.settings, context.data
-    train, held_out = (dataset.scored(examples, data) for examples in dataset.splits(data, settings.seed))
+    train, held_out = (convert.to_scored(examples, data.responses) for examples in dataset.splits(data, settings.seed))
     prompts = dataset.unique_prompts(held_out)
     held_out = held_out[: settings.eval.max_rows]
     if needs.rewards or settings.rows != "all" or settings.shuffle_rewards:
@@ -83,17 +73,14 @@ def rewarded_rows(context: Context, needs: Needs) -> ScoredSplits:
     train = rows.chosen_rows(train, settings.rows)
     if settings.shuffle_rewards:
         train = rows.with_shuffled_rewards(train, settings.seed)
-    return ScoredSplits(train, held_out, prompts)
+    return train, held_out, prompts
 
 
 def check_start(context: Context, policy: Model, items: Sequence[Item], indices: Sequence[int]) -> None:
-    """Raises UserError where the ratio of policy and reference is not 1 before the first step."""
+    """Raises UserError where there is a reference, and its ratio with the policy is not 1 before the first step."""
     tolerance = context.settings.ratio_tolerance.model_dump()[context.settings.train.precision]
-    check_ratio(policy.engine, items, indices, policy.packing, tolerance)
-
-
-def nothing() -> None:
-    """What an algorithm without a reference prepares."""
+    if items[0].ref_logp:
+        check_ratio(policy.engine, items, indices, policy.packing, tolerance)
 
 
 @dataclass(frozen=True)

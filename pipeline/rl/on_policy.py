@@ -68,16 +68,14 @@ def trainer(context: Context) -> Trainer:
     )
     logger.info(f"train: {len(prompts):,} prompts, {spoken_sampler(settings)}, sampled at every step")
     return Trainer(
-        engine=policy.engine,
+        model=policy,
         settings=settings,
         directory=context.directory,
         windows=rollouts,
         objective=context.objective,
         max_steps=steps_for(settings, len(prompts)),
-        eval_steps=settings.train.eval_steps,
         evaluate=partial(evaluate, context, policy, held_out[: settings.eval.max_rows], rollouts),
         best_metric=REWARD,
-        export=policy.export,
     )
 
 

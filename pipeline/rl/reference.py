@@ -43,14 +43,18 @@ class ReferencePolicy:
     def cache(self, name: str, **parts: object) -> Path:
         """Where a result is kept: the name holds everything it depends on."""
         settings = self.settings
-        key = cache_key(
-            weights=self.weights,
-            precision=settings.train.precision,
-            attention=settings.model.attn_implementation,
-            dropout=settings.model.dropout,
-            device=self.model.ranks.device.type,
+        content = {
+            "format": FORMAT,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "weights": self.weights,
+            "precision": settings.train.precision,
+            "attention": settings.model.attn_implementation,
+            "dropout": settings.model.dropout,
+            "device": self.model.ranks.device.type,
             **parts,
-        )
+        }
+        key = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:24]
         return run_dir.run_dir(settings) / "cache" / f"{name}-{key}.pt"
 
 
@@ -85,8 +89,7 @@ def attached(items: Sequence[Item], saved: dict[str, Tensor]) -> list[Item]:
 def with_values(policy: ReferencePolicy, items: list[Item], data: ValueData) -> tuple[list[Item], dict[str, float]]:
     """The items with `value` and `advantage`, and how well the value head predicts on prompts it did not see.
 
-    Raises:
-        UserError: targets are to come from the policy, but nothing can judge its responses.
+    Raises UserError where targets are to come from the policy, but nothing can judge its responses.
     """
     settings, model = policy.settings, policy.model
     if settings.value.targets == "policy" and data.rewards is None:
@@ -119,16 +122,6 @@ def with_values(policy: ReferencePolicy, items: list[Item], data: ValueData) -> 
     return dataset.with_numbers(items, value=expected, advantage=gains), saved["report"]
 
 
-def cache_key(**parts: Any) -> str:
-    """A name that changes with anything the content depends on."""
-    text = json.dumps(
-        {"format": FORMAT, "torch": torch.__version__, "transformers": transformers.__version__, **parts},
-        sort_keys=True,
-        default=str,
-    )
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
-
-
 def rows_digest(items: Sequence[Item]) -> str:
     """sha256 of all token ids: it changes with data, template, tokenizer and truncation."""
     digest = hashlib.sha256()
@@ -156,13 +149,9 @@ def cached(path: Path, engine: Engine, compute: Callable[[], Any]) -> Any:
 
 @torch.no_grad()
 def reference_logps(engine: Engine, items: Sequence[Item], packing: Packing) -> dict[str, Tensor]:
-    """Log-probabilities of all response tokens.
+    """Log-probabilities of all response tokens. Raises UserError, which names the rows, where some are not finite.
 
-    Returns:
-        `logp`: (tokens,) float32, all rows of all items one after another; `lengths`: (rows,) int64.
-
-    Raises:
-        UserError: some are not finite; names the rows.
+    `logp`: (tokens,) float32, all rows of all items one after another; `lengths`: (rows,) int64.
     """
     engine.train(False)
     mine: dict[int, list[Tensor]] = {}
@@ -192,8 +181,7 @@ def check_ratio(
 ) -> float:
     """The mean |logp - ref_logp| per token over `indices` before the first step, which must be about 0.
 
-    Raises:
-        UserError: it is over `tolerance`.
+    Raises UserError where it is over `tolerance`.
     """
     engine.train()
     sums = torch.zeros(2, dtype=torch.float64)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+
+import torch
 
 from pipeline.config.schema import RlStage
 from pipeline.data import sampling
@@ -20,8 +22,7 @@ from pipeline.trainer.engine import Ranks
 def with_rewards(ranks: Ranks, rows: list[Example], rewards: Rewards | None, settings: RlStage) -> list[Example]:
     """The rows with their reward: judged if `reward` is set or they bring none, else their own.
 
-    Raises:
-        UserError: there is neither a reward column nor anything to judge with.
+    Raises UserError where there is neither a reward column nor anything to judge with.
     """
     own = all(row.reward is not None for row in rows)
     if own and settings.reward is None:
@@ -59,26 +60,15 @@ def chosen_rows(rows: list[Example], which: str) -> list[Example]:
 
 def with_shuffled_rewards(rows: list[Example], seed: int) -> list[Example]:
     """The rows with one another's rewards: the same numbers, which say nothing of the responses any more."""
-    order = sampling.shuffled_rows(len(rows), seed)
+    order = torch.randperm(len(rows), generator=sampling.generator("shuffle", seed, 0)).tolist()  # of no epoch
     return [replace(row, reward=rows[i].reward) for row, i in zip(rows, order, strict=True)]
 
 
-@dataclass(frozen=True)
-class Population:
-    """Which rows are drawn, how, and for how many steps of those asked for."""
+def population(items: Sequence[Item], weight: str, settings: RlStage) -> tuple[Draw, float]:
+    """The draw that `sampling` asks for, by the row weight of the algorithm; and the share of rows that can be drawn.
 
-    draw: Draw
-    kept_fraction: float  # rows of positive weight over all rows
-
-
-def population(items: Sequence[Item], weight: str, settings: RlStage) -> Population:
-    """The draw that `sampling` asks for, by the row weight of the algorithm.
-
-    Args:
-        weight: the number that weighs a row: reward or advantage; "one" weighs all alike.
-
-    Raises:
-        UserError: no row has a positive weight.
+    `weight` is the number that weighs a row: reward or advantage; "one" weighs all alike. Raises UserError where no row
+    has a positive weight.
     """
     size, seed, n = settings.train.batch_size, settings.seed, len(items)
     weights = [1.0 if weight == "one" else item.numbers[weight] for item in items]
@@ -90,10 +80,6 @@ def population(items: Sequence[Item], weight: str, settings: RlStage) -> Populat
         )
     # in proportion to the weight; otherwise every row that is kept once per epoch
     if settings.sampling == "priority":
-        return Population(lambda step: sampling.priority_rows(weights, size, step, seed), len(kept) / n)
+        return lambda step: sampling.priority_rows(weights, size, step, seed), len(kept) / n
     pool = list(range(n)) if settings.sampling == "all" else kept
-
-    def draw(step: int) -> list[int]:
-        return [pool[i] for i in sampling.epoch_rows(len(pool), size, step, seed)]
-
-    return Population(draw, len(kept) / n)
+    return lambda step: [pool[i] for i in sampling.epoch_rows(len(pool), size, step, seed)], len(kept) / n

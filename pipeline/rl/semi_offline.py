@@ -14,6 +14,7 @@ from pipeline.algorithms import functional, supervised
 from pipeline.algorithms.functional import Drawn
 from pipeline.data import dataset
 from pipeline.data.batching import Packing, Windows, collate
+from pipeline.data.masking import in_two_rows
 from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
 from pipeline.records import Batch, Example, Item, Row
@@ -49,16 +50,14 @@ def trainer(context: Context) -> Trainer:
     shuffled = settings.seed if settings.shuffle_rewards else None
     composer = Composer(ranks, policy.encoder, rewards, items, context.module, shuffled)
     return Trainer(
-        engine=policy.engine,
+        model=policy,
         settings=settings,
         directory=context.directory,
         windows=Windows(items, draw, masked, ranks.rank, ranks.world),
         objective=composed_objective(context, policy, composer),
         max_steps=steps_for(settings, len(items)),
-        eval_steps=settings.train.eval_steps,
         evaluate=partial(evaluate, context, policy, WatchedCompositions(items, tested, prompts, composer, masked)),
         best_metric=REWARD,
-        export=policy.export,
         prepare=partial(check_shared, policy.engine, items, masked, CLOSE[settings.train.precision]),
     )
 
@@ -82,8 +81,7 @@ def reference_rows(example: Example, encoder: Encoder) -> tuple[Row, ...]:
 def with_static_rows(items: Sequence[Item], encoder: Encoder, which: str) -> list[Item]:
     """The items with the static responses that `which` chooses, after a word about them.
 
-    Raises:
-        UserError: a row has none.
+    Raises UserError where a row has none.
     """
     chosen = [replace(item, static_rows=static_rows(item.example, encoder, which)) for item in items]
     short = wordless([row for item in chosen for row in item.static_rows], encoder)
@@ -140,8 +138,7 @@ LIKELIHOOD = Objective(
 def check_shared(engine: Engine, items: Sequence[Item], hiding: Packing, tolerance: float) -> None:
     """Compare the first row's states, both responses read in one pass, with those of two passes.
 
-    Raises:
-        UserError: the model reads the rows otherwise when they share a prompt.
+    Raises UserError where the model reads the rows otherwise when they share a prompt.
     """
     engine.train(False)
     batch = collate(items, [0], hiding)
@@ -166,36 +163,27 @@ def read_apart(batch: Batch, packing: Packing) -> tuple[Batch, Batch]:
     second = replace(bare, response_ids=given.ids, response_mask=given.mask, shown_ids=given.shown_ids)
     if packing.apart:
         return bare, second
-    prompts = [ids[:n] for ids, n in zip(batch.input_ids, batch.prompt_lengths.tolist(), strict=False)]
-    pairs = []
-    for one in (bare, second):
-        said = [ids[mask] for ids, mask in zip(one.shown_ids, one.response_mask, strict=True)]
-        rows = [torch.cat(pair) for pair in zip(prompts, said, strict=True)]
-        read = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=packing.pad_id)
-        pairs.append(replace(one, input_ids=read, input_mask=torch.ones_like(read, dtype=torch.bool)))
-    return pairs[0], pairs[1]
+    rows = in_two_rows(batch, packing.pad_id) if packing.masker.share_prompt else batch
+    ids, masks = rows.input_ids.chunk(2), rows.input_mask.chunk(2)
+    bare = replace(bare, input_ids=ids[0], input_mask=masks[0])
+    return bare, replace(second, input_ids=ids[1], input_mask=masks[1])
 
 
 def static_rows(example: Example, encoder: Encoder, which: str) -> tuple[Row, ...]:
     """What static RL may start from: the `worst` or the `best` candidate, all of them (`random`), or the `reference`.
 
     A row without a single word stays. One cut at the limit has no EOS.
-    Raises UserError where the example has no candidates, or no reference text.
+    Candidates are taken to stand best first. Raises UserError where the example has none, or no reference text.
     """
-    return tuple(encoder.encode(example.prompt, text) for text in static_texts(example, which))
-
-
-def static_texts(example: Example, which: str) -> tuple[str, ...]:
-    """The texts of `static_rows`; candidates are taken to stand best first."""
     if which == "reference":
-        return (dataset.reference_text(example),)
+        return reference_rows(example, encoder)
     if not example.candidates:
         raise UserError(
             f"{example.id}: no candidates, wanted some for static={which} to start from: make them with bash run.sh "
             "stage=generate num_return_sequences=8, rank them with stage=score of=generate, or say static=reference"
         )
     chosen = {"worst": example.candidates[-1:], "best": example.candidates[:1], "random": example.candidates}
-    return chosen[which]
+    return tuple(encoder.encode(example.prompt, text) for text in chosen[which])
 
 
 def wordless(rows: Sequence[Row], encoder: Encoder) -> int:

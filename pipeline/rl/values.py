@@ -63,7 +63,7 @@ def value_targets(model: Model, rl: RlStage, data: ValueData) -> Targets:
         prompts = dataset.unique_prompts([item.example for item in data.logged])[: settings.max_prompts]
         expected = [statistics.fmean(logged[example.prompt]) for example in prompts]
     # a share of the prompts chooses the best epoch and is never fitted
-    encoded = dataset.encode(prompts, model.encoder, dataset.prompt_rows).items
+    encoded = dataset.encode(prompts, model.encoder, dataset.prompt_rows)
     low, high = value_range(data.rewards, expected)
     order = sampling.epoch_rows(len(prompts), len(prompts), 0, rl.seed)
     mask = torch.zeros(len(prompts), dtype=torch.bool)
@@ -103,19 +103,8 @@ def fit_value(
         torch.manual_seed(seed)
         head = value_head.ValueHead(hidden, targets.low, targets.high, settings.num_heads, settings.dropout)
     owned = sorted(states)
-    report = value_head.fit(
-        head.to(engine.ranks.device),
-        [states[i] for i in owned],
-        targets.rewards,
-        targets.held_out,
-        learning_rate=settings.learning_rate,
-        epochs=settings.epochs,
-        batch_size=settings.batch_size,
-        patience=settings.patience,
-        seed=seed,
-        owned=owned,
-        all_sum=engine.ranks.all_sum,
-    )
+    mine, told = [states[i] for i in owned], (targets.rewards, targets.held_out)
+    report = value_head.fit(head.to(engine.ranks.device), mine, *told, settings, seed, owned, engine.ranks.all_sum)
     return head, {
         "value/mse": report.held_out_mse,
         "value/r2": report.held_out_r2,

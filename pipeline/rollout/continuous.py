@@ -55,9 +55,7 @@ def respond(
 
     Only the log-probabilities are known of what was sampled. At temperature 1, minus their mean is the entropy without
     bias; at others it is NaN, as confidence is at all. The program's random numbers are used: fork them.
-
-    Raises:
-        RuntimeError: the engine failed; with what it says.
+    Raises RuntimeError where the engine failed, with what it says.
     """
     check_model(module.encoder_decoder)
     if not requests:

@@ -13,13 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessorList,
-    PreTrainedModel,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 from transformers.modeling_outputs import BaseModelOutput
 
 from pipeline.algorithms import capability
@@ -99,8 +93,7 @@ def plain_sampling(settings: GenerationSettings) -> GenerationSettings:
 def generation_config(settings: GenerationSettings, encoder: Encoder) -> GenerationConfig:
     """transformers' configuration of `settings`.
 
-    Raises:
-        UserError: several responses per prompt, but no way to make them differ.
+    Raises UserError for several responses per prompt with no way to make them differ.
     """
     n = settings.num_return_sequences
     if n > max(1, settings.num_beams) and not settings.do_sample:
@@ -245,7 +238,3 @@ def _response(encoder: Encoder, request: Request, completion: Completion) -> Res
         finished=bool(ids) and ids[-1] == encoder.eos_id,
         stats=completion.stats,
     )
-
-
-def _cuda(engine: Engine) -> list[torch.device]:
-    return [engine.ranks.device] if engine.ranks.device.type == "cuda" else []

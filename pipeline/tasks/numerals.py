@@ -73,13 +73,8 @@ def roman(number: int) -> str:
 
 def _row(split: str, index: int, kind: str, stream: Iterator[Pair]) -> Example:
     prompt, completion = next(stream)
-    return Example(
-        id=f"{TASK}/{split}/{index:06d}",
-        prompt=prompt,
-        completion=completion,
-        references=(completion,),
-        source=kind,
-    )
+    name = f"{TASK}/{split}/{index:06d}"
+    return Example(name, prompt, completion=completion, references=(completion,), source=kind)
 
 
 def _distinct(kind: str, split: str, seed: int) -> Iterator[Pair]:

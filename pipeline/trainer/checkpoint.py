@@ -19,6 +19,7 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.files import write_json, write_text
+from pipeline.records import Stat
 from pipeline.trainer.engine import Engine, Ranks
 from pipeline.trainer.metrics import Interval, Metrics
 
@@ -79,8 +80,7 @@ class Checkpoints:
     def load(self, engine: Engine) -> tuple[State, Interval, dict[str, Any]] | None:
         """Restore the newest complete checkpoint, and give state, open interval and memory; None if there is none.
 
-        Raises:
-            UserError: it was written by another number of ranks.
+        Raises UserError where it was written by another number of ranks.
         """
         directory = self.ranks.from_main(self._latest())
         if directory is None:
@@ -121,13 +121,13 @@ def flush(folder: Path) -> None:
 
 
 def packed(interval: Interval) -> dict[str, Any]:
-    parts = {name: (kind, sums.cpu()) for name, (kind, sums) in interval.metrics.parts().items()}
+    parts = {name: (kind, sums.cpu()) for name, (kind, sums) in interval.metrics.stats.items()}
     return {"tally": parts, "steps": interval.steps, "seconds": interval.seconds}
 
 
 def unpacked(saved: Mapping[str, Any], device: torch.device) -> Interval:
-    parts = {name: (kind, sums.to(device)) for name, (kind, sums) in saved["tally"].items()}
-    return Interval(Metrics(parts), saved["steps"], saved["seconds"])
+    stats = {name: Stat(kind, sums.to(device)) for name, (kind, sums) in saved["tally"].items()}
+    return Interval(Metrics(stats), saved["steps"], saved["seconds"])
 
 
 def rng_state() -> dict[str, torch.Tensor]:

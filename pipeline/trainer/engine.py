@@ -189,7 +189,9 @@ class Engine:
         self._twin = hookless_twin(module) if self.stage == 3 else None
         self._half = train.precision != "fp32"
         if optimizer is None and self.stage < 3:
-            self._engine = with_parameters(module.to(ranks.device), self.dtype)
+            self._engine = module.to(ranks.device)
+            for parameter in module.parameters():  # buffers (rotary frequencies) stay exact, as DeepSpeed leaves them
+                parameter.data = parameter.data.to(self.dtype)
             return
         client = None
         groups = None
@@ -282,13 +284,6 @@ class Engine:
         if not directory.is_dir():
             raise UserError(f"{directory}: no checkpoint to resume from, wanted one that this run saved")
         self._engine.load_checkpoint(str(directory.parent), tag=directory.name)
-
-
-def with_parameters(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The module with its parameters in `dtype`; buffers (rotary frequencies) stay exact, as DeepSpeed leaves them."""
-    for parameter in module.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return module
 
 
 def hookless_twin(module: nn.Module) -> nn.Module:

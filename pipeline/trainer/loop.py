@@ -9,7 +9,6 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,13 +19,16 @@ from torch import Tensor
 
 from pipeline.config.schema import Training
 from pipeline.data.batching import Source
+from pipeline.data.sampling import step_budget
 from pipeline.errors import PreemptedError, UserError
 from pipeline.files import flatten
+from pipeline.launch.launcher import handled
 from pipeline.records import Batch, Stat
 from pipeline.trainer.checkpoint import Checkpoints, State
 from pipeline.trainer.engine import Engine, Ranks
 from pipeline.trainer.logger import RunLog
 from pipeline.trainer.metrics import Interval, Metrics
+from pipeline.trainer.model import Model
 from pipeline.trainer.nonfinite import Micro, trace
 from pipeline.trainer.objective import Objective, Output, Rest
 from pipeline.trainer.schedule import due, learning_rate
@@ -64,21 +66,30 @@ REWARD = BestMetric("eval/reward/mean", larger_is_better=True)
 class Trainer:
     """One training: what is learned, from what, for how long, and how it is evaluated.
 
-    `evaluate`, `export` and `prepare` are called on all ranks. `prepare` is called where training starts from nothing,
-    with the untouched weights in the engine.
+    `evaluate` and `prepare` are called on all ranks. `prepare` is called where training starts from nothing, with the
+    untouched weights in the engine.
     """
 
-    engine: Engine
+    model: Model
     settings: Training
     directory: Path
     windows: Source
     objective: Objective
     max_steps: int
-    eval_steps: int | None
     evaluate: Callable[[int], Evaluation]
     best_metric: BestMetric
-    export: Callable[[Path], None]
     prepare: Callable[[], None] = lambda: None
+    then: Callable[[Path], None] | None = None  # writes what else belongs beside exported weights
+    kept_fraction: float = 1.0  # of rows, where fewer steps are taken for those that are left out
+
+    @property
+    def engine(self) -> Engine:
+        return self.model.engine
+
+    @property
+    def eval_steps(self) -> int | None:
+        every = self.settings.train.eval_steps
+        return None if every is None else step_budget(every, self.kept_fraction)
 
 
 def fit(trainer: Trainer) -> None:
@@ -124,7 +135,8 @@ def take_steps(trainer: Trainer, state: State, interval: Interval, log: RunLog, 
         memory = trainer.windows.state_dict(state.step)
         checkpoints.save(trainer.engine, replace(state, seconds=seconds), interval, memory)
 
-    with terminations() as received:
+    received: list[int] = []  # SIGTERMs, which then end nothing
+    with handled(lambda number, frame: received.append(number), [signal.SIGTERM]):
         if state.step == 0:
             state, values = evaluate(trainer, state, log)
             log.scalars(0, values)
@@ -150,22 +162,10 @@ def take_steps(trainer: Trainer, state: State, interval: Interval, log: RunLog, 
     return replace(state, seconds=before + time.monotonic() - began)
 
 
-@contextmanager
-def terminations() -> Iterator[list[int]]:
-    """A list that SIGTERM adds to, instead of ending the process."""
-    received: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
-    try:
-        yield received
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def one_step(trainer: Trainer, step: int, interval: Interval) -> str | None:
     """Forward and backward over the window of `step`, then one optimizer step.
 
-    Returns:
-        What was not finite and on which rows, where anything was; the optimizer has then not stepped, on any rank.
+    Returns what was not finite and on which rows, where anything was; the optimizer has then not stepped, on any rank.
     """
     began, engine, ranks = time.monotonic(), trainer.engine, trainer.engine.ranks
     window = trainer.windows.at(step)
@@ -190,7 +190,7 @@ def one_step(trainer: Trainer, step: int, interval: Interval) -> str | None:
             return trouble
         logger.warning(f"{trouble}; left out")
     if math.isfinite(norm):
-        interval.metrics.merge(metrics)
+        interval.metrics.add(metrics.stats)
     interval.add(step_stats(window, norm, rate, ranks.device), time.monotonic() - began)
     return trouble
 
@@ -243,14 +243,14 @@ def evaluate(trainer: Trainer, state: State, log: RunLog) -> tuple[State, dict[s
     state = replace(state, last_seen=scalars)
     value = scalars[trainer.best_metric.tag]
     if trainer.best_metric.better(value, state.best):
-        trainer.export(trainer.directory / "best")
+        trainer.model.export(trainer.directory / "best", trainer.then)
         state = replace(state, best=value, best_step=state.step, best_seen=scalars)
     return state, scalars
 
 
 def keep(trainer: Trainer, state: State) -> None:
     """Export the last weights to last/, and let model/ be best/ or last/ as train.keep says."""
-    trainer.export(trainer.directory / "last")
+    trainer.model.export(trainer.directory / "last", trainer.then)
     if trainer.engine.ranks.main:
         chosen = trainer.directory / (trainer.settings.train.keep if state.best_step is not None else "last")
         part = trainer.directory / "model.part"

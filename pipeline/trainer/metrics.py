@@ -20,32 +20,23 @@ class Metrics:
     All ranks must add the same names in the same kinds before a reduction; a rank without rows adds Stats of count 0.
     """
 
-    def __init__(self, parts: Mapping[str, tuple[str, Tensor]] | None = None) -> None:
-        """Empty, or with what `parts` of others gave, bit for bit."""
-        self._stats = {name: Stat(kind, sums) for name, (kind, sums) in (parts or {}).items()}
-
-    def parts(self) -> dict[str, tuple[str, Tensor]]:
-        """What this rank holds, to be saved: name -> (kind, sums)."""
-        return {name: (stat.kind, stat.sums) for name, stat in self._stats.items()}
+    def __init__(self, stats: Mapping[str, Stat] | None = None) -> None:
+        self.stats = dict(stats or {})  # what this rank holds
 
     def add(self, stats: Mapping[str, Stat]) -> None:
         """Merge `stats` into the running sums."""
         for name, stat in stats.items():
-            self._stats[name] = merge(self._stats[name], stat) if name in self._stats else stat
-
-    def merge(self, other: Metrics) -> None:
-        """Add what `other` holds."""
-        self.add(other._stats)
+            self.stats[name] = merge(self.stats[name], stat) if name in self.stats else stat
 
     def sums(self) -> Tensor:
         """((n + 1) rounded up to PACK_ROWS, 3) float64: a row naming the layout, the sums in name order, zeros."""
-        names = sorted(self._stats)
-        mark = zlib.crc32(repr([(name, self._stats[name].kind) for name in names]).encode()) >> 12  # 20 bits: exact
-        device = self._stats[names[0]].sums.device if names else torch.device("cpu")
+        names = sorted(self.stats)
+        mark = zlib.crc32(repr([(name, self.stats[name].kind) for name in names]).encode()) >> 12  # 20 bits: exact
+        device = self.stats[names[0]].sums.device if names else torch.device("cpu")
         packed = torch.zeros(-(-(len(names) + 1) // PACK_ROWS) * PACK_ROWS, 3, dtype=torch.float64, device=device)
         packed[0] = torch.tensor([1.0, mark, mark**2], dtype=torch.float64)
         if names:
-            packed[1 : len(names) + 1] = torch.stack([self._stats[name].sums for name in names])
+            packed[1 : len(names) + 1] = torch.stack([self.stats[name].sums for name in names])
         return packed
 
     def reduce(self, all_sum: Callable[[Tensor], Tensor]) -> dict[str, float]:
@@ -54,13 +45,13 @@ class Metrics:
         `all_sum` adds a tensor over ranks (the identity in one process).
         Raises RuntimeError when ranks hold different names or kinds: adding them up would mix them.
         """
-        kinds = {name: self._stats[name].kind for name in sorted(self._stats)}
+        kinds = {name: self.stats[name].kind for name in sorted(self.stats)}
         total = all_sum(self.sums()).cpu()
         ranks, marks, squares = (int(x) for x in total[0].tolist())
         # Cauchy-Schwarz: (sum m)^2 = n sum m^2 holds if and only if all ranks have the same m.
         if marks**2 != ranks * squares:
             raise RuntimeError(f"metrics: {ranks} ranks hold different statistics; this one has {list(kinds.items())}")
-        self._stats = {}
+        self.stats = {}
         return {name: float(reduce(Stat(kind, row))) for (name, kind), row in zip(kinds.items(), total[1:])}  # noqa: B905
 
 

@@ -14,6 +14,7 @@ from pipeline.data.batching import Packing, packing_of
 from pipeline.data.masking import Masker
 from pipeline.data.tokenization import Encoder, coloured
 from pipeline.data.vocabulary import token_tables
+from pipeline.files import write_json
 from pipeline.models import build, loading
 from pipeline.records import Example, Item, Row
 from pipeline.trainer.engine import Engine, Ranks
@@ -106,9 +107,13 @@ def encode(
     rows_of: Callable[[Example, Encoder], tuple[Row, ...]],
 ) -> tuple[list[Item], list[Item]]:
     """Both as items. Says what they come to, shows the first with its tokens, and leaves data.json in `directory`."""
-    learned = dataset.encode(train, model.encoder, rows_of)
-    tested = dataset.encode(held_out, model.encoder, rows_of)
-    logger.info(f"{learned.summary('train')}\n{tested.summary('validation')}")
-    logger.info("\n".join(coloured(model.encoder, row) for row in learned.items[0].rows))
-    model.ranks.on_main(lambda: dataset.note(directory, learned, tested))
-    return learned.items, tested.items
+    learned, tested = (dataset.encode(examples, model.encoder, rows_of) for examples in (train, held_out))
+    found = {"train": dataset.counts(learned), "validation": dataset.counts(tested)}
+    for split, counts in found.items():
+        logger.info(
+            "{}: {rows:,} rows, {tokens:,} tokens ({response_tokens:,} of responses), {cut_prompts:,} prompts and "
+            "{cut_responses:,} responses cut".format(split, **counts)
+        )
+    logger.info("\n".join(coloured(model.encoder, row) for row in learned[0].rows))
+    model.ranks.on_main(lambda: write_json(directory / "data.json", found))
+    return learned, tested

@@ -28,8 +28,7 @@ class Micro:
 def trace(directory: Path, ranks: Ranks, items: Sequence[Item], step: int, window: Sequence[Micro], norm: float) -> str:
     """Write this rank's rows to non_finite/step-N-rank-R.jsonl; one line that names what is broken, over all ranks.
 
-    Args:
-        step: counted from 1, the step that is left out.
+    `step`, counted from 1, is the one that is left out.
     """
     rows = [row for micro in window for row in _rows(items, micro)]
     folder = directory / "non_finite"

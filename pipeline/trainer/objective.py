@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -26,7 +26,11 @@ Rest = Callable[[], Total]  # of a loss that has begun
 
 @runtime_checkable
 class AlgorithmModule(Protocol):
-    """What a file of pipeline/algorithms/ holds; `settings` is always one of its own Settings."""
+    """What a file of pipeline/algorithms/ holds; `settings` is always one of its own Settings.
+
+    One of stage=rl has RESPONSES too, a key of `schema.RL_KINDS`; one of stage=reward has `columns` and `pairs_only`,
+    as preference.py has.
+    """
 
     MEAN_OVER: str | tuple[str, ...]  # see `Objective`
     Settings: type  # a frozen dataclass that checks itself
@@ -36,24 +40,6 @@ class AlgorithmModule(Protocol):
 
     def loss(self, output: Output, batch: Batch, settings: Any) -> Total:
         """Of one micro-batch: the model's output on it is (B, T) log-probabilities or what `needs` asks for."""
-
-
-@runtime_checkable
-class RlModule(AlgorithmModule, Protocol):
-    """One that stage=rl runs."""
-
-    RESPONSES: str  # where they come from: a key of `schema.RL_KINDS`
-
-
-@runtime_checkable
-class RewardModule(AlgorithmModule, Protocol):
-    """One that stage=reward runs; its output is scores (B,)."""
-
-    def columns(self, settings: Any) -> tuple[str, ...]:
-        """The numbers that every pair must bring along."""
-
-    def pairs_only(self, settings: Any) -> bool:
-        """Whether rows must be pairs; if not, responses with a reward each will do."""
 
 
 @dataclass(frozen=True)
@@ -77,14 +63,10 @@ class Objective:
 
     def terms(self, window: Sequence[Batch]) -> Tensor:
         """What the micro-batches add to the divisors of the means: () float64, or (k,)."""
-
-        def count(name: str) -> int:
-            return sum(count_terms(batch, name) for batch in window)
-
         one = isinstance(self.mean_over, str)
-        return torch.tensor(
-            count(self.mean_over) if one else [count(name) for name in self.mean_over], dtype=torch.float64
-        )
+        names = [self.mean_over] if one else self.mean_over
+        counts = torch.tensor([[count_terms(batch, name) for name in names] for batch in window], dtype=torch.float64)
+        return counts.sum(0)[0] if one else counts.sum(0)
 
 
 def count_terms(batch: Batch, mean_over: str) -> int:
@@ -105,16 +87,11 @@ def count_terms(batch: Batch, mean_over: str) -> int:
     return sequences // 2 if mean_over == "pairs" else sequences
 
 
-class Algorithm(NamedTuple):
-    """An algorithm that was chosen, with the settings it has."""
+def objective_of(algorithm: AlgorithmSettings) -> tuple[AlgorithmModule, Any, Objective]:
+    """The algorithm's file, its Settings, which check themselves, and its objective.
 
-    module: AlgorithmModule
-    settings: Any  # a module.Settings
-    objective: Objective
-
-
-def objective_of(algorithm: AlgorithmSettings) -> Algorithm:
-    """The algorithm, its settings checked by its own rules. Raises UserError for no such file or wrong settings."""
+    Raises UserError for no such file or wrong settings.
+    """
     names = plugins.available("pipeline.algorithms", "loss")
     if algorithm.file not in names:
         raise UserError(f"algorithm.file: {algorithm.file!r}, wanted one of {', '.join(names)}")
@@ -124,7 +101,7 @@ def objective_of(algorithm: AlgorithmSettings) -> Algorithm:
     def loss(output: Output, batch: Batch) -> Total:
         return module.loss(output, batch, settings)
 
-    return Algorithm(module, settings, Objective(loss, module.MEAN_OVER, module.needs(settings).output))
+    return module, settings, Objective(loss, module.MEAN_OVER, module.needs(settings).output)
 
 
 def checked_settings(schema: type, values: dict[str, Any]) -> Any:
