@@ -179,8 +179,14 @@ def dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def refuse_other(directory: Path, settings: Common) -> None:
-    """Raises UserError naming the first setting that changed since the stage was started."""
-    before, now = dotted(settings_of(directory)), dotted(settings.model_dump())
+    """Raises UserError naming the first setting that changed since the stage was started.
+
+    What a finished stage noted of top-level settings that its algorithm has not, as older versions did, is no change.
+    """
+    noted, given = settings_of(directory), settings.model_dump()
+    if finished(directory):
+        noted = {name: value for name, value in noted.items() if name in given}
+    before, now = dotted(noted), dotted(given)
     for key in sorted({*before, *now}):
         if key.startswith(FREE) or before.get(key) == now.get(key):
             continue
