@@ -30,10 +30,14 @@ def with_lora(
         trainable_token_indices=tokens,
     )
     try:
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
     except (TypeError, ValueError) as error:  # the former where the embeddings are among the targets, beside `tokens`
         problem, names = str(error).splitlines()[0].split(". ")[0], ", ".join(linear_names(model))
         raise UserError(f"model.lora.target_modules: {problem}, wanted all-linear, or some of {names}") from None
+    found = adapted.active_peft_config
+    if isinstance(found.target_modules, set):  # whose order changes from process to process
+        found.target_modules = sorted(found.target_modules)
+    return adapted
 
 
 def linear_names(model: nn.Module) -> list[str]:

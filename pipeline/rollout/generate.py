@@ -245,7 +245,3 @@ def _response(encoder: Encoder, request: Request, completion: Completion) -> Res
         finished=bool(ids) and ids[-1] == encoder.eos_id,
         stats=completion.stats,
     )
-
-
-def _cuda(engine: Engine) -> list[torch.device]:
-    return [engine.ranks.device] if engine.ranks.device.type == "cuda" else []
