@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
@@ -23,8 +22,6 @@ from pipeline.trainer import engine, evaluation
 from pipeline.trainer.engine import Ranks
 from pipeline.trainer.model import build_inference
 from stages import inputs
-
-logger = logging.getLogger("tiffin")
 
 SHOWN = {
     "reward/mean": "reward",

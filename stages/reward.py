@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -22,8 +21,6 @@ from pipeline.trainer.objective import Objective, objective_of
 from pipeline.trainer.schedule import epochs, steps_for
 from reward_models import learned
 from stages import inputs
-
-logger = logging.getLogger("tiffin")
 
 
 def main(settings: RewardStage, words: Sequence[str]) -> None:

@@ -90,3 +90,13 @@ def test_what_follows_depends_on_what_there_is(tmp_path: Path) -> None:
     second = finished(tmp_path, "rl", "name=b", model=True)
     assert next_words(second)[1] == 'policies={"sft": "sft", "rl": "rl/b"}'
     assert resolve(next_words(second)).settings.policies == {"sft": "sft", "rl": "rl/b"}
+
+
+def test_a_recipe_that_only_does_with_further_words(tmp_path: Path) -> None:
+    """task_size without a task is refused; the words that were given name one."""
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text("all: {data: {task_size: 50}}\nsteps: [{stage: sft}, {stage: reward, name: a}, {stage: rl}]\n")
+    words = [f"recipe={recipe}", "task=assistant", "run=x"]
+    after = ["run=x", f"recipe={recipe}", "data.task=assistant"]
+    assert next_words(resolve(["stage=sft", *words])) == ["stage=reward", "name=a", *after]
+    assert next_words(resolve(["stage=reward", "name=a", *words])) == ["stage=rl", *after]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -77,6 +78,8 @@ def test_adapters_are_what_the_next_stage_opens(tmp_path: Path, shape: str) -> N
     batch = batch_of(policy, items)
     take_step(policy, policy(batch))
     first = settings.model_copy(update={"path": save_own(tmp_path / "first", policy)})
+    targets = json.loads((tmp_path / "first" / "adapter_config.json").read_text())["target_modules"]
+    assert len(targets) > 5 and targets == sorted(targets)  # the same bytes from every process
     opened = Policy(loading.load_policy(first, tiny.tokenizer(), 0), 64).eval()
     tiny.close(opened(batch), policy(batch))
     # adapters upon adapters: the second belong to the first, not to the model below them

@@ -72,6 +72,16 @@ def test_changed_settings_are_named(tmp_path: Path, finished: bool) -> None:
     assert "choose another run= or name=, or remove the directory" in refused(tmp_path, "seed=2")
 
 
+def test_a_finished_stage_may_have_noted_settings_that_its_algorithm_has_not(tmp_path: Path) -> None:
+    begun(tmp_path)
+    config = tmp_path / "sft" / "config.yaml"
+    config.write_text(config.read_text() + "sampler: {k: 8}\n")
+    assert "was started with sampler.k=8, now it is None" in refused(tmp_path)  # what goes on must be as it began
+    write_json(tmp_path / "sft" / "results.json", {})
+    assert not opened(tmp_path)
+    assert "was started with seed=1, now it is 2" in refused(tmp_path, "seed=2")
+
+
 @pytest.mark.parametrize(
     "word",
     ["launch.processes=2", "train.logging_steps=3", "train.save_steps=5", "train.save_total_limit=9", "runs_dir=other"],

@@ -26,11 +26,11 @@ def splits(data: DataSettings, seed: int, names: Sequence[str] = ("train", "vali
     rows = {name: _of_task(data, name, seed) for name in names} if data.task is not None else _of_files(data, names)
     for name in names:
         if not rows[name]:
-            raise UserError(f"data: the {name} split has no rows, wanted at least one: {_cure(data, name)}")
+            raise UserError(f"data: the {name} split has no rows, wanted at least one: {_cure(data)}")
         yield rows[name]
 
 
-def _cure(data: DataSettings, split: str) -> str:
+def _cure(data: DataSettings) -> str:
     if data.task is not None and data.sources is not None:
         return f"does task {data.task} have rows of data.sources ({', '.join(data.sources)})?"
     if data.task is not None:

@@ -7,7 +7,8 @@ import shlex
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pipeline.config.resolve import Resolved, resolve_steps
+from pipeline.config.definitions import Definitions
+from pipeline.config.resolve import Resolved
 from pipeline.config.schema import GenerateStage, RlStage
 from pipeline.config.yaml_layers import Layer, as_word, parse_overrides
 from pipeline.launch import run_dir
@@ -48,12 +49,12 @@ def _next_in_recipe(step: Resolved, given: Layer) -> list[str]:
     """stage= and name= of the step after this one, where a recipe was asked for and has one."""
     if ("recipe",) not in given:
         return []
-    steps = [(one.stage, one.settings.name) for one in resolve_steps([f"recipe={given[('recipe',)].value}"])]
-    place = (step.stage, step.settings.name)
-    if place not in steps[:-1]:
+    steps = Definitions().recipe(given[("recipe",)].value).steps  # as they are: alone, without words, they may not do
+    mine = [one.stage == step.stage and one.name in (None, step.settings.name) for one in steps[:-1]]
+    if True not in mine:
         return []
-    stage, name = steps[steps.index(place) + 1]
-    return [f"stage={stage}"] if name is None else [f"stage={stage}", f"name={name}"]
+    following = steps[mine.index(True) + 1]
+    return [f"stage={following.stage}", *([f"name={following.name}"] if following.name else [])]
 
 
 def _after_generate(settings: GenerateStage) -> list[str]:

@@ -158,8 +158,14 @@ def begun(directory: Path) -> bool:
 
 
 def refuse_other(directory: Path, settings: Common) -> None:
-    """Raises UserError naming the first setting that changed since the stage was started."""
-    before, now = flatten(load_yaml(directory / CONFIG), "."), flatten(settings.model_dump(), ".")
+    """Raises UserError naming the first setting that changed since the stage was started.
+
+    What a finished stage noted of top-level settings that its algorithm has not, as older versions did, is no change.
+    """
+    noted, given = load_yaml(directory / CONFIG), settings.model_dump()
+    if finished(directory):
+        noted = {name: value for name, value in noted.items() if name in given}
+    before, now = flatten(noted, "."), flatten(given, ".")
     for key in sorted({*before, *now}):
         if key.startswith(FREE) or before.get(key) == now.get(key):
             continue

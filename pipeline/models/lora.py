@@ -30,12 +30,16 @@ def with_lora(
         trainable_token_indices=tokens,
     )
     try:
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
     except (TypeError, ValueError) as error:  # the former where the embeddings are among the targets, beside `tokens`
         problem = str(error).splitlines()[0].split(". ")[0]
         matrices = {name for name, part in model.named_modules() if isinstance(part, nn.Linear)}
         names = ", ".join(sorted({name.rpartition(".")[2] for name in matrices}))
         raise UserError(f"model.lora.target_modules: {problem}, wanted all-linear, or some of {names}") from None
+    found = adapted.active_peft_config
+    if isinstance(found.target_modules, set):  # whose order changes from process to process
+        found.target_modules = sorted(found.target_modules)
+    return adapted
 
 
 def adapter_of(settings: ModelSettings) -> PeftConfig | None:
