@@ -28,6 +28,8 @@ def main(words: Sequence[str]) -> int:
     """Exit code of the first step that fails, 0 if none does. Raises UserError before any step starts."""
     if any(one in HELP for one in words):
         print(help_text())
+        if more := [one for one in words if one not in HELP]:
+            print(f"tiffin: stage=help explains all at once, {' '.join(more)} makes no difference", file=sys.stderr)
         return 0
     if TEST in words:
         return test([one for one in words if one != TEST])

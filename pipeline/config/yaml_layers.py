@@ -221,6 +221,8 @@ def _cure(word: str) -> str:
             return f"; did you mean '{key}={word}'?"
     if word in ("test", "help"):
         return f"; did you mean 'stage={word}'?"
+    if word in ALIASES:
+        return f"; give it a value: {word}=..."
     return did_you_mean(word, ALIASES) + "; see stage=help"
 
 

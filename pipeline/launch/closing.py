@@ -15,6 +15,7 @@ from pipeline.launch import run_dir
 SOURCES = (("recipe",), ("data", "task"), ("data", "path"))  # settings that say where the rows of all stages come from
 CARRIED = (("run",), ("runs_dir",), *SOURCES)  # from a stage's words to those of the next
 HEADLINES = ("eval/reward/mean", "eval/rewards/accuracy", "eval/accuracy", "eval/loss")  # the first that is there
+UNTRAINED = ", as no later evaluation was better: these are the weights it began with (train.keep=last keeps the last)"
 ROWS = {  # what a stage reads, where neither a task nor a directory nor a recipe says so
     "sft": "data.train=FILE",
     "reward": "data.train=PAIRS",
@@ -83,9 +84,13 @@ FOLLOWS: dict[str, Callable[[Any], list[str]]] = {
 
 
 def _trained(directory: str, results: Mapping[str, Any]) -> str:
-    tag = next((tag for tag in HEADLINES if tag in results), None)
-    found = f"{tag} {_number(results[tag])} " if tag else ""
-    return f"{directory}/model: {found}at step {results['model_step']} of {results['steps']}"
+    judged = any(tag.startswith("eval/rewards/") and tag.endswith("/mean") for tag in results)
+    # without a reward that judges responses, eval/reward/mean is that of the logged rows, whatever the model says
+    tags = HEADLINES if judged or "eval/loss" not in results else HEADLINES[1:]
+    tag = next((tag for tag in tags if tag in results), None)
+    number = f"{tag} {_number(results[tag])} " if tag else ""
+    untrained = "" if results["model_step"] > 0 else UNTRAINED
+    return f"{directory}/model: {number}at step {results['model_step']} of {results['steps']}{untrained}"
 
 
 def _rows(directory: str, results: Mapping[str, Any]) -> str:

@@ -45,6 +45,9 @@ def trainer(context: Context) -> Trainer:
     draw, facts["advantage/kept_fraction"] = rows.population(items, context.algorithm.weight, settings)
     logger.info(", ".join(f"{name} {value:.3g}" for name, value in facts.items()))
     kept = facts["advantage/kept_fraction"] if settings.scale_steps else 1.0
+    given = steps_for(settings, len(items))
+    if (steps := step_budget(given, kept)) < given:
+        logger.info(f"{steps:,} of {given:,} steps, for the rows that are kept (scale_steps=false takes all)")
     watched = WatchedRows(held_out, prompts[: settings.eval.max_rows], items, facts)
     return Trainer(
         model=policy,
@@ -52,7 +55,7 @@ def trainer(context: Context) -> Trainer:
         directory=context.directory,
         windows=Windows(items, draw, policy.packing, ranks.rank, ranks.world),
         objective=context.objective,
-        max_steps=step_budget(steps_for(settings, len(items)), kept),
+        max_steps=steps,
         evaluate=partial(evaluate, context, policy, watched),
         best_metric=HELD_OUT_LOSS if context.rewards is None else REWARD,
         prepare=partial(check_start, context, policy, items, draw(0)),
