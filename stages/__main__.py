@@ -73,7 +73,7 @@ def start(step: Resolved, last: bool) -> int:
 def test(arguments: Sequence[str]) -> int:
     """pytest on tests/ of the checkout, with its own arguments."""
     if not (ROOT / "tests").is_dir() or importlib.util.find_spec("pytest") is None:
-        raise UserError("stage=test: needs the checkout and pytest; say `bash run.sh stage=test` there")
+        raise UserError("stage=test: needs the checkout and pytest; run `bash run.sh stage=test` there")
     return subprocess.call([sys.executable, "-m", "pytest", *arguments], cwd=ROOT)
 
 

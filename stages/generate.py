@@ -42,8 +42,8 @@ def main(settings: GenerateStage, words: Sequence[str]) -> None:
     results: dict[str, object] = {}
     policy = build_inference(settings, ranks, model)
     for split, rows in prompts.items():
-        asked = rows[: settings.max_rows]
-        answers = responses(policy, asked, settings, split)
+        chosen = rows[: settings.max_rows]
+        answers = responses(policy, chosen, settings, split)
         found = candidates.gathered(answers, settings.generation.num_return_sequences)
         statistics = evaluation.completion_statistics(answers)
         if rewards is not None and found.rows:
@@ -61,15 +61,15 @@ def main(settings: GenerateStage, words: Sequence[str]) -> None:
     ranks.barrier()
 
 
-def responses(policy: Model, asked: Sequence[Example], settings: GenerateStage, split: str) -> list[Response]:
-    """Those to `asked`, part by part; after each of several parts a word about how far it is."""
+def responses(policy: Model, chosen: Sequence[Example], settings: GenerateStage, split: str) -> list[Response]:
+    """Those to `chosen`, part by part; after each of several parts the progress is logged."""
     part = BATCHES * settings.generation.batch_size * policy.ranks.world
     answers: list[Response] = []
-    for start in range(0, len(asked), part):
-        some = asked[start : start + part]
+    for start in range(0, len(chosen), part):
+        some = chosen[start : start + part]
         answers += generate(policy.engine, policy.encoder, some, settings.generation, settings.seed)
-        if len(asked) > part:
-            logger.info(f"{split}: {start + len(some):,} of {len(asked):,} prompts")
+        if len(chosen) > part:
+            logger.info(f"{split}: {start + len(some):,} of {len(chosen):,} prompts")
     return answers
 
 

@@ -57,11 +57,11 @@ OF: dict[str, Callable[[Any], Inputs]] = {
     "score": of_score,
     "generate": of_generate,
     "evaluate": of_evaluate,
-}  # the other stages have none: they look at what there is
+}  # the other stages have none: they read what there is
 
 
 def done(stage: str, settings: Common) -> bool:
-    """Whether a stage is finished, which is then said. Raises UserError where other settings or inputs made it."""
+    """Whether a stage is finished, which is then logged. Raises UserError where other settings or inputs made it."""
     return stage in OF and run_dir.done(run_dir.stage_dir(settings, stage), settings, lambda: OF[stage](settings))
 
 

@@ -10,4 +10,4 @@ from pipeline.launch import entry
 @pytest.fixture(autouse=True, scope="session")
 def spoken() -> None:
     """Lines that are logged reach stdout and stderr, where tests read them."""
-    entry.speak()
+    entry.set_up_logging()

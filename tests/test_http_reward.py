@@ -331,7 +331,7 @@ def test_after_a_failure_the_other_requests_are_not_sent():
 @pytest.mark.parametrize("token", ["two words", "naïve", "a\nb"])
 def test_a_key_that_cannot_be_sent_is_not_shown(monkeypatch, token: str):
     monkeypatch.setenv(TOKEN, token)
-    with pytest.raises(UserError, match=f"^{TOKEN}: it holds blanks or signs that are not ASCII") as raised:
+    with pytest.raises(UserError, match=f"^{TOKEN}: it holds spaces or characters that are not ASCII") as raised:
         connect("http://127.0.0.1:1/", how())
     assert token not in str(raised.value)
 
@@ -361,7 +361,7 @@ def test_addresses_with_secrets_are_refused_and_not_shown(word: str, secret: str
 def test_addresses_that_are_none(address: str):
     with pytest.raises(UserError, match=r"command line: reward: '.*', wanted http://HOST:PORT/PATH or https://"):
         resolve(["stage=score", f"reward={address}"])
-    with pytest.raises(UserError, match="without blanks, other signs as %XX"):
+    with pytest.raises(UserError, match="without spaces, other characters as %XX"):
         resolve(["stage=score", "reward=http://host/a b"])
 
 

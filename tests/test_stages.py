@@ -310,7 +310,7 @@ def test_two_ranks_make_the_model_of_one(tmp_path: Path, launcher: str) -> None:
 def test_a_named_model_and_another_sft_model_are_not_mixed_up(runs: Path) -> None:
     """The run's SFT model was made from nothing; naming a base model for RL contradicts that, unless one says so."""
     other = runs / "reward" / "helpfulness" / "model"
-    with pytest.raises(UserError, match=r"was made of a new model: say start_from=model"):
+    with pytest.raises(UserError, match=r"was made of a new model: set start_from=model"):
         train("rl", runs.parent, "name=mixed", f"model={other}", "max_steps=2")
 
 

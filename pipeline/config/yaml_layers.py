@@ -191,7 +191,7 @@ def _target(name: str, value: Any, place: str) -> tuple[SettingPath, Any]:
     if name in SWITCHES:
         setting, meaning = SWITCHES[name]
         if value is not True:
-            raise UserError(f"{place}: {name}: {value!r}, wanted true; say {setting}=... for anything else")
+            raise UserError(f"{place}: {name}: {value!r}, wanted true; set {setting}=... for anything else")
         return tuple(setting.split(".")), meaning
     if name in ALIASES and not isinstance(value, dict):
         return tuple(ALIASES[name].split(".")), value

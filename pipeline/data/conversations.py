@@ -26,7 +26,7 @@ def learned(examples: Sequence[Example], which: str) -> list[Example]:
     if len(rows) == len(examples):
         raise UserError(
             f"train_on: all, but none of {len(rows)} rows has an assistant turn before its last, wanted conversations: "
-            "give `messages` or `history`, or say train_on=last"
+            "give `messages` or `history`, or set train_on=last"
         )
     return rows
 

@@ -60,7 +60,7 @@ def raw_rows(path: str, ranked: bool = False) -> Iterator[RawRow]:
 
 
 def known_ending(name: str) -> str | None:
-    """The ending of a file name that tells how to read it, .gz left off; None if unknown."""
+    """The ending of a file name that decides how to read it, .gz left off; None if unknown."""
     suffix = Path(name.removesuffix(".gz")).suffix.lower()
     return suffix if suffix in READERS else None
 
@@ -254,7 +254,7 @@ def array_entries(path: str, text: str) -> Iterator[tuple[int, object]]:
         whole = json.loads(text)
     except (ValueError, RecursionError) as error:
         line = error.lineno if isinstance(error, json.JSONDecodeError) else 1
-        raise UserError(f"{path}:{line}: no JSON ({error}), {ARRAY}; mend or write the file again") from error
+        raise UserError(f"{path}:{line}: no JSON ({error}), {ARRAY}; fix it or write the file again") from error
     start = 0
     if isinstance(whole, dict) and isinstance(whole.get("data"), list):
         names_and_values = list(_entries(text, 0))

@@ -46,7 +46,7 @@ def next_words(step: Resolved) -> list[str]:
 
 
 def _next_in_recipe(step: Resolved, given: Layer) -> list[str]:
-    """stage= and name= of the step after this one, where a recipe was asked for and has one."""
+    """stage= and name= of the step after this one, where a recipe was named and has one."""
     if ("recipe",) not in given:
         return []
     steps = [(one.stage, one.settings.name) for one in resolve_steps([f"recipe={given[('recipe',)].value}"])]

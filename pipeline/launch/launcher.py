@@ -2,7 +2,7 @@
 
 What the launchers do (DeepSpeed 0.19.8, torch 2.13, two gloo ranks on CPU):
 - DeepSpeed's passes the exit code of the first rank that fails; torchrun always exits 1 and prints a traceback.
-- DeepSpeed's adds --local_rank=N to the words unless told --no_local_rank.
+- DeepSpeed's adds --local_rank=N to the words unless given --no_local_rank.
 - SIGTERM to DeepSpeed's outer launcher orphans its children; to the inner one it costs the ranks' exit code (it
   exits 1). A signal to the ranks alone leaves their code intact, so that is what `run` does.
 - torchrun starts each rank in a session of its own: a signal to the process group misses them.
@@ -210,7 +210,7 @@ def free_port() -> int:
 
 
 def _refuse_taken(settings: LaunchSettings) -> None:
-    """Raises UserError where another process listens on the port; other machines of a hostfile are not asked."""
+    """Raises UserError where another process listens on the port; other machines of a hostfile are not checked."""
     if settings.hostfile is not None:
         return
     with socket.socket() as wanted:

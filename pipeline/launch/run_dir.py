@@ -1,6 +1,6 @@
 """The directory of a run: what earlier stages left, whether a stage is done, and whether it may go on.
 
-Nothing passes between stages but directories. A stage directory tells what made it (config.yaml, inputs.json), so that
+Nothing passes between stages but directories. A stage directory holds what made it (config.yaml, inputs.json), so that
 a second start neither redoes what is done nor continues what has become something else.
 """
 
@@ -136,7 +136,7 @@ def open_stage(directory: Path, settings: Common, words: Sequence[str], inputs: 
 
 
 def done(directory: Path, settings: Common, inputs: Callable[[], Mapping[str, str]]) -> bool:
-    """Whether a stage is finished, which is then said; `inputs`, as of `open_stage`, is asked of finished ones only.
+    """Whether a stage is finished, which is then logged; `inputs`, as of `open_stage`, is called if it is.
 
     Raises UserError where it was started with other settings, or finished with other inputs.
     """
@@ -192,7 +192,7 @@ def start_model(settings: RewardStage | RlStage) -> ModelSettings:
     if named not in (None, made_of, str(found)):
         raise UserError(
             f"model.path: {named}, but {found.parent} was made of {made_of or 'a new model'}: "
-            "say start_from=model to start from it, or choose another run="
+            "set start_from=model to start from it, or choose another run="
         )
     return settings.model.model_copy(update={"path": str(found), "revision": None})
 

@@ -22,7 +22,7 @@ CHARTS = {  # over the KL: (title, caption)
         "The same goal, learned from another seed and never trained against: gains that it does not see are of the "
         "first model's errors.",
     ),
-    "oracle/mean": ("Oracle", "The truth, which the embedded task knows by construction."),
+    "oracle/mean": ("Oracle", "The truth, which the built-in task knows by construction."),
     "completions/mean_length": ("Words per response", "Gains that come with length alone are suspect."),
 }
 

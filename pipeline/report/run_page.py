@@ -66,7 +66,7 @@ def build(run_dir: Path) -> Path:
 def findings(
     evaluation: Sequence[Found], stages: Sequence[Stage], judged: Mapping[str, Mapping[str, Verdict]]
 ) -> list[Found]:
-    """All verdicts, the gravest first; what the evaluation has judged is not said again of RL's own evaluations."""
+    """All verdicts, the most serious first; what the evaluation has judged is not repeated for RL's own evaluations."""
     known = {verdict.name for _, verdict in evaluation}
     found = list(evaluation)
     for stage in stages:

@@ -38,7 +38,7 @@ class Answer(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """A prompt's row, what is said about its texts, and the texts, the best first."""
+    """A prompt's row, the line about its texts, and the texts, the best first."""
 
     row: Row
     about: str

@@ -41,7 +41,7 @@ def of_stage(kind: str, series: Series, results: Numbers, facts: Numbers) -> dic
 
     Args:
         results: flat, the stage's own final numbers.
-        facts: counts that no curve has: non_finite, steps thrown away; rows and cut_responses of the training data.
+        facts: counts that no curve has: non_finite, steps skipped; rows and cut_responses of the training data.
     """
     left = Left(series, results, facts)
     found = {quantity: take(left) for quantity, take in {**TRAINING, **OF_KIND.get(kind, {})}.items()}

@@ -41,7 +41,7 @@ class Plot(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """One point of a scatter plot; `place` among all that are told apart gives its colour and shape."""
+    """One point of a scatter plot; `place` among all that look different gives its colour and shape."""
 
     place: int
     words: str

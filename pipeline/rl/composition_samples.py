@@ -1,4 +1,4 @@
-"""Compositions to look at: masked and drawn tokens, the rewards of the texts, and the credit of tokens.
+"""Compositions to read: masked and drawn tokens, the rewards of the texts, and the credit of tokens.
 
 A row of the table is {"id", "prompt", "reference", "static": {"text", "parts"}, "samples": n, "mean": of their rewards,
 "greedy": {"reward", "text", "parts"}, "compositions": some of the n, best first, like greedy, "praised", "blamed": some

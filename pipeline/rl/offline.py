@@ -1,4 +1,4 @@
-"""Learning from logged responses: scored rows -> what the reference says of them -> which rows, for how long."""
+"""Learning from logged responses: scored rows -> reference log-probabilities and values -> which rows, for how long."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def check_start(context: Context, policy: Model, items: Sequence[Item], indices:
 
 @dataclass(frozen=True)
 class WatchedRows:
-    """What an evaluation looks at, and what it tells once: the numbers of the rows learned from, the value's fit."""
+    """What an evaluation reads, and what it logs once: the numbers of the rows learned from, the value's fit."""
 
     held_out: Sequence[Item]
     prompts: Sequence[Example]

@@ -101,7 +101,7 @@ def sampled(settings: RlPolicy) -> GenerationSettings:
 
 @dataclass
 class Rollouts:
-    """Windows of responses that are sampled when they are asked for: a function of weights, seed, step and history."""
+    """Windows of responses that are sampled when they are requested: a function of weights, seed, step and history."""
 
     engine: Engine
     frozen: Engine | None  # the reference, where a KL term wants it

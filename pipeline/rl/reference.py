@@ -1,4 +1,4 @@
-"""What the policy says before its first step, computed once and kept on disk: log-probabilities, values, advantages.
+"""What the policy gives before its first step, computed once and cached on disk: log-probabilities, values, advantages.
 
 The reference is the policy before its first step, so the training engine itself computes them: same weights, kernel,
 precision and sharding as in training, and never a second model in memory.

@@ -118,7 +118,7 @@ def generation_config(settings: GenerationSettings, encoder: Encoder) -> Generat
 
 @dataclass
 class RowSampler:
-    """Draws each row's next token with that row's own random numbers, so that batch mates change nothing.
+    """Draws each row's next token with that row's own random numbers, so that the rest of the batch changes nothing.
 
     transformers calls it with the scores (B, V) of one step after another; only the drawn token stays possible.
     """

@@ -116,7 +116,7 @@ def statistics(
 ) -> dict[str, Stat]:
     """rollout/* of every kind of sampling, esrl/* of how it was shared out; the same on every rank.
 
-    generated: tokens sampled in the step, those thrown away included. equal_groups: of the prompts with two responses
+    generated: tokens sampled in the step, dropped ones included. equal_groups: of the prompts with two responses
     or more. tokens_saved: the share of the tokens that as many responses as possible to every prompt would have taken,
     by the mean length of the prompt's own; like at_k_min nothing where all prompts get as many responses.
     """
