@@ -44,11 +44,11 @@ def main(settings: GenerateStage, words: Sequence[str]) -> None:
     for split, rows in prompts.items():
         chosen = rows[: settings.max_rows]
         answers = responses(policy, chosen, settings, split)
-        found = candidates.gathered(answers, settings.generation.num_return_sequences)
+        gathered = candidates.gathered(answers, settings.generation.num_return_sequences)
         statistics = evaluation.completion_statistics(answers)
-        if rewards is not None and found.rows:
-            judged = candidates.judged(ranks, rewards, found.rows)
-            found = found._replace(rows=judged.rows)
+        if rewards is not None and gathered.rows:
+            judged = candidates.judged(ranks, rewards, gathered.rows)
+            gathered = gathered._replace(rows=judged.rows)
             statistics |= evaluation.reward_statistics(judged.scores, judged.texts)
         if ranks.main:
             write_rows(directory / f"{split}.jsonl", found.rows)
@@ -75,10 +75,10 @@ def responses(policy: Model, chosen: Sequence[Example], settings: GenerateStage,
 
 def summary(found: Gathered, drawn: int) -> str:
     """What was written and left out, and whether candidates are in order."""
-    left_out = f"{found.empty:,} empty and {found.repeated:,} repeated ones of {drawn:,} responses left out"
-    unranked = any(row.candidates and not row.candidate_rewards for row in found.rows)
+    left_out = f"{gathered.empty:,} empty and {gathered.repeated:,} repeated ones of {drawn:,} responses left out"
+    unranked = any(row.candidates and not row.candidate_rewards for row in gathered.rows)
     order = "; candidates not ranked yet: stage=score of=generate ranks them" if unranked else ""
-    return f"{len(found.rows):,} rows, {left_out}{order}"
+    return f"{len(gathered.rows):,} rows, {left_out}{order}"
 
 
 if __name__ == "__main__":

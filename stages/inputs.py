@@ -45,9 +45,9 @@ def of_generate(settings: GenerateStage) -> Inputs:
 def of_evaluate(settings: EvaluateStage) -> Inputs:
     policies = {name: run_dir.policy_model(settings, place).path for name, place in settings.policies.items()}
     monitors = {label: place for label, place in labelled(settings.monitors).items() if Path(place).is_dir()}
-    found = _model(settings.model) | _data(settings.data) | of_rewards(settings, settings.reward)
-    found |= {f"policy {name}": fingerprint(path) for name, path in policies.items()}
-    return found | {f"monitor {label}": fingerprint(place) for label, place in monitors.items()}
+    marks = _model(settings.model) | _data(settings.data) | of_rewards(settings, settings.reward)
+    marks |= {f"policy {name}": fingerprint(path) for name, path in policies.items()}
+    return marks | {f"monitor {label}": fingerprint(place) for label, place in monitors.items()}
 
 
 OF: dict[str, Callable[[Any], Inputs]] = {

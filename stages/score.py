@@ -46,8 +46,8 @@ def main(settings: ScoreStage, words: Sequence[str]) -> None:
         judged = candidates.judged(ranks, rewards, rows)
         if ranks.main:
             write_rows(directory / f"{split}.jsonl", judged.rows)
-        found = evaluation.reward_statistics(judged.scores, judged.texts) | by_source(judged.of, judged.scores)
-        results[split] = {"rows": len(rows), "candidates": sum(len(row.candidates) for row in rows), **found}
+        measured = evaluation.reward_statistics(judged.scores, judged.texts) | by_source(judged.of, judged.scores)
+        results[split] = {"rows": len(rows), "candidates": sum(len(row.candidates) for row in rows), **measured}
         logger.info(f"{split}: {len(rows):,} rows, reward {statistics.fmean(judged.scores.total):.4f}")
     if ranks.main:
         write_json(directory / "results.json", results)
@@ -64,10 +64,10 @@ def splits_of(wanted: Sequence[str], data: DataSettings) -> list[str]:
 
 def by_source(rows: Sequence[Example], scores: Scores) -> dict[str, float]:
     """The mean reward of each source, where rows name one."""
-    found: dict[str, list[float]] = {}
+    totals: dict[str, list[float]] = {}
     for row, total in zip(rows, scores.total, strict=True):
-        found.setdefault(row.source, []).append(total)
-    return {f"reward/mean/{source}": statistics.fmean(values) for source, values in found.items() if source}
+        totals.setdefault(row.source, []).append(total)
+    return {f"reward/mean/{source}": statistics.fmean(values) for source, values in totals.items() if source}
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ CONFIGURATION = [
             ("more samples at least than at most", "esrl sampler.k_min=9", ("k_min is 9", "wanted at most k_max, 8")),
             ("no sample, and none left out", "esrl sampler.k_min=0", ("k_min is 0", "wanted both or neither")),
             ("a first number out of bounds", "esrl sampler.k=9", ("k is 9", "wanted a number from 2 .* to 8")),
-            ("probes that look at rewards", "esrl sampler.probe=2 sampler.capability=reward", ("probe is 2", "bias")),
+            ("probes that use rewards", "esrl sampler.probe=2 sampler.capability=reward", ("probe is 2", "bias")),
             ("probes and a budget", "esrl sampler.probe=2 sampler.budget=64", ("probe is 2", "one of them null")),
             ("a budget of fixed numbers", "reinforce sampler.budget=64", ("budget is 64 with mode static", "dynamic")),
             ("a range upside down", "esrl 'sampler.reward_range=[1, 0]'", ("reward_range", "a low and a higher")),

@@ -292,7 +292,9 @@ def test_a_server_that_speaks_something_else():
 
         thread = threading.Thread(target=greet)
         thread.start()
-        with pytest.raises(UserError, match=r"what answers speaks no HTTP \(BadStatusLine\), wanted an http server"):
+        with pytest.raises(
+            UserError, match=r"what answers is not an HTTP server \(BadStatusLine\), wanted an http server"
+        ):
             connect(f"http://127.0.0.1:{server.getsockname()[1]}/", how())
         thread.join()
 

@@ -175,7 +175,7 @@ def test_score_rows_are_what_rl_reads(runs: Path, tmp_path: Path) -> None:
 
 
 def test_rl_from_scored_rows_alone(runs: Path, tmp_path: Path) -> None:
-    """The front door: rows with a reward column, no reward model; values are learned from the logged rewards."""
+    """Rows with a reward column, no reward model; values are learned from the logged rewards."""
     lines = [
         {"prompt": f"How do I boil egg {i % 10}?", "completion": "Put it in water." * (1 + i % 3), "reward": i % 4 / 4}
         for i in range(40)
@@ -308,7 +308,7 @@ def test_two_ranks_make_the_model_of_one(tmp_path: Path, launcher: str) -> None:
 
 
 def test_a_named_model_and_another_sft_model_are_not_mixed_up(runs: Path) -> None:
-    """The run's SFT model was made from nothing; naming a base model for RL contradicts that, unless one says so."""
+    """The run's SFT model was made from scratch; naming a base model for RL contradicts that, unless one says so."""
     other = runs / "reward" / "helpfulness" / "model"
     with pytest.raises(UserError, match=r"was made of a new model: set start_from=model"):
         train("rl", runs.parent, "name=mixed", f"model={other}", "max_steps=2")

@@ -56,14 +56,14 @@ def within_budget(sizes: Sequence[int], keys: Sequence[str], budget: int, k_min:
 
     Never below `k_min`: where all are there, the sum may stay above the budget.
     """
-    found = list(sizes)
-    order = sorted(range(len(found)), key=lambda i: keys[i])
-    while sum(found) > budget:
-        largest = max(order, key=lambda i: found[i])  # the first of equals
-        if found[largest] <= k_min:
+    lowered = list(sizes)
+    order = sorted(range(len(lowered)), key=lambda i: keys[i])
+    while sum(lowered) > budget:
+        largest = max(order, key=lambda i: lowered[i])  # the first of equals
+        if lowered[largest] <= k_min:
             break
-        found[largest] -= 1
-    return found
+        lowered[largest] -= 1
+    return lowered
 
 
 def quantiles(values: Sequence[float], low: float, high: float) -> tuple[float, float]:

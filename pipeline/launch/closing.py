@@ -94,11 +94,11 @@ def _trained(directory: str, results: Mapping[str, Any]) -> str:
 
 
 def _rows(directory: str, results: Mapping[str, Any]) -> str:
-    return f"{directory}: " + ", ".join(f"{split} {found['rows']:,} rows" for split, found in results.items())
+    return f"{directory}: " + ", ".join(f"{split} {counts['rows']:,} rows" for split, counts in results.items())
 
 
 def _judged(directory: str, results: Mapping[str, Any]) -> str:
-    rewards = [f"{policy} {_number(found['reward/mean'])}" for policy, found in results.items()]
+    rewards = [f"{policy} {_number(numbers['reward/mean'])}" for policy, numbers in results.items()]
     return f"{directory}/results.json: reward {', '.join(rewards)}"
 
 

@@ -170,8 +170,8 @@ def match(tag: str, pattern: str, label: str) -> str:
 
 def metric_of(tag: str) -> tuple[Metric, str]:
     """The entry for a headline `tag`, and its label; an unknown tag is its own label and is judged by nobody."""
-    found = ((metric, match(tag, metric.tag, metric.label)) for metric in METRICS)
-    return next(((metric, label) for metric, label in found if label), (Metric(tag, tag), tag))
+    matches = ((metric, match(tag, metric.tag, metric.label)) for metric in METRICS)
+    return next(((metric, label) for metric, label in matches if label), (Metric(tag, tag), tag))
 
 
 @cache

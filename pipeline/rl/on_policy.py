@@ -164,8 +164,8 @@ class Rollouts:
         if not requests:
             return list(groups)
         seed = self.settings.seed * 1_000_003 + step
-        found = respond(self.engine, self.encoder, list(requests.values()), sampled(self.settings), seed)
-        more = dict(zip(requests, found, strict=True))
+        answers = respond(self.engine, self.encoder, list(requests.values()), sampled(self.settings), seed)
+        more = dict(zip(requests, answers, strict=True))
         return [replace(group, responses=(*group.responses, *more.get(i, ()))) for i, group in enumerate(groups)]
 
     def _kept(self, groups: Sequence[Group]) -> list[Group]:

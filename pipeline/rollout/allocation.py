@@ -77,14 +77,14 @@ class Sampler:
 
     def after_probe(self, record: Record) -> Allocation:
         """What a prompt gets that was probed; its probes count, and the other responses have their temperature."""
-        found = self._sized(self.capability([record]))
-        return found._replace(k=max(found.k, self.settings.probe), temperature=self.settings.temperature_min)
+        plan = self._sized(self.capability([record]))
+        return plan._replace(k=max(plan.k, self.settings.probe), temperature=self.settings.temperature_min)
 
     def _planned(self, key: str) -> Allocation:
         known, above = self.capability(self.records(key)), self.settings.skip_above
-        found = self._sized(known)
+        plan = self._sized(known)
         sure = above is not None and known is not None and known >= above
-        return found._replace(k=0) if sure and self._skipped[key] < self.settings.recheck - 1 else found
+        return plan._replace(k=0) if sure and self._skipped[key] < self.settings.recheck - 1 else plan
 
     def _sized(self, known: float | None) -> Allocation:
         s = self.settings

@@ -70,8 +70,8 @@ def respond(
         generation_config=config,
         continuous_batching_config=_batching(max(len(ids) for ids, _ in singles), config, at_once, stream),
     )
-    found = iter(_run(manager, singles, config, tempered))
-    return [[_completion(*next(found), level, config) for level in request.temperatures] for request in requests]
+    results = iter(_run(manager, singles, config, tempered))
+    return [[_completion(*next(results), level, config) for level in request.temperatures] for request in requests]
 
 
 def _batching(longest: int, config: GenerationConfig, at_once: int, seed: int) -> ContinuousBatchingConfig:
@@ -104,25 +104,25 @@ def _run(
     ]
     manager.start()
     try:
-        found = _collected(manager, len(names))
+        collected = _collected(manager, len(names))
     finally:
         manager.stop()
         manager.destroy()
-    return [found[name] for name in names]
+    return [collected[name] for name in names]
 
 
 def _collected(manager: ContinuousBatchingManager, count: int) -> dict[str, tuple[list[int], list[float]]]:
-    found = {}
-    while len(found) < count:
+    results = {}
+    while len(results) < count:
         result = manager.get_result(timeout=POLL_SECONDS)
         if result is None and not manager.is_running():
-            raise RuntimeError(f"continuous batching stopped after {len(found)} of {count} responses")
+            raise RuntimeError(f"continuous batching stopped after {len(results)} of {count} responses")
         if result is None:
             continue
         if result.error is not None:
             raise RuntimeError(f"continuous batching: a prompt of {len(result.prompt_ids)} tokens: {result.error}")
-        found[result.request_id] = (list(result.generated_tokens), list(result.logprobs))
-    return found
+        results[result.request_id] = (list(result.generated_tokens), list(result.logprobs))
+    return results
 
 
 def _completion(ids: list[int], logps: list[float], temperature: float, config: GenerationConfig) -> Completion:

@@ -49,11 +49,11 @@ def valued(
     kept = [group for group in groups if group.responses]
     stats = [_stats(group, refs, settings) for group in kept]
     advantages, weights = online.advantages(stats, queue_mean, settings), online.shares(stats, settings.mean_over)
-    found = iter(
+    scored = iter(
         replace(group, stats=one, advantages=tuple(each.tolist()), weights=tuple(shares.tolist()))
         for group, one, each, shares in zip(kept, stats, advantages, weights, strict=True)
     )
-    return [next(found) if group.responses else group for group in groups]
+    return [next(scored) if group.responses else group for group in groups]
 
 
 def _stats(group: Group, refs: Iterator[Tensor] | None, settings: Any) -> GroupStats:
