@@ -1,4 +1,4 @@
-"""What holds for every test: the program speaks as it does where a user starts it."""
+"""What holds for every test: the program logs as it does where a user starts it."""
 
 from __future__ import annotations
 

@@ -61,9 +61,9 @@ def test_what_a_stage_left(tmp_path: Path, stage: str) -> None:
     step = finished(tmp_path, stage, *words)
     directory = tmp_path / "default" / stage / "x" if stage == "reward" else tmp_path / "default" / stage
     assert closing(step, last=False) == f"{directory}{RESULTS[stage][1]}"
-    told = closing(step, last=True)
-    assert told.startswith(closing(step, last=False)) and "\n" not in told
-    assert ("; next: bash run.sh stage=" in told) == (stage != "bench")
+    line = closing(step, last=True)
+    assert line.startswith(closing(step, last=False)) and "\n" not in line
+    assert ("; next: bash run.sh stage=" in line) == (stage != "bench")
 
 
 @pytest.mark.parametrize("stage", ["report", "compare", "plan"])

@@ -142,9 +142,9 @@ ON_POLICY_TAGS |= {f"esrl/{name}" for name in ("samples_per_prompt", "at_k_min",
 
 @pytest.mark.parametrize("algo, words", ON_POLICY.items())
 def test_every_on_policy_algorithm_trains(runs: Path, algo: str, words: list[str]) -> None:
-    told = [f"algo={algo}", f"name={algo}", "max_steps=2", "batch_size=8", "learning_rate=1e-3", *words]
-    given = {word.split("=")[0] for word in told}
-    run("rl", runs.parent, *(word for word in SMALL_TRAIN if word.split("=")[0] not in given), *told, *SHORT)
+    own_words = [f"algo={algo}", f"name={algo}", "max_steps=2", "batch_size=8", "learning_rate=1e-3", *words]
+    given = {word.split("=")[0] for word in own_words}
+    run("rl", runs.parent, *(word for word in SMALL_TRAIN if word.split("=")[0] not in given), *own_words, *SHORT)
     lines = rows(runs / "rl" / algo / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2]
     for line in lines[1:]:

@@ -38,7 +38,7 @@ SWITCHES: dict[str, tuple[str, str]] = {"bf16": ("train.precision", "bf16"), "fp
 ALGORITHM_IDS: dict[str, str] = {"a_lol": "alol"}
 
 ADVICE: dict[str, str] = {
-    "gradient_accumulation_steps": "is derived, not set; set train.batch_size (rows per step over all ranks)"
+    "gradient_accumulation_steps": "is derived from other settings: set train.batch_size (rows per step over all ranks)"
     " and train.micro_batch_size",
     "warmup_steps": "is not a setting; set warmup_ratio, a fraction of all steps",
     "max_length": "is not a setting; set data.max_prompt_length and data.max_response_length",

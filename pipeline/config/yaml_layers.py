@@ -1,4 +1,4 @@
-"""YAML files and key=value words -> layers of settings that remember where each value was written.
+"""YAML files and key=value words -> layers of settings that know where each value was written.
 
 The only importer of yaml. `resolve.py` decides which layers make a stage's settings.
 """

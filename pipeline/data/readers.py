@@ -86,12 +86,12 @@ def _peek(path: str, format: str | None) -> tuple[Iterable[RawRow], RawRow]:
     head = []
     for row in rows:
         head.append(row)
-        if not row.fault:
+        if not row.error:
             return chain(head, rows), row
     if not head:
         raise UserError(f"{path}: empty, wanted at least one row; check how the file was made")
-    faults = [f"{path}:{row.line}: {row.fault}" for row in head]
-    raise UserError(f"{_first_bad(path, faults, len(head))}; no line is a row: check how the file was made")
+    errors = [f"{path}:{row.line}: {row.error}" for row in head]
+    raise UserError(f"{_first_bad(path, errors, len(head))}; no line is a row: check how the file was made")
 
 
 def _detected(path: str, row: RawRow) -> str:
@@ -116,8 +116,8 @@ def _read_rows(path: str, rows: Iterable[RawRow], format: str, filters: Filters)
     result, read, name = ReadResult(format), FORMATS[format].read, stem(path)
     for row in rows:
         try:
-            if row.fault:
-                raise RowError(row.fault)
+            if row.error:
+                raise RowError(row.error)
             reason = _reason_to_drop(row.columns, filters)
             example = None if reason else example_of(row.columns, read(row.columns), f"{name}/{row.line}")
         except RowError as error:

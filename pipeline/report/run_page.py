@@ -100,7 +100,8 @@ def _about(stages: Sequence[Stage]) -> str:
     files = [stage.folder / name for stage in stages for name in FILES]
     newest = max(path.stat().st_mtime for path in files if path.is_file())
     when = time.strftime("%d %B %Y, %H:%M", time.localtime(newest))
-    return f"{len(stages)} stages, {duration(sum(stage.seconds for stage in stages))} of training, last changed {when}"
+    count = f"{len(stages)} stage" + ("s" if len(stages) > 1 else "")
+    return f"{count}, {duration(sum(stage.seconds for stage in stages))} of training, last changed {when}"
 
 
 def _finals(stage: Stage) -> Table | Finals | None:

@@ -169,7 +169,7 @@ class Rollouts:
         return [replace(group, responses=(*group.responses, *more.get(i, ()))) for i, group in enumerate(groups)]
 
     def _kept(self, groups: Sequence[Group]) -> list[Group]:
-        """The groups without what the dropping modes throw away: a share of each decoded batch, or of all."""
+        """The groups without what the dropping modes leave out: a share of each decoded batch, or of all."""
         mode, share = self.settings.sampler.mode, self.settings.sampler.drop_share
         if mode not in ("drop", "drop_fixed"):
             return list(groups)
