@@ -51,11 +51,11 @@ def main(settings: GenerateStage, words: Sequence[str]) -> None:
             gathered = gathered._replace(rows=judged.rows)
             statistics |= evaluation.reward_statistics(judged.scores, judged.texts)
         if ranks.main:
-            write_rows(directory / f"{split}.jsonl", found.rows)
-        left_out = {"empty_responses": found.empty, "repeated_responses": found.repeated}
-        count = sum(len(row.candidates) for row in found.rows)
-        results[split] = {"rows": len(found.rows), "candidates": count, **left_out, **statistics}
-        logger.info(f"{directory / split}.jsonl: {summary(found, len(answers))}")
+            write_rows(directory / f"{split}.jsonl", gathered.rows)
+        left_out = {"empty_responses": gathered.empty, "repeated_responses": gathered.repeated}
+        count = sum(len(row.candidates) for row in gathered.rows)
+        results[split] = {"rows": len(gathered.rows), "candidates": count, **left_out, **statistics}
+        logger.info(f"{directory / split}.jsonl: {summary(gathered, len(answers))}")
     if ranks.main:
         write_json(directory / "results.json", results)
     ranks.barrier()
@@ -73,7 +73,7 @@ def responses(policy: Model, chosen: Sequence[Example], settings: GenerateStage,
     return answers
 
 
-def summary(found: Gathered, drawn: int) -> str:
+def summary(gathered: Gathered, drawn: int) -> str:
     """What was written and left out, and whether candidates are in order."""
     left_out = f"{gathered.empty:,} empty and {gathered.repeated:,} repeated ones of {drawn:,} responses left out"
     unranked = any(row.candidates and not row.candidate_rewards for row in gathered.rows)

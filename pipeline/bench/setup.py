@@ -50,7 +50,7 @@ class Setup:
 def prepare(settings: BenchStage, ranks: Ranks, directory: Path, folder: Path) -> Setup:
     """The setup for `settings`, or, where there is a GPU, for the model and the batches of `settings.gpu`.
 
-    Raises UserError where processor time is asked for and there is a GPU.
+    Raises UserError where processor time is requested and there is a GPU.
     """
     if ranks.device.type == "cuda":
         if settings.clock == "cpu":

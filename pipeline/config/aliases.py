@@ -31,7 +31,7 @@ ALIASES: dict[str, str] = {
     "kl_coef": "algorithm.settings.kl_beta",
 }
 
-# `bf16=true` is `train.precision=bf16`; `bf16=false` would not say what else, and is refused.
+# `bf16=true` is `train.precision=bf16`; `bf16=false` would leave open what else, and is refused.
 SWITCHES: dict[str, tuple[str, str]] = {"bf16": ("train.precision", "bf16"), "fp16": ("train.precision", "fp16")}
 
 # Published ids of algorithms whose file in stages/algo/ has another name.

@@ -103,7 +103,7 @@ class DataSettings(Section):
     def task_or_files(self) -> DataSettings:
         files = [name for name in ("path", "train", "validation", "test") if getattr(self, name) is not None]
         if self.task is not None and files:
-            raise ValueError(f"both task and {files[0]} are given, wanted one source of rows: say data.task=null")
+            raise ValueError(f"both task and {files[0]} are given, wanted one source of rows: set data.task=null")
         if self.task is None and self.task_size is not None:
             raise ValueError(f"task_size is {self.task_size}, wanted null without a task: set data.max_rows")
         return self

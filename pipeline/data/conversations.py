@@ -18,7 +18,7 @@ from pipeline.records import Example, Item, Row
 def learned(examples: Sequence[Example], which: str) -> list[Example]:
     """The rows to learn from by `train_on`: as they are for last, one for every assistant turn for all.
 
-    Raises UserError where all turns are asked for, but no row has an assistant turn before its completion.
+    Raises UserError where all turns are requested, but no row has an assistant turn before its completion.
     """
     if which == "last":
         return list(examples)

@@ -70,7 +70,7 @@ def read(path: str, format: str | None = None, filters: Filters | None = None, m
     result = _read_rows(path, rows, format, filters)
     if (bad := len(result.bad_rows)) > max_bad_rows:
         found = _first_bad(path, result.bad_rows, result.rows_read)
-        raise UserError(f"{found}; mend the data, or allow them with data.max_bad_rows={bad}")
+        raise UserError(f"{found}; fix the data, or allow them with data.max_bad_rows={bad}")
     if not result.examples:
         raise _nothing_left(path, result, filters)
     logger.info(_summary(path, result, unused_columns(first.columns, format), filters))

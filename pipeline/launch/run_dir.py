@@ -188,8 +188,8 @@ def start_model(settings: RewardStage | RlStage) -> ModelSettings:
     trained = model_of(settings, "sft") if settings.start_from == "sft" else None
     if trained is None:
         return settings.model
-    made_of, named = load_yaml(found.parent / CONFIG)["model"]["path"], settings.model.path
-    if named not in (None, made_of, str(found)):
+    made_of, named = load_yaml(trained.parent / CONFIG)["model"]["path"], settings.model.path
+    if named not in (None, made_of, str(trained)):
         raise UserError(
             f"model.path: {named}, but {trained.parent} was made of {made_of or 'a new model'}: "
             "set start_from=model to start from it, or choose another run="

@@ -58,12 +58,14 @@ class Composer:
         judged = self.ask(*self.write(Drawn(*output[2:]), batch), batch)
 
         def rest() -> tuple[Tensor, dict[str, Stat]]:
-            found = judged()
+            compositions = judged()
             rewards = torch.zeros(len(batch.response_ids), settings.samples)  # 0 for fillers
-            rewards[: len(batch.items)] = found.rewards[:, :-1]
+            rewards[: len(batch.items)] = compositions.rewards[:, :-1]
             static = replace(batch.static, rewards=rewards.to(batch.response_ids.device))
             totals, stats = self.module.loss(output, replace(batch, static=static), settings)
-            own = {name: Stat(kind, sums.to(self.ranks.device)) for name, (kind, sums) in statistics(found).items()}
+            own = {
+                name: Stat(kind, sums.to(self.ranks.device)) for name, (kind, sums) in statistics(compositions).items()
+            }
             return totals, stats | own
 
         return rest

@@ -64,7 +64,7 @@ def trainer(context: Context) -> Trainer:
 
 
 def rewarded_rows(context: Context, needs: Needs) -> tuple[list[Example], list[Example], list[Example]]:
-    """Rows to learn from, chosen or shuffled as asked for, and held-out rows, with rewards where they are needed; and
+    """Rows to learn from, chosen or shuffled as set, and held-out rows, with rewards where they are needed; and
     all held-out prompts, each once."""
     settings, data = context.settings, context.data
     train, held_out = (convert.to_scored(examples, data.responses) for examples in dataset.splits(data, settings.seed))
