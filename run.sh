@@ -19,7 +19,7 @@ for candidate in "${PYTHON:-python3}" python3.13 python3.12 python3.11 python3.1
   fi
 done
 if [[ -z "$python" ]]; then
-  echo "tiffin: ${PYTHON:-python3} is not Python 3.10 or newer; install one, or say PYTHON=/path/to/python" >&2
+  echo "tiffin: ${PYTHON:-python3} is not Python 3.10 or newer; install one, or set PYTHON=/path/to/python" >&2
   exit 2
 fi
 

@@ -1,4 +1,4 @@
-"""What only a user can mend, in one line: the errors that say so, the system's own in words, near misses of names."""
+"""Errors that only the user can fix, each in one line; the system's own, explained; hints for misspelt names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterable
 
 ROOM = "wanted room: free some, or raise the quota; the same command goes on from what is whole"
-RIGHT = "wanted a place that may be read and written: mend its rights, or choose another runs_dir="
+RIGHT = "wanted a place that may be read and written: fix its permissions, or choose another runs_dir="
 OCCUPIED = "wanted a directory: a file stands in its place; move it, or choose another runs_dir= or run="
 CURES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), ROOM),
@@ -24,7 +24,7 @@ TORCH_MARKS = ("PytorchStreamWriter failed", "iostream error", "unexpected pos")
 
 
 class UserError(Exception):
-    """Something only the user can mend: one line with the place, what was found, what was wanted, the cure."""
+    """Something only the user can fix: one line with the place, what was found, what was wanted, the cure."""
 
 
 class PreemptedError(Exception):
@@ -32,7 +32,7 @@ class PreemptedError(Exception):
 
 
 def as_user_error(error: OSError | RuntimeError) -> UserError | None:
-    """The line for an error that only the user can mend, None where the error is of another kind."""
+    """The line for an error that only the user can fix, None where the error is of another kind."""
     if isinstance(error, shutil.Error):  # copytree's: a list of (source, target, reason)
         source, target, reason = error.args[0][0]
         return UserError(f"{target}: cannot be copied from {source} ({reason}), {ROOM}")

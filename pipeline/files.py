@@ -33,11 +33,11 @@ def fingerprint(path: str | Path) -> str:
 def read_metrics(path: Path) -> list[dict[str, float | None]]:
     """The rows of a metrics.jsonl in file order; none if it is absent.
 
-    A torn last line, which a kill leaves, is dropped. Raises UserError on any other line that is no JSON object.
+    A last line that a kill cut short is dropped. Raises UserError on any other line that is no JSON object.
     """
     if not path.is_file():
         return []
-    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")  # the last is empty, or torn
+    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")  # the last is empty, or cut short
     rows = []
     for number, line in enumerate(lines, 1):
         try:

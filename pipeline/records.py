@@ -1,4 +1,4 @@
-"""The nouns that travel between packages, each field with its type, shape and meaning.
+"""The records that packages pass to one another, each field with its type, shape and meaning.
 
 Shapes: B sequences of a micro-batch, L tokens the model reads, T response tokens, P prompt tokens; S tokens of static
 responses, M masked ones among them in all, n tokens drawn for each, V the vocabulary.
@@ -131,7 +131,7 @@ class Needs(NamedTuple):
     rewards: bool = False
     values: bool = False
     ref_logp: bool = False
-    output: str = "logp"  # what is asked of the policy: see Policy.forward
+    output: str = "logp"  # what the policy has to compute: see Policy.forward
 
 
 class Stat(NamedTuple):

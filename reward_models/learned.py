@@ -1,7 +1,7 @@
 """A trained reward model as a reward: what `stage=reward` leaves, or any Hugging Face classifier with one label.
 
 The score is read at the last token of prompt + response, found by length, so it depends neither on the batch, nor on
-the padding, nor on the batch mates.
+the padding, nor on the rest of the batch.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def load(
         longest = max(map(len, rows), default=0)
         if limit is not None and longest > limit:
             problem = f"{max_length} lets {longest} tokens through, but {directory} has {limit} positions"
-            raise UserError(f"rewards.max_length: {problem}, wanted no more: say rewards.max_length={limit}")
+            raise UserError(f"rewards.max_length: {problem}, wanted no more: set rewards.max_length={limit}")
         scores = score(scorer.to(device), rows, encoder.pad_id, batch_size, device)
         scorer.cpu()  # between two scorings the device belongs to the policy
         return scores

@@ -1,4 +1,4 @@
-"""The truth of the embedded `assistant` task as rewards: what learned rewards are checked against, never trained on.
+"""The truth of the built-in `assistant` task as rewards: what learned rewards are checked against, never trained on.
 
 Each function follows TRL's calling convention and returns one float in [0, 1] per completion. Prompts are the texts
 the policy saw: any roles or chat template may stand around the request. ValueError names a prompt without one.

@@ -4,7 +4,7 @@
     python -m reward_models.serve reward=my/brief.py:other host=0.0.0.0 port=8000 threads=4
     python -m reward_models.serve reward=comet model=Unbabel/wmt22-comet-da batch_size=32 gpus=1 port=8000
 
-Needs Python and what the reward itself imports, nothing else that training needs. It speaks the protocol of
+Needs Python and what the reward itself imports, nothing else that training needs. It follows the protocol of
 `reward_models/README.md`, says one line when it is ready, and ends with Ctrl-C or SIGTERM. Where the environment
 variable TIFFIN_REWARD_TOKEN holds a key, it answers only those who send it.
 """
@@ -137,7 +137,7 @@ def columns_of(body: bytes) -> dict[str, list]:
 
 
 def scored(server: Server, columns: dict[str, list]) -> list[float]:
-    """The reward's values. Raises RefusedError 422, which is not asked again, where it fails: it would fail again."""
+    """The reward's values. Raises RefusedError 422, which is not retried, where it fails: it would fail again."""
     name, completions = server.options.reward, columns["completions"]
     if not completions:
         return []

@@ -6,7 +6,7 @@ Both parts are those of the COCO caption evaluation, sentence by sentence and ov
 As released, only the completion is prepared (`question`), the references are merely lower-cased and stripped: full
 stops and commas of a completion become words that no reference has. The brevity penalty always takes the reference
 closest in length, of two the shorter; where a call holds one completion only, the released code takes the references'
-mean length, by which a score would depend on its batch mates.
+mean length, by which a score would depend on the rest of its batch.
 """
 
 from __future__ import annotations

@@ -28,6 +28,8 @@ def main(words: Sequence[str]) -> int:
     """Exit code of the first step that fails, 0 if none does. Raises UserError before any step starts."""
     if any(one in HELP for one in words):
         print(help_text())
+        if more := [one for one in words if one not in HELP]:
+            print(f"tiffin: stage=help explains all at once, {' '.join(more)} makes no difference", file=sys.stderr)
         return 0
     if TEST in words:
         return test([one for one in words if one != TEST])
@@ -71,7 +73,7 @@ def start(step: Resolved, last: bool) -> int:
 def test(arguments: Sequence[str]) -> int:
     """pytest on tests/ of the checkout, with its own arguments."""
     if not (ROOT / "tests").is_dir() or importlib.util.find_spec("pytest") is None:
-        raise UserError("stage=test: needs the checkout and pytest; say `bash run.sh stage=test` there")
+        raise UserError("stage=test: needs the checkout and pytest; run `bash run.sh stage=test` there")
     return subprocess.call([sys.executable, "-m", "pytest", *arguments], cwd=ROOT)
 
 

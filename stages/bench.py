@@ -47,8 +47,8 @@ def main(settings: BenchStage, words: Sequence[str]) -> None:
             print(table(results), flush=True)
     rows = [{**asdict(result), "goal": result.goal and str(result.goal), "met": result.met} for result in measured]
     command = "bash run.sh " + shlex.join(words)
-    found = {"command": command, **machine(), "settings": settings.model_dump(), "results": rows}
-    write_json(directory / "results.json", found)
+    report = {"command": command, **machine(), "settings": settings.model_dump(), "results": rows}
+    write_json(directory / "results.json", report)
 
 
 def machine() -> dict[str, Any]:

@@ -38,8 +38,8 @@ def main(settings: CompareStage, words: Sequence[str]) -> None:
 
 def write(directory: Path, plan: Study) -> None:
     """The comparison from what the steps left."""
-    found = {seed: numbers(results, plan) for seed, results in plan.results.items()}
-    table, seeds = comparison.summary(found, BASELINES), list(plan.results)
+    by_seed = {seed: numbers(results, plan) for seed, results in plan.results.items()}
+    table, seeds = comparison.summary(by_seed, BASELINES), list(plan.results)
     text = comparison.markdown(table, BASELINES, seeds)
     write_text(directory / "table.md", text)
     write_json(directory / "results.json", table)
@@ -51,15 +51,15 @@ def write(directory: Path, plan: Study) -> None:
 def numbers(results: Results, plan: Study) -> dict[str, dict[str, float]]:
     """One seed's metrics by variant: what the evaluation found, and what the rl stage knew and took."""
     judged = json.loads((results.evaluation / "results.json").read_text(encoding="utf-8"))
-    found = {variant: comparison.with_sums(metrics, plan.weights) for variant, metrics in judged.items()}
+    by_variant = {variant: comparison.with_sums(metrics, plan.weights) for variant, metrics in judged.items()}
     for variant, directory in results.variants.items():
         rows = read_metrics(directory / "metrics.jsonl")
         first = rows[0]
-        found[variant] |= {tag: first[name] for name, tag in OF_RL.items() if name in first}
+        by_variant[variant] |= {tag: first[name] for name, tag in OF_RL.items() if name in first}
         left = json.loads((directory / "results.json").read_text(encoding="utf-8"))
-        found[variant] |= {f"rl/{name}": value for name, value in spent(series_of(rows)).items()}
-        found[variant]["rl/seconds"] = left["seconds"]
-    return found
+        by_variant[variant] |= {f"rl/{name}": value for name, value in spent(series_of(rows)).items()}
+        by_variant[variant]["rl/seconds"] = left["seconds"]
+    return by_variant
 
 
 if __name__ == "__main__":

@@ -42,43 +42,43 @@ def main(settings: GenerateStage, words: Sequence[str]) -> None:
     results: dict[str, object] = {}
     policy = build_inference(settings, ranks, model)
     for split, rows in prompts.items():
-        asked = rows[: settings.max_rows]
-        answers = responses(policy, asked, settings, split)
-        found = candidates.gathered(answers, settings.generation.num_return_sequences)
+        chosen = rows[: settings.max_rows]
+        answers = responses(policy, chosen, settings, split)
+        gathered = candidates.gathered(answers, settings.generation.num_return_sequences)
         statistics = evaluation.completion_statistics(answers)
-        if rewards is not None and found.rows:
-            judged = candidates.judged(ranks, rewards, found.rows)
-            found = found._replace(rows=judged.rows)
+        if rewards is not None and gathered.rows:
+            judged = candidates.judged(ranks, rewards, gathered.rows)
+            gathered = gathered._replace(rows=judged.rows)
             statistics |= evaluation.reward_statistics(judged.scores, judged.texts)
         if ranks.main:
-            write_rows(directory / f"{split}.jsonl", found.rows)
-        left_out = {"empty_responses": found.empty, "repeated_responses": found.repeated}
-        count = sum(len(row.candidates) for row in found.rows)
-        results[split] = {"rows": len(found.rows), "candidates": count, **left_out, **statistics}
-        logger.info(f"{directory / split}.jsonl: {summary(found, len(answers))}")
+            write_rows(directory / f"{split}.jsonl", gathered.rows)
+        left_out = {"empty_responses": gathered.empty, "repeated_responses": gathered.repeated}
+        count = sum(len(row.candidates) for row in gathered.rows)
+        results[split] = {"rows": len(gathered.rows), "candidates": count, **left_out, **statistics}
+        logger.info(f"{directory / split}.jsonl: {summary(gathered, len(answers))}")
     if ranks.main:
         write_json(directory / "results.json", results)
     ranks.barrier()
 
 
-def responses(policy: Model, asked: Sequence[Example], settings: GenerateStage, split: str) -> list[Response]:
-    """Those to `asked`, part by part; after each of several parts a word about how far it is."""
+def responses(policy: Model, chosen: Sequence[Example], settings: GenerateStage, split: str) -> list[Response]:
+    """Those to `chosen`, part by part; after each of several parts the progress is logged."""
     part = BATCHES * settings.generation.batch_size * policy.ranks.world
     answers: list[Response] = []
-    for start in range(0, len(asked), part):
-        some = asked[start : start + part]
+    for start in range(0, len(chosen), part):
+        some = chosen[start : start + part]
         answers += generate(policy.engine, policy.encoder, some, settings.generation, settings.seed)
-        if len(asked) > part:
-            logger.info(f"{split}: {start + len(some):,} of {len(asked):,} prompts")
+        if len(chosen) > part:
+            logger.info(f"{split}: {start + len(some):,} of {len(chosen):,} prompts")
     return answers
 
 
-def summary(found: Gathered, drawn: int) -> str:
+def summary(gathered: Gathered, drawn: int) -> str:
     """What was written and left out, and whether candidates are in order."""
-    left_out = f"{found.empty:,} empty and {found.repeated:,} repeated ones of {drawn:,} responses left out"
-    unranked = any(row.candidates and not row.candidate_rewards for row in found.rows)
+    left_out = f"{gathered.empty:,} empty and {gathered.repeated:,} repeated ones of {drawn:,} responses left out"
+    unranked = any(row.candidates and not row.candidate_rewards for row in gathered.rows)
     order = "; candidates not ranked yet: stage=score of=generate ranks them" if unranked else ""
-    return f"{len(found.rows):,} rows, {left_out}{order}"
+    return f"{len(gathered.rows):,} rows, {left_out}{order}"
 
 
 if __name__ == "__main__":

@@ -45,9 +45,9 @@ def of_generate(settings: GenerateStage) -> Inputs:
 def of_evaluate(settings: EvaluateStage) -> Inputs:
     policies = {name: run_dir.policy_model(settings, place).path for name, place in settings.policies.items()}
     monitors = {label: place for label, place in labelled(settings.monitors).items() if Path(place).is_dir()}
-    found = _model(settings.model) | _data(settings.data) | of_rewards(settings, settings.reward)
-    found |= {f"policy {name}": fingerprint(path) for name, path in policies.items()}
-    return found | {f"monitor {label}": fingerprint(place) for label, place in monitors.items()}
+    marks = _model(settings.model) | _data(settings.data) | of_rewards(settings, settings.reward)
+    marks |= {f"policy {name}": fingerprint(path) for name, path in policies.items()}
+    return marks | {f"monitor {label}": fingerprint(place) for label, place in monitors.items()}
 
 
 OF: dict[str, Callable[[Any], Inputs]] = {
@@ -57,11 +57,11 @@ OF: dict[str, Callable[[Any], Inputs]] = {
     "score": of_score,
     "generate": of_generate,
     "evaluate": of_evaluate,
-}  # the other stages have none: they look at what there is
+}  # the other stages have none: they read what there is
 
 
 def done(stage: str, settings: Common) -> bool:
-    """Whether a stage is finished, which is then said. Raises UserError where other settings or inputs made it."""
+    """Whether a stage is finished, which is then logged. Raises UserError where other settings or inputs made it."""
     return stage in OF and run_dir.done(run_dir.stage_dir(settings, stage), settings, lambda: OF[stage](settings))
 
 

@@ -1,4 +1,4 @@
-"""The front door of offline RL: rows in, the same rows with rewards out, in runs/<run>/score/<split>.jsonl.
+"""Rewards for rows: your rows in, the same rows with rewards out, in runs/<run>/score/<split>.jsonl.
 
 A row with candidates leaves with these ranked, best first, and their `candidate_rewards`; if it has a completion too,
 that stays what it was, the text to compare with, and gets no reward. A row with a completion alone leaves with its
@@ -40,34 +40,34 @@ def main(settings: ScoreStage, words: Sequence[str]) -> None:
     if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs.of_score(settings))):
         return
     results: dict[str, object] = {}
-    asked = splits_of(settings.splits, data)
-    for split, examples in zip(asked, dataset.splits(data, settings.seed, asked), strict=True):
+    wanted = splits_of(settings.splits, data)
+    for split, examples in zip(wanted, dataset.splits(data, settings.seed, wanted), strict=True):
         rows = dataset.judgeable(examples, data)
         judged = candidates.judged(ranks, rewards, rows)
         if ranks.main:
             write_rows(directory / f"{split}.jsonl", judged.rows)
-        found = evaluation.reward_statistics(judged.scores, judged.texts) | by_source(judged.of, judged.scores)
-        results[split] = {"rows": len(rows), "candidates": sum(len(row.candidates) for row in rows), **found}
+        measured = evaluation.reward_statistics(judged.scores, judged.texts) | by_source(judged.of, judged.scores)
+        results[split] = {"rows": len(rows), "candidates": sum(len(row.candidates) for row in rows), **measured}
         logger.info(f"{split}: {len(rows):,} rows, reward {statistics.fmean(judged.scores.total):.4f}")
     if ranks.main:
         write_json(directory / "results.json", results)
     ranks.barrier()
 
 
-def splits_of(asked: Sequence[str], data: DataSettings) -> list[str]:
-    """The splits asked for that the data have; validation is cut from train where it has no file of its own."""
+def splits_of(wanted: Sequence[str], data: DataSettings) -> list[str]:
+    """The wanted splits that the data have; validation is cut from train where it has no file of its own."""
     if data.task is not None:
-        return list(asked)
+        return list(wanted)
     there = {*splits.split_places(data)}
-    return [split for split in asked if split in there or (split == "validation" and "train" in there)]
+    return [split for split in wanted if split in there or (split == "validation" and "train" in there)]
 
 
 def by_source(rows: Sequence[Example], scores: Scores) -> dict[str, float]:
     """The mean reward of each source, where rows name one."""
-    found: dict[str, list[float]] = {}
+    totals: dict[str, list[float]] = {}
     for row, total in zip(rows, scores.total, strict=True):
-        found.setdefault(row.source, []).append(total)
-    return {f"reward/mean/{source}": statistics.fmean(values) for source, values in found.items() if source}
+        totals.setdefault(row.source, []).append(total)
+    return {f"reward/mean/{source}": statistics.fmean(values) for source, values in totals.items() if source}
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def in_fewer_rows(items: list[Item], policy: Model, settings: SftStage) -> list[
 
 @dataclass(frozen=True)
 class WatchedAnswers:
-    """What an evaluation looks at: held-out items, the rows whose prompts are answered, and how training reads rows."""
+    """What an evaluation reads: held-out items, the rows whose prompts are answered, and how training reads rows."""
 
     objective: Objective
     items: Sequence[Item]

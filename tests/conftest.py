@@ -1,4 +1,4 @@
-"""What holds for every test: the program speaks as it does where a user starts it."""
+"""What holds for every test: the program logs as it does where a user starts it."""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ from pipeline.launch import entry
 @pytest.fixture(autouse=True, scope="session")
 def spoken() -> None:
     """Lines that are logged reach stdout and stderr, where tests read them."""
-    entry.speak()
+    entry.set_up_logging()

@@ -56,7 +56,7 @@ STARTS = {"fork": Forked, "fresh": Fresh}
 KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
 SIGNALS = {"kill": [(KILL,)], "term": [(TERM,)], "int": [(INT,)], "preempt": [(TERM, KILL)]}
 SIGNALS["mixed"] = [(KILL,), (KILL,), (TERM,), (INT,), (TERM, KILL)]
-# exit codes a signal may give: the house's, its own; 1 from a launcher or a rank that lost another
+# exit codes a signal may give: ours, its own; 1 from a launcher or a rank that lost another
 CODES = {KILL: (-9, 137, 247, 1), TERM: (75, -15, 143, 241, 1), INT: (130, -2, 254, 1)}
 KILLS_PER_ROUND = 6  # then it may run to its end, and another run is begun
 RUN = Path("runs/default")
@@ -100,7 +100,7 @@ def plan_of(words: Sequence[str]) -> Plan:
 
 
 def words_of(stage: str, algo: str, *more: str) -> list[str]:
-    """What the stage is told; of a word said twice the last."""
+    """The words that the stage gets; of a key given twice the last."""
     own = [*OF_STAGE[stage], *(OF_ALGO[algo] if stage == "rl" else [])]
     said = dict(word.split("=", 1) for word in [f"stage={stage}", *WORDS, *own, *more])
     return [f"{key}={value}" for key, value in said.items()]

@@ -154,7 +154,7 @@ MODELS = [
         "positions of a reward",
         "score",
         "reward=HERE/m",
-        ("rewards.max_length", "16 positions", "say rewards.max_length=16"),
+        ("rewards.max_length", "16 positions", "set rewards.max_length=16"),
         {"m": copy("reward/helpfulness", config={"max_position_embeddings": 16})},
     ),
     Mistake(

@@ -106,7 +106,7 @@ CONFIGURATION = [
             ("more samples at least than at most", "esrl sampler.k_min=9", ("k_min is 9", "wanted at most k_max, 8")),
             ("no sample, and none left out", "esrl sampler.k_min=0", ("k_min is 0", "wanted both or neither")),
             ("a first number out of bounds", "esrl sampler.k=9", ("k is 9", "wanted a number from 2 .* to 8")),
-            ("probes that look at rewards", "esrl sampler.probe=2 sampler.capability=reward", ("probe is 2", "bias")),
+            ("probes that use rewards", "esrl sampler.probe=2 sampler.capability=reward", ("probe is 2", "bias")),
             ("probes and a budget", "esrl sampler.probe=2 sampler.budget=64", ("probe is 2", "one of them null")),
             ("a budget of fixed numbers", "reinforce sampler.budget=64", ("budget is 64 with mode static", "dynamic")),
             ("a range upside down", "esrl 'sampler.reward_range=[1, 0]'", ("reward_range", "a low and a higher")),
@@ -124,7 +124,7 @@ CONFIGURATION = [
             (
                 "one response and its own mean",
                 "reinforce sampler.k=1 algorithm.settings.baseline=mean",
-                ("sampler: 1 response", "baseline: mean", "say algorithm.settings.baseline=queue"),
+                ("sampler: 1 response", "baseline: mean", "set algorithm.settings.baseline=queue"),
             ),
             (
                 "k1 in the loss",
@@ -155,7 +155,7 @@ CONFIGURATION = [
     Mistake("no value", "sft", "verbose", (C, "'verbose'", "wanted key=value")),
     Mistake("dashes", "sft", "--lr=1", (C, "'--lr=1'", "write settings without dashes")),
     Mistake("another stage's key", "sft", "sampling=priority", (C, "sampling: stage=sft has no", "belongs to rl")),
-    Mistake("another tool's key", "sft", "gradient_accumulation_steps=4", (C, "is derived", "say train.batch_size")),
+    Mistake("another tool's key", "sft", "gradient_accumulation_steps=4", (C, "is derived", "set train.batch_size")),
     Mistake("hostfile: none", "sft", "hostfile=HERE/hosts", ("launch.hostfile", "hosts is not a file", "wanted lines")),
     Mistake(
         "hostfile: broken",
@@ -197,9 +197,9 @@ CONFIGURATION = [
         ("data.max_prompt_length", "2000 .* the model has 1024 positions", "lower"),
     ),
     Mistake("a template without a place", "sft", "template.prompt=x", ("template.prompt", "'x' lacks", "wanted it")),
-    Mistake("a kernel that is not there", "sft", "attn_implementation=flash_attention_2", ("attn", "say sdpa")),
+    Mistake("a kernel that is not there", "sft", "attn_implementation=flash_attention_2", ("attn", "set sdpa")),
     Mistake("adapters of nothing", "sft", "lora_r=4", ("model.lora.r", "a new model", "give model=")),
-    Mistake("a task and files", "sft", "data.path=x task=assistant", (C, "task and path", "say data.task=null")),
+    Mistake("a task and files", "sft", "data.path=x task=assistant", (C, "task and path", "set data.task=null")),
     Mistake("no such task", "sft", "task=assistent", ("data.task", "'assistent': not in", "did you mean 'assistant'")),
     Mistake("no data", "sft", "task=null data.task_size=null", ("data", "none is named", "give data.train=")),
     Mistake("no source", "sft", "data.sources=[nobody]", ("data", "no rows", "nobody")),

@@ -140,8 +140,8 @@ def responses() -> tuple[Item, ...]:
         }
         if i in (1, 3, 5):
             numbers = {"leads": 0, "share": 0, "behaviour": 0, "temperature": 1, "advantage": 0, "reward": 0}
-        told = {**item.numbers, **numbers, "target": i in (1, 3, 5)}
-        found.append(replace(item, numbers={name: float(value) for name, value in told.items()}))
+        values = {**item.numbers, **numbers, "target": i in (1, 3, 5)}
+        found.append(replace(item, numbers={name: float(value) for name, value in values.items()}))
     return tuple(found)
 
 

@@ -28,7 +28,7 @@ from pipeline.launch.entry import run
 from pipeline.launch.launcher import free_port
 
 GRACE_SECONDS = 1.0  # between the end of one rank and SIGTERM to the others, as DeepSpeed's launcher waits
-PATIENCE_SECONDS = 90.0  # for processes that were told to end
+PATIENCE_SECONDS = 90.0  # for processes that were signalled to end
 RUN_SECONDS = 900.0  # for a run, on a busy machine
 STACK_SECONDS, FACTS_SECONDS = 0.02, 0.03  # how long a stack is waited for, and what Python itself can tell
 
@@ -84,7 +84,7 @@ class Forked:
         if not _wait(self._all_ended, GRACE_SECONDS):
             self.signal(signal.SIGTERM, None)
         if not _wait(self._all_ended, PATIENCE_SECONDS):
-            trouble = f"ranks went on for {PATIENCE_SECONDS:.0f} s after one had ended and they were told to"
+            trouble = f"ranks went on for {PATIENCE_SECONDS:.0f} s after one had ended and they were signalled to"
             self.signal(signal.SIGKILL, None)
             _wait(self._all_ended, PATIENCE_SECONDS)
         code = self.code() if first is None else first
@@ -151,7 +151,7 @@ class Fresh:
 
 
 def is_rank(process: psutil.Process) -> bool:
-    """Whether a launcher told this process which rank it is."""
+    """Whether a launcher set which rank this process is."""
     try:
         return "LOCAL_RANK" in process.environ()
     except psutil.NoSuchProcess:

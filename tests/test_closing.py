@@ -13,16 +13,36 @@ from pipeline.launch import run_dir
 from pipeline.launch.closing import LEFT, closing, next_words
 
 TRAINED = {"eval/loss": 1.23456, "eval/margin": 0.5, "model_step": 150, "steps": 200, "seconds": 9.0}
+JUDGED_BY_X = {"eval/reward/mean": None, "eval/rewards/x/mean": 1.0}
 JUDGED = {"sft": {"reward/mean": 0.5, "reward/std": 1.0}, "rl": {"reward/mean": 0.75}}
 RESULTS = {
     "sft": (TRAINED, "/model: eval/loss 1.235 at step 150 of 200"),
     "reward": ({"eval/accuracy": 0.65, **TRAINED}, "/model: eval/accuracy 0.65 at step 150 of 200"),
-    "rl": ({**TRAINED, "eval/reward/mean": None}, "/model: eval/reward/mean not finite at step 150 of 200"),
+    "rl": ({**TRAINED, **JUDGED_BY_X}, "/model: eval/reward/mean not finite at step 150 of 200"),
     "score": ({"train": {"rows": 5700}, "test": {"rows": 3}}, ": train 5,700 rows, test 3 rows"),
     "generate": ({"train": {"rows": 7}}, ": train 7 rows"),
     "evaluate": (JUDGED, "/results.json: reward sft 0.5, rl 0.75"),
     "bench": ({"results": [1, 2]}, "/results.json: 2 results"),
 }
+
+
+def left_by_rl(where: Path, **results: float) -> str:
+    step = resolve(["stage=rl", f"runs_dir={where}"])
+    write_json(run_dir.stage_dir(step.settings, "rl") / "results.json", {**TRAINED, **results})
+    return closing(step, last=False).partition("/model: ")[2]
+
+
+def test_the_reward_of_logged_rows_is_no_result(tmp_path: Path) -> None:
+    """It is the same whatever was learned: the loss is said, until a reward judges what the policy says."""
+    logged = {"eval/reward/mean": 0.25}
+    assert left_by_rl(tmp_path, **logged) == "eval/loss 1.235 at step 150 of 200"
+    judged = left_by_rl(tmp_path, **logged, **{"eval/rewards/rouge/mean": 0.25})
+    assert judged == "eval/reward/mean 0.25 at step 150 of 200"
+
+
+def test_weights_that_nothing_later_beat_are_those_it_began_with(tmp_path: Path) -> None:
+    assert "these are the weights it began with (train.keep=last" in left_by_rl(tmp_path, model_step=0)
+    assert "began with" not in left_by_rl(tmp_path, model_step=1)
 
 
 def finished(where: Path, stage: str, *words: str, model: bool = False):
@@ -41,9 +61,9 @@ def test_what_a_stage_left(tmp_path: Path, stage: str) -> None:
     step = finished(tmp_path, stage, *words)
     directory = tmp_path / "default" / stage / "x" if stage == "reward" else tmp_path / "default" / stage
     assert closing(step, last=False) == f"{directory}{RESULTS[stage][1]}"
-    told = closing(step, last=True)
-    assert told.startswith(closing(step, last=False)) and "\n" not in told
-    assert ("; next: bash run.sh stage=" in told) == (stage != "bench")
+    line = closing(step, last=True)
+    assert line.startswith(closing(step, last=False)) and "\n" not in line
+    assert ("; next: bash run.sh stage=" in line) == (stage != "bench")
 
 
 @pytest.mark.parametrize("stage", ["report", "compare", "plan"])

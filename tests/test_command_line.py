@@ -40,6 +40,8 @@ MISTAKES = [
     (["stage=sft", "dry_run=yes"], "dry_run='yes', wanted true or false"),
     (["stage=sft", "max_steps=10", "num_train_epochs=1.0"], "wanted one of num_train_epochs and max_steps"),
     (["--stage", "sft"], "without dashes"),
+    (["stage=sft", "max_steps"], "give it a value: max_steps=..."),
+    (["stage=sft", "data.train=missing.jsonl", "zero=zero9"], "train.zero: 'zero9' is no file"),  # before data are read
 ]
 
 
@@ -58,6 +60,12 @@ def test_help_is_quick_and_lists_what_the_folders_hold(tmp_path: Path):
     assert done.returncode == 0 and done.stderr == ""
     for name in [*STAGES, "alol", "a_lol", "oracle", "assistant", "dry_run=true"]:
         assert name in done.stdout
+
+
+def test_help_says_which_words_it_does_not_use(tmp_path: Path):
+    done = stages("stage=help", "algo=alol", cwd=tmp_path)
+    assert done.returncode == 0 and "Algorithms (algo=)" in done.stdout
+    assert done.stderr == "tiffin: stage=help explains all at once, algo=alol makes no difference\n"
 
 
 def test_the_command_line_does_not_load_torch(tmp_path: Path):

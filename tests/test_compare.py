@@ -1,4 +1,4 @@
-"""stage=compare: variants and seeds, what each step is told, the order of the steps, the numbers by hand."""
+"""stage=compare: variants and seeds, which words each step gets, the order of the steps, the numbers by hand."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_one_seed(given):
     assert comparison_plan.seeds_of(given) == [3]
 
 
-# what each step is told
+# which words each step gets
 
 
 def words_of(plan: comparison_plan.Study, name: str) -> tuple[str, ...]:

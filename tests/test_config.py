@@ -78,8 +78,8 @@ def test_aliases_and_switches():
         (["optimizer={learning_rate: 1}", "lr=2"], "optimizer.learning_rate is given twice"),
         (["reward={a: "], "command line: reward: '{a: ' is not YAML"),
         (["reward={a: 1, a: 2}"], "a is given twice"),
-        (["bf16=false"], "bf16: False, wanted true; say train.precision="),
-        (["gradient_accumulation_steps=2"], "is derived, not set"),
+        (["bf16=false"], "bf16: False, wanted true; set train.precision="),
+        (["gradient_accumulation_steps=2"], "is derived from other settings: set train.batch_size"),
     ],
 )
 def test_bad_words(words: list[str], message: str):

@@ -34,7 +34,7 @@ def ids(rows) -> list[str]:
 def test_validation_is_cut_from_train_by_the_prompt_and_the_file_is_read_once(tmp_path, capsys) -> None:
     settings = data(tmp_path, "data.validation_fraction=0.25", "data.max_bad_rows=1", train=[*ROWS, {"prompt": ""}])
     train, validation = splits(settings, 0)
-    assert len(capsys.readouterr().out.splitlines()) == 1  # the bad row is told of once, too
+    assert len(capsys.readouterr().out.splitlines()) == 1  # the bad row is logged once, too
     assert sorted(ids(train + validation), key=int) == [row["id"] for row in ROWS]
     assert not {row.prompt for row in train} & {row.prompt for row in validation}
     assert 60 < len(validation) < 140  # 100 wanted, +-4 standard deviations of 2 sqrt(200 * 0.25 * 0.75) = 12

@@ -18,7 +18,7 @@ def rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Sets RANK; afterwards this process speaks as before."""
     yield monkeypatch
     monkeypatch.undo()
-    entry.speak()
+    entry.set_up_logging()
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 def test_lines_of_a_rank(rank: pytest.MonkeyPatch, capsys, number: str, out: str, err: str) -> None:
     rank.setenv("RANK", number)
     for _ in range(2):  # a second time is none too many
-        entry.speak()
+        entry.set_up_logging()
     logger.debug("not said")
     logger.info("step 1")
     logger.warning("odd")

@@ -102,7 +102,7 @@ def test_text_between_bars(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "line", "fault"),
+    ("name", "content", "line", "error"),
     [
         ("a.jsonl", '{"a": 1}\n{"a": \n', 2, "no JSON (Expecting value"),
         ("a.jsonl", '{"a": 1}\n[1]\n', 2, "JSON of type list, wanted an object"),
@@ -113,11 +113,11 @@ def test_text_between_bars(tmp_path):
         ("a.tsv", "s\tr\tc<#SCORE#>1\ns\tr\n", 2, "2 cells, wanted 3 (data_src, data_gt, data_kd)"),
     ],
 )
-def test_a_line_that_is_no_row_is_handed_on_as_a_fault(tmp_path, name, content, line, fault):
-    found = [row for row in raw_rows(str(write(tmp_path, name, content))) if row.fault]
+def test_a_line_that_is_no_row_is_handed_on_as_a_fault(tmp_path, name, content, line, error):
+    found = [row for row in raw_rows(str(write(tmp_path, name, content))) if row.error]
     assert [row.line for row in found] == [line]
-    assert fault in found[0].fault
-    assert found[0] == RawRow(line, {}, found[0].fault)
+    assert error in found[0].error
+    assert found[0] == RawRow(line, {}, found[0].error)
 
 
 BROKEN_GZIP = gzip.compress((LINES * 500).encode())

@@ -259,7 +259,7 @@ def test_a_bad_row_names_file_line_field_and_cure(tmp_path, format, row, found):
     first, *rest = found.split(".*")
     assert message.startswith(f"{path}:2: ")
     assert all(part in message for part in (first, *rest))
-    assert message.endswith("(1 bad row of 2); mend the data, or allow them with data.max_bad_rows=1")
+    assert message.endswith("(1 bad row of 2); fix the data, or allow them with data.max_bad_rows=1")
     assert "\n" not in message
     allowed = read(path, format, max_bad_rows=1)
     assert (len(allowed.examples), len(allowed.bad_rows), allowed.rows_read) == (1, 1, 2)

@@ -292,7 +292,9 @@ def test_a_server_that_speaks_something_else():
 
         thread = threading.Thread(target=greet)
         thread.start()
-        with pytest.raises(UserError, match=r"what answers speaks no HTTP \(BadStatusLine\), wanted an http server"):
+        with pytest.raises(
+            UserError, match=r"what answers is not an HTTP server \(BadStatusLine\), wanted an http server"
+        ):
             connect(f"http://127.0.0.1:{server.getsockname()[1]}/", how())
         thread.join()
 
@@ -331,7 +333,7 @@ def test_after_a_failure_the_other_requests_are_not_sent():
 @pytest.mark.parametrize("token", ["two words", "naïve", "a\nb"])
 def test_a_key_that_cannot_be_sent_is_not_shown(monkeypatch, token: str):
     monkeypatch.setenv(TOKEN, token)
-    with pytest.raises(UserError, match=f"^{TOKEN}: it holds blanks or signs that are not ASCII") as raised:
+    with pytest.raises(UserError, match=f"^{TOKEN}: it holds spaces or characters that are not ASCII") as raised:
         connect("http://127.0.0.1:1/", how())
     assert token not in str(raised.value)
 
@@ -361,7 +363,7 @@ def test_addresses_with_secrets_are_refused_and_not_shown(word: str, secret: str
 def test_addresses_that_are_none(address: str):
     with pytest.raises(UserError, match=r"command line: reward: '.*', wanted http://HOST:PORT/PATH or https://"):
         resolve(["stage=score", f"reward={address}"])
-    with pytest.raises(UserError, match="without blanks, other signs as %XX"):
+    with pytest.raises(UserError, match="without spaces, other characters as %XX"):
         resolve(["stage=score", "reward=http://host/a b"])
 
 

@@ -63,6 +63,12 @@ def imports(file: str) -> Iterator[str]:
                 yield inner if is_module(inner) else str(node.module)
 
 
+def classes(file: str) -> Iterator[str]:
+    """The name of every class that a file defines, at any depth of its code."""
+    nodes = ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8")))
+    yield from (node.name for node in nodes if isinstance(node, ast.ClassDef))
+
+
 def is_module(name: str) -> bool:
     path = ROOT / name.replace(".", "/")
     return path.is_dir() or path.with_suffix(".py").is_file() or name in ONE_IMPORTER
@@ -108,6 +114,15 @@ def test_one_importer(module: str):
 @pytest.mark.parametrize("file", FILES)
 def test_development_packages_are_not_imported(file: str):
     assert not {module.split(".")[0] for module in imports(file)} & DEVELOPMENT_ONLY
+
+
+def test_a_class_name_stands_for_one_class():
+    """But for `Settings` of the algorithms, by which training finds them."""
+    algorithms = "pipeline/algorithms/"
+    homes = [(name, file) for file in FILES for name in classes(file)]
+    elsewhere = [name for name, file in homes if (name, file.startswith(algorithms)) != ("Settings", True)]
+    assert len(elsewhere) > 100
+    assert sorted(name for name in set(elsewhere) if elsewhere.count(name) > 1) == []
 
 
 def distribution(text: str) -> str:

@@ -425,6 +425,6 @@ def test_exports_tell_other_tools_to_be_silent(tmp_path: Path, lora: bool) -> No
     assert GenerationConfig.from_pretrained(settings.path).suppress_tokens is None
     model = loading.load_policy(with_lora(settings) if lora else settings, masked(), 0, mask=True)
     loading.save(tmp_path / "sft", model, model.state_dict(), masked())
-    told = json.loads((tmp_path / "sft" / "generation_config.json").read_text())["suppress_tokens"]
-    assert told == list(range(MASK_ID, GROWN))
+    suppressed = json.loads((tmp_path / "sft" / "generation_config.json").read_text())["suppress_tokens"]
+    assert suppressed == list(range(MASK_ID, GROWN))
     assert model.generation_config.suppress_tokens is None

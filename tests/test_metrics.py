@@ -1,4 +1,4 @@
-"""Tallies, and the files of a log: whatever is cut, resumed or disabled, the numbers stay the same."""
+"""Metrics as sums and counts, and the files of a log: cut, resumed or disabled, the numbers stay the same."""
 
 from __future__ import annotations
 

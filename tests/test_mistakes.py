@@ -120,9 +120,9 @@ def prepared(mistake: Mistake, here: Path, sound: Path) -> list[str]:
 def test_a_mistake_is_one_line_and_costs_nothing(mistake: Mistake, tmp_path: Path, sound: Path) -> None:
     words = prepared(mistake, tmp_path, sound)
     before = bytes_below(tmp_path)
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as raised:
         start(words)
-    line = str(told.value)
+    line = str(raised.value)
     assert "\n" not in line
     parts = [part.replace("HERE", re.escape(str(tmp_path))) for part in mistake.says]
     assert re.search(".*".join(parts), line), f"{line!r} does not say {parts}"
@@ -147,11 +147,11 @@ def test_what_is_cut_and_what_teaches_nothing_is_counted(tmp_path: Path, capsys:
     (tmp_path / "rows.jsonl").write_text(lines(twins))
     own = [f"data.train={tmp_path / 'rows.jsonl'}", "data.validation_fraction=0.3", "max_response_length=2"]
     start(words_of("reward", tmp_path / "runs", own))
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     # 40 pairs of 20 prompts, some of which are held out; "Put it in water." never fits into two tokens, nor does "No."
-    rows = int(re.search(r"train: (\d+) rows", told)[1])
-    assert f"0 prompts and {2 * rows} responses cut" in told
-    assert re.search(r"pairs: 1 of \d+ have the same text as chosen and rejected", told)
+    rows = int(re.search(r"train: (\d+) rows", printed)[1])
+    assert f"0 prompts and {2 * rows} responses cut" in printed
+    assert re.search(r"pairs: 1 of \d+ have the same text as chosen and rejected", printed)
 
 
 def test_a_reward_may_talk_and_take_its_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -204,9 +204,9 @@ def files_of_at_most(size: int) -> Iterator[None]:
 def test_a_disk_that_is_full_is_one_line_and_half_a_file_is_none(tmp_path: Path, size: int, place: str) -> None:
     """Notes, the exported model, a checkpoint (with Adam's moments three times the model): each stops there once."""
     words = words_of("sft", tmp_path, ["max_steps=3", "train.save_steps=1", "train.keep=last"])
-    with pytest.raises(UserError, match=rf"({place}).*wanted room: free some") as told, files_of_at_most(size):
+    with pytest.raises(UserError, match=rf"({place}).*wanted room: free some") as raised, files_of_at_most(size):
         start(words)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
     stage = tmp_path / "default" / "sft"
     assert not (stage / "results.json").exists() and not (stage / "model").exists()
     assert not (stage / "checkpoints" / "latest").exists()
@@ -239,7 +239,7 @@ def test_a_port_that_is_taken_is_told_before_anything_starts(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "expected"),
     [
         (OSError(errno.ENOSPC, "No space left on device", "a/b"), "a/b: No space left on device, wanted room"),
         (PermissionError(errno.EACCES, "Permission denied", "a"), "a: Permission denied, wanted a place that may be"),
@@ -248,9 +248,9 @@ def test_a_port_that_is_taken_is_told_before_anything_starts(tmp_path: Path) -> 
         (RuntimeError("shapes do not match"), None),
     ],
 )
-def test_what_the_machine_refuses_is_told_and_what_is_ours_is_not_hidden(error: OSError, told: str | None) -> None:
+def test_the_machines_errors_are_explained_and_ours_are_not_hidden(error: OSError, expected: str | None) -> None:
     mistake = errors.as_user_error(error)
-    assert (mistake is None) if told is None else (told in str(mistake))
+    assert (mistake is None) if expected is None else (expected in str(mistake))
 
 
 # The real command line: exit codes, one line on stderr, no traceback.
@@ -288,7 +288,7 @@ def test_the_command_line_ends_with_2_for_a_bad_row(tmp_path: Path) -> None:
 
 
 def test_a_reward_that_fails_on_the_second_rank_ends_both(tmp_path: Path) -> None:
-    """By itself, with no launcher that kills the rest, and told although only rank 0 of a machine speaks."""
+    """By itself, with no launcher that kills the rest, and logged although only rank 0 of a machine speaks."""
     (tmp_path / "judge.py").write_text(judge("import os; return [1 / (1 - int(os.environ['RANK']))] * 10")["judge.py"])
     words = words_of("score", tmp_path, [f"reward={tmp_path / 'judge.py'}", "data.task_size=20", "splits=[train]"])
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}

@@ -137,7 +137,9 @@ def test_a_file_that_does_not_serve(tmp_path, text, said):
 def test_the_line_is_named(tmp_path, monkeypatch):
     (tmp_path / "bad.py").write_text("x = 1\n\ndef reward(:\n")
     assert message(f"{tmp_path}/bad.py").endswith(f"({tmp_path}/bad.py:3)")
-    (tmp_path / "late.py").write_text("import json\n\njson.loads('{')\n")  # raised inside the library, told by our line
+    (tmp_path / "late.py").write_text(
+        "import json\n\njson.loads('{')\n"
+    )  # raised inside the library, placed by our line
     monkeypatch.chdir(tmp_path)
     assert message("late.py").endswith(" (late.py:3)")
 

@@ -30,7 +30,7 @@ def test_several_bad_rows_are_counted_and_the_first_ones_named(tmp_path):
     one = "reward: 'x' is text, wanted a finite number"
     assert str(caught.value) == (
         f"{path}:1: {one} (4 bad rows of 6, next 3: {one}; 4: {one}); "
-        "mend the data, or allow them with data.max_bad_rows=4"
+        "fix the data, or allow them with data.max_bad_rows=4"
     )
     result = read(path, max_bad_rows=4)
     assert [example.id for example in result.examples] == ["train/2", "train/6"]

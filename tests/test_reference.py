@@ -206,7 +206,7 @@ def test_other_weights_are_noticed(tmp_path: Path) -> None:
 def test_dropout_is_noticed(tmp_path: Path) -> None:
     ref = reference_of(tmp_path)
     items = reference.with_ref_logps(ref, rewarded(9))
-    loading.set_dropout(ref.model.engine.module.model, 0.2)  # silent in evaluation mode, where the reference was asked
+    loading.set_dropout(ref.model.engine.module.model, 0.2)  # off in evaluation mode, in which the reference was read
     with pytest.raises(UserError, match="is dropout on"):
         reference.check_ratio(ref.model.engine, items, range(9), PACKING, 1e-3)
 

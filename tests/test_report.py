@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from html.parser import HTMLParser
 
 import pytest
@@ -426,3 +427,10 @@ def test_curves_are_named_by_what_differs():
     html = show_curves("reward", series_of(rows), {})
     for name in ("training 1.00", "held-out 2.00", "a 0.500", "b 0.250"):
         assert f"</i>{name}</span>" in html
+
+
+def test_ticks_of_a_scatter_plot_differ() -> None:
+    """Rewards of neighbouring policies may differ in the fourth digit."""
+    marks = [svg.Mark(i, f"seed {i}", 0.0004 * i, 1.0 + 0.0004 * i) for i in range(3)]
+    drawn = re.findall(r'<text[^>]*text-anchor="end"[^>]*>([^<]+)</text>', svg.scatter(marks, "KL", "reward over KL"))
+    assert drawn == ["1.0000", "1.0005", "KL"]

@@ -101,8 +101,8 @@ def masked_loss(case: same_step.Case, model: nn.Module, item: Item, step: int) -
         rewards.append(masked.overlap(text, item.example.references[0]))
         sums.append(sum(allowed[m, row[i]] for m, row in enumerate(drawn)))
     mean = sum(rewards) / 5
-    told = sum((reward - mean) * total for reward, total in zip(rewards, sums, strict=True))
-    return torch.stack([-5.0 * told / len(places), mle]), counts
+    weighted = sum((reward - mean) * total for reward, total in zip(rewards, sums, strict=True))
+    return torch.stack([-5.0 * weighted / len(places), mle]), counts
 
 
 def sampled_loss(case: same_step.Case, model: nn.Module, item: Item) -> tuple[Tensor, Tensor]:
@@ -118,11 +118,11 @@ def sampled_loss(case: same_step.Case, model: nn.Module, item: Item) -> tuple[Te
         e = chosen["label_smoothing"]
         mle = -((1 - e) * own + e * logps.mean(-1)).sum()
         return torch.stack([mle * 0, chosen["sft_weight"] * mle]), torch.tensor([0.0, len(own)])
-    told = -numbers["share"] * numbers["advantage"] * own.sum()
+    weighted = -numbers["share"] * numbers["advantage"] * own.sum()
     if chosen["kl_beta"]:
         z = item.ref_logp[0] - own
-        told = told + 0.2 * numbers["share"] * (z.exp() - 1 - z).sum()
-    return torch.stack([chosen["rl_weight"] * told, told * 0]), torch.tensor([numbers["leads"], 0.0])
+        weighted = weighted + 0.2 * numbers["share"] * (z.exp() - 1 - z).sum()
+    return torch.stack([chosen["rl_weight"] * weighted, weighted * 0]), torch.tensor([numbers["leads"], 0.0])
 
 
 def item_loss(name: str, model: nn.Module, item: Item, step: int = 0) -> tuple[Tensor, int | Tensor]:

@@ -142,9 +142,9 @@ ON_POLICY_TAGS |= {f"esrl/{name}" for name in ("samples_per_prompt", "at_k_min",
 
 @pytest.mark.parametrize("algo, words", ON_POLICY.items())
 def test_every_on_policy_algorithm_trains(runs: Path, algo: str, words: list[str]) -> None:
-    told = [f"algo={algo}", f"name={algo}", "max_steps=2", "batch_size=8", "learning_rate=1e-3", *words]
-    given = {word.split("=")[0] for word in told}
-    run("rl", runs.parent, *(word for word in SMALL_TRAIN if word.split("=")[0] not in given), *told, *SHORT)
+    own_words = [f"algo={algo}", f"name={algo}", "max_steps=2", "batch_size=8", "learning_rate=1e-3", *words]
+    given = {word.split("=")[0] for word in own_words}
+    run("rl", runs.parent, *(word for word in SMALL_TRAIN if word.split("=")[0] not in given), *own_words, *SHORT)
     lines = rows(runs / "rl" / algo / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2]
     for line in lines[1:]:
@@ -175,7 +175,7 @@ def test_score_rows_are_what_rl_reads(runs: Path, tmp_path: Path) -> None:
 
 
 def test_rl_from_scored_rows_alone(runs: Path, tmp_path: Path) -> None:
-    """The front door: rows with a reward column, no reward model; values are learned from the logged rewards."""
+    """Rows with a reward column, no reward model; values are learned from the logged rewards."""
     lines = [
         {"prompt": f"How do I boil egg {i % 10}?", "completion": "Put it in water." * (1 + i % 3), "reward": i % 4 / 4}
         for i in range(40)
@@ -308,9 +308,9 @@ def test_two_ranks_make_the_model_of_one(tmp_path: Path, launcher: str) -> None:
 
 
 def test_a_named_model_and_another_sft_model_are_not_mixed_up(runs: Path) -> None:
-    """The run's SFT model was made from nothing; naming a base model for RL contradicts that, unless one says so."""
+    """The run's SFT model was made from scratch; naming a base model for RL contradicts that, unless one says so."""
     other = runs / "reward" / "helpfulness" / "model"
-    with pytest.raises(UserError, match=r"was made of a new model: say start_from=model"):
+    with pytest.raises(UserError, match=r"was made of a new model: set start_from=model"):
         train("rl", runs.parent, "name=mixed", f"model={other}", "max_steps=2")
 
 

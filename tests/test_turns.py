@@ -72,9 +72,9 @@ def test_rows_are_joined_where_one_begins_the_next():
     assert [item.example.id for item in whole] == ["a", "b"]
     row, last = whole[0].rows[0], apart[2].rows[0]
     assert row.prompt_ids + row.response_ids == last.prompt_ids + last.response_ids  # what generation would read
-    told = [token for token, learned in zip(row.response_ids, row.learned, strict=True) if learned]
-    assert tuple(told) == sum((item.rows[0].response_ids for item in apart[:3]), ())
-    assert told.count(tiny.EOS_ID) == 3
+    learned_ids = [token for token, learned in zip(row.response_ids, row.learned, strict=True) if learned]
+    assert tuple(learned_ids) == sum((item.rows[0].response_ids for item in apart[:3]), ())
+    assert learned_ids.count(tiny.EOS_ID) == 3
     assert whole[1].rows[0].learned == ()
 
 

@@ -1,7 +1,7 @@
-"""How sure the policy is of a prompt, and how many responses it is asked for: more where it is unsure.
+"""How sure the policy is of a prompt, and how many responses the prompt gets: more where it is unsure.
 
     c in [0, 1], 1: it can do no better
-    entropy       c = 1 - (mean over tokens of H_t - low) / (high - low), from 0 to ln V if nothing else is said
+    entropy       c = 1 - (mean over tokens of H_t - low) / (high - low), from 0 to ln V unless set otherwise
     reward        c = (mean reward - low) / (high - low), limited to [0, 1]
     combined      c = w * entropy + (1 - w) * reward
     confidence    c = 1 + mean over tokens of m_t ln m_t, m_t the largest probability; falls before it rises
@@ -12,7 +12,7 @@ That sampling follows the policy's capability is the idea of Wang et al., "ESRL:
 Learning for Sequence Generation" (AAAI 2024, arXiv 2308.02223). The formulas here are this project's own.
 
 The released code does something else, which `drop_score` and `dropped` reproduce for comparison: every prompt gets one
-response, and then the surest ones are thrown away, after their cost.
+response, and then the surest ones are dropped, when their cost is already paid.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def size(capability: float, k_min: int, k_max: int) -> int:
 
 
 def temperature(capability: float, low: float, high: float, by: str) -> float:
-    """At which temperature. by: constant, capability (hotter where it is sure), incapability (where it is not)."""
+    """At which temperature. by: constant, capability (higher where it is sure), incapability (where it is not)."""
     share = {"constant": 0.0, "capability": capability, "incapability": 1.0 - capability}[by]
     return low + share * (high - low)
 
@@ -56,14 +56,14 @@ def within_budget(sizes: Sequence[int], keys: Sequence[str], budget: int, k_min:
 
     Never below `k_min`: where all are there, the sum may stay above the budget.
     """
-    found = list(sizes)
-    order = sorted(range(len(found)), key=lambda i: keys[i])
-    while sum(found) > budget:
-        largest = max(order, key=lambda i: found[i])  # the first of equals
-        if found[largest] <= k_min:
+    lowered = list(sizes)
+    order = sorted(range(len(lowered)), key=lambda i: keys[i])
+    while sum(lowered) > budget:
+        largest = max(order, key=lambda i: lowered[i])  # the first of equals
+        if lowered[largest] <= k_min:
             break
-        found[largest] -= 1
-    return found
+        lowered[largest] -= 1
+    return lowered
 
 
 def quantiles(values: Sequence[float], low: float, high: float) -> tuple[float, float]:

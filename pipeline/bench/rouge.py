@@ -18,16 +18,16 @@ ENDINGS = ("", "s", "ed", "ing", "er", "ly", "ation", "ness", "ment", "ability")
 
 
 def measure(setup: Setup) -> list[Result]:
-    asked = [texts(seed) for seed in range(setup.timing.total)]  # new ones in each step: nothing is remembered
+    texts_of_step = [texts(seed) for seed in range(setup.timing.total)]  # new ones in each step: nothing is cached
     scorer = None
     if importlib.util.find_spec("rouge_score") is not None:  # it is for development only
         scorer = importlib.import_module("rouge_score.rouge_scorer").RougeScorer(list(KINDS), use_stemmer=True)
 
     def ours(step: int) -> list[list[float]]:
-        return rouge(KINDS, *asked[step])
+        return rouge(KINDS, *texts_of_step[step])
 
     def other(step: int) -> list[list[float]]:
-        references, candidates = asked[step]
+        references, candidates = texts_of_step[step]
         scores = [scorer.score_multi(references, candidate) for candidate in candidates]
         return [[score[kind].fmeasure for kind in KINDS] for score in scores]
 

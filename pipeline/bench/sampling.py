@@ -27,13 +27,13 @@ from pipeline.rollout.generate import plain_sampling, respond
 from pipeline.trainer.model import Model
 
 LESS = Goal(5.0, at_least=True)
-GOAL_LENGTH = 256  # tokens, at which LESS is asked for
+GOAL_LENGTH = 256  # tokens, at which LESS is the goal
 MEAN_LENGTH = 32.0  # tokens of what the engines sample
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """A Llama, and what it is asked for."""
+    """A Llama, and what it has to sample."""
 
     scratch: Mapping[str, int]
     attention: str

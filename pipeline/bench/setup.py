@@ -1,4 +1,4 @@
-"""What the parts of the benchmark share: rows of an embedded task, new models, trainers with the product's own loop."""
+"""What the parts of the benchmark share: rows of a built-in task, new models, trainers with the product's own loop."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ class Setup:
 def prepare(settings: BenchStage, ranks: Ranks, directory: Path, folder: Path) -> Setup:
     """The setup for `settings`, or, where there is a GPU, for the model and the batches of `settings.gpu`.
 
-    Raises UserError where processor time is asked for and there is a GPU.
+    Raises UserError where processor time is requested and there is a GPU.
     """
     if ranks.device.type == "cuda":
         if settings.clock == "cpu":
-            raise UserError("clock: cpu, but the work is the GPU's: say clock=wall")
+            raise UserError("clock: cpu, but the work is the GPU's: set clock=wall")
         settings = for_gpu(settings)
     return _load(settings, ranks, directory, folder)
 
@@ -158,8 +158,8 @@ def even(items: list[Item], prompt: int, response: int) -> list[Item]:
     """The items with every row cut or repeated to `prompt` and `response` tokens: no variation of length."""
 
     def sized(row: Row) -> Row:
-        ids, said = row.prompt_ids, row.response_ids
-        prompts, responses = ids * (prompt // max(1, len(ids)) + 1), said * (response // max(1, len(said)) + 1)
+        prompts = row.prompt_ids * (prompt // max(1, len(row.prompt_ids)) + 1)
+        responses = row.response_ids * (response // max(1, len(row.response_ids)) + 1)
         return replace(row, prompt_ids=prompts[:prompt], response_ids=responses[:response])
 
     return [replace(item, rows=tuple(sized(row) for row in item.rows)) for item in items]

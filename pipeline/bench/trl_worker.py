@@ -68,7 +68,7 @@ class Turns(TrainerCallback):
         self.answer(answer, last=state.global_step == state.max_steps)
 
     def answer(self, words: dict[str, float], last: bool = False) -> None:
-        """Say `words`, and, but for the last time, wait for the next word."""
+        """Print `words`, and, except for the last time, wait for the next line of input."""
         self.channel.write(json.dumps(words) + "\n")
         self.channel.flush()
         if not last and not sys.stdin.readline():

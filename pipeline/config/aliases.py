@@ -1,4 +1,4 @@
-"""Names that users of other tools know, and the settings they stand for; also names that need a word of advice."""
+"""Names that users of other tools know, and the settings they stand for; and names that get a hint instead."""
 
 SECTION_OF = {  # settings that may be given without their section
     "launch": "hostfile launcher master_port ddp_timeout",
@@ -31,18 +31,18 @@ ALIASES: dict[str, str] = {
     "kl_coef": "algorithm.settings.kl_beta",
 }
 
-# `bf16=true` is `train.precision=bf16`; `bf16=false` would not say what else, and is refused.
+# `bf16=true` is `train.precision=bf16`; `bf16=false` would leave open what else, and is refused.
 SWITCHES: dict[str, tuple[str, str]] = {"bf16": ("train.precision", "bf16"), "fp16": ("train.precision", "fp16")}
 
 # Published ids of algorithms whose file in stages/algo/ has another name.
 ALGORITHM_IDS: dict[str, str] = {"a_lol": "alol"}
 
 ADVICE: dict[str, str] = {
-    "gradient_accumulation_steps": "is derived, not set; say train.batch_size (rows per step over all ranks)"
+    "gradient_accumulation_steps": "is derived from other settings: set train.batch_size (rows per step over all ranks)"
     " and train.micro_batch_size",
-    "warmup_steps": "is not a setting; say warmup_ratio, a fraction of all steps",
-    "max_length": "is not a setting; say data.max_prompt_length and data.max_response_length",
-    "output_dir": "is not a setting; say run=NAME (results go to runs/NAME/) or runs_dir=DIRECTORY",
+    "warmup_steps": "is not a setting; set warmup_ratio, a fraction of all steps",
+    "max_length": "is not a setting; set data.max_prompt_length and data.max_response_length",
+    "output_dir": "is not a setting; set run=NAME (results go to runs/NAME/) or runs_dir=DIRECTORY",
     "resume_from_checkpoint": "is not a setting; a stage goes on by itself from its last checkpoint",
     "report_to": "is not a setting; metrics.jsonl and TensorBoard are always written",
 }

@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 
 from pipeline.config.aliases import ALGORITHM_IDS
+from pipeline.config.deepspeed import read_ds_config
 from pipeline.config.definitions import Definitions
+from pipeline.config.schema import Training
 from pipeline.config.validate import SettingPath, describe, known_paths, nearest_path, validated
 from pipeline.config.yaml_layers import COMMAND_LINE, Layer, Leaf, merge, nested, parse_overrides, read_layer, word
 from pipeline.errors import UserError, did_you_mean
@@ -64,7 +66,10 @@ def resolve(words: Iterable[str], defined: Definitions | None = None) -> Resolve
     merged = merge([layers.shipped, *layers.later])
     _check_free_keys(layers.shipped, merged)
     places = {path: leaf.place for path, leaf in merged.items()}
-    return Resolved(stage, validated(layers.record, nested(merged), places), words)
+    settings = validated(layers.record, nested(merged), places)
+    if isinstance(settings, Training):
+        read_ds_config(settings.train.zero)  # a mistake in it is found before any row is read
+    return Resolved(stage, settings, words)
 
 
 def resolve_steps(words: Iterable[str], defined: Definitions | None = None) -> list[Resolved]:

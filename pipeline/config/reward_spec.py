@@ -1,4 +1,4 @@
-"""What names rewards: a name, a path, an address or a mapping with weights; and the key that servers are asked with."""
+"""What names rewards: a name, a path, an address or a mapping with weights; and the access key for servers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def web_address(text: str) -> SplitResult:
         raise ValueError(f"{found}, wanted none of it, for settings are kept and shown: give the key in {TOKEN}")
     wanted = f"{text!r}, wanted http://HOST:PORT/PATH or https://"
     if not text.isascii() or any(sign.isspace() or not sign.isprintable() for sign in text):
-        raise ValueError(f"{wanted} without blanks, other signs as %XX")
+        raise ValueError(f"{wanted} without spaces, other characters as %XX")
     try:
         parts = urlsplit(text)
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -54,7 +54,7 @@ def token() -> str:
     """The key, empty where there is none. Raises UserError, without the key, where it cannot be sent as a header."""
     found = os.environ.get(TOKEN, "").strip()
     if not found.isascii() or any(sign.isspace() or not sign.isprintable() for sign in found):
-        raise UserError(f"{TOKEN}: it holds blanks or signs that are not ASCII, wanted the key alone")
+        raise UserError(f"{TOKEN}: it holds spaces or characters that are not ASCII, wanted the key alone")
     return found
 
 

@@ -49,7 +49,7 @@ class SamplerSettings(Section):
             )
         if self.probe is not None and self.capability in ("reward", "combined"):
             raise ValueError(
-                f"probe is {self.probe} with capability {self.capability}, wanted one that does not look at rewards "
+                f"probe is {self.probe} with capability {self.capability}, wanted one that does not use rewards "
                 "(entropy): probes whose rewards decide how many more there are would bias their own baseline"
             )
         return self
@@ -114,7 +114,7 @@ class SamplerSettings(Section):
 
     def _check_engine(self) -> None:
         """Continuous batching gives log-probabilities of the drawn tokens, and nothing else of the distributions."""
-        cure = "say generation.engine=generate"
+        cure = "set generation.engine=generate"
         if self.mode in ("drop", "drop_fixed") or self.capability == "confidence":
             found = f"sampler.mode is {self.mode} and sampler.capability is {self.capability}"
             raise ValueError(
@@ -137,7 +137,7 @@ class SamplerSettings(Section):
             )
         if self.fewest < 2 and objective == "reinforce" and baseline in ("mean", "group"):
             raise ValueError(
-                f"{found} with baseline: {baseline}, wanted 2 or more, or one is compared with itself: say "
+                f"{found} with baseline: {baseline}, wanted 2 or more, or one is compared with itself: set "
                 "algorithm.settings.baseline=queue"
             )
 
@@ -147,6 +147,6 @@ class SamplerSettings(Section):
         least = (prompts % decoded or min(decoded, prompts)) if by_batch else prompts
         if round(self.drop_share * least, 9) > least - 1:  # rounded up, as algorithms/capability.py does, it is all
             raise ValueError(
-                f"sampler.drop_share: {self.drop_share} of a batch of {least} throws all of it away, wanted some kept: "
+                f"sampler.drop_share: {self.drop_share} of a batch of {least} drops all of it, wanted some kept: "
                 f"lower it, or raise {'generation' if by_batch else 'train'}.batch_size"
             )

@@ -43,7 +43,7 @@ class Training(WithModel):
 
 
 class Masking(Section):
-    """Which tokens of a response the model sees as [MASK] where it reads what it has said so far."""
+    """Which tokens of a response the model sees as [MASK] where it reads its own response so far."""
 
     rate: Fraction
     span: Literal["token", "word", "whole_word"]

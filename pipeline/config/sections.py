@@ -103,9 +103,9 @@ class DataSettings(Section):
     def task_or_files(self) -> DataSettings:
         files = [name for name in ("path", "train", "validation", "test") if getattr(self, name) is not None]
         if self.task is not None and files:
-            raise ValueError(f"both task and {files[0]} are given, wanted one source of rows: say data.task=null")
+            raise ValueError(f"both task and {files[0]} are given, wanted one source of rows: set data.task=null")
         if self.task is None and self.task_size is not None:
-            raise ValueError(f"task_size is {self.task_size}, wanted null without a task: say data.max_rows")
+            raise ValueError(f"task_size is {self.task_size}, wanted null without a task: set data.max_rows")
         return self
 
 
@@ -175,7 +175,7 @@ class GenerationSettings(Section):
             )
         if self.temperatures is not None and (not self.do_sample or self.num_beams > 1):
             raise ValueError(
-                "temperatures are given, wanted plain sampling to use them: say do_sample=true and num_beams=1, "
+                "temperatures are given, wanted plain sampling to use them: set do_sample=true and num_beams=1, "
                 "or generation.temperatures=null"
             )
         return self
@@ -187,14 +187,14 @@ class GenerationSettings(Section):
         other = [f"{name} is {getattr(self, name)}" for name, value in plain.items() if getattr(self, name) != value]
         if self.engine == "continuous" and other:
             raise ValueError(
-                f"{other[0]} with engine continuous, wanted plain sampling or greedy decoding: say "
+                f"{other[0]} with engine continuous, wanted plain sampling or greedy decoding: set "
                 "generation.engine=generate"
             )
         return self
 
 
 class HttpSettings(Section):
-    """How servers are asked that are named in `reward` by their addresses."""
+    """How requests are sent to the servers whose addresses `reward` names."""
 
     batch_size: Count
     concurrency: Annotated[int, Field(ge=1, le=256)]

@@ -1,4 +1,4 @@
-"""YAML files and key=value words -> layers of settings that remember where each value was written.
+"""YAML files and key=value words -> layers of settings that know where each value was written.
 
 The only importer of yaml. `resolve.py` decides which layers make a stage's settings.
 """
@@ -191,7 +191,7 @@ def _target(name: str, value: Any, place: str) -> tuple[SettingPath, Any]:
     if name in SWITCHES:
         setting, meaning = SWITCHES[name]
         if value is not True:
-            raise UserError(f"{place}: {name}: {value!r}, wanted true; say {setting}=... for anything else")
+            raise UserError(f"{place}: {name}: {value!r}, wanted true; set {setting}=... for anything else")
         return tuple(setting.split(".")), meaning
     if name in ALIASES and not isinstance(value, dict):
         return tuple(ALIASES[name].split(".")), value
@@ -221,6 +221,8 @@ def _cure(word: str) -> str:
             return f"; did you mean '{key}={word}'?"
     if word in ("test", "help"):
         return f"; did you mean 'stage={word}'?"
+    if word in ALIASES:
+        return f"; give it a value: {word}=..."
     return did_you_mean(word, ALIASES) + "; see stage=help"
 
 

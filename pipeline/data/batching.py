@@ -178,7 +178,7 @@ def collate(items: Sequence[Item], indices: Sequence[int], packing: Packing, ste
 
 
 class Source(Protocol):
-    """Where the micro-batches of a step come from; `items` and `stats` are those of the last one asked for."""
+    """Where the micro-batches of a step come from; `items` and `stats` are those of the last step requested."""
 
     items: Sequence[Item]
     stats: Mapping[str, Stat]  # of how they were made; the same on every rank

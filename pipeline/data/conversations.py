@@ -18,7 +18,7 @@ from pipeline.records import Example, Item, Row
 def learned(examples: Sequence[Example], which: str) -> list[Example]:
     """The rows to learn from by `train_on`: as they are for last, one for every assistant turn for all.
 
-    Raises UserError where all turns are asked for, but no row has an assistant turn before its completion.
+    Raises UserError where all turns are requested, but no row has an assistant turn before its completion.
     """
     if which == "last":
         return list(examples)
@@ -26,7 +26,7 @@ def learned(examples: Sequence[Example], which: str) -> list[Example]:
     if len(rows) == len(examples):
         raise UserError(
             f"train_on: all, but none of {len(rows)} rows has an assistant turn before its last, wanted conversations: "
-            "give `messages` or `history`, or say train_on=last"
+            "give `messages` or `history`, or set train_on=last"
         )
     return rows
 

@@ -1,4 +1,4 @@
-"""Typed access to the columns of one raw row. Every fault is a RowError: "column: found, wanted"."""
+"""Typed access to the columns of one raw row. Every error is a RowError: "column: found, wanted"."""
 
 from __future__ import annotations
 

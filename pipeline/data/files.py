@@ -1,7 +1,7 @@
 """Raw rows from one file or one hub data set: jsonl, json, csv, tsv, txt, parquet, each plain or .gz.
 
 Files are read strictly: UTF-8 or nothing, whole lines, whole gzip streams. A line that is no row (broken JSON, too few
-cells) is given out with its fault, so that the caller can count it; a file that cannot be read on is a UserError.
+cells) is given out with its error, so that the caller can count it; a file that cannot be read on is a UserError.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class RawRow:
 
     line: int
     columns: Mapping[str, object] = field(default_factory=dict)
-    fault: str = ""  # why this line is no row; `columns` is then empty
+    error: str = ""  # why this line is no row; `columns` is then empty
 
 
 def raw_rows(path: str, ranked: bool = False) -> Iterator[RawRow]:
@@ -60,7 +60,7 @@ def raw_rows(path: str, ranked: bool = False) -> Iterator[RawRow]:
 
 
 def known_ending(name: str) -> str | None:
-    """The ending of a file name that tells how to read it, .gz left off; None if unknown."""
+    """The ending of a file name that decides how to read it, .gz left off; None if unknown."""
     suffix = Path(name.removesuffix(".gz")).suffix.lower()
     return suffix if suffix in READERS else None
 
@@ -123,13 +123,13 @@ def _line_objects(lines: Iterable[tuple[int, str]]) -> Iterator[RawRow]:
         try:
             yield _object(number, json.loads(line))
         except (ValueError, RecursionError) as error:
-            yield RawRow(number, fault=f"no JSON ({error}), wanted one JSON object per line")
+            yield RawRow(number, error=f"no JSON ({error}), wanted one JSON object per line")
 
 
 def _object(line: int, value: object) -> RawRow:
     if isinstance(value, dict):
         return RawRow(line, value)
-    return RawRow(line, fault=f"JSON of type {type(value).__name__}, wanted an object with named columns")
+    return RawRow(line, error=f"JSON of type {type(value).__name__}, wanted an object with named columns")
 
 
 def _json(path: str) -> Iterator[RawRow]:
@@ -220,7 +220,7 @@ def _checked_header(place: str, cells: Sequence[str]) -> Sequence[str]:
 
 def _row(line: int, cells: Sequence[str], header: Sequence[str]) -> RawRow:
     if len(cells) != len(header):
-        return RawRow(line, fault=f"{len(cells)} cells, wanted {len(header)} ({', '.join(header)})")
+        return RawRow(line, error=f"{len(cells)} cells, wanted {len(header)} ({', '.join(header)})")
     return RawRow(line, {name: cell or None for name, cell in zip(header, cells, strict=True)})
 
 
@@ -254,7 +254,7 @@ def array_entries(path: str, text: str) -> Iterator[tuple[int, object]]:
         whole = json.loads(text)
     except (ValueError, RecursionError) as error:
         line = error.lineno if isinstance(error, json.JSONDecodeError) else 1
-        raise UserError(f"{path}:{line}: no JSON ({error}), {ARRAY}; mend or write the file again") from error
+        raise UserError(f"{path}:{line}: no JSON ({error}), {ARRAY}; fix it or write the file again") from error
     start = 0
     if isinstance(whole, dict) and isinstance(whole.get("data"), list):
         names_and_values = list(_entries(text, 0))

@@ -25,9 +25,9 @@ class Format(NamedTuple):
     """One shape of a row. `read` gives the fields of an Example that it has columns of its own for, or a RowError."""
 
     wanted: str  # its columns, in words
-    fits: Callable[[Columns], bool]  # asked about the columns of the first row that have a value
+    fits: Callable[[Columns], bool]  # of the columns of the first row that have a value
     read: Callable[[Columns], Fields]
-    reads: tuple[str, ...]  # the columns it looks at beside CARRIED
+    reads: tuple[str, ...]  # the columns it uses beside CARRIED
 
 
 def detect(row: Columns) -> str:
@@ -43,7 +43,7 @@ def detect(row: Columns) -> str:
 
 
 def unused_columns(row: Columns, name: str) -> list[str]:
-    """The columns of `row` that format `name` does not look at."""
+    """The columns of `row` that format `name` does not use."""
     return [column for column in row if column not in FORMATS[name].reads and column not in CARRIED]
 
 

@@ -83,11 +83,11 @@ class Masker:
 
 def with_shown(batch: Batch, shown: Tensor) -> Tensor:
     """`input_ids` (B, L) of prompt + response with `shown` (B, T) in the responses' places."""
-    found = batch.input_ids.clone()
+    masked_ids = batch.input_ids.clone()
     ends = batch.input_mask.sum(1).tolist()
-    for row, ids, start, end in zip(found, shown, batch.prompt_lengths.tolist(), ends, strict=True):
+    for row, ids, start, end in zip(masked_ids, shown, batch.prompt_lengths.tolist(), ends, strict=True):
         row[start:end] = ids[: end - start]
-    return found
+    return masked_ids
 
 
 def in_two_rows(batch: Batch, pad_id: int) -> Batch:

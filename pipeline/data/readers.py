@@ -70,7 +70,7 @@ def read(path: str, format: str | None = None, filters: Filters | None = None, m
     result = _read_rows(path, rows, format, filters)
     if (bad := len(result.bad_rows)) > max_bad_rows:
         found = _first_bad(path, result.bad_rows, result.rows_read)
-        raise UserError(f"{found}; mend the data, or allow them with data.max_bad_rows={bad}")
+        raise UserError(f"{found}; fix the data, or allow them with data.max_bad_rows={bad}")
     if not result.examples:
         raise _nothing_left(path, result, filters)
     logger.info(_summary(path, result, unused_columns(first.columns, format), filters))
@@ -86,12 +86,12 @@ def _peek(path: str, format: str | None) -> tuple[Iterable[RawRow], RawRow]:
     head = []
     for row in rows:
         head.append(row)
-        if not row.fault:
+        if not row.error:
             return chain(head, rows), row
     if not head:
         raise UserError(f"{path}: empty, wanted at least one row; check how the file was made")
-    faults = [f"{path}:{row.line}: {row.fault}" for row in head]
-    raise UserError(f"{_first_bad(path, faults, len(head))}; no line is a row: check how the file was made")
+    errors = [f"{path}:{row.line}: {row.error}" for row in head]
+    raise UserError(f"{_first_bad(path, errors, len(head))}; no line is a row: check how the file was made")
 
 
 def _detected(path: str, row: RawRow) -> str:
@@ -116,8 +116,8 @@ def _read_rows(path: str, rows: Iterable[RawRow], format: str, filters: Filters)
     result, read, name = ReadResult(format), FORMATS[format].read, stem(path)
     for row in rows:
         try:
-            if row.fault:
-                raise RowError(row.fault)
+            if row.error:
+                raise RowError(row.error)
             reason = _reason_to_drop(row.columns, filters)
             example = None if reason else example_of(row.columns, read(row.columns), f"{name}/{row.line}")
         except RowError as error:

@@ -62,7 +62,7 @@ def survivors(weights: Sequence[float] | Tensor) -> list[int]:
         largest = f" (largest {float(values.max()):.4g})" if len(values) else ""
         raise UserError(
             f"sampling weights: none of {len(values)} rows is positive{largest}, wanted at least one: "
-            "check that rewards and values are on one scale, or say sampling=all"
+            "check that rewards and values are on one scale, or set sampling=all"
         )
     return rows
 
@@ -78,7 +78,7 @@ def step_budget(steps: int, kept_fraction: float) -> int:
 
 @lru_cache(maxsize=2)
 def _permutation(n: int, seed: int, epoch: int) -> Tensor:
-    """(n,) int64 permutation of one epoch; the last two are remembered, as steps follow each other."""
+    """(n,) int64 permutation of one epoch; the last two are cached, as steps follow each other."""
     return torch.randperm(n, generator=generator("epoch", seed, epoch))
 
 

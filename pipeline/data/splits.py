@@ -44,7 +44,7 @@ def split_files(path: str, word: str | None = None) -> dict[str, str]:
 
     A file belongs to a split if its stem is the split's word, or else begins or ends with it as a word of its own
     (`pairs_train.jsonl.gz`, `train-00000-of-00001.parquet`). A file as `path` is the training file; a hub name without
-    split is asked for its splits. With `word`, only files of a folder that have it as a word of their name count.
+    split is searched for its splits. With `word`, only files of a folder that have it as a word of their name count.
     Raises UserError, listing the folder, where there is no training file or where several would do, and for a `word`
     without a folder.
     """

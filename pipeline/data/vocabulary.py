@@ -34,7 +34,7 @@ class TokenTables:
         """Raise UserError where no token marks the beginning of a word, so that words cannot be told apart."""
         if not (self.word_start & ~self.punctuation).any():
             raise UserError(
-                "masking.span: words are asked for, but no token of this tokenizer begins with a blank, "
+                "masking.span: words are to be masked, but no token of this tokenizer begins with a space, "
                 "wanted a vocabulary that marks where words begin: set masking.span=token"
             )
 

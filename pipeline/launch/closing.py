@@ -16,6 +16,7 @@ from pipeline.launch import run_dir
 SOURCES = (("recipe",), ("data", "task"), ("data", "path"))  # settings that say where the rows of all stages come from
 CARRIED = (("run",), ("runs_dir",), *SOURCES)  # from a stage's words to those of the next
 HEADLINES = ("eval/reward/mean", "eval/rewards/accuracy", "eval/accuracy", "eval/loss")  # the first that is there
+UNTRAINED = ", as no later evaluation was better: these are the weights it began with (train.keep=last keeps the last)"
 ROWS = {  # what a stage reads, where neither a task nor a directory nor a recipe says so
     "sft": "data.train=FILE",
     "reward": "data.train=PAIRS",
@@ -46,7 +47,7 @@ def next_words(step: Resolved) -> list[str]:
 
 
 def _next_in_recipe(step: Resolved, given: Layer) -> list[str]:
-    """stage= and name= of the step after this one, where a recipe was asked for and has one."""
+    """stage= and name= of the step after this one, where a recipe was named and has one."""
     if ("recipe",) not in given:
         return []
     steps = Definitions().recipe(given[("recipe",)].value).steps  # as they are: alone, without words, they may not do
@@ -84,17 +85,21 @@ FOLLOWS: dict[str, Callable[[Any], list[str]]] = {
 
 
 def _trained(directory: str, results: Mapping[str, Any]) -> str:
-    tag = next((tag for tag in HEADLINES if tag in results), None)
-    found = f"{tag} {_number(results[tag])} " if tag else ""
-    return f"{directory}/model: {found}at step {results['model_step']} of {results['steps']}"
+    judged = any(tag.startswith("eval/rewards/") and tag.endswith("/mean") for tag in results)
+    # without a reward that judges responses, eval/reward/mean is that of the logged rows, whatever the model says
+    tags = HEADLINES if judged or "eval/loss" not in results else HEADLINES[1:]
+    tag = next((tag for tag in tags if tag in results), None)
+    number = f"{tag} {_number(results[tag])} " if tag else ""
+    untrained = "" if results["model_step"] > 0 else UNTRAINED
+    return f"{directory}/model: {number}at step {results['model_step']} of {results['steps']}{untrained}"
 
 
 def _rows(directory: str, results: Mapping[str, Any]) -> str:
-    return f"{directory}: " + ", ".join(f"{split} {found['rows']:,} rows" for split, found in results.items())
+    return f"{directory}: " + ", ".join(f"{split} {counts['rows']:,} rows" for split, counts in results.items())
 
 
 def _judged(directory: str, results: Mapping[str, Any]) -> str:
-    rewards = [f"{policy} {_number(found['reward/mean'])}" for policy, found in results.items()]
+    rewards = [f"{policy} {_number(numbers['reward/mean'])}" for policy, numbers in results.items()]
     return f"{directory}/results.json: reward {', '.join(rewards)}"
 
 

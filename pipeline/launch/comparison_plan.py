@@ -181,12 +181,12 @@ def _home_tasks(home: Home, common: Sequence[str], rewards_only: bool) -> list[T
 def _recipe_steps(home: Home, common: Sequence[str]) -> tuple[list[Resolved], Resolved, Resolved]:
     """(the steps before rl, rl, evaluate) of the recipe in a home. Raises UserError where one of the two is missing."""
     steps = resolve_steps([*common, f"run={home.run}", f"seed={home.seed}"])
-    found = {step.stage: step for step in steps}
+    by_stage = {step.stage: step for step in steps}
     for stage in ("rl", "evaluate"):
-        if stage not in found:
+        if stage not in by_stage:
             raise UserError(f"{PLACE}: the recipe has no {stage} step, wanted one to take the variants' settings from")
-    before = steps[: steps.index(found["rl"])]
-    return [step for step in before if step.stage not in NOT_BEFORE], found["rl"], found["evaluate"]
+    before = steps[: steps.index(by_stage["rl"])]
+    return [step for step in before if step.stage not in NOT_BEFORE], by_stage["rl"], by_stage["evaluate"]
 
 
 def _score_step(steps: Sequence[Resolved], home: Home, common: Sequence[str]) -> Resolved:

@@ -1,4 +1,4 @@
-"""What the files of stages/ end with: words -> settings -> main, and user errors in one line with exit code 2."""
+"""How the process of a stage runs: key=value words -> settings -> main; user errors in one line with exit code 2."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ USER_ERROR = 2
 INTERRUPTED = 130
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on
 
-logger = logging.getLogger("tiffin")  # what a program says while it runs; results that were asked for are printed
+logger = logging.getLogger("tiffin")  # what a program says while it runs; results that the user requested are printed
 
 
 def run(main: Callable[[Any, list[str]], None], stage: str) -> NoReturn:
@@ -31,7 +31,7 @@ def run(main: Callable[[Any, list[str]], None], stage: str) -> NoReturn:
 def leave(work: Callable[[], int]) -> NoReturn:
     """Exit with what `work` returns; 2 and one line on stderr for a UserError or what the machine refuses; 130 when
     interrupted; 75 when saved after SIGTERM."""
-    speak()
+    set_up_logging()
     try:
         code = work()
     except UserError as error:
@@ -67,8 +67,8 @@ class Lines(logging.Handler):
         print(text, file=sys.stderr if grave else sys.stdout, flush=True)
 
 
-def speak() -> None:
-    """Have this process say what `tiffin` is told to log; of a launch's ranks only the first says more than errors."""
+def set_up_logging() -> None:
+    """Show what is logged to `tiffin`; of the ranks of a launch only the first shows more than errors."""
     logger.handlers, logger.propagate = [Lines()], False
     logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
 
@@ -86,6 +86,6 @@ def _call(main: Callable[[Any, list[str]], None], stage: str, words: Sequence[st
     if resolved.stage != stage:
         raise UserError(f"command line: stage={resolved.stage}, but this is stages/{stage}.py")
     os.environ.update(rank_environment(resolved.settings.launch, os.environ))
-    speak()  # now that the rank is known, under srun too
+    set_up_logging()  # now that the rank is known, under srun too
     main(resolved.settings, list(words))
     return 0

@@ -73,11 +73,11 @@ def choose(dev: bool) -> Path:
 def _satisfied(wanted: str) -> bool:
     name, limits = re.match(r"([\w.-]+)(.*)", wanted).groups()
     try:
-        found = release(importlib.metadata.version(name))
+        installed = release(importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
         return False
     parts = (re.match(r"(>=|==|<)(.+)", limit.strip()).groups() for limit in limits.split(","))
-    return all(COMPARE[sign](found, release(version)) for sign, version in parts)
+    return all(COMPARE[sign](installed, release(version)) for sign, version in parts)
 
 
 def _fingerprint() -> str:

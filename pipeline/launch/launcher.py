@@ -2,7 +2,7 @@
 
 What the launchers do (DeepSpeed 0.19.8, torch 2.13, two gloo ranks on CPU):
 - DeepSpeed's passes the exit code of the first rank that fails; torchrun always exits 1 and prints a traceback.
-- DeepSpeed's adds --local_rank=N to the words unless told --no_local_rank.
+- DeepSpeed's adds --local_rank=N to the words unless given --no_local_rank.
 - SIGTERM to DeepSpeed's outer launcher orphans its children; to the inner one it costs the ranks' exit code (it
   exits 1). A signal to the ranks alone leaves their code intact, so that is what `run` does.
 - torchrun starts each rank in a session of its own: a signal to the process group misses them.
@@ -108,19 +108,19 @@ def hosts(path: Path) -> dict[str, int]:
     """Host -> slots from lines 'host slots=8'. Raises UserError with file and line."""
     if not path.is_file():
         raise UserError(f"launch.hostfile: {path} is not a file; wanted lines 'host slots=8'")
-    found: dict[str, int] = {}
+    slots_of: dict[str, int] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         text = line.split("#")[0].strip()
         match = re.fullmatch(r"(\S+)\s+slots=([1-9][0-9]*)", text)
         if text and not match:
             raise UserError(f"{path}:{number}: {text!r}, wanted 'host slots=8'")
-        if match and match[1] in found:
+        if match and match[1] in slots_of:
             raise UserError(f"{path}:{number}: host {match[1]} is given twice")
         if match:
-            found[match[1]] = int(match[2])
-    if not found:
+            slots_of[match[1]] = int(match[2])
+    if not slots_of:
         raise UserError(f"{path}: no host in it, wanted lines 'host slots=8'")
-    return found
+    return slots_of
 
 
 def run(argv: Sequence[str], env: Mapping[str, str]) -> int:
@@ -169,9 +169,9 @@ def _resources(settings: LaunchSettings) -> list[str]:
     """DeepSpeed's options for the ranks: of this machine, or of a hostfile with several."""
     if settings.hostfile is None:
         return ["--num_gpus", str(settings.processes)]
-    found = hosts(Path(settings.hostfile))
-    if len(found) == 1 and next(iter(found)) in ("localhost", "127.0.0.1", socket.gethostname()):
-        return ["--num_gpus", str(next(iter(found.values())))]
+    listed = hosts(Path(settings.hostfile))
+    if len(listed) == 1 and next(iter(listed)) in ("localhost", "127.0.0.1", socket.gethostname()):
+        return ["--num_gpus", str(next(iter(listed.values())))]
     if not shutil.which("pdsh"):
         raise UserError("launch.hostfile: several machines need the program pdsh, not found; install it, or use Slurm")
     per_host = ["--num_gpus", str(settings.processes)] if settings.processes > 1 else []
@@ -210,7 +210,7 @@ def free_port() -> int:
 
 
 def _refuse_taken(settings: LaunchSettings) -> None:
-    """Raises UserError where another process listens on the port; other machines of a hostfile are not asked."""
+    """Raises UserError where another process listens on the port; other machines of a hostfile are not checked."""
     if settings.hostfile is not None:
         return
     with socket.socket() as wanted:
@@ -230,10 +230,10 @@ def _descendants(pid: int) -> list[int]:
             parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue
-    found = [pid]
-    for one in found:  # grows while it is walked
-        found += [child for child, parent in parents.items() if parent == one]
-    return found[1:]
+    family = [pid]
+    for one in family:  # grows while it is walked
+        family += [child for child, parent in parents.items() if parent == one]
+    return family[1:]
 
 
 def _is_stage(pid: int) -> bool:

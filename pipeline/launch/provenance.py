@@ -1,4 +1,4 @@
-"""With what a stage was started, and how often: starts.jsonl, one line per start, resumed ones included."""
+"""When, where and with which versions a stage was started: starts.jsonl, one line per start, resumed ones included."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def note(directory: Path, step: int) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / NAME
     if path.is_file():
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # without a line that a kill has torn
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # without a last line that a kill cut short
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
@@ -30,7 +30,7 @@ def note(directory: Path, step: int) -> None:
 def read(directory: Path) -> list[dict]:
     """The starts of a stage in their order; none where nothing was noted. Raises UserError on a line that is no JSON.
 
-    A torn last line, which a kill leaves, is dropped.
+    A last line that a kill cut short is dropped.
     """
     path = directory / NAME
     if not path.is_file():

@@ -1,6 +1,6 @@
 """The directory of a run: what earlier stages left, whether a stage is done, and whether it may go on.
 
-Nothing passes between stages but directories. A stage directory tells what made it (config.yaml, inputs.json), so that
+Nothing passes between stages but directories. A stage directory holds what made it (config.yaml, inputs.json), so that
 a second start neither redoes what is done nor continues what has become something else.
 """
 
@@ -66,8 +66,8 @@ def model_of(settings: Common, stage: str) -> Path | None:
 def reward_models(settings: Common) -> dict[str, str]:
     """The reward models trained in this run: name -> model directory."""
     folder = run_dir(settings) / "reward"
-    found = sorted(folder.iterdir()) if folder.is_dir() else []
-    return {path.name: str(path / "model") for path in found if finished(path) and (path / "model").is_dir()}
+    folders = sorted(folder.iterdir()) if folder.is_dir() else []
+    return {path.name: str(path / "model") for path in folders if finished(path) and (path / "model").is_dir()}
 
 
 def claim(directory: Path) -> None:
@@ -136,7 +136,7 @@ def open_stage(directory: Path, settings: Common, words: Sequence[str], inputs: 
 
 
 def done(directory: Path, settings: Common, inputs: Callable[[], Mapping[str, str]]) -> bool:
-    """Whether a stage is finished, which is then said; `inputs`, as of `open_stage`, is asked of finished ones only.
+    """Whether a stage is finished, which is then logged; `inputs`, as of `open_stage`, is called if it is.
 
     Raises UserError where it was started with other settings, or finished with other inputs.
     """
@@ -191,16 +191,16 @@ def start_model(settings: RewardStage | RlStage) -> ModelSettings:
 
     Raises UserError where a model is named, and the SFT model was made of another.
     """
-    found = model_of(settings, "sft") if settings.start_from == "sft" else None
-    if found is None:
+    trained = model_of(settings, "sft") if settings.start_from == "sft" else None
+    if trained is None:
         return settings.model
-    made_of, named = load_yaml(found.parent / CONFIG)["model"]["path"], settings.model.path
-    if named not in (None, made_of, str(found)):
+    made_of, named = load_yaml(trained.parent / CONFIG)["model"]["path"], settings.model.path
+    if named not in (None, made_of, str(trained)):
         raise UserError(
-            f"model.path: {named}, but {found.parent} was made of {made_of or 'a new model'}: "
-            "say start_from=model to start from it, or choose another run="
+            f"model.path: {named}, but {trained.parent} was made of {made_of or 'a new model'}: "
+            "set start_from=model to start from it, or choose another run="
         )
-    return settings.model.model_copy(update={"path": str(found), "revision": None})
+    return settings.model.model_copy(update={"path": str(trained), "revision": None})
 
 
 def policy_model(settings: WithModel, place: str | None) -> ModelSettings:
@@ -209,9 +209,9 @@ def policy_model(settings: WithModel, place: str | None) -> ModelSettings:
     Raises UserError where there is no such policy.
     """
     names = ["rl", "sft"] if place is None else [place]
-    found = next((path for name in names if (path := model_of(settings, name))), None)
-    if found is not None:
-        return settings.model.model_copy(update={"path": str(found)})
+    latest = next((path for name in names if (path := model_of(settings, name))), None)
+    if latest is not None:
+        return settings.model.model_copy(update={"path": str(latest)})
     if place is None and settings.model.path is not None:
         return settings.model
     if place is not None and (Path(place).is_dir() or ("/" in place and not place.startswith(("rl/", "sft/")))):

@@ -58,7 +58,7 @@ def weight_type(train: TrainSettings) -> torch.dtype:
 
 
 def enable_checkpointing(model: Any, train: TrainSettings) -> None:
-    """Recompute activations in backward if asked for; under LoRA the inputs must carry gradients for it."""
+    """Recompute activations in backward if requested; under LoRA the inputs must carry gradients for it."""
     if train.gradient_checkpointing:
         loading.hugging_face(model).gradient_checkpointing_enable({"use_reentrant": False})
         loading.hugging_face(model).enable_input_require_grads()

@@ -1,4 +1,4 @@
-"""Is a checkpoint what it is taken for? Each mistake is one line, before anything is computed with it."""
+"""Checks of a checkpoint before anything is computed with it; each mistake is one line."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def load_policy(
     dtype: torch.dtype = torch.float32,
     mask: bool = False,
 ) -> PreTrainedModel | PeftModel:
-    """A causal or encoder-decoder language model with weights in `dtype`, with LoRA if asked for.
+    """A causal or encoder-decoder language model with weights in `dtype`, with LoRA if requested.
 
     `mask`: the model shall read the tokenizer's mask token, and learn its embedding under LoRA too.
     """
@@ -141,7 +141,7 @@ def _load(
             model = auto.from_config(config, **options)
         except (ImportError, ValueError) as error:
             problem = f"{settings.attn_implementation} ({' '.join(str(error).split())})"
-            raise UserError(f"model.attn_implementation: {problem}: say sdpa") from None
+            raise UserError(f"model.attn_implementation: {problem}: set sdpa") from None
         zero_head(model)
     if settings.dropout is not None:
         set_dropout(model, settings.dropout)

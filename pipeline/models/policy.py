@@ -196,7 +196,7 @@ def before_each(hidden: Tensor, prompt_lengths: Tensor, count: int) -> Tensor:
 
 
 class RewardModel(nn.Module):
-    """A scalar head read at each sequence's last token, whatever the padding and the batch mates."""
+    """A scalar head read at each sequence's last token, whatever the padding and the rest of the batch."""
 
     def __init__(self, model: PreTrainedModel | PeftModel):
         super().__init__()

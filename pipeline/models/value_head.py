@@ -126,8 +126,8 @@ def values(head: ValueHead, states: Sequence[Tensor]) -> Tensor:
 
 def _squared_error(head: ValueHead, rows: _Rows, indices: Sequence[int]) -> Tensor:
     """() the sum of the squared errors of rows that this rank owns."""
-    found = values(head, [rows.states[index] for index in indices])
-    return (found - rows.targets[list(indices)].to(found)).square().sum()
+    predicted = values(head, [rows.states[index] for index in indices])
+    return (predicted - rows.targets[list(indices)].to(predicted)).square().sum()
 
 
 def _train_epoch(head: ValueHead, optimizer: torch.optim.Optimizer, rows: _Rows, order: list[int], size: int) -> None:

@@ -55,7 +55,7 @@ def of_policies(base: Numbers, other: Numbers, monitors: Sequence[str] = ()) -> 
     """
     both = [tag for tag in other if other[tag] is not None and base.get(tag) is not None]
     kl = other.get("objective/kl")
-    found = {
+    readings = {
         "gain": _least_change(base, other, [tag for tag in both if tag == "reward/mean"]),
         "length": _factor(base, other, "completions/mean_length", " words"),
         "variety": _factor(base, other, "completions/distinct_2"),
@@ -68,8 +68,8 @@ def of_policies(base: Numbers, other: Numbers, monitors: Sequence[str] = ()) -> 
         watching = {f"rewards/{name}/mean" for name in monitors}
         unseen = [tag for tag in both if fnmatchcase(tag, ORACLE) or tag in watching]
         parts = [tag for tag in both if fnmatchcase(tag, "rewards/*/mean") and tag not in unseen]
-        found |= {"unseen": _least_change(base, other, unseen), "parts": _least_change(base, other, parts)}
-    return {quantity: reading for quantity, reading in found.items() if reading is not None}
+        readings |= {"unseen": _least_change(base, other, unseen), "parts": _least_change(base, other, parts)}
+    return {quantity: reading for quantity, reading in readings.items() if reading is not None}
 
 
 def noise(tag: str, base: Numbers, other: Numbers) -> float:

@@ -22,7 +22,7 @@ CHARTS = {  # over the KL: (title, caption)
         "The same goal, learned from another seed and never trained against: gains that it does not see are of the "
         "first model's errors.",
     ),
-    "oracle/mean": ("Oracle", "The truth, which the embedded task knows by construction."),
+    "oracle/mean": ("Oracle", "The truth, which the built-in task knows by construction."),
     "completions/mean_length": ("Words per response", "Gains that come with length alone are suspect."),
 }
 
@@ -78,13 +78,13 @@ def spread(values: Mapping[int, float]) -> dict[str, Any]:
 
 
 def summary(
-    found: Mapping[int, Mapping[str, Metrics]], baselines: Sequence[str]
+    judged: Mapping[int, Mapping[str, Metrics]], baselines: Sequence[str]
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """{variant: {tag: spread}} of {seed: {variant: metrics}}; `minus` holds the spread of the differences to each
     baseline, seed by seed. A number that is None or NaN for a seed is left out there."""
-    first = next(iter(found.values()))
+    first = next(iter(judged.values()))
     tags = list(dict.fromkeys(tag for metrics in first.values() for tag in metrics))
-    values = {(variant, tag): _by_seed(found, variant, tag) for variant in first for tag in tags}
+    values = {(variant, tag): _by_seed(judged, variant, tag) for variant in first for tag in tags}
     result: dict[str, dict[str, dict[str, Any]]] = {variant: {} for variant in first}
     for (variant, tag), own in values.items():
         if not own:
@@ -124,10 +124,10 @@ def document(title: str, table: Table, baselines: Sequence[str], seeds: Sequence
 def tables(table: Table, baselines: Sequence[str]) -> list[tuple[str, list[str], list[list[str]]]]:
     """(title, head, a line per variant): the numbers, without a title, then the differences to each baseline."""
     columns = _columns(table)
-    found = [("", columns, _lines(table, columns))]
+    parts = [("", columns, _lines(table, columns))]
     differing = [column for column in columns if column.differs]
-    found += [(f"Differences to {b}, seed by seed", differing, _lines(table, differing, b)) for b in baselines]
-    return [(title, ["variant", *(one.title for one in own)], lines) for title, own, lines in found if lines]
+    parts += [(f"Differences to {b}, seed by seed", differing, _lines(table, differing, b)) for b in baselines]
+    return [(title, ["variant", *(one.title for one in own)], lines) for title, own, lines in parts if lines]
 
 
 def scatter(tag: str, table: Table, description: str) -> str:
@@ -142,32 +142,32 @@ def scatter(tag: str, table: Table, description: str) -> str:
     return svg.scatter(marks, f"{X_NAME}, nats per response", description)
 
 
-def _by_seed(found: Mapping[int, Mapping[str, Metrics]], variant: str, tag: str) -> dict[int, float]:
-    numbers = {seed: variants[variant].get(tag) for seed, variants in found.items()}
+def _by_seed(judged: Mapping[int, Mapping[str, Metrics]], variant: str, tag: str) -> dict[int, float]:
+    numbers = {seed: variants[variant].get(tag) for seed, variants in judged.items()}
     return {seed: value for seed, value in numbers.items() if value is not None and math.isfinite(value)}
 
 
 def _columns(table: Table) -> list[Column]:
     """The columns that some variant has a number for; of the second reward models only their sum."""
     tags = dict.fromkeys(tag for metrics in table.values() for tag in metrics if not fnmatchcase(tag, SECOND))
-    found: dict[str, Column] = {}
+    matched: dict[str, Column] = {}
     for column in COLUMNS:
-        titles = {tag: match(tag, column.tag, column.title) for tag in tags if tag not in found}
-        found |= {tag: column._replace(tag=tag, title=title) for tag, title in titles.items() if title}
-    return list(found.values())
+        titles = {tag: match(tag, column.tag, column.title) for tag in tags if tag not in matched}
+        matched |= {tag: column._replace(tag=tag, title=title) for tag, title in titles.items() if title}
+    return list(matched.values())
 
 
 def _lines(table: Table, columns: Sequence[Column], minus: str = "") -> list[list[str]]:
     """One line per variant, its name and its numbers; with `minus`, of the differences to that baseline."""
-    found = []
+    lines = []
     for variant, metrics in table.items():
         spreads = [metrics.get(column.tag) for column in columns]
         if minus:
             spreads = [one["minus"].get(minus) if one else None for one in spreads]
         if any(spreads):
             shown = zip(spreads, columns, strict=True)
-            found.append([variant, *(_text(one, column.digits, "+" if minus else "") for one, column in shown)])
-    return found
+            lines.append([variant, *(_text(one, column.digits, "+" if minus else "") for one, column in shown)])
+    return lines
 
 
 def _text(value: Mapping[str, Any] | None, digits: int, sign: str) -> str:

@@ -41,14 +41,14 @@ def build(run_dir: Path) -> Path:
     evaluation = next((stage for stage in stages if stage.name == "evaluate" and columns_of(stage.results)), None)
     policies = columns_of(evaluation.results) if evaluation else {}
     judged = {stage.name: verdicts(stage) for stage in stages}
-    found = findings(_of_evaluation(evaluation) if evaluation else [], stages, judged)
+    ranked = findings(_of_evaluation(evaluation) if evaluation else [], stages, judged)
     name = run_dir.resolve().name
     context = {
         "title": f"Report: {name}",
         "name": name,
         "about": _about(stages),
-        "wrong": [one for one in found if one[1].level != FINE],
-        "fine": [one for one in found if one[1].level == FINE],
+        "wrong": [one for one in ranked if one[1].level != FINE],
+        "fine": [one for one in ranked if one[1].level == FINE],
         "policies": policies_table(policies) if policies else None,
         "samples": show_samples(run_dir, list(policies)),
         "stages": stages,
@@ -66,12 +66,12 @@ def build(run_dir: Path) -> Path:
 def findings(
     evaluation: Sequence[Found], stages: Sequence[Stage], judged: Mapping[str, Mapping[str, Verdict]]
 ) -> list[Found]:
-    """All verdicts, the gravest first; what the evaluation has judged is not said again of RL's own evaluations."""
+    """All verdicts, the most serious first; what the evaluation has judged is not repeated for RL's own evaluations."""
     known = {verdict.name for _, verdict in evaluation}
-    found = list(evaluation)
+    every = list(evaluation)
     for stage in stages:
-        found += [(stage.title, v) for v in judged[stage.name].values() if stage.kind != "rl" or v.name not in known]
-    return sorted(found, key=lambda one: LEVELS.index(one[1].level))  # stable: within a level as above
+        every += [(stage.title, v) for v in judged[stage.name].values() if stage.kind != "rl" or v.name not in known]
+    return sorted(every, key=lambda one: LEVELS.index(one[1].level))  # stable: within a level as above
 
 
 def differences(stage: Stage) -> list[tuple[str, str, str]]:
@@ -100,7 +100,8 @@ def _about(stages: Sequence[Stage]) -> str:
     files = [stage.folder / name for stage in stages for name in FILES]
     newest = max(path.stat().st_mtime for path in files if path.is_file())
     when = time.strftime("%d %B %Y, %H:%M", time.localtime(newest))
-    return f"{len(stages)} stages, {duration(sum(stage.seconds for stage in stages))} of training, last changed {when}"
+    count = f"{len(stages)} stage" + ("s" if len(stages) > 1 else "")
+    return f"{count}, {duration(sum(stage.seconds for stage in stages))} of training, last changed {when}"
 
 
 def _finals(stage: Stage) -> Table | Finals | None:

@@ -38,7 +38,7 @@ class Answer(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """A prompt's row, what is said about its texts, and the texts, the best first."""
+    """A prompt's row, the line about its texts, and the texts, the best first."""
 
     row: Row
     about: str
@@ -87,7 +87,7 @@ def responses(run_dir: Path, policies: Sequence[str]) -> tuple[list[tuple[str, l
 
 def _rows(path: Path, kind: str, more: Row | None = None) -> list[Row]:
     """The rows of one kind in a samples file, each with `more`. Raises UserError where one lacks something."""
-    found = []
+    answers = []
     for place, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
         row = {**json_object(line, f"{path}:{place}"), **(more or {})}
         if kind != (ROLLOUT if row.get("kind") == ROLLOUT else COMPOSITIONS if COMPOSITIONS in row else RESPONSE):
@@ -95,8 +95,8 @@ def _rows(path: Path, kind: str, more: Row | None = None) -> list[Row]:
         missing = [key for key in KEYS[kind] if key not in row]
         if missing:
             raise UserError(f"{path}:{place}: no '{missing[0]}' in the row; run the stage again")
-        found.append(row)
-    return found
+        answers.append(row)
+    return answers
 
 
 def _step(path: Path) -> str:
@@ -140,21 +140,21 @@ def _answer(row: Row, first: float | None) -> Answer:
 
 def _last_samples(run_dir: Path, kind: str) -> list[LastSamples]:
     """The last samples of this kind of every RL stage that took some."""
-    found = []
+    newest = []
     for folder in folders_of(run_dir, "rl"):
         taken = [(_step(path), _rows(path, kind)) for path in sorted((folder / "samples").glob("step-*.jsonl"))]
         taken = [(step, rows) for step, rows in taken if rows]
         if taken:
             shown = _compositions(taken) if kind == COMPOSITIONS else _rollouts(taken[-1][1])
-            found.append(LastSamples("" if folder.parent == run_dir else folder.name, taken[-1][0], shown))
-    return found
+            newest.append(LastSamples("" if folder.parent == run_dir else folder.name, taken[-1][0], shown))
+    return newest
 
 
 def _compositions(taken: Sequence[tuple[str, list[Row]]]) -> list[Shown]:
     """The last compositions, each beside its numbers among the first."""
     when, first = taken[0]
     before = {row["id"]: row for row in first} if len(taken) > 1 else {}
-    found = []
+    shown = []
     for row in taken[-1][1]:
         texts = [("greedy", row["greedy"]), *(("", one) for one in row["compositions"])]
         texts.sort(key=lambda one: -one[1]["reward"])  # stable: the greedy one stands above equals
@@ -164,13 +164,13 @@ def _compositions(taken: Sequence[tuple[str, list[Row]]]) -> list[Shown]:
         if row["id"] in before:
             old = before[row["id"]]
             words += f". At {when}: mean {number(old['mean'])}, greedy {number(old['greedy']['reward'])}"
-        found.append(Shown(row, f"{words}.", texts))
-    return found
+        shown.append(Shown(row, f"{words}.", texts))
+    return shown
 
 
 def _rollouts(rows: Sequence[Row]) -> list[Shown]:
     """The responses prompt by prompt."""
-    found = []
+    shown = []
     for _, group in groupby(rows, key=lambda row: row["prompt"]):
         texts = sorted(group, key=lambda row: -row["reward"])
         row, rewards = texts[0], [text["reward"] for text in texts]
@@ -178,5 +178,5 @@ def _rollouts(rows: Sequence[Row]) -> list[Shown]:
         words = f"{many} at temperature {number(row['temperature'])}, mean reward {number(statistics.fmean(rewards))}"
         known = "unknown" if row["capability"] is None else number(row["capability"])
         equal = " All earn the same." if len(texts) > 1 and len({*rewards}) == 1 else ""
-        found.append(Shown(row, f"{words}. Capability before the step: {known}.{equal}", texts))
-    return found
+        shown.append(Shown(row, f"{words}. Capability before the step: {known}.{equal}", texts))
+    return shown

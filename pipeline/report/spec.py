@@ -18,7 +18,7 @@ FOLDER = Path(__file__).resolve().parent / "measures"
 FILES = ("learning", "rewards", "masking", "sampling", "policy")  # in the order of the page's charts
 REST = "Other measurements"  # the group of charts that no file describes
 START = "times the start"
-TROUBLE, LOOK, FINE = LEVELS = ("Trouble", "Look", "Fine")  # the gravest first
+TROUBLE, LOOK, FINE = LEVELS = ("Trouble", "Look", "Fine")  # the most serious first
 
 
 class Limit(NamedTuple):
@@ -35,7 +35,7 @@ class Limit(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """What is wanted of one quantity. The first broken limit speaks, so the gravest stand first."""
+    """What is wanted of one quantity. The first broken limit speaks, so the most serious stand first."""
 
     name: str
     limits: tuple[Limit, ...]
@@ -70,7 +70,7 @@ class Metric(NamedTuple):
     note: str = ""
 
 
-ORACLE = "rewards/oracle:*/mean"  # the tag of the true quality, known in the embedded task only
+ORACLE = "rewards/oracle:*/mean"  # the tag of the true quality, known in the built-in task only
 METRICS = (
     Metric("reward/mean", "Reward", +1, "what the policy was trained to raise"),
     Metric(ORACLE, "True {} (oracle)", +1, "known by construction, never trained on"),
@@ -170,8 +170,8 @@ def match(tag: str, pattern: str, label: str) -> str:
 
 def metric_of(tag: str) -> tuple[Metric, str]:
     """The entry for a headline `tag`, and its label; an unknown tag is its own label and is judged by nobody."""
-    found = ((metric, match(tag, metric.tag, metric.label)) for metric in METRICS)
-    return next(((metric, label) for metric, label in found if label), (Metric(tag, tag), tag))
+    matches = ((metric, match(tag, metric.tag, metric.label)) for metric in METRICS)
+    return next(((metric, label) for metric, label in matches if label), (Metric(tag, tag), tag))
 
 
 @cache

@@ -41,13 +41,13 @@ def of_stage(kind: str, series: Series, results: Numbers, facts: Numbers) -> dic
 
     Args:
         results: flat, the stage's own final numbers.
-        facts: counts that no curve has: non_finite, steps thrown away; rows and cut_responses of the training data.
+        facts: counts that no curve has: non_finite, steps skipped; rows and cut_responses of the training data.
     """
     left = Left(series, results, facts)
-    found = {quantity: take(left) for quantity, take in {**TRAINING, **OF_KIND.get(kind, {})}.items()}
+    readings = {quantity: take(left) for quantity, take in {**TRAINING, **OF_KIND.get(kind, {})}.items()}
     if kind == "rl":
-        found |= {quantity: _of_curve(rule, left) for quantity, rule in rules().items() if rule.reads}
-    return {quantity: found[quantity] for quantity in rules() if found.get(quantity) is not None}
+        readings |= {quantity: _of_curve(rule, left) for quantity, rule in rules().items() if rule.reads}
+    return {quantity: readings[quantity] for quantity in rules() if readings.get(quantity) is not None}
 
 
 def series_of(rows: Sequence[Mapping[str, float | None]]) -> dict[str, list[Point]]:
@@ -80,10 +80,10 @@ def spent(series: Series) -> dict[str, float]:
     """Tokens that a stage generated; and the share of tokens saved against k_max responses for all prompts."""
     if GENERATED not in series:
         return {}
-    found = {"generated_tokens": round(total(series[GENERATED]))}
+    cost = {"generated_tokens": round(total(series[GENERATED]))}
     saved = dict(series.get(SAVED, ()))
     full = total([(step, tokens / (1.0 - saved.get(step, 0.0))) for step, tokens in series[GENERATED]])
-    return found | ({"tokens_saved": 1.0 - total(series[GENERATED]) / full} if saved and full else {})
+    return cost | ({"tokens_saved": 1.0 - total(series[GENERATED]) / full} if saved and full else {})
 
 
 def _of_curve(rule: Rule, left: Left) -> Reading | None:
@@ -160,10 +160,10 @@ def _pair_accuracy(left: Left) -> Reading | None:
 def _source_accuracy(left: Left) -> Reading | None:
     sources = [tag.removeprefix("eval/accuracy/") for tag in left.results if tag.startswith("eval/accuracy/")]
     pairs = {source: left.results.get(f"eval/pairs/{source}") or 0 for source in sources}
-    found = [(left.results[f"eval/accuracy/{s}"], s) for s in sources if pairs[s] >= SMALL_SOURCE]
-    if not found:
+    accuracies = [(left.results[f"eval/accuracy/{s}"], s) for s in sources if pairs[s] >= SMALL_SOURCE]
+    if not accuracies:
         return None
-    accuracy, worst = min(found)
+    accuracy, worst = min(accuracies)
     return Reading(accuracy, f"{worst} {number(accuracy)} on {pairs[worst]:,.0f} pairs")
 
 
@@ -225,10 +225,10 @@ def _sampling_time(left: Left) -> Reading | None:
 
 
 def _tokens_saved(left: Left) -> Reading | None:
-    found = spent(left.series)
-    if "tokens_saved" not in found:
+    cost = spent(left.series)
+    if "tokens_saved" not in cost:
         return None
-    share, tokens = found["tokens_saved"], found["generated_tokens"]
+    share, tokens = cost["tokens_saved"], cost["generated_tokens"]
     return Reading(share, f"{share:.0%}, {tokens:,} tokens in place of {tokens / (1.0 - share):,.0f}")
 
 

@@ -79,8 +79,8 @@ def verdicts(stage: Stage) -> dict[str, Verdict]:
     lost = {path.name.split("-rank-")[0] for path in (stage.folder / "non_finite").glob("step-*.jsonl")}
     facts = {**stage.data.get("train", {}), "non_finite": len(lost)}
     results = {tag: value for tag, value in flatten(stage.results).items() if isinstance(value, (int, float))}
-    found = of_stage(stage.kind, stage.series, results, facts)
-    return {quantity: judge(quantity, reading) for quantity, reading in found.items()}
+    readings = of_stage(stage.kind, stage.series, results, facts)
+    return {quantity: judge(quantity, reading) for quantity, reading in readings.items()}
 
 
 def json_object(text: str, place: str) -> dict:

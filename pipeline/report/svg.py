@@ -8,7 +8,7 @@ from html import escape
 from statistics import fmean
 from typing import NamedTuple
 
-from pipeline.report.numbers import MINUS, number
+from pipeline.report.numbers import MINUS
 
 COLOURS = tuple(f"var(--c{i})" for i in range(7))  # the page gives them, for light and dark; after Okabe and Ito
 BAND, GRID, INK, QUIET = "var(--band)", "var(--line)", "var(--ink)", "var(--soft)"
@@ -41,7 +41,7 @@ class Plot(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """One point of a scatter plot; `place` among all that are told apart gives its colour and shape."""
+    """One point of a scatter plot; `place` among all that look different gives its colour and shape."""
 
     place: int
     words: str
@@ -74,12 +74,12 @@ def line_chart(plot: Plot, description: str) -> str:
 def scatter(marks: Sequence[Mark], name: str, description: str) -> str:
     """An <svg> with a mark for each; `name` stands below the horizontal axis."""
     frame = Frame(_range([mark.x for mark in marks]), _range([mark.y for mark in marks]))
-    bottom, rows = HEIGHT - BOTTOM, ticks(*frame.y, 4)
-    parts = [_levels(frame, rows, [number(y) for y in rows])]
+    bottom, rows, columns = HEIGHT - BOTTOM, ticks(*frame.y, 4), ticks(*frame.x, 4)
+    parts = [_levels(frame, rows, _tick_texts(rows, frame.y))]
     parts += [
         f'<line x1="{frame.px(x):.1f}" x2="{frame.px(x):.1f}" y1="{TOP:g}" y2="{bottom:g}" stroke="{GRID}"/>'
-        f'<text x="{frame.px(x):.1f}" y="{bottom + 15:g}" text-anchor="middle" fill="{QUIET}">{number(x)}</text>'
-        for x in ticks(*frame.x, 4)
+        f'<text x="{frame.px(x):.1f}" y="{bottom + 15:g}" text-anchor="middle" fill="{QUIET}">{text}</text>'
+        for x, text in zip(columns, _tick_texts(columns, frame.x), strict=True)
     ]
     place = f'x="{WIDTH - RIGHT:g}" y="{bottom + 30:g}" text-anchor="end" fill="{QUIET}"'
     parts += [f"<text {place}>{escape(name)}</text>"]
@@ -149,6 +149,12 @@ def ticks(low: float, high: float, about: int) -> list[float]:
     return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
+def _tick_texts(values: Sequence[float], ends: tuple[float, float]) -> list[str]:
+    """The ticks of an axis, with as many digits as neighbours need to differ."""
+    step = values[1] - values[0] if len(values) > 1 else 1.0
+    return [_tick_text(value, step, max(map(abs, ends))) for value in values]
+
+
 def _tick_text(value: float, step: float, largest: float) -> str:
     if value == 0:
         return "0"
@@ -163,9 +169,7 @@ def _tick_text(value: float, step: float, largest: float) -> str:
 
 def _grid(frame: Frame) -> str:
     rows, columns = ticks(*frame.y, 4), [x for x in ticks(*frame.x, 4) if x == int(x)]
-    step, width = (found[1] - found[0] if len(found) > 1 else 1.0 for found in (rows, columns))
-    texts = [_tick_text(y, step, max(map(abs, frame.y))) for y in rows]
-    words = [_tick_text(x, width, frame.x[1]) for x in columns]
+    texts, words = _tick_texts(rows, frame.y), _tick_texts(columns, frame.x)
     parts = [
         f'<text x="{frame.px(x):.1f}" y="{HEIGHT - BOTTOM + 17:g}" text-anchor="{_anchor(frame, x)}" fill="{QUIET}">'
         f"{'step ' if x == columns[0] else ''}{word}</text>"

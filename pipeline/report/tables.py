@@ -88,10 +88,10 @@ def _plain(value: object) -> str:
 
 def _decimals(tag: str, columns: Columns) -> int:
     """So many that a row can be compared at a glance; none for counts."""
-    found = [values[tag] for values in columns.values() if values.get(tag) is not None]
-    if all(isinstance(value, int) for value in found):
+    numbers = [values[tag] for values in columns.values() if values.get(tag) is not None]
+    if all(isinstance(value, int) for value in numbers):
         return 0
-    largest = max(abs(value) for value in found)
+    largest = max(abs(value) for value in numbers)
     return 3 if largest < 10 else 1 if largest < 1000 else 0
 
 

@@ -89,7 +89,7 @@ def _requests(server: _Server, columns: Mapping[str, list], start: int, stop: in
         problem = (
             f"completion {start} '{shortened(columns['completions'][start])}' makes a request of {len(body):,} bytes"
         )
-        raise server.error(f"{problem}, wanted at most {limit:g} MB: say rewards.http.max_request_mb={limit * 2:g}")
+        raise server.error(f"{problem}, wanted at most {limit:g} MB: set rewards.http.max_request_mb={limit * 2:g}")
     middle = (start + stop) // 2
     return _requests(server, columns, start, middle) + _requests(server, columns, middle, stop)
 
@@ -179,8 +179,8 @@ def _unanswered(server: _Server, error: HTTPError) -> Exception:
         case ssl.SSLError() if not isinstance(cause, ssl.SSLEOFError):
             problem, cure = f"no TLS with this server ({cause.reason})", "https: is it an http:// address?"
         case HTTPException() if not isinstance(cause, OSError | IncompleteRead):  # those of a connection that ended
-            problem = f"what answers speaks no HTTP ({type(cause).__name__})"
-            cure = "an http server: correct the address, or say https://"
+            problem = f"what answers is not an HTTP server ({type(cause).__name__})"
+            cure = "an http server: correct the address, or use https://"
         case _:
             problem = f"the connection broke ({shortened(str(cause))})"
     return _PassingError(problem) if cure is None else server.error(f"{problem}, wanted {cure}")

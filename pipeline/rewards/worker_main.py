@@ -22,7 +22,7 @@ POLL_SECONDS = 0.5  # between two checks whether the process that asks is still 
 
 def main(pipe: Connection) -> None:
     """Answer until the process that asks is gone."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # a stage that is asked to end still ends its step
+    for number in (signal.SIGINT, signal.SIGTERM):  # a stage that is stopped still finishes its step
         signal.signal(number, signal.SIG_IGN)
     os.set_inheritable(pipe.fileno(), False)
     threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()

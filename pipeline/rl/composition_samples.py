@@ -1,4 +1,4 @@
-"""Compositions to look at: masked and drawn tokens, the rewards of the texts, and the credit of tokens.
+"""Compositions to read: masked and drawn tokens, the rewards of the texts, and the credit of tokens.
 
 A row of the table is {"id", "prompt", "reference", "static": {"text", "parts"}, "samples": n, "mean": of their rewards,
 "greedy": {"reward", "text", "parts"}, "compositions": some of the n, best first, like greedy, "praised", "blamed": some
@@ -26,7 +26,7 @@ BROKEN = "\N{REPLACEMENT CHARACTER}"  # what decoding makes of bytes that are no
 
 
 def samples_of(
-    encoder: Encoder, batch: Batch, drawn: Drawn, found: Compositions, weights: Tensor
+    encoder: Encoder, batch: Batch, drawn: Drawn, compositions: Compositions, weights: Tensor
 ) -> list[dict[str, Any]]:
     """One row of the sample table for each item of `batch`; weights (B, n) are the advantages."""
     static = batch.static
@@ -34,7 +34,7 @@ def samples_of(
     tokens = drawn.ids.cpu().split(counts)  # (m, n) for each sequence
     credit = token_credit(weights.cpu(), static.masked.cpu()).split(counts)
     rows = []
-    for i, example in enumerate(found.examples):
+    for i, example in enumerate(compositions.examples):
         ids, masked = static.ids[i][static.mask[i]], static.masked[i][static.mask[i]]
         rows.append(
             {
@@ -42,21 +42,21 @@ def samples_of(
                 "prompt": scoring.plain_prompt(example),
                 "reference": dataset.reference_text(example),
                 "static": {"text": encoder.decode(ids.tolist()), "parts": parts(encoder, ids, masked)},
-                **texts(encoder, found, i, masked),
+                **texts(encoder, compositions, i, masked),
                 **by_credit(encoder, ids[masked].tolist(), tokens[i], credit[i]),
             }
         )
     return rows
 
 
-def texts(encoder: Encoder, found: Compositions, i: int, masked: Tensor) -> dict[str, Any]:
+def texts(encoder: Encoder, compositions: Compositions, i: int, masked: Tensor) -> dict[str, Any]:
     """The greedy composition of item `i`, and those of the highest and lowest reward; masked (T,) bool."""
-    *rewards, greedy = found.rewards[i].tolist()
+    *rewards, greedy = compositions.rewards[i].tolist()
     order = sorted(range(len(rewards)), key=lambda k: -rewards[k])
 
     def row(k: int, reward: float) -> dict[str, Any]:
-        ids = found.ids[i, k, : len(masked)]
-        return {"reward": reward, "text": found.texts[i][k], "parts": parts(encoder, ids, masked)}
+        ids = compositions.ids[i, k, : len(masked)]
+        return {"reward": reward, "text": compositions.texts[i][k], "parts": parts(encoder, ids, masked)}
 
     return {
         "samples": len(rewards),

@@ -58,12 +58,14 @@ class Composer:
         judged = self.ask(*self.write(Drawn(*output[2:]), batch), batch)
 
         def rest() -> tuple[Tensor, dict[str, Stat]]:
-            found = judged()
+            compositions = judged()
             rewards = torch.zeros(len(batch.response_ids), settings.samples)  # 0 for fillers
-            rewards[: len(batch.items)] = found.rewards[:, :-1]
+            rewards[: len(batch.items)] = compositions.rewards[:, :-1]
             static = replace(batch.static, rewards=rewards.to(batch.response_ids.device))
             totals, stats = self.module.loss(output, replace(batch, static=static), settings)
-            own = {name: Stat(kind, sums.to(self.ranks.device)) for name, (kind, sums) in statistics(found).items()}
+            own = {
+                name: Stat(kind, sums.to(self.ranks.device)) for name, (kind, sums) in statistics(compositions).items()
+            }
             return totals, stats | own
 
         return rest
@@ -87,33 +89,33 @@ class Composer:
         scores = judging(self.judge, examples, texts)
 
         def judged() -> Compositions:
-            found = self.ranks.agreed(scores)
-            rewards = torch.tensor(found.total, dtype=torch.float32).reshape(len(texts), ids.shape[1])
+            agreed = self.ranks.agreed(scores)
+            rewards = torch.tensor(agreed.total, dtype=torch.float32).reshape(len(texts), ids.shape[1])
             if self.shuffled is not None:
                 rewards = self._shuffled(rewards, examples, texts)
-            return Compositions(examples, ids, texts, found, rewards)
+            return Compositions(examples, ids, texts, agreed, rewards)
 
         return judged
 
     def _shuffled(self, rewards: Tensor, examples: Sequence[Example], texts: list[list[str]]) -> Tensor:
         """A control: the same numbers, which say nothing of the texts any more; the greedy text keeps its own."""
-        found, last = rewards.clone(), rewards.shape[1] - 1
-        for row, example, group in zip(found, examples, texts, strict=True):
+        shuffled, last = rewards.clone(), rewards.shape[1] - 1
+        for row, example, group in zip(shuffled, examples, texts, strict=True):
             numbers = generator("shuffle", self.shuffled, (example.id, *group))
             row[:last] = row[:last][torch.randperm(last, generator=numbers)]
-        return found
+        return shuffled
 
 
-def statistics(found: Compositions) -> dict[str, Stat]:
+def statistics(compositions: Compositions) -> dict[str, Stat]:
     """What is logged of the texts: each reward by itself, the greedy composition, how many texts differ."""
-    width = found.ids.shape[1]
-    different = torch.tensor([len(set(group[:-1])) / (width - 1) for group in found.texts])
+    width = compositions.ids.shape[1]
+    different = torch.tensor([len(set(group[:-1])) / (width - 1) for group in compositions.texts])
     stats = {
         "semi_offline/different_texts": mean_stat(different),
-        "semi_offline/greedy_reward": mean_stat(found.rewards[:, -1]),
+        "semi_offline/greedy_reward": mean_stat(compositions.rewards[:, -1]),
     }
-    for name, values in found.scores.normalised.items():
-        drawn = torch.tensor(values).reshape(len(found.texts), width)[:, :-1]
+    for name, values in compositions.scores.normalised.items():
+        drawn = torch.tensor(values).reshape(len(compositions.texts), width)[:, :-1]
         stats |= {f"rewards/{name}/mean": mean_stat(drawn), f"rewards/{name}/std": std_stat(drawn)}
     return stats
 
@@ -142,13 +144,13 @@ def judging(judge: Rewards, examples: Sequence[Example], texts: list[list[str]])
     return lambda: _ordered(scores(), order)
 
 
-def _ordered(found: Scores, order: Sequence[int]) -> Scores:
+def _ordered(given: Scores, order: Sequence[int]) -> Scores:
     """The scores of texts number order[0], order[1] and so on."""
 
     def each(named: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
         return {name: [values[i] for i in order] for name, values in named.items()}
 
-    return Scores(each(found.raw), each(found.normalised), [found.total[i] for i in order])
+    return Scores(each(given.raw), each(given.normalised), [given.total[i] for i in order])
 
 
 def token_credit(advantages: Tensor, masked: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Learning from preference pairs: pairs -> what the reference says of both responses -> every pair once per epoch."""
+"""Learning from preference pairs: pairs -> reference log-probabilities of both sides -> every pair once per epoch."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def trainer(context: Context) -> Trainer:
 
 
 def with_shuffled_sides(examples: Sequence[Example], seed: int) -> list[Example]:
-    """The pairs, each turned round by a fair coin of its own: which response is better is not told any more."""
+    """The pairs, each turned round by a fair coin of its own: which response is better can no longer be learned."""
     coins = torch.rand(len(examples), generator=sampling.generator("sides", seed, 0)).tolist()
     return [
         replace(pair, chosen=pair.rejected, rejected=pair.chosen) if coin < 0.5 else pair

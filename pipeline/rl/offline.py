@@ -1,4 +1,4 @@
-"""Learning from logged responses: scored rows -> what the reference says of them -> which rows, for how long."""
+"""Learning from logged responses: scored rows -> reference log-probabilities and values -> which rows, for how long."""
 
 from __future__ import annotations
 
@@ -45,6 +45,9 @@ def trainer(context: Context) -> Trainer:
     draw, facts["advantage/kept_fraction"] = rows.population(items, context.algorithm.weight, settings)
     logger.info(", ".join(f"{name} {value:.3g}" for name, value in facts.items()))
     kept = facts["advantage/kept_fraction"] if settings.scale_steps else 1.0
+    given = steps_for(settings, len(items))
+    if (steps := step_budget(given, kept)) < given:
+        logger.info(f"{steps:,} of {given:,} steps, for the rows that are kept (scale_steps=false takes all)")
     watched = WatchedRows(held_out, prompts[: settings.eval.max_rows], items, facts)
     return Trainer(
         model=policy,
@@ -52,7 +55,7 @@ def trainer(context: Context) -> Trainer:
         directory=context.directory,
         windows=Windows(items, draw, policy.packing, ranks.rank, ranks.world),
         objective=context.objective,
-        max_steps=step_budget(steps_for(settings, len(items)), kept),
+        max_steps=steps,
         evaluate=partial(evaluate, context, policy, watched),
         best_metric=HELD_OUT_LOSS if context.rewards is None else REWARD,
         prepare=partial(check_start, context, policy, items, draw(0)),
@@ -61,7 +64,7 @@ def trainer(context: Context) -> Trainer:
 
 
 def rewarded_rows(context: Context, needs: Needs) -> tuple[list[Example], list[Example], list[Example]]:
-    """Rows to learn from, chosen or shuffled as asked for, and held-out rows, with rewards where they are needed; and
+    """Rows to learn from, chosen or shuffled as set, and held-out rows, with rewards where they are needed; and
     all held-out prompts, each once."""
     settings, data = context.settings, context.data
     train, held_out = (convert.to_scored(examples, data.responses) for examples in dataset.splits(data, settings.seed))
@@ -85,7 +88,7 @@ def check_start(context: Context, policy: Model, items: Sequence[Item], indices:
 
 @dataclass(frozen=True)
 class WatchedRows:
-    """What an evaluation looks at, and what it tells once: the numbers of the rows learned from, the value's fit."""
+    """What an evaluation reads, and what it logs once: the numbers of the rows learned from, the value's fit."""
 
     held_out: Sequence[Item]
     prompts: Sequence[Example]

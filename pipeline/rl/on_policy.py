@@ -101,7 +101,7 @@ def sampled(settings: RlPolicy) -> GenerationSettings:
 
 @dataclass
 class Rollouts:
-    """Windows of responses that are sampled when they are asked for: a function of weights, seed, step and history."""
+    """Windows of responses that are sampled when they are requested: a function of weights, seed, step and history."""
 
     engine: Engine
     frozen: Engine | None  # the reference, where a KL term wants it
@@ -164,12 +164,12 @@ class Rollouts:
         if not requests:
             return list(groups)
         seed = self.settings.seed * 1_000_003 + step
-        found = respond(self.engine, self.encoder, list(requests.values()), sampled(self.settings), seed)
-        more = dict(zip(requests, found, strict=True))
+        answers = respond(self.engine, self.encoder, list(requests.values()), sampled(self.settings), seed)
+        more = dict(zip(requests, answers, strict=True))
         return [replace(group, responses=(*group.responses, *more.get(i, ()))) for i, group in enumerate(groups)]
 
     def _kept(self, groups: Sequence[Group]) -> list[Group]:
-        """The groups without what the dropping modes throw away: a share of each decoded batch, or of all."""
+        """The groups without what the dropping modes leave out: a share of each decoded batch, or of all."""
         mode, share = self.settings.sampler.mode, self.settings.sampler.drop_share
         if mode not in ("drop", "drop_fixed"):
             return list(groups)

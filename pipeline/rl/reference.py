@@ -1,4 +1,4 @@
-"""What the policy says before its first step, computed once and kept on disk: log-probabilities, values, advantages.
+"""What the policy gives before its first step, computed once and cached on disk: log-probabilities, values, advantages.
 
 The reference is the policy before its first step, so the training engine itself computes them: same weights, kernel,
 precision and sharding as in training, and never a second model in memory.
@@ -167,9 +167,9 @@ def reference_logps(engine: Engine, items: Sequence[Item], packing: Packing) -> 
     return {"logp": torch.cat(flat), "lengths": torch.tensor([len(row) for row in flat])}
 
 
-def refuse_infinite(what: str, items: Sequence[Item], found: Sequence[Tensor]) -> None:
-    """Raises UserError naming the items for which `found`, a tensor for each, is NaN or infinite."""
-    ill = [item.example.id for item, values in zip(items, found, strict=True) if not values.isfinite().all()]
+def refuse_infinite(what: str, items: Sequence[Item], tensors: Sequence[Tensor]) -> None:
+    """Raises UserError naming the items for which `tensors`, a tensor for each, is NaN or infinite."""
+    ill = [item.example.id for item, values in zip(items, tensors, strict=True) if not values.isfinite().all()]
     if ill:
         names = ", ".join(ill[:5]) + (f" and {len(ill) - 5} more" if len(ill) > 5 else "")
         raise UserError(f"{what}: not finite on rows {names}, wanted numbers: is the model whole? try precision=fp32")

@@ -49,7 +49,7 @@ def chosen_rows(rows: list[Example], which: str) -> list[Example]:
         if not any(row.id.endswith((CHOSEN, REJECTED)) for row in rows):
             raise UserError(
                 f"rows=chosen: none of {len(rows)} rows is a side of a pair, wanted ids that end with {CHOSEN} and "
-                f"{REJECTED}: score pairs with data.responses=both, or say rows=best_half"
+                f"{REJECTED}: score pairs with data.responses=both, or set rows=best_half"
             )
         return [row for row in rows if not row.id.endswith(REJECTED)]
     ranked = sorted(range(len(rows)), key=lambda i: -rows[i].reward)  # stable
@@ -76,7 +76,7 @@ def population(items: Sequence[Item], weight: str, settings: RlStage) -> tuple[D
     if not kept:
         raise UserError(
             f"sampling: all, but none of {n} rows has a positive {weight} (largest {max(weights):.4g}), wanted one to "
-            "learn from: raise the rewards above 0, or say algo=alol, which subtracts what was to be expected"
+            "learn from: raise the rewards above 0, or set algo=alol, which subtracts what was to be expected"
         )
     # in proportion to the weight; otherwise every row that is kept once per epoch
     if settings.sampling == "priority":

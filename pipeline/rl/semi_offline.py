@@ -91,7 +91,7 @@ def with_static_rows(items: Sequence[Item], encoder: Encoder, which: str) -> lis
 
 @dataclass(frozen=True)
 class WatchedCompositions:
-    """What an evaluation looks at: rows learned from, held-out rows and prompts, and how texts are composed."""
+    """What an evaluation reads: rows learned from, held-out rows and prompts, and how texts are composed."""
 
     learned: Sequence[Item]
     held_out: Sequence[Item]
@@ -151,7 +151,7 @@ def check_shared(engine: Engine, items: Sequence[Item], hiding: Packing, toleran
         if not gap <= tolerance:
             raise UserError(
                 f"share_prompt: the model reads the {name} beside another one otherwise than "
-                f"alone (its states differ by {gap:.2g} of their size, wanted at most {tolerance}): say "
+                f"alone (its states differ by {gap:.2g} of their size, wanted at most {tolerance}): set "
                 "share_prompt=false, or choose attn_implementation=sdpa"
             )
 
@@ -180,7 +180,7 @@ def static_rows(example: Example, encoder: Encoder, which: str) -> tuple[Row, ..
     if not example.candidates:
         raise UserError(
             f"{example.id}: no candidates, wanted some for static={which} to start from: make them with bash run.sh "
-            "stage=generate num_return_sequences=8, rank them with stage=score of=generate, or say static=reference"
+            "stage=generate num_return_sequences=8, rank them with stage=score of=generate, or set static=reference"
         )
     chosen = {"worst": example.candidates[-1:], "best": example.candidates[:1], "random": example.candidates}
     return tuple(encoder.encode(example.prompt, text) for text in chosen[which])

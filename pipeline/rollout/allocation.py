@@ -1,4 +1,4 @@
-"""How many responses each prompt of a step is asked for, and at which temperature: before anything is generated.
+"""How many responses each prompt of a step gets, and at which temperature: before anything is generated.
 
 Every rank holds the same history and the same recent rewards, and so makes the same plan without communication.
 """
@@ -71,20 +71,20 @@ class Sampler:
         return [one._replace(k=k) for one, k in zip(planned, kept, strict=True)]
 
     def probes(self, keys: Sequence[str]) -> list[bool]:
-        """Which prompts are asked for a few responses first: those of which nothing is known, where `probe` is set."""
+        """Which prompts get a few responses first: those of which nothing is known, where `probe` is set."""
         wanted = self.settings.probe is not None
         return [wanted and not self.records(key) for key in keys]
 
     def after_probe(self, record: Record) -> Allocation:
         """What a prompt gets that was probed; its probes count, and the other responses have their temperature."""
-        found = self._sized(self.capability([record]))
-        return found._replace(k=max(found.k, self.settings.probe), temperature=self.settings.temperature_min)
+        plan = self._sized(self.capability([record]))
+        return plan._replace(k=max(plan.k, self.settings.probe), temperature=self.settings.temperature_min)
 
     def _planned(self, key: str) -> Allocation:
         known, above = self.capability(self.records(key)), self.settings.skip_above
-        found = self._sized(known)
+        plan = self._sized(known)
         sure = above is not None and known is not None and known >= above
-        return found._replace(k=0) if sure and self._skipped[key] < self.settings.recheck - 1 else found
+        return plan._replace(k=0) if sure and self._skipped[key] < self.settings.recheck - 1 else plan
 
     def _sized(self, known: float | None) -> Allocation:
         s = self.settings
@@ -97,7 +97,7 @@ class Sampler:
         return Allocation(k, temperature, known)
 
     def capability(self, records: Sequence[Record]) -> float | None:
-        """In [0, 1], from a prompt's records, the newest of which weighs most; None where nothing can be said."""
+        """In [0, 1], from a prompt's records, the newest of which weighs most; None where nothing is known."""
         estimates = [self._estimate(record) for record in reversed(records)]
         known = [
             (self.settings.discount**age, c) for age, c in enumerate(estimates) if c is not None and not math.isnan(c)

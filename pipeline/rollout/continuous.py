@@ -4,8 +4,8 @@ generate() decodes a batch until its longest response ends; here no step is spen
 token ids and log-probabilities, nothing else, so that a server could stand here as well.
 
 The same seed gives the same responses on the same machine: all are drawn from one stream of random numbers, in the
-order in which their turns come. So each depends on what it is asked together with, and on the number of ranks, which
-responses of generate() do not.
+order in which their turns come. So each depends on which others are in the engine with it, and on the number of
+ranks, which responses of generate() do not.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 FIRST = "5.20"  # of transformers, whose continuous batching is as it is called here
 PAGE = 32  # tokens of one response that are stored together
 COLD = 0.5  # read by nobody: every request brings its own temperature
-POLL_SECONDS = 1.0  # after which it is asked whether the engine still runs
+POLL_SECONDS = 1.0  # after which it is checked whether the engine still runs
 
 
 def check_model(encoder_decoder: bool) -> None:
     """Raises UserError where there is no continuous batching for a model of this kind, or none in transformers."""
-    cure = "say generation.engine=generate"
+    cure = "set generation.engine=generate"
     if encoder_decoder:
         raise UserError(f"generation.engine: continuous with an encoder-decoder, wanted a causal model: {cure}")
     if Version(transformers.__version__) < Version(FIRST):
@@ -70,8 +70,8 @@ def respond(
         generation_config=config,
         continuous_batching_config=_batching(max(len(ids) for ids, _ in singles), config, at_once, stream),
     )
-    found = iter(_run(manager, singles, config, tempered))
-    return [[_completion(*next(found), level, config) for level in request.temperatures] for request in requests]
+    results = iter(_run(manager, singles, config, tempered))
+    return [[_completion(*next(results), level, config) for level in request.temperatures] for request in requests]
 
 
 def _batching(longest: int, config: GenerationConfig, at_once: int, seed: int) -> ContinuousBatchingConfig:
@@ -104,25 +104,25 @@ def _run(
     ]
     manager.start()
     try:
-        found = _collected(manager, len(names))
+        collected = _collected(manager, len(names))
     finally:
         manager.stop()
         manager.destroy()
-    return [found[name] for name in names]
+    return [collected[name] for name in names]
 
 
 def _collected(manager: ContinuousBatchingManager, count: int) -> dict[str, tuple[list[int], list[float]]]:
-    found = {}
-    while len(found) < count:
+    results = {}
+    while len(results) < count:
         result = manager.get_result(timeout=POLL_SECONDS)
         if result is None and not manager.is_running():
-            raise RuntimeError(f"continuous batching stopped after {len(found)} of {count} responses")
+            raise RuntimeError(f"continuous batching stopped after {len(results)} of {count} responses")
         if result is None:
             continue
         if result.error is not None:
             raise RuntimeError(f"continuous batching: a prompt of {len(result.prompt_ids)} tokens: {result.error}")
-        found[result.request_id] = (list(result.generated_tokens), list(result.logprobs))
-    return found
+        results[result.request_id] = (list(result.generated_tokens), list(result.logprobs))
+    return results
 
 
 def _completion(ids: list[int], logps: list[float], temperature: float, config: GenerationConfig) -> Completion:

@@ -77,8 +77,8 @@ def respond(
             rows = _decoded(engine, module, encoder, chosen, config, sampler, number)
             if number < len(batches):
                 mine |= dict(zip(batch, rows, strict=True))
-    found = {i: rows for part in ranks.gather(mine) for i, rows in part.items()}
-    return [[_response(encoder, request, one) for one in found[i]] for i, request in enumerate(requests)]
+    by_request = {i: rows for part in ranks.gather(mine) for i, rows in part.items()}
+    return [[_response(encoder, request, one) for one in by_request[i]] for i, request in enumerate(requests)]
 
 
 def plain_sampling(settings: GenerationSettings) -> GenerationSettings:
@@ -118,7 +118,7 @@ def generation_config(settings: GenerationSettings, encoder: Encoder) -> Generat
 
 @dataclass
 class RowSampler:
-    """Draws each row's next token with that row's own random numbers, so that batch mates change nothing.
+    """Draws each row's next token with that row's own random numbers, so that the rest of the batch changes nothing.
 
     transformers calls it with the scores (B, V) of one step after another; only the drawn token stays possible.
     """
@@ -146,13 +146,13 @@ class RowSampler:
 
     def stats(self, lengths: Sequence[int], batch: int) -> list[SampleStats]:
         """Of each row, whose responses have `lengths` tokens, in the batch of that number."""
-        found = []
+        all_stats = []
         for steps, length in zip(torch.stack(self.steps, dim=1).cpu(), lengths, strict=True):  # (B, steps, 4)
             logps, entropies, peaks, _ = steps[:length].unbind(1)
             drop = capability.drop_score(steps[:, 3])  # every step of the batch, those after this row's end too
             entropy, confidence = float(entropies.double().mean()), capability.confidence(peaks)
-            found.append(SampleStats(logps.clone(), entropy, confidence, drop, batch))
-        return found
+            all_stats.append(SampleStats(logps.clone(), entropy, confidence, drop, batch))
+        return all_stats
 
 
 def row_sampler(requests: Sequence[Request], settings: GenerationSettings, seed: int) -> RowSampler:
@@ -204,8 +204,8 @@ def _decoded(
     start = 1 if module.encoder_decoder else inputs["attention_mask"].shape[1]
     rows = [_until_eos(row, encoder.eos_id) for row in out[:, start:].tolist()]
     stats = [None] * len(rows) if sampler is None else sampler.stats([len(ids) for ids in rows], batch)
-    found = iter(map(Completion, rows, stats))
-    return [[next(found) for _ in range(k)] for k in copies]
+    results = iter(map(Completion, rows, stats))
+    return [[next(results) for _ in range(k)] for k in copies]
 
 
 def _inputs(

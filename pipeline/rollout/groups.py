@@ -49,11 +49,11 @@ def valued(
     kept = [group for group in groups if group.responses]
     stats = [_stats(group, refs, settings) for group in kept]
     advantages, weights = online.advantages(stats, queue_mean, settings), online.shares(stats, settings.mean_over)
-    found = iter(
+    scored = iter(
         replace(group, stats=one, advantages=tuple(each.tolist()), weights=tuple(shares.tolist()))
         for group, one, each, shares in zip(kept, stats, advantages, weights, strict=True)
     )
-    return [next(found) if group.responses else group for group in groups]
+    return [next(scored) if group.responses else group for group in groups]
 
 
 def _stats(group: Group, refs: Iterator[Tensor] | None, settings: Any) -> GroupStats:
@@ -116,7 +116,7 @@ def statistics(
 ) -> dict[str, Stat]:
     """rollout/* of every kind of sampling, esrl/* of how it was shared out; the same on every rank.
 
-    generated: tokens sampled in the step, those thrown away included. equal_groups: of the prompts with two responses
+    generated: tokens sampled in the step, dropped ones included. equal_groups: of the prompts with two responses
     or more. tokens_saved: the share of the tokens that as many responses as possible to every prompt would have taken,
     by the mean length of the prompt's own; like at_k_min nothing where all prompts get as many responses.
     """

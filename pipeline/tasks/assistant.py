@@ -1,4 +1,4 @@
-"""The embedded `assistant` task: a small world of requests, some harmful, with answers of every quality.
+"""The built-in `assistant` task: a small world of requests, some harmful, with answers of every quality.
 
 A task module offers `examples(split, seed, size) -> list[Example]`. Here every row carries everything: a prompt, a
 logged response of mixed quality (`completion`), a preference pair labelled by `source` (helpful or harmless) with

@@ -1,4 +1,4 @@
-"""The embedded `docstrings` task: real text that every machine has, for summarisation scored by ROUGE.
+"""The built-in `docstrings` task: real text that every machine has, for summarisation scored by ROUGE.
 
 A task module offers `examples(split, seed, size) -> list[Example]`. Here the prompt is the source of a function or
 class of the running Python's standard library without its docstring, the completion the docstring's first sentence.

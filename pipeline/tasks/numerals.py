@@ -1,4 +1,4 @@
-"""The embedded `numerals` task: figures -> words, a translation with one right answer, for BLEU.
+"""The built-in `numerals` task: figures -> words, a translation with one right answer, for BLEU.
 
 A task module offers `examples(split, seed, size) -> list[Example]`. Here the prompt is a number, date or time in
 figures, the completion what English says for it, and the only reference. `source` is the kind of row; kinds come in

@@ -1,4 +1,4 @@
-"""The splits of the embedded tasks: each thing belongs to one by a hash of its name, whatever the seed."""
+"""The splits of the built-in tasks: each thing belongs to one by a hash of its name, whatever the seed."""
 
 from __future__ import annotations
 

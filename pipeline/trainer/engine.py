@@ -96,7 +96,7 @@ class Ranks:
         """What `work` returns on this rank; a user's error on any rank is raised on every rank."""
         result, error = _tried(work)
         if self.any(error is not None):
-            raise UserError(next(told for told in self.gather(error) if told is not None))
+            raise UserError(next(one for one in self.gather(error) if one is not None))
         return result
 
 

@@ -153,8 +153,8 @@ def take_steps(trainer: Trainer, state: State, interval: Interval, log: RunLog, 
             if due(state.step, train.logging_steps, last):
                 values |= summary(ranks, interval)
             if due(state.step, trainer.eval_steps, last):
-                state, found = evaluate(trainer, state, log)
-                values |= found
+                state, scalars = evaluate(trainer, state, log)
+                values |= scalars
             if values:
                 log.scalars(state.step, values)
             if train.save_steps is not None and due(state.step, train.save_steps, last):

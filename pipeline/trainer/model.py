@@ -108,12 +108,12 @@ def encode(
 ) -> tuple[list[Item], list[Item]]:
     """Both as items. Says what they come to, shows the first with its tokens, and leaves data.json in `directory`."""
     learned, tested = (dataset.encode(examples, model.encoder, rows_of) for examples in (train, held_out))
-    found = {"train": dataset.counts(learned), "validation": dataset.counts(tested)}
-    for split, counts in found.items():
+    counted = {"train": dataset.counts(learned), "validation": dataset.counts(tested)}
+    for split, counts in counted.items():
         logger.info(
             "{}: {rows:,} rows, {tokens:,} tokens ({response_tokens:,} of responses), {cut_prompts:,} prompts and "
             "{cut_responses:,} responses cut".format(split, **counts)
         )
     logger.info("\n".join(coloured(model.encoder, row) for row in learned[0].rows))
-    model.ranks.on_main(lambda: write_json(directory / "data.json", found))
+    model.ranks.on_main(lambda: write_json(directory / "data.json", counted))
     return learned, tested

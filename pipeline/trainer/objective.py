@@ -36,7 +36,7 @@ class AlgorithmModule(Protocol):
     Settings: type  # a frozen dataclass that checks itself
 
     def needs(self, settings: Any) -> Needs:
-        """What has to be known before training, and what is asked of the model."""
+        """What has to be known before training, and what the model has to compute."""
 
     def loss(self, output: Output, batch: Batch, settings: Any) -> Total:
         """Of one micro-batch: the model's output on it is (B, T) log-probabilities or what `needs` asks for."""

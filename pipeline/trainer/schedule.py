@@ -1,4 +1,4 @@
-"""When things happen in a training: how many steps it has, what each draws, its learning rate, what is due."""
+"""The schedule of a training: how many steps, what each draws, the learning rate, what is due at a step."""
 
 from __future__ import annotations
 
