@@ -43,7 +43,7 @@ def encoder(kind: str = "chat", prompt_limit: int = 64, response_limit: int = 64
 
 
 def items(made: Encoder, *examples: Example) -> list:
-    return encode(conversations.learned(examples, "all"), made, completion_rows).items
+    return encode(conversations.learned(examples, "all"), made, completion_rows)
 
 
 def test_a_row_for_each_assistant_turn():
