@@ -39,16 +39,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.algorithms.functional import (
-    EQUAL_REWARDS,
-    group_advantages,
-    item_numbers,
-    k3,
-    mean_stat,
-    sequence_logp,
-    smoothed_nll,
-    std_stat,
-)
+from pipeline.algorithms import functional
 from pipeline.records import Batch, Needs, Stat
 
 MEAN_OVER = ("prompts", "targets")  # of L_RL, of L_MLE
@@ -115,7 +106,7 @@ def shaped(rewards: Tensor, lengths: Tensor, finished: Tensor, kl: Tensor, setti
 
 def divergence(logp: Tensor, ref_logp: Tensor, form: str) -> Tensor:
     """() the estimate of KL(policy, reference) in nats from one response's log-probabilities (T,) under both."""
-    return (logp - ref_logp).sum() if form == "k1" else k3(ref_logp - logp).sum()
+    return (logp - ref_logp).sum() if form == "k1" else functional.k3(ref_logp - logp).sum()
 
 
 def advantages(groups: Sequence[GroupStats], queue_mean: float | None, settings: Settings) -> list[Tensor]:
@@ -132,7 +123,7 @@ def _compared(rewards: Tensor, baseline: str, usual: float) -> Tensor:
     alone = len(rewards) == 1 and baseline == "leave_one_out"
     if baseline == "queue" or alone:
         return rewards - usual
-    return group_advantages(rewards[None], baseline)[0]
+    return functional.group_advantages(rewards[None], baseline)[0]
 
 
 def _minimum_risk(group: GroupStats, alpha: float) -> Tensor:
@@ -140,7 +131,7 @@ def _minimum_risk(group: GroupStats, alpha: float) -> Tensor:
     shares = (alpha * group.logps).softmax(0)
     centred = group.rewards - (shares * group.rewards).sum()
     spread = group.rewards.max() - group.rewards.min()
-    return torch.where(spread > EQUAL_REWARDS, alpha * len(shares) * shares * centred, 0.0)
+    return torch.where(spread > functional.EQUAL_REWARDS, alpha * len(shares) * shares * centred, 0.0)
 
 
 def shares(groups: Sequence[GroupStats], mean_over: str) -> list[Tensor]:
@@ -161,21 +152,21 @@ def loss(output: Tensor | tuple[Tensor, Tensor], batch: Batch, settings: Setting
     """
     logp, means = output if isinstance(output, tuple) else (output, None)
     mask, present = batch.response_mask, batch.sequence_mask
-    number = {name: item_numbers(batch, name, like=logp) for name in batch.numbers}  # (B,) each
+    number = {name: functional.item_numbers(batch, name, like=logp) for name in batch.numbers}  # (B,) each
     sampled = present & (number["target"] == 0)  # the others are references
-    whole = sequence_logp(logp, mask)
+    whole = functional.sequence_logp(logp, mask)
     per_sequence = -number["share"] * number["advantage"] * whole
     known = {}
     if batch.ref_logp is not None:
-        divergences = torch.where(mask, k3(batch.ref_logp - torch.where(mask, logp, 0.0)), 0.0).sum(1)
-        known["objective/kl"] = mean_stat(divergences, sampled)
+        divergences = torch.where(mask, functional.k3(batch.ref_logp - torch.where(mask, logp, 0.0)), 0.0).sum(1)
+        known["objective/kl"] = functional.mean_stat(divergences, sampled)
         if settings.kl_in == "loss":
             per_sequence = per_sequence + settings.kl_beta * number["share"] * divergences
     learned = mask & (present & (number["target"] > 0))[:, None]
-    smoothed = smoothed_nll(logp, logp if means is None else means, learned, settings.label_smoothing)
+    smoothed = functional.smoothed_nll(logp, logp if means is None else means, learned, settings.label_smoothing)
     rl, mle = torch.where(sampled, per_sequence, 0.0).sum(), smoothed.sum()
     if settings.sft_weight > 0:
-        known["loss/mle"] = mean_stat(smoothed, learned)
+        known["loss/mle"] = functional.mean_stat(smoothed, learned)
     stats = {"loss": _over(rl, number["leads"].sum()), **known, **_statistics(whole, number, mask, sampled)}
     return torch.stack([settings.rl_weight * rl, settings.sft_weight * mle]), stats
 
@@ -190,10 +181,10 @@ def _statistics(whole: Tensor, number: dict[str, Tensor], mask: Tensor, sampled:
     lengths = mask.sum(1)
     gap = (whole.detach() - number["behaviour"]).abs() / lengths.clamp(min=1)
     return {
-        "logps/policy": mean_stat(whole, sampled),
-        "rollout/logp_gap": mean_stat(gap, sampled),
-        "advantage/std": std_stat(number["advantage"], sampled),
-        "reward/mean": mean_stat(number["reward"], sampled),
-        "reward/std": std_stat(number["reward"], sampled),
-        "completions/mean_tokens": mean_stat(lengths.double(), sampled),
+        "logps/policy": functional.mean_stat(whole, sampled),
+        "rollout/logp_gap": functional.mean_stat(gap, sampled),
+        "advantage/std": functional.std_stat(number["advantage"], sampled),
+        "reward/mean": functional.mean_stat(number["reward"], sampled),
+        "reward/std": functional.std_stat(number["reward"], sampled),
+        "completions/mean_tokens": functional.mean_stat(lengths.double(), sampled),
     }

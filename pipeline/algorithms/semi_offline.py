@@ -32,15 +32,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pipeline.algorithms.functional import (
-    BASELINES,
-    Drawn,
-    group_advantages,
-    mean_stat,
-    sequence_logp,
-    smoothed_nll,
-    std_stat,
-)
+from pipeline.algorithms import functional
 from pipeline.records import Batch, Needs, Stat, StaticBatch
 
 MEAN_OVER = ("sequences", "tokens")  # of L_RL, of L_MLE
@@ -62,8 +54,8 @@ class Settings:
             raise ValueError(f"samples: {self.samples}, wanted at least 2: one sample has nothing to be compared with")
         if not self.rl_weight >= 0:
             raise ValueError(f"rl_weight: {self.rl_weight}, wanted a number >= 0")
-        if self.baseline not in BASELINES:
-            raise ValueError(f"baseline: {self.baseline!r}, wanted {', '.join(BASELINES)}")
+        if self.baseline not in functional.BASELINES:
+            raise ValueError(f"baseline: {self.baseline!r}, wanted {', '.join(functional.BASELINES)}")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing: {self.label_smoothing}, wanted a number in [0, 1)")
 
@@ -79,17 +71,17 @@ def loss(output: tuple[Tensor, ...], batch: Batch, settings: Settings) -> tuple[
     output: logp (B, T), the mean log-probability over the vocabulary (B, T), then the four of `functional.Drawn`.
     `batch.static.rewards` (B, n) are those of the compositions.
     """
-    logp, means, drawn = output[0], output[1], Drawn(*output[2:])
+    logp, means, drawn = output[0], output[1], functional.Drawn(*output[2:])
     static, mask = batch.static, batch.response_mask
     assert static.rewards.shape == (len(mask), settings.samples), f"rewards: {tuple(static.rewards.shape)}"
-    weights = group_advantages(static.rewards, settings.baseline)  # (B, n)
+    weights = functional.group_advantages(static.rewards, settings.baseline)  # (B, n)
     per_sequence = -(weights * masked_logp(drawn.logp, static.masked, settings.length_penalty)).sum(1)  # (B,)
     nll = torch.where(mask, -logp, 0.0)
-    smoothed = smoothed_nll(logp, means, mask, settings.label_smoothing)
+    smoothed = functional.smoothed_nll(logp, means, mask, settings.label_smoothing)
     totals = torch.stack([settings.rl_weight * per_sequence.sum(), smoothed.sum()])
-    stats = {"loss/mle": mean_stat(smoothed, mask), "loss": mean_stat(nll, mask)}
-    stats["logps/policy"] = mean_stat(sequence_logp(logp, mask), batch.sequence_mask)
-    stats["loss/rl"] = mean_stat(per_sequence, batch.sequence_mask)
+    stats = {"loss/mle": functional.mean_stat(smoothed, mask), "loss": functional.mean_stat(nll, mask)}
+    stats["logps/policy"] = functional.mean_stat(functional.sequence_logp(logp, mask), batch.sequence_mask)
+    stats["loss/rl"] = functional.mean_stat(per_sequence, batch.sequence_mask)
     return totals, stats | _statistics(drawn, static, weights, batch.sequence_mask)
 
 
@@ -104,19 +96,19 @@ def masked_logp(logp: Tensor, masked: Tensor, length_penalty: float) -> Tensor:
 
 
 @torch.no_grad()
-def _statistics(drawn: Drawn, static: StaticBatch, weights: Tensor, present: Tensor) -> dict[str, Stat]:
+def _statistics(drawn: functional.Drawn, static: StaticBatch, weights: Tensor, present: Tensor) -> dict[str, Stat]:
     """Of masked tokens, compositions and groups."""
     counts = static.masked.sum(1).double()  # (B,)
     deviations = static.rewards.std(1, unbiased=False)
     return {
-        "semi_offline/mask_rate": mean_stat(static.masked, static.mask),
-        "semi_offline/hidden_tokens": mean_stat(counts, present),
-        "semi_offline/nothing_hidden": mean_stat((counts == 0).double(), present),
-        "semi_offline/equal_rewards": mean_stat((weights == 0).all(1).double(), present),
-        "semi_offline/reward_spread": mean_stat(deviations, present),
-        "semi_offline/own_tokens": mean_stat((drawn.ids == static.ids[static.masked][:, None]).double()),
-        "advantage/std": std_stat(weights, present[:, None]),
-        "reward/mean": mean_stat(static.rewards, present[:, None]),
-        "reward/std": std_stat(static.rewards, present[:, None]),
-        "objective/entropy": mean_stat(drawn.entropy),
+        "semi_offline/mask_rate": functional.mean_stat(static.masked, static.mask),
+        "semi_offline/hidden_tokens": functional.mean_stat(counts, present),
+        "semi_offline/nothing_hidden": functional.mean_stat((counts == 0).double(), present),
+        "semi_offline/equal_rewards": functional.mean_stat((weights == 0).all(1).double(), present),
+        "semi_offline/reward_spread": functional.mean_stat(deviations, present),
+        "semi_offline/own_tokens": functional.mean_stat((drawn.ids == static.ids[static.masked][:, None]).double()),
+        "advantage/std": functional.std_stat(weights, present[:, None]),
+        "reward/mean": functional.mean_stat(static.rewards, present[:, None]),
+        "reward/std": functional.std_stat(static.rewards, present[:, None]),
+        "objective/entropy": functional.mean_stat(drawn.entropy),
     }
