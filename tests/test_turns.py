@@ -114,7 +114,7 @@ def test_joined_rows_have_the_loss_and_gradient_of_rows_apart(shape: str, size: 
 
 def test_masks_by_hand():
     rows = [Row((3, 4), (5, 2, 6, 7, 2), learned=(True, True, False, True, True)), Row((3,), (8, 2))]
-    made = [encode([SHORT], encoder(), lambda example, _, row=row: (row,)).items[0] for row in rows]
+    made = [encode([SHORT], encoder(), lambda example, _, row=row: (row,))[0] for row in rows]
     mask = collate(made, [0, 1], Packing(2, None, False, tiny.PAD_ID)).response_mask
     assert mask.tolist() == [[True, True, False, True, True], [True, True, False, False, False]]
     assert not collate(made, [], Packing(2, None, False, tiny.PAD_ID)).response_mask.any()
