@@ -17,7 +17,7 @@ from pipeline.records import Example, Item
 from pipeline.trainer import engine, evaluation
 from pipeline.trainer.loop import HELD_OUT_LOSS, Evaluation, Trainer, fit
 from pipeline.trainer.model import Model, build_reward_model, encode
-from pipeline.trainer.objective import Objective, objective_of
+from pipeline.trainer.objective import Objective, RewardModule, objective_of
 from pipeline.trainer.schedule import epochs, steps_for
 from reward_models import learned
 from stages import inputs
@@ -51,7 +51,7 @@ def main(settings: RewardStage, words: Sequence[str]) -> None:
     )
 
 
-def rows_of(settings: RewardStage, module: Any, algorithm: Any) -> tuple[list[Example], list[Example]]:
+def rows_of(settings: RewardStage, module: RewardModule, algorithm: Any) -> tuple[list[Example], list[Example]]:
     """What to learn from and what is held out: pairs, or every response by itself where its score will do.
 
     Raises UserError where a row lacks what the objective learns from.

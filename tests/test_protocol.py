@@ -5,34 +5,15 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-from typing import Any, Protocol, runtime_checkable
 
 import pytest
 
 from pipeline import plugins
 from pipeline.config.schema import RL_KINDS
-from pipeline.trainer.objective import AlgorithmModule
+from pipeline.trainer.objective import AlgorithmModule, RewardModule, RlModule
 
 FILES = plugins.available("pipeline.algorithms", "loss")
 DIVISORS = {"tokens", "sequences", "pairs", "items", "prompts", "targets"}  # of trainer.objective.count_terms
-
-
-@runtime_checkable
-class RlModule(AlgorithmModule, Protocol):
-    """One that stage=rl runs."""
-
-    RESPONSES: str  # where they come from: a key of `schema.RL_KINDS`
-
-
-@runtime_checkable
-class RewardModule(AlgorithmModule, Protocol):
-    """One that stage=reward runs; its output is scores (B,)."""
-
-    def columns(self, settings: Any) -> tuple[str, ...]:
-        """The numbers that every pair must bring along."""
-
-    def pairs_only(self, settings: Any) -> bool:
-        """Whether rows must be pairs; if not, responses with a reward each will do."""
 
 
 def parameters(function) -> list[str]:

@@ -18,7 +18,6 @@ from pipeline.bench.setup import Setup, alol_trainer, new_policy, sft_trainer, s
 from pipeline.models.loading import hugging_face
 from pipeline.records import Batch
 from pipeline.trainer.engine import PRECISIONS, adam_arguments, parameter_groups
-from pipeline.trainer.loop import Trainer
 from pipeline.trainer.schedule import learning_rate
 
 TIME, MEMORY = Goal(1.05), Goal(1.02)
@@ -32,17 +31,7 @@ def against_sft(setup: Setup) -> list[Result]:
     time = compared(name, "s", alternate(ours, other, setup.timing), TIME)
     steps = range(setup.settings.rounds)
     peaks = [(peak_megabytes(partial(ours, step)), peak_megabytes(partial(other, step))) for step in steps]
-    results = [time, compared(f"{name}, peak memory beyond the model's own", "MB", peaks, MEMORY)]
-    return [*results, utilisation(setup, sft, time.other)] if setup.ranks.device.type == "cuda" else results
-
-
-def utilisation(setup: Setup, sft: Trainer, seconds: float) -> Result:
-    """The share of the GPU's arithmetic that 6 operations per weight and token read make up (MFU)."""
-    weights = sum(p.numel() for p in sft.engine.module.parameters())
-    steps = range(setup.settings.steps)
-    tokens = sum(int(batch.input_mask.sum()) for step in steps for batch in sft.windows.at(step)) / len(steps)
-    share = 6 * weights * tokens / seconds / (setup.settings.gpu.peak_tflops * 1e12)
-    return Result("SFT step, MFU", "", ours=share, note=f"{weights / 1e9:.2f} G weights, {tokens:,.0f} tokens per step")
+    return [time, compared(f"{name}, peak memory beyond the model's own", "MB", peaks, MEMORY)]
 
 
 def against_bare(setup: Setup) -> list[Result]:

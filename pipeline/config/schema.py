@@ -195,7 +195,6 @@ class GpuSettings(Section):
     precision: Literal["fp32", "bf16"]
     batch_size: Count
     max_tokens: Count
-    peak_tflops: Positive
 
 
 class BenchStage(Training):

@@ -48,9 +48,8 @@ def run_all(tasks: Sequence[Task], jobs: int, logs: Path) -> dict[str, int]:
 
     What waits for a failed task is not started; all else is.
 
-    Raises:
-        PreemptedError: SIGTERM or SIGHUP came; it was passed on to the running steps, and they were waited for.
-        KeyboardInterrupt: SIGINT came; the same.
+    Raises PreemptedError after SIGTERM or SIGHUP and KeyboardInterrupt after SIGINT: the signal was passed on to the
+    running steps, and they were waited for.
     """
     logs.mkdir(parents=True, exist_ok=True)
     done, failed = finished(tasks), {}

@@ -20,6 +20,7 @@ from pipeline.records import Batch, Example, Item, Scores, Stat, StaticBatch
 from pipeline.rewards import scoring
 from pipeline.rewards.rewards import Rewards
 from pipeline.trainer.engine import Ranks
+from pipeline.trainer.objective import AlgorithmModule
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Composer:
     encoder: Encoder
     judge: Rewards
     items: Sequence[Item]
-    module: Any  # the algorithm
+    module: AlgorithmModule
     shuffled: int | None = None  # a seed: rewards change places among an example's texts
 
     def loss(self, output: tuple[Tensor, ...], batch: Batch, settings: Any) -> tuple[Tensor, dict[str, Stat]]:

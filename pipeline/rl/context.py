@@ -17,7 +17,7 @@ from pipeline.rollout.generate import generate
 from pipeline.trainer import evaluation
 from pipeline.trainer.engine import Ranks
 from pipeline.trainer.model import Model
-from pipeline.trainer.objective import Objective
+from pipeline.trainer.objective import Objective, RlModule
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Context:
     data: DataSettings  # where the rows come from
     rewards: Rewards | None
     rewards_key: object  # names the rewards where results are cached
-    module: Any  # the algorithm's file
+    module: RlModule
     algorithm: Any  # its settings
     objective: Objective
 

@@ -123,9 +123,8 @@ def fit(trainer: Trainer) -> None:
 def take_steps(trainer: Trainer, state: State, interval: Interval, log: RunLog, checkpoints: Checkpoints) -> State:
     """Train from `state.step` to the last step; evaluate, log, save and keep the best weights on the way.
 
-    Raises:
-        PreemptedError: SIGTERM came; the state is saved.
-        UserError: a loss or gradient is not finite, and train.non_finite is stop; the state before it is saved.
+    Raises PreemptedError after SIGTERM, and UserError where a loss or gradient is not finite and train.non_finite is
+    stop; the state, or the one before that step, is saved.
     """
     ranks, train = trainer.engine.ranks, trainer.settings.train
     before, began, last = state.seconds, time.monotonic(), trainer.max_steps

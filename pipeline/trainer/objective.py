@@ -26,11 +26,7 @@ Rest = Callable[[], Total]  # of a loss that has begun
 
 @runtime_checkable
 class AlgorithmModule(Protocol):
-    """What a file of pipeline/algorithms/ holds; `settings` is always one of its own Settings.
-
-    One of stage=rl has RESPONSES too, a key of `schema.RL_KINDS`; one of stage=reward has `columns` and `pairs_only`,
-    as preference.py has.
-    """
+    """What a file of pipeline/algorithms/ holds; `settings` is always one of its own Settings."""
 
     MEAN_OVER: str | tuple[str, ...]  # see `Objective`
     Settings: type  # a frozen dataclass that checks itself
@@ -40,6 +36,24 @@ class AlgorithmModule(Protocol):
 
     def loss(self, output: Output, batch: Batch, settings: Any) -> Total:
         """Of one micro-batch: the model's output on it is (B, T) log-probabilities or what `needs` asks for."""
+
+
+@runtime_checkable
+class RlModule(AlgorithmModule, Protocol):
+    """One that stage=rl runs."""
+
+    RESPONSES: str  # where they come from: a key of `schema.RL_KINDS`
+
+
+@runtime_checkable
+class RewardModule(AlgorithmModule, Protocol):
+    """One that stage=reward runs; its output is scores (B,)."""
+
+    def columns(self, settings: Any) -> tuple[str, ...]:
+        """The numbers that every pair must bring along."""
+
+    def pairs_only(self, settings: Any) -> bool:
+        """Whether rows must be pairs; if not, responses with a reward each will do."""
 
 
 @dataclass(frozen=True)
