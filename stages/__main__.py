@@ -15,6 +15,7 @@ from pipeline.config.resolve import Resolved, resolve_steps
 from pipeline.config.schema import Training
 from pipeline.config.yaml_layers import ROOT, Layer, dump_yaml, parse_overrides
 from pipeline.errors import UserError
+from pipeline.launch import run_dir
 from pipeline.launch.closing import closing
 from pipeline.launch.entry import leave
 from pipeline.launch.launcher import DISTRIBUTED, command, environment, is_rank, run
@@ -58,14 +59,13 @@ def start(step: Resolved, last: bool) -> int:
     find out together whether they are done. Raises UserError where the step was started with other settings.
     """
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    if step.stage not in DISTRIBUTED and rank != "0":
-        return 0
-    if not is_rank(os.environ) and inputs.done(step.stage, step.settings):
+    idle = step.stage not in DISTRIBUTED and rank != "0"
+    if idle or (not is_rank(os.environ) and inputs.done(step.stage, step.settings)):
         return 0
     launch = step.settings.launch
-    argv = command(launch, step.stage, step.words, os.environ)
-    code = run(argv, environment(launch, step.stage, os.environ))
-    if code == 0 and rank == "0" and (line := closing(step, last)):
+    new = not run_dir.finished(run_dir.stage_dir(step.settings, step.stage))
+    code = run(command(launch, step.stage, step.words, os.environ), environment(launch, step.stage, os.environ))
+    if code == 0 and new and rank == "0" and (line := closing(step, last)):
         print(line, flush=True)
     return code
 
