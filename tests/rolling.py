@@ -114,7 +114,7 @@ def trainer_of(case: Case, zero: str, folder: Path) -> Trainer:
         engine=trained,
         frozen=frozen,
         encoder=tiny.encoder(),
-        judge=judge(case),
+        rewards=judge(case),
         prompts=examples(case.prompts),
         draw=lambda step: epoch_rows(case.prompts, case.per_step, step, SEED),
         packing=packing,

@@ -94,8 +94,7 @@ def _read(place: str, data: DataSettings) -> list[Example]:
 
 def judgeable(examples: Sequence[Example], data: DataSettings) -> list[Example]:
     """Rows with candidates as they are; of all others those with one response each that `convert.to_scored` makes."""
-    responses = data.responses
-    return [row for one in examples for row in ([one] if one.candidates else convert.to_scored([one], responses))]
+    return [row for e in examples for row in ([e] if e.candidates else convert.to_scored([e], data.responses))]
 
 
 def require(examples: Sequence[Example], columns: Sequence[str], why: str) -> None:

@@ -40,7 +40,7 @@ class Composer:
 
     ranks: Ranks
     encoder: Encoder
-    judge: Rewards
+    rewards: Rewards
     items: Sequence[Item]
     module: AlgorithmModule
     shuffled: int | None = None  # a seed: rewards change places among an example's texts
@@ -87,7 +87,7 @@ class Composer:
     def ask(self, ids: Tensor, texts: list[list[str]], batch: Batch) -> Callable[[], Compositions]:
         """Have what `write` gave judged: worker processes have begun, and what is returned waits for them."""
         examples = [self.items[i].example for i in batch.items]
-        scores = judging(self.judge, examples, texts)
+        scores = judging(self.rewards, examples, texts)
 
         def judged() -> Compositions:
             agreed = self.ranks.agreed(scores)
@@ -129,7 +129,7 @@ def composed_ids(static: StaticBatch, drawn: Drawn) -> Tensor:
     return ids
 
 
-def judging(judge: Rewards, examples: Sequence[Example], texts: list[list[str]]) -> Callable[[], Scores]:
+def judging(rewards: Rewards, examples: Sequence[Example], texts: list[list[str]]) -> Callable[[], Scores]:
     """The scores of all texts, row by row, from a call that waits for them; worker processes have begun.
 
     Equal texts of one example are judged once. The call raises UserError where a reward fails.
@@ -140,7 +140,7 @@ def judging(judge: Rewards, examples: Sequence[Example], texts: list[list[str]])
             places.setdefault((i, text), len(places))
     owners = [examples[i] for i, _ in places]
     prompts = [scoring.plain_prompt(example) for example in owners]
-    scores = judge.begin(prompts, [text for _, text in places], scoring.reward_columns(owners))
+    scores = rewards.begin(prompts, [text for _, text in places], scoring.reward_columns(owners))
     order = [places[i, text] for i, group in enumerate(texts) for text in group]
     return lambda: _ordered(scores(), order)
 

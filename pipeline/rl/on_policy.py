@@ -58,7 +58,7 @@ def trainer(context: Context) -> Trainer:
         engine=policy.engine,
         frozen=frozen,
         encoder=policy.encoder,
-        judge=rewards,
+        rewards=rewards,
         prompts=prompts,
         draw=epochs(len(prompts), settings.train.batch_size, settings.seed),
         packing=replace(policy.packing, prompts_once=True),
@@ -106,7 +106,7 @@ class Rollouts:
     engine: Engine
     frozen: Engine | None  # the reference, where a KL term wants it
     encoder: Encoder
-    judge: Rewards
+    rewards: Rewards
     prompts: Sequence[Example]
     draw: Draw
     packing: Packing
@@ -185,7 +185,7 @@ class Rollouts:
 
     def _judged(self, groups: Sequence[Group]) -> list[Group]:
         responses = [response for group in groups for response in group.responses]
-        totals = iter(scoring.score_responses(self.engine.ranks, self.judge, responses).total)
+        totals = iter(scoring.score_responses(self.engine.ranks, self.rewards, responses).total)
         return [replace(group, raw=tuple(next(totals) for _ in group.responses)) for group in groups]
 
     def _ref_logps(self, groups: Sequence[Group]) -> list[Tensor]:

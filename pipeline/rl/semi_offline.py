@@ -65,7 +65,7 @@ def trainer(context: Context) -> Trainer:
 def composed_objective(context: Context, policy: Model, composer: Composer) -> Objective:
     """The algorithm's objective over composed texts; rewards of worker processes are awaited after the next forward."""
     # ZeRO-3 foresees each forward's backward to fetch weights in time
-    overlap = composer.judge.elsewhere and policy.engine.stage < 3
+    overlap = composer.rewards.elsewhere and policy.engine.stage < 3
     return replace(
         context.objective,
         loss=lambda output, batch: composer.loss(output, batch, context.algorithm),
@@ -135,16 +135,16 @@ LIKELIHOOD = Objective(
 
 
 @torch.no_grad()
-def check_shared(engine: Engine, items: Sequence[Item], hiding: Packing, tolerance: float) -> None:
+def check_shared(engine: Engine, items: Sequence[Item], packing: Packing, tolerance: float) -> None:
     """Compare the first row's states, both responses read in one pass, with those of two passes.
 
     Raises UserError where the model reads the rows otherwise when they share a prompt.
     """
     engine.train(False)
-    batch = collate(items, [0], hiding)
+    batch = collate(items, [0], packing)
     together = engine(batch, output="heads")
     masks = (batch.response_mask, batch.static.mask)
-    apart = [engine(one, output="heads") for one in read_apart(batch, hiding)]
+    apart = [engine(one, output="heads") for one in read_apart(batch, packing)]
     for name, ours, alone, mask in zip(("response", "static response"), together, apart, masks, strict=True):
         there = mask.to(ours.device)
         gap = float((ours - alone)[there].abs().max() / alone[there].abs().max()) if bool(mask.any()) else 0.0

@@ -103,8 +103,10 @@ def fit_value(
         torch.manual_seed(seed)
         head = value_head.ValueHead(hidden, targets.low, targets.high, settings.num_heads, settings.dropout)
     owned = sorted(states)
-    mine, told = [states[i] for i in owned], (targets.rewards, targets.held_out)
-    report = value_head.fit(head.to(engine.ranks.device), mine, *told, settings, seed, owned, engine.ranks.all_sum)
+    mine, ranks = [states[i] for i in owned], engine.ranks
+    report = value_head.fit(
+        head.to(ranks.device), mine, targets.rewards, targets.held_out, settings, seed, owned, ranks.all_sum
+    )
     return head, {
         "value/mse": report.held_out_mse,
         "value/r2": report.held_out_r2,
@@ -119,8 +121,7 @@ def values_of(engine: Engine, head: value_head.ValueHead, items: Sequence[Item],
     engine.train(False)
     head.eval()
     ranks, mine = engine.ranks, {}
-    plan = window(items, range(len(items)), packing, ranks.rank, ranks.world)
-    for indices in plan:
+    for indices in window(items, range(len(items)), packing, ranks.rank, ranks.world):
         batch = collate(items, indices, packing)
         states = engine(batch, output="states")
         steps = torch.arange(states.shape[1], device=states.device)

@@ -75,8 +75,8 @@ def ideal(request: UserRequest) -> str:
     topic = request.topic
     if topic.kind == "harmful":
         return " ".join((world.REFUSALS[0], topic.reason, topic.alternative))
-    told = _connected(topic.steps, world.CONNECTORS)
-    return " ".join(part for part in (*told, topic.care, request.note) if part)
+    steps = _connected(topic.steps, world.CONNECTORS)
+    return " ".join(part for part in (*steps, topic.care, request.note) if part)
 
 
 def _row(split: str, seed: int, index: int, request: UserRequest) -> Example:
