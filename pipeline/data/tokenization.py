@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from jinja2 import TemplateError
@@ -18,6 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.config.sections import TemplateSettings
 from pipeline.errors import UserError
 from pipeline.records import Message, Row
+
+PROBE = "a"  # a response of which nobody makes anything else
 
 
 class Encoder:
@@ -39,6 +42,7 @@ class Encoder:
         self.keep = keep  # the end or the beginning of a long prompt
         self.eos_id: int = tokenizer.eos_token_id
         self.pad_id: int = tokenizer.pad_token_id
+        self.stop_ids = frozenset({self.eos_id})
 
     def prompt_text(self, prompt: str | Sequence[Message]) -> str:
         """What the model reads for `prompt`, as text."""
@@ -107,12 +111,37 @@ class Encoder:
         return Row(prompt_ids, tuple(ids[:limit]), cut_prompt, cut_response=len(ids) > limit)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of response ids without special tokens and surrounding blanks."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+        """The text of response ids, as the one who gave it wrote it: see `decode_all`."""
+        return self.decode_all([ids])[0]
 
     def decode_all(self, rows: Sequence[Sequence[int]]) -> list[str]:
-        """As `decode`, of many rows at once, or of none, of which the library would make one empty text."""
-        return [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)] if rows else []
+        """The texts of responses: all that they say, blanks and added tokens such as <think> included.
+
+        Left off is what spells nothing (what ends, begins, pads or masks a text, and the sign for unknown pieces) and
+        what the template puts around a response.
+        """
+        spoken = [[i for i in row if i not in self._unspoken] for row in rows]
+        texts = self.tokenizer.batch_decode(spoken, clean_up_tokenization_spaces=False) if spoken else []
+        before, after = self._around
+        return [text.removeprefix(before).removesuffix(after) for text in texts]
+
+    @cached_property
+    def _unspoken(self) -> frozenset[int]:
+        known = self.tokenizer
+        named = (known.bos_token_id, known.unk_token_id, known.sep_token_id, known.cls_token_id, known.mask_token_id)
+        return frozenset({*named, self.pad_id, known.eos_token_id, self.eos_id})
+
+    @cached_property
+    def _around(self) -> tuple[str, str]:
+        """What the template puts before and after a response, as it comes out of the tokenizer again.
+
+        Many decoders drop the blank at the beginning of a text themselves, and then it is not there to take off.
+        """
+        whole = "{response}" if self.template.kind == "chat" else self.template.response
+        before, _, after = whole.partition("{response}")
+        ids = self.tokenizer(before + PROBE, add_special_tokens=False)["input_ids"]
+        written = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        return (written.removesuffix(PROBE) if written.endswith(PROBE) else before), after
 
 
 def check_template(template: TemplateSettings, tokenizer: PreTrainedTokenizerBase) -> None:

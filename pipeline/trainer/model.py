@@ -39,7 +39,8 @@ class Model:
         weights = self.engine.state_dict()
         if self.ranks.main:
             own = {name.removeprefix("model."): weight for name, weight in weights.items()}
-            loading.save(directory, self.engine.module.model, own, self.encoder.tokenizer, then)
+            ends = self.encoder.stop_ids
+            loading.save(directory, self.engine.module.model, own, self.encoder.tokenizer, then, ends)
         self.ranks.barrier()
 
 
