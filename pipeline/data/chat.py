@@ -16,7 +16,7 @@ ASKED, ANSWER = "asked", "answered"  # one turn each of the conversation that is
 TAG = re.compile(r"[<\[][^<>\[\]\s]+[>\]]")  # of markup, as <think>, <|assistant|>, [/INST]
 
 
-class Frame(NamedTuple):
+class ChatFrame(NamedTuple):
     """What stands around the assistant's answer: `prompt` + header + lead + answer + tail + end."""
 
     header: str = ""  # of the assistant's turn, where add_generation_prompt has no effect; part of the prompt
@@ -44,23 +44,23 @@ def written(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], open_t
         ) from None
 
 
-def frame_of(tokenizer: PreTrainedTokenizerBase) -> Frame:
+def frame_of(tokenizer: PreTrainedTokenizerBase) -> ChatFrame:
     """What the template writes around an answer, read off one that it writes."""
     asked, answer = Message("user", ASKED), Message("assistant", ANSWER)
     try:
         closed, prompt = (written(tokenizer, [asked], open_turn) for open_turn in (False, True))
         before, found, after = written(tokenizer, [asked, answer], open_turn=False).rpartition(ANSWER)
     except UserError:  # each prompt will say so, if it is one that the template refuses
-        return Frame(known=False)
+        return ChatFrame(known=False)
     if not found:
-        return Frame(opened=_last_tag(prompt), known=False)
+        return ChatFrame(opened=_last_tag(prompt), known=False)
     end = re.search("|".join(map(re.escape, markers(tokenizer))), after)
     header, lead = "", before.removeprefix(prompt) if before.startswith(prompt) else ""
     if prompt == closed and lead.strip():
         header = lead.rstrip(" ")
         lead = lead[len(header) :]
     tail = after[: end.start()] if end else ""
-    return Frame(header, _last_tag(prompt + header), lead, tail, end.group() if end else None)
+    return ChatFrame(header, _last_tag(prompt + header), lead, tail, end.group() if end else None)
 
 
 def markers(tokenizer: PreTrainedTokenizerBase) -> list[str]:

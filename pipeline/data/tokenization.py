@@ -43,7 +43,7 @@ class Encoder:
         self.max_prompt_length, self.max_response_length = max_prompt_length, max_response_length
         self.keep = keep  # the end or the beginning of a long prompt
         self.encoder_decoder = encoder_decoder
-        self.frame = chat.frame_of(tokenizer) if template.kind == "chat" else chat.Frame()
+        self.frame = chat.frame_of(tokenizer) if template.kind == "chat" else chat.ChatFrame()
         own = tokenizer.eos_token_id
         self.eos_id: int = own if self.frame.end is None else tokenizer.convert_tokens_to_ids(self.frame.end)
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys((self.eos_id, own)))  # each of them ends a response
