@@ -71,7 +71,7 @@ class ModelSettings(Section):
 
 
 class TemplateSettings(Section):
-    kind: Literal["text", "chat"]
+    kind: Literal["auto", "text", "chat"]
     prompt: str
     response: str
     human: str

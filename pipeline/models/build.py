@@ -24,8 +24,9 @@ def encoder_of(
     `mask`: with a mask token, one that the vocabulary has to spare, or a new one.
     """
     tokenizer = loading.load_tokenizer(model, texts() if model.path is None else [], mask)
-    data = settings.data
-    return Encoder(tokenizer, settings.template, data.max_prompt_length, data.max_response_length, data.keep_of_prompt)
+    data, encoder_decoder = settings.data, loading.load_config(model, tokenizer).is_encoder_decoder
+    lengths = data.max_prompt_length, data.max_response_length
+    return Encoder(tokenizer, settings.template, *lengths, data.keep_of_prompt, encoder_decoder)
 
 
 def policy_module(
