@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,6 +15,8 @@ from pipeline.records import Message
 
 ASKED, ANSWER = "asked", "answered"  # one turn each of the conversation that is written to see what stands around it
 TAG = re.compile(r"[<\[][^<>\[\]\s]+[>\]]")  # of markup, as <think>, <|assistant|>, [/INST]
+CLOCK = "strftime_now"
+STRFTIME = re.compile(r"%-?[A-Za-z]")  # a directive of strftime, as %d or %-d
 
 
 class ChatFrame(NamedTuple):
@@ -27,14 +30,20 @@ class ChatFrame(NamedTuple):
     known: bool = True  # the template can write an answer of the assistant
 
 
-def written(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], open_turn: bool = True) -> str:
+def written(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], open_turn: bool = True, date: str | None = None
+) -> str:
     """`turns` as the chat template writes them, with the beginning of the assistant's next turn if `open_turn`.
 
+    `date`: what it writes as today's, 2026-03-01; None: today's.
     Raises UserError where the template refuses them.
     """
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    template = None if date is None else dated(tokenizer.get_chat_template(), date)
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn)
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=open_turn, chat_template=template
+        )
     except (TemplateError, TypeError) as error:
         # broken, or one of the many that want user and assistant in turn, or no system message
         roles = ", ".join(turn.role for turn in turns)
@@ -42,6 +51,23 @@ def written(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], open_t
             f"template.kind: the tokenizer's chat template cannot write the roles {roles} ({error}), "
             "wanted one that can: change template.system, the prompts or the template, or set template.kind=text"
         ) from None
+
+
+def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template reads the clock, by the function that transformers gives to templates."""
+    return tokenizer.chat_template is not None and CLOCK in tokenizer.get_chat_template()
+
+
+def dated(template: str, date: str) -> str:
+    """The chat template with a clock that stands still at `date`: a macro hides the function that reads the real one.
+
+    (transformers passes no function of ours into a template.)
+    """
+    day = datetime.date.fromisoformat(date)
+    codes = sorted({*STRFTIME.findall(template)})
+    replaced = "".join(f"|replace('{code}', '{day.strftime(code)}')" for code in codes)
+    # trim_blocks, which transformers sets, removes the line end after a block
+    return f"{{% macro {CLOCK}(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}\n{template}"
 
 
 def frame_of(tokenizer: PreTrainedTokenizerBase) -> ChatFrame:

@@ -51,7 +51,6 @@ class Encoder:
         self.eos_id: int = own if self.frame.end is None else tokenizer.convert_tokens_to_ids(self.frame.end)
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys((self.eos_id, own)))  # each of them ends a response
         self.pad_id: int = tokenizer.pad_token_id
-        self.stop_ids = frozenset({self.eos_id})
 
     def described(self) -> str:
         """One line for people: which template is in use, and how a response ends."""
@@ -59,18 +58,20 @@ class Encoder:
         if self.template.kind == "text":
             return f"template: text, responses end with {end}"
         if self.frame.end is not None:
-            return f"template: the tokenizer's chat template, turns end with {end}"
+            dated = "" if self.template.date is None else f" of {self.template.date}"
+            return f"template: the tokenizer's chat template{dated}, turns end with {end}"
         why = "ends turns without a special token" if self.frame.known else "writes no turn of the assistant"
         return f"template: the tokenizer's chat template, which {why}: responses end with {end}"
+
+    def _turns(self, prompt: str | Sequence[Message]) -> list[Message]:
+        turns = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)
+        return turns if self.template.system is None else [Message("system", self.template.system), *turns]
 
     def prompt_text(self, prompt: str | Sequence[Message]) -> str:
         """What the model reads for `prompt`, as text."""
         template = self.template
         if template.kind == "chat":
-            turns = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)
-            if template.system is not None:
-                turns = [Message("system", template.system), *turns]
-            return chat.written(self.tokenizer, turns) + self.frame.header
+            return chat.written(self.tokenizer, self._turns(prompt), date=template.date) + self.frame.header
         system = "" if template.system is None else template.system
         if isinstance(prompt, str):
             return system + template.prompt.replace("{prompt}", prompt)
@@ -121,6 +122,12 @@ class Encoder:
         limit = self.max_response_length
         return Row(prompt_ids, tuple(ids[:limit]), cut_prompt, cut_response=len(ids) > limit)
 
+    def encode_conversation(self, prompt: str | Sequence[Message], completion: str) -> tuple[int, ...]:
+        """Ids of all that the chat template writes for the conversation with this answer, uncut."""
+        turns = [*self._turns(prompt), Message("assistant", completion)]
+        text = chat.written(self.tokenizer, turns, open_turn=False, date=self.template.date)
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of response ids, as the one who gave it wrote it: see `decode_all`."""
         return self.decode_all([ids])[0]
@@ -140,7 +147,7 @@ class Encoder:
     def _unspoken(self) -> frozenset[int]:
         known = self.tokenizer
         named = (known.bos_token_id, known.unk_token_id, known.sep_token_id, known.cls_token_id, known.mask_token_id)
-        return frozenset({*named, self.pad_id, known.eos_token_id, self.eos_id})
+        return frozenset({*named, self.pad_id, *self.stop_ids})
 
     @cached_property
     def _around(self) -> tuple[str, str]:
@@ -148,8 +155,7 @@ class Encoder:
 
         Many decoders drop the blank at the beginning of a text themselves, and then it is not there to take off.
         """
-        whole = "{response}" if self.template.kind == "chat" else self.template.response
-        before, _, after = whole.partition("{response}")
+        before, _, after = self.response_text("{response}").partition("{response}")
         ids = self.tokenizer(before + PROBE, add_special_tokens=False)["input_ids"]
         written = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         return (written.removesuffix(PROBE) if written.endswith(PROBE) else before), after
