@@ -139,6 +139,14 @@ def test_a_model_trained_under_text_stays_so_whatever_its_tokenizer_has(tmp_path
     assert encoder_at("rl", place, "template.kind=chat").prompt_text("a").startswith("<|im_start|>")
 
 
+def test_what_a_former_version_left_is_not_read_otherwise_in_silence(tmp_path: Path) -> None:
+    place = classifier_at(tmp_path / "c", chat_tokenizer(CHATML))
+    (tmp_path / "c" / "reward_input.json").write_text("{}")
+    settings = tiny.settings("sft")
+    with pytest.raises(UserError, match=r"has reward_input\.json, wanted trained_input\.json .*train it again"):
+        learned.load(place, settings.model, settings.template, 64, 2, torch.device("cpu"))
+
+
 class Clock(datetime.datetime):
     """A clock that stands at `day`."""
 

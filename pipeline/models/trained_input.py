@@ -25,6 +25,7 @@ from pipeline.models.lora import adapter_of, under
 logger = logging.getLogger("tiffin")
 
 INPUT_FILE = "trained_input.json"
+FORMER_FILE = "reward_input.json"  # beside reward models of versions that kept less
 OF_TEXT = ("prompt", "response", "human", "assistant")  # what template.kind=text alone reads
 
 
@@ -53,6 +54,8 @@ def saved_input(model: ModelSettings) -> TrainedInput | None:
         return None
     file = Path(model.path) / INPUT_FILE
     if not file.is_file():
+        if (Path(model.path) / FORMER_FILE).is_file():
+            raise UserError(f"{model.path}: has {FORMER_FILE}, wanted {INPUT_FILE} in its place: train it again")
         adapter = adapter_of(model)
         return None if adapter is None else saved_input(under(model, adapter))
     try:
