@@ -165,7 +165,7 @@ class Request(NamedTuple):
 
 
 class Completion(NamedTuple):
-    """One response's ids, up to and with EOS, and its statistics where it comes from plain sampling."""
+    """One response's ids, with the token that ends it, and its statistics where it comes from plain sampling."""
 
     ids: list[int]
     stats: SampleStats | None
@@ -179,8 +179,8 @@ class Response:
     prompt_text: str
     text: str
     prompt_ids: tuple[int, ...]
-    response_ids: tuple[int, ...]  # ends with EOS if finished
-    finished: bool  # EOS was generated
+    response_ids: tuple[int, ...]  # the last one ends it, if finished
+    finished: bool  # a token that ends responses was generated
     stats: SampleStats | None = None
 
 

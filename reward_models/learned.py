@@ -1,57 +1,27 @@
 """A trained reward model as a reward: what `stage=reward` leaves, or any Hugging Face classifier with one label.
 
-The score is read at the last token of prompt + response, found by length, so it depends neither on the batch, nor on
-the padding, nor on the rest of the batch.
+The score is read at the last token, found by length, so it depends neither on the batch, nor on the padding, nor on the
+rest of the batch. What `stage=reward` left reads prompt + response as it was trained to. A classifier from elsewhere
+that has a chat template reads what that writes for the whole conversation, which often goes on after the end of turn.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Literal
 
 import torch
-from pydantic import ValidationError
 
-from pipeline.config.sections import Count, ModelSettings, Section, TemplateSettings
-from pipeline.config.validate import one_complaint
+from pipeline.config.sections import ModelSettings, TemplateSettings
 from pipeline.data.tokenization import Encoder, pad
 from pipeline.errors import UserError
-from pipeline.models.checks import positions, read_object
+from pipeline.models.checks import positions
 from pipeline.models.loading import hugging_face, load_scalar, load_tokenizer
 from pipeline.models.policy import RewardModel
-from pipeline.records import RewardFunction
+from pipeline.models.trained_input import saved_input
+from pipeline.records import Message, RewardFunction
 
-INPUT_FILE = "reward_input.json"
-
-
-class Input(Section):
-    """How a reward model was trained to read: the template, and where prompt and response were cut."""
-
-    template: TemplateSettings
-    max_prompt_length: Count
-    keep_of_prompt: Literal["end", "beginning"]
-    max_response_length: Count
-
-
-def save_input(directory: Path, encoder: Encoder) -> None:
-    """Keep beside the weights how the rows were made that the model was trained on."""
-    lengths = {"max_prompt_length": encoder.max_prompt_length, "max_response_length": encoder.max_response_length}
-    content = Input(template=encoder.template, keep_of_prompt=encoder.keep, **lengths).model_dump()
-    (directory / INPUT_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def saved_input(directory: Path) -> Input | None:
-    """What `save_input` left, None where it left nothing. Raises UserError where it is no such thing."""
-    file = directory / INPUT_FILE
-    if not file.is_file():
-        return None
-    try:
-        return Input(**read_object(file))
-    except ValidationError as error:
-        path, complaint = one_complaint(error)
-        raise UserError(f"{file}: {'.'.join(path)}: {complaint}; train the reward model again") from None
+logger = logging.getLogger("tiffin")
 
 
 def load(
@@ -67,7 +37,8 @@ def load(
     Args:
         model: how to load it (attention kernel, trust_remote_code); its path and LoRA are not used.
         template, max_length: for classifiers that did not come from `stage=reward`; those that did read rows as they
-            were trained to. max_length is in tokens of prompt + response; the prompt loses its beginning first.
+            were trained to. The others read under their own chat template where they have one, unless kind is text.
+            max_length is in tokens of prompt + response; the prompt loses its beginning first.
 
     Raises UserError where there is no such model, or it has no scalar head.
     """
@@ -75,14 +46,16 @@ def load(
     settings = model.model_copy(update={"path": directory, "revision": None, "dropout": 0.0, "lora": adapters})
     tokenizer = load_tokenizer(settings, [])
     scorer = RewardModel(load_scalar(settings, tokenizer, seed=0, new_head=False, dtype="auto")).eval()
-    trained = saved_input(Path(directory))
-    if trained is not None:
-        template, max_length = trained.template, trained.max_prompt_length + trained.max_response_length
-        encoder = Encoder(
-            tokenizer, template, trained.max_prompt_length, trained.max_response_length, trained.keep_of_prompt
-        )
+    trained = saved_input(settings)
+    if trained is None:
+        kind = template.model_copy(update={"kind": "text" if template.kind == "text" else "auto"})
+        lengths = max_length, max_length, "end"
+        encoder = Encoder(tokenizer, kind, *lengths, encoder_decoder=scorer.encoder_decoder)
     else:
-        encoder = Encoder(tokenizer, template, max_length, max_length, "end")
+        lengths = trained.max_prompt_length, trained.max_response_length, trained.keep_of_prompt
+        encoder, max_length = Encoder(tokenizer, trained.template, *lengths, scorer.encoder_decoder), sum(lengths[:2])
+    read = read_as_trained if trained or encoder.template.kind == "text" else read_conversation
+    logger.info(f"reward {directory}: {encoder.described()}")
     limit = positions(hugging_face(scorer.model).config)
 
     def reward(prompts: Sequence[str], completions: Sequence[str], **columns: Sequence) -> list[float]:
@@ -100,11 +73,20 @@ def load(
     return reward
 
 
-def read(encoder: Encoder, prompt: str | Sequence, completion: str, max_length: int) -> tuple[int, ...]:
+def read_as_trained(
+    encoder: Encoder, prompt: str | Sequence[Message], completion: str, max_length: int
+) -> tuple[int, ...]:
     """The ids that are scored: the response, and as much of the prompt's end as `max_length` leaves room for."""
     row = encoder.encode(prompt, completion)
     room = max_length - len(row.response_ids)
     return (encoder.cut_prompt(row.prompt_ids, room) if room > 0 else ()) + row.response_ids
+
+
+def read_conversation(
+    encoder: Encoder, prompt: str | Sequence[Message], completion: str, max_length: int
+) -> tuple[int, ...]:
+    """The ids that are scored: the conversation as the chat template writes it, to its last token; its end if cut."""
+    return encoder.cut_prompt(encoder.encode_conversation(prompt, completion), max_length)
 
 
 @torch.no_grad()

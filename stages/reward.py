@@ -19,7 +19,6 @@ from pipeline.trainer.loop import HELD_OUT_LOSS, Evaluation, Trainer, fit
 from pipeline.trainer.model import Model, build_reward_model, encode
 from pipeline.trainer.objective import Objective, RewardModule, objective_of
 from pipeline.trainer.schedule import epochs, steps_for
-from reward_models import learned
 from stages import inputs
 
 
@@ -46,7 +45,6 @@ def main(settings: RewardStage, words: Sequence[str]) -> None:
             max_steps=steps_for(settings, len(items)),
             evaluate=partial(evaluate, scorer, objective, tested),
             best_metric=HELD_OUT_LOSS,
-            then=partial(learned.save_input, encoder=scorer.encoder),
         )
     )
 

@@ -31,14 +31,14 @@ def main(settings: ScoreStage, words: Sequence[str]) -> None:
     ranks = engine.start(settings.launch.ddp_timeout)
     directory = run_dir.stage_dir(settings, "score")
     data = inputs.score_data(settings)
+    if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs.of_score(settings))):
+        return
     rewards = build.build_rewards(settings, settings.reward, settings.rewards, ranks.device)
     if rewards is None:
         raise UserError(
             "stage=score: nothing to score with: give reward=NAME (length, rouge, your/file.py ...), "
             f"or train one with bash run.sh stage=reward run={settings.run}"
         )
-    if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs.of_score(settings))):
-        return
     results: dict[str, object] = {}
     wanted = splits_of(settings.splits, data)
     for split, examples in zip(wanted, dataset.splits(data, settings.seed, wanted), strict=True):

@@ -140,8 +140,8 @@ MODELS = [
         "how a reward reads",
         "score",
         "reward=HERE/m",
-        ("reward_input.json", "template: missing", "train .* again"),
-        {"m": copy("reward/helpfulness", write={"reward_input.json": b'{"max_prompt_length": 8}'})},
+        ("trained_input.json", "template: missing", "train .* again"),
+        {"m": copy("reward/helpfulness", write={"trained_input.json": b'{"max_prompt_length": 8}'})},
     ),
     Mistake(
         "positions of a policy",

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from pipeline.algorithms import offline, supervised
 from pipeline.data.batching import Packing, Windows, collate
+from pipeline.data.tokenization import Encoder
 from pipeline.errors import PreemptedError, UserError
 from pipeline.models.policy import Policy
 from pipeline.records import Item
@@ -114,7 +115,6 @@ class Toy:
     words: dict[str, object] = field(default_factory=dict)  # settings of `train`
     seed: int = 0  # of the first weights
     at_evaluation: Callable[[int], None] = lambda step: None
-    at_export: Callable[[Path], None] = lambda place: None
     objective: Objective = TOKENS
     larger_is_better: bool = False
 
@@ -147,7 +147,6 @@ class Toy:
             evaluate=evaluate,
             best_metric=BestMetric("eval/loss", self.larger_is_better),
             prepare=prepare,
-            then=self.at_export,
         )
         loop.fit(trainer)
 
@@ -235,18 +234,17 @@ def test_a_stopped_training_goes_on_bit_for_bit(tmp_path: Path, whole: Toy, zero
     assert same(toy.weights("last"), whole.weights("last")) and same(toy.weights(), whole.weights())
 
 
-def test_stopped_after_the_last_step(tmp_path: Path, whole: Toy) -> None:
+def test_stopped_after_the_last_step(tmp_path: Path, whole: Toy, monkeypatch) -> None:
     toy = Toy(tmp_path / "sft")
 
-    def fail(place: Path) -> None:
+    def fail(place: Path, encoder: Encoder) -> None:
         if place.name == "last.part":
             raise KilledError
 
-    toy.at_export = fail
-    with pytest.raises(KilledError):
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr("pipeline.trainer.model.save_input", fail)
         toy.run()
     assert not (toy.directory / "results.json").exists()
-    toy.at_export = lambda place: None
     toy.run()
     assert toy.rows() == whole.rows() and same(toy.weights(), whole.weights())
 

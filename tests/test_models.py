@@ -17,6 +17,7 @@ from pipeline.errors import UserError
 from pipeline.models import build, loading
 from pipeline.models.loading import hugging_face
 from pipeline.models.policy import Policy, RewardModel, check_head
+from pipeline.models.trained_input import INPUT_FILE, TrainedInput, save_input
 from pipeline.records import Batch, Item, Message
 from reward_models import learned
 from tests import tiny
@@ -125,7 +126,7 @@ def test_adapters_need_a_model(tmp_path: Path) -> None:
 
 # reward models
 
-READ = learned.Input(template=tiny.PLAIN, max_prompt_length=16, keep_of_prompt="end", max_response_length=24)
+READ = TrainedInput(template=tiny.PLAIN, max_prompt_length=16, keep_of_prompt="end", max_response_length=24)
 
 
 def scorer_of(tmp_path: Path, shape: str) -> tuple[RewardModel, str]:
@@ -135,7 +136,7 @@ def scorer_of(tmp_path: Path, shape: str) -> tuple[RewardModel, str]:
     tiny.spread(head, scale=1.0)
     directory = tmp_path / "scorer"
     encoder = tiny.encoder(READ.max_prompt_length, READ.max_response_length, prompt="Q {prompt} A")
-    loading.save(directory, model, model.state_dict(), tiny.tokenizer(), partial(learned.save_input, encoder=encoder))
+    loading.save(directory, model, model.state_dict(), tiny.tokenizer(), partial(save_input, encoder=encoder))
     return RewardModel(model).eval(), str(directory)
 
 
@@ -190,7 +191,7 @@ def test_a_reward_model_reads_as_it_was_trained(tmp_path: Path) -> None:
     for max_length in (4, 1024):
         found = load_learned(directory, 4, max_length)([prompt, "a"], [completion, "cat"])
         tiny.close(found[0], expected, of=found)
-    (Path(directory) / learned.INPUT_FILE).unlink()
+    (Path(directory) / INPUT_FILE).unlink()
     assert load_learned(directory, 4, 1024)([prompt], [completion])[0] != pytest.approx(expected, rel=1e-3)
 
 
@@ -207,11 +208,11 @@ def test_long_texts_lose_the_prompts_beginning_first() -> None:
     prompt, completion = " ".join(tiny.WORDS), "sat on a mat"
     row = encoder.encode(prompt, completion)
     n = len(row.response_ids)
-    assert learned.read(encoder, prompt, completion, 100) == row.prompt_ids + row.response_ids
-    assert learned.read(encoder, prompt, completion, n + 3) == row.prompt_ids[-3:] + row.response_ids
-    assert learned.read(encoder, prompt, completion, n) == row.response_ids
+    assert learned.read_as_trained(encoder, prompt, completion, 100) == row.prompt_ids + row.response_ids
+    assert learned.read_as_trained(encoder, prompt, completion, n + 3) == row.prompt_ids[-3:] + row.response_ids
+    assert learned.read_as_trained(encoder, prompt, completion, n) == row.response_ids
     short = tiny.encoder(n - 2, n - 2)
-    assert learned.read(short, prompt, completion, n - 2) == row.response_ids[: n - 2]
+    assert learned.read_as_trained(short, prompt, completion, n - 2) == row.response_ids[: n - 2]
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -87,6 +87,7 @@ def test_the_key_holds_everything(tmp_path: Path) -> None:
         return ref.cache("ref_logps", rows=reference.rows_digest(rows))
 
     cut = replace(items[0], rows=(replace(items[0].rows[0], prompt_ids=items[0].rows[0].prompt_ids[1:]),))
+    ref, kind = reference_of(tmp_path), tiny.encoder(system="Be kind.")
     other_words = ["train.precision=bf16", "model.attn_implementation=eager", "model.dropout=null"]
     found = [
         place(),
@@ -95,6 +96,7 @@ def test_the_key_holds_everything(tmp_path: Path) -> None:
         place(rows=items[::-1]),
         place(rows=[cut, *items[1:]]),
         *(place(word) for word in other_words),
+        replace(ref, model=replace(ref.model, encoder=kind)).cache("ref_logps", rows=reference.rows_digest(items)),
     ]
     assert len(set(found)) == len(found)
     assert place() == found[0] == place("optimizer.learning_rate=0.1")  # what does not matter does not count

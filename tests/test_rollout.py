@@ -191,10 +191,10 @@ def test_beams_prefer_long_responses_where_length_is_rewarded() -> None:
 
 
 def test_settings_of_beams_are_for_beams() -> None:
-    beams = {"length_penalty": 2.0, "early_stopping": True}
-    several = generation_config(generation(**beams, num_beams=4, min_new_tokens=3), tiny.encoder())
+    model, beams = tiny.language_model("llama"), {"length_penalty": 2.0, "early_stopping": True}
+    several = generation_config(generation(**beams, num_beams=4, min_new_tokens=3), tiny.encoder(), model)
     assert (several.length_penalty, several.early_stopping, several.min_new_tokens) == (2.0, True, 3)
-    one = generation_config(generation(**beams, no_repeat_ngram_size=3), tiny.encoder())
+    one = generation_config(generation(**beams, no_repeat_ngram_size=3), tiny.encoder(), model)
     assert (one.length_penalty, one.early_stopping, one.no_repeat_ngram_size) == (None, None, 3)
 
 

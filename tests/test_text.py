@@ -54,7 +54,7 @@ def test_a_prompt_in_training_is_the_prompt_of_generation(completion: str) -> No
     assert row.prompt_ids[0] == encoder.tokenizer.bos_token_id
     assert row.response_ids[-1] == encoder.eos_id and row.response_ids.count(encoder.eos_id) == 1
     assert encoder.tokenizer.bos_token_id not in row.response_ids
-    assert encoder.decode(row.response_ids) == completion.strip()
+    assert encoder.decode(row.response_ids) == completion
 
 
 def test_without_a_completion_there_is_no_response() -> None:

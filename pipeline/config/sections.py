@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -21,6 +22,15 @@ def result_name(value: str) -> str:
     if value in STAGE_FILES:
         raise ValueError(f"{value!r} is what a stage calls a folder of its own, wanted another name")
     return folder_name(value)
+
+
+def day(value: str) -> str:
+    """`value`, which must be a date as in 2026-03-01. Raises ValueError."""
+    try:
+        datetime.date.fromisoformat(value)
+    except ValueError:
+        raise ValueError(f"{value!r}, wanted a date as in 2026-03-01") from None
+    return value
 
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -71,12 +81,13 @@ class ModelSettings(Section):
 
 
 class TemplateSettings(Section):
-    kind: Literal["text", "chat"]
+    kind: Literal["auto", "text", "chat"]
     prompt: str
     response: str
     human: str
     assistant: str
     system: str | None
+    date: Annotated[str, AfterValidator(day)] | None
 
 
 class DataSettings(Section):

@@ -6,6 +6,7 @@ a second start neither redoes what is done nor continues what has become somethi
 
 from __future__ import annotations
 
+import datetime
 import errno
 import json
 import logging
@@ -36,6 +37,7 @@ FREE = (
 )
 CONFIG, INPUTS = "config.yaml", "inputs.json"
 NOTES = (CONFIG, INPUTS, "command.txt", "data.json", ".lock")  # of a start, before it does anything
+DAY = "first_day.txt"  # of a run: the date that chat templates write which write today's
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # a file system that knows none
 
 logger = logging.getLogger("tiffin")
@@ -55,6 +57,12 @@ def stage_dir(settings: Common, stage: str) -> Path:
 def finished(directory: Path) -> bool:
     """Whether a stage's last file is there."""
     return (directory / "results.json").is_file()
+
+
+def first_day(settings: Common) -> str:
+    """The day on which the run's first stage was opened, as 2026-03-01; today's where none was."""
+    file = run_dir(settings) / DAY
+    return file.read_text("utf-8").strip() if file.is_file() else datetime.date.today().isoformat()
 
 
 def model_of(settings: Common, stage: str) -> Path | None:
@@ -122,6 +130,9 @@ def open_stage(directory: Path, settings: Common, words: Sequence[str], inputs: 
     """
     directory.mkdir(parents=True, exist_ok=True)
     claim(directory)
+    if not (run_dir(settings) / DAY).is_file():
+        with waiting(run_dir(settings)):  # stages of one run may open at once
+            write_text(run_dir(settings) / DAY, first_day(settings) + "\n")
     if done(directory, settings, lambda: inputs):
         return False
     if begun(directory):

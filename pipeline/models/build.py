@@ -13,19 +13,21 @@ from pipeline.data.batching import Packing, collate
 from pipeline.data.tokenization import Encoder
 from pipeline.models import checks, loading
 from pipeline.models.policy import Policy, RewardModel, check_head
+from pipeline.models.trained_input import template_for
 from pipeline.records import Item, Row
 
 
 def encoder_of(
     settings: WithModel, model: ModelSettings, texts: Callable[[], list[str]], mask: bool = False
 ) -> Encoder:
-    """The tokenizer of `model`, or one made from `texts()` for a new model, behind the stage's template and limits.
+    """The tokenizer of `model`, or one made from `texts()` for a new one, behind its template and the stage's limits.
 
     `mask`: with a mask token, one that the vocabulary has to spare, or a new one.
     """
     tokenizer = loading.load_tokenizer(model, texts() if model.path is None else [], mask)
-    data = settings.data
-    return Encoder(tokenizer, settings.template, data.max_prompt_length, data.max_response_length, data.keep_of_prompt)
+    data, encoder_decoder = settings.data, loading.load_config(model, tokenizer).is_encoder_decoder
+    lengths = data.max_prompt_length, data.max_response_length
+    return Encoder(tokenizer, template_for(settings, model, tokenizer), *lengths, data.keep_of_prompt, encoder_decoder)
 
 
 def policy_module(

@@ -6,7 +6,7 @@ import copy
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -217,15 +217,17 @@ def save(
     weights: dict[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
     then: Callable[[Path], None] | None = None,
+    ends: Collection[int] = (),
 ) -> None:
     """Write a directory that transformers (or peft) loads, then reopen it: complete or absent.
 
     `weights` is the whole `state_dict` of `model`, on the CPU; `then` writes what else belongs into the directory.
+    `ends` are ids that end responses: the `generate` of transformers, and vLLM, stop at them too.
     Raises RuntimeError where what was written has an empty tensor or another shape than the model.
     """
     part = directory.with_name(directory.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    _write(part, model, weights, tokenizer)
+    _write(part, model, weights, tokenizer, ends)
     if then is not None:
         then(part)
     checks.verify(part, weights)
@@ -234,7 +236,11 @@ def save(
 
 
 def _write(
-    directory: Path, model: PreTrainedModel | PeftModel, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase
+    directory: Path,
+    model: PreTrainedModel | PeftModel,
+    weights: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    ends: Collection[int],
 ) -> None:
     """Weights, configuration and tokenizer. Raises UserError where the disk refuses, and leaves nothing then."""
     lm = hugging_face(model)
@@ -244,10 +250,13 @@ def _write(
             options = {"save_embedding_layers": False}  # the adapters hold the embeddings that were trained
         model.save_pretrained(directory, state_dict=dict(weights), **options)
         tokenizer.save_pretrained(directory)
-        if lm.can_generate() and (suppressed := mask_token.suppressed_ids(tokenizer, lm)):
+        if lm.can_generate():  # beside adapters too
             generation = copy.deepcopy(lm.generation_config)
-            generation.suppress_tokens = suppressed
-            generation.save_pretrained(directory)
+            ids = end_ids(lm, ends)
+            generation.eos_token_id = ids[0] if len(ids) == 1 else ids or None
+            generation.suppress_tokens = mask_token.suppressed_ids(tokenizer, lm) or generation.suppress_tokens
+            # not `save_pretrained`, which refuses what some published ones have: a temperature, but no sampling
+            generation.to_json_file(directory / transformers.utils.GENERATION_CONFIG_NAME)
     except Exception as error:  # safetensors and tokenizers have no class of their own for what the system refuses
         if "os error" not in str(error):
             raise
@@ -265,3 +274,10 @@ def start_from_forced(model: PreTrainedModel) -> None:
     if generation is not None and isinstance(generation.forced_bos_token_id, int):
         model.config.decoder_start_token_id = generation.decoder_start_token_id = generation.forced_bos_token_id
         generation.forced_bos_token_id = None
+
+
+def end_ids(model: PreTrainedModel, more: Collection[int]) -> list[int]:
+    """The ids that end a response: those of the checkpoint's own generation configuration, then `more`."""
+    own = model.generation_config.eos_token_id
+    own = own if isinstance(own, list) else [] if own is None else [own]
+    return list(dict.fromkeys(i for i in (*own, *sorted(more)) if i < model.config.get_text_config().vocab_size))

@@ -36,8 +36,11 @@ def build_rewards(
     named = [(name, name, weight) for name, weight in weights]
     named += [(label, name, 0.0) for label, name in (monitors or {}).items()]
 
+    dated = {"date": settings.template.date or run_dir.first_day(settings)}
+    template = settings.template.model_copy(update=dated)
+
     def load_learned(directory: str) -> RewardFunction:
-        return learned.load(directory, settings.model, settings.template, read.max_length, read.batch_size, device)
+        return learned.load(directory, settings.model, template, read.max_length, read.batch_size, device)
 
     def build(label: str, name: str, weight: float) -> WeightedReward:
         normalised = weight or name in trained or Path(name).is_dir()

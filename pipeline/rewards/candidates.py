@@ -18,7 +18,7 @@ class Gathered(NamedTuple):
     """Rows made of responses, and how many responses are in none of them."""
 
     rows: list[Example]
-    empty: int  # responses without text
+    empty: int  # responses without text, or of blanks alone
     repeated: int  # responses equal to an earlier one to the same prompt
 
 
@@ -39,7 +39,7 @@ def gathered(answers: Sequence[Response], n: int) -> Gathered:
     """
     rows, empty, repeated = [], 0, 0
     for start in range(0, len(answers), n):
-        written = [answer.text for answer in answers[start : start + n] if answer.text]
+        written = [answer.text for answer in answers[start : start + n] if answer.text.strip()]
         texts = tuple(dict.fromkeys(written))
         empty += n - len(written)
         repeated += len(written) - len(texts)

@@ -76,12 +76,10 @@ def parts(encoder: Encoder, ids: Tensor, masked: Tensor) -> list[list[str | bool
         return []
     last = len(flags) - 1
     ends = [i for i, flag in enumerate(flags) if flag or i == last or flags[i + 1]]
-    whole = encoder.tokenizer.batch_decode(
-        [tokens[: end + 1] for end in ends], skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
-    whole = [text.lstrip() for text in whole]
+    *whole, said = encoder.decode_all([tokens[: end + 1] for end in ends])
     # a character that only later tokens complete belongs to the piece of the last of them
-    begun = [text if end == last else text.rstrip(BROKEN) for text, end in zip(whole, ends, strict=True)]
+    begun = [text.rstrip(BROKEN) for text in whole]
+    begun = [*(text if said.startswith(text) else "" for text in begun), said]  # the template's words in part: no text
     pieces = [text[len(before) :] for before, text in zip(["", *begun], begun, strict=False)]
     return [[piece, flags[end]] for piece, end in zip(pieces, ends, strict=True) if piece or flags[end]]
 

@@ -35,7 +35,7 @@ from pipeline.rollout.generate import plain_sampling, respond
 from pipeline.rollout.groups import Group, items_of, record_of, statistics, table, target_item, untempered, valued
 from pipeline.trainer.engine import Engine
 from pipeline.trainer.loop import REWARD, Evaluation, Trainer
-from pipeline.trainer.model import Model, build_policy
+from pipeline.trainer.model import Model, build_policy, frozen_policy
 from pipeline.trainer.schedule import epochs, steps_for
 
 logger = logging.getLogger("tiffin")
@@ -53,7 +53,7 @@ def trainer(context: Context) -> Trainer:
     # a KL term compares with the start as it was: a second model, which is only read
     frozen = None
     if context.module.needs(algorithm).ref_logp:
-        frozen = build_policy(settings, ranks, context.start, longest=longest, frozen=True).engine
+        frozen = frozen_policy(settings, policy, context.start, longest)
     rollouts = Rollouts(
         engine=policy.engine,
         frozen=frozen,

@@ -29,7 +29,7 @@ from pipeline.rl.values import ValueData
 from pipeline.trainer.engine import Engine
 from pipeline.trainer.model import Model
 
-FORMAT = 2  # raise it when what is computed changes
+FORMAT = 3  # raise it when what is computed changes
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class ReferencePolicy:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "weights": self.weights,
+            "template": self.model.encoder.template.model_dump(),
             "precision": settings.train.precision,
             "attention": settings.model.attn_implementation,
             "dropout": settings.model.dropout,

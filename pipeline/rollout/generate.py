@@ -23,7 +23,7 @@ from pipeline.data.tokenization import Encoder, pad
 from pipeline.errors import UserError
 from pipeline.models import mask_token
 from pipeline.models.checks import check_positions
-from pipeline.models.loading import hugging_face
+from pipeline.models.loading import end_ids, hugging_face
 from pipeline.models.policy import Policy
 from pipeline.records import Completion, Example, Request, Response, SampleStats
 from pipeline.rollout import continuous
@@ -53,8 +53,8 @@ def respond(
     ranks, size = engine.ranks, settings.batch_size
     order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))  # like lengths: little padding
     batches = [order[start : start + size] for start in range(0, len(order), size)]
-    config = generation_config(settings, encoder)
     lm = hugging_face(engine.module.model)
+    config = generation_config(settings, encoder, lm)
     config.suppress_tokens = mask_token.suppressed_ids(encoder.tokenizer, lm) or None  # before tokens are drawn
     config.decoder_start_token_id = engine.module.start_id
     if plain := settings.do_sample and settings.num_beams == 1:
@@ -78,7 +78,8 @@ def respond(
             if number < len(batches):
                 mine |= dict(zip(batch, rows, strict=True))
     by_request = {i: rows for part in ranks.gather(mine) for i, rows in part.items()}
-    return [[_response(encoder, request, one) for one in by_request[i]] for i, request in enumerate(requests)]
+    stops = config.eos_token_id
+    return [[_response(encoder, request, one, stops) for one in by_request[i]] for i, request in enumerate(requests)]
 
 
 def plain_sampling(settings: GenerationSettings) -> GenerationSettings:
@@ -90,8 +91,8 @@ def plain_sampling(settings: GenerationSettings) -> GenerationSettings:
     )
 
 
-def generation_config(settings: GenerationSettings, encoder: Encoder) -> GenerationConfig:
-    """transformers' configuration of `settings`.
+def generation_config(settings: GenerationSettings, encoder: Encoder, lm: PreTrainedModel) -> GenerationConfig:
+    """transformers' configuration of `settings`; a response ends where those ended that `lm` learned from.
 
     Raises UserError for several responses per prompt with no way to make them differ.
     """
@@ -111,7 +112,7 @@ def generation_config(settings: GenerationSettings, encoder: Encoder) -> Generat
         **(narrowed if settings.do_sample else {}),
         num_return_sequences=n,
         pad_token_id=encoder.pad_id,
-        eos_token_id=encoder.eos_id,
+        eos_token_id=end_ids(lm, encoder.stop_ids),
         bos_token_id=encoder.tokenizer.bos_token_id,
     )
 
@@ -202,7 +203,7 @@ def _decoded(
             synced_gpus=engine.stage == 3 and engine.ranks.world > 1,
         )
     start = 1 if module.encoder_decoder else inputs["attention_mask"].shape[1]
-    rows = [_until_eos(row, encoder.eos_id) for row in out[:, start:].tolist()]
+    rows = [_until_end(row, config.eos_token_id) for row in out[:, start:].tolist()]
     stats = [None] * len(rows) if sampler is None else sampler.stats([len(ids) for ids in rows], batch)
     results = iter(map(Completion, rows, stats))
     return [[next(results) for _ in range(k)] for k in copies]
@@ -223,18 +224,20 @@ def _inputs(
     return {"encoder_outputs": BaseModelOutput(last_hidden_state=states[places]), "attention_mask": mask[places]}
 
 
-def _until_eos(ids: list[int], eos: int) -> list[int]:
-    return ids[: ids.index(eos) + 1] if eos in ids else ids
+def _until_end(ids: list[int], stops: Sequence[int]) -> list[int]:
+    end = next((place for place, token in enumerate(ids) if token in stops), len(ids))
+    return ids[: end + 1]
 
 
-def _response(encoder: Encoder, request: Request, completion: Completion) -> Response:
+def _response(encoder: Encoder, request: Request, completion: Completion, stops: Sequence[int]) -> Response:
     ids = completion.ids
+    finished = bool(ids) and ids[-1] in stops
     return Response(
         example=request.example,
         prompt_text=encoder.prompt_text(request.example.prompt),
-        text=encoder.decode(ids),
+        text=encoder.decode(ids[:-1] if finished else ids),
         prompt_ids=request.prompt_ids,
         response_ids=tuple(ids),
-        finished=bool(ids) and ids[-1] == encoder.eos_id,
+        finished=finished,
         stats=completion.stats,
     )

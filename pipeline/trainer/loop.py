@@ -79,7 +79,6 @@ class Trainer:
     evaluate: Callable[[int], Evaluation]
     best_metric: BestMetric
     prepare: Callable[[], None] = lambda: None
-    then: Callable[[Path], None] | None = None  # writes what else belongs beside exported weights
     kept_fraction: float = 1.0  # of rows, where fewer steps are taken for those that are left out
 
     @property
@@ -242,14 +241,14 @@ def evaluate(trainer: Trainer, state: State, log: RunLog) -> tuple[State, dict[s
     state = replace(state, last_seen=scalars)
     value = scalars[trainer.best_metric.tag]
     if trainer.best_metric.better(value, state.best):
-        trainer.model.export(trainer.directory / "best", trainer.then)
+        trainer.model.export(trainer.directory / "best")
         state = replace(state, best=value, best_step=state.step, best_seen=scalars)
     return state, scalars
 
 
 def keep(trainer: Trainer, state: State) -> None:
     """Export the last weights to last/, and let model/ be best/ or last/ as train.keep says."""
-    trainer.model.export(trainer.directory / "last", trainer.then)
+    trainer.model.export(trainer.directory / "last")
     if trainer.engine.ranks.main:
         chosen = trainer.directory / (trainer.settings.train.keep if state.best_step is not None else "last")
         part = trainer.directory / "model.part"

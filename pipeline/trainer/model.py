@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from pipeline.config.schema import EvaluateStage, GenerateStage, Masking, RewardStage, Training
@@ -16,6 +17,7 @@ from pipeline.data.tokenization import Encoder, coloured
 from pipeline.data.vocabulary import token_tables
 from pipeline.files import write_json
 from pipeline.models import build, loading
+from pipeline.models.trained_input import save_input
 from pipeline.records import Example, Item, Row
 from pipeline.trainer.engine import Engine, Ranks
 
@@ -34,12 +36,13 @@ class Model:
     def ranks(self) -> Ranks:
         return self.engine.ranks
 
-    def export(self, directory: Path, then: Callable[[Path], None] | None = None) -> None:
-        """Write the weights and the tokenizer as a Hugging Face (or PEFT) directory, then what `then` adds to it."""
+    def export(self, directory: Path) -> None:
+        """Write weights, tokenizer and how rows are read as a Hugging Face (or PEFT) directory."""
         weights = self.engine.state_dict()
         if self.ranks.main:
             own = {name.removeprefix("model."): weight for name, weight in weights.items()}
-            loading.save(directory, self.engine.module.model, own, self.encoder.tokenizer, then)
+            encoder, then = self.encoder, partial(save_input, encoder=self.encoder)
+            loading.save(directory, self.engine.module.model, own, encoder.tokenizer, then, encoder.stop_ids)
         self.ranks.barrier()
 
 
@@ -51,7 +54,6 @@ def build_policy(
     texts: Callable[[], list[str]] = list,
     mask: bool = False,
     longest: int | None = None,
-    frozen: bool = False,
 ) -> Model:
     """The policy to train.
 
@@ -59,14 +61,19 @@ def build_policy(
         start: the model to start from; where it names none, a new one, its vocabulary made from `texts()`.
         mask: the policy reads a mask token.
         longest: tokens of the longest response, where that is not data.max_response_length.
-        frozen: it is only read: no optimizer.
     """
     encoder = build.encoder_of(settings, start, texts, mask)
+    say(start, encoder)
     longest = longest or settings.data.max_response_length
     policy = build.policy_module(start, encoder, settings.train, longest, settings.seed, mask)
     packing = packing_of(settings.train, ranks.world, policy.encoder_decoder, encoder.pad_id)
-    optimizer = None if frozen else settings.optimizer
-    return Model(Engine(policy, ranks, settings.train, optimizer), encoder, packing)
+    return Model(Engine(policy, ranks, settings.train, settings.optimizer), encoder, packing)
+
+
+def frozen_policy(settings: Training, model: Model, start: ModelSettings, longest: int) -> Engine:
+    """The policy that `model` started from, beside it, and only read: without an optimizer."""
+    module = build.policy_module(start, model.encoder, settings.train, longest, settings.seed)
+    return Engine(module, model.ranks, settings.train, None)
 
 
 def build_reward_model(
@@ -74,6 +81,7 @@ def build_reward_model(
 ) -> Model:
     """The reward model to train; arguments as of `build_policy`."""
     encoder = build.encoder_of(settings, start, texts)
+    say(start, encoder)
     scorer = build.reward_module(start, encoder, settings.train, settings.seed)
     packing = packing_of(settings.train, ranks.world, scorer.encoder_decoder, encoder.pad_id, whole=True)
     return Model(Engine(scorer, ranks, settings.train, settings.optimizer), encoder, packing)
@@ -82,11 +90,17 @@ def build_reward_model(
 def build_inference(settings: EvaluateStage | GenerateStage, ranks: Ranks, policy: ModelSettings) -> Model:
     """A policy that only generates and is read; sharded where train.zero says stage 3."""
     encoder = build.encoder_of(settings, policy, list)
+    say(policy, encoder)
     longest = settings.generation.max_new_tokens
     module = build.policy_module(policy, encoder, settings.train, longest, settings.seed)
     train = settings.train.model_copy(update={"batch_size": ranks.world * (settings.train.micro_batch_size or 1)})
     packing = packing_of(train, ranks.world, module.encoder_decoder, encoder.pad_id)
     return Model(Engine(module, ranks, train, None), encoder, packing)
+
+
+def say(model: ModelSettings, encoder: Encoder) -> None:
+    """One line about how `model` reads rows."""
+    logger.info(f"{model.path or 'a new model'}: {encoder.described()}")
 
 
 def masked_packing(

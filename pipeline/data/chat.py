@@ -1,0 +1,101 @@
+"""What a tokenizer's chat template writes: whole conversations, and what stands around an answer of the assistant."""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.errors import UserError
+from pipeline.records import Message
+
+ASKED, ANSWER = "asked", "answered"  # one turn each of the conversation that is written to see what stands around it
+TAG = re.compile(r"[<\[][^<>\[\]\s]+[>\]]")  # of markup, as <think>, <|assistant|>, [/INST]
+CLOCK = "strftime_now"
+STRFTIME = re.compile(r"%-?[A-Za-z]")  # a directive of strftime, as %d or %-d
+
+
+class ChatFrame(NamedTuple):
+    """What stands around the assistant's answer: `prompt` + header + lead + answer + tail + end."""
+
+    header: str = ""  # of the assistant's turn, where add_generation_prompt has no effect; part of the prompt
+    opened: str = ""  # the tag with which a prompt ends, as <think>
+    lead: str = ""  # between the prompt and the answer, part of the response
+    tail: str = ""  # between the answer and the end, part of the response
+    end: str | None = None  # the special token that ends the turn; None where only text does, or nothing
+    known: bool = True  # the template can write an answer of the assistant
+
+
+def written(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], open_turn: bool = True, date: str | None = None
+) -> str:
+    """`turns` as the chat template writes them, with the beginning of the assistant's next turn if `open_turn`.
+
+    `date`: what it writes as today's, 2026-03-01; None: today's.
+    Raises UserError where the template refuses them.
+    """
+    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    template = None if date is None else dated(tokenizer.get_chat_template(), date)
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=open_turn, chat_template=template
+        )
+    except (TemplateError, TypeError) as error:
+        # broken, or one of the many that want user and assistant in turn, or no system message
+        roles = ", ".join(turn.role for turn in turns)
+        raise UserError(
+            f"template.kind: the tokenizer's chat template cannot write the roles {roles} ({error}), "
+            "wanted one that can: change template.system, the prompts or the template, or set template.kind=text"
+        ) from None
+
+
+def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template reads the clock, by the function that transformers gives to templates."""
+    return tokenizer.chat_template is not None and CLOCK in tokenizer.get_chat_template()
+
+
+def dated(template: str, date: str) -> str:
+    """The chat template with a clock that stands still at `date`: a macro hides the function that reads the real one.
+
+    (transformers passes no function of ours into a template.)
+    """
+    day = datetime.date.fromisoformat(date)
+    codes = sorted({*STRFTIME.findall(template)})
+    replaced = "".join(f"|replace('{code}', '{day.strftime(code)}')" for code in codes)
+    # trim_blocks, which transformers sets, removes the line end after a block
+    return f"{{% macro {CLOCK}(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}\n{template}"
+
+
+def frame_of(tokenizer: PreTrainedTokenizerBase) -> ChatFrame:
+    """What the template writes around an answer, read off one that it writes."""
+    asked, answer = Message("user", ASKED), Message("assistant", ANSWER)
+    try:
+        closed, prompt = (written(tokenizer, [asked], open_turn) for open_turn in (False, True))
+        before, found, after = written(tokenizer, [asked, answer], open_turn=False).rpartition(ANSWER)
+    except UserError:  # each prompt will say so, if it is one that the template refuses
+        return ChatFrame(known=False)
+    if not found:
+        return ChatFrame(opened=_last_tag(prompt), known=False)
+    end = re.search("|".join(map(re.escape, markers(tokenizer))), after)
+    header, lead = "", before.removeprefix(prompt) if before.startswith(prompt) else ""
+    if prompt == closed and lead.strip():
+        header = lead.rstrip(" ")
+        lead = lead[len(header) :]
+    tail = after[: end.start()] if end else ""
+    return ChatFrame(header, _last_tag(prompt + header), lead, tail, end.group() if end else None)
+
+
+def markers(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The tokens with which a template can mark an end, the longest first: special and added ones that show."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    shown = {token for token in (*added, *tokenizer.all_special_tokens) if token.strip()}
+    return sorted(shown, key=len, reverse=True)
+
+
+def _last_tag(prompt: str) -> str:
+    tags = list(TAG.finditer(prompt))
+    return tags[-1].group() if tags and not prompt[tags[-1].end() :].strip() else ""

@@ -1,0 +1,98 @@
+"""How a model was trained to read: kept beside its weights, so that whoever opens it next reads as it did."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.config.schema import WithModel
+from pipeline.config.sections import Count, ModelSettings, Section, TemplateSettings
+from pipeline.config.validate import describe, one_complaint
+from pipeline.config.yaml_layers import ROOT, load_yaml
+from pipeline.data import chat
+from pipeline.data.tokenization import Encoder, resolved
+from pipeline.errors import UserError
+from pipeline.launch import run_dir
+from pipeline.models.checks import read_object
+from pipeline.models.lora import adapter_of, under
+
+logger = logging.getLogger("tiffin")
+
+INPUT_FILE = "trained_input.json"
+FORMER_FILE = "reward_input.json"  # beside reward models of versions that kept less
+OF_TEXT = ("prompt", "response", "human", "assistant")  # what template.kind=text alone reads
+
+
+class TrainedInput(Section):
+    """The template of a model's training, and where it cut prompt and response: only reward models cut there again."""
+
+    template: TemplateSettings
+    max_prompt_length: Count
+    keep_of_prompt: Literal["end", "beginning"]
+    max_response_length: Count
+
+
+def save_input(directory: Path, encoder: Encoder) -> None:
+    """Keep in a model's directory how the rows were made that it was trained on."""
+    lengths = {"max_prompt_length": encoder.max_prompt_length, "max_response_length": encoder.max_response_length}
+    content = TrainedInput(template=encoder.template, keep_of_prompt=encoder.keep, **lengths).model_dump()
+    (directory / INPUT_FILE).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def saved_input(model: ModelSettings) -> TrainedInput | None:
+    """What `save_input` left with a model, or with the one under its adapters; None where it left nothing.
+
+    Raises UserError where it is no such thing.
+    """
+    if model.path is None:
+        return None
+    file = Path(model.path) / INPUT_FILE
+    if not file.is_file():
+        if (Path(model.path) / FORMER_FILE).is_file():
+            raise UserError(f"{model.path}: has {FORMER_FILE}, wanted {INPUT_FILE} in its place: train it again")
+        adapter = adapter_of(model)
+        return None if adapter is None else saved_input(under(model, adapter))
+    try:
+        return TrainedInput(**read_object(file))
+    except ValidationError as error:
+        path, complaint = one_complaint(error)
+        raise UserError(f"{file}: {'.'.join(path)}: {complaint}; train the model again, or remove the file") from None
+
+
+def template_for(settings: WithModel, model: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> TemplateSettings:
+    """The template that `model` was trained under, with what the user gave instead; the stage's own without one.
+
+    A setting counts as given where it is not what ships. One line says so where it differs from training, and one where
+    nothing reads it.
+    """
+    given, trained = _given(settings.template), saved_input(model)
+    template = settings.template if trained is None else trained.template.model_copy(update=given)
+    template = resolved(template, tokenizer)
+    unread = [name for name in given if name in OF_TEXT] if template.kind == "chat" else []
+    if unread:
+        names = ", ".join(f"template.{name}" for name in unread)
+        logger.warning(f"{names}: given, but {model.path} reads under its chat template: set template.kind=text")
+    if trained is not None:
+        _say_changes(model, trained.template, {name: value for name, value in given.items() if name not in unread})
+    if template.date is None and template.kind == "chat" and chat.writes_date(tokenizer):
+        template = template.model_copy(update={"date": run_dir.first_day(settings)})
+    return template
+
+
+def _given(template: TemplateSettings) -> dict[str, Any]:
+    shipped = load_yaml(ROOT / "stages" / "common.yaml")["template"]
+    return {name: value for name, value in template.model_dump().items() if value != shipped[name]}
+
+
+def _say_changes(model: ModelSettings, trained: TemplateSettings, given: Mapping[str, Any]) -> None:
+    before = trained.model_dump()
+    changes = [f"{name}={describe(value)}" for name, value in given.items() if value != before[name]]
+    if changes:
+        named = ", ".join(f"{name}={describe(before[name])}" for name in given if given[name] != before[name])
+        logger.warning(f"{model.path}: trained under template {named}, read under {', '.join(changes)} as given")
