@@ -43,7 +43,7 @@ def main(settings: EvaluateStage, words: Sequence[str]) -> None:
         raise UserError("stage=evaluate: nothing to judge with: give reward=NAME, or train one with stage=reward")
     (rows,) = dataset.splits(settings.data, settings.seed, [settings.split], carry=rewards.reads_columns)
     prompts = dataset.unique_prompts(rows)[: settings.max_rows]
-    scoring.try_rewards(ranks, rewards, prompts, written=True)
+    scoring.try_rewards(ranks, rewards, prompts[0], written=True)
 
     results, samples = judged(settings, models, prompts, rewards, ranks)
     if ranks.main:

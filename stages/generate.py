@@ -39,7 +39,8 @@ def main(settings: GenerateStage, words: Sequence[str]) -> None:
         rewards = build.build_rewards(settings, settings.reward, settings.rewards, ranks.device)
     splits = dataset.splits(settings.data, settings.seed, settings.splits, carry=True)
     prompts = {split: dataset.unique_prompts(rows) for split, rows in zip(settings.splits, splits, strict=True)}
-    scoring.try_rewards(ranks, rewards, next(iter(prompts.values())), written=False)
+    if rewards is not None:
+        scoring.try_rewards(ranks, rewards, next(iter(prompts.values()))[0], written=False)
     results: dict[str, object] = {}
     policy = build_inference(settings, ranks, model)
     for split, rows in prompts.items():

@@ -44,7 +44,7 @@ def main(settings: ScoreStage, words: Sequence[str]) -> None:
     for split, examples in zip(wanted, dataset.splits(data, settings.seed, wanted, carry=True), strict=True):
         rows = dataset.judgeable(examples, data)
         if split == wanted[0]:
-            scoring.try_rewards(ranks, rewards, rows, written=False)
+            scoring.try_rewards(ranks, rewards, rows[0], written=False)
         judged = candidates.judged(ranks, rewards, rows)
         if ranks.main:
             write_rows(directory / f"{split}.jsonl", judged.rows)

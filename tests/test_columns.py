@@ -71,7 +71,7 @@ def test_every_row_of_every_split_has_them(tmp_path: Path) -> None:
     [
         (
             "{'completions': 7}",
-            "column 'completions': its name means something else to rewards, wanted a name of its own",
+            "column 'completions': its name means something else to rewards, wanted a name of its",
         ),
         ("{'reward': 7}", "column 'reward': its name means something else"),
         ("{'answer': {1}}", "column 'answer': JSON cannot hold it, wanted a name of its own, and text, numbers"),

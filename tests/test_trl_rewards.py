@@ -203,14 +203,13 @@ def test_one_function_of_any_name(file: Path, tmp_path: Path) -> None:
 
 def test_a_reward_is_tried_on_a_real_row(file: Path, capsys: pytest.CaptureFixture) -> None:
     chat = Example("data/4", (Message("user", "hi"),), completion="yes")
-    scoring.try_rewards(tiny.ranks(), rewards(file, "chat_form", "by_tokens"), [chat], written=True)
+    scoring.try_rewards(tiny.ranks(), rewards(file, "chat_form", "by_tokens"), chat, written=True)
     how = "given prompts and completions of chats as messages, as in TRL"
     assert f'reward chat_form, by_tokens: {how} (CHATS = "text" in the file makes them text)' in capsys.readouterr().out
     with pytest.raises(UserError, match=r"chat_form, .*: TypeError: .* \(tried on row r before anything else\)$"):
-        scoring.try_rewards(tiny.ranks(), rewards(file, "chat_form"), [row()], written=True)
+        scoring.try_rewards(tiny.ranks(), rewards(file, "chat_form"), row(), written=True)
     with pytest.raises(UserError, match=r"it takes completion_ids.* \(tried on row r before anything else\)$"):
-        scoring.try_rewards(tiny.ranks(), rewards(file, "by_tokens"), [row()], written=False)
-    scoring.try_rewards(tiny.ranks(), None, [row()], written=True)
+        scoring.try_rewards(tiny.ranks(), rewards(file, "by_tokens"), row(), written=False)
 
 
 def test_a_step_of_reinforce_learns_from_a_column(file: Path, tmp_path: Path) -> None:

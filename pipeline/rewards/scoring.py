@@ -71,15 +71,12 @@ def score_responses(ranks: Ranks, rewards: Rewards, responses: Sequence[Response
     return score_texts(ranks, rewards, [r.example for r in responses], [r.text for r in responses], ids)
 
 
-def try_rewards(ranks: Ranks, rewards: Rewards | None, examples: Sequence[Example], written: bool) -> None:
+def try_rewards(ranks: Ranks, rewards: Rewards, row: Example, written: bool) -> None:
     """Call every reward with one row, on all ranks, so that one that fails does so before a policy is loaded.
 
     The text is one of the row's own, else its prompt. `written`: the stage will judge responses of a policy, which have
     ids; one is made up. Raises UserError, with the row's id, where a reward fails.
     """
-    if rewards is None:
-        return
-    row = examples[0]
     texts = (row.completion, *row.references, *row.candidates, row.chosen, plain_prompt(row))
     text = next(filter(None, texts), "")
     columns = reward_columns([row], [[0]] if written else None)
@@ -92,7 +89,7 @@ def try_rewards(ranks: Ranks, rewards: Rewards | None, examples: Sequence[Exampl
 
     ranks.agreed(tried)
     asked = [one.name for one in rewards.rewards if isinstance(one.function, TrlFunction) and one.function.messages]
-    if asked and any(not isinstance(example.prompt, str) for example in examples):
+    if asked and not isinstance(row.prompt, str):
         how = "prompts and completions of chats as messages, as in TRL"
         logger.info(f'reward {", ".join(asked)}: given {how} (CHATS = "text" in the file makes them text)')
 

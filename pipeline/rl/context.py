@@ -45,7 +45,9 @@ def splits(context: Context) -> tuple[list[Example], list[Example]]:
     rewards = context.rewards
     carry = rewards is not None and rewards.reads_columns
     train, held_out = dataset.splits(context.data, context.settings.seed, carry=carry)
-    scoring.try_rewards(context.ranks, rewards, train, written=True)
+    if rewards is not None:
+        (row,) = dataset.unique_prompts(train[:1])
+        scoring.try_rewards(context.ranks, rewards, row, written=True)
     return train, held_out
 
 
