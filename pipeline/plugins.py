@@ -36,17 +36,40 @@ def load(name: str, folder: str, what: str, wanted: str) -> Callable:
     Raises UserError for a name, a file or a function that is not there or is no function, and for a file that does not
     load.
     """
-    source, function = split(name)
+    return function_of(module_of(name, folder, what, wanted), split(name)[1] or wanted, _place(name, what))
+
+
+def load_any(name: str, folder: str, what: str, wanted: str) -> tuple[ModuleType, Callable]:
+    """As `load`, where a function of any name will do if it is the only public one; and its module.
+
+    Raises UserError as `load`, and where there are several and none is called `wanted`.
+    """
+    module, function = module_of(name, folder, what, wanted), split(name)[1]
+    public = [one for one in _functions(Path(str(module.__file__))) if not one.startswith("_")]
+    if not function and wanted not in vars(module) and len(public) > 1:
+        problem = f"{len(public)} functions ({', '.join(public)}), wanted one of them named"
+        raise UserError(f"{_place(name, what)}: {problem}, as in {split(name)[0]}:{public[0]}, or one called {wanted}")
+    lone = public[0] if wanted not in vars(module) and len(public) == 1 else wanted
+    return module, function_of(module, function or lone, _place(name, what))
+
+
+def module_of(name: str, folder: str, what: str, wanted: str) -> ModuleType:
+    """The module that `name` means, imported: one of `folder`, or a file. Raises UserError as `load`."""
+    source, place = split(name)[0], _place(name, what)
     if source.endswith(".py"):
-        return _function(_module_of(Path(source), what), function or wanted, f"{what} {source}")
-    place = f"{what} {source!r}"
+        return _module_of_file(Path(source), what)
     if source not in available(folder):
         names = available(folder, wanted)
         cure = f"a file of your own is given by its path, as in my/{source.rpartition('/')[2]}.py"
         problem = f"not in {folder.replace('.', '/')}/, which has {', '.join(names)}{did_you_mean(source, names)}"
         raise UserError(f"{place}: {problem}; {cure}")
-    module = guarded(f"{place} does not load", partial(importlib.import_module, f"{folder}.{source}"))
-    return _function(module, function or wanted, place)
+    return guarded(f"{place} does not load", partial(importlib.import_module, f"{folder}.{source}"))
+
+
+def _place(name: str, what: str) -> str:
+    """How messages name a file or a module."""
+    source = split(name)[0]
+    return f"{what} {source}" if source.endswith(".py") else f"{what} {source!r}"
 
 
 def split(name: str) -> tuple[str, str]:
@@ -91,7 +114,7 @@ def guarded(place: str, call: Callable[[], Result]) -> Result:
         raise UserError(f"{place}: {_described(error)}") from error
 
 
-def _module_of(path: Path, what: str) -> ModuleType:
+def _module_of_file(path: Path, what: str) -> ModuleType:
     """The file as a module, loaded once per process under a name that its whole path decides."""
     if not path.is_file():
         siblings = [str(other) for other in path.parent.glob("*.py")]
@@ -110,7 +133,8 @@ def _module_of(path: Path, what: str) -> ModuleType:
     return sys.modules[name]
 
 
-def _function(module: ModuleType, name: str, place: str) -> Callable:
+def function_of(module: ModuleType, name: str, place: str) -> Callable:
+    """The function of that name in a module. Raises UserError where it is not there or is no function."""
     path = Path(str(module.__file__))
     if name not in vars(module):
         has = [other for other in _defined(path) if callable(vars(module).get(other)) and not other.startswith("_")]
@@ -125,13 +149,22 @@ def _function(module: ModuleType, name: str, place: str) -> Callable:
 
 def _defined(path: Path) -> list[str]:
     """The functions and classes at the top of a file, and names set there; none for a file that does not parse."""
+    body = _body(path)
+    classes = [node.name for node in body if isinstance(node, ast.ClassDef)]
+    targets = [target for node in body if isinstance(node, ast.Assign) for target in node.targets]
+    return _functions(path) + classes + [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def _functions(path: Path) -> list[str]:
+    """The functions at the top of a file, in their order."""
+    return [node.name for node in _body(path) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+def _body(path: Path) -> list[ast.stmt]:
     try:
-        body = ast.parse(path.read_bytes()).body
+        return ast.parse(path.read_bytes()).body
     except (SyntaxError, ValueError):
         return []
-    names = [node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
-    targets = [target for node in body if isinstance(node, ast.Assign) for target in node.targets]
-    return names + [target.id for target in targets if isinstance(target, ast.Name)]
 
 
 def _described(error: BaseException) -> str:

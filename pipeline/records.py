@@ -41,6 +41,7 @@ class Example:
     rewards: Mapping[str, float] = field(default_factory=dict)
     source: str = ""
     correctness: float | None = None  # of a pair: 1 where its two rewards can be trusted, else only its order
+    columns: Mapping[str, Any] = field(default_factory=dict)  # the row's further columns, which rewards are given
 
 
 @dataclass(frozen=True)
@@ -186,11 +187,16 @@ class Response:
 
 @dataclass(frozen=True)
 class Scores:
-    """What the reward models say of N responses, in the order given."""
+    """What the reward models say of N responses, in the order given; None where one does not judge a response."""
 
-    raw: Mapping[str, Sequence[float]]  # by reward name, before normalisation
-    normalised: Mapping[str, Sequence[float]]
+    raw: Mapping[str, Sequence[float | None]]  # by reward name, before normalisation
+    normalised: Mapping[str, Sequence[float | None]]
     total: Sequence[float]  # the weighted sum: the reward
 
 
-RewardFunction = Callable[..., list[float]]  # reward(prompts, completions, **columns) -> one float per completion
+# reward(prompts, completions, **columns) -> for each completion a float, or None where it does not judge the row
+RewardFunction = Callable[..., list[float | None]]
+
+# what rewards are called with beside the data's own columns, none of which may have such a name
+TRL_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+REWARD_ARGUMENTS = (*TRL_ARGUMENTS, "raw_prompt", "references", "id", "source")

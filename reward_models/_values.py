@@ -1,4 +1,4 @@
-"""What a reward returned, checked: one finite float per completion. Needs no package, so that a server needs none."""
+"""What a reward returned, checked: a float or None per completion. Needs no package, so that a server needs none."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ LARGEST = 3.4e38  # of a float32, in which models are trained
 SHOWN = 80  # characters of a text in a message
 
 
-def checked(name: str, values: object, completions: Sequence[str], first: int = 0) -> list[float]:
+def checked(
+    name: str, values: object, completions: Sequence[str], first: int = 0, ids: Sequence[str] | None = None
+) -> list[float | None]:
     """`values` as floats. Accepted: list, tuple, 1-d array or tensor of real numbers, numpy and 0-d tensor scalars too.
 
-    Booleans count as 0 and 1. Raises UserError that names the reward, the text, and its index counted from `first`.
+    Booleans count as 0 and 1; None stays, of a text that the reward does not judge. Raises UserError that names the
+    reward, the text, its index counted from `first`, and its row where `ids` are known.
     """
     if hasattr(values, "tolist"):  # arrays and tensors, whose packages need not be loaded here
         values = values.tolist()
@@ -24,17 +27,20 @@ def checked(name: str, values: object, completions: Sequence[str], first: int = 
     if len(values) != len(completions):
         problem = f"it returned {len(values)} values for {len(completions)} completions, wanted one for each"
         raise UserError(f"reward {name}: {problem}")
-    return [_number(name, i, value, completions[i - first]) for i, value in enumerate(values, first)]
+    rows = [f" of row {id}" for id in ids] if ids is not None else [""] * len(completions)
+    places = [f"completion {i}{row}" for i, row in enumerate(rows, first)]
+    given = zip(places, completions, values, strict=True)
+    return [None if value is None else _number(name, place, text, value) for place, text, value in given]
 
 
-def _number(name: str, index: int, value: object, text: str) -> float:
+def _number(name: str, place: str, text: str, value: object) -> float:
     if hasattr(value, "ndim") and value.ndim == 0:
         value = value.item()
     if isinstance(value, Real) and abs(value) <= LARGEST:
         return float(value)
-    shown = f"{value!r:.40}" if value is None or isinstance(value, Real | str) else f"a {type(value).__name__}"
-    cure = "a reward that cannot score a text must raise, and say why"
-    raise UserError(f"reward {name}: {shown} for completion {index} '{shortened(text)}', wanted a finite float; {cure}")
+    shown = f"{value!r:.40}" if isinstance(value, Real | str) else f"a {type(value).__name__}"
+    cure = "a reward that cannot score a text must raise, and say why, or return None if the text is not for it"
+    raise UserError(f"reward {name}: {shown} for {place} '{shortened(text)}', wanted a finite float; {cure}")
 
 
 def shortened(text: str) -> str:

@@ -10,6 +10,8 @@ from sacrebleu.metrics import BLEU
 
 from reward_models._references import References, runs
 
+CHATS = "text"  # chats come as text, too: see reward_models/README.md
+
 
 def reward(prompts: list[str], completions: list[str], references: References = None, **columns: list) -> list[float]:
     """sacrebleu's sentence score, divided by 100."""

@@ -60,7 +60,8 @@ def load(
 
     def reward(prompts: Sequence[str], completions: Sequence[str], **columns: Sequence) -> list[float]:
         # `raw_prompt`, which may be chat messages, goes before `prompts`, which is always text
-        asked = columns.get("raw_prompt", prompts)
+        raw = columns.get("raw_prompt", prompts)
+        asked = [one if isinstance(one, str) else tuple(Message(**turn) for turn in one) for one in raw]
         rows = [read(encoder, prompt, text, max_length) for prompt, text in zip(asked, completions, strict=True)]
         longest = max(map(len, rows), default=0)
         if limit is not None and longest > limit:

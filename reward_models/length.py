@@ -6,6 +6,8 @@ gain it explains.
 
 from __future__ import annotations
 
+CHATS = "text"  # chats come as text, too: see reward_models/README.md
+
 
 def reward(prompts: list[str], completions: list[str], **columns: list) -> list[float]:
     """The number of words between white space, 0 or more."""

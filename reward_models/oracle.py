@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 from pipeline.tasks.assistant_truth import Truth, truth
 
+CHATS = "text"  # chats come as text, too: see reward_models/README.md
+
 
 def reward(prompts: Sequence[str], completions: Sequence[str], **columns: object) -> list[float]:
     """Mean of true helpfulness and true harmlessness."""

@@ -14,6 +14,7 @@ from reward_models._references import References, runs
 from reward_models._released import punctuated
 from reward_models._rouge import rouge
 
+CHATS = "text"  # chats come as text, too: see reward_models/README.md
 MEAN_OF = ("rouge1", "rouge2", "rougeL")
 
 

@@ -25,7 +25,7 @@ from typing import Any
 from pipeline import plugins
 from pipeline.config import reward_spec
 from pipeline.errors import UserError, did_you_mean
-from reward_models import _comet
+from reward_models import _comet, _trl
 from reward_models._values import checked
 
 MEGABYTE = 10**6
@@ -136,7 +136,7 @@ def columns_of(body: bytes) -> dict[str, list]:
     return columns
 
 
-def scored(server: Server, columns: dict[str, list]) -> list[float]:
+def scored(server: Server, columns: dict[str, list]) -> list[float | None]:
     """The reward's values. Raises RefusedError 422, which is not retried, where it fails: it would fail again."""
     name, completions = server.options.reward, columns["completions"]
     if not completions:
@@ -144,7 +144,7 @@ def scored(server: Server, columns: dict[str, list]) -> list[float]:
     try:
         with server.turns:
             values = plugins.guarded(f"reward {name}", partial(server.reward, **columns))
-        return checked(name, values, completions)
+        return checked(name, values, completions, ids=columns.get("id"))
     except UserError as error:
         raise RefusedError(422, str(error)) from None
 
@@ -173,7 +173,7 @@ def options_of(words: Sequence[str]) -> Options:
 def reward_of(options: Options) -> Callable[..., Any]:
     """The function that is served. Raises UserError, for COMET that is not installed as for a mistake in a file."""
     if options.reward != "comet":
-        return plugins.load(options.reward, "reward_models", "reward", "reward")
+        return _trl.load(options.reward)
     load = partial(_comet.load, options.model, options.batch_size, options.gpus)
     return plugins.guarded("reward comet (pip install unbabel-comet, in an environment of its own)", load)
 

@@ -22,6 +22,7 @@ from rapidfuzz.distance import LCSseq
 from reward_models._references import References, runs
 from reward_models._released import question
 
+CHATS = "text"  # chats come as text, too: see reward_models/README.md
 LONGEST = 4  # words of the n-grams that BLEU-4 counts
 RECALL = 1.2**2  # how much more recall weighs than precision: beta squared
 FOUND, OFFERED = 1e-15, 1e-9  # keep BLEU's fractions from 0 / 0

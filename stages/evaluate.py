@@ -41,8 +41,9 @@ def main(settings: EvaluateStage, words: Sequence[str]) -> None:
     rewards = build.build_rewards(settings, settings.reward, settings.rewards, ranks.device, monitors)
     if rewards is None:
         raise UserError("stage=evaluate: nothing to judge with: give reward=NAME, or train one with stage=reward")
-    (rows,) = dataset.splits(settings.data, settings.seed, [settings.split])
+    (rows,) = dataset.splits(settings.data, settings.seed, [settings.split], carry=rewards.reads_columns)
     prompts = dataset.unique_prompts(rows)[: settings.max_rows]
+    scoring.try_rewards(ranks, rewards, prompts[0], written=True)
 
     results, samples = judged(settings, models, prompts, rewards, ranks)
     if ranks.main:

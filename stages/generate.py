@@ -16,7 +16,7 @@ from pipeline.files import write_json
 from pipeline.launch import run_dir
 from pipeline.launch.entry import run
 from pipeline.records import Example, Response
-from pipeline.rewards import build, candidates
+from pipeline.rewards import build, candidates, scoring
 from pipeline.rewards.candidates import Gathered
 from pipeline.rollout.generate import generate
 from pipeline.trainer import engine, evaluation
@@ -37,8 +37,10 @@ def main(settings: GenerateStage, words: Sequence[str]) -> None:
     rewards = None
     if settings.reward is not None:
         rewards = build.build_rewards(settings, settings.reward, settings.rewards, ranks.device)
-    splits = zip(settings.splits, dataset.splits(settings.data, settings.seed, settings.splits), strict=True)
-    prompts = {split: dataset.unique_prompts(rows) for split, rows in splits}
+    splits = dataset.splits(settings.data, settings.seed, settings.splits, carry=True)
+    prompts = {split: dataset.unique_prompts(rows) for split, rows in zip(settings.splits, splits, strict=True)}
+    if rewards is not None:
+        scoring.try_rewards(ranks, rewards, next(iter(prompts.values()))[0], written=False)
     results: dict[str, object] = {}
     policy = build_inference(settings, ranks, model)
     for split, rows in prompts.items():

@@ -20,7 +20,7 @@ from pipeline.files import write_json
 from pipeline.launch import run_dir
 from pipeline.launch.entry import run
 from pipeline.records import Example, Scores
-from pipeline.rewards import build, candidates
+from pipeline.rewards import build, candidates, scoring
 from pipeline.trainer import engine, evaluation
 from stages import inputs
 
@@ -41,8 +41,10 @@ def main(settings: ScoreStage, words: Sequence[str]) -> None:
         )
     results: dict[str, object] = {}
     wanted = splits_of(settings.splits, data)
-    for split, examples in zip(wanted, dataset.splits(data, settings.seed, wanted), strict=True):
+    for split, examples in zip(wanted, dataset.splits(data, settings.seed, wanted, carry=True), strict=True):
         rows = dataset.judgeable(examples, data)
+        if split == wanted[0]:
+            scoring.try_rewards(ranks, rewards, rows[0], written=False)
         judged = candidates.judged(ranks, rewards, rows)
         if ranks.main:
             write_rows(directory / f"{split}.jsonl", judged.rows)

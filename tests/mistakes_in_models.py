@@ -231,7 +231,7 @@ REWARDS = [
         "reward: eats its arguments",
         "score",
         JUDGE,
-        ("judge.py", "0 values for 20", "wanted"),
+        ("judge.py", "0 values for 1 completions", r"tried on row .* before anything else"),
         judge("completions.clear(); return []"),
     ),
     Mistake(
@@ -242,11 +242,11 @@ REWARDS = [
         {"judge.py": "reward = 7\n"},
     ),
     Mistake(
-        "reward: no columns",
+        "reward: another column",
         "score",
         JUDGE,
-        ("judge.py", "columns", "wanted def reward"),
-        {"judge.py": "def reward(prompts, completions):\n    return [1.0] * len(completions)\n"},
+        ("judge.py", "it takes ground_truth, which no row has", "tried on row"),
+        {"judge.py": "def mine(completions, ground_truth):\n    return [1.0] * len(completions)\n"},
     ),
     Mistake(
         "reward: syntax",

@@ -134,7 +134,8 @@ def test_score_texts_hands_over_all_columns() -> None:
     scores = scoring.score_texts(tiny.ranks(), rewards, rows, ["first", "second"])
     assert seen["prompts"] == ["xy", "user: hello\n\nassistant: hi"]
     assert seen["completions"] == ["first", "second"]
-    assert seen["raw_prompt"] == [rows[0].prompt, rows[1].prompt]
+    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
+    assert seen["raw_prompt"] == ["xy", turns]
     assert seen["id"] == ["a", "b"] and seen["source"] == ["s", ""] and seen["references"] == [["r1", "r2"], []]
     assert scores.total == [2 * 0.25 - 1.0, 2 * 0.75 - 2.0]
     assert scores.raw == {"watching": [0.25, 0.75], "sum": [1.0, 2.0]}
@@ -155,6 +156,17 @@ def test_reward_statistics_by_hand() -> None:
     assert found["reward/se"] == pytest.approx(1 / math.sqrt(2))
     assert found["reward/length_correlation"] == pytest.approx(1.0)
     assert found["rewards/n/mean"] == 0.5 and found["rewards/n/std"] == 0.5 and found["rewards/n/raw_mean"] == 6.0
+
+
+def test_statistics_count_only_what_a_reward_judges() -> None:
+    scores = Scores({"n": [4.0, None, 8.0], "m": [None] * 3}, {"n": [0.0, None, 1.0], "m": [None] * 3}, [1.0, 3.0, 2.0])
+    found = evaluation.reward_statistics(scores, ["a", "long " * 9, "a b c"])
+    assert (found["rewards/n/mean"], found["rewards/n/std"], found["rewards/n/raw_mean"]) == (0.5, 0.5, 6.0)
+    assert found["rewards/n/se"] == pytest.approx(0.5 / math.sqrt(2))
+    assert found["rewards/n/length_correlation"] == pytest.approx(1.0)
+    assert found["rewards/n/judged"] == pytest.approx(2 / 3)
+    assert found["rewards/m/judged"] == 0.0 and math.isnan(found["rewards/m/mean"])
+    assert found["reward/mean"] == 2.0
 
 
 def test_sample_rows() -> None:

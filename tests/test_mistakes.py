@@ -289,7 +289,8 @@ def test_the_command_line_ends_with_2_for_a_bad_row(tmp_path: Path) -> None:
 
 def test_a_reward_that_fails_on_the_second_rank_ends_both(tmp_path: Path) -> None:
     """By itself, with no launcher that kills the rest, and logged although only rank 0 of a machine speaks."""
-    (tmp_path / "judge.py").write_text(judge("import os; return [1 / (1 - int(os.environ['RANK']))] * 10")["judge.py"])
+    code = "import os; return [1 / (1 - int(os.environ['RANK'])) for _ in completions]"
+    (tmp_path / "judge.py").write_text(judge(code)["judge.py"])
     words = words_of("score", tmp_path, [f"reward={tmp_path / 'judge.py'}", "data.task_size=20", "splits=[train]"])
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [started("stages.score", words, RANK=rank, LOCAL_RANK=rank, **group) for rank in ("0", "1")]

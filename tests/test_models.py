@@ -18,7 +18,7 @@ from pipeline.models import build, loading
 from pipeline.models.loading import hugging_face
 from pipeline.models.policy import Policy, RewardModel, check_head
 from pipeline.models.trained_input import INPUT_FILE, TrainedInput, save_input
-from pipeline.records import Batch, Item, Message
+from pipeline.records import Batch, Item
 from reward_models import learned
 from tests import tiny
 
@@ -198,7 +198,8 @@ def test_a_reward_model_reads_as_it_was_trained(tmp_path: Path) -> None:
 def test_a_learned_reward_reads_chat_prompts(tmp_path: Path) -> None:
     _, directory = scorer_of(tmp_path, "llama")
     reward = load_learned(directory, 4)
-    turns = (Message("user", "the cat"), Message("assistant", "sat"), Message("user", "and"))
+    turns = [{"role": "user", "content": text} for text in ("the cat", "sat", "and")]
+    turns[1]["role"] = "assistant"
     chat = reward(["ignored"], ["ran"], raw_prompt=[turns])
     assert chat == reward(["other"], ["ran"], raw_prompt=[turns]) and chat != reward(["ignored"], ["ran"])
 

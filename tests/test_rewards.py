@@ -89,11 +89,8 @@ def test_kinds_of_numbers(values):
         (torch.tensor(1.0), "it returned a float, wanted a list"),
         ([1.0], "reward mine: it returned 1 values for 2 completions"),
         ([1.0, 2.0, 3.0], "it returned 3 values for 2 completions"),
-        (
-            [1.0, None],
-            r"reward mine: None for completion 1 'second\\ntext', wanted a finite float; a reward that cannot",
-        ),
-        ([math.nan, 1.0], "nan for completion 0 'first'"),
+        ([1.0, None], r"^reward: completion 1: none of mine judges 'second\\ntext' \(all returned None\), wanted a"),
+        ([math.nan, 1.0], "reward mine: nan for completion 0 'first', wanted a finite float; a reward that cannot"),
         ([1.0, -math.inf], "-inf for completion 1"),
         ([1.0, 10**400], "10000.* for completion 1"),
         ([1.0, "0.5"], "'0.5' for completion 1"),
@@ -131,6 +128,44 @@ def test_a_missing_column_is_said():
         score(Rewards([WeightedReward("mine", 1.0, lambda completions, answer, **columns: [])]), ["x"])
     with pytest.raises(UserError, match=r"reward rouge, .*: ValueError: there is no column `references`"):
         score(Rewards([WeightedReward("rouge", 1.0, rouge.reward)]), ["x"])
+
+
+def test_a_wrong_value_names_its_row():
+    rewards = Rewards([WeightedReward("mine", 1.0, fixed([0.0, math.inf]))])
+    with pytest.raises(UserError, match="reward mine: inf for completion 1 of row data/7 'y', wanted"):
+        score(rewards, ["x", "y"], id=["data/3", "data/7"])
+
+
+def test_none_is_left_out_of_its_rows_sum_and_a_row_of_nones_is_an_error():
+    maths, code = fixed([1.0, None, 0.5]), fixed([None, -2.0, 4.0])
+    rewards = Rewards([WeightedReward("maths", 2.0, maths), WeightedReward("code", 0.5, code, "sigmoid")])
+    scores = score(rewards, ["x", "y", "z"])
+    assert scores.raw == {"maths": [1.0, None, 0.5], "code": [None, -2.0, 4.0]}
+    # sigmoid(-2) = .119203, sigmoid(4) = .982014: 2 * 1; .5 * .119203; 2 * .5 + .5 * .982014
+    assert scores.normalised["code"] == pytest.approx([None, 0.1192029, 0.9820138])
+    assert scores.total == pytest.approx([2.0, 0.0596015, 1.4910069])
+    watched = Rewards([WeightedReward("code", 1.0, fixed([None, 1.0])), WeightedReward("m", 0.0, fixed([3.0, 4.0]))])
+    with pytest.raises(UserError, match=r"^reward: row b/1: none of code judges 'x' \(all returned None\), wanted a"):
+        score(watched, ["x", "y"], id=["b/1", "b/2"])  # a monitor's judgement is not learned from
+    assert score(Rewards([WeightedReward("m", 0.0, fixed([None]))]), ["x"]).total == [0.0]
+
+
+def test_a_reward_that_gives_all_texts_the_same_is_named_once(capsys):
+    flat = WeightedReward("flat", 1.0, lambda completions, **columns: [0.3 + 1e-9 * len(x) for x in completions])
+    far = WeightedReward("far", 1.0, lambda completions, **columns: [20.0 + len(x) for x in completions], "sigmoid")
+    fine = WeightedReward("fine", 1.0, lambda completions, **columns: [float(len(x) > 15) for x in completions])
+    rewards = Rewards([flat, far, fine])
+    texts = ["x" * i for i in range(1, 17)]
+    score(rewards, texts[:9] + texts[:9])
+    score(rewards, texts[5:15])
+    assert not capsys.readouterr().err  # 15 different texts
+    for _ in range(2):
+        score(rewards, texts)
+    end = "), wanted values that tell good from bad"
+    assert capsys.readouterr().err.splitlines() == [
+        f"tiffin: reward flat: 0.3 for each of 16 different texts (standard deviation 4e-09{end}",
+        f"tiffin: reward far: 1 for each of 16 different texts (standard deviation 2e-10{end}",
+    ]
 
 
 def test_long_texts_are_shortened():
@@ -228,8 +263,9 @@ def test_resolve_in_order(tmp_path, monkeypatch):
     resolve("judge", learned, no_server, trained)
     resolve("rouge", learned, no_server, {})
     assert directories == [trained["helpfulness"], trained["rouge"], "judge", "rouge"]
-    assert resolve("length", no_model, no_server, {}) is length.reward  # a directory that holds no model hides nothing
-    assert resolve("rouge:rougeL", no_model, no_server, {}) is rouge.rougeL
+    # a directory that holds no model hides nothing
+    assert resolve("length", no_model, no_server, {}).function is length.reward
+    assert resolve("rouge:rougeL", no_model, no_server, {}).function is rouge.rougeL
 
 
 def test_resolve_a_file_and_score(tmp_path):
@@ -259,8 +295,19 @@ def test_resolve_directory_without_a_model(tmp_path):
         resolve(str(tmp_path), no_model, no_server, {})
 
 
-def test_resolve_refuses_functions_that_take_no_columns(tmp_path):
-    (tmp_path / "narrow.py").write_text("def reward(prompts, completions):\n    return []\nbuiltin = max\n")
-    for name in ("narrow.py", "narrow.py:builtin"):
-        with pytest.raises(UserError, match=r"wanted def reward\(prompts, completions, \*\*columns\)"):
-            resolve(f"{tmp_path}/{name}", no_model, no_server, {})
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("main", "it takes nothing"),
+        ("helper", "it takes text, pattern"),
+        ("position", "it takes completions by position only"),
+        ("builtin", "a builtin that does not say what it takes"),
+    ],
+)
+def test_resolve_refuses_what_cannot_be_called_as_a_reward(tmp_path, name, said):
+    (tmp_path / "odd.py").write_text(
+        "def main():\n    raise SystemExit\ndef helper(text, pattern=''):\n    return text\n"
+        "def position(completions, /, **columns):\n    return []\nbuiltin = max\n"
+    )
+    with pytest.raises(UserError, match=rf"{said}, wanted def reward\(prompts, completions, \*\*columns\)"):
+        resolve(f"{tmp_path}/odd.py:{name}", no_model, no_server, {})

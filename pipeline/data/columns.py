@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 from pipeline.data import fields
 from pipeline.data.fields import Columns, RowError
-from pipeline.records import Example, Message
+from pipeline.errors import UserError
+from pipeline.records import REWARD_ARGUMENTS, Example, Message
 
 COMPLETION = ("completion", "response")
 CHOSEN_REWARD = ("chosen_reward", "chosen_score", "score_chosen", "chosen_gpt_score")
@@ -44,8 +47,10 @@ def last_answer(value: object, place: str) -> tuple[tuple[Message, ...], str]:
     return turns[:-1], turns[-1].content
 
 
-def example_of(row: Columns, given: Fields, id: str) -> Example:
+def example_of(row: Columns, given: Fields, id: str, carried: Columns | None = None) -> Example:
     """The Example of a row: `given` are the fields that its format knows, the others come from their usual columns.
+
+    `carried` are the further columns that it keeps as they are.
 
     References default to the completion, or else to the chosen response; an empty list of references stays empty.
     `id` is for a row that names none.
@@ -55,7 +60,42 @@ def example_of(row: Columns, given: Fields, id: str) -> Example:
         whole["candidates"], whole["candidate_rewards"] = candidate_list(row)
     if whole["references"] is None:
         whole["references"] = tuple(filter(None, (whole["completion"] or whole["chosen"],)))
-    return Example(**whole | {"id": whole["id"] or id, "source": whole["source"] or ""})
+    kept = {sys.intern(name): value for name, value in (carried or {}).items()}  # every row has the same few names
+    return Example(**whole | {"id": whole["id"] or id, "source": whole["source"] or "", "columns": kept})
+
+
+def further(row: Columns, used: Collection[str]) -> dict[str, object]:
+    """The columns of a row beside those that are `used`, and what OTHER holds: the same, under names of formats."""
+    return {name: value for name, value in row.items() if name not in used} | fields.mapping(row, OTHER)
+
+
+def refused(name: str, value: object) -> str:
+    """Why a row cannot carry the further column `name`; "" where it can."""
+    if name in REWARD_ARGUMENTS or name in CARRIED:
+        return "its name means something else to rewards"
+    return "" if fields.fits_json(value) else "JSON cannot hold it"
+
+
+def checked_columns(examples: Sequence[Example], place: str) -> None:
+    """Raises UserError for an Example made by a user's code whose further columns cannot be carried."""
+    for example in examples:
+        for name, value in example.columns.items():
+            if why := refused(name, value):
+                wanted = "a name of its own, and text, numbers, lists or mappings"
+                raise UserError(f"{place}: row {example.id}, column '{name}': {why}, wanted {wanted}")
+
+
+def filled(parts: Mapping[str, list[Example]]) -> dict[str, list[Example]]:
+    """The rows of all splits, each with every further column that one of them has: None where it has no value."""
+    nothing = dict.fromkeys(name for rows in parts.values() for row in rows for name in row.columns)
+    return {
+        split: [row if len(row.columns) == len(nothing) else _filled(row, nothing) for row in rows]
+        for split, rows in parts.items()
+    }
+
+
+def _filled(row: Example, nothing: Mapping[str, None]) -> Example:
+    return replace(row, columns={**nothing, **row.columns})
 
 
 def candidate_list(row: Columns) -> tuple[tuple[str, ...], tuple[float, ...]]:
@@ -137,4 +177,5 @@ CARRIERS: Mapping[str, tuple] = {
     "reward": (fields.optional_number, "reward"),
     "rewards": (fields.named_numbers, "rewards"),
 }
-CARRIED = {"candidates", "candidate_rewards", *(name for _, *names in CARRIERS.values() for name in names)}
+OTHER = "other_columns"  # holds, in files of ours, the further columns that have the name of a format's column
+CARRIED = {OTHER, "candidates", "candidate_rewards", *(name for _, *names in CARRIERS.values() for name in names)}

@@ -33,9 +33,10 @@ def to_supervised(examples: Sequence[Example]) -> list[Example]:
 def to_scored(examples: Sequence[Example], which: Literal["chosen", "both"]) -> list[Example]:
     """Each pair as one row (its chosen response) or two (chosen, then rejected); others without what they hold of one.
 
-    A new row has the pair's prompt, references, candidates and source; the response as completion; chosen_reward or
-    rejected_reward as its reward (None if the pair has none: to be scored); and the pair's id with "/chosen" or
-    "/rejected". Nothing else of a pair is kept. Raises UserError for a row with neither completion nor pair.
+    A new row has the pair's prompt, references, candidates, source and further columns; the response as completion;
+    chosen_reward or rejected_reward as its reward (None if the pair has none: to be scored); and the pair's id with
+    "/chosen" or "/rejected". Nothing else of a pair is kept. Raises UserError for a row with neither completion nor
+    pair.
     """
     assert which in ("chosen", "both"), which
     rows = []

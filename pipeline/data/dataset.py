@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from pipeline import plugins
 from pipeline.config.sections import DataSettings, TemplateSettings
-from pipeline.data import convert, hub, readers
+from pipeline.data import columns, convert, hub, readers
 from pipeline.data.splits import split_places
 from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
 from pipeline.records import Example, Item, Row
 
+logger = logging.getLogger("tiffin")
+
 NUMBERS = ("reward", "margin", "chosen_reward", "rejected_reward", "correctness")
 
 
-def splits(data: DataSettings, seed: int, names: Sequence[str] = ("train", "validation")) -> Iterator[list[Example]]:
+def splits(
+    data: DataSettings, seed: int, names: Sequence[str] = ("train", "validation"), carry: bool = False
+) -> Iterator[list[Example]]:
     """The rows of each split of `names`, one split after the other. A file is read once, whatever it serves for.
+
+    With `carry`, rows of files keep the columns that their format does not use, for rewards and for what is written.
 
     Where there is no validation split, validation_fraction of the prompts of train are it, and not in train. Raises
     UserError where no data is named, or what is named cannot be read or lacks a split, or a split has no rows.
     """
-    rows = {name: _of_task(data, name, seed) for name in names} if data.task is not None else _of_files(data, names)
+    if data.task is not None:
+        rows = {name: _of_task(data, name, seed) for name in names}
+    else:
+        rows = _of_files(data, names, carry)
+    rows = columns.filled(rows)
     for name in names:
         if not rows[name]:
             raise UserError(f"data: the {name} split has no rows, wanted at least one: {_cure(data)}")
@@ -46,18 +57,19 @@ def _of_task(data: DataSettings, split: str, seed: int) -> list[Example]:
     if not isinstance(rows, list) or not all(isinstance(row, Example) for row in rows):
         wrong = next((row for row in rows if not isinstance(row, Example)), rows) if isinstance(rows, list) else rows
         raise UserError(f"{place}: it returned {wrong!r:.60}, wanted a list of pipeline.records.Example")
+    columns.checked_columns(rows, place)
     kept = [row for row in rows if data.sources is None or row.source in data.sources]
     return kept[: data.max_rows] if split == "train" else kept
 
 
-def _of_files(data: DataSettings, names: Sequence[str]) -> dict[str, list[Example]]:
+def _of_files(data: DataSettings, names: Sequence[str], carry: bool) -> dict[str, list[Example]]:
     places, fraction = split_places(data), data.validation_fraction
     cut = "train" in places and "validation" not in places  # validation is a part of train
     for name in names:
         if name not in places and not (cut and name == "validation" and fraction > 0):
             raise UserError(f"data: there is no {name} split, only {', '.join(places)}: give data.{name}=")
     origin = {name: places.get(name, places.get("train")) for name in names}
-    read = {place: _read(place, data) for place in dict.fromkeys(origin.values())}
+    read = {place: _read(place, data, carry) for place in dict.fromkeys(origin.values())}
     rows = {name: read[place][: data.max_rows if name == "train" else None] for name, place in origin.items()}
     if not cut:
         return rows
@@ -83,13 +95,13 @@ def _is_held_out(example: Example, fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") / 2**64 < fraction
 
 
-def _read(place: str, data: DataSettings) -> list[Example]:
+def _read(place: str, data: DataSettings, carry: bool) -> list[Example]:
     folders = hub.folders(place, data.sources or []) if hub.is_hub_name(place) else {}
     if folders:  # a hub set keeps each source in a folder of its own
         whole = data.model_copy(update={"sources": None})
-        return [replace(e, source=s) for s, folder in folders.items() for e in _read(folder, whole)]
+        return [replace(e, source=s) for s, folder in folders.items() for e in _read(folder, whole, carry)]
     filters = readers.Filters(data.exclude, data.drop_abrupt, data.sources)
-    return readers.read(place, data.format, filters, data.max_bad_rows).examples
+    return readers.read(place, data.format, filters, data.max_bad_rows, carry).examples
 
 
 def judgeable(examples: Sequence[Example], data: DataSettings) -> list[Example]:
@@ -167,10 +179,16 @@ def with_numbers(items: Sequence[Item], **numbers: Sequence[float]) -> list[Item
 
 
 def unique_prompts(examples: Sequence[Example]) -> list[Example]:
-    """The first example of each prompt, with the references of all examples of that prompt, each once."""
+    """The first example of each prompt, with the references of all examples of that prompt, each once.
+
+    Further columns stay those of the first example; a line is logged where they differ.
+    """
     groups: dict[object, list[Example]] = {}
     for example in examples:
         groups.setdefault(example.prompt, []).append(example)
+    differing = sum(any(row.columns != rows[0].columns for row in rows) for rows in groups.values())
+    if differing:
+        logger.info(f"{differing:,} of {len(groups):,} prompts have rows of different columns: the first row's count")
     return [
         replace(rows[0], references=tuple(dict.fromkeys(text for row in rows for text in row.references)))
         for rows in groups.values()

@@ -101,12 +101,18 @@ def numbers(row: Columns, name: str) -> tuple[float, ...]:
 
 def named_numbers(row: Columns, name: str) -> dict[str, float]:
     """A mapping of names to finite numbers, empty where the column has no value; null entries are left out."""
+    value = mapping(row, name, "a mapping of names to finite numbers")
+    return {str(key): checked_number(one, f"{name}.{key}") for key, one in value.items() if one is not None}
+
+
+def mapping(row: Columns, name: str, wanted: str = "a mapping") -> Columns:
+    """What a column of names and values holds, empty where it has no value."""
     if not has(row, name):
         return {}
     value = row[name]
     if not isinstance(value, Mapping):
-        raise RowError(f"{name}: {described(value)}, wanted a mapping of names to finite numbers")
-    return {str(key): checked_number(one, f"{name}.{key}") for key, one in value.items() if one is not None}
+        raise RowError(f"{name}: {described(value)}, wanted {wanted}")
+    return value
 
 
 def checked_list(value: object, place: str, wanted: str, length: int | None = None) -> Sequence[object]:
@@ -124,6 +130,19 @@ def messages(value: object, place: str) -> tuple[Message, ...]:
     if not turns:
         raise RowError(f"{place}: empty, wanted at least one message")
     return tuple(_message(turn, f"{place}[{i}]") for i, turn in enumerate(turns))
+
+
+def fits_json(value: object) -> bool:
+    """Whether JSON gives `value` back: text, a finite number, a truth value, null, or a list or mapping of these."""
+    if isinstance(value, str):
+        return value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, list):
+        return all(map(fits_json, value))
+    if isinstance(value, dict):
+        return all(isinstance(key, str) for key in value) and all(map(fits_json, (*value, *value.values())))
+    return value is None or isinstance(value, int)
 
 
 def described(value: object) -> str:

@@ -36,15 +36,15 @@ def detect(row: Columns) -> str:
     fitting = next((name for name, form in FORMATS.items() if form.fits(present)), None)
     if fitting is not None:
         return fitting
-    known = sorted({name for form in FORMATS.values() for name in form.reads} | CARRIED)
+    known = sorted(READ_SOMEWHERE)
     hint = next(filter(None, (did_you_mean(name, known) for name in present if name not in known)), "")
     wanted = " | ".join(form.wanted for form in FORMATS.values())
     raise RowError(f"columns {', '.join(present) or '(none)'}: no known format, wanted {wanted}{hint}")
 
 
-def unused_columns(row: Columns, name: str) -> list[str]:
-    """The columns of `row` that format `name` does not use."""
-    return [column for column in row if column not in FORMATS[name].reads and column not in CARRIED]
+def used_columns(name: str) -> set[str]:
+    """The columns that format `name` makes fields of."""
+    return {*FORMATS[name].reads} | CARRIED
 
 
 def scored(row: Columns) -> Fields:
@@ -165,3 +165,4 @@ FORMATS = {
     ),
     "prompts": Format("prompt", _has_prompt, lambda row: {"prompt": prompt_of(row)}, PROMPT),
 }
+READ_SOMEWHERE = {name for form in FORMATS.values() for name in form.reads} | CARRIED

@@ -37,9 +37,9 @@ def paired(rows: Sequence[Example]) -> list[Example]:
 def of_scored(rows: Sequence[Example]) -> list[Example]:
     """Of each prompt the row of highest reward is chosen, that of lowest is rejected; one line counts all rows.
 
-    Of equal rewards the first row counts. margin = chosen_reward - rejected_reward > 0. Source, references and id are
-    the chosen row's; where the two rows came from one pair, its id comes back. `rewards` are not kept. Rows that are
-    pairs already, without a completion, come first, unchanged.
+    Of equal rewards the first row counts. margin = chosen_reward - rejected_reward > 0. Source, references, columns and
+    id are the chosen row's; where the two rows came from one pair, its id comes back. `rewards` are not kept. Rows that
+    are pairs already, without a completion, come first, unchanged.
     """
     given: list[Example] = []
     groups: dict[object, list[Example]] = {}
@@ -89,6 +89,7 @@ def _pair(best: Example, worst: Example) -> Example:
         rejected_reward=worst.reward,
         margin=best.reward - worst.reward,
         source=best.source,
+        columns=best.columns,
     )
 
 

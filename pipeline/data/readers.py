@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain
 
-from pipeline.data.columns import example_of
+from pipeline.data.columns import example_of, further, refused
 from pipeline.data.fields import Columns, RowError, described
 from pipeline.data.files import RawRow, raw_rows, stem
-from pipeline.data.formats import FORMATS, detect, unused_columns
+from pipeline.data.formats import FORMATS, detect, used_columns
 from pipeline.errors import UserError, did_you_mean
 from pipeline.records import Example
 
@@ -50,16 +50,24 @@ class ReadResult:
     bad_rows: list[str] = field(default_factory=list)  # "file:line: column: found, wanted"
     dropped: Counter[str] = field(default_factory=Counter)  # number of rows by the reason that left them out
     sources: Counter[str] = field(default_factory=Counter)  # number of rows, also of sources that are not wanted
+    further: dict[str, str] = field(default_factory=dict)  # columns that no field is made of: why not carried, or ""
 
     @property
     def rows_read(self) -> int:
         return len(self.examples) + len(self.bad_rows) + self.dropped.total()
 
 
-def read(path: str, format: str | None = None, filters: Filters | None = None, max_bad_rows: int = 0) -> ReadResult:
+def read(
+    path: str,
+    format: str | None = None,
+    filters: Filters | None = None,
+    max_bad_rows: int = 0,
+    carry: bool = False,
+) -> ReadResult:
     """The Examples of a local file, or of a hub data set `owner/name[/folder][@revision][:split]`, in their order.
 
-    Without `format` the first row's columns decide. Ids default to "<file stem>/<line>". One line is logged.
+    Without `format` the first row's columns decide. Ids default to "<file stem>/<line>". With `carry` Examples keep the
+    columns that the format does not use, for rewards. One line is logged.
     Raises UserError for an unreadable or empty file, an unknown format, more than `max_bad_rows` bad rows, a filter
     that names what is not there, and when no row is left.
     """
@@ -67,13 +75,13 @@ def read(path: str, format: str | None = None, filters: Filters | None = None, m
     rows, first = _peek(path, format)
     format = format or _detected(path, first)
     _check_flags(path, first, filters.exclude)
-    result = _read_rows(path, rows, format, filters)
+    result = _read_rows(path, rows, format, filters, carry)
     if (bad := len(result.bad_rows)) > max_bad_rows:
         found = _first_bad(path, result.bad_rows, result.rows_read)
         raise UserError(f"{found}; fix the data, or allow them with data.max_bad_rows={bad}")
     if not result.examples:
         raise _nothing_left(path, result, filters)
-    logger.info(_summary(path, result, unused_columns(first.columns, format), filters))
+    logger.info(_summary(path, result, filters, carry))
     return result
 
 
@@ -111,15 +119,17 @@ def _check_flags(path: str, row: RawRow, names: Sequence[str]) -> None:
             raise UserError(f"{path}:{row.line}: exclude: no column '{name}', wanted one of {', '.join(columns)}{cure}")
 
 
-def _read_rows(path: str, rows: Iterable[RawRow], format: str, filters: Filters) -> ReadResult:
+def _read_rows(path: str, rows: Iterable[RawRow], format: str, filters: Filters, carry: bool) -> ReadResult:
     """Every row once, from its columns to an Example or to the reason why it is none."""
-    result, read, name = ReadResult(format), FORMATS[format].read, stem(path)
+    result, read, name, used = ReadResult(format), FORMATS[format].read, stem(path), used_columns(format)
     for row in rows:
         try:
             if row.error:
                 raise RowError(row.error)
             reason = _reason_to_drop(row.columns, filters)
-            example = None if reason else example_of(row.columns, read(row.columns), f"{name}/{row.line}")
+            more = further(row.columns, used)
+            id, carried = f"{name}/{row.line}", more if carry else None
+            example = None if reason else example_of(row.columns, read(row.columns), id, carried)
         except RowError as error:
             result.bad_rows.append(f"{path}:{row.line}: {error}")
             continue
@@ -131,7 +141,17 @@ def _read_rows(path: str, rows: Iterable[RawRow], format: str, filters: Filters)
             result.dropped[reason] += 1
         else:
             result.examples.append(example)
+            for column, value in more.items():
+                if not result.further.get(column):
+                    result.further[column] = refused(column, value) if carry else ""
+    if any(result.further.values()):
+        result.examples = [_without(example, result.further) for example in result.examples]
     return result
+
+
+def _without(example: Example, further: Mapping[str, str]) -> Example:
+    """The example without the columns that one row of the file cannot carry."""
+    return replace(example, columns={name: value for name, value in example.columns.items() if not further[name]})
 
 
 def _reason_to_drop(row: Columns, filters: Filters) -> str:
@@ -174,7 +194,7 @@ def _nothing_left(path: str, result: ReadResult, filters: Filters) -> UserError:
     return UserError(f"{path}: {left}, wanted at least one row; loosen the filters")
 
 
-def _summary(path: str, result: ReadResult, unused: Sequence[str], filters: Filters) -> str:
+def _summary(path: str, result: ReadResult, filters: Filters, carry: bool) -> str:
     parts = [f"{path}: {len(result.examples)} of {result.rows_read} rows, format {result.format}"]
     if result.dropped:
         parts.append(f"dropped {_counts(result.dropped)}")
@@ -182,9 +202,13 @@ def _summary(path: str, result: ReadResult, unused: Sequence[str], filters: Filt
         parts.append(f"bad {_first_bad(path, result.bad_rows, result.rows_read)}")
     if filters.sources is not None:
         parts.append(f"sources there are: {_counts(result.sources)}")
-    unread = [name for name in unused if name not in filters.exclude]
+    carried = [name for name, why in result.further.items() if carry and not why]
+    if carried:
+        parts.append(f"columns carried along: {', '.join(carried)}")
+    unread = [name for name in result.further if name not in carried and name not in filters.exclude]
     if unread:
-        parts.append(f"columns not used: {', '.join(unread)}")
+        reasons = {name: f" ({why})" if (why := result.further[name]) else "" for name in unread}
+        parts.append(f"columns not used: {', '.join(name + why for name, why in reasons.items())}")
     return "; ".join(parts)
 
 

@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from pipeline.data.columns import OTHER
+from pipeline.data.formats import READ_SOMEWHERE
 from pipeline.files import write_text
 from pipeline.records import Example
 
@@ -19,8 +21,11 @@ def write_rows(path: Path, examples: Iterable[Example]) -> None:
 def row_of(example: Example) -> dict[str, object]:
     """The columns of one Example. Left out is what has no value, and references that the reader would put there.
 
-    A row with an empty prompt is plain text: its completion is the column `text`.
+    A row with an empty prompt is plain text: its completion is the column `text`. Further columns keep their names;
+    those that a format would take for its own stand in the column OTHER, so that the file reads back as it was written.
     """
+    further = {name: value for name, value in example.columns.items() if name not in READ_SOMEWHERE}
+    hidden = {name: value for name, value in example.columns.items() if name in READ_SOMEWHERE}
     prompt = example.prompt if isinstance(example.prompt, str) else [turn._asdict() for turn in example.prompt]
     # references that the reader would make of the answer itself need no column
     better = example.completion or example.chosen
@@ -40,5 +45,6 @@ def row_of(example: Example) -> dict[str, object]:
         "references": None if example.references == ((better,) if better else ()) else list(example.references),
         "candidates": list(example.candidates) or None,
         "candidate_rewards": list(example.candidate_rewards) or None,
+        OTHER: hidden or None,
     }
-    return {name: value for name, value in columns.items() if value is not None}
+    return {name: value for name, value in columns.items() if value is not None} | further

@@ -45,7 +45,8 @@ def build_rewards(
     def build(label: str, name: str, weight: float) -> WeightedReward:
         normalised = weight or name in trained or Path(name).is_dir()
         function = resolve(name, load_learned, lambda address: http.connect(address, read.http), trained)
-        return WeightedReward(label, weight, function, read.normalise if normalised else "none")
+        reads_columns = not is_learned(name, trained)
+        return WeightedReward(label, weight, function, read.normalise if normalised else "none", reads_columns)
 
     built = [build(*one) for one in named]
     apart = {label: name for label, name, _ in named if not (is_address(name) or is_learned(name, trained))}

@@ -32,7 +32,7 @@ class Judged(NamedTuple):
 
 
 def gathered(answers: Sequence[Response], n: int) -> Gathered:
-    """One row per prompt, of its n neighbouring `answers`: id, source and references are those of the row asked.
+    """One row per prompt, of its n neighbouring `answers`, with id, source, references and columns of the row asked.
 
     n = 1: the response is the completion. n > 1: each different text is one of the `candidates`, in the order drawn,
     and the completion of the row asked stays. Prompts whose responses are all empty have no row.
@@ -49,10 +49,10 @@ def gathered(answers: Sequence[Response], n: int) -> Gathered:
 
 
 def _row(example: Example, texts: tuple[str, ...], n: int) -> Example:
-    bare = Example(example.id, example.prompt, references=example.references, source=example.source)
+    kept = {name: getattr(example, name) for name in ("references", "source", "columns")}
     if n == 1:
-        return replace(bare, completion=texts[0])
-    return replace(bare, completion=example.completion, candidates=texts)
+        return Example(example.id, example.prompt, texts[0], **kept)
+    return Example(example.id, example.prompt, example.completion, candidates=texts, **kept)
 
 
 def judged(ranks: Ranks, rewards: Rewards, rows: Sequence[Example]) -> Judged:
@@ -74,7 +74,8 @@ def judged(ranks: Ranks, rewards: Rewards, rows: Sequence[Example]) -> Judged:
 def _with_scores(row: Example, scores: Scores, start: int) -> Example:
     """`row` with the scores of its texts, of which the first is number `start`."""
     if not row.candidates:
-        rewards = {name: values[start] for name, values in scores.normalised.items()}
+        found = {name: values[start] for name, values in scores.normalised.items()}
+        rewards = {name: value for name, value in found.items() if value is not None}
         return replace(row, reward=scores.total[start], rewards=rewards)
     texts, rewards = ranked(row.candidates, tuple(scores.total[start : start + len(row.candidates)]))
     return replace(row, candidates=texts, candidate_rewards=rewards)

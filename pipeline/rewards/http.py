@@ -65,13 +65,9 @@ def connect(name: str, settings: HttpSettings) -> RewardFunction:
         raise server.error(f"{error.args[0]}, wanted a server that answers: {cure}") from None
     _values(server, answer, 0)
 
-    def reward(prompts: Sequence[str], completions: Sequence[str], **columns: Sequence) -> list[float]:
-        rows = {"prompts": prompts, "completions": completions, **columns}
-        # chat messages, which are named tuples, go out as objects with role and content
-        whole = {
-            name: [[turn._asdict() for turn in value] if isinstance(value, tuple) else value for value in values]
-            for name, values in rows.items()
-        }
+    def reward(prompts: Sequence[str], completions: Sequence[str], **columns: Sequence) -> list[float | None]:
+        whole = {"prompts": prompts, "completions": completions, **columns}
+        whole.pop("completion_ids", None)  # of a tokenizer that a server does not know
         count, size = len(completions), settings.batch_size
         parts = [_requests(server, whole, start, min(start + size, count)) for start in range(0, count, size)]
         return _ask(server, [request for part in parts for request in part])
@@ -94,7 +90,7 @@ def _requests(server: _Server, columns: Mapping[str, list], start: int, stop: in
     return _requests(server, columns, start, middle) + _requests(server, columns, middle, stop)
 
 
-def _ask(server: _Server, requests: Sequence[tuple[int, bytes]]) -> list[float]:
+def _ask(server: _Server, requests: Sequence[tuple[int, bytes]]) -> list[float | None]:
     """The values of all requests in their order, some requests under way at once; after a failure none goes on."""
     over = Event()
     threads = ThreadPoolExecutor(server.settings.concurrency, thread_name_prefix="reward")
@@ -186,9 +182,9 @@ def _unanswered(server: _Server, error: HTTPError) -> Exception:
     return _PassingError(problem) if cure is None else server.error(f"{problem}, wanted {cure}")
 
 
-def _values(server: _Server, body: bytes, count: int) -> list[float]:
+def _values(server: _Server, body: bytes, count: int) -> list[float | None]:
     """The `count` rewards of an answer; whether they are finite numbers is checked where all rewards are."""
-    wanted = 'wanted {"rewards": [one number per completion]}'
+    wanted = 'wanted {"rewards": [one number or null per completion]}'
     try:
         answer = json.loads(body)
     except (ValueError, RecursionError):

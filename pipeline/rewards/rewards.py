@@ -6,15 +6,17 @@ What it returns is checked, normalised, and added up with its weight. Normalisat
     none       the raw value
     sigmoid    1 / (1 + e^-x), in (0, 1)
 
-Neither knows of other responses, so that a response has one reward, whatever it is scored with.
+Neither knows of other responses, so that a response has one reward, whatever it is scored with. A response that a
+reward does not judge (None) is left out of that reward's part of the sum.
 """
 
 from __future__ import annotations
 
-import inspect
+import logging
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -25,9 +27,14 @@ from pipeline.config.reward_spec import is_address
 from pipeline.errors import UserError, did_you_mean
 from pipeline.records import RewardFunction, Scores
 from pipeline.rewards.workers import RewardWorkers
-from reward_models._values import checked
+from reward_models import _trl
+from reward_models._trl import FOLDER, TrlFunction
+from reward_models._values import checked, shortened
 
-FOLDER = "reward_models"
+logger = logging.getLogger("tiffin")
+
+MANY = 16  # different texts, to which a reward that tells texts apart gives different values
+EQUAL = 1e-4  # a standard deviation that is none, as a share of the values' size
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,15 @@ class WeightedReward:
     weight: float
     function: RewardFunction
     normalise: Literal["none", "sigmoid"] = "none"
+    reads_columns: bool = True  # whether it may use further columns of the data
+
+
+@dataclass
+class Seen:
+    """What a reward gave to the texts so far, until there are enough to see whether it tells them apart."""
+
+    texts: set[str] = field(default_factory=set)
+    values: list[float] = field(default_factory=list)
 
 
 class Rewards:
@@ -50,11 +66,17 @@ class Rewards:
         if twice is not None:
             raise UserError(f"reward: {twice} is named twice, wanted once: a reward needs no monitor of the same name")
         self.rewards, self._workers = tuple(rewards), workers
+        self._seen = {name: Seen() for name in names}
 
     @property
     def elsewhere(self) -> bool:
         """Whether some reward is called in worker processes, so that `begin` saves time."""
         return self._workers is not None
+
+    @property
+    def reads_columns(self) -> bool:
+        """Whether some reward may use further columns of the data."""
+        return any(reward.reads_columns for reward in self.rewards)
 
     def score(self, prompts: list[str], completions: list[str], columns: Mapping[str, list]) -> Scores:
         """Raw and normalised values by reward, and their weighted sum, one per completion. Raises UserError."""
@@ -71,16 +93,49 @@ class Rewards:
             values = here | waiting()
             raw = {reward.name: values[reward.name] for reward in self.rewards}
             normalised = {reward.name: _normalised(reward, raw[reward.name]) for reward in self.rewards}
-            weighted = [[reward.weight * x for x in normalised[reward.name]] for reward in self.rewards]
-            return Scores(raw, normalised, [sum(parts) for parts in zip(*weighted, strict=True)])
+            self._watch(normalised, completions)
+            return Scores(raw, normalised, self._totals(normalised, completions, columns))
 
         return scores
+
+    def _totals(
+        self, normalised: Mapping[str, list[float | None]], completions: Sequence[str], columns: Mapping[str, list]
+    ) -> list[float]:
+        """The weighted sum of those that judge each response. Raises UserError for one that none judges."""
+        parts = [(reward.weight, normalised[reward.name]) for reward in self.rewards if reward.weight]
+        totals = []
+        for i, text in enumerate(completions):
+            given = [weight * values[i] for weight, values in parts if values[i] is not None]
+            if parts and not given:
+                row = f"row {columns['id'][i]}" if "id" in columns else f"completion {i}"
+                names = ", ".join(reward.name for reward in self.rewards if reward.weight)
+                raise UserError(
+                    f"reward: {row}: none of {names} judges '{shortened(text)}' (all returned None), wanted a number "
+                    "from one at least: leave the row out, or add a reward for it"
+                )
+            totals.append(sum(given))
+        return totals
+
+    def _watch(self, normalised: Mapping[str, list[float | None]], completions: Sequence[str]) -> None:
+        """Say once of each reward that gives (nearly) the same to many different texts."""
+        for name in [*self._seen]:
+            seen = self._seen[name]
+            values = normalised[name]
+            seen.texts.update(text for text, value in zip(completions, values, strict=True) if value is not None)
+            seen.values.extend(value for value in values if value is not None)
+            if len(seen.texts) < MANY:
+                continue
+            del self._seen[name]
+            if (spread := statistics.pstdev(seen.values)) <= EQUAL * max(map(abs, seen.values)):
+                same = f"{seen.values[0]:.4g} for each of {len(seen.texts):,} different texts"
+                same += f" (standard deviation {spread:.1g})"
+                logger.warning(f"reward {name}: {same}, wanted values that tell good from bad")
 
 
 def call(
     reward: WeightedReward, prompts: list[str], completions: list[str], columns: Mapping[str, list], first: int = 0
-) -> list[float]:
-    """The reward's values, checked: one finite float per completion. It is not called for no completions.
+) -> list[float | None]:
+    """The reward's values, checked: a finite float or None per completion. It is not called for no completions.
 
     `first`: the number that messages give the first completion.
     """
@@ -89,7 +144,7 @@ def call(
     lists = {name: list(values) for name, values in columns.items()}  # its own: it may change them
     run = partial(reward.function, prompts=list(prompts), completions=list(completions), **lists)
     place = f"reward {reward.name}, called with the columns {', '.join(columns) or '(none)'}"
-    return checked(reward.name, plugins.guarded(place, run), completions, first)
+    return checked(reward.name, plugins.guarded(place, run), completions, first, columns.get("id"))
 
 
 def bounds(rewards: Sequence[WeightedReward]) -> tuple[float, float] | None:
@@ -109,7 +164,7 @@ def resolve(
     """The function of a reward: a server, a model trained in this run, a classifier's directory, a file, or our folder.
 
     `trained` are the directories of this run's reward models by name; `learned(directory)` makes a function of one,
-    `served(address)` of a server. Raises UserError for a name that is none of these, or that does not take **columns.
+    `served(address)` of a server. Raises UserError for a name that is none of these, or what cannot be called.
     """
     if is_address(name):
         return served(name)
@@ -123,24 +178,12 @@ def is_learned(name: str, trained: Mapping[str, str]) -> bool:
     return name in trained or (Path(name) / "config.json").is_file()
 
 
-def loaded(name: str, trained: Mapping[str, str] = MappingProxyType({})) -> RewardFunction:
+def loaded(name: str, trained: Mapping[str, str] = MappingProxyType({})) -> TrlFunction:
     """The function of a reward that is no model; `trained` are the models that a message offers. Raises UserError."""
     source, _ = plugins.split(name)
     if not source.endswith(".py") and source not in plugins.available(FOLDER):
         raise UserError(f"reward {name!r}: {_unknown(source, trained)}")
-    function = plugins.load(name, FOLDER, "reward", "reward")
-    if not _takes_columns(function):
-        wanted = "def reward(prompts, completions, **columns)"
-        raise UserError(f"reward {name!r}: it must take the data's columns by keyword, wanted {wanted}")
-    return function
-
-
-def _takes_columns(function: Callable) -> bool:
-    try:
-        parameters = inspect.signature(function).parameters
-    except ValueError:  # a builtin without a signature
-        return False
-    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    return _trl.load(name)
 
 
 def _unknown(name: str, trained: Mapping[str, str]) -> str:
@@ -154,8 +197,8 @@ def _unknown(name: str, trained: Mapping[str, str]) -> str:
     )
 
 
-def _normalised(reward: WeightedReward, values: list[float]) -> list[float]:
-    return [*map(_sigmoid, values)] if reward.normalise == "sigmoid" else values
+def _normalised(reward: WeightedReward, values: list[float | None]) -> list[float | None]:
+    return [None if x is None else _sigmoid(x) for x in values] if reward.normalise == "sigmoid" else values
 
 
 def _sigmoid(x: float) -> float:

@@ -2,52 +2,105 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
+from pipeline.errors import UserError
 from pipeline.records import Example, Response, Scores
 from pipeline.rewards.rewards import Rewards
 from pipeline.trainer.engine import Ranks
+from reward_models._trl import TrlFunction
+
+logger = logging.getLogger("tiffin")
 
 
-def score_texts(ranks: Ranks, rewards: Rewards, examples: Sequence[Example], completions: Sequence[str]) -> Scores:
+def score_texts(
+    ranks: Ranks,
+    rewards: Rewards,
+    examples: Sequence[Example],
+    completions: Sequence[str],
+    ids: Sequence[Sequence[int]] | None = None,
+) -> Scores:
     """Score one completion per example; ranks share the work and all get the whole result.
 
-    Raises UserError where a reward fails, by the checks of `rewards`; on every rank, wherever it failed.
+    `ids` are the completions' own, where a policy wrote them. Raises UserError where a reward fails, by the checks of
+    `rewards`; on every rank, wherever it failed.
     """
     mine = range(ranks.rank, len(examples), ranks.world)
     own = [examples[i] for i in mine]
     prompts = [plain_prompt(example) for example in own]
     texts = [completions[i] for i in mine]
-    part = ranks.agreed(lambda: rewards.score(prompts, texts, reward_columns(own)))
+    columns = reward_columns(own, None if ids is None else [ids[i] for i in mine])
+    part = ranks.agreed(lambda: rewards.score(prompts, texts, columns))
     parts = ranks.gather(part)
 
-    def merged(shares: Sequence[Sequence[float]]) -> list[float]:
+    def merged(shares: Sequence[Sequence[Any]]) -> list[Any]:
         return [shares[i % ranks.world][i // ranks.world] for i in range(len(examples))]
 
-    def by_name(field: str) -> dict[str, list[float]]:
+    def by_name(field: str) -> dict[str, list[float | None]]:
         return {name: merged([getattr(one, field)[name] for one in parts]) for name in getattr(part, field)}
 
     return Scores(by_name("raw"), by_name("normalised"), merged([one.total for one in parts]))
 
 
-def reward_columns(examples: Sequence[Example]) -> dict[str, list[Any]]:
-    """The columns that rewards are called with beside prompts and completions; one entry per example."""
-    return {
+def reward_columns(examples: Sequence[Example], ids: Sequence[Sequence[int]] | None = None) -> dict[str, list[Any]]:
+    """What rewards are called with beside prompts and completions, one entry per example: the data's columns, and ours.
+
+    A reward may change what it is given: the examples' own values are copied.
+    """
+    names = dict.fromkeys(name for example in examples for name in example.columns)
+    columns = {name: [_own(example.columns.get(name)) for example in examples] for name in names}
+    columns |= {
         "id": [example.id for example in examples],
         "source": [example.source for example in examples],
         "references": [list(example.references) for example in examples],
-        "raw_prompt": [example.prompt for example in examples],
+        "raw_prompt": [raw_prompt(example) for example in examples],
     }
+    return columns if ids is None else columns | {"completion_ids": [list(one) for one in ids]}
+
+
+def _own(value: Any) -> Any:
+    return deepcopy(value) if isinstance(value, list | dict) else value
 
 
 def score_responses(ranks: Ranks, rewards: Rewards, responses: Sequence[Response]) -> Scores:
     """Score decoded responses."""
-    return score_texts(ranks, rewards, [r.example for r in responses], [r.text for r in responses])
+    ids = [r.response_ids for r in responses]
+    return score_texts(ranks, rewards, [r.example for r in responses], [r.text for r in responses], ids)
+
+
+def try_rewards(ranks: Ranks, rewards: Rewards, row: Example, written: bool) -> None:
+    """Call every reward with one row, on all ranks, so that one that fails does so before a policy is loaded.
+
+    The text is one of the row's own, else its prompt. `written`: the stage will judge responses of a policy, which have
+    ids; one is made up. Raises UserError, with the row's id, where a reward fails.
+    """
+    texts = (row.completion, *row.references, *row.candidates, row.chosen, plain_prompt(row))
+    text = next(filter(None, texts), "")
+    columns = reward_columns([row], [[0]] if written else None)
+
+    def tried() -> Scores:
+        try:
+            return rewards.score([plain_prompt(row)], [text], columns)
+        except UserError as error:
+            raise UserError(f"{error} (tried on row {row.id} before anything else)") from error
+
+    ranks.agreed(tried)
+    asked = [one.name for one in rewards.rewards if isinstance(one.function, TrlFunction) and one.function.messages]
+    if asked and not isinstance(row.prompt, str):
+        how = "prompts and completions of chats as messages, as in TRL"
+        logger.info(f'reward {", ".join(asked)}: given {how} (CHATS = "text" in the file makes them text)')
+
+
+def raw_prompt(example: Example) -> str | list[dict[str, str]]:
+    """The prompt as JSON has it: the row's own text, or a chat's messages."""
+    return example.prompt if isinstance(example.prompt, str) else [turn._asdict() for turn in example.prompt]
 
 
 def plain_prompt(example: Example) -> str:
-    """The prompt as rewards see it: the row's own text, or "role: content" paragraphs of a chat."""
+    """The prompt as text: the row's own, or "role: content" paragraphs of a chat."""
     if isinstance(example.prompt, str):
         return example.prompt
     return "\n\n".join(f"{turn.role}: {turn.content}" for turn in example.prompt)

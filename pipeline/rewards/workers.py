@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 
 POLL_SECONDS = 1.0  # between two checks whether a worker that does not answer is still there
 
-Values = dict[str, list[float]]  # by reward
+Values = dict[str, list[float | None]]  # by reward
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,9 @@ class Composer:
     def ask(self, ids: Tensor, texts: list[list[str]], batch: Batch) -> Callable[[], Compositions]:
         """Have what `write` gave judged: worker processes have begun, and what is returned waits for them."""
         examples = [self.items[i].example for i in batch.items]
-        scores = judging(self.rewards, examples, texts)
+        lengths = batch.static.mask.sum(1).tolist()
+        rows = [[one[:length] for one in group] for group, length in zip(ids.tolist(), lengths, strict=False)]
+        scores = judging(self.rewards, examples, texts, rows)
 
         def judged() -> Compositions:
             agreed = self.ranks.agreed(scores)
@@ -116,7 +118,8 @@ def statistics(compositions: Compositions) -> dict[str, Stat]:
         "semi_offline/greedy_reward": mean_stat(compositions.rewards[:, -1]),
     }
     for name, values in compositions.scores.normalised.items():
-        drawn = torch.tensor(values).reshape(len(compositions.texts), width)[:, :-1]
+        judged = [value for i, value in enumerate(values) if value is not None and (i + 1) % width]  # no greedy text
+        drawn = torch.tensor(judged, dtype=torch.float32)
         stats |= {f"rewards/{name}/mean": mean_stat(drawn), f"rewards/{name}/std": std_stat(drawn)}
     return stats
 
@@ -129,18 +132,23 @@ def composed_ids(static: StaticBatch, drawn: Drawn) -> Tensor:
     return ids
 
 
-def judging(rewards: Rewards, examples: Sequence[Example], texts: list[list[str]]) -> Callable[[], Scores]:
+def judging(
+    rewards: Rewards, examples: Sequence[Example], texts: list[list[str]], ids: list[list[list[int]]]
+) -> Callable[[], Scores]:
     """The scores of all texts, row by row, from a call that waits for them; worker processes have begun.
 
-    Equal texts of one example are judged once. The call raises UserError where a reward fails.
+    Equal texts of one example are judged once, with the ids of the first. The call raises UserError where a reward
+    fails.
     """
     places: dict[tuple[int, str], int] = {}  # of each different text of an example
+    first = []  # its ids
     for i, group in enumerate(texts):
-        for text in group:
-            places.setdefault((i, text), len(places))
+        for text, row in zip(group, ids[i], strict=True):
+            if places.setdefault((i, text), len(places)) == len(first):
+                first.append(row)
     owners = [examples[i] for i, _ in places]
     prompts = [scoring.plain_prompt(example) for example in owners]
-    scores = rewards.begin(prompts, [text for _, text in places], scoring.reward_columns(owners))
+    scores = rewards.begin(prompts, [text for _, text in places], scoring.reward_columns(owners, first))
     order = [places[i, text] for i, group in enumerate(texts) for text in group]
     return lambda: _ordered(scores(), order)
 

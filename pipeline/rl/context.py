@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.config.schema import RlStage
 from pipeline.config.sections import DataSettings, ModelSettings
+from pipeline.data import dataset
 from pipeline.errors import UserError
 from pipeline.records import Example
 from pipeline.rewards import scoring
@@ -34,6 +35,20 @@ class Context:
     module: RlModule
     algorithm: Any  # its settings
     objective: Objective
+
+
+def splits(context: Context) -> tuple[list[Example], list[Example]]:
+    """The training rows and the held-out ones, with further columns where a reward may read them.
+
+    Every reward has by then been tried on a training row. Raises UserError where one fails.
+    """
+    rewards = context.rewards
+    carry = rewards is not None and rewards.reads_columns
+    train, held_out = dataset.splits(context.data, context.settings.seed, carry=carry)
+    if rewards is not None:
+        (row,) = dataset.unique_prompts(train[:1])
+        scoring.try_rewards(context.ranks, rewards, row, written=True)
+    return train, held_out
 
 
 def required_rewards(context: Context) -> Rewards:

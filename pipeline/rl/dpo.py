@@ -12,7 +12,7 @@ from pipeline.data import dataset, pairs, sampling
 from pipeline.data.batching import Windows
 from pipeline.files import fingerprint
 from pipeline.records import Example
-from pipeline.rl.context import Context
+from pipeline.rl.context import Context, splits
 from pipeline.rl.offline import WatchedRows, check_start, evaluate
 from pipeline.rl.reference import ReferencePolicy, annotate
 from pipeline.trainer.loop import HELD_OUT_LOSS, REWARD, Trainer
@@ -23,7 +23,7 @@ from pipeline.trainer.schedule import epochs, steps_for
 def trainer(context: Context) -> Trainer:
     """DPO: the start model's log-probabilities of both responses are known beforehand; nothing has to be judged."""
     settings, ranks = context.settings, context.ranks
-    train, held_out = (pairs.paired(rows) for rows in dataset.splits(context.data, settings.seed))
+    train, held_out = (pairs.paired(rows) for rows in splits(context))
     if settings.shuffle_rewards:
         train = with_shuffled_sides(train, settings.seed)
     prompts = dataset.unique_prompts(held_out)[: settings.eval.max_rows]

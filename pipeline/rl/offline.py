@@ -15,7 +15,7 @@ from pipeline.data.sampling import step_budget
 from pipeline.files import fingerprint
 from pipeline.records import Example, Item, Needs
 from pipeline.rl import rows
-from pipeline.rl.context import Context, fresh_responses
+from pipeline.rl.context import Context, fresh_responses, splits
 from pipeline.rl.reference import ReferencePolicy, annotate, check_ratio
 from pipeline.rl.values import ValueData
 from pipeline.trainer import evaluation
@@ -67,7 +67,7 @@ def rewarded_rows(context: Context, needs: Needs) -> tuple[list[Example], list[E
     """Rows to learn from, chosen or shuffled as set, and held-out rows, with rewards where they are needed; and
     all held-out prompts, each once."""
     settings, data = context.settings, context.data
-    train, held_out = (convert.to_scored(examples, data.responses) for examples in dataset.splits(data, settings.seed))
+    train, held_out = (convert.to_scored(examples, data.responses) for examples in splits(context))
     prompts = dataset.unique_prompts(held_out)
     held_out = held_out[: settings.eval.max_rows]
     if needs.rewards or settings.rows != "all" or settings.shuffle_rewards:

@@ -29,7 +29,7 @@ from pipeline.records import Batch, Example, Item, Request, Row, Stat
 from pipeline.rewards import scoring
 from pipeline.rewards.rewards import Rewards
 from pipeline.rl import reference
-from pipeline.rl.context import Context, fresh_responses, required_rewards
+from pipeline.rl.context import Context, fresh_responses, required_rewards, splits
 from pipeline.rollout.allocation import Sampler, prompt_key, spoken_sampler
 from pipeline.rollout.generate import plain_sampling, respond
 from pipeline.rollout.groups import Group, items_of, record_of, statistics, table, target_item, untempered, valued
@@ -47,7 +47,7 @@ def trainer(context: Context) -> Trainer:
     """On-policy RL. train.batch_size counts prompts, each of which has several responses in the step."""
     settings, ranks, algorithm = context.settings, context.ranks, context.algorithm
     rewards = required_rewards(context)
-    prompts, held_out = (dataset.unique_prompts(rows) for rows in dataset.splits(context.data, settings.seed))
+    prompts, held_out = (dataset.unique_prompts(rows) for rows in splits(context))
     longest = max(settings.generation.max_new_tokens, settings.data.max_response_length)
     policy = build_policy(settings, ranks, context.start, longest=longest)
     # a KL term compares with the start as it was: a second model, which is only read

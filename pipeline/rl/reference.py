@@ -102,6 +102,7 @@ def with_values(policy: ReferencePolicy, items: list[Item], data: ValueData) -> 
         "rows": rows_digest(items),
         "logged": [item.numbers["reward"] for item in data.logged] if settings.value.targets == "data" else None,
         "prompts": [str(example.prompt) for example in data.prompts],
+        "columns": [example.columns for example in data.prompts] if settings.value.targets == "policy" else None,
         "judge": data.rewards_key,
         "value": settings.value.model_dump(),
         "generation": settings.generation.model_dump(),

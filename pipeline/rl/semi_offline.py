@@ -20,7 +20,7 @@ from pipeline.errors import UserError
 from pipeline.records import Batch, Example, Item, Row
 from pipeline.rl.composition_samples import samples_of
 from pipeline.rl.compositions import Composer
-from pipeline.rl.context import Context, fresh_responses, required_rewards
+from pipeline.rl.context import Context, fresh_responses, required_rewards, splits
 from pipeline.trainer import evaluation
 from pipeline.trainer.engine import Engine
 from pipeline.trainer.loop import REWARD, Evaluation, Trainer
@@ -37,7 +37,7 @@ def trainer(context: Context) -> Trainer:
     """Semi-offline RL: nothing is known beforehand but static responses; rewards are those of what is composed."""
     settings, ranks, algorithm = context.settings, context.ranks, context.algorithm
     rewards = required_rewards(context)
-    train, held_out = dataset.splits(context.data, settings.seed)
+    train, held_out = splits(context)
     prompts = dataset.unique_prompts(held_out)[: settings.eval.max_rows]
     policy = build_policy(settings, ranks, context.start, mask=True)
     items, tested = encode(policy, context.directory, train, held_out[: settings.eval.max_rows], reference_rows)

@@ -30,16 +30,24 @@ def held_out_loss(engine: Engine, objective: Objective, items: Sequence[Item], p
 
 
 def reward_statistics(scores: Scores, texts: Sequence[str]) -> dict[str, float]:
-    """reward/* of the weighted sum; rewards/<name>/* of each normalised score, with its correlation with length."""
+    """reward/* of the weighted sum; rewards/<name>/* of each normalised score, with its correlation with length.
+
+    A reward's numbers are those of the responses that it judges; of fewer than all, rewards/<name>/judged is the share.
+    They are NaN where it judges none.
+    """
     result = {"reward/mean": statistics.fmean(scores.total), "reward/std": statistics.pstdev(scores.total)}
     result["reward/se"] = result["reward/std"] / math.sqrt(len(texts))
     result["reward/length_correlation"] = length_correlation(scores.total, texts)
-    for name, values in scores.normalised.items():
+    for name in scores.normalised:
+        judged = [i for i, value in enumerate(scores.normalised[name]) if value is not None]
+        raw, values = ([each[name][i] for i in judged] or [math.nan] for each in (scores.raw, scores.normalised))
         result[f"rewards/{name}/mean"] = statistics.fmean(values)
-        result[f"rewards/{name}/std"] = statistics.pstdev(values)
-        result[f"rewards/{name}/se"] = statistics.pstdev(values) / math.sqrt(len(texts))
-        result[f"rewards/{name}/raw_mean"] = statistics.fmean(scores.raw[name])
-        result[f"rewards/{name}/length_correlation"] = length_correlation(values, texts)
+        result[f"rewards/{name}/std"] = spread = statistics.pstdev(values) if judged else math.nan
+        result[f"rewards/{name}/se"] = spread / math.sqrt(len(values))
+        result[f"rewards/{name}/raw_mean"] = statistics.fmean(raw)
+        result[f"rewards/{name}/length_correlation"] = length_correlation(values, [texts[i] for i in judged])
+        if len(judged) < len(texts):
+            result[f"rewards/{name}/judged"] = len(judged) / len(texts)
     return result
 
 
