@@ -263,8 +263,8 @@ DATA = [
         "references: none",
         "score",
         f"{ROWS} reward=rouge",
-        ("rouge", "references", "wanted a list"),
-        rows(all_with(answers(), references=[])),
+        ("rouge", "has no references", "give the data a column `references`"),
+        rows(answers()),
     ),
     Mistake(
         "another task's oracle",

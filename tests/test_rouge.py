@@ -281,7 +281,7 @@ def test_the_reference_itself_is_worth_1_and_order_does_not_matter(function):
     ("references", "said"),
     [
         (None, "no column `references`"),
-        ([["fine"], []], r"references\[1\] is \[\], wanted a list of at least one text"),
+        ([["fine"], []], r"completion 1 'b' has no references, which ROUGE compares with"),
         ([["fine"], "text"], r"references\[1\] is 'text', wanted a list"),
     ],
 )

@@ -47,15 +47,13 @@ def last_answer(value: object, place: str) -> tuple[tuple[Message, ...], str]:
 def example_of(row: Columns, given: Fields, id: str) -> Example:
     """The Example of a row: `given` are the fields that its format knows, the others come from their usual columns.
 
-    References default to the completion, or else to the chosen response; an empty list of references stays empty.
     `id` is for a row that names none.
     """
     whole = {name: read(row, *names) for name, (read, *names) in CARRIERS.items() if name not in given} | given
     if "candidates" not in given:
         whole["candidates"], whole["candidate_rewards"] = candidate_list(row)
-    if whole["references"] is None:
-        whole["references"] = tuple(filter(None, (whole["completion"] or whole["chosen"],)))
-    return Example(**whole | {"id": whole["id"] or id, "source": whole["source"] or ""})
+    named = {"id": whole["id"] or id, "source": whole["source"] or "", "references": whole["references"] or ()}
+    return Example(**whole | named)
 
 
 def candidate_list(row: Columns) -> tuple[tuple[str, ...], tuple[float, ...]]:

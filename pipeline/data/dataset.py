@@ -166,13 +166,29 @@ def with_numbers(items: Sequence[Item], **numbers: Sequence[float]) -> list[Item
     ]
 
 
+def gold(example: Example) -> tuple[str, ...]:
+    """What a new response to the prompt is compared with: the references given, else the answer that the row holds.
+
+    That is its completion or the chosen side of its pair. A completion with a reward, or of a pair's rejected side, is
+    a response of any quality, and so none.
+    """
+    judged = example.reward is not None or example.rewards or example.id.endswith(convert.REJECTED)
+    answer = example.chosen if example.completion is None else None if judged else example.completion
+    return example.references or (() if answer is None else (answer,))
+
+
+def with_gold(examples: Sequence[Example]) -> list[Example]:
+    """The examples with what new responses to their prompts are compared with as references."""
+    return [replace(example, references=gold(example)) for example in examples]
+
+
 def unique_prompts(examples: Sequence[Example]) -> list[Example]:
-    """The first example of each prompt, with the references of all examples of that prompt, each once."""
+    """The first example of each prompt, to be answered anew; its references are what is gold in any of that prompt."""
     groups: dict[object, list[Example]] = {}
     for example in examples:
         groups.setdefault(example.prompt, []).append(example)
     return [
-        replace(rows[0], references=tuple(dict.fromkeys(text for row in rows for text in row.references)))
+        replace(rows[0], references=tuple(dict.fromkeys(text for row in rows for text in gold(row))))
         for rows in groups.values()
     ]
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 from pipeline.records import Example, Response, Scores
 from pipeline.rewards.rewards import Rewards
 from pipeline.trainer.engine import Ranks
+
+logger = logging.getLogger("tiffin")
 
 
 def score_texts(ranks: Ranks, rewards: Rewards, examples: Sequence[Example], completions: Sequence[str]) -> Scores:
@@ -39,6 +43,16 @@ def reward_columns(examples: Sequence[Example]) -> dict[str, list[Any]]:
         "references": [list(example.references) for example in examples],
         "raw_prompt": [example.prompt for example in examples],
     }
+
+
+def warn_of_equals(rewards: Rewards, rows: Sequence[Example]) -> None:
+    """One line where a reward compares, and rows whose completions are to be scored hold them as references."""
+    equal = sum(row.completion in row.references for row in rows)
+    if equal and any("references" in inspect.signature(one.function).parameters for one in rewards.rewards):
+        logger.warning(
+            f"rewards: {equal:,} of {len(rows):,} completions stand among their own references: equal texts score "
+            "highest, whatever they are worth"
+        )
 
 
 def score_responses(ranks: Ranks, rewards: Rewards, responses: Sequence[Response]) -> Scores:
