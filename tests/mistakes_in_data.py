@@ -264,7 +264,7 @@ DATA = [
         "score",
         f"{ROWS} reward=rouge",
         ("rouge", "has no references", "give the data a column `references`"),
-        rows(answers()),
+        SOUND,
     ),
     Mistake(
         "another task's oracle",

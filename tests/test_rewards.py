@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.config.resolve import resolve as resolve_words
 from pipeline.config.reward_spec import parse
 from pipeline.errors import UserError
+from pipeline.rewards.build import build_rewards, normalisation
 from pipeline.rewards.rewards import Rewards, WeightedReward, bounds, resolve
 from pipeline.trainer.evaluation import length_correlation
 from reward_models import length, rouge
@@ -155,6 +157,30 @@ def test_length_correlation():
         ([0, 1e-300, 0], texts),
     ):
         assert math.isnan(length_correlation(values, completions))
+
+
+@pytest.mark.parametrize(
+    ("setting", "found"),
+    # a trained model, a function, a monitored model, a monitored function
+    [
+        ("auto", ["sigmoid", "none", "sigmoid", "none"]),
+        ("none", ["none", "none", "none", "none"]),
+        ("sigmoid", ["sigmoid", "sigmoid", "sigmoid", "none"]),
+    ],
+)
+def test_learned_scores_alone_are_normalised_by_default(setting, found):
+    read = resolve_words(["stage=rl", f"rewards.normalise={setting}"]).settings.rewards
+    given = [(1.0, True), (1.0, False), (0.0, True), (0.0, False)]
+    assert [normalisation(read, weight, model) for weight, model in given] == found
+
+
+@pytest.mark.parametrize("stage", ["rl", "score", "evaluate", "generate"])
+def test_values_of_a_function_stay_as_they_are_by_default(stage, tmp_path):
+    file = tmp_path / "brief.py"
+    file.write_text("def reward(completions, **columns):\n    return [-len(text.split()) for text in completions]\n")
+    settings = resolve_words([f"stage={stage}", f"runs_dir={tmp_path}", f"reward={file}"]).settings
+    built = build_rewards(settings, settings.reward, settings.rewards, torch.device("cpu"))
+    assert score(built, ["one two", "a b c"]).total == [-2.0, -3.0]
 
 
 def test_bounds():

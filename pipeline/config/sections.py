@@ -208,7 +208,7 @@ class HttpSettings(Section):
 class RewardSettings(Section):
     """How rewards given in `reward` are read; `reward` itself is a name, a path, or a mapping to weights."""
 
-    normalise: Literal["none", "sigmoid"]
+    normalise: Literal["auto", "none", "sigmoid"]
     batch_size: Count
     max_length: Count
     workers: Whole
