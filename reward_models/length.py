@@ -6,7 +6,9 @@ gain it explains.
 
 from __future__ import annotations
 
+from pipeline.words import between_blanks
+
 
 def reward(prompts: list[str], completions: list[str], **columns: list) -> list[float]:
-    """The number of words between white space, 0 or more."""
-    return [float(len(completion.split())) for completion in completions]
+    """The number of words between white space, 0 or more; of characters, where a script writes none."""
+    return [float(len(between_blanks(completion))) for completion in completions]

@@ -290,3 +290,8 @@ def test_resolve_refuses_functions_that_take_no_columns(tmp_path):
     for name in ("narrow.py", "narrow.py:builtin"):
         with pytest.raises(UserError, match=r"wanted def reward\(prompts, completions, \*\*columns\)"):
             resolve(f"{tmp_path}/{name}", no_model, no_server, {})
+
+
+def test_length_counts_characters_where_words_have_no_blanks():
+    # 2, 1 and 3 characters against 2, 1, 3: all of them would be one word between blanks
+    assert length_correlation([2.0, 1.0, 3.0], ["你好", "好", "ดีคก"]) == pytest.approx(1.0)
