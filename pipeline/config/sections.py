@@ -94,7 +94,7 @@ class DataSettings(Section):
     drop_abrupt: bool
     max_rows: Count | None
     max_bad_rows: Whole
-    validation_fraction: Fraction
+    validation_fraction: Dropped
     max_prompt_length: Count
     keep_of_prompt: Literal["end", "beginning"]
     max_response_length: Count
