@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
 
+from reward_models._values import shortened
+
 References = Sequence[Sequence[str]] | None
 
 
@@ -16,11 +18,15 @@ def runs(completions: Sequence[str], references: References, metric: str) -> Ite
     or an entry of it is not a list of at least one text.
     """
     if references is None:
-        raise ValueError(
-            f"there is no column `references`, which {metric} compares with: give the data one, or a completion"
-        )
+        raise ValueError(f"there is no column `references`, which {metric} compares with: give the data one")
     for i, texts in enumerate(references):
-        if isinstance(texts, str) or not texts:
+        if isinstance(texts, str):
             raise ValueError(f"references[{i}] is {texts!r:.60}, wanted a list of at least one text")
+        if not texts:
+            text = shortened(completions[i])
+            raise ValueError(
+                f"completion {i} '{text}' has no references, which {metric} compares with, and is not compared with "
+                "itself: give the data a column `references`"
+            )
     for texts, pairs in groupby(zip(references, completions, strict=True), key=itemgetter(0)):
         yield texts, [completion for _, completion in pairs]

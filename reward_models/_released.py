@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 
 _SPECIAL = re.compile("<pad>|</?s>")
-_BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 _SET_APART = re.compile(r"\s*(['?$%])")  # 's too, by its apostrophe
+_QUOTED = re.compile('"([^"]+)"')
+_HYPHENED = re.compile(r"\s*(-.{2})")
 
 
 def punctuated(text: str) -> str:
@@ -15,8 +17,14 @@ def punctuated(text: str) -> str:
 
 
 def question(text: str) -> str:
-    """The same in the spelling of the SQuAD references: brackets by name, a blank before apostrophes, ?, $ and %."""
+    """The same in what was meant as the spelling of the SQuAD references.
+
+    Brackets by name, a blank before apostrophes, ?, $ and %, double quotes as `` and '' with blanks inside. A blank
+    goes before a hyphen with two characters behind it too, so that "twenty-first" becomes two words and "-lrb-" is
+    torn where a third follows.
+    """
     text = punctuated(text)
-    for bracket, name in _BRACKETS.items():  # faster than str.translate where there are none
+    for bracket, name in BRACKETS.items():  # faster than str.translate where there are none
         text = text.replace(bracket, name)
-    return _SET_APART.sub(r" \1", text)
+    text = _QUOTED.sub(r"`` \1 ''", _SET_APART.sub(r" \1", text))
+    return _HYPHENED.sub(r" \1", text)

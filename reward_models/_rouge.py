@@ -1,4 +1,8 @@
-"""ROUGE-1, -2, -L and -Lsum of many texts (Lin 2004): the values of the package rouge-score, bit for bit."""
+"""ROUGE-1, -2, -L and -Lsum of many texts (Lin 2004): of ASCII texts rouge-score's values, bit for bit.
+
+That package sees ASCII alone: no word of other scripts, and of "caf\u00e9" three letters. Here words are those of
+pipeline/words.py, unless its own are requested, as `ascii_words`.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +16,12 @@ from typing import NamedTuple
 from nltk.stem.porter import PorterStemmer
 from rapidfuzz.distance import LCSseq
 
+from pipeline.words import words
+
 # Every byte but those of these characters is a space.
 _BYTES = bytes(byte if chr(byte) in ascii_lowercase + digits else ord(" ") for byte in range(256))
 _PORTER = PorterStemmer()
+Split = Callable[[str], list[str]]  # a text -> its words, in lower case
 
 
 class Text(NamedTuple):
@@ -24,8 +31,23 @@ class Text(NamedTuple):
     lines: list[list[str]]
 
 
+def ascii_words(text: str) -> list[str]:
+    """Runs of [a-z0-9] of the lower-cased text."""
+    ascii_text = text.lower().encode("ascii", "replace")  # what is not ASCII becomes a question mark
+    return ascii_text.translate(_BYTES).decode("ascii").split()
+
+
+def all_words(text: str) -> list[str]:
+    """Words of any script; those of rouge-score where the text is ASCII."""
+    return ascii_words(text) if text.isascii() else words(text)
+
+
 def rouge(
-    kinds: Sequence[str], references: Sequence[str], candidates: Sequence[str], stemmed: bool = True
+    kinds: Sequence[str],
+    references: Sequence[str],
+    candidates: Sequence[str],
+    stemmed: bool = True,
+    split: Split = all_words,
 ) -> list[list[float]]:
     """F1 in [0, 1] per candidate and kind (rouge1, rouge2, rougeL, rougeLsum), against the reference that fits best.
 
@@ -33,7 +55,7 @@ def rouge(
     """
     if not references:
         raise ValueError("there are no references, wanted at least one text")
-    gold, texts = ([_read(text, stemmed) for text in group] for group in (references, candidates))
+    gold, texts = ([_read(text, stemmed, split) for text in group] for group in (references, candidates))
     columns = []
     for kind in kinds:
         by_reference = [_f1_scores(kind, reference, texts) for reference in gold]
@@ -41,21 +63,15 @@ def rouge(
     return [[*row] for row in zip(*columns, strict=True)]
 
 
-def tokens(text: str, stemmed: bool = True) -> list[str]:
-    """Runs of [a-z0-9] of the lower-cased text, stemmed if wanted."""
-    ascii_text = text.lower().encode("ascii", "replace")  # what is not ASCII becomes a question mark
-    words = ascii_text.translate(_BYTES).decode("ascii").split()
-    return [*map(stem, words)] if stemmed else words
-
-
 @lru_cache(maxsize=1 << 17)
 def stem(word: str) -> str:
-    """What Porter's stemmer leaves of a lower-case word; words of up to three letters stay as they are."""
-    return _PORTER.stem(word, to_lowercase=False) if len(word) > 3 else word
+    """What Porter's stemmer, which is for English, leaves of a lower-case word of more than three ASCII letters."""
+    return _PORTER.stem(word, to_lowercase=False) if len(word) > 3 and word.isascii() else word
 
 
-def _read(text: str, stemmed: bool) -> Text:
-    lines = [tokens(line, stemmed) for line in text.split("\n")]
+def _read(text: str, stemmed: bool, split: Split) -> Text:
+    found = [split(line) for line in text.split("\n")]
+    lines = [[*map(stem, line)] for line in found] if stemmed else found
     return Text([*chain.from_iterable(lines)], lines)
 
 

@@ -1,32 +1,38 @@
 """The reward of question generation in semi-offline RL (Chen et al. 2023): ROUGE-L / 3 + 2 * BLEU-4 / 3, in [0, 1].
 
-Both parts are those of the COCO caption evaluation, sentence by sentence and over all references of a row;
-`squad:rougeL` and `squad:bleu4` are one of them alone.
+Both parts are those of the COCO caption evaluation, sentence by sentence and over all references of a row; the brevity
+penalty takes the reference closest in length, of two the shorter. `squad:rougeL` and `squad:bleu4` are one of them
+alone. References and completion are prepared alike: words in lower case, and each mark a word; the names that SQuAD's
+references have for brackets and double quotes (-lrb-, ``) count as these.
 
-As released, only the completion is prepared (`question`), the references are merely lower-cased and stripped: full
-stops and commas of a completion become words that no reference has. The brevity penalty always takes the reference
-closest in length, of two the shorter; where a call holds one completion only, the released code takes the references'
-mean length, by which a score would depend on the rest of its batch.
+`squad:released` is the reward of the released code, which prepares the completion alone (`_released.question`) and
+merely lower-cases and strips the references. A question may then be worth little against itself: its full stops and
+commas become words that no reference has, and a blank goes into each of its hyphened words.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from operator import or_, truediv
 
 from rapidfuzz.distance import LCSseq
 
+from pipeline.words import pieces
 from reward_models._references import References, runs
-from reward_models._released import question
+from reward_models._released import BRACKETS, question
 
 CHATS = "text"  # chats come as text, too: see reward_models/README.md
 LONGEST = 4  # words of the n-grams that BLEU-4 counts
 RECALL = 1.2**2  # how much more recall weighs than precision: beta squared
 FOUND, OFFERED = 1e-15, 1e-9  # keep BLEU's fractions from 0 / 0
 Grams = Iterable[tuple[str, ...]]
+Prepare = Callable[[str], str]
+_MARKS = {name: mark for mark, name in BRACKETS.items()} | {"``": '"', "''": '"'}
+_NAMED = re.compile("|".join(_MARKS))
 
 
 def reward(prompts: list[str], completions: list[str], references: References = None, **columns: list) -> list[float]:
@@ -34,13 +40,19 @@ def reward(prompts: list[str], completions: list[str], references: References = 
     return [rouge / 3 + 2 * bleu / 3 for rouge, bleu in _parts(completions, references)]
 
 
+def released(prompts: list[str], completions: list[str], references: References = None, **columns: list) -> list[float]:
+    """The same of texts as the released code prepares them, where words stand between single blanks.
+
+    Two blanks have an empty word between them, which counts in ROUGE-L.
+    """
+    parts = _parts(completions, references, lambda text: text.strip().lower(), question)
+    return [rouge / 3 + 2 * bleu / 3 for rouge, bleu in parts]
+
+
 def rougeL(  # noqa: N802 - the name that everyone uses
     prompts: list[str], completions: list[str], references: References = None, **columns: list
 ) -> list[float]:
-    """F of the longest common subsequence, recall weighing 1.44 times precision; each with its own best reference.
-
-    Words stand between single blanks: two blanks have an empty one between them, which counts.
-    """
+    """F of the longest common subsequence, recall weighing 1.44 times precision; each with its own best reference."""
     return [rouge for rouge, _ in _parts(completions, references)]
 
 
@@ -52,11 +64,18 @@ def bleu4(prompts: list[str], completions: list[str], references: References = N
     return [bleu for _, bleu in _parts(completions, references)]
 
 
-def _parts(completions: Sequence[str], references: References) -> list[tuple[float, float]]:
+def marked(text: str) -> str:
+    """Words and marks of the text with single blanks between."""
+    return " ".join(pieces(_NAMED.sub(lambda found: _MARKS[found[0]], text.lower())))
+
+
+def _parts(
+    completions: Sequence[str], references: References, of_reference: Prepare = marked, of_completion: Prepare = marked
+) -> list[tuple[float, float]]:
     """ROUGE-L and BLEU-4 of each completion."""
     values: list[tuple[float, float]] = []
     for texts, neighbours in runs(completions, references, "squad"):
-        gold, questions = [text.strip().lower() for text in texts], [*map(question, neighbours)]
+        gold, questions = [*map(of_reference, texts)], [*map(of_completion, neighbours)]
         wanted = [*map(_between_blanks, gold)]
         rouges = [_rouge(wanted, _between_blanks(text)) for text in questions]
         values += zip(rouges, _bleus(gold, questions), strict=True)

@@ -205,17 +205,17 @@ DATA = [
         {**SOUND, "v.jsonl": ""},
     ),
     Mistake(
-        "validation: too small a share",
+        "validation: of one row",
         "sft",
-        "data.train=HERE/rows.jsonl data.validation_fraction=0.0001",
-        ("validation split", "no rows", "raise data.validation_fraction"),
-        SOUND,
+        "data.train=HERE/rows.jsonl",
+        ("validation split", "no rows", "one row cannot be cut in two: give data.validation="),
+        rows(lines(answers(1))),
     ),
     Mistake(
         "validation: everything",
         "sft",
         "data.train=HERE/rows.jsonl data.validation_fraction=1.0",
-        ("data.validation_fraction", "1.0 holds all 40 rows", "lower it"),
+        ("validation_fraction", r"1\.0", "wanted less than 1"),
         SOUND,
     ),
     Mistake(
@@ -263,8 +263,8 @@ DATA = [
         "references: none",
         "score",
         f"{ROWS} reward=rouge",
-        ("rouge", "references", "wanted a list"),
-        rows(all_with(answers(), references=[])),
+        ("rouge", "has no references", "give the data a column `references`"),
+        SOUND,
     ),
     Mistake(
         "another task's oracle",

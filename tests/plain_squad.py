@@ -12,10 +12,13 @@ from collections.abc import Sequence
 from reward_models._released import question
 
 
-def reward(references: Sequence[str], completions: Sequence[str]) -> list[float]:
+def released(references: Sequence[str], completions: Sequence[str]) -> list[float]:
     """One float per completion, all of them with the same references."""
-    gold = [text.strip().lower() for text in references]
-    found = [question(text) for text in completions]
+    return scores([text.strip().lower() for text in references], [question(text) for text in completions])
+
+
+def scores(gold: Sequence[str], found: Sequence[str]) -> list[float]:
+    """The same of texts that are prepared."""
     return [rouge_l(gold, text) / 3 + 2 * bleu_4(gold, text) / 3 for text in found]
 
 

@@ -9,13 +9,21 @@ from sacrebleu import sentence_bleu, sentence_chrf
 
 from reward_models import bleu, chrf
 
-WORDS = ("the", "cat", "cats", "sat", "on", "mat", "3.5", "it's", "été", ",", ".", "日本")
+WORDS = ("the", "cat", "cats", "sat", "on", "mat", "3.5", "it's", "été", ",", ".", "мат")
 THEIRS = {bleu: sentence_bleu, chrf: sentence_chrf}
 METRICS = pytest.mark.parametrize("metric", THEIRS)
 
 
 def random_text(draw: random.Random) -> str:
     return " ".join(draw.choice(WORDS) for _ in range(draw.randint(0, 9)))
+
+
+def test_bleu_of_chinese_is_that_of_the_package_for_chinese():
+    texts = ["今天天气很好。我们去公园,好吗?", "今天天气不好,我们去 IKEA 商店。", "Das ist 3.5 gut", "今天"]
+    for found in texts:
+        for gold in texts:
+            wanted = sentence_bleu(found, [gold], tokenize="zh").score / 100
+            assert bleu.reward([""], [found], references=[[gold]]) == pytest.approx([wanted], abs=1e-9)
 
 
 def test_bleu_by_hand():

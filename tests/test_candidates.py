@@ -67,7 +67,7 @@ def test_candidates_are_compared_with_all_references() -> None:
         RANKED,
         replace(RANKED, candidate_rewards=()),
         replace(RANKED, completion=None),
-        replace(RANKED, completion=None, references=()),
+        replace(RANKED, references=()),
         replace(RANKED, references=("sat on a mat",)),
         replace(RANKED, prompt=(Message("system", "Be kind"), Message("user", "Hi"))),
         replace(RANKED, candidates=("a\n\tb", "<#SEP#>", "é"), candidate_rewards=(0.1 + 0.2, 0.0, -1e-300)),
@@ -93,6 +93,42 @@ def test_a_prompt_asked_once_has_the_references_of_all_its_rows() -> None:
     second, other = Example("b", "the cat", "ran far", ("ran", "ran far")), Example("c", "a dog")
     asked = dataset.unique_prompts([ROW, other, second])
     assert asked == [replace(ROW, references=("sat on a mat", "ran", "ran far")), other]
+
+
+@pytest.mark.parametrize(
+    ("row", "wanted"),
+    [
+        (ROW, ("sat on a mat", "ran")),
+        (Example("b", "p", "answer"), ("answer",)),
+        (Example("b", "p", chosen="good", rejected="bad"), ("good",)),
+        (Example("b", "p", "answer", chosen="good", rejected="bad"), ("answer",)),
+        # responses of any quality: scored ones, and the rejected side of a pair without scores
+        (Example("b", "p", "answer", reward=0.0), ()),
+        (Example("b", "p", "answer", rewards={"safe": 1.0}), ()),
+        (Example("b/rejected", "p", "bad"), ()),
+        (Example("b", "p", "answer", ("gold",), reward=0.0), ("gold",)),
+        (Example("b", "p"), ()),
+    ],
+)
+def test_what_new_responses_are_compared_with(row: Example, wanted: tuple[str, ...]) -> None:
+    assert dataset.gold(row) == wanted
+    assert [asked.references for asked in dataset.unique_prompts([row])] == [wanted]
+
+
+def test_a_completion_is_never_its_own_reference(caplog) -> None:
+    judge = Rewards([WeightedReward("rouge", 1.0, rouge.reward)])
+    alone = Example("b", "p", "the cat sat")
+    with pytest.raises(UserError, match=r"completion 0 'the cat sat' has no references, which ROUGE compares with"):
+        candidates.judged(tiny.ranks(), judge, [alone])
+    # candidates are new responses, whose gold is the completion beside them: 2 of 3 words and 1 of 2 pairs found
+    both = candidates.judged(tiny.ranks(), judge, [replace(alone, candidates=("a dog", "cat sat"))]).rows[0]
+    assert both.candidates == ("cat sat", "a dog") and both.references == ()
+    # F of 1 and L: 2 * 1 * 2/3 / (5/3) = .8; of pairs: 2 * 1 * 1/2 / (3/2) = 2/3
+    assert both.candidate_rewards == pytest.approx(((0.8 + 2 / 3 + 0.8) / 3, 0.0))
+    # references that hold the completion are the user's: scored, and said
+    given = [replace(alone, references=("the cat sat", "a cat")), replace(alone, references=("a cat",))]
+    assert candidates.judged(tiny.ranks(), judge, given).rows[0].reward == 1.0
+    assert "1 of 2 completions stand among their own references" in caplog.text
 
 
 def test_what_static_rl_starts_from() -> None:
@@ -162,8 +198,8 @@ def test_files_to_predict_from_have_two_columns(tmp_path, name: str) -> None:
     (tmp_path / name).write_text('a "source<mask>b\treference\n\ns\tr\n')
     read = readers.read(str(tmp_path / name), "candidates_tsv")
     assert read.examples == [
-        Example("a/1", 'a "source<mask>b', "reference", ("reference",)),
-        Example("a/3", "s", "r", ("r",)),
+        Example("a/1", 'a "source<mask>b', "reference"),
+        Example("a/3", "s", "r"),
     ]
 
 

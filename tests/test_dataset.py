@@ -61,16 +61,44 @@ def test_a_split_with_a_file_of_its_own_is_read_alone(tmp_path) -> None:
 
 
 def test_splits_that_are_missing_or_empty(tmp_path) -> None:
-    all_held = data(tmp_path, "data.validation_fraction=1.0", train=ROWS)
-    assert splits(all_held, 0, ["validation"]) == [read(str(tmp_path / "train.jsonl")).examples]
-    with pytest.raises(UserError, match=r"validation_fraction: 1\.0 holds all 400 rows of train out, .* lower it"):
-        splits(all_held, 0)
+    settings = data(tmp_path, train=ROWS)
     with pytest.raises(UserError, match=r"no test split, only train: give data\.test="):
-        splits(all_held, 0, ["train", "test"])
+        splits(settings, 0, ["train", "test"])
     with pytest.raises(UserError, match=r"no validation split, only train: give data\.validation="):
         splits(data(tmp_path, "data.validation_fraction=0"), 0)
-    with pytest.raises(UserError, match=r"the validation split has no rows, .* raise data\.validation_fraction"):
-        splits(data(tmp_path, "data.validation_fraction=0.0001"), 0)
+    with pytest.raises(UserError, match=r"the validation split has no rows, .*: one row .* give data\.validation="):
+        splits(data(tmp_path, train=ROWS[:1]), 0)
+
+
+@pytest.mark.parametrize("fraction", [0.0001, 0.05, 0.5, 0.9999])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"text": f"text {i}"} for i in range(60)],
+        [{"prompt": "Translate.", "completion": f"c{i}"} for i in range(60)],
+        [{"prompt": "Translate.", "completion": "c"}] * 2,  # by their ids alone
+        ROWS[:60],
+        ROWS[1:3],
+    ],
+)
+def test_something_is_held_out_and_something_learned(tmp_path, rows: list[dict], fraction: float) -> None:
+    train, held = splits(data(tmp_path, f"data.validation_fraction={fraction}", train=rows), 0)
+    assert train and held and sorted(ids([*train, *held])) == sorted(ids(read(str(tmp_path / "train.jsonl")).examples))
+    shortened = data(tmp_path, f"data.validation_fraction={fraction}", "data.max_rows=1", train=rows)
+    assert [len(train) for train in splits(shortened, 0, ["train"])] == [1] and splits(shortened, 0)[1]
+
+
+def test_rows_of_one_prompt_are_cut_by_row_which_is_said(tmp_path, capsys) -> None:
+    rows = [{"text": f"text {i % 200}"} for i in range(400)]
+    train, held = splits(data(tmp_path, "data.validation_fraction=0.25", train=rows), 0)
+    assert "validation: all 400 rows have one prompt, or none: cut by row" in capsys.readouterr().out
+    assert 60 < len(held) < 140 and not {row.completion for row in train} & {row.completion for row in held}
+
+
+def test_the_prompt_of_fewest_rows_is_held_out_where_chance_holds_out_none(tmp_path) -> None:
+    rows = [{"prompt": "most" if i % 9 else f"p{i}", "completion": f"c{i}"} for i in range(1, 20)]
+    (train, held) = splits(data(tmp_path, "data.validation_fraction=0.0001", train=rows), 0)
+    assert [row.prompt for row in held] in (["p9"], ["p18"]) and len(train) == 18
 
 
 def test_a_task_makes_each_split(tmp_path) -> None:

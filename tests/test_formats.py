@@ -45,70 +45,70 @@ def only(folder, row, format=None):
 
 ID = "train/1"
 ACCEPTED = [
-    ("scored", {"prompt": "p", "completion": "c", "reward": 1}, Example(ID, "p", "c", ("c",), reward=1.0)),
-    ("scored", {"prompt": "p", "response": "c", "score": "0.5"}, Example(ID, "p", "c", ("c",), reward=0.5)),
+    ("scored", {"prompt": "p", "completion": "c", "reward": 1}, Example(ID, "p", "c", reward=1.0)),
+    ("scored", {"prompt": "p", "response": "c", "score": "0.5"}, Example(ID, "p", "c", reward=0.5)),
     (
         "scored",
         {"prompt": "p", "completion": "c", "rewards": {"good": 1, "safe": 0.5, "none": None}, "references": ["r", "s"]},
         Example(ID, "p", "c", ("r", "s"), rewards={"good": 1.0, "safe": 0.5}),
     ),
-    ("scored", {"messages": [ASK, SAY], "reward": -2}, Example(ID, (USER,), "Hello", ("Hello",), reward=-2.0)),
+    ("scored", {"messages": [ASK, SAY], "reward": -2}, Example(ID, (USER,), "Hello", reward=-2.0)),
     (
         "preference",
         {"prompt": "p", "chosen": "c", "rejected": "r", "margin": 2, "id": "x", "source": "web", "other": 1},
-        Example("x", "p", references=("c",), chosen="c", rejected="r", margin=2.0, source="web"),
+        Example("x", "p", chosen="c", rejected="r", margin=2.0, source="web"),
     ),
     (
         "preference",
         {"prompt": "p", "chosen": "c", "rejected": "r", "chosen_gpt_score": 0.9, "rejected_gpt_score": 0.1},
-        Example(ID, "p", references=("c",), chosen="c", rejected="r", chosen_reward=0.9, rejected_reward=0.1),
+        Example(ID, "p", chosen="c", rejected="r", chosen_reward=0.9, rejected_reward=0.1),
     ),
     (
         "preference",
         {"prompt": "p", "chosen": "c", "rejected": "r", "gpt_correctness": 1},
-        Example(ID, "p", references=("c",), chosen="c", rejected="r", correctness=1.0),
+        Example(ID, "p", chosen="c", rejected="r", correctness=1.0),
     ),
     (
         "preference",
         {"prompt": "p", "response": "not read", "chosen": "c", "rejected": "r", "gpt_correctness": False},
-        Example(ID, "p", references=("c",), chosen="c", rejected="r", correctness=0.0),
+        Example(ID, "p", chosen="c", rejected="r", correctness=0.0),
     ),
     (
         "preference",
         {"prompt": "Hi", "chosen": [ASK, SAY], "rejected": [ASK, {**SAY, "content": "No"}], "score_chosen": 8},
-        Example(ID, (USER,), references=("Hello",), chosen="Hello", rejected="No", chosen_reward=8.0),
+        Example(ID, (USER,), chosen="Hello", rejected="No", chosen_reward=8.0),
     ),
     (
         "preference",
         {"prompt": [ASK], "chosen": [SAY], "rejected": [{**SAY, "content": "No"}]},
-        Example(ID, (USER,), references=("Hello",), chosen="Hello", rejected="No"),
+        Example(ID, (USER,), chosen="Hello", rejected="No"),
     ),
     (
         "preference",
         {"chosen": [ASK, SAY], "rejected": [ASK, {**SAY, "content": "No"}]},
-        Example(ID, (USER,), references=("Hello",), chosen="Hello", rejected="No"),
+        Example(ID, (USER,), chosen="Hello", rejected="No"),
     ),
     (
         "hh",
         {"chosen": HH + " Knock", "rejected": HH + " Know\n\nHuman: more\n\nAssistant: No"},
-        Example(ID, HH, references=(" Knock",), chosen=" Knock", rejected=" Know\n\nHuman: more\n\nAssistant: No"),
+        Example(ID, HH, chosen=" Knock", rejected=" Know\n\nHuman: more\n\nAssistant: No"),
     ),
-    ("supervised", {"prompt": "p", "completion": " c\n"}, Example(ID, "p", " c\n", (" c\n",))),
-    ("supervised", {"prompt": [ASK], "completion": [SAY]}, Example(ID, (USER,), "Hello", ("Hello",))),
+    ("supervised", {"prompt": "p", "completion": " c\n"}, Example(ID, "p", " c\n")),
+    ("supervised", {"prompt": [ASK], "completion": [SAY]}, Example(ID, (USER,), "Hello")),
     (
         "supervised",
         {"messages": [{"role": "system", "content": "Be kind"}, ASK, SAY, ASK, SAY]},
-        Example(ID, (Message("system", "Be kind"), USER, ASSISTANT, USER), "Hello", ("Hello",)),
+        Example(ID, (Message("system", "Be kind"), USER, ASSISTANT, USER), "Hello"),
     ),
     (
         "supervised",
         {"instruction": "Add", "input": "1 2", "output": "3"},
-        Example(ID, (Message("user", "Add\n1 2"),), "3", ("3",)),
+        Example(ID, (Message("user", "Add\n1 2"),), "3"),
     ),
     (
         "supervised",
         {"instruction": "And now?", "input": "", "output": "3", "history": [["Hi", "Hello"]]},
-        Example(ID, (USER, ASSISTANT, Message("user", "And now?")), "3", ("3",)),
+        Example(ID, (USER, ASSISTANT, Message("user", "And now?")), "3"),
     ),
     (
         "prefix_suffix",
@@ -116,7 +116,6 @@ ACCEPTED = [
         Example(
             ID,
             (USER, ASSISTANT, Message("user", "A joke")),
-            references=("Knock knock",),
             chosen="Knock knock",
             rejected="No",
             chosen_reward=0.5,
@@ -127,7 +126,7 @@ ACCEPTED = [
     (
         "gen_task",
         GEN,
-        Example("12", "Ask", "Reply", ("Reply",), reward=0.75, rewards={"fluency": 0.25, "length": 0.5}),
+        Example("12", "Ask", "Reply", reward=0.75, rewards={"fluency": 0.25, "length": 0.5}),
     ),
     (
         "candidates",
@@ -142,12 +141,12 @@ ACCEPTED = [
     (
         "published",
         {"id": "7", "article": "a", "highlights": "h\ni"},
-        Example("7", "a", "h\ni", ("h\ni",)),
+        Example("7", "a", "h\ni"),
     ),
-    ("published", {"document": "d", "summary": "s"}, Example(ID, "d", "s", ("s",))),
-    ("published", {"dialogue": "A: hi\nB: ho", "summary": "s"}, Example(ID, "A: hi\nB: ho", "s", ("s",))),
-    ("published", {"sentence": "s", "question": "q", "paragraph": "p"}, Example(ID, "s", "q", ("q",))),
-    ("text", {"text": "Once upon a time"}, Example(ID, "", "Once upon a time", ("Once upon a time",))),
+    ("published", {"document": "d", "summary": "s"}, Example(ID, "d", "s")),
+    ("published", {"dialogue": "A: hi\nB: ho", "summary": "s"}, Example(ID, "A: hi\nB: ho", "s")),
+    ("published", {"sentence": "s", "question": "q", "paragraph": "p"}, Example(ID, "s", "q")),
+    ("text", {"text": "Once upon a time"}, Example(ID, "", "Once upon a time")),
     ("prompts", {"prompt": "p"}, Example(ID, "p")),
     ("prompts", {"prompt": "p", "references": "r"}, Example(ID, "p", references=("r",))),
     ("prompts", {"instruction": "Hi"}, Example(ID, (USER,))),
@@ -164,10 +163,9 @@ def test_every_format_but_the_table_is_tried_above():
     assert {format for format, _, _ in ACCEPTED} == set(FORMATS) - {"candidates_tsv"}
 
 
-def test_references_default_to_the_completion_but_an_empty_list_says_none(tmp_path):
-    assert only(tmp_path, {"prompt": "p", "completion": "c"})[0].references == ("c",)
-    assert only(tmp_path, {"prompt": "p", "completion": "c", "references": None})[0].references == ("c",)
-    assert only(tmp_path, {"prompt": "p", "completion": "c", "references": []})[0].references == ()
+@pytest.mark.parametrize("given", [{}, {"references": None}, {"references": []}])
+def test_references_are_those_given(tmp_path, given):
+    assert only(tmp_path, {"prompt": "p", "completion": "c", **given})[0].references == ()
 
 
 @pytest.mark.parametrize("name", ["data.tsv", "data.txt"])
@@ -187,8 +185,8 @@ def test_ranked_candidates_with_both_wrappers(tmp_path, name):
 def test_a_csv_file_holds_numbers_as_text(tmp_path):
     path = write(tmp_path, "prompt,completion,score,margin", "p,c,0.25,", "q,d,1e1,2", name="a.csv")
     assert read(path).examples == [
-        Example("a/2", "p", "c", ("c",), reward=0.25),
-        Example("a/3", "q", "d", ("d",), reward=10.0, margin=2.0),
+        Example("a/2", "p", "c", reward=0.25),
+        Example("a/3", "q", "d", reward=10.0, margin=2.0),
     ]
 
 

@@ -17,7 +17,7 @@ OURS = ("pipeline", "stages", "reward_models", "ds_configs", "tests")
 # what may import what: a package (or module) imports itself and what stands on a lower line
 LEVELS = [
     ["pipeline/records", "pipeline/errors"],
-    ["pipeline/plugins", "pipeline/files", "pipeline/algorithms", "pipeline/tasks"],
+    ["pipeline/plugins", "pipeline/files", "pipeline/words", "pipeline/algorithms", "pipeline/tasks"],
     ["pipeline/config"],
     ["pipeline/launch", "pipeline/data"],
     ["pipeline/models", "pipeline/report"],

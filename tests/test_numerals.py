@@ -5,6 +5,7 @@ from datetime import date, datetime
 
 import pytest
 
+from pipeline.data.dataset import gold
 from pipeline.errors import UserError
 from pipeline.tasks import numeral_words as words
 from pipeline.tasks.numerals import KINDS, MOST, SPLIT_SHARES, SPLITS, examples, roman
@@ -143,7 +144,7 @@ def test_rows_are_short_plain_and_their_own_reference():
         text = row.prompt + row.completion
         assert text.isascii() and "  " not in text and text.strip() == text
         assert len(row.prompt.split()) <= 3 and 1 <= len(row.completion.split()) <= 14
-        assert row.references == (row.completion,)
+        assert row.references == () and gold(row) == (row.completion,)
 
 
 def test_no_prompt_twice_not_even_in_two_splits_or_under_two_seeds():

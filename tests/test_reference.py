@@ -13,10 +13,13 @@ from pipeline.data.batching import Packing, collate
 from pipeline.errors import UserError
 from pipeline.models import loading, value_head
 from pipeline.models.policy import Policy
-from pipeline.records import Item
+from pipeline.records import Example, Item
+from pipeline.rewards.rewards import Rewards, WeightedReward
 from pipeline.rl import reference, values
 from pipeline.rl.reference import ReferencePolicy
+from pipeline.rl.values import ValueData
 from pipeline.trainer.model import Model
+from reward_models import length
 from tests import tiny
 
 PACKING = Packing(None, 60, False, tiny.PAD_ID)
@@ -219,3 +222,17 @@ def test_a_ratio_that_is_no_number_is_noticed(tmp_path: Path) -> None:
     items[4] = replace(items[4], ref_logp=(torch.full_like(items[4].ref_logp[0], float("nan")),))
     with pytest.raises(UserError, match="nan nats per token"):
         reference.check_ratio(ref.model.engine, items, range(9), PACKING, 1e-3)
+
+
+def test_values_under_another_scale_or_weight_are_others(tmp_path: Path) -> None:
+    ref = reference_of(tmp_path, "llama", "value.epochs=1", "value.samples_per_prompt=1", "max_new_tokens=4")
+    rows, prompts = rewarded(4), [Example("a", "the cat"), Example("b", "a dog")]
+
+    def judged_by(*given: object) -> None:
+        rewards = Rewards([WeightedReward("length", *given)])
+        reference.with_values(ref, rows, ValueData(prompts, rows, rewards, "the same files"))
+
+    for i, given in enumerate([(1.0, length.reward), (0.5, length.reward), (1.0, length.reward, "sigmoid")], start=1):
+        judged_by(*given)
+        judged_by(*given)
+        assert len([*(tmp_path / "default" / "cache").glob("values-*.pt")]) == i

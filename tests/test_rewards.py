@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.config.resolve import resolve as resolve_words
 from pipeline.config.reward_spec import parse
 from pipeline.errors import UserError
+from pipeline.rewards.build import build_rewards, normalisation
 from pipeline.rewards.rewards import Rewards, WeightedReward, bounds, resolve
 from pipeline.trainer.evaluation import length_correlation
 from reward_models import length, rouge
@@ -192,6 +194,30 @@ def test_length_correlation():
         assert math.isnan(length_correlation(values, completions))
 
 
+@pytest.mark.parametrize(
+    ("setting", "found"),
+    # a trained model, a function, a monitored model, a monitored function
+    [
+        ("auto", ["sigmoid", "none", "sigmoid", "none"]),
+        ("none", ["none", "none", "none", "none"]),
+        ("sigmoid", ["sigmoid", "sigmoid", "sigmoid", "none"]),
+    ],
+)
+def test_learned_scores_alone_are_normalised_by_default(setting, found):
+    read = resolve_words(["stage=rl", f"rewards.normalise={setting}"]).settings.rewards
+    given = [(1.0, True), (1.0, False), (0.0, True), (0.0, False)]
+    assert [normalisation(read, weight, model) for weight, model in given] == found
+
+
+@pytest.mark.parametrize("stage", ["rl", "score", "evaluate", "generate"])
+def test_values_of_a_function_stay_as_they_are_by_default(stage, tmp_path):
+    file = tmp_path / "brief.py"
+    file.write_text("def reward(completions, **columns):\n    return [-len(text.split()) for text in completions]\n")
+    settings = resolve_words([f"stage={stage}", f"runs_dir={tmp_path}", f"reward={file}"]).settings
+    built = build_rewards(settings, settings.reward, settings.rewards, torch.device("cpu"))
+    assert score(built, ["one two", "a b c"]).total == [-2.0, -3.0]
+
+
 def test_bounds():
     squashed = [
         WeightedReward("a", 2.0, words, "sigmoid"),
@@ -311,3 +337,8 @@ def test_resolve_refuses_what_cannot_be_called_as_a_reward(tmp_path, name, said)
     )
     with pytest.raises(UserError, match=rf"{said}, wanted def reward\(prompts, completions, \*\*columns\)"):
         resolve(f"{tmp_path}/odd.py:{name}", no_model, no_server, {})
+
+
+def test_length_counts_characters_where_words_have_no_blanks():
+    # 2, 1 and 3 characters against 2, 1, 3: all of them would be one word between blanks
+    assert length_correlation([2.0, 1.0, 3.0], ["你好", "好", "ดีคก"]) == pytest.approx(1.0)

@@ -20,7 +20,7 @@ from rouge_score.tokenize import tokenize
 from reward_models import length as length_reward
 from reward_models import rouge as rouge_reward
 from reward_models._released import punctuated
-from reward_models._rouge import lcs_positions, rouge, stem, tokens
+from reward_models._rouge import Split, all_words, ascii_words, lcs_positions, rouge, stem
 
 KINDS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 THEIRS = {stemmed: RougeScorer(list(KINDS), use_stemmer=stemmed) for stemmed in (True, False)}
@@ -66,12 +66,21 @@ RULE_WORDS = """
 """.split()  # noqa: SIM905
 
 
+ASCII_TEXTS = [text for text in ODD_TEXTS if text.isascii()]
+
+
+def tokens(text: str, stemmed: bool = True) -> list[str]:
+    return [*map(stem, ascii_words(text))] if stemmed else ascii_words(text)
+
+
 def our_scores(references: list[str], candidate: str, stemmed: bool) -> dict[str, float]:
     return all_scores(references, [candidate], stemmed)[0]
 
 
-def all_scores(references: list[str], candidates: list[str], stemmed: bool) -> list[dict[str, float]]:
-    return [dict(zip(KINDS, scores, strict=True)) for scores in rouge(KINDS, references, candidates, stemmed)]
+def all_scores(
+    references: list[str], candidates: list[str], stemmed: bool, split: Split = all_words
+) -> list[dict[str, float]]:
+    return [dict(zip(KINDS, scores, strict=True)) for scores in rouge(KINDS, references, candidates, stemmed, split)]
 
 
 def their_scores(references: list[str], candidate: str, stemmed: bool) -> dict[str, float]:
@@ -81,7 +90,7 @@ def their_scores(references: list[str], candidate: str, stemmed: bool) -> dict[s
 
 def random_text(draw: random.Random, longest: int = 14) -> str:
     """Up to so many words, many of them repeated, with punctuation, line breaks and rule words."""
-    kinds = (*"abcde", "the", "running", "runs", "42", "é", *RULE_WORDS)
+    kinds = (*"abcde", "the", "running", "runs", "42", *RULE_WORDS)
     words = [draw.choice(kinds) for _ in range(draw.randint(0, longest))]
     return "".join(word + draw.choice((" ", " ", " ", "\n", ", ", "-", ".\n\n")) for word in words)
 
@@ -180,9 +189,42 @@ def test_nothing_is_downloaded(tmp_path: Path):
 
 @pytest.mark.parametrize("stemmed", [True, False])
 def test_odd_texts_equal_rouge_score(stemmed):
-    for reference in ODD_TEXTS:
-        wanted = [their_scores([reference], candidate, stemmed) for candidate in ODD_TEXTS]
-        assert all_scores([reference], [*ODD_TEXTS], stemmed) == wanted
+    for texts, split in ((ASCII_TEXTS, all_words), (ODD_TEXTS, ascii_words)):
+        for reference in texts:
+            wanted = [their_scores([reference], candidate, stemmed) for candidate in texts]
+            assert all_scores([reference], [*texts], stemmed, split) == wanted
+
+
+def test_words_of_other_scripts_count():
+    # Chinese: 6 characters, of which 4 are shared in order; pairs 2 of 5
+    assert our_scores(
+        ["\u4eca\u5929\u5929\u6c14\u5f88\u597d\u3002"], "\u4eca\u5929\u5f88\u51b7\u5929\u597d", True
+    ) == pytest.approx({"rouge1": 5 / 6, "rouge2": 1 / 5, "rougeL": 4 / 6, "rougeLsum": 4 / 6})
+    # Russian: two of three words; Hindi with its vowel signs: one of two; French: rouge-score sees "caf" in both
+    for reference, candidate, wanted in (
+        (
+            "\u042f \u043b\u044e\u0431\u043b\u044e \u043a\u043e\u0442\u0430",
+            "\u044f \u043b\u044e\u0431\u043b\u044e \u043f\u0441\u0430",
+            2 / 3,
+        ),
+        (
+            "\u0939\u093f\u0928\u094d\u0926\u0940 \u092e\u0947\u0902",
+            "\u0939\u093f\u0928\u094d\u0926\u0940 \u092a\u0930",
+            1 / 2,
+        ),
+        ("caf\u00e9", "caf\u00e8", 0.0),
+        ("caf\u00e9s running", "cafe\u0301s runs", 1.0),  # composed or not; English words are stemmed as ever
+    ):
+        assert our_scores([reference], candidate, True)["rouge1"] == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("function", [rouge_reward.reward, rouge_reward.released, rouge_reward.rougeL])
+def test_references_without_a_word_are_refused(function):
+    with pytest.raises(ValueError, match=r"hold no word, wanted one to compare with: leave the row out"):
+        function([""], ["a"], references=[["!!", "\U0001f642"]])
+    assert function([""], ["a"], references=[["!!", "a"]]) == pytest.approx(
+        [2 / 3 if function != rouge_reward.rougeL else 1.0]
+    )
 
 
 @pytest.mark.parametrize("stemmed", [True, False])
@@ -220,7 +262,10 @@ def test_real_texts_equal_rouge_score(path, prompt, completion):
         rows = [json.loads(line) for line, _ in zip(lines, range(60), strict=False)]
     for row, other in pairwise(rows):
         references = [row[completion], other[completion]]
-        assert our_scores(references, row[prompt], True) == their_scores(references, row[prompt], True)
+        wanted = their_scores(references, row[prompt], True)
+        assert all_scores(references, [row[prompt]], True, ascii_words) == [wanted]
+        if all(map(str.isascii, (*references, row[prompt]))):
+            assert our_scores(references, row[prompt], True) == wanted
 
 
 def test_stemmed_and_plain_are_kept_apart():
@@ -281,7 +326,7 @@ def test_the_reference_itself_is_worth_1_and_order_does_not_matter(function):
     ("references", "said"),
     [
         (None, "no column `references`"),
-        ([["fine"], []], r"references\[1\] is \[\], wanted a list of at least one text"),
+        ([["fine"], []], r"completion 1 'b' has no references, which ROUGE compares with"),
         ([["fine"], "text"], r"references\[1\] is 'text', wanted a list"),
     ],
 )
@@ -292,3 +337,6 @@ def test_missing_references_are_an_error(references, said):
 
 def test_length_counts_words():
     assert length_reward.reward(["", "", ""], ["", "one", "two  words\n"]) == [0.0, 1.0, 2.0]
+    assert length_reward.reward(
+        ["", ""], ["\u5f88\u597d", "\u043e\u0447\u0435\u043d\u044c \u0445\u043e\u0440\u043e\u0448\u043e"]
+    ) == [2.0, 2.0]

@@ -72,21 +72,39 @@ def test_counts_are_clipped_by_the_reference_that_has_most():
 
 
 def test_a_completion_is_put_into_the_words_of_the_references():
-    assert question("<s>What's 5% of $9 (or [it])?</s>") == "what 's 5 % of $9 -lrb-or -lsb-it-rsb--rrb- ?"
+    # a blank before each hyphen that two characters follow, which are then passed over: -lr b -or, -rs b --r rb "- ?"
+    assert question("<s>What's 5% of $9 (or [it])?</s>") == "what 's 5 % of $9 -lrb -or -lsb -it -rsb --rrb - ?"
+    assert question('a twenty-first "big one" x-y') == "a twenty -first `` big one '' x-y"
     assert question("Mr. X, who ?") == "mr <sep>  x <sep2>  who ?"
 
 
-def test_full_stops_and_commas_of_references_are_never_met():
-    # a , b against itself: its comma is the word <sep2>: 2 of 3 words
-    assert squad.rougeL([""], ["a , b"], references=[["a , b"]])[0] < 1
+@pytest.mark.parametrize("text", ["a, b.", "the twenty-first one ?", 'who wrote "a b c" ?', "今天天气", "Is it (5%)?"])
+def test_a_question_is_worth_1_against_itself(text):
+    assert squad.reward([""], [text], references=[[text]]) == pytest.approx([1.0], abs=1e-9)
+
+
+def test_spellings_of_the_references_are_those_of_a_question():
+    gold = "who said `` it 's 5 % '' -lrb- or so -rrb- ?"
+    assert squad.reward([""], ['Who said "it\'s 5%" (or so)?'], references=[[gold]]) == pytest.approx([1.0], abs=1e-9)
+
+
+def test_released_prepares_the_completion_alone():
+    # twenty -first against twenty-first: 5 of 7 and 6 words: P = 5/7, R = 5/6, F = 2.44 PR / (R + 1.44 P); no four
+    # words in a row are shared, so BLEU-4 is the fourth root of some 1e-16, next to 0
+    text = "what is the twenty-first one ?"
+    wanted = 2.44 * (5 / 7) * (5 / 6) / (5 / 6 + 1.44 * 5 / 7) / 3
+    assert squad.released([""], [text], references=[[text]]) == pytest.approx([wanted], abs=1e-3)
+    assert squad.released([""], ["a , b"], references=[["a , b"]])[0] < 1 / 3  # its comma is the word <sep2>
+    quoted, gold = 'who wrote "a song of fire" ?', "who wrote `` a song of fire '' ?"
+    assert squad.released([""], [quoted], references=[[gold]]) == pytest.approx([1.0], abs=1e-9)
 
 
 def test_an_empty_word_is_not_the_character_0():
     # a - b with "" and with the character 0 between them: 2 of 3 words are common, P = R = F = 2/3
-    assert squad.rougeL([""], ["a \0 b"], references=[["a  b"]])[0] == pytest.approx(2 / 3)
+    assert squad.released([""], ["a \0 b"], references=[["a  b"]])[0] == pytest.approx(2 / 9)
 
 
-@pytest.mark.parametrize("function", [squad.reward, squad.rougeL, squad.bleu4])
+@pytest.mark.parametrize("function", [squad.reward, squad.released, squad.rougeL, squad.bleu4])
 def test_nothing_is_worth_nothing(function):
     assert function(["", ""], ["", "x"], references=[["a b"], ["a b"]]) == pytest.approx([0.0, 0.0], abs=1e-6)
 
@@ -97,7 +115,10 @@ def test_random_texts_equal_the_plain_definition():
         references = [random_text(draw) for _ in range(draw.randint(1, 4))]
         found = [random_text(draw) for _ in range(draw.randint(1, 9))]
         columns = {"references": [references] * len(found)}
-        assert squad.reward([""] * len(found), found, **columns) == plain_squad.reward(references, found)
+        assert squad.released([""] * len(found), found, **columns) == plain_squad.released(references, found)
+        gold = [*map(squad.marked, references)]
+        wanted = plain_squad.scores(gold, [*map(squad.marked, found)])
+        assert squad.reward([""] * len(found), found, **columns) == wanted
 
 
 def test_real_questions_equal_the_plain_definition():
@@ -108,7 +129,7 @@ def test_real_questions_equal_the_plain_definition():
     for row, other in pairwise(rows):
         found = [row["completion"], other["completion"], row["prompt"]]
         gold = row["references"]
-        assert squad.reward([""] * 3, found, references=[gold] * 3) == plain_squad.reward(gold, found)
+        assert squad.released([""] * 3, found, references=[gold] * 3) == plain_squad.released(gold, found)
 
 
 def test_order_and_batch_mates_do_not_matter():
@@ -124,5 +145,5 @@ def test_order_and_batch_mates_do_not_matter():
 def test_missing_references_are_an_error():
     with pytest.raises(ValueError, match="no column `references`, which squad compares with"):
         squad.reward([""], ["a"])
-    with pytest.raises(ValueError, match=r"references\[1\] is \[\], wanted a list of at least one text"):
+    with pytest.raises(ValueError, match=r"completion 1 'b' has no references, which squad compares with"):
         squad.bleu4(["", ""], ["a", "b"], references=[["a"], []])

@@ -320,10 +320,3 @@ def test_zero_3_evaluates_what_zero_0_trained(runs: Path) -> None:
     run("evaluate", runs.parent, *words[:-2], "name=whole", *SHORT)
     sharded, whole = (json.loads((runs / "evaluate" / n / "results.json").read_text()) for n in ("sharded", "whole"))
     assert sharded["sft"] == pytest.approx(whole["sft"], abs=rounded(whole["sft"]), nan_ok=True)
-
-
-def test_a_file_too_small_to_hold_rows_out_is_one_line(runs: Path, tmp_path: Path) -> None:
-    (tmp_path / "few.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"}\n')
-    words = [f"runs_dir={tmp_path}", "task=null", "data.task_size=null", f"data.train={tmp_path / 'few.jsonl'}"]
-    with pytest.raises(UserError, match=r"validation split has no rows.*raise data\.validation_fraction"):
-        train("sft", tmp_path, *words, "max_steps=1", *SHORT)

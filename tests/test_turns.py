@@ -54,7 +54,7 @@ def test_a_row_for_each_assistant_turn():
         ("a", "from this", 5),
         ("b", "the cat ran", 1),
     ]
-    assert rows[0] == Example("a/turn-1", LONG.prompt[:1], "sat on", ("sat on",), source="s")
+    assert rows[0] == Example("a/turn-1", LONG.prompt[:1], "sat on", source="s")
     assert conversations.learned([LONG, SHORT], "last") == [LONG, SHORT]
 
 

@@ -105,7 +105,7 @@ class DataSettings(Section):
     drop_abrupt: bool
     max_rows: Count | None
     max_bad_rows: Whole
-    validation_fraction: Fraction
+    validation_fraction: Dropped
     max_prompt_length: Count
     keep_of_prompt: Literal["end", "beginning"]
     max_response_length: Count
@@ -219,7 +219,7 @@ class HttpSettings(Section):
 class RewardSettings(Section):
     """How rewards given in `reward` are read; `reward` itself is a name, a path, or a mapping to weights."""
 
-    normalise: Literal["none", "sigmoid"]
+    normalise: Literal["auto", "none", "sigmoid"]
     batch_size: Count
     max_length: Count
     workers: Whole

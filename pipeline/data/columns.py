@@ -52,16 +52,14 @@ def example_of(row: Columns, given: Fields, id: str, carried: Columns | None = N
 
     `carried` are the further columns that it keeps as they are.
 
-    References default to the completion, or else to the chosen response; an empty list of references stays empty.
     `id` is for a row that names none.
     """
     whole = {name: read(row, *names) for name, (read, *names) in CARRIERS.items() if name not in given} | given
     if "candidates" not in given:
         whole["candidates"], whole["candidate_rewards"] = candidate_list(row)
-    if whole["references"] is None:
-        whole["references"] = tuple(filter(None, (whole["completion"] or whole["chosen"],)))
     kept = {sys.intern(name): value for name, value in (carried or {}).items()}  # every row has the same few names
-    return Example(**whole | {"id": whole["id"] or id, "source": whole["source"] or "", "columns": kept})
+    named = {"id": whole["id"] or id, "source": whole["source"] or "", "references": whole["references"] or ()}
+    return Example(**whole | named | {"columns": kept})
 
 
 def further(row: Columns, used: Collection[str]) -> dict[str, object]:

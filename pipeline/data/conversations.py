@@ -44,7 +44,6 @@ def turns_of(example: Example) -> list[Example]:
             f"{example.id}/turn-{number}",
             example.prompt[:place],
             completion=example.prompt[place].content,
-            references=(example.prompt[place].content,),
             source=example.source,
         )
         for number, place in enumerate(places, start=1)

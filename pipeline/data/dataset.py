@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -17,6 +18,12 @@ from pipeline.records import Example, Item, Row
 
 logger = logging.getLogger("tiffin")
 
+# by which of these rows are cut into training and validation: the first in which they differ
+KEYS = (
+    lambda row: row.prompt,
+    lambda row: (row.completion, row.chosen, row.rejected, row.candidates),
+    lambda row: row.id,
+)
 NUMBERS = ("reward", "margin", "chosen_reward", "rejected_reward", "correctness")
 
 
@@ -27,8 +34,8 @@ def splits(
 
     With `carry`, rows of files keep the columns that their format does not use, for rewards and for what is written.
 
-    Where there is no validation split, validation_fraction of the prompts of train are it, and not in train. Raises
-    UserError where no data is named, or what is named cannot be read or lacks a split, or a split has no rows.
+    Where there is no validation split, `held_out` cuts it from train. Raises UserError where no data is named, or what
+    is named cannot be read or lacks a split, or a split has no rows.
     """
     if data.task is not None:
         rows = {name: _of_task(data, name, seed) for name in names}
@@ -46,7 +53,7 @@ def _cure(data: DataSettings) -> str:
         return f"does task {data.task} have rows of data.sources ({', '.join(data.sources)})?"
     if data.task is not None:
         return f"choose another split, or let task {data.task} make some"
-    return f"raise data.validation_fraction ({data.validation_fraction}), or give data.validation="
+    return "one row cannot be cut in two: give data.validation="
 
 
 def _of_task(data: DataSettings, split: str, seed: int) -> list[Example]:
@@ -71,28 +78,34 @@ def _of_files(data: DataSettings, names: Sequence[str], carry: bool) -> dict[str
     origin = {name: places.get(name, places.get("train")) for name in names}
     read = {place: _read(place, data, carry) for place in dict.fromkeys(origin.values())}
     rows = {name: read[place][: data.max_rows if name == "train" else None] for name, place in origin.items()}
-    if not cut:
-        return rows
-    parts = {name: _part(some, name, fraction) for name, some in rows.items()}
-    if "train" in parts and not parts["train"]:
-        raise UserError(
-            f"data.validation_fraction: {fraction} holds all {len(rows['train'])} rows of train out, wanted some to "
-            "learn from: lower it, or give data.validation= (all rows of one prompt stay together)"
-        )
-    return parts
+    if cut and fraction > 0 and places["train"] in read:
+        is_held_out = held_out(read[places["train"]], fraction, data.max_rows)
+        for name in {"train", "validation"} & {*rows}:
+            rows[name] = [row for row in rows[name] if is_held_out(row) == (name == "validation")]
+    return rows
 
 
-def _part(rows: list[Example], split: str, fraction: float) -> list[Example]:
-    """The rows of a training file that belong to `split`, train or validation; a test file's as they are."""
-    if split == "test":
-        return rows
-    return [row for row in rows if _is_held_out(row, fraction) == (split == "validation")]
+def held_out(rows: Sequence[Example], fraction: float, most: int | None) -> Callable[[Example], bool]:
+    """Which rows of a training file are for validation: those of `fraction` of its prompts, by the hash of the prompt.
+
+    All rows of one prompt stay together; only where all have the same, or none, their texts decide, or ids. Of two or
+    more at least one is held out, and of the first `most` rows at least one is not.
+    """
+    key = next((key for key in KEYS if len({*map(key, rows)}) > 1), KEYS[-1])
+    if key is not KEYS[0] and len(rows) > 1:
+        logger.info(f"validation: all {len(rows):,} rows have one prompt, or none: cut by row, not by prompt")
+    counts = Counter(map(key, rows))
+    places = {one: _place(one) for one in counts}
+    # where chance leaves nothing to learn, what has most rows stays; where it holds nothing out, what has fewest goes
+    kept = max({*map(key, rows[:most])}, key=lambda one: (places[one] >= fraction, counts[one], places[one]))
+    others = sorted(counts.keys() - {kept}, key=lambda one: (counts[one], places[one]))
+    apart = {one for one in others if places[one] < fraction} or {*others[:1]}
+    return lambda row: key(row) in apart
 
 
-def _is_held_out(example: Example, fraction: float) -> bool:
-    """Depends on the prompt alone, so that all rows of one prompt stay together."""
-    digest = hashlib.sha256(repr(example.prompt).encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64 < fraction
+def _place(key: object) -> float:
+    """Where in [0, 1) a key lies, by its hash."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") / 2**64
 
 
 def _read(place: str, data: DataSettings, carry: bool) -> list[Example]:
@@ -178,8 +191,24 @@ def with_numbers(items: Sequence[Item], **numbers: Sequence[float]) -> list[Item
     ]
 
 
+def gold(example: Example) -> tuple[str, ...]:
+    """What a new response to the prompt is compared with: the references given, else the answer that the row holds.
+
+    That is its completion or the chosen side of its pair. A completion with a reward, or of a pair's rejected side, is
+    a response of any quality, and so none.
+    """
+    judged = example.reward is not None or example.rewards or example.id.endswith(convert.REJECTED)
+    answer = example.chosen if example.completion is None else None if judged else example.completion
+    return example.references or (() if answer is None else (answer,))
+
+
+def with_gold(examples: Sequence[Example]) -> list[Example]:
+    """The examples with what new responses to their prompts are compared with as references."""
+    return [replace(example, references=gold(example)) for example in examples]
+
+
 def unique_prompts(examples: Sequence[Example]) -> list[Example]:
-    """The first example of each prompt, with the references of all examples of that prompt, each once.
+    """The first example of each prompt, to be answered anew; its references are what is gold in any of that prompt.
 
     Further columns stay those of the first example; a line is logged where they differ.
     """
@@ -190,7 +219,7 @@ def unique_prompts(examples: Sequence[Example]) -> list[Example]:
     if differing:
         logger.info(f"{differing:,} of {len(groups):,} prompts have rows of different columns: the first row's count")
     return [
-        replace(rows[0], references=tuple(dict.fromkeys(text for row in rows for text in row.references)))
+        replace(rows[0], references=tuple(dict.fromkeys(text for row in rows for text in gold(row))))
         for rows in groups.values()
     ]
 

@@ -57,7 +57,7 @@ def gen_task(row: Columns) -> Fields:
     return {
         "prompt": fields.text(row, "prompt_or_input_text"),
         "completion": response,
-        "references": (response,),
+        "references": (),
         "reward": components.pop("final_reward"),
         "rewards": components,
     }
@@ -69,7 +69,7 @@ def candidates_tsv(row: Columns) -> Fields:
     A row of two columns, as in the files to predict from, has no candidates.
     """
     reference = fields.text(row, "data_gt")
-    given = {"prompt": fields.text(row, "data_src"), "completion": reference, "references": (reference,)}
+    given = {"prompt": fields.text(row, "data_src"), "completion": reference}
     if "data_kd" not in row:
         return given
     rest, others = _split_once(fields.text(row, "data_kd"), REFERENCES_MARK)

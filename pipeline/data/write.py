@@ -19,7 +19,7 @@ def write_rows(path: Path, examples: Iterable[Example]) -> None:
 
 
 def row_of(example: Example) -> dict[str, object]:
-    """The columns of one Example. Left out is what has no value, and references that the reader would put there.
+    """The columns of one Example. Left out is what has no value.
 
     A row with an empty prompt is plain text: its completion is the column `text`. Further columns keep their names;
     those that a format would take for its own stand in the column OTHER, so that the file reads back as it was written.
@@ -27,8 +27,6 @@ def row_of(example: Example) -> dict[str, object]:
     further = {name: value for name, value in example.columns.items() if name not in READ_SOMEWHERE}
     hidden = {name: value for name, value in example.columns.items() if name in READ_SOMEWHERE}
     prompt = example.prompt if isinstance(example.prompt, str) else [turn._asdict() for turn in example.prompt]
-    # references that the reader would make of the answer itself need no column
-    better = example.completion or example.chosen
     columns = {
         "id": example.id,
         "source": example.source or None,
@@ -42,7 +40,7 @@ def row_of(example: Example) -> dict[str, object]:
         "correctness": example.correctness,
         "reward": example.reward,
         "rewards": dict(example.rewards) or None,
-        "references": None if example.references == ((better,) if better else ()) else list(example.references),
+        "references": list(example.references) or None,
         "candidates": list(example.candidates) or None,
         "candidate_rewards": list(example.candidate_rewards) or None,
         OTHER: hidden or None,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -29,7 +28,7 @@ def build_rewards(
     """The rewards that `spec` names; without a spec the run's own reward models, equal weights; None without any.
 
     Models and servers are called from this process; with `read.workers` all others in worker processes.
-    `monitors`, label -> reward, are only watched (weight 0): functions raw, reward models normalised as the others.
+    `monitors`, label -> reward, are only watched (weight 0): functions and servers raw, whatever the others are.
     """
     trained = run_dir.reward_models(settings)
     weights = parse(spec) or [(name, 1.0) for name in trained]
@@ -43,12 +42,18 @@ def build_rewards(
         return learned.load(directory, settings.model, template, read.max_length, read.batch_size, device)
 
     def build(label: str, name: str, weight: float) -> WeightedReward:
-        normalised = weight or name in trained or Path(name).is_dir()
         function = resolve(name, load_learned, lambda address: http.connect(address, read.http), trained)
-        reads_columns = not is_learned(name, trained)
-        return WeightedReward(label, weight, function, read.normalise if normalised else "none", reads_columns)
+        model = is_learned(name, trained)
+        return WeightedReward(label, weight, function, normalisation(read, weight, model), reads_columns=not model)
 
     built = [build(*one) for one in named]
     apart = {label: name for label, name, _ in named if not (is_address(name) or is_learned(name, trained))}
     workers = RewardWorkers(apart, read.workers) if apart and read.workers else None
     return Rewards(built, workers) if built else None
+
+
+def normalisation(read: RewardSettings, weight: float, model: bool) -> Literal["none", "sigmoid"]:
+    """What is done to the values of a reward; `model`: it is a learned one."""
+    if read.normalise == "auto":
+        return "sigmoid" if model else "none"
+    return read.normalise if weight or model else "none"

@@ -8,6 +8,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from pipeline.data.columns import ranked
+from pipeline.data.dataset import gold
 from pipeline.records import Example, Response, Scores
 from pipeline.rewards import scoring
 from pipeline.rewards.rewards import Rewards
@@ -60,10 +61,13 @@ def judged(ranks: Ranks, rewards: Rewards, rows: Sequence[Example]) -> Judged:
 
     A row with candidates: each is judged, and they are put best first (equal ones keep their order) with their
     `candidate_rewards`; a completion beside them is what they are compared with, and is not judged. A row with a
-    completion alone: the weighted sum becomes its `reward`, each normalised score one of its `rewards`.
+    completion alone: the weighted sum becomes its `reward`, each normalised score one of its `rewards`; it is compared
+    with the references given alone.
     """
+    scoring.warn_of_equals(rewards, [row for row in rows if not row.candidates])
     counts = [len(row.candidates) or 1 for row in rows]
-    of = [row for row, count in zip(rows, counts, strict=True) for _ in range(count)]
+    judged = [replace(row, references=gold(row)) if row.candidates else row for row in rows]
+    of = [row for row, count in zip(judged, counts, strict=True) for _ in range(count)]
     texts = [text for row in rows for text in row.candidates or (row.completion,)]
     scores = scoring.score_texts(ranks, rewards, of, texts)
     starts = accumulate(counts, initial=0)

@@ -65,6 +65,17 @@ def _own(value: Any) -> Any:
     return deepcopy(value) if isinstance(value, list | dict) else value
 
 
+def warn_of_equals(rewards: Rewards, rows: Sequence[Example]) -> None:
+    """One line where a reward compares, and rows whose completions are to be scored hold them as references."""
+    equal = sum(row.completion in row.references for row in rows)
+    compares = [isinstance(one.function, TrlFunction) and "references" in one.function.named for one in rewards.rewards]
+    if equal and any(compares):
+        logger.warning(
+            f"rewards: {equal:,} of {len(rows):,} completions stand among their own references: equal texts score "
+            "highest, whatever they are worth"
+        )
+
+
 def score_responses(ranks: Ranks, rewards: Rewards, responses: Sequence[Response]) -> Scores:
     """Score decoded responses."""
     ids = [r.response_ids for r in responses]

@@ -97,13 +97,14 @@ def with_values(policy: ReferencePolicy, items: list[Item], data: ValueData) -> 
         raise UserError(
             "value.targets: policy, but nothing can score new responses: give reward=, or value.targets=data"
         )
+    judges = data.rewards.rewards if data.rewards is not None else ()
     # all that the values depend on: another judge, seed or number of ranks gives others
     parts = {
         "rows": rows_digest(items),
         "logged": [item.numbers["reward"] for item in data.logged] if settings.value.targets == "data" else None,
-        "prompts": [str(example.prompt) for example in data.prompts],
+        "prompts": [[str(example.prompt), example.references] for example in data.prompts],
         "columns": [example.columns for example in data.prompts] if settings.value.targets == "policy" else None,
-        "judge": data.rewards_key,
+        "judge": [data.rewards_key, [[one.name, one.weight, one.normalise] for one in judges]],
         "value": settings.value.model_dump(),
         "generation": settings.generation.model_dump(),
         "seed": settings.seed,

@@ -33,6 +33,7 @@ def with_rewards(ranks: Ranks, rows: list[Example], rewards: Rewards | None, set
             f"{missing.id}: no reward, and nothing to score it with: add a `reward` column, give reward=, "
             f"or train one with bash run.sh stage=reward run={settings.run}"
         )
+    scoring.warn_of_equals(rewards, rows)
     scores = scoring.score_texts(ranks, rewards, rows, [row.completion for row in rows])
     return [replace(row, reward=total) for row, total in zip(rows, scores.total, strict=True)]
 

@@ -37,7 +37,8 @@ def trainer(context: Context) -> Trainer:
     """Semi-offline RL: nothing is known beforehand but static responses; rewards are those of what is composed."""
     settings, ranks, algorithm = context.settings, context.ranks, context.algorithm
     rewards = required_rewards(context)
-    train, held_out = splits(context)
+    # what is composed is compared with what new responses are
+    train, held_out = map(dataset.with_gold, splits(context))
     prompts = dataset.unique_prompts(held_out)[: settings.eval.max_rows]
     policy = build_policy(settings, ranks, context.start, mask=True)
     items, tested = encode(policy, context.directory, train, held_out[: settings.eval.max_rows], reference_rows)

@@ -85,7 +85,7 @@ def _module_rows(module: str, path: Path) -> Iterator[Example]:
         summary = first_sentence(docstring) if docstring else ""
         prompt = _source_without_docstring(node, lines) if _is_usable(summary) else ""
         if prompt.count("\n") >= 1:  # more than the signature
-            yield Example(id=name, prompt=prompt, completion=summary, references=(summary,), source=module)
+            yield Example(id=name, prompt=prompt, completion=summary, source=module)
 
 
 def _definitions(node: ast.AST, prefix: str) -> Iterator[tuple[str, Definition]]:

@@ -74,7 +74,7 @@ def roman(number: int) -> str:
 def _row(split: str, index: int, kind: str, stream: Iterator[Pair]) -> Example:
     prompt, completion = next(stream)
     name = f"{TASK}/{split}/{index:06d}"
-    return Example(name, prompt, completion=completion, references=(completion,), source=kind)
+    return Example(name, prompt, completion=completion, source=kind)
 
 
 def _distinct(kind: str, split: str, seed: int) -> Iterator[Pair]:

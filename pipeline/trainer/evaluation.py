@@ -16,6 +16,7 @@ from pipeline.records import Example, Item, Response, Row, Scores
 from pipeline.trainer.engine import Engine
 from pipeline.trainer.metrics import Metrics
 from pipeline.trainer.objective import Objective
+from pipeline.words import between_blanks
 
 
 @torch.no_grad()
@@ -53,7 +54,7 @@ def reward_statistics(scores: Scores, texts: Sequence[str]) -> dict[str, float]:
 
 def completion_statistics(responses: Sequence[Response]) -> dict[str, float]:
     """completions/*: words per response, shares that ended by themselves or hit the limit, variety, repetition."""
-    words = [r.text.split() for r in responses]
+    words = [between_blanks(r.text) for r in responses]
     finished = statistics.fmean(float(r.finished) for r in responses)
     return {
         "completions/mean_length": statistics.fmean(len(w) for w in words),
@@ -161,7 +162,7 @@ def accuracy_by_source(
     examples: Sequence[Example], chosen: Sequence[float], rejected: Sequence[float]
 ) -> dict[str, float]:
     """Pair accuracy overall and by source, beside the better of "the longer wins" and "the shorter wins"."""
-    words = [(len(e.chosen.split()), len(e.rejected.split())) for e in examples]
+    words = [(len(between_blanks(e.chosen)), len(between_blanks(e.rejected))) for e in examples]
     groups: defaultdict[str, list[int]] = defaultdict(list, {"": list(range(len(examples)))})
     for i, example in enumerate(examples):
         if example.source:
@@ -177,7 +178,7 @@ def accuracy_by_source(
 
 def length_correlation(values: Sequence[float], completions: Sequence[str]) -> float:
     """Pearson correlation of the values with the number of words; NaN where one of the two does not vary."""
-    return correlation(values, [float(len(text.split())) for text in completions])
+    return correlation(values, [float(len(between_blanks(text))) for text in completions])
 
 
 def correlation(xs: Sequence[float], ys: Sequence[float]) -> float:
