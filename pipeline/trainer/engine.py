@@ -207,6 +207,10 @@ class Engine:
         except ValidationError as error:
             path, complaint = one_complaint(error)
             raise UserError(f"train.zero: {train.zero}: {'.'.join(path)}: {complaint}") from None
+        if optimizer is not None and self.stage == 0:
+            # under bf16 and fp16 DeepSpeed makes these moments by a step on gradients of 0 (at our learning rate of 0,
+            # which leaves the weights): the first true step would be Adam's second
+            self._engine.optimizer.state.clear()
 
     def __call__(self, batch: Batch, **options: Any) -> Tensor:
         """The module's output for `batch`, which is moved to this rank's device."""
