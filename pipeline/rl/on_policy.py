@@ -25,6 +25,7 @@ from pipeline.config.sections import GenerationSettings
 from pipeline.data import dataset
 from pipeline.data.batching import Draw, Packing, collate, window
 from pipeline.data.tokenization import Encoder
+from pipeline.errors import UserError
 from pipeline.records import Batch, Example, Item, Request, Row, Stat
 from pipeline.rewards import scoring
 from pipeline.rewards.rewards import Rewards
@@ -35,7 +36,7 @@ from pipeline.rollout.generate import plain_sampling, respond
 from pipeline.rollout.groups import Group, items_of, record_of, statistics, table, target_item, untempered, valued
 from pipeline.trainer.engine import Engine
 from pipeline.trainer.loop import REWARD, Evaluation, Trainer
-from pipeline.trainer.model import Model, build_policy
+from pipeline.trainer.model import Model, build_policy, spoken_packing
 from pipeline.trainer.schedule import epochs, steps_for
 
 logger = logging.getLogger("tiffin")
@@ -54,6 +55,8 @@ def trainer(context: Context) -> Trainer:
     frozen = None
     if context.module.needs(algorithm).ref_logp:
         frozen = build_policy(settings, ranks, context.start, longest=longest, frozen=True).engine
+    packing = replace(spoken_packing(policy), prompts_once=True)
+    never = 0 if packing.suppressed is None else int(packing.suppressed.sum())
     rollouts = Rollouts(
         engine=policy.engine,
         frozen=frozen,
@@ -61,10 +64,10 @@ def trainer(context: Context) -> Trainer:
         rewards=rewards,
         prompts=prompts,
         draw=epochs(len(prompts), settings.train.batch_size, settings.seed),
-        packing=replace(policy.packing, prompts_once=True),
+        packing=packing,
         settings=settings,
         algorithm=algorithm,
-        sampler=Sampler(settings.sampler, policy.engine.module.vocab_size, algorithm.queue_size),
+        sampler=Sampler(settings.sampler, policy.engine.module.vocab_size - never, algorithm.queue_size),
     )
     logger.info(f"train: {len(prompts):,} prompts, {spoken_sampler(settings)}, sampled at every step")
     return Trainer(
@@ -206,6 +209,9 @@ class Rollouts:
         if self.algorithm.sft_weight == 0:
             return []
         rows = [self.encoder.encode(example.prompt, dataset.reference_text(example)) for example in examples]
+        for example, row in zip(examples, rows, strict=True):
+            if self.packing.suppressed is not None and self.packing.suppressed[list(row.response_ids)].any():
+                raise UserError(f"{example.id}: its reference holds a mask token, which is never said: remove it")
         with_ref = self.frozen is not None
         return [target_item(example, row, with_ref) for example, row in zip(examples, rows, strict=True)]
 
