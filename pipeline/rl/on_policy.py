@@ -33,7 +33,17 @@ from pipeline.rl import reference
 from pipeline.rl.context import Context, fresh_responses, required_rewards
 from pipeline.rollout.allocation import Sampler, prompt_key, spoken_sampler
 from pipeline.rollout.generate import plain_sampling, respond
-from pipeline.rollout.groups import Group, items_of, record_of, statistics, table, target_item, untempered, valued
+from pipeline.rollout.groups import (
+    Group,
+    items_of,
+    record_of,
+    records_of_others,
+    statistics,
+    table,
+    target_item,
+    untempered,
+    valued,
+)
 from pipeline.trainer.engine import Engine
 from pipeline.trainer.loop import REWARD, Evaluation, Trainer
 from pipeline.trainer.model import Model, build_policy, spoken_packing
@@ -151,7 +161,7 @@ class Rollouts:
         first = [one._replace(k=few) if probe else one for one, probe in zip(planned, probed, strict=True)]
         groups = [Group(*parts) for parts in zip(examples, ids, keys, first, strict=True)]
         groups = [
-            replace(group, allocation=self.sampler.after_probe(record_of(group))) if probe else group
+            replace(group, allocation=self.sampler.after_probe(records_of_others(group))) if probe else group
             for group, probe in zip(self._filled(groups, step), probed, strict=True)
         ]
         return self._filled(groups, step) if any(probed) else groups
