@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -267,6 +268,12 @@ def test_fp16_needs_a_gpu() -> None:
         pytest.skip("there is a GPU here")
     with pytest.raises(UserError, match=r"train\.precision: fp16 needs a GPU"):
         tiny.trainer(policy(), precision="fp16")
+
+
+def test_fp16_without_zero_is_refused() -> None:
+    gpu = replace(tiny.ranks(), device=torch.device("cuda", 0))
+    with pytest.raises(UserError, match=r"train\.zero: zero0, stage 0, with fp16, .* wanted zero=zero1"):
+        engine.Engine(policy(), gpu, tiny.train_settings(precision="fp16"), tiny.optimizer_settings())
 
 
 CONFIGS = sorted(path.stem for path in deepspeed.DS_CONFIGS.glob("*.json"))
