@@ -106,6 +106,7 @@ class Batch:
     shown_ids: Tensor | None = None  # (B, T) int64: response_ids as the model reads them, [MASK] where one is masked
     static: StaticBatch | None = None
     owners: Tensor | None = None  # (B,) int64: each sequence's row of input_ids, where these hold each prompt once
+    suppressed: Tensor | None = None  # (V,) bool: ids that the policy never says, whose probability is 0
 
     @property
     def sequence_mask(self) -> Tensor:

@@ -20,7 +20,7 @@ from pipeline.rewards.rewards import Rewards
 from pipeline.rollout.generate import generate, plain_sampling
 from pipeline.trainer import engine, evaluation
 from pipeline.trainer.engine import Ranks
-from pipeline.trainer.model import build_inference
+from pipeline.trainer.model import build_inference, spoken_packing
 from stages import inputs
 
 SHOWN = {
@@ -71,14 +71,15 @@ def judged(
         free = plain_sampling(settings.generation)
         same = free == settings.generation
         drawn = answers if same else generate(policy.engine, policy.encoder, prompts, free, settings.seed)
-        sampled[name] = drawn, evaluation.response_logps(policy.engine, drawn, policy.packing)
+        packing = spoken_packing(policy)
+        sampled[name] = drawn, evaluation.response_logps(policy.engine, drawn, packing)
         scores = scoring.score_responses(ranks, rewards, answers)
         results[name] = evaluation.reward_statistics(scores, [answer.text for answer in answers])
         results[name] |= evaluation.completion_statistics(answers)
         samples[name] = evaluation.sample_rows(answers, scores, settings.num_samples, policy=name)
         if name == names[0]:
             for other, (responses, logps) in sampled.items():
-                under = evaluation.response_logps(policy.engine, responses, policy.packing)
+                under = evaluation.response_logps(policy.engine, responses, packing)
                 results[other] |= evaluation.sampled_kl(logps, under)
         del policy
         gc.collect()

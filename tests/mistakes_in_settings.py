@@ -108,6 +108,11 @@ CONFIGURATION = [
             ("a first number out of bounds", "esrl sampler.k=9", ("k is 9", "wanted a number from 2 .* to 8")),
             ("probes that use rewards", "esrl sampler.probe=2 sampler.capability=reward", ("probe is 2", "bias")),
             ("probes and a budget", "esrl sampler.probe=2 sampler.budget=64", ("probe is 2", "one of them null")),
+            (
+                "probes and a mean that holds them",
+                "esrl sampler.probe=2 algorithm.settings.baseline=mean",
+                ("sampler.probe: 2 with mean", "baseline=leave_one_out"),
+            ),
             ("a budget of fixed numbers", "reinforce sampler.budget=64", ("budget is 64 with mode static", "dynamic")),
             ("a range upside down", "esrl 'sampler.reward_range=[1, 0]'", ("reward_range", "a low and a higher")),
             ("no such temperature", "esrl sampler.temperature_min=0", ("temperature_min: 0", "more than 0")),
@@ -130,6 +135,11 @@ CONFIGURATION = [
                 "k1 in the loss",
                 "reinforce algorithm.settings.kl_beta=0.1 algorithm.settings.kl_form=k1",
                 ("kl_form: k1 with kl_in: loss", "wanted k3 there"),
+            ),
+            (
+                "k3 in the reward",
+                "reinforce kl_beta=0.1 kl_form=k3 algorithm.settings.kl_in=reward",
+                ("kl_form: k3 with kl_in: reward", "no pull to the reference", "wanted k1 there"),
             ),
             ("nothing to learn", "reinforce algorithm.settings.rl_weight=0", ("rl_weight: 0", "sft_weight is 0 too")),
             (

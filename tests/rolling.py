@@ -58,7 +58,7 @@ CASES = {
     "combined": Case(("algo=esrl", "sampler.capability=combined", *own("mean_over=tokens"))),
     "reinforce": Case(("algo=reinforce", "sampler.k=3", *own("baseline=queue", "missing_eos_penalty=0.5"))),
     "mrt": Case(("algo=mrt", "sampler.k=3", *own("alpha=0.1", "mean_over=sequences"))),
-    "references and KL": Case(("algo=esrl", *MIXED, *own("kl_beta=0.1", "kl_in=reward", "kl_form=k1"))),
+    "references and KL": Case(("algo=esrl", *MIXED, *own("kl_beta=0.1", "kl_in=reward"))),
     "KL in the loss": Case(("algo=reinforce", "sampler.k=2", *own("kl_beta=0.1"))),
     "drop": Case(("algo=esrl_drop", "generation.batch_size=2")),
     "drop_fixed": Case(("algo=esrl_drop", "sampler.mode=drop_fixed")),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from pipeline.algorithms import supervised
 from pipeline.config import deepspeed
-from pipeline.data.batching import Packing, collate
+from pipeline.data.batching import Packing, Windows, collate
 from pipeline.errors import UserError
 from pipeline.models import loading
 from pipeline.models.loading import hugging_face
@@ -25,6 +27,7 @@ from tests import tiny, two_ranks
 
 STAGES = ["zero0", "zero1", "zero2", "zero3"]
 BUDGET = Packing(None, 40, False, tiny.PAD_ID)
+WHOLE = Packing(None, 10**6, False, tiny.PAD_ID)
 ITEMS = tiny.items(9)
 
 
@@ -122,19 +125,38 @@ def test_clipping_is_by_the_global_norm_and_reports_it_unclipped(zero: str, prec
 
 
 @pytest.mark.parametrize("zero", STAGES)
-def test_bf16_steps_stay_finite_and_keep_master_weights(zero: str) -> None:
-    trained = tiny.trainer(policy(), zero, "bf16")
-    norms = [tiny.step(trained, ITEMS, range(7), BUDGET) for _ in range(3)]
-    assert all(0 < norm < 1e3 for norm in norms)
+def test_bf16_steps_are_adams_on_float32_masters(zero: str) -> None:
+    """From the first one on: gradients of bfloat16 weights, AdamW on float32 copies of them, which know more."""
+    trained, plain = tiny.trainer(policy(), zero, "bf16"), policy()
+    for parameter in plain.parameters():
+        parameter.data = parameter.data.bfloat16()
+    names = dict(plain.named_parameters())
+    masters = nn.ParameterDict({name.replace(".", "/"): nn.Parameter(p.detach().float()) for name, p in names.items()})
+    optimizer = plain_adam(masters)
+    for _ in range(2):
+        tiny.step(trained, ITEMS, range(7), WHOLE)
+        plain.zero_grad()
+        batch = Windows(ITEMS, lambda _: list(range(7)), WHOLE, 0, 1).at(0)[0]
+        total, _ = supervised.loss(plain(batch), batch, supervised.Settings(0.0))
+        (total / int(batch.response_mask.sum())).backward()
+        for name, parameter in names.items():
+            masters[name.replace(".", "/")].grad = parameter.grad.float()
+        optimizer.step()
+        for name, parameter in trained.module.named_parameters():
+            wanted = masters[name.replace(".", "/")].data
+            names[name].data.copy_(wanted)
+            tiny.close(master(trained, parameter), wanted, roundings=2)
     weights = trained.state_dict()
-    assert all(weight.dtype == torch.bfloat16 and weight.isfinite().all() for weight in weights.values())
-    if zero == "zero0":
-        assert {p.dtype for group in trained._engine.optimizer.param_groups for p in group["params"]} == {torch.float32}
-        return
-    for name, parameter in trained.module.named_parameters():
-        master = safe_get_full_fp32_param(parameter)
-        assert master.dtype == torch.float32 and torch.equal(master.bfloat16(), weights[name])
-        assert not torch.equal(master, weights[name].float())  # it knows more than bfloat16 can say
+    assert all(torch.equal(weights[name], weight) for name, weight in names.items())
+
+
+def master(trained: engine.Engine, parameter: nn.Parameter) -> torch.Tensor:
+    """DeepSpeed's float32 copy of a bfloat16 weight."""
+    if trained.stage:
+        return safe_get_full_fp32_param(parameter)
+    kept = trained._engine.optimizer
+    pairs = zip(chain(*kept.fp16_groups), chain(*kept.fp32_groups), strict=True)
+    return next(copy.detach() for weight, copy in pairs if weight is parameter)
 
 
 def test_buffers_keep_their_precision() -> None:
@@ -246,6 +268,12 @@ def test_fp16_needs_a_gpu() -> None:
         pytest.skip("there is a GPU here")
     with pytest.raises(UserError, match=r"train\.precision: fp16 needs a GPU"):
         tiny.trainer(policy(), precision="fp16")
+
+
+def test_fp16_without_zero_is_refused() -> None:
+    gpu = replace(tiny.ranks(), device=torch.device("cuda", 0))
+    with pytest.raises(UserError, match=r"train\.zero: zero0, stage 0, with fp16, .* wanted zero=zero1"):
+        engine.Engine(policy(), gpu, tiny.train_settings(precision="fp16"), tiny.optimizer_settings())
 
 
 CONFIGS = sorted(path.stem for path in deepspeed.DS_CONFIGS.glob("*.json"))

@@ -207,3 +207,22 @@ def test_merged_parts_are_the_whole(make):
 def test_different_statistics_do_not_merge():
     with pytest.raises(AssertionError, match="a mean cannot be merged with a std"):
         f.merge(f.mean_stat(torch.ones(1)), f.std_stat(torch.ones(1)))
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_suppressed_ids_are_no_part_of_the_vocabulary(chunks):
+    """Values and gradients, of label smoothing too, are those of a head without these rows."""
+    torch.manual_seed(1)
+    hidden, weight, factors = torch.randn(7, 4), torch.randn(9, 4), torch.randn(2, 7)
+    targets, suppressed = torch.tensor([0, 1, 2, 3, 4, 6, 0]), torch.tensor([False] * 5 + [True, False, True, True])
+    kept = (~suppressed).nonzero()[:, 0]
+    places = (targets[:, None] == kept).nonzero()[:, 1]
+    found, wanted = [], []
+    for seen, rows, ids, never in ((found, weight, targets, suppressed), (wanted, weight[kept], places, None)):
+        x = hidden.clone().requires_grad_()
+        logps, means = f.smoothed_logps(x, lambda h, rows=rows: h @ rows.T, ids, chunks, suppressed=never)
+        (factors[0] * logps + factors[1] * means).sum().backward()
+        alone = f.token_logps(hidden, lambda h, rows=rows: h @ rows.T, ids, chunks, suppressed=never)
+        entropies = f.token_entropies(hidden, lambda h, rows=rows: h @ rows.T, chunks, never)
+        seen += [logps.detach(), means.detach(), x.grad, alone, entropies]
+    tiny.close(found, wanted)

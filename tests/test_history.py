@@ -100,11 +100,14 @@ def test_probes_are_for_prompts_of_which_nothing_is_known() -> None:
 
 
 def test_after_a_probe() -> None:
-    """c = .5: floor(2 + .5 * 6 + .5) = 5; c = 1 would be 2, but the three probes are there; as hot as they were."""
+    """c = .5: floor(2 + .5 * 6 + .5) = 5; c = 1 would be 2, but the three probes are there; (5 + 3 + 3)/3 is under 4.
+
+    As hot as the probes were.
+    """
     planner = sampler(probe=3, **HOT)
-    half = planner.after_probe(record(entropy=0.5 * math.log(4)))
-    assert half == Allocation(5, 0.5, pytest.approx(0.5))
-    assert planner.after_probe(record(entropy=0.0)).k == 3
+    half, none = record(entropy=0.5 * math.log(4)), record(entropy=0.0)
+    assert planner.after_probe([half, none, none]) == Allocation(4, 0.5, pytest.approx(2.5 / 3), (5, 3, 3))
+    assert planner.after_probe([none] * 3) == Allocation(3, 0.5, 1.0, (3, 3, 3))
 
 
 # modes
@@ -128,7 +131,8 @@ def test_other_modes_ask_the_same_of_all(mode: str, wanted: int) -> None:
         ({"probe": 2, "capability": "reward"}, "probe is 2 with capability reward"),
         ({"k": 9}, r"k is 9, wanted a number from 2 \(k_min\) to 8"),
         ({"k": 1}, "k is 1, wanted a number from 2"),
-        ({"probe": 9}, "probe is 9, wanted at most k_max, 8"),
+        ({"probe": 9}, "probe is 9, wanted 2 to k_max, 8"),
+        ({"probe": 1}, "probe is 1, wanted 2 to k_max, 8"),
         ({"probe": 2, "budget": 9}, "probe is 2 and budget is 9, wanted one of them null"),
         ({"mode": "static", "budget": 9}, "budget is 9 with mode static"),
         ({"mode": "drop", "probe": 2}, "probe is 2 with mode drop"),

@@ -98,6 +98,16 @@ def test_semi_offline_rl(base: Path) -> None:
     assert results["steps"] == 2 and "eval/reward/mean" in results
 
 
+@pytest.mark.parametrize("base", ["llama"], indirect=True)
+def test_sampling_after_masked_fine_tuning(base: Path) -> None:
+    """[MASK] is never sampled: it has no probability in the pass with gradient either, nor under the reference."""
+    said = ["algo=reinforce", "static", "algorithm.settings.samples", "max_steps=1", "sampler.k=2", "kl_beta=0.1"]
+    given = {word.split("=")[0]: word for word in [*words(base, "sampled"), *said]}
+    run("rl", base, *(word for word in given.values() if "=" in word))
+    line = rows(base / "default" / "rl" / "sampled" / "metrics.jsonl")[-1]
+    assert line["rollout/logp_gap"] < 1e-5 and abs(line["objective/kl"]) < 1e-6
+
+
 def test_stopped_and_started_again(base: Path) -> None:
     """Four steps, and two and two: SIGTERM comes from the reward, in the third step's one call."""
     whole = learn(base, "whole", "max_steps=4", "save_steps=4", "shuffle_rewards=true", "train.keep=last")

@@ -272,6 +272,20 @@ def test_t05_each_token_has_the_temperature_of_its_row() -> None:
 # what a response weighs
 
 
+def test_probes() -> None:
+    """Of 4 responses the first 2 are probes, weighed for the 4 and 2 that the other one calls for: 1/4 and 1/2.
+
+    The 2 later ones share the last quarter. Probes are compared with each other, the later ones with all others:
+    1 - 0, 0 - 1, .4 - (1 + 0 + .8)/3 = -.2, .8 - (1 + 0 + .4)/3 = .3333.
+    """
+    group = grouped([1.0, 0.0, 0.4, 0.8])._replace(probed=(4, 2))
+    assert online.shares([group], "prompts")[0].tolist() == [0.25, 0.5, 0.125, 0.125]
+    (found,) = online.advantages([group], None, settings())
+    assert found.tolist() == pytest.approx([1.0, -1.0, -0.2, 1 / 3])
+    enough = grouped([1.0, 0.0])._replace(probed=(2, 2))
+    assert online.shares([enough], "prompts")[0].tolist() == [0.5, 0.5]
+
+
 @pytest.mark.parametrize(
     "mean_over, wanted",
     [
@@ -286,8 +300,8 @@ def test_shares(mean_over: str, wanted: list[list[float]]) -> None:
 
 
 def test_rewards_are_shaped() -> None:
-    """r - .5 KL - .01 tokens - 2 where cut: 1 - .1 - .03 = .87; 1 + .2 - .05 - 2 = -.85."""
-    chosen = settings(kl_beta=0.5, kl_in="reward", kl_form="k1", length_penalty=0.01, missing_eos_penalty=2.0)
+    """r - .5 k1 - .01 tokens - 2 where cut: 1 - .1 - .03 = .87; 1 + .2 - .05 - 2 = -.85."""
+    chosen = settings(kl_beta=0.5, kl_in="reward", length_penalty=0.01, missing_eos_penalty=2.0)
     rewards, lengths = torch.tensor([1.0, 1.0], dtype=F64), torch.tensor([3.0, 5.0], dtype=F64)
     finished, kl = torch.tensor([True, False]), torch.tensor([0.2, -0.4], dtype=F64)
     assert online.shaped(rewards, lengths, finished, kl, chosen).tolist() == pytest.approx([0.87, -0.85])
@@ -298,17 +312,10 @@ def test_rewards_are_shaped() -> None:
 # KL
 
 
-def test_divergences() -> None:
-    """k1: -.5 - 1 + .7 + 1.4 = .6. k3, z = (-.2, -.4): e^-.2 - 1 + .2 = .018731; e^-.4 - 1 + .4 = .070320."""
-    logp, ref = torch.tensor([-0.5, -1.0], dtype=F64), torch.tensor([-0.7, -1.4], dtype=F64)
-    assert float(online.divergence(logp, ref, "k1")) == pytest.approx(0.6)
-    assert float(online.divergence(logp, ref, "k3")) == pytest.approx(0.089051, abs=1e-6)
-    for form in ("k1", "k3"):
-        assert float(online.divergence(logp, logp, form)) == 0.0
-
-
 def test_kl_in_the_loss() -> None:
-    """A = 0, beta = .5, u = 1: .5 k3; d k3 / d logp = 1 - e^z with z = ref - logp = -.2, -.4; pads count nothing."""
+    """A = 0, beta = .5, u = 1: .5 k3, z = ref - logp = -.2, -.4: e^-.2 - 1 + .2 = .018731, e^-.4 - 1 + .4 = .070320;
+    d k3 / d logp = 1 - e^z; pads count nothing.
+    """
     logp, ref = torch.tensor([[-0.5, -1.0, -9.0]]), torch.tensor([[-0.7, -1.4, 0.0]])
     given = batch(logp, [2], ref, advantage=[0.0])
     total, stats = online.loss(logp, given, settings(kl_beta=0.5))
@@ -329,14 +336,6 @@ def test_t16_the_kl_of_identical_policies_is_0_and_an_unknown_one_is_not_logged(
     stats = online.loss(logp, batch(logp, [2], logp.clone()), settings(kl_beta=0.1))[1]
     assert reduce(stats["objective/kl"]) == 0.0
     assert "objective/kl" not in online.loss(logp, batch(logp, [2]), settings())[1]
-
-
-def test_k3_and_k1_estimate_the_same() -> None:
-    """Exactly, over all three actions: sum p (ln p - ln q) for p = (.5, .3, .2), q = (.4, .4, .2) is .025267."""
-    p, q = torch.tensor([0.5, 0.3, 0.2], dtype=F64), torch.tensor([0.4, 0.4, 0.2], dtype=F64)
-    for form in ("k1", "k3"):
-        each = [online.divergence(p[i : i + 1].log(), q[i : i + 1].log(), form) for i in range(3)]
-        assert float(p @ torch.stack(each)) == pytest.approx(0.025267, abs=1e-6)
 
 
 # references that are learned too
@@ -393,7 +392,8 @@ def test_the_gap_between_sampler_and_policy() -> None:
         ({"rl_weight": -1.0}, "rl_weight: -1.0, wanted a number >= 0"),
         ({"sft_weight": math.nan}, "sft_weight: nan, wanted"),
         ({"kl_beta": -0.1}, "kl_beta: -0.1"),
-        ({"kl_beta": 0.1, "kl_form": "k1"}, "kl_form: k1 with kl_in: loss"),
+        ({"kl_beta": 0.1, "kl_form": "k1"}, "kl_form: k1 with kl_in: loss, .* wanted k3 there"),
+        ({"kl_beta": 0.1, "kl_form": "k3", "kl_in": "reward"}, "kl_form: k3 with kl_in: reward, .* wanted k1 there"),
         ({"queue_size": 0}, "queue_size: 0, wanted at least 1"),
         ({"alpha": 0.0}, "alpha: 0.0, wanted a number > 0"),
         ({"label_smoothing": 1.0}, "label_smoothing: 1.0"),

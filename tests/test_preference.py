@@ -81,9 +81,10 @@ def test_golden_scores():
 
 def test_mixed_by_hand():
     total, gradient, stats = value_and_gradient(MIXED, SCORES, make_batch())
-    # pair 1 is trusted: ((1 - 2)^2 + 0) / 2 = .5, slopes -1, 0; pair 2 is ranked: 1.313262, slopes -.731059, .731059
-    assert total == pytest.approx(0.5 + 1.313262, abs=1e-6)
-    assert gradient == pytest.approx([-1.0, -0.731059, 0.0, 0.731059], abs=1e-6)
+    # over the two responses of a pair, whichever way: pair 1 is trusted, ((1 - 2)^2 + 0) / 2 = .5, slopes -1, 0;
+    # pair 2 is ranked, 1.313262 / 2, slopes -.731059 / 2, .731059 / 2
+    assert total == pytest.approx(0.5 + 0.656631, abs=1e-6)
+    assert gradient == pytest.approx([-1.0, -0.365529, 0.0, 0.365529], abs=1e-6)
     assert stats["mse"] == pytest.approx(0.5)  # of the trusted pair alone
 
 

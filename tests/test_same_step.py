@@ -57,7 +57,7 @@ def pair_loss(name: str, chosen: Tensor, rejected: Tensor, numbers: dict[str, fl
         gap = chosen - rejected - numbers["margin"]
         return 0.1 * (chosen + rejected) ** 2 + F.softplus(-gap)
     if name == "mixed" and numbers["correctness"] == 0:
-        return F.softplus(rejected - chosen)
+        return F.softplus(rejected - chosen) / 2
     return ((chosen - numbers["chosen_reward"]) ** 2 + (rejected - numbers["rejected_reward"]) ** 2) / 2
 
 

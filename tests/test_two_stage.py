@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import pytest
@@ -14,10 +14,13 @@ from transformers import LogitsProcessorList
 
 from pipeline.algorithms.functional import sequence_logp
 from pipeline.data.batching import Packing, collate
+from pipeline.data.tokenization import Encoder
+from pipeline.models import mask_token, scratch
 from pipeline.models.policy import Policy
 from pipeline.records import Batch, Example, Item, Request, Response, Row
 from pipeline.rollout.generate import RowSampler, plain_sampling, respond
 from pipeline.trainer import engine
+from pipeline.trainer.model import Model, spoken_packing
 from tests import tiny
 
 LEVELS = (1.0, 0.7, 1.5)
@@ -84,6 +87,24 @@ def test_t01_entropies_are_those_of_the_parallel_pass(shape: str) -> None:
     wanted = [float(row[mask].mean()) for row, mask in zip(entropies, batch.response_mask, strict=True)]
     found = [response.stats.entropy for responses in groups for response in responses]
     tiny.close(found, wanted)
+
+
+def test_t01_what_is_never_said_has_no_probability_in_either_stage() -> None:
+    """[MASK] and rows of no token: the parallel pass shares the rest out as the sampler does."""
+    speaking, tokenizer = speaker("llama"), mask_token.with_mask(scratch.train_tokenizer(tiny.WORDS, 280))
+    encoder = Encoder(tokenizer, tiny.PLAIN, 64, 64)
+    asked = [request._replace(temperatures=(1.0, 0.7)) for request in requests()]
+    groups = respond(speaking, encoder, asked, generation(), seed=1)
+    first = torch.cat([response.stats.logps for responses in groups for response in responses])
+    batch = batch_of(speaking.module, asked, groups)
+    packing = spoken_packing(Model(speaking, encoder, Packing(99, None, False, tiny.PAD_ID)))
+    assert packing.suppressed.tolist() == [i >= tokenizer.mask_token_id for i in range(tiny.V)]
+    shared = replace(batch, suppressed=packing.suppressed)
+    tiny.close(speaking(shared)[batch.response_mask].detach(), first, 32)
+    assert float((speaking(batch)[batch.response_mask] - first).abs().min()) > 0.05
+    entropies = [response.stats.entropy for responses in groups for response in responses]
+    found = speaking(shared, output="entropy")
+    tiny.close([float(row[mask].mean()) for row, mask in zip(found, batch.response_mask, strict=True)], entropies)
 
 
 @pytest.mark.parametrize("shape", ["llama", "bart"])

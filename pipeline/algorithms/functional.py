@@ -25,26 +25,33 @@ K3_LARGEST_LOG_RATIO = 20.0  # e^20 = 5e8: beyond it a single token would drown 
 
 
 def token_logps(
-    hidden: Tensor, head: Head, targets: Tensor, chunks: int = 1, temperatures: Tensor | None = None
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    chunks: int = 1,
+    temperatures: Tensor | None = None,
+    suppressed: Tensor | None = None,
 ) -> Tensor:
     """(N,) float32: the log-probability of each target, without ever holding (N, V) when `chunks` > 1.
 
-    hidden (N, H), targets (N,) int64, temperatures (N,) > 0 or None for 1. The head is called exactly `chunks` times,
-    on slices that may be empty: under ZeRO-3 every rank must call it equally often. With several chunks the logits are
-    recomputed in backward instead of being kept. N may be 0; the result hangs on `hidden` all the same, so that
-    backward runs on every rank.
+    hidden (N, H), targets (N,) int64, temperatures (N,) > 0 or None for 1; suppressed (V,) bool marks ids of
+    probability 0, None: there are none. The head is called exactly `chunks` times, on slices that may be empty: under
+    ZeRO-3 every rank must call it equally often. With several chunks the logits are recomputed in backward instead of
+    being kept. N may be 0; the result hangs on `hidden` all the same, so that backward runs on every rank.
     """
 
     def slice_logps(rows: Tensor, ids: Tensor, divisors: Tensor | None) -> Tensor:
-        return _Logps.apply(_logits(head, rows, divisors), ids, False)[0]
+        return _Logps.apply(_logits(head, rows, divisors, suppressed), ids, False, None)[0]
 
     return torch.cat(_in_slices(slice_logps, hidden, targets, temperatures, chunks))
 
 
-def _logits(head: Head, rows: Tensor, temperatures: Tensor | None) -> Tensor:
-    """(n, V) float32."""
+def _logits(head: Head, rows: Tensor, temperatures: Tensor | None, suppressed: Tensor | None) -> Tensor:
+    """(n, V) float32, -inf where an id is suppressed."""
     logits = head(rows).float()
-    return logits if temperatures is None else logits / temperatures[:, None]
+    if temperatures is not None:
+        logits = logits / temperatures[:, None]
+    return logits if suppressed is None else logits.masked_fill(suppressed, -torch.inf)
 
 
 def _in_slices(
@@ -62,28 +69,45 @@ def _in_slices(
 class _Logps(torch.autograd.Function):
     """log_softmax then gather, with one (n, V) tensor kept and one made in backward; autograd's own way makes three.
 
-    With `smooth` the mean over the vocabulary stands beside it, from the same tensor; else None.
+    With `smooth` the mean over the vocabulary stands beside it, from the same tensor; else None. Suppressed ids, whose
+    logits are -inf, are no part of that vocabulary.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, ids: Tensor, smooth: bool) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        ctx: Any, logits: Tensor, ids: Tensor, smooth: bool, suppressed: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         logps = logits.log_softmax(-1)
-        ctx.save_for_backward(logps, ids)
-        return logps.gather(-1, ids[:, None])[:, 0], logps.mean(-1) if smooth else None
+        ctx.save_for_backward(logps, ids, suppressed)
+        return logps.gather(-1, ids[:, None])[:, 0], _vocabulary_mean(logps, suppressed) if smooth else None
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, grad_mean: Tensor | None) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor, grad_mean: Tensor | None) -> tuple[Tensor, None, None, None]:
         """d logp[t] / d logits = one-hot(t) - softmax; d mean / d logits = 1 / V - softmax."""
-        logps, ids = ctx.saved_tensors
+        logps, ids, suppressed = ctx.saved_tensors
         grad_logits = logps.exp().mul_(-(grad if grad_mean is None else grad + grad_mean)[:, None])
-        if grad_mean is not None:
+        if grad_mean is not None and suppressed is None:
             grad_logits.add_(grad_mean[:, None] / logps.shape[-1])
-        return grad_logits.scatter_add_(-1, ids[:, None], grad[:, None]), None, None
+        elif grad_mean is not None:
+            grad_logits.addcmul_(grad_mean[:, None], (~suppressed).to(grad_mean) / (~suppressed).sum())
+        return grad_logits.scatter_add_(-1, ids[:, None], grad[:, None]), None, None, None
+
+
+def _vocabulary_mean(logps: Tensor, suppressed: Tensor | None) -> Tensor:
+    """(n,) the mean of logps (n, V) over the ids that are not suppressed."""
+    if suppressed is None:
+        return logps.mean(-1)
+    return logps.masked_fill(suppressed, 0.0).sum(-1) / (~suppressed).sum()
 
 
 def smoothed_logps(
-    hidden: Tensor, head: Head, targets: Tensor, chunks: int = 1, temperatures: Tensor | None = None
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    chunks: int = 1,
+    temperatures: Tensor | None = None,
+    suppressed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(N,) float32 each: the log-probability of each target, and the mean log-probability over the vocabulary.
 
@@ -91,7 +115,7 @@ def smoothed_logps(
     """
 
     def slice_logps(rows: Tensor, ids: Tensor, divisors: Tensor | None) -> Tensor:
-        return torch.stack(_Logps.apply(_logits(head, rows, divisors), ids, True))  # (2, n)
+        return torch.stack(_Logps.apply(_logits(head, rows, divisors, suppressed), ids, True, suppressed))  # (2, n)
 
     logps, means = torch.cat(_in_slices(slice_logps, hidden, targets, temperatures, chunks), dim=1)
     return logps, means
@@ -160,14 +184,14 @@ def _draw(logits: Tensor, uniforms: Tensor, suppressed: Tensor) -> Drawn:
 
 
 @torch.no_grad()
-def token_entropies(hidden: Tensor, head: Head, chunks: int = 1) -> Tensor:
+def token_entropies(hidden: Tensor, head: Head, chunks: int = 1, suppressed: Tensor | None = None) -> Tensor:
     """(N,) float32: the entropy in nats of each position's distribution, in [0, ln V], without gradient.
 
-    hidden (N, H); slices and calls of the head as in `token_logps`.
+    hidden (N, H); suppressed ids, slices and calls of the head as in `token_logps`.
     """
     assert chunks >= 1, f"chunks is {chunks}"
-    slices = hidden.tensor_split(chunks)  # entr(p) = -p ln p, and 0 for p = 0
-    return torch.cat([torch.special.entr(head(rows).float().softmax(-1)).sum(-1) for rows in slices])
+    logits = (_logits(head, rows, None, suppressed) for rows in hidden.tensor_split(chunks))
+    return torch.cat([torch.special.entr(one.softmax(-1)).sum(-1) for one in logits])  # entr(p) = -p ln p, 0 for p = 0
 
 
 def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:

@@ -19,7 +19,8 @@ The factor carries no gradient, so the clip is not PPO's: a clipped row still le
 
 KL forms, both measured on responses from the data:
 - released: ln pi - ln pi_ref of the response. Its gradient pushes every response of the data DOWN by kl_beta, however
-  close the policy is to the reference; rows with A+ < kl_beta are unlearned. It is the published form, not a KL.
+  close the policy is to the reference; rows with A+ < kl_beta are unlearned. It is the published form, not a KL: where
+  the data follow the reference its mean gradient is that of -KL(reference, policy), away from it.
 - k3: sum_t (rho_t - 1 - ln rho_t) with rho_t = pi / pi_ref of token t, never negative. An estimator of this kind is
   unbiased only if its samples come from the divergence's FIRST argument. The responses come from the data, which the
   reference was fitted to, not from the policy: so this one estimates KL(reference, policy), token by token along the

@@ -20,14 +20,32 @@ A and u carry no gradient. N counts prompts that have responses, k_i those of pr
 | sequences | N / sum of k  | each response weighs the same                                   |
 | tokens    | N / tokens    | each token weighs the same                                      |
 
-R = r - kl_beta KL (kl_in: reward) - length_penalty * tokens - missing_eos_penalty where the response was cut off.
-kl_form k1 is s - s_ref, k3 sum_t e^z - 1 - z, z = ref_logp - logp: both estimate KL(policy, reference) of a response.
-kl_in: loss adds kl_beta u_ij sum_t k3 to L_RL instead, whose gradient is that of KL(reference, policy), a pull back all
-the same; k1 in the loss would have a gradient of mean zero, and is refused.
+R = r - kl_beta k1 (kl_in: reward) - length_penalty * tokens - missing_eos_penalty where the response was cut off.
+
+Two estimates of KL(policy, reference) from a sampled response, k1 = s - s_ref and k3 = sum_t e^z - 1 - z with
+z = ref_logp - logp, and two places for them. What counts is the mean of the gradient, not of the estimate:
+
+| kl_in  | form | mean of the gradient                                                                      |
+|--------|------|-------------------------------------------------------------------------------------------|
+| reward | k1   | that of KL(policy, reference), exactly                                                    |
+| reward | k3   | that of KL(policy, reference) - KL(reference, policy): no pull near the reference; refused |
+| loss   | k3   | that of KL(reference, policy) of each token after the policy's own prefixes               |
+| loss   | k1   | zero; refused                                                                             |
+
+k3 in the loss adds kl_beta u_ij k3 to L_RL; it pulls back from both sides, but does not see that a token leads to other
+prefixes.
+
+Expectations: L_RL has the gradient of the mean reward with queue and leave_one_out, and (k - 1)/k of it with mean;
+group and mrt are other objectives. Where the queue is empty, at the first step, the mean that stands in for it holds
+the response's own reward. With `sequences` and `tokens` the divisor is random: this then holds as steps grow.
+
+Where some of a prompt's responses are probes, whose look decides how many more there are, neither what a probe is
+compared with nor its weight may depend on that number. A probe is compared with the other probes, and u is 1 / k', k'
+the number that the other probes call for; the rest of the prompt's weight belongs to the responses drawn afterwards.
 
 Sources: Williams (1992), REINFORCE; Kool et al. (2019), leave_one_out; Shen et al., "Minimum Risk Training for Neural
 Machine Translation" (ACL 2016), mrt, here with its gradient written out, so that micro-batches may part a prompt's
-responses; Schulman (2020), k1 and k3.
+responses; Schulman (2020), k1 and k3. Ours: the weights of probes.
 """
 
 from __future__ import annotations
@@ -59,8 +77,8 @@ class Settings:
     sft_weight: float
     label_smoothing: float
     kl_beta: float
-    kl_form: Literal["k1", "k3"]
     kl_in: Literal["reward", "loss"]
+    kl_form: Literal["k1", "k3"] | None  # null: the one that pulls there, k1 in the reward and k3 in the loss
     length_penalty: float  # taken off the reward for each token
     missing_eos_penalty: float  # taken off the reward of a response that was cut off
 
@@ -76,10 +94,11 @@ class Settings:
             raise ValueError(f"alpha: {self.alpha}, wanted a number > 0")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing: {self.label_smoothing}, wanted a number in [0, 1)")
-        if self.kl_beta > 0 and (self.kl_form, self.kl_in) == ("k1", "loss"):
+        wanted = {"reward": "k1", "loss": "k3"}[self.kl_in]
+        if self.kl_beta > 0 and self.kl_form not in (None, wanted):
             raise ValueError(
-                "kl_form: k1 with kl_in: loss, whose gradient is zero on average, wanted k3 there, or the penalty "
-                "in the reward: algorithm.settings.kl_in=reward"
+                f"kl_form: {self.kl_form} with kl_in: {self.kl_in}, where it has no pull to the reference, wanted "
+                f"{wanted} there (or null, which is that)"
             )
 
 
@@ -95,18 +114,14 @@ class GroupStats(NamedTuple):
     rewards: Tensor  # R, as `shaped` makes them
     logps: Tensor  # s
     lengths: Tensor  # tokens
+    probed: tuple[int, ...] = ()  # of each probe, which come first: how many responses the other probes call for
 
 
 def shaped(rewards: Tensor, lengths: Tensor, finished: Tensor, kl: Tensor, settings: Settings) -> Tensor:
-    """R (k,) from raw rewards r, tokens, whether EOS came (bool), and the responses' KL, which is 0 where unknown."""
+    """R (k,) from raw rewards r, tokens, whether EOS came (bool), and the responses' k1, which is 0 where unknown."""
     cut = settings.missing_eos_penalty * (~finished).double()
     taken = settings.kl_beta * kl if settings.kl_in == "reward" else torch.zeros_like(rewards)
     return rewards - taken - settings.length_penalty * lengths - cut
-
-
-def divergence(logp: Tensor, ref_logp: Tensor, form: str) -> Tensor:
-    """() the estimate of KL(policy, reference) in nats from one response's log-probabilities (T,) under both."""
-    return (logp - ref_logp).sum() if form == "k1" else functional.k3(ref_logp - logp).sum()
 
 
 def advantages(groups: Sequence[GroupStats], queue_mean: float | None, settings: Settings) -> list[Tensor]:
@@ -116,14 +131,18 @@ def advantages(groups: Sequence[GroupStats], queue_mean: float | None, settings:
     usual = queue_mean if queue_mean is not None else float(torch.cat([group.rewards for group in groups]).mean())
     if settings.objective == "mrt":
         return [_minimum_risk(group, settings.alpha) for group in groups]
-    return [_compared(group.rewards, settings.baseline, usual) for group in groups]
+    return [_compared(group, settings.baseline, usual) for group in groups]
 
 
-def _compared(rewards: Tensor, baseline: str, usual: float) -> Tensor:
+def _compared(group: GroupStats, baseline: str, usual: float) -> Tensor:
+    rewards, probes = group.rewards, len(group.probed)
     alone = len(rewards) == 1 and baseline == "leave_one_out"
     if baseline == "queue" or alone:
         return rewards - usual
-    return functional.group_advantages(rewards[None], baseline)[0]
+    compared = functional.group_advantages(rewards[None], baseline)[0]
+    if not probes:
+        return compared
+    return torch.cat([functional.group_advantages(rewards[None, :probes], baseline)[0], compared[probes:]])
 
 
 def _minimum_risk(group: GroupStats, alpha: float) -> Tensor:
@@ -138,9 +157,15 @@ def shares(groups: Sequence[GroupStats], mean_over: str) -> list[Tensor]:
     """u, (k_i,) float64 for each prompt."""
     counts = [len(group.rewards) for group in groups]
     if mean_over == "prompts":
-        return [torch.full((k,), 1.0 / k, dtype=torch.float64) for k in counts]
+        return [_of_one(k, group.probed) for k, group in zip(counts, groups, strict=True)]
     total = sum(counts) if mean_over == "sequences" else float(sum(group.lengths.sum() for group in groups))
     return [torch.full((k,), len(groups) / total, dtype=torch.float64) for k in counts]
+
+
+def _of_one(k: int, probed: tuple[int, ...]) -> Tensor:
+    """(k,) shares of one prompt, which sum to 1."""
+    probes, later = 1.0 / torch.tensor(probed, dtype=torch.float64), k - len(probed)
+    return torch.cat([probes, ((1.0 - probes.sum()) / max(later, 1)).expand(later)])
 
 
 def loss(output: Tensor | tuple[Tensor, Tensor], batch: Batch, settings: Settings) -> tuple[Tensor, dict[str, Stat]]:

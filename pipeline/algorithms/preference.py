@@ -2,10 +2,12 @@
 
     bradley_terry:  -ln sigmoid(s_c - s_r - margin) + center_coef * (s_c + s_r)^2
     regression:     ((s_c - chosen_reward)^2 + (s_r - rejected_reward)^2) / 2; of a response alone (s - reward)^2
-    mixed:          regression where the pair's `correctness` is 1, -ln sigmoid(s_c - s_r) where it is not
+    mixed:          regression where the pair's `correctness` is 1, -ln sigmoid(s_c - s_r) / 2 where it is not
 
 Bradley-Terry leaves the scores' origin open; a small center_coef keeps them around 0. The scores of a regression are
-raw: on the annotations' own scale. Mixed is for annotated pairs of which some contradict the order that people chose.
+raw: on the annotations' own scale. Mixed is for annotated pairs of which some contradict the order that people chose;
+as in its source both kinds of pairs are divided by the number of responses, so that a ranked one weighs half of what it
+weighs in Bradley-Terry.
 Sources: Bradley and Terry (1952); margin: Touvron et al., arXiv 2307.09288; centring: Eisenstein et al., arXiv
 2312.09244; regression and mixed: the code released with ESRL (Wang et al., arXiv 2308.02223).
 """
@@ -113,7 +115,7 @@ def _regression(chosen: Tensor, rejected: Tensor, batch: Batch, settings: Settin
 
 
 def _mixed(chosen: Tensor, rejected: Tensor, batch: Batch, settings: Settings) -> Tensor:
-    ranked = -F.logsigmoid(chosen - rejected)
+    ranked = -F.logsigmoid(chosen - rejected) / 2
     return torch.where(_correct(batch, chosen), _regression(chosen, rejected, batch, settings), ranked)
 
 

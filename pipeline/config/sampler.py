@@ -65,8 +65,8 @@ class SamplerSettings(Section):
             raise ValueError(
                 f"k is {self.k}, wanted a number from {max(1, self.k_min)} (k_min) to {self.k_max} (k_max)"
             )
-        if self.probe is not None and self.probe > self.k_max:
-            raise ValueError(f"probe is {self.probe}, wanted at most k_max, {self.k_max}")
+        if self.probe is not None and not 2 <= self.probe <= self.k_max:
+            raise ValueError(f"probe is {self.probe}, wanted 2 to k_max, {self.k_max}: each is weighed by the others")
         if self.probe is not None and self.budget is not None:
             raise ValueError(
                 f"probe is {self.probe} and budget is {self.budget}, wanted one of them null: what is left over is not "
@@ -85,6 +85,8 @@ class SamplerSettings(Section):
         if generation.engine == "continuous":
             self._check_engine()
         self._check_comparison(algorithm)
+        if self.probe is not None:
+            self._check_probe(algorithm)
         if self.mode in ("drop", "drop_fixed"):
             self._check_drop(generation.batch_size, train.batch_size)
         answer = generation.max_new_tokens
@@ -139,6 +141,15 @@ class SamplerSettings(Section):
             raise ValueError(
                 f"{found} with baseline: {baseline}, wanted 2 or more, or one is compared with itself: set "
                 "algorithm.settings.baseline=queue"
+            )
+
+    def _check_probe(self, algorithm: Mapping[str, Any]) -> None:
+        """Only where each response is compared with others that it does not depend on are probes without bias."""
+        found = "mrt" if algorithm.get("objective") == "mrt" else algorithm.get("baseline")
+        if found in ("mrt", "mean", "group"):
+            raise ValueError(
+                f"sampler.probe: {self.probe} with {found}, where the number of responses, which the probes decide, "
+                "enters what they are worth: set algorithm.settings.baseline=leave_one_out, or sampler.probe=null"
             )
 
     def _check_drop(self, decoded: int, prompts: int) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.config.sections import TrainSettings
@@ -34,6 +35,7 @@ class Packing:
     whole: bool = False  # put prompt + response into input_ids even for an encoder-decoder (reward models)
     masker: Masker | None = None  # of response tokens
     prompts_once: bool = False  # an encoder reads each prompt of a micro-batch once, however many responses it has
+    suppressed: Tensor | None = None  # (V,) bool: see Batch
 
     @property
     def apart(self) -> bool:
@@ -171,6 +173,7 @@ def collate(items: Sequence[Item], indices: Sequence[int], packing: Packing, ste
         numbers={name: torch.tensor(column, dtype=torch.float32) for name, column in values.items()},
         ref_logp=pad_sequence(logps, batch_first=True) if logps else None,
         owners=owners,
+        suppressed=packing.suppressed,
     )
     if packing.masker is None:
         return batch

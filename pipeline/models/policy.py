@@ -67,7 +67,7 @@ class Policy(nn.Module):
         """`output` is one of
 
         logp: (B, T) float32, log-probability of each response token, 0 where response_mask is False; of the
-            tempered policy where the batch has the number `temperature`.
+            tempered policy where the batch has the number `temperature`, among the ids that it does not suppress.
         smoothed: logp, and (B, T) float32, the mean log-probability over the vocabulary at each response token.
         drawn: both of smoothed, and the four of `functional.Drawn` at the masked tokens of the static responses.
         entropy: (B, T) float32, entropy in nats of the distribution each response token was drawn from.
@@ -90,14 +90,16 @@ class Policy(nn.Module):
         if output == "smoothed":
             return self._smoothed(hidden, batch)
         if output == "entropy":
-            return spread(functional.token_entropies(hidden, self.head, self.chunks), mask)
-        targets, temperatures = batch.response_ids[mask], token_temperatures(batch)
-        return spread(functional.token_logps(hidden, self.head, targets, self.chunks, temperatures), mask)
+            return spread(functional.token_entropies(hidden, self.head, self.chunks, batch.suppressed), mask)
+        return spread(functional.token_logps(hidden, self.head, *self._drawn_from(batch)), mask)
 
     def _smoothed(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        mask, temperatures = batch.response_mask, token_temperatures(batch)
-        logps, means = functional.smoothed_logps(hidden, self.head, batch.response_ids[mask], self.chunks, temperatures)
-        return spread(logps, mask), spread(means, mask)
+        logps, means = functional.smoothed_logps(hidden, self.head, *self._drawn_from(batch))
+        return spread(logps, batch.response_mask), spread(means, batch.response_mask)
+
+    def _drawn_from(self, batch: Batch) -> tuple[Tensor, int, Tensor | None, Tensor | None]:
+        """What `functional.token_logps` asks for beside states and head."""
+        return batch.response_ids[batch.response_mask], self.chunks, token_temperatures(batch), batch.suppressed
 
     def input_states(self, batch: Batch) -> Tensor:
         """(B, L, H): the last hidden states at `input_ids`, of the encoder where there is one."""

@@ -25,6 +25,7 @@ from pipeline.config.sections import GenerationSettings
 from pipeline.data import dataset
 from pipeline.data.batching import Draw, Packing, collate, window
 from pipeline.data.tokenization import Encoder
+from pipeline.errors import UserError
 from pipeline.records import Batch, Example, Item, Request, Row, Stat
 from pipeline.rewards import scoring
 from pipeline.rewards.rewards import Rewards
@@ -32,10 +33,20 @@ from pipeline.rl import reference
 from pipeline.rl.context import Context, fresh_responses, required_rewards, splits
 from pipeline.rollout.allocation import Sampler, prompt_key, spoken_sampler
 from pipeline.rollout.generate import plain_sampling, respond
-from pipeline.rollout.groups import Group, items_of, record_of, statistics, table, target_item, untempered, valued
+from pipeline.rollout.groups import (
+    Group,
+    items_of,
+    record_of,
+    records_of_others,
+    statistics,
+    table,
+    target_item,
+    untempered,
+    valued,
+)
 from pipeline.trainer.engine import Engine
 from pipeline.trainer.loop import REWARD, Evaluation, Trainer
-from pipeline.trainer.model import Model, build_policy, frozen_policy
+from pipeline.trainer.model import Model, build_policy, frozen_policy, spoken_packing
 from pipeline.trainer.schedule import epochs, steps_for
 
 logger = logging.getLogger("tiffin")
@@ -54,6 +65,8 @@ def trainer(context: Context) -> Trainer:
     frozen = None
     if context.module.needs(algorithm).ref_logp:
         frozen = frozen_policy(settings, policy, context.start, longest)
+    packing = replace(spoken_packing(policy), prompts_once=True)
+    never = 0 if packing.suppressed is None else int(packing.suppressed.sum())
     rollouts = Rollouts(
         engine=policy.engine,
         frozen=frozen,
@@ -61,10 +74,10 @@ def trainer(context: Context) -> Trainer:
         rewards=rewards,
         prompts=prompts,
         draw=epochs(len(prompts), settings.train.batch_size, settings.seed),
-        packing=replace(policy.packing, prompts_once=True),
+        packing=packing,
         settings=settings,
         algorithm=algorithm,
-        sampler=Sampler(settings.sampler, policy.engine.module.vocab_size, algorithm.queue_size),
+        sampler=Sampler(settings.sampler, policy.engine.module.vocab_size - never, algorithm.queue_size),
     )
     logger.info(f"train: {len(prompts):,} prompts, {spoken_sampler(settings)}, sampled at every step")
     return Trainer(
@@ -148,7 +161,7 @@ class Rollouts:
         first = [one._replace(k=few) if probe else one for one, probe in zip(planned, probed, strict=True)]
         groups = [Group(*parts) for parts in zip(examples, ids, keys, first, strict=True)]
         groups = [
-            replace(group, allocation=self.sampler.after_probe(record_of(group))) if probe else group
+            replace(group, allocation=self.sampler.after_probe(records_of_others(group))) if probe else group
             for group, probe in zip(self._filled(groups, step), probed, strict=True)
         ]
         return self._filled(groups, step) if any(probed) else groups
@@ -206,6 +219,9 @@ class Rollouts:
         if self.algorithm.sft_weight == 0:
             return []
         rows = [self.encoder.encode(example.prompt, dataset.reference_text(example)) for example in examples]
+        for example, row in zip(examples, rows, strict=True):
+            if self.packing.suppressed is not None and self.packing.suppressed[list(row.response_ids)].any():
+                raise UserError(f"{example.id}: its reference holds a mask token, which is never said: remove it")
         with_ref = self.frozen is not None
         return [target_item(example, row, with_ref) for example, row in zip(examples, rows, strict=True)]
 

@@ -40,6 +40,7 @@ class Allocation(NamedTuple):
     k: int
     temperature: float
     capability: float | None  # in [0, 1]; None where nothing is known
+    probed: tuple[int, ...] = ()  # of each probe, where there were some: how many responses the others call for
 
 
 class Record(NamedTuple):
@@ -75,10 +76,16 @@ class Sampler:
         wanted = self.settings.probe is not None
         return [wanted and not self.records(key) for key in keys]
 
-    def after_probe(self, record: Record) -> Allocation:
-        """What a prompt gets that was probed; its probes count, and the other responses have their temperature."""
-        plan = self._sized(self.capability([record]))
-        return plan._replace(k=max(plan.k, self.settings.probe), temperature=self.settings.temperature_min)
+    def after_probe(self, others: Sequence[Record]) -> Allocation:
+        """What a prompt gets that was probed; its probes count, and the other responses have their temperature.
+
+        others: for each probe what the others found out, which alone decides how much that one weighs: see
+        algorithms/online.py. More responses come if any of them calls for more than the probes.
+        """
+        known = [self.capability([record]) for record in others]
+        sizes = tuple(max(self._sized(one).k, self.settings.probe) for one in known)
+        mean = None if None in known else statistics.fmean(known)
+        return Allocation(math.ceil(statistics.fmean(sizes)), self.settings.temperature_min, mean, sizes)
 
     def _planned(self, key: str) -> Allocation:
         known, above = self.capability(self.records(key)), self.settings.skip_above

@@ -62,9 +62,9 @@ def _stats(group: Group, refs: Iterator[Tensor] | None, settings: Any) -> GroupS
     finished = torch.tensor([response.finished for response in group.responses])
     kl = torch.zeros_like(lengths)
     if refs is not None:
-        kl = torch.stack([online.divergence(one, next(refs).double(), settings.kl_form) for one in logps])
+        kl = torch.stack([(one - next(refs).double()).sum() for one in logps])  # k1
     rewards = online.shaped(torch.tensor(group.raw, dtype=torch.float64), lengths, finished, kl, settings)
-    return GroupStats(rewards, torch.stack([one.sum() for one in logps]), lengths)
+    return GroupStats(rewards, torch.stack([one.sum() for one in logps]), lengths, group.allocation.probed)
 
 
 def items_of(groups: Sequence[Group], ref_logps: Sequence[Tensor]) -> list[Item]:
@@ -109,6 +109,12 @@ def record_of(group: Group) -> Record:
         entropy=sum(one.entropy * n for one, n in zip(stats, lengths, strict=True)) / sum(lengths),
         confidence=sum(one.confidence for one in stats) / len(stats),
     )
+
+
+def records_of_others(group: Group) -> list[Record]:
+    """For each response what the history would keep of the others; there are at least two."""
+    found = group.responses
+    return [record_of(replace(group, responses=(*found[:j], *found[j + 1 :]))) for j in range(len(found))]
 
 
 def statistics(

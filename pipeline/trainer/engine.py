@@ -185,6 +185,12 @@ class Engine:
             raise UserError("train.precision: fp16 needs a GPU, and there is none here: use bf16 or fp32")
         self.ranks, self.module = ranks, module
         self.stage = config["zero_optimization"]["stage"]
+        if train.precision == "fp16" and self.stage == 0 and optimizer is not None:
+            # there DeepSpeed divides gradients by a loss scale that it never multiplied the loss by
+            raise UserError(
+                f"train.zero: {train.zero}, stage 0, with fp16, whose loss DeepSpeed does not scale there, wanted "
+                "zero=zero1 (on one GPU the same) or another stage, or bf16=true"
+            )
         self.dtype = PRECISIONS[train.precision]
         self._twin = hookless_twin(module) if self.stage == 3 else None
         self._half = train.precision != "fp32"
@@ -207,6 +213,10 @@ class Engine:
         except ValidationError as error:
             path, complaint = one_complaint(error)
             raise UserError(f"train.zero: {train.zero}: {'.'.join(path)}: {complaint}") from None
+        if optimizer is not None and self.stage == 0:
+            # under bf16 DeepSpeed makes these moments by a step on gradients of 0 (at our learning rate of 0, which
+            # leaves the weights): the first true step would be Adam's second
+            self._engine.optimizer.state.clear()
 
     def __call__(self, batch: Batch, **options: Any) -> Tensor:
         """The module's output for `batch`, which is moved to this rank's device."""

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from pipeline.config.schema import EvaluateStage, GenerateStage, Masking, RewardStage, Training
 from pipeline.config.sections import ModelSettings
 from pipeline.data import dataset
@@ -16,7 +18,7 @@ from pipeline.data.masking import Masker
 from pipeline.data.tokenization import Encoder, coloured
 from pipeline.data.vocabulary import token_tables
 from pipeline.files import write_json
-from pipeline.models import build, loading
+from pipeline.models import build, loading, mask_token
 from pipeline.models.trained_input import save_input
 from pipeline.records import Example, Item, Row
 from pipeline.trainer.engine import Engine, Ranks
@@ -111,6 +113,17 @@ def masked_packing(
     if masking.span != "token":
         tables.require_words()
     return replace(model.packing, masker=Masker(tables, masking, seed, spans, samples, share_prompt))
+
+
+def spoken_packing(model: Model) -> Packing:
+    """The model's packing, for batches of what it says: probabilities are those that it samples with."""
+    module, tokenizer = model.engine.module, model.encoder.tokenizer
+    never = mask_token.suppressed_ids(tokenizer, loading.hugging_face(module.model))
+    if not never:
+        return model.packing
+    suppressed = torch.zeros(module.vocab_size, dtype=torch.bool)
+    suppressed[never] = True
+    return replace(model.packing, suppressed=suppressed)
 
 
 def encode(
