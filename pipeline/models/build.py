@@ -29,10 +29,19 @@ def encoder_of(
 
 
 def policy_module(
-    model: ModelSettings, encoder: Encoder, train: TrainSettings, max_response: int, seed: int, mask: bool = False
+    model: ModelSettings,
+    encoder: Encoder,
+    train: TrainSettings,
+    max_response: int,
+    seed: int,
+    mask: bool = False,
+    frozen: bool = False,
 ) -> Policy:
-    """The policy as a module, checked once against the model's own forward; `mask`: it reads the mask token."""
-    lm = loading.load_policy(model, encoder.tokenizer, seed, weight_type(train), mask)
+    """The policy as a module, checked once against the model's own forward.
+
+    `mask`: it reads the mask token; `frozen`: it is not trained.
+    """
+    lm = loading.load_policy(model, encoder.tokenizer, seed, weight_type(train), mask, frozen)
     checks.check_positions(loading.hugging_face(lm).config, encoder.max_prompt_length, max_response, whole=False)
     limit = train.max_tokens if train.max_tokens is not None else train.micro_batch_size * max_response
     policy = Policy(lm, limit)

@@ -76,13 +76,14 @@ def grow(model: PreTrainedModel, wanted: int) -> None:
         model.final_logits_bias = nn.Buffer(torch.cat([bias[0], new])[None])
 
 
-def grow_for(model: PreTrainedModel, adapter: PeftConfig) -> None:
-    """Give `model` the embeddings that `adapter` was trained with, before it is opened."""
+def grow_for(model: PreTrainedModel, adapter: PeftConfig) -> bool:
+    """Give `model` the embeddings that `adapter` was trained with, before it is opened; whether some were lacking."""
     trained = adapter.to_dict().get("trainable_token_indices") or []
     lists = trained.values() if isinstance(trained, dict) else [trained]
     wanted = max((index + 1 for indices in lists for index in indices), default=0)
-    if wanted > model.get_input_embeddings().weight.shape[0]:
+    if lacking := wanted > model.get_input_embeddings().weight.shape[0]:
         grow(model, wanted)
+    return lacking
 
 
 def mean_row(rows: Tensor) -> Tensor:

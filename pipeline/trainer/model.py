@@ -63,7 +63,7 @@ def build_policy(
     """
     encoder = build.encoder_of(settings, start, texts, mask)
     longest = longest or settings.data.max_response_length
-    policy = build.policy_module(start, encoder, settings.train, longest, settings.seed, mask)
+    policy = build.policy_module(start, encoder, settings.train, longest, settings.seed, mask, frozen)
     packing = packing_of(settings.train, ranks.world, policy.encoder_decoder, encoder.pad_id)
     optimizer = None if frozen else settings.optimizer
     return Model(Engine(policy, ranks, settings.train, optimizer), encoder, packing)
@@ -83,7 +83,7 @@ def build_inference(settings: EvaluateStage | GenerateStage, ranks: Ranks, polic
     """A policy that only generates and is read; sharded where train.zero says stage 3."""
     encoder = build.encoder_of(settings, policy, list)
     longest = settings.generation.max_new_tokens
-    module = build.policy_module(policy, encoder, settings.train, longest, settings.seed)
+    module = build.policy_module(policy, encoder, settings.train, longest, settings.seed, frozen=True)
     train = settings.train.model_copy(update={"batch_size": ranks.world * (settings.train.micro_batch_size or 1)})
     packing = packing_of(train, ranks.world, module.encoder_decoder, encoder.pad_id)
     return Model(Engine(module, ranks, train, None), encoder, packing)
