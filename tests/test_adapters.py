@@ -12,15 +12,22 @@ import torch
 from peft import (
     AutoPeftModelForCausalLM,
     AutoPeftModelForSeq2SeqLM,
+    AutoPeftModelForSequenceClassification,
     LoraConfig,
     PeftModel,
     get_peft_model,
 )
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from pipeline.config.sections import ModelSettings
@@ -233,3 +240,62 @@ def test_half_precision_keeps_what_adapters_learned(start: Callable, caplog: pyt
     assert "rounding" not in caplog.text
     loading.load_policy(at(settings, "sft", 0), tiny.tokenizer(), 0, torch.bfloat16)
     assert "added to bfloat16 weights" in caplog.text
+
+
+# reward models
+
+
+@torch.no_grad()
+def scores_elsewhere(model: nn.Module, directory: str, texts: list[str], **padding: Any) -> list[Tensor]:
+    """(B,) each: one padded batch, and text by text, with the tokenizer's own padding."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    padding |= {"padding": True, "return_token_type_ids": False, "return_tensors": "pt"}
+    ways = [texts], [[text] for text in texts]
+    return [torch.cat([model(**tokenizer(part, **padding)).logits[:, 0] for part in way]) for way in ways]
+
+
+def scorer_of(settings: ModelSettings, directory: str, r: int) -> tuple[RewardModel, PreTrainedTokenizerBase]:
+    tokenizer = loading.load_tokenizer(settings, [], scalar=True)
+    scorer = RewardModel(loading.load_scalar(settings, tokenizer, 0, new_head=True)).eval()
+    for name, parameter in scorer.named_parameters():
+        if parameter.requires_grad and (r or "score" in name):
+            torch.nn.init.normal_(parameter, std=0.1)
+    save(scorer, directory, tokenizer)
+    return scorer, tokenizer
+
+
+@pytest.mark.parametrize(("shape", "rows", "r"), [("llama", 16, 4), ("llama", 20, 4), ("gpt2", 16, 0), ("gpt2", 20, 0)])
+def test_padding_with_eos_hides_no_end(start: Callable, shape: str, rows: int, r: int) -> None:
+    """As GPT-2's vocabulary: one token ends, pads and stands for what is unknown; one row to spare, or none."""
+    vocabulary = {word: i for i, word in enumerate([*tiny.WORDS, "<eos>"])}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="<eos>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    roles = dict.fromkeys(("eos_token", "pad_token", "unk_token"), "<eos>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, padding_side="left", **roles)
+    settings = start(shape, vocab_size=rows, pad_token_id=15, eos_token_id=15)
+    tokenizer.save_pretrained(settings.path)
+    scorer, tokenizer = scorer_of(at(settings, settings.path, r), "rm/model", r)
+    assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<pad>", 16)
+    texts = ["the cat sat <eos>", "and the old dog ran far away from a mat <eos>", "this big cat"]
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    wanted = [scorer.score(torch.tensor([row]), torch.ones(1, len(row), dtype=torch.bool)) for row in ids]
+    if r == 0:
+        model = AutoModelForSequenceClassification.from_pretrained("rm/model").eval()
+    else:  # the original model has two labels, and no word of what pads
+        given = {} if rows == 16 else {"num_labels": 1, "pad_token_id": 16}
+        model = AutoPeftModelForSequenceClassification.from_pretrained("rm/model", **given).eval()
+    for side in ({}, {"padding_side": "left"} if shape == "llama" else {}):  # GPT-2 counts its positions from the left
+        for scores in scores_elsewhere(model, "rm/model", texts, **side):
+            tiny.close(scores, torch.cat(wanted), 256)
+
+
+@pytest.mark.parametrize("shape", ["t5", "bart"])
+def test_adapters_of_encoder_decoders_score_elsewhere(start: Callable, shape: str) -> None:
+    settings = start(shape)
+    trained(at(settings, settings.path), "sft", 1)
+    scorer, _ = scorer_of(at(settings, "sft"), "rm", 4)
+    model = AutoPeftModelForSequenceClassification.from_pretrained("rm", num_labels=1).eval()
+    wanted = scorer(batch_of(scorer))
+    for item, score in zip(ITEMS, wanted, strict=True):
+        ids = torch.tensor([[*item.rows[0].prompt_ids, *item.rows[0].response_ids]])
+        tiny.close(model(input_ids=ids).logits[0, 0], score, 256)

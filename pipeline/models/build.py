@@ -17,13 +17,18 @@ from pipeline.records import Item, Row
 
 
 def encoder_of(
-    settings: WithModel, model: ModelSettings, texts: Callable[[], list[str]], mask: bool = False
+    settings: WithModel,
+    model: ModelSettings,
+    texts: Callable[[], list[str]],
+    mask: bool = False,
+    scalar: bool = False,
 ) -> Encoder:
     """The tokenizer of `model`, or one made from `texts()` for a new model, behind the stage's template and limits.
 
-    `mask`: with a mask token, one that the vocabulary has to spare, or a new one.
+    `mask`: with a mask token, one that the vocabulary has to spare, or a new one; `scalar`: with a pad token that ends
+    no text.
     """
-    tokenizer = loading.load_tokenizer(model, texts() if model.path is None else [], mask)
+    tokenizer = loading.load_tokenizer(model, texts() if model.path is None else [], mask, scalar)
     data = settings.data
     return Encoder(tokenizer, settings.template, data.max_prompt_length, data.max_response_length, data.keep_of_prompt)
 

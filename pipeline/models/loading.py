@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import shutil
 import tempfile
@@ -25,6 +26,8 @@ from pipeline.models.checks import NO_REWARD_MODEL, reading
 from pipeline.models.lora import Base, with_lora
 from pipeline.models.scratch import small_config, train_tokenizer
 
+logger = logging.getLogger("tiffin")
+
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
@@ -35,15 +38,19 @@ KINDS = {  # by the tasks of adapters
 PAD_NAMES = ("<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
 
 
-def load_tokenizer(settings: ModelSettings, texts: Sequence[str], mask: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    settings: ModelSettings, texts: Sequence[str], mask: bool = False, scalar: bool = False
+) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer, with a pad token chosen if it has none; made from `texts` without a checkpoint.
 
-    `mask`: the tokenizer shall have a mask token.
+    `mask`: the tokenizer shall have a mask token; `scalar`: it is a reward model's, see `with_pad_apart`.
     """
     if settings.path is None:
         tokenizer = train_tokenizer(texts, settings.scratch.vocab_size)
     else:
         tokenizer = with_pad(_read_tokenizer(settings))
+    if scalar:
+        with_pad_apart(tokenizer)
     return mask_token.with_mask(tokenizer) if mask else tokenizer
 
 
@@ -65,6 +72,23 @@ def with_pad(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
         vocabulary = tokenizer.get_vocab()
         spare = (name for name in PAD_NAMES if name in vocabulary and name != tokenizer.eos_token)
         tokenizer.pad_token = next(spare, tokenizer.eos_token)
+    return tokenizer
+
+
+def with_pad_apart(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer with a pad token that ends no text: one that its vocabulary has to spare, else a new last one.
+
+    The classifiers of transformers take the last token that is no pad token for the end of a text. They know no
+    positions but those from the left, so that it pads on the right.
+    """
+    tokenizer.padding_side = "right"
+    if (old := tokenizer.pad_token) == tokenizer.eos_token:
+        vocabulary = tokenizer.get_vocab()
+        taken = {tokenizer.eos_token, tokenizer.bos_token, tokenizer.mask_token}
+        spare = (name for name in (*PAD_NAMES, *mask_token.RESERVED) if name in vocabulary and name not in taken)
+        tokenizer.add_special_tokens({"pad_token": next(spare, PAD_NAMES[0])})
+        problem = f"{old} ends texts and pads them, so that other tools would score texts without their end"
+        logger.info(f"tokenizer: {problem}: {tokenizer.pad_token} pads")
     return tokenizer
 
 
@@ -126,11 +150,18 @@ def load_scalar(
     at zero, so that every first score is 0. Otherwise it is only read, and such a checkpoint is an error, never a
     random head.
     """
-    config = load_config(settings, tokenizer)
+    config, pad_id = load_config(settings, tokenizer), tokenizer.pad_token_id
     config.num_labels = 1
+    if lacking := new_head and pad_id == config.get_text_config().vocab_size:  # see `with_pad_apart`
+        config.pad_token_id = None
     torch.manual_seed(seed)
     auto = transformers.AutoModelForSequenceClassification
     model, base = _load(auto, settings, config, dtype, new_head)
+    if lacking:
+        mask_token.grow(model, pad_id + 1)
+        base = replace(base, path=None)
+    for part in (model.config, model.config.get_text_config()):
+        part.pad_token_id = pad_id
     checks.check_vocabulary(settings.path, model, tokenizer)
     return with_lora(model, base, settings.lora if new_head else None, "SEQ_CLS")
 
@@ -312,7 +343,8 @@ def _write_base(
     lm, below = hugging_face(model), lora.weights_below(weights)
     with torch.device("meta"):
         plain = type(lm)(copy.deepcopy(lm.config))
-    plain.generation_config = lm.generation_config
+    if lm.can_generate():
+        plain.generation_config = lm.generation_config
     plain.save_pretrained(directory, state_dict=dict(below))
     _write_rest(directory, lm, tokenizer)
     checks.verify(directory, below)

@@ -114,7 +114,7 @@ def _with_fresh(model: PreTrainedModel, base: Base, lora: LoraSettings, task: st
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
         task_type=task,
-        modules_to_save=HEADS if task == "SEQ_CLS" else None,
+        modules_to_save=[*HEADS] if task == "SEQ_CLS" else None,
         trainable_token_indices=carried or None,
         revision=base.revision,
     )

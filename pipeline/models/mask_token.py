@@ -67,8 +67,8 @@ def grow(model: PreTrainedModel, wanted: int) -> None:
     """Give `model` at least `wanted` embeddings, a multiple of 64; each new one is the mean of the old ones."""
     rows, bias = model.get_input_embeddings().weight.shape[0], logits_bias(model)
     model.resize_token_embeddings(wanted, pad_to_multiple_of=MULTIPLE, mean_resizing=False)
-    head = model.get_output_embeddings()
-    for tensor in (model.get_input_embeddings().weight, head.weight, head.bias):
+    head = model.get_output_embeddings()  # None of a classifier
+    for tensor in (model.get_input_embeddings().weight, *(() if head is None else (head.weight, head.bias))):
         if tensor is not None:
             tensor.data[rows:] = mean_row(tensor.data[:rows])
     if bias is not None:  # resized with zeros, in float32 whatever it was

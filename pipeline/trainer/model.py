@@ -73,7 +73,7 @@ def build_reward_model(
     settings: RewardStage, ranks: Ranks, start: ModelSettings, texts: Callable[[], list[str]]
 ) -> Model:
     """The reward model to train; arguments as of `build_policy`."""
-    encoder = build.encoder_of(settings, start, texts)
+    encoder = build.encoder_of(settings, start, texts, scalar=True)
     scorer = build.reward_module(start, encoder, settings.train, settings.seed)
     packing = packing_of(settings.train, ranks.world, scorer.encoder_decoder, encoder.pad_id, whole=True)
     return Model(Engine(scorer, ranks, settings.train, settings.optimizer), encoder, packing)
