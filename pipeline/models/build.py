@@ -18,23 +18,37 @@ from pipeline.records import Item, Row
 
 
 def encoder_of(
-    settings: WithModel, model: ModelSettings, texts: Callable[[], list[str]], mask: bool = False
+    settings: WithModel,
+    model: ModelSettings,
+    texts: Callable[[], list[str]],
+    mask: bool = False,
+    scalar: bool = False,
 ) -> Encoder:
     """The tokenizer of `model`, or one made from `texts()` for a new one, behind its template and the stage's limits.
 
-    `mask`: with a mask token, one that the vocabulary has to spare, or a new one.
+    `mask`: with a mask token, one that the vocabulary has to spare, or a new one; `scalar`: with a pad token that ends
+    no text.
     """
-    tokenizer = loading.load_tokenizer(model, texts() if model.path is None else [], mask)
+    tokenizer = loading.load_tokenizer(model, texts() if model.path is None else [], mask, scalar)
     data, encoder_decoder = settings.data, loading.load_config(model, tokenizer).is_encoder_decoder
     lengths = data.max_prompt_length, data.max_response_length
     return Encoder(tokenizer, template_for(settings, model, tokenizer), *lengths, data.keep_of_prompt, encoder_decoder)
 
 
 def policy_module(
-    model: ModelSettings, encoder: Encoder, train: TrainSettings, max_response: int, seed: int, mask: bool = False
+    model: ModelSettings,
+    encoder: Encoder,
+    train: TrainSettings,
+    max_response: int,
+    seed: int,
+    mask: bool = False,
+    frozen: bool = False,
 ) -> Policy:
-    """The policy as a module, checked once against the model's own forward; `mask`: it reads the mask token."""
-    lm = loading.load_policy(model, encoder.tokenizer, seed, weight_type(train), mask)
+    """The policy as a module, checked once against the model's own forward.
+
+    `mask`: it reads the mask token; `frozen`: it is not trained.
+    """
+    lm = loading.load_policy(model, encoder.tokenizer, seed, weight_type(train), mask, frozen)
     checks.check_positions(loading.hugging_face(lm).config, encoder.max_prompt_length, max_response, whole=False)
     limit = train.max_tokens if train.max_tokens is not None else train.micro_batch_size * max_response
     policy = Policy(lm, limit)

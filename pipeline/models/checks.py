@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from pipeline.errors import UserError
 
-HEADS = ["score", "classifier", "classification_head"]  # what architectures call their scalar head
+HEADS = ("score", "classifier", "classification_head")  # what architectures call their scalar head
 NO_LANGUAGE_MODEL = ("ForSequenceClassification", "ForTokenClassification", "ForMaskedLM", "ForQuestionAnswering")
 JSON_FILES = ("config.json", "adapter_config.json", "tokenizer_config.json", "tokenizer.json")
 NO_REWARD_MODEL = "wanted a reward model: train one with bash run.sh stage=reward"

@@ -3,41 +3,54 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.config.sections import ModelSettings
 from pipeline.errors import ROOM, UserError
-from pipeline.models import checks, mask_token
+from pipeline.models import checks, lora, mask_token
 from pipeline.models.checks import NO_REWARD_MODEL, reading
-from pipeline.models.lora import adapter_of, under, with_lora
+from pipeline.models.lora import Base, with_lora
 from pipeline.models.scratch import small_config, train_tokenizer
+
+logger = logging.getLogger("tiffin")
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
+KINDS = {  # by the tasks of adapters
+    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+    "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
+}
 PAD_NAMES = ("<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
 
 
-def load_tokenizer(settings: ModelSettings, texts: Sequence[str], mask: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    settings: ModelSettings, texts: Sequence[str], mask: bool = False, scalar: bool = False
+) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer, with a pad token chosen if it has none; made from `texts` without a checkpoint.
 
-    `mask`: the tokenizer shall have a mask token.
+    `mask`: the tokenizer shall have a mask token; `scalar`: it is a reward model's, see `with_pad_apart`.
     """
     if settings.path is None:
         tokenizer = train_tokenizer(texts, settings.scratch.vocab_size)
     else:
         tokenizer = with_pad(_read_tokenizer(settings))
+    if scalar:
+        with_pad_apart(tokenizer)
     return mask_token.with_mask(tokenizer) if mask else tokenizer
 
 
@@ -62,15 +75,26 @@ def with_pad(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def with_pad_apart(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer with a pad token that ends no text: one that its vocabulary has to spare, else a new last one.
+
+    The classifiers of transformers take the last token that is no pad token for the end of a text. They know no
+    positions but those from the left, so that it pads on the right.
+    """
+    tokenizer.padding_side = "right"
+    if (old := tokenizer.pad_token) == tokenizer.eos_token:
+        vocabulary = tokenizer.get_vocab()
+        taken = {tokenizer.eos_token, tokenizer.bos_token, tokenizer.mask_token}
+        spare = (name for name in (*PAD_NAMES, *mask_token.RESERVED) if name in vocabulary and name not in taken)
+        tokenizer.add_special_tokens({"pad_token": next(spare, PAD_NAMES[0])})
+        problem = f"{old} ends texts and pads them, so that other tools would score texts without their end"
+        logger.info(f"tokenizer: {problem}: {tokenizer.pad_token} pads")
+    return tokenizer
+
+
 def load_config(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
     """The checkpoint's configuration, or that of a small new model."""
-    passed: list[str | None] = []
-    while (adapter := adapter_of(settings)) is not None:  # adapters may lie on adapters
-        passed.append(settings.path)
-        settings = under(settings, adapter)
-        if settings.path in passed:
-            problem = f"the adapters of {settings.path} name themselves as the model below them"
-            raise UserError(f"model.path: {problem}, wanted another")
+    _, settings = lora.layers_of(settings)
     if settings.path is None:
         config = small_config(settings.scratch, tokenizer)
     else:
@@ -86,25 +110,31 @@ def load_policy(
     seed: int,
     dtype: torch.dtype = torch.float32,
     mask: bool = False,
+    frozen: bool = False,
 ) -> PreTrainedModel | PeftModel:
     """A causal or encoder-decoder language model with weights in `dtype`, with LoRA if requested.
 
-    `mask`: the model shall read the tokenizer's mask token, and learn its embedding under LoRA too.
+    `mask`: the model shall read the tokenizer's mask token, and learn its embedding under LoRA too; `frozen`: it is
+    only read, so that nothing is added for training.
     """
     config = load_config(settings, tokenizer)
     checks.check_kind(settings.path, config)
     auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
     torch.manual_seed(seed)
-    model = _load(auto, settings, config, dtype, new_head=False)
-    if config.is_encoder_decoder:
-        start_from_forced(model)
+    model, base = _load(auto, settings, config, dtype, new_head=False)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if config.is_encoder_decoder and start_from_forced(model):
+        base = replace(base, path=None)
     mask = mask or mask_token.lacks_row(model, tokenizer)
     if mask and settings.path is not None:
         known = _read_tokenizer(settings).mask_token_id == tokenizer.mask_token_id
         mask_token.give_row(model, tokenizer, known)
     checks.check_vocabulary(settings.path, model, tokenizer)
+    if model.get_input_embeddings().weight.shape[0] != rows:
+        base = replace(base, path=None)
     task = "SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM"
-    return with_lora(model, settings.lora, task, [tokenizer.mask_token_id] if mask else None)
+    tokens = [tokenizer.mask_token_id] if mask else []
+    return with_lora(model, base, None if frozen else settings.lora, task, tokens)
 
 
 def load_scalar(
@@ -116,24 +146,34 @@ def load_scalar(
 ) -> PreTrainedModel | PeftModel:
     """A model with one output per sequence, weights in `dtype` ("auto": as they were saved).
 
-    `new_head`: whether a checkpoint without a scalar head (an SFT model) is welcome; its head starts at zero, so that
-    every first score is 0. Otherwise such a checkpoint is an error, never a random head.
+    `new_head`: it is to be trained, and a checkpoint without a scalar head (an SFT model) is welcome; its head starts
+    at zero, so that every first score is 0. Otherwise it is only read, and such a checkpoint is an error, never a
+    random head.
     """
-    config = load_config(settings, tokenizer)
+    config, pad_id = load_config(settings, tokenizer), tokenizer.pad_token_id
     config.num_labels = 1
+    if lacking := new_head and pad_id == config.get_text_config().vocab_size:  # see `with_pad_apart`
+        config.pad_token_id = None
     torch.manual_seed(seed)
-    model = _load(transformers.AutoModelForSequenceClassification, settings, config, dtype, new_head)
+    auto = transformers.AutoModelForSequenceClassification
+    model, base = _load(auto, settings, config, dtype, new_head)
+    if lacking:
+        mask_token.grow(model, pad_id + 1)
+        base = replace(base, path=None)
+    for part in (model.config, model.config.get_text_config()):
+        part.pad_token_id = pad_id
     checks.check_vocabulary(settings.path, model, tokenizer)
-    return with_lora(model, settings.lora, "SEQ_CLS")
+    return with_lora(model, base, settings.lora if new_head else None, "SEQ_CLS")
 
 
 def _load(
     auto: type, settings: ModelSettings, config: PretrainedConfig, dtype: torch.dtype | str, new_head: bool
-) -> PreTrainedModel:
-    """A model of the class `auto`: a new one, or what `settings.path` holds."""
+) -> tuple[PreTrainedModel, Base]:
+    """A model of the class `auto`: a new one, or what `settings.path` holds, without the adapters that it names."""
     options = {"attn_implementation": settings.attn_implementation, "dtype": dtype}
+    base = Base(None)
     if settings.path is not None:
-        model = _from_path(auto, settings, config, options, new_head)
+        model, base = _from_path(auto, settings, config, options, new_head)
     elif settings.lora.r:
         raise UserError("model.lora.r: adapters of a new model's frozen random weights learn little: give model=")
     else:
@@ -145,38 +185,63 @@ def _load(
         zero_head(model)
     if settings.dropout is not None:
         set_dropout(model, settings.dropout)
-    return model
+    return model, base
 
 
 def _from_path(
     auto: type, settings: ModelSettings, config: PretrainedConfig, options: dict[str, Any], new_head: bool
-) -> PreTrainedModel:
-    """A checkpoint's weights; or the model under adapters, with their difference added to its weights."""
-    if (adapter := adapter_of(settings)) is None:
-        return _from_checkpoint(auto, settings, config, options, new_head)
-    scalar = adapter.task_type == "SEQ_CLS"
+) -> tuple[PreTrainedModel, Base]:
+    """A checkpoint's weights; or the model below adapters, and what there is of those that are not in its weights."""
+    layers, below = lora.layers_of(settings)
+    base = Base(lora.place(below.path), below.revision)
+    if not layers:
+        return _from_checkpoint(auto, settings, config, options, new_head), base
+    scalar = layers[-1][1].task_type == "SEQ_CLS"
     if scalar != (auto is transformers.AutoModelForSequenceClassification) and not new_head:
         if scalar:
             raise UserError(f"{settings.path}: its adapters belong to a reward model, wanted a policy's: name another")
         raise UserError(f"{settings.path}: no scalar head (its adapters belong to a policy), {NO_REWARD_MODEL}")
-    kinds = {
-        "SEQ_CLS": transformers.AutoModelForSequenceClassification,
-        "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
-    }
-    kind = kinds.get(adapter.task_type, transformers.AutoModelForCausalLM)
-    model = _from_path(kind, under(settings, adapter), config, options, new_head=scalar)
-    mask_token.grow_for(model, adapter)
-    with reading(settings.path, "adapters"):
-        model = PeftModel.from_pretrained(model, settings.path).merge_and_unload()
-    if kind is not auto:  # a reward model starts from a policy
-        with tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(folder)
-            merged = settings.model_copy(update={"path": folder, "revision": None})
-            config = copy.deepcopy(config)
-            config.get_text_config().vocab_size = model.config.get_text_config().vocab_size
-            model = _from_checkpoint(auto, merged, config, options, new_head)
-    model.name_or_path = settings.path  # adapters trained on top belong to this, not to the model below
-    return model
+    kinds = [KINDS.get(adapter.task_type, transformers.AutoModelForCausalLM) for _, adapter in layers]
+    model = _from_checkpoint(kinds[0], below, config, options, new_head=scalar)
+    for (path, adapter), kind, following in zip(layers, kinds, [*kinds[1:], auto], strict=True):
+        model, base = _without_adapters(model, base, path, adapter)
+        if following is not kind:  # a reward model starts from a policy
+            model = _reopened(following, model, settings, config, options, new_head)
+    model.name_or_path = settings.path
+    return model, base
+
+
+def _without_adapters(
+    model: PreTrainedModel, base: Base, path: str, adapter: PeftConfig
+) -> tuple[PreTrainedModel, Base]:
+    """The model below the adapters in `path`, and those; or with them, where they are no plain ones."""
+    if mask_token.grow_for(model, adapter):
+        base = replace(base, path=None)
+    plain = lora.is_plain(adapter)
+    if not plain:
+        model = lora.merged(model, base)
+        lora.warn_of_rounding(model, path)
+    with lora.frozen_as_before(model):
+        with reading(path, "adapters"):
+            opened = PeftModel.from_pretrained(model, path)
+        return lora.taken_out(opened, base) if plain else (opened.merge_and_unload(), Base(None))
+
+
+def _reopened(
+    auto: type,
+    model: PreTrainedModel,
+    settings: ModelSettings,
+    config: PretrainedConfig,
+    options: dict[str, Any],
+    new_head: bool,
+) -> PreTrainedModel:
+    """The same weights as a model of the class `auto`."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        config = copy.deepcopy(config)
+        config.get_text_config().vocab_size = model.config.get_text_config().vocab_size
+        there = settings.model_copy(update={"path": folder, "revision": None})
+        return _from_checkpoint(auto, there, config, options, new_head)
 
 
 def _from_checkpoint(
@@ -225,55 +290,97 @@ def save(
     `ends` are ids that end responses: the `generate` of transformers, and vLLM, stop at them too.
     Raises RuntimeError where what was written has an empty tensor or another shape than the model.
     """
+    adapters = isinstance(model, PeftModel)
+    if adapters and model.peft_config[lora.TRAINED].base_model_name_or_path is None:
+        below = directory.with_name(lora.BASE).absolute()
+        with _whole(below) as part:
+            _write_base(part, model, weights, tokenizer, ends)
+        model.peft_config[lora.TRAINED].base_model_name_or_path = str(below)
+    with _whole(directory) as part:
+        written = _write_adapters(part, model, weights) if adapters else _write_all(part, model, weights)
+        _write_rest(part, hugging_face(model), tokenizer, ends)
+        if then is not None:
+            then(part)
+        checks.verify(part, written)
+
+
+@contextmanager
+def _whole(directory: Path) -> Iterator[Path]:
+    """A directory to write into, which becomes `directory` at the end.
+
+    Raises UserError where the disk refuses, and leaves nothing then.
+    """
     part = directory.with_name(directory.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    _write(part, model, weights, tokenizer, ends)
-    if then is not None:
-        then(part)
-    checks.verify(part, weights)
+    try:
+        yield part
+    except Exception as error:  # safetensors and tokenizers have no class of their own for what the system refuses
+        if "os error" not in str(error):
+            raise
+        shutil.rmtree(part, ignore_errors=True)
+        raise UserError(f"{directory}: cannot be written ({error}), {ROOM}") from None
     shutil.rmtree(directory, ignore_errors=True)
     os.replace(part, directory)
 
 
-def _write(
+def _write_all(directory: Path, model: PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    model.save_pretrained(directory, state_dict=dict(weights))
+    return weights
+
+
+def _write_adapters(directory: Path, model: PeftModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All adapters of `model` as one."""
+    own = model.peft_config[lora.TRAINED]
+    weights, model.peft_config[lora.TRAINED] = lora.exported(model, weights)
+    options = {"selected_adapters": [lora.TRAINED], "save_embedding_layers": False}
+    model.save_pretrained(directory, state_dict=dict(weights), **options)
+    model.peft_config[lora.TRAINED] = own
+    return weights
+
+
+def _write_base(
     directory: Path,
-    model: PreTrainedModel | PeftModel,
+    model: PeftModel,
     weights: dict[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
     ends: Collection[int],
 ) -> None:
-    """Weights, configuration and tokenizer. Raises UserError where the disk refuses, and leaves nothing then."""
-    lm = hugging_face(model)
-    try:
-        options = {}
-        if isinstance(model, PeftModel) and model.active_peft_config.trainable_token_indices is not None:
-            options = {"save_embedding_layers": False}  # the adapters hold the embeddings that were trained
-        model.save_pretrained(directory, state_dict=dict(weights), **options)
-        tokenizer.save_pretrained(directory)
-        if lm.can_generate():  # beside adapters too
-            generation = copy.deepcopy(lm.generation_config)
-            ids = end_ids(lm, ends)
-            generation.eos_token_id = ids[0] if len(ids) == 1 else ids or None
-            generation.suppress_tokens = mask_token.suppressed_ids(tokenizer, lm) or generation.suppress_tokens
-            # not `save_pretrained`, which refuses what some published ones have: a temperature, but no sampling
-            generation.to_json_file(directory / transformers.utils.GENERATION_CONFIG_NAME)
-    except Exception as error:  # safetensors and tokenizers have no class of their own for what the system refuses
-        if "os error" not in str(error):
-            raise
-        shutil.rmtree(directory, ignore_errors=True)
-        raise UserError(f"{directory}: cannot be written ({error}), {ROOM}") from None
+    """The model below the adapters, where no other directory holds it."""
+    lm, below = hugging_face(model), lora.weights_below(weights)
+    with torch.device("meta"):
+        plain = type(lm)(copy.deepcopy(lm.config))
+    if lm.can_generate():
+        plain.generation_config = lm.generation_config
+    plain.save_pretrained(directory, state_dict=dict(below))
+    _write_rest(directory, lm, tokenizer, ends)
+    checks.verify(directory, below)
 
 
-def start_from_forced(model: PreTrainedModel) -> None:
-    """Start the decoder from the token that generation forces first, in what is saved too.
+def _write_rest(
+    directory: Path, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: Collection[int]
+) -> None:
+    """The tokenizer, and how text is generated: where it ends, and what must not be in it."""
+    tokenizer.save_pretrained(directory)
+    if lm.can_generate():  # beside adapters too
+        generation = copy.deepcopy(lm.generation_config)
+        ids = end_ids(lm, ends)
+        generation.eos_token_id = ids[0] if len(ids) == 1 else ids or None
+        generation.suppress_tokens = mask_token.suppressed_ids(tokenizer, lm) or generation.suppress_tokens
+        # not `save_pretrained`, which refuses what some published ones have: a temperature, but no sampling
+        generation.to_json_file(directory / transformers.utils.GENERATION_CONFIG_NAME)
+
+
+def start_from_forced(model: PreTrainedModel) -> bool:
+    """Start the decoder from the token that generation forces first, in what is saved too; whether there is one.
 
     Otherwise a checkpoint would spend its first words' probability on that token, and the `generate` of transformers
     would force a token that training never showed.
     """
     generation = model.generation_config
-    if generation is not None and isinstance(generation.forced_bos_token_id, int):
+    if forced := generation is not None and isinstance(generation.forced_bos_token_id, int):
         model.config.decoder_start_token_id = generation.decoder_start_token_id = generation.forced_bos_token_id
         generation.forced_bos_token_id = None
+    return forced
 
 
 def end_ids(model: PreTrainedModel, more: Collection[int]) -> list[int]:

@@ -67,8 +67,8 @@ def grow(model: PreTrainedModel, wanted: int) -> None:
     """Give `model` at least `wanted` embeddings, a multiple of 64; each new one is the mean of the old ones."""
     rows, bias = model.get_input_embeddings().weight.shape[0], logits_bias(model)
     model.resize_token_embeddings(wanted, pad_to_multiple_of=MULTIPLE, mean_resizing=False)
-    head = model.get_output_embeddings()
-    for tensor in (model.get_input_embeddings().weight, head.weight, head.bias):
+    head = model.get_output_embeddings()  # None of a classifier
+    for tensor in (model.get_input_embeddings().weight, *(() if head is None else (head.weight, head.bias))):
         if tensor is not None:
             tensor.data[rows:] = mean_row(tensor.data[:rows])
     if bias is not None:  # resized with zeros, in float32 whatever it was
@@ -76,13 +76,14 @@ def grow(model: PreTrainedModel, wanted: int) -> None:
         model.final_logits_bias = nn.Buffer(torch.cat([bias[0], new])[None])
 
 
-def grow_for(model: PreTrainedModel, adapter: PeftConfig) -> None:
-    """Give `model` the embeddings that `adapter` was trained with, before it is opened."""
+def grow_for(model: PreTrainedModel, adapter: PeftConfig) -> bool:
+    """Give `model` the embeddings that `adapter` was trained with, before it is opened; whether some were lacking."""
     trained = adapter.to_dict().get("trainable_token_indices") or []
     lists = trained.values() if isinstance(trained, dict) else [trained]
     wanted = max((index + 1 for indices in lists for index in indices), default=0)
-    if wanted > model.get_input_embeddings().weight.shape[0]:
+    if lacking := wanted > model.get_input_embeddings().weight.shape[0]:
         grow(model, wanted)
+    return lacking
 
 
 def mean_row(rows: Tensor) -> Tensor:

@@ -67,14 +67,14 @@ def build_policy(
     encoder = build.encoder_of(settings, start, texts, mask)
     say(start, encoder)
     longest = longest or settings.data.max_response_length
-    policy = build.policy_module(start, encoder, settings.train, longest, settings.seed, mask)
+    policy = build.policy_module(start, encoder, settings.train, longest, settings.seed, mask, frozen)
     packing = packing_of(settings.train, ranks.world, policy.encoder_decoder, encoder.pad_id)
     return Model(Engine(policy, ranks, settings.train, settings.optimizer), encoder, packing)
 
 
 def frozen_policy(settings: Training, model: Model, start: ModelSettings, longest: int) -> Engine:
     """The policy that `model` started from, beside it, and only read: without an optimizer."""
-    module = build.policy_module(start, model.encoder, settings.train, longest, settings.seed)
+    module = build.policy_module(start, model.encoder, settings.train, longest, settings.seed, frozen=True)
     return Engine(module, model.ranks, settings.train, None)
 
 
@@ -82,7 +82,7 @@ def build_reward_model(
     settings: RewardStage, ranks: Ranks, start: ModelSettings, texts: Callable[[], list[str]]
 ) -> Model:
     """The reward model to train; arguments as of `build_policy`."""
-    encoder = build.encoder_of(settings, start, texts)
+    encoder = build.encoder_of(settings, start, texts, scalar=True)
     say(start, encoder)
     scorer = build.reward_module(start, encoder, settings.train, settings.seed)
     packing = packing_of(settings.train, ranks.world, scorer.encoder_decoder, encoder.pad_id, whole=True)
@@ -94,7 +94,7 @@ def build_inference(settings: EvaluateStage | GenerateStage, ranks: Ranks, polic
     encoder = build.encoder_of(settings, policy, list)
     say(policy, encoder)
     longest = settings.generation.max_new_tokens
-    module = build.policy_module(policy, encoder, settings.train, longest, settings.seed)
+    module = build.policy_module(policy, encoder, settings.train, longest, settings.seed, frozen=True)
     train = settings.train.model_copy(update={"batch_size": ranks.world * (settings.train.micro_batch_size or 1)})
     packing = packing_of(train, ranks.world, module.encoder_decoder, encoder.pad_id)
     return Model(Engine(module, ranks, train, None), encoder, packing)
