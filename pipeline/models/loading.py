@@ -211,6 +211,15 @@ def hugging_face(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+def body(lm: PreTrainedModel) -> nn.Module:
+    """What `lm` computes its last hidden states with. Raises UserError where that is no part of its own."""
+    if (base := lm.base_model) is not lm:
+        return base
+    if (part := dict(lm.named_children()).get("model")) is None:  # Llama 4 has one under another name than it says
+        raise UserError(f"model.path: {type(lm).__name__} has no body apart from its head: name another model")
+    return part
+
+
 def save(
     directory: Path,
     model: PreTrainedModel | PeftModel,

@@ -15,7 +15,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from pipeline.algorithms import functional
 from pipeline.errors import UserError
 from pipeline.models import attention
-from pipeline.models.loading import hugging_face
+from pipeline.models.loading import body, hugging_face
 from pipeline.records import Batch
 
 CHUNK_ELEMENTS = 1 << 25  # logits alive at a time: 128 MB in float32
@@ -105,7 +105,7 @@ class Policy(nn.Module):
         if self.encoder_decoder:
             return lm.get_encoder()(input_ids=batch.input_ids, attention_mask=batch.input_mask.long()).last_hidden_state
         # padding is on the right, where causal attention never goes: no mask, so the fast kernels apply
-        return lm.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        return body(lm)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
 
     def response_states(self, batch: Batch) -> Tensor:
         """(B, T, H): the state from which the head predicts each response token."""
@@ -139,18 +139,18 @@ class Policy(nn.Module):
     def _in_one_row(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """As `both_states`, of a causal model that reads both responses in one row."""
         lm, given, lengths = hugging_face(self.model), batch.static, batch.prompt_lengths
-        width, length, prompts = given.ids.shape[1], batch.input_ids.shape[1], int(lengths.max())
-        assert prompts < length, (prompts, length)  # a response has a token, if only EOS: see attention.attend
-        if self.attends_apart:
-            sees = attention.static_sees(lengths, width, prompts)
-        else:
-            sees = attention.all_see(lengths, width, length)
-        hidden = lm.base_model(
-            input_ids=torch.cat([given.shown_ids, batch.input_ids], dim=1),
-            attention_mask=attention.additive(sees, lm.dtype),
-            position_ids=attention.places(lengths, given.mask, length),
-            use_cache=False,
-        ).last_hidden_state  # (B, S + L, H)
+        width, length = given.ids.shape[1], batch.input_ids.shape[1]
+        assert int(lengths.max()) < length, (
+            lengths,
+            length,
+        )  # a response has a token, if only EOS: see attention.attend
+        ids = torch.cat([given.shown_ids, batch.input_ids], dim=1)
+        places = attention.places(lengths, given.mask, length)
+        with attention.blind(lm, lengths, places, width, self.attends_apart):
+            # a mask of ones: without one, transformers takes a place that does not follow for another text's beginning
+            hidden = body(lm)(
+                input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=places, use_cache=False
+            ).last_hidden_state  # (B, S + L, H)
         static, rest = hidden.split([width, length], dim=1)
         after_prompt = before_each(rest, lengths, 1)
         return before_each(rest, lengths, batch.response_ids.shape[1]), torch.cat([after_prompt, static[:, :-1]], dim=1)
@@ -212,7 +212,7 @@ class RewardModel(nn.Module):
         model = hugging_face(self.model)
         heads = dict(model.named_children())
         if "score" in heads:
-            head, hidden = heads["score"], model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            head, hidden = heads["score"], body(model)(input_ids=ids, use_cache=False).last_hidden_state
         elif self.encoder_decoder:
             head, hidden = heads["classification_head"], self._decoder_states(ids, mask)
         else:  # encoders read their first token
@@ -227,7 +227,7 @@ class RewardModel(nn.Module):
         """
         model = hugging_face(self.model)
         shown = read_by_decoder(ids, model.config.decoder_start_token_id)
-        whole = model.base_model(input_ids=ids, attention_mask=mask.long(), decoder_input_ids=shown, use_cache=False)
+        whole = body(model)(input_ids=ids, attention_mask=mask.long(), decoder_input_ids=shown, use_cache=False)
         return whole.last_hidden_state
 
 
