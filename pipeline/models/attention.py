@@ -31,9 +31,12 @@ KERNELS = ("sdpa", "eager")  # whose masks may be any
 def attends_apart(lm: PreTrainedModel) -> bool:
     """Whether `lm` understands the narrow mask: it takes its sdpa from transformers' table, where `attend` stands now.
 
+    A layer that picks keys of its own by the mask (DeepSeek's sparse attention) does not.
     Decided by configuration alone, so that all ranks and steps read alike.
     """
     if lm.config.is_encoder_decoder or lm.config._attn_implementation != "sdpa" or not lm.is_backend_compatible():
+        return False
+    if "index_topk" in lm.config.get_text_config().to_dict():
         return False
     AttentionInterface.register("sdpa", attend)
     return True

@@ -237,7 +237,7 @@ def save(
     _write(part, model, weights, tokenizer)
     if then is not None:
         then(part)
-    checks.verify(part, weights)
+    checks.verify(part, model, weights)
     shutil.rmtree(directory, ignore_errors=True)
     os.replace(part, directory)
 
