@@ -33,7 +33,8 @@ from pipeline.data.batching import Packing, collate
 from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
 from pipeline.models import loading, mask_token, scratch
-from pipeline.models.policy import Policy, RewardModel, check_head
+from pipeline.models.policy import Policy, RewardModel
+from pipeline.models.start_check import check_head
 from pipeline.records import Example, Item
 from pipeline.rollout.generate import generate
 from pipeline.trainer import engine

@@ -16,7 +16,8 @@ from pipeline.data.batching import Packing, collate
 from pipeline.errors import UserError
 from pipeline.models import build, loading
 from pipeline.models.loading import hugging_face
-from pipeline.models.policy import Policy, RewardModel, check_head
+from pipeline.models.policy import Policy, RewardModel
+from pipeline.models.start_check import check_head
 from pipeline.models.trained_input import INPUT_FILE, TrainedInput, save_input
 from pipeline.records import Batch, Item
 from reward_models import learned

@@ -9,16 +9,26 @@ import torch
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
+    FalconH1Config,
+    FalconH1ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+    UMT5Config,
+    UMT5ForConditionalGeneration,
 )
 
 from pipeline.algorithms import supervised
 from pipeline.data.batching import Packing, collate
+from pipeline.errors import UserError
 from pipeline.models import loading
-from pipeline.models.policy import Policy, RewardModel, check_head
+from pipeline.models.policy import Policy, RewardModel
+from pipeline.models.start_check import check_head
 from pipeline.records import Batch, Item
 from tests import tiny
 
@@ -177,6 +187,21 @@ KIN = {
     "soft cap": (Gemma2ForCausalLM, Gemma2Config, {"head_dim": 16, "final_logit_softcapping": 2.0}),
     "scaled": (CohereForCausalLM, CohereConfig, {"logit_scale": 0.25}),
     "divided": (GraniteForCausalLM, GraniteConfig, {"logits_scaling": 8.0}),
+    "multiplied": (
+        FalconH1ForCausalLM,
+        FalconH1Config,
+        {"lm_head_multiplier": 0.5, "mamba_d_ssm": 32, "mamba_n_heads": 2, "mamba_d_head": 16, "mamba_d_state": 8},
+    ),
+    "another cap": (
+        RecurrentGemmaForCausalLM,
+        RecurrentGemmaConfig,
+        {"logits_soft_cap": 2.0, "lru_width": 32, "block_types": ["recurrent"]},
+    ),
+    "scaled before": (
+        UMT5ForConditionalGeneration,
+        UMT5Config,
+        {"d_model": 32, "d_kv": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0},
+    ),
 }
 
 
@@ -186,9 +211,15 @@ def test_check_head_knows_what_others_do_to_logits(kind: str) -> None:
     policy = Policy(tiny.spread(model(config(**SIZES, **more))).eval(), 64)
     batch = batch_of(policy, tiny.items(3), 1)
     check_head(policy, batch)
-    with pytest.raises(RuntimeError):  # and it would notice if we did not
+    with pytest.raises(UserError):  # and it would notice if we did not
         object.__setattr__(policy, "head", policy.head.output)
         check_head(policy, batch)
+
+
+def test_a_scale_that_the_model_does_not_read_is_not_applied() -> None:
+    config = MptConfig(d_model=32, n_heads=2, n_layers=1, vocab_size=352, logit_scale="inv_sqrt_d_model")
+    policy = Policy(tiny.spread(MptForCausalLM(config)).eval(), 64)
+    check_head(policy, batch_of(policy, tiny.items(3)))
 
 
 def test_check_head_refuses_what_it_does_not_know() -> None:
@@ -201,7 +232,7 @@ def test_check_head_refuses_what_it_does_not_know() -> None:
     model = tiny.language_model("llama")
     model.__class__ = Altered
     policy = Policy(model, 64)
-    with pytest.raises(RuntimeError, match="Altered changes its logits in a way that is not known here"):
+    with pytest.raises(UserError, match="Altered changes its logits"):
         check_head(policy, batch_of(policy, tiny.items(3), 1))
 
 

@@ -1,12 +1,18 @@
 """Two responses to one prompt in one row of a causal model: static response | prompt | response.
 
-Both responses stand at the places that follow the prompt, and are blind to each other. Prompt and response are the end
-of the row, static response and prompt its beginning. Where the model takes transformers' sdpa these two pieces are
-attended to apart, the first without a mask and so by the fast causal kernel. Other implementations get one mask.
+Both responses stand at the places that follow the prompt, and are blind to each other. What a layer sees of what is
+before it (all, a window, a chunk) is the model's own rule, asked at these places.
+
+Prompt and response are the end of the row, static response and prompt its beginning. Where the model takes
+transformers' sdpa, layers that see all that is before them attend to these two pieces apart, the first without a mask
+and so by the fast causal kernel. Others get one mask.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,17 +20,72 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+
+from pipeline.errors import UserError
+from pipeline.models.loading import body
+
+KERNELS = ("sdpa", "eager")  # whose masks may be any
 
 
 def attends_apart(lm: PreTrainedModel) -> bool:
     """Whether `lm` understands the narrow mask: it takes its sdpa from transformers' table, where `attend` stands now.
 
+    A layer that picks keys of its own by the mask (DeepSeek's sparse attention) does not.
     Decided by configuration alone, so that all ranks and steps read alike.
     """
     if lm.config.is_encoder_decoder or lm.config._attn_implementation != "sdpa" or not lm.is_backend_compatible():
         return False
+    if "index_topk" in lm.config.get_text_config().to_dict():
+        return False
     AttentionInterface.register("sdpa", attend)
     return True
+
+
+def check_shareable(lm: PreTrainedModel) -> None:
+    """Raises UserError where `lm` has no way to be told of places and masks."""
+    kernel, cure = lm.config._attn_implementation, "set share_prompt=false"
+    if "position_ids" not in inspect.signature(body(lm).forward).parameters:
+        raise UserError(f"share_prompt: {type(lm).__name__} counts places by itself, wanted position_ids: {cure}")
+    if kernel not in KERNELS:
+        problem = f"attn_implementation={kernel} has no mask for two responses in one row"
+        raise UserError(f"share_prompt: {problem}, wanted one of {', '.join(KERNELS)}: set it, or {cure}")
+
+
+@contextmanager
+def blind(lm: PreTrainedModel, prompt_lengths: Tensor, places: Tensor, width: int, apart: bool) -> Iterator[None]:
+    """While open, the masks that `lm` makes for a row are those of two responses that are blind to each other.
+
+    Args:
+        places: (B, S + L), what `places` gives; width: S.
+        apart: whether `attend` stands in the layers, so that the narrow mask will do where all is seen.
+
+    Raises UserError where the model cannot be told of places and masks, or makes its masks by itself.
+    """
+    check_shareable(lm)
+    kernel, prompts = lm.config._attn_implementation, int(prompt_lengths.max())
+    own, asked = ALL_MASK_ATTENTION_FUNCTIONS[kernel], []
+    sees = all_see(prompt_lengths, width, places.shape[1] - width)
+
+    def mask(*, mask_function: Callable, dtype: torch.dtype, **given: Any) -> Tensor:
+        asked.append(mask_function)
+        if apart and mask_function is causal_mask_function:
+            return additive(static_sees(prompt_lengths, width, prompts), dtype)
+
+        def seen(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            rule = mask_function(row, head, places[row, query], places[row, key])
+            return rule & sees[row, query, key]
+
+        return own(mask_function=seen, dtype=dtype, **{**given, "allow_is_causal_skip": False})
+
+    ALL_MASK_ATTENTION_FUNCTIONS[kernel] = mask
+    try:
+        yield
+    finally:
+        del ALL_MASK_ATTENTION_FUNCTIONS[kernel]
+    if not asked:
+        problem = f"{type(lm).__name__} makes its attention masks by itself, wanted transformers' own"
+        raise UserError(f"share_prompt: {problem}: set share_prompt=false")
 
 
 def attend(

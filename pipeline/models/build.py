@@ -11,10 +11,14 @@ from pipeline.config.schema import WithModel
 from pipeline.config.sections import ModelSettings, TrainSettings
 from pipeline.data.batching import Packing, collate
 from pipeline.data.tokenization import Encoder
+from pipeline.errors import UserError
 from pipeline.models import checks, loading
-from pipeline.models.policy import Policy, RewardModel, check_head
+from pipeline.models.policy import Policy, RewardModel
+from pipeline.models.start_check import check_policy
 from pipeline.models.trained_input import template_for
 from pipeline.records import Item, Row
+
+CHECKED = ("a", "some of the words that a model reads")  # of different lengths, so that one is padded
 
 
 def encoder_of(
@@ -52,9 +56,11 @@ def policy_module(
     checks.check_positions(loading.hugging_face(lm).config, encoder.max_prompt_length, max_response, whole=False)
     limit = train.max_tokens if train.max_tokens is not None else train.micro_batch_size * max_response
     policy = Policy(lm, limit)
-    row = Row(tuple(encoder.encode_prompt("a")[0]), (encoder.eos_id, encoder.eos_id))
-    apart = Packing(1, None, policy.encoder_decoder, encoder.pad_id)
-    check_head(policy, collate([Item(None, (row,))], [0], apart))
+    prompts = [tuple(encoder.encode_prompt(text)[0]) for text in CHECKED]
+    response = (*prompts[-1][-2:], encoder.eos_id)[-max_response:]
+    apart = Packing(len(prompts), None, policy.encoder_decoder, encoder.pad_id)
+    items = [Item(None, (Row(ids, response),)) for ids in prompts]
+    check_policy(policy, collate(items, range(len(items)), apart), encoder.pad_id)
     enable_checkpointing(lm, train)
     return policy
 
@@ -76,5 +82,8 @@ def weight_type(train: TrainSettings) -> torch.dtype:
 def enable_checkpointing(model: Any, train: TrainSettings) -> None:
     """Recompute activations in backward if requested; under LoRA the inputs must carry gradients for it."""
     if train.gradient_checkpointing:
+        if not loading.hugging_face(model).supports_gradient_checkpointing:
+            problem = f"{type(loading.hugging_face(model)).__name__} has none, wanted false"
+            raise UserError(f"train.gradient_checkpointing: {problem}")
         loading.hugging_face(model).gradient_checkpointing_enable({"use_reentrant": False})
         loading.hugging_face(model).enable_input_require_grads()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import re
 from collections.abc import Iterator, Mapping
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -20,6 +22,7 @@ HEADS = ("score", "classifier", "classification_head")  # what architectures cal
 NO_LANGUAGE_MODEL = ("ForSequenceClassification", "ForTokenClassification", "ForMaskedLM", "ForQuestionAnswering")
 JSON_FILES = ("config.json", "adapter_config.json", "tokenizer_config.json", "tokenizer.json")
 NO_REWARD_MODEL = "wanted a reward model: train one with bash run.sh stage=reward"
+NO_KERNEL = re.compile("does not support (an attention|Flash Attention)")
 # what transformers, tokenizers and peft raise over files that are missing, cut short, or of another kind
 READ_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, EOFError)
 READ_ERRORS += (SafetensorError, pickle.UnpicklingError)
@@ -42,6 +45,9 @@ def _unreadable(path: str, what: str, error: Exception) -> str:
     if not place.exists() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
         return f"model.path: {path} does not exist, wanted a directory or a Hugging Face name"
     reason = " ".join(str(error).split()) or type(error).__name__
+    if NO_KERNEL.search(reason):
+        problem = f"{path} cannot be read with this one ({reason[:100]} ...)"
+        return f"model.attn_implementation: {problem}, wanted one that its architecture has: set it to eager"
     wanted = "a whole Hugging Face model: save it again, or name another"
     if isinstance(error, ImportError):
         wanted = "the package installed, or model.attn_implementation=sdpa where it is for attention"
@@ -139,15 +145,34 @@ def check_positions(config: PretrainedConfig, prompt: int, response: int, whole:
         )
 
 
-def verify(directory: Path, weights: dict[str, Tensor]) -> None:
-    """Reopen saved weights: none empty, shapes and number of elements as they were handed over."""
-    shapes = {tuple(weight.shape) for weight in weights.values()}
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise RuntimeError(f"{directory}: no weights were written")
-    for file in files:
+def verify(directory: Path, model: PreTrainedModel | PeftModel, weights: dict[str, Tensor]) -> None:
+    """Reopen saved weights: none empty, as many elements as were handed over, and of one name in one shape.
+
+    transformers may write what it holds as one tensor in pieces, such as the experts of a layer. Of adapters each must
+    have a shape that was handed over. Raises RuntimeError.
+    """
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    saved = saved_shapes(directory)
+    adapters = isinstance(model, PeftModel)
+    for name, shape in saved.items():
+        known = shape in shapes.values() if adapters else shape == shapes.get(name, shape)
+        if 0 in shape or not known:
+            raise RuntimeError(f"{directory}: {name} was saved with shape {shape}, which no weight of the model has")
+    if adapters:
+        return
+    unsaved = model._keys_to_ignore_on_save or ()  # places that are computed anew
+    kept = {weight.data_ptr(): weight.numel() for name, weight in weights.items() if name not in unsaved}  # tied: once
+    found, wanted = sum(map(math.prod, saved.values())), sum(kept.values())
+    if found != wanted:
+        raise RuntimeError(f"{directory}: {found:,} elements were saved of {wanted:,}")
+
+
+def saved_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors in a directory's safetensors. Raises RuntimeError where there is none."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in sorted(directory.glob("*.safetensors")):
         with safe_open(file, "pt") as saved:
-            for name in saved.keys():  # noqa: SIM118  (safe_open is no mapping)
-                shape = tuple(saved.get_slice(name).get_shape())
-                if 0 in shape or shape not in shapes:
-                    raise RuntimeError(f"{file}: {name} was saved with shape {shape}, which no weight of the model has")
+            shapes |= {name: tuple(saved.get_slice(name).get_shape()) for name in saved.keys()}  # noqa: SIM118
+    if not shapes:
+        raise RuntimeError(f"{directory}: no weights were written")
+    return shapes

@@ -276,6 +276,15 @@ def hugging_face(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+def body(lm: PreTrainedModel) -> nn.Module:
+    """What `lm` computes its last hidden states with. Raises UserError where that is no part of its own."""
+    if (base := lm.base_model) is not lm:
+        return base
+    if (part := dict(lm.named_children()).get("model")) is None:  # Llama 4 has one under another name than it says
+        raise UserError(f"model.path: {type(lm).__name__} has no body apart from its head: name another model")
+    return part
+
+
 def save(
     directory: Path,
     model: PreTrainedModel | PeftModel,
@@ -301,7 +310,7 @@ def save(
         _write_rest(part, hugging_face(model), tokenizer, ends)
         if then is not None:
             then(part)
-        checks.verify(part, written)
+        checks.verify(part, model, written)
 
 
 @contextmanager
@@ -353,7 +362,7 @@ def _write_base(
         plain.generation_config = lm.generation_config
     plain.save_pretrained(directory, state_dict=dict(below))
     _write_rest(directory, lm, tokenizer, ends)
-    checks.verify(directory, below)
+    checks.verify(directory, plain, below)
 
 
 def _write_rest(

@@ -15,7 +15,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from pipeline.algorithms import functional
 from pipeline.errors import UserError
 from pipeline.models import attention
-from pipeline.models.loading import hugging_face
+from pipeline.models.loading import body, hugging_face
 from pipeline.records import Batch
 
 CHUNK_ELEMENTS = 1 << 25  # logits alive at a time: 128 MB in float32
@@ -30,9 +30,14 @@ class LanguageHead(nn.Module):
         named = config.to_dict()
         self.output = lm.get_output_embeddings()
         self.bias = dict(lm.named_buffers()).get("final_logits_bias")  # BART and its kin
-        self.before = config.d_model**-0.5 if named.get("scale_decoder_outputs") else 1.0  # T5, tied
-        self.after = float(named.get("logit_scale") or 1.0) / float(named.get("logits_scaling") or 1.0)
-        self.cap = named.get("final_logit_softcapping")  # Gemma
+        tied = config.tie_word_embeddings if config.model_type == "umt5" else named.get("scale_decoder_outputs")
+        self.before = config.d_model**-0.5 if tied else 1.0  # T5
+        # MPT's logit_scale is in its configuration, and read nowhere
+        scale = None if config.model_type == "mpt" else named.get("logit_scale") or named.get("lm_head_multiplier")
+        base = named.get("dim_model_base")
+        divisor = config.hidden_size / base if base else named.get("logits_scaling")
+        self.after = float(scale or 1.0) / float(divisor or 1.0)  # Cohere, Falcon-H1; MiniCPM, Granite
+        self.cap = named.get("final_logit_softcapping") or named.get("logits_soft_cap")  # Gemma; RecurrentGemma
 
     def forward(self, hidden: Tensor) -> Tensor:
         logits = self.output(hidden * self.before if self.before != 1.0 else hidden)
@@ -58,7 +63,8 @@ class Policy(nn.Module):
         lm = hugging_face(model)
         self.encoder_decoder: bool = lm.config.is_encoder_decoder
         self.attends_apart = attention.attends_apart(lm)
-        self.start_id = lm.config.to_dict().get("decoder_start_token_id")
+        self.start_id = start_of_decoder(lm)
+        self.reads_padding = True  # whether prompts may be padded to generate from; the start check says
         self.vocab_size = lm.get_output_embeddings().weight.shape[0]
         self.chunks = max(1, math.ceil(max_tokens * self.vocab_size / CHUNK_ELEMENTS))
         object.__setattr__(self, "head", LanguageHead(lm))  # a view: its weights belong to the model alone
@@ -107,7 +113,7 @@ class Policy(nn.Module):
         if self.encoder_decoder:
             return lm.get_encoder()(input_ids=batch.input_ids, attention_mask=batch.input_mask.long()).last_hidden_state
         # padding is on the right, where causal attention never goes: no mask, so the fast kernels apply
-        return lm.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        return body(lm)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
 
     def response_states(self, batch: Batch) -> Tensor:
         """(B, T, H): the state from which the head predicts each response token."""
@@ -141,18 +147,18 @@ class Policy(nn.Module):
     def _in_one_row(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """As `both_states`, of a causal model that reads both responses in one row."""
         lm, given, lengths = hugging_face(self.model), batch.static, batch.prompt_lengths
-        width, length, prompts = given.ids.shape[1], batch.input_ids.shape[1], int(lengths.max())
-        assert prompts < length, (prompts, length)  # a response has a token, if only EOS: see attention.attend
-        if self.attends_apart:
-            sees = attention.static_sees(lengths, width, prompts)
-        else:
-            sees = attention.all_see(lengths, width, length)
-        hidden = lm.base_model(
-            input_ids=torch.cat([given.shown_ids, batch.input_ids], dim=1),
-            attention_mask=attention.additive(sees, lm.dtype),
-            position_ids=attention.places(lengths, given.mask, length),
-            use_cache=False,
-        ).last_hidden_state  # (B, S + L, H)
+        width, length = given.ids.shape[1], batch.input_ids.shape[1]
+        assert int(lengths.max()) < length, (
+            lengths,
+            length,
+        )  # a response has a token, if only EOS: see attention.attend
+        ids = torch.cat([given.shown_ids, batch.input_ids], dim=1)
+        places = attention.places(lengths, given.mask, length)
+        with attention.blind(lm, lengths, places, width, self.attends_apart):
+            # a mask of ones: without one, transformers takes a place that does not follow for another text's beginning
+            hidden = body(lm)(
+                input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=places, use_cache=False
+            ).last_hidden_state  # (B, S + L, H)
         static, rest = hidden.split([width, length], dim=1)
         after_prompt = before_each(rest, lengths, 1)
         return before_each(rest, lengths, batch.response_ids.shape[1]), torch.cat([after_prompt, static[:, :-1]], dim=1)
@@ -171,6 +177,16 @@ class Policy(nn.Module):
             )
             states.append(decoded.last_hidden_state)
         return states[0], states[1]
+
+
+def start_of_decoder(lm: PreTrainedModel) -> int | None:
+    """The token that a decoder reads first. Raises UserError where an encoder-decoder does not say."""
+    start = lm.config.to_dict().get("decoder_start_token_id")
+    if lm.config.is_encoder_decoder and start is None:
+        problem = "its config.json has no decoder_start_token_id, wanted the token that every response follows"
+        cure = "write it there (of mBART's kin: the id of the target language)"
+        raise UserError(f"model.path: {lm.name_or_path}: {problem}: {cure}")
+    return start
 
 
 def read_by_decoder(ids: Tensor, start_id: int) -> Tensor:
@@ -214,7 +230,7 @@ class RewardModel(nn.Module):
         model = hugging_face(self.model)
         heads = dict(model.named_children())
         if "score" in heads:
-            head, hidden = heads["score"], model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            head, hidden = heads["score"], body(model)(input_ids=ids, use_cache=False).last_hidden_state
         elif self.encoder_decoder:
             head, hidden = heads["classification_head"], self._decoder_states(ids, mask)
         else:  # encoders read their first token
@@ -229,32 +245,5 @@ class RewardModel(nn.Module):
         """
         model = hugging_face(self.model)
         shown = read_by_decoder(ids, model.config.decoder_start_token_id)
-        whole = model.base_model(input_ids=ids, attention_mask=mask.long(), decoder_input_ids=shown, use_cache=False)
+        whole = body(model)(input_ids=ids, attention_mask=mask.long(), decoder_input_ids=shown, use_cache=False)
         return whole.last_hidden_state
-
-
-@torch.no_grad()
-def check_head(policy: Policy, batch: Batch) -> None:
-    """Compare our path to the logits with the model's own on one short row.
-
-    Raises:
-        UserError: there is no number to compare.
-        RuntimeError: they differ, so the architecture does something to its logits that LanguageHead does not know.
-    """
-    lm = hugging_face(policy.model)
-    lm.eval()
-    if policy.encoder_decoder:
-        decoder_ids = read_by_decoder(batch.response_ids, policy.start_id)
-        logits = lm(input_ids=batch.input_ids, attention_mask=batch.input_mask.long(), decoder_input_ids=decoder_ids)
-        theirs = logits.logits[0]
-    else:
-        first = int(batch.prompt_lengths[0]) - 1
-        theirs = lm(input_ids=batch.input_ids, use_cache=False).logits[0, first : first + batch.response_ids.shape[1]]
-    # our own way to the logits must give what the model's own forward gives
-    expected = theirs.float().log_softmax(-1).gather(1, batch.response_ids[0][:, None])[:, 0]
-    difference = float((policy(batch)[0] - expected).abs().max())
-    if math.isnan(difference):
-        raise UserError("model.path: the model gives NaN on two words: its weights are damaged, wanted finite numbers")
-    if not difference <= (1e-3 if theirs.dtype == torch.float32 else 0.1):
-        problem = "changes its logits in a way that is not known here"
-        raise RuntimeError(f"model: {type(lm).__name__} {problem} (log-probabilities differ by {difference:.3g} nats)")

@@ -13,7 +13,7 @@ import torch
 from pipeline.algorithms import functional, supervised
 from pipeline.algorithms.functional import Drawn
 from pipeline.data import dataset
-from pipeline.data.batching import Packing, Windows, collate
+from pipeline.data.batching import Extent, Packing, Windows, collate
 from pipeline.data.masking import in_two_rows
 from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
@@ -137,12 +137,15 @@ LIKELIHOOD = Objective(
 
 @torch.no_grad()
 def check_shared(engine: Engine, items: Sequence[Item], packing: Packing, tolerance: float) -> None:
-    """Compare the first row's states, both responses read in one pass, with those of two passes.
+    """Compare states of the longest and the shortest row, both responses read in one pass, with those of two passes.
 
+    A window shows in the longest row alone; padding, beside it, in the shortest.
     Raises UserError where the model reads the rows otherwise when they share a prompt.
     """
     engine.train(False)
-    batch = collate(items, [0], packing)
+    cure = "name another model" if packing.apart else "set share_prompt=false"
+    order = sorted(range(len(items)), key=lambda i: Extent().with_item(items[i]).joined)
+    batch = collate(items, [*dict.fromkeys((order[-1], order[0]))], packing)
     together = engine(batch, output="heads")
     masks = (batch.response_mask, batch.static.mask)
     apart = [engine(one, output="heads") for one in read_apart(batch, packing)]
@@ -152,8 +155,7 @@ def check_shared(engine: Engine, items: Sequence[Item], packing: Packing, tolera
         if not gap <= tolerance:
             raise UserError(
                 f"share_prompt: the model reads the {name} beside another one otherwise than "
-                f"alone (its states differ by {gap:.2g} of their size, wanted at most {tolerance}): set "
-                "share_prompt=false, or choose attn_implementation=sdpa"
+                f"alone (its states differ by {gap:.2g} of their size, wanted at most {tolerance}): {cure}"
             )
 
 

@@ -7,9 +7,9 @@ and for the other engine, continuous.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from pipeline.models import mask_token
 from pipeline.models.checks import check_positions
 from pipeline.models.loading import end_ids, hugging_face
 from pipeline.models.policy import Policy
+from pipeline.models.start_check import nothing_inherited
 from pipeline.records import Completion, Example, Request, Response, SampleStats
 from pipeline.rollout import continuous
 from pipeline.trainer.engine import Engine
@@ -52,7 +53,8 @@ def respond(
     """
     ranks, size = engine.ranks, settings.batch_size
     order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))  # like lengths: little padding
-    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    batches = batches_of([len(requests[i].prompt_ids) for i in order], size, engine.module.reads_padding)
+    batches = [[order[place] for place in places] for places in batches]
     lm = hugging_face(engine.module.model)
     config = generation_config(settings, encoder, lm)
     config.suppress_tokens = mask_token.suppressed_ids(encoder.tokenizer, lm) or None  # before tokens are drawn
@@ -80,6 +82,15 @@ def respond(
     by_request = {i: rows for part in ranks.gather(mine) for i, rows in part.items()}
     stops = config.eos_token_id
     return [[_response(encoder, request, one, stops) for one in by_request[i]] for i, request in enumerate(requests)]
+
+
+def batches_of(lengths: Sequence[int], size: int, padded: bool) -> list[range]:
+    """Places of prompts of these ascending lengths that are generated from together; of one, if not `padded`."""
+    starts = [0]
+    for place, length in enumerate(lengths):
+        if place - starts[-1] == size or not (padded or length == lengths[starts[-1]]):
+            starts.append(place)
+    return [range(*both) for both in pairwise([*starts, len(lengths)])] if lengths else []
 
 
 def plain_sampling(settings: GenerationSettings) -> GenerationSettings:
@@ -171,16 +182,6 @@ def row_sampler(requests: Sequence[Request], settings: GenerationSettings, seed:
     if settings.top_p < 1.0:
         warpers.append(TopPLogitsWarper(settings.top_p))
     return RowSampler(uniforms, temperatures, warpers)
-
-
-@contextmanager
-def nothing_inherited(lm: PreTrainedModel) -> Iterator[None]:
-    """Keep generate() from filling what is not set with the checkpoint's own (forced tokens, banned n-grams ...)."""
-    own, lm.generation_config = lm.generation_config, GenerationConfig()
-    try:
-        yield
-    finally:
-        lm.generation_config = own
 
 
 def _decoded(

@@ -67,7 +67,7 @@ def build_policy(
     encoder = build.encoder_of(settings, start, texts, mask)
     say(start, encoder)
     longest = longest or settings.data.max_response_length
-    policy = build.policy_module(start, encoder, settings.train, longest, settings.seed, mask, frozen)
+    policy = build.policy_module(start, encoder, settings.train, longest, settings.seed, mask)
     packing = packing_of(settings.train, ranks.world, policy.encoder_decoder, encoder.pad_id)
     return Model(Engine(policy, ranks, settings.train, settings.optimizer), encoder, packing)
 

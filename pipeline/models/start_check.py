@@ -1,0 +1,158 @@
+"""A policy held against its model's own forward, before anything is learned from it.
+
+What is compared are log-probabilities of two short texts of different lengths: each read alone by the model itself,
+both in one padded batch by our way to the logits, and token after token by `generate`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+
+from pipeline.data.tokenization import pad
+from pipeline.errors import UserError
+from pipeline.models.loading import hugging_face
+from pipeline.models.policy import Policy, read_by_decoder
+from pipeline.records import Batch
+
+logger = logging.getLogger("tiffin")
+
+OTHER = "wanted a model that writes text from left to right: name another model"
+
+
+@torch.no_grad()
+def check_policy(policy: Policy, batch: Batch, pad_id: int) -> None:
+    """Check rows of different lengths; leaves in `policy.reads_padding` whether prompts may be padded to generate.
+
+    Raises UserError where a number is not what the model itself gives, or there is none.
+    """
+    lm = hugging_face(policy.model)
+    lm.eval()
+    check_config(lm)
+    with computing(lm):
+        rows = own_logps(policy, batch)
+        check_head(policy, batch, rows)
+        exact = lm.dtype == torch.float32
+        together = gaps(generated_logps(policy, batch, range(len(rows)), pad_id), rows)
+        policy.reads_padding = close(together, exact)
+        if not policy.reads_padding:
+            alone = [gaps(generated_logps(policy, batch, [i], pad_id), rows[i : i + 1])[0] for i in range(len(rows))]
+    if policy.reads_padding:
+        return
+    if not close(alone, exact):
+        problem = f"gives a token another probability after what is before it than in the whole text ({max(alone):.2g}"
+        raise UserError(f"model.path: {type(lm).__name__} {problem} nats), {OTHER}")
+    logger.info(f"{type(lm).__name__} takes padding for text: prompts of one length are generated from together")
+
+
+def check_config(lm: PreTrainedModel) -> None:
+    """Raises UserError where rows cannot be independent of each other. Turns off, and says so, a loss of the router.
+
+    Without that loss nobody reads the router's logits, for which some models cannot generate.
+    """
+    config = lm.config.get_text_config()
+    named = config.to_dict()
+    if (capacity := named.get("expert_capacity")) is not None:
+        problem = f"experts take {capacity} tokens at a time, so that what a text gets depends on how it is read"
+        raise UserError(f"model.path: the {type(lm).__name__}'s {problem}: name another model")
+    if named.get("output_router_logits"):
+        asked = f"output_router_logits, router_aux_loss_coef={named.get('router_aux_loss_coef')}"
+        logger.warning(
+            f"model: a loss of the router is asked for ({asked}): not added here, turned off in what is saved"
+        )
+        config.output_router_logits = False
+
+
+@contextmanager
+def computing(lm: PreTrainedModel) -> Iterator[None]:
+    """Raises UserError where `lm` does not compute from ids and a mask as language models do."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, ArithmeticError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"model.path: {type(lm).__name__} cannot be read as text ({reason}), {OTHER}") from None
+
+
+def own_logps(policy: Policy, batch: Batch) -> list[Tensor]:
+    """(T,) float32 each: the log-probabilities of a row's response tokens by the model's own forward on it alone."""
+    lm, found = hugging_face(policy.model), []
+    for ids, mask, start, response, there in zip(
+        batch.input_ids, batch.input_mask, batch.prompt_lengths, batch.response_ids, batch.response_mask, strict=True
+    ):
+        read, targets = ids[mask][None], response[there]
+        if policy.encoder_decoder:
+            decoder_ids = read_by_decoder(targets[None], policy.start_id)
+            logits = lm(input_ids=read, attention_mask=torch.ones_like(read), decoder_input_ids=decoder_ids).logits[0]
+        else:
+            logits = lm(input_ids=read, use_cache=False).logits[0, int(start) - 1 : -1]
+        found.append(logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0])
+    return found
+
+
+@torch.no_grad()
+def check_head(policy: Policy, batch: Batch, rows: Sequence[Tensor] | None = None) -> None:
+    """Compare our path to the logits with the model's own; `rows`: what `own_logps` gives, where that is known.
+
+    Raises UserError where they differ, so that the architecture does something that is not known here.
+    """
+    lm = hugging_face(policy.model)
+    expected = torch.cat(own_logps(policy, batch) if rows is None else list(rows))
+    difference = float((policy(batch)[batch.response_mask] - expected).abs().max())
+    if math.isnan(difference):
+        raise UserError("model.path: the model gives NaN on two words: its weights are damaged, wanted finite numbers")
+    if not difference <= (1e-3 if lm.dtype == torch.float32 else 0.1):
+        problem = f"in a way that is not known here (log-probabilities differ by {difference:.3g} nats), {OTHER}"
+        raise UserError(f"model.path: {type(lm).__name__} changes its logits, or reads a padded batch, {problem}")
+
+
+def gaps(generated: Tensor, rows: Sequence[Tensor]) -> list[float]:
+    """The median difference in each row: what rounding tips over, such as the choice of an expert, is a token's."""
+    return [float((ours[: len(row)] - row).abs().median()) for ours, row in zip(generated, rows, strict=True)]
+
+
+def close(differences: Sequence[float], exact: bool) -> bool:
+    """Whether these are rounding: in half precision a padded row's is larger."""
+    return all(one <= (1e-3 if exact else 0.3) for one in differences)
+
+
+def generated_logps(policy: Policy, batch: Batch, rows: Sequence[int], pad_id: int) -> Tensor:
+    """(B, T) float32: the log-probabilities of the response tokens of `rows` as `generate` sees them, one by one."""
+    lm, found = hugging_face(policy.model), []
+    ids = [batch.input_ids[i][: int(batch.prompt_lengths[i])].tolist() for i in rows]
+    prompts, mask = pad(ids, pad_id, side="right" if policy.encoder_decoder else "left")
+    targets = batch.response_ids[list(rows)]
+
+    def force(_: Tensor, scores: Tensor) -> Tensor:
+        token = targets[:, len(found), None]
+        found.append(scores.float().log_softmax(-1).gather(1, token)[:, 0])
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+
+    config = GenerationConfig(
+        max_new_tokens=targets.shape[1], do_sample=False, pad_token_id=pad_id, decoder_start_token_id=policy.start_id
+    )
+    with nothing_inherited(lm):
+        lm.generate(
+            input_ids=prompts,
+            attention_mask=mask.long(),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([force]),
+        )
+    return torch.stack(found, dim=1)
+
+
+@contextmanager
+def nothing_inherited(lm: PreTrainedModel) -> Iterator[None]:
+    """Keep generate() from filling what is not set with the checkpoint's own (forced tokens, banned n-grams ...)."""
+    own, lm.generation_config = lm.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        lm.generation_config = own
