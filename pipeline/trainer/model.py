@@ -15,7 +15,7 @@ from pipeline.data.masking import Masker
 from pipeline.data.tokenization import Encoder, coloured
 from pipeline.data.vocabulary import token_tables
 from pipeline.files import write_json
-from pipeline.models import build, loading
+from pipeline.models import build, loading, memory
 from pipeline.records import Example, Item, Row
 from pipeline.trainer.engine import Engine, Ranks
 
@@ -66,6 +66,8 @@ def build_policy(
     policy = build.policy_module(start, encoder, settings.train, longest, settings.seed, mask)
     packing = packing_of(settings.train, ranks.world, policy.encoder_decoder, encoder.pad_id)
     optimizer = None if frozen else settings.optimizer
+    if optimizer is not None:
+        memory.warn_where_short(policy.model, settings, ranks.world)
     return Model(Engine(policy, ranks, settings.train, optimizer), encoder, packing)
 
 
@@ -76,6 +78,7 @@ def build_reward_model(
     encoder = build.encoder_of(settings, start, texts)
     scorer = build.reward_module(start, encoder, settings.train, settings.seed)
     packing = packing_of(settings.train, ranks.world, scorer.encoder_decoder, encoder.pad_id, whole=True)
+    memory.warn_where_short(scorer.model, settings, ranks.world)
     return Model(Engine(scorer, ranks, settings.train, settings.optimizer), encoder, packing)
 
 
