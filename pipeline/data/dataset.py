@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -15,6 +16,9 @@ from pipeline.errors import UserError
 from pipeline.records import Example, Item, Row
 
 NUMBERS = ("reward", "margin", "chosen_reward", "rejected_reward", "correctness")
+CUTS_TOLD = 0.1  # the share of responses that may lose their end without a warning
+
+logger = logging.getLogger("tiffin")
 
 
 def splits(data: DataSettings, seed: int, names: Sequence[str] = ("train", "validation")) -> Iterator[list[Example]]:
@@ -138,6 +142,12 @@ def counts(items: Sequence[Item]) -> dict[str, int]:
         "cut_prompts": sum(row.cut_prompt for row in rows),
         "cut_responses": sum(row.cut_response for row in rows),
     }
+
+
+def warn_of_cuts(cut: int, total: int, limit: str, what: str) -> None:
+    """Say so where more than a tenth of `total` responses lose their end to `limit`, a setting with its value."""
+    if cut > CUTS_TOLD * total:
+        logger.warning(f"{limit} cuts {cut:,} of {total:,} responses {what}: raise it")
 
 
 def completion_rows(example: Example, encoder: Encoder) -> tuple[Row, ...]:

@@ -11,7 +11,7 @@ import logging
 from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.config.deepspeed import read_ds_config
-from pipeline.config.schema import PlanStage, RewardStage, Training
+from pipeline.config.schema import PlanStage, RewardStage, RlAdvantage, Training
 from pipeline.config.sections import ModelSettings, TrainSettings
 from pipeline.launch import machine
 
@@ -112,6 +112,8 @@ def estimate(settings: Training) -> str:
         cure = "none: more processes, LoRA, offload, gradient_checkpointing or a lower max_tokens"
         lines.append(f"fits in {available / GB:.1f} GB: {', '.join(fitting) or cure}")
     lines.append(str(Verdict(sum(parts[zero["stage"]]), available, owner)))
+    if isinstance(settings, RlAdvantage) and settings.value.targets == "policy":
+        lines.append(settings.value.spoken_cost(settings.value.max_prompts, settings.generation.max_new_tokens))
     lines.append("one model in memory: a reference is never kept beside the policy")
     return "\n".join(lines)
 

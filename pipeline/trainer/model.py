@@ -117,6 +117,9 @@ def encode(
             "{}: {rows:,} rows, {tokens:,} tokens ({response_tokens:,} of responses), {cut_prompts:,} prompts and "
             "{cut_responses:,} responses cut".format(split, **counts)
         )
+    limit = f"data.max_response_length={model.encoder.max_response_length}"
+    cut, total = counted["train"]["cut_responses"], counted["train"]["responses"]
+    dataset.warn_of_cuts(cut, total, limit, "to learn from, which then teach no end")
     logger.info("\n".join(coloured(model.encoder, row) for row in learned[0].rows))
     model.ranks.on_main(lambda: write_json(directory / "data.json", counted))
     return learned, tested
