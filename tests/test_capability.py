@@ -15,9 +15,9 @@ from tests import tiny
 
 
 def sampler(choices: int = 4, queue: tuple[float, ...] = (), **changes: Any) -> Sampler:
-    """That of algo=esrl with `changes`."""
+    """That of algo=esrl with `changes`, over the full range of entropies."""
     settings = tiny.settings("rl", "algo=esrl").sampler
-    checked = type(settings).model_validate({**settings.model_dump(), **changes})
+    checked = type(settings).model_validate({**settings.model_dump(), "entropy_range": "full", **changes})
     planner = Sampler(checked, choices, 100)
     planner.rewards.extend(queue)
     return planner
@@ -208,3 +208,15 @@ def test_t19_how_many_go(batch: int, wanted: int) -> None:
 
 def test_of_equal_scores_the_first_goes() -> None:
     assert capability.dropped([1.0, 2.0, 2.0, 2.0], 0.3) == {1, 2}
+
+
+def test_the_default_tells_the_prompts_of_a_trained_model_apart() -> None:
+    """Of 49,152 tokens ln V is 10.8, and a good model's entropies lie between 0.5 and 2."""
+    sizes = []
+    for given in ("full", tiny.settings("rl", "algo=esrl").sampler.entropy_range):
+        planner = sampler(choices=49_152, entropy_range=given)
+        for i in range(16):
+            planner.learn(str(i), record(entropy=0.5 + 0.1 * i))
+        sizes.append([planner.plan([str(i)])[0].k for i in range(16)])
+    assert sizes[0] == [2] * 5 + [3] * 11
+    assert sizes[1] == sorted(sizes[1]) and {*sizes[1]} == set(range(2, 9))

@@ -54,6 +54,9 @@ def test_learning_rates_by_hand() -> None:
 def test_learning_rates_at_the_edges() -> None:
     assert rates("linear", 4, 0.0) == [1.0, 0.75, 0.5, 0.25]
     assert rates("linear", 4, 1.0) == [0.25, 0.5, 0.75, 1.0]  # warm-up only
+    for kind in ("linear", "cosine", "constant"):
+        assert all(min(rates(kind, steps, ratio)) > 0 for steps in range(1, 12) for ratio in (0.0, 0.05, 0.5, 1.0))
+    assert rates("constant", 140, 0.05)[:8] == pytest.approx([n / 7 for n in range(1, 8)] + [1.0])
     assert rates("linear", 3, 0.01)[0] == 1.0  # one step of warm-up, rounded up, is at the full rate
     assert rates("cosine", 1, 0.0) == rates("cosine", 1, 0.5) == [1.0]
     assert all(rate > 0 for kind in ("linear", "cosine", "constant") for rate in rates(kind, 7, 0.3))  # no idle step

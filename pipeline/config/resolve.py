@@ -25,6 +25,7 @@ from pipeline.errors import UserError, did_you_mean
 CONTROL = ("stage", "recipe", "config", "dry_run")  # words that choose layers; not settings
 MODEL = ("model", "path")
 DRIVERS = ("compare",)  # stages that start others: settings of other stages are for those
+RATE, RATES = ("optimizer", "learning_rate"), {"full", "lora"}
 FREE = ("algorithm", "settings")  # its keys are those of the stage's or the algorithm's own YAML
 
 
@@ -63,7 +64,7 @@ def resolve(words: Iterable[str], defined: Definitions | None = None) -> Resolve
     layers = _layers(overrides, stage, defined)
     _refuse_unread(layers, stage, defined)
     _refuse_values_of_sections(layers.later, layers.record)
-    merged = merge([layers.shipped, *layers.later])
+    merged = _with_one_rate(merge([layers.shipped, *layers.later]))
     _check_free_keys(layers.shipped, merged)
     places = {path: leaf.place for path, leaf in merged.items()}
     settings = validated(layers.record, nested(merged), places)
@@ -212,6 +213,18 @@ def _refuse_values_of_sections(layers: Iterable[Layer], schema: type[BaseModel])
         if path in inside and leaf.value != {}:
             wanted = f"wanted a mapping of settings such as {inside[path]}"
             raise UserError(f"{leaf.place}: {'.'.join(path)}: {describe(leaf.value)}, {wanted}")
+
+
+def _with_one_rate(merged: Layer) -> Layer:
+    """`learning_rate: {full: 2e-5, lora: 2e-4}` as one number: that of what is trained, all weights or adapters."""
+    rates = {path[-1]: leaf for path, leaf in merged.items() if path[:-1] == RATE}
+    if not rates:
+        return merged
+    if set(rates) != RATES:
+        found = f"{'.'.join(RATE)}: with {', '.join(rates)}"
+        raise UserError(f"{next(iter(rates.values())).place}: {found}, wanted one number, or both of full and lora")
+    kind = "full" if merged[("model", "lora", "r")].value == 0 else "lora"
+    return {path: leaf for path, leaf in merged.items() if path[:-1] != RATE} | {RATE: rates[kind]}
 
 
 def _is_free(path: SettingPath) -> bool:

@@ -183,7 +183,7 @@ class ReportStage(Common):
 
 class PlanStage(Training):
     parameters: Positive | None
-    gpu_memory_gb: Positive
+    gpu_memory_gb: Positive | None
 
 
 class GpuSettings(Section):

@@ -238,6 +238,14 @@ class ValueSettings(Section):
     num_heads: Count
     dropout: Dropped
 
+    def spoken_cost(self, prompts: int, max_new_tokens: int) -> str:
+        """What is sampled from the policy before the first step, in words; `prompts` that there are."""
+        taken, each = min(prompts, self.max_prompts), self.samples_per_prompt
+        return (
+            f"values: {taken:,} prompts x {each} responses x at most {max_new_tokens} tokens = "
+            f"{taken * each * max_new_tokens:,} tokens to sample before the first step (value.targets=data: none)"
+        )
+
 
 class LaunchSettings(Section):
     processes: Count

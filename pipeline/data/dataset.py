@@ -25,6 +25,7 @@ KEYS = (
     lambda row: row.id,
 )
 NUMBERS = ("reward", "margin", "chosen_reward", "rejected_reward", "correctness")
+CUTS_TOLD = 0.1  # the share of responses that may lose their end without a warning
 
 
 def splits(
@@ -163,6 +164,12 @@ def counts(items: Sequence[Item]) -> dict[str, int]:
         "cut_prompts": sum(row.cut_prompt for row in rows),
         "cut_responses": sum(row.cut_response for row in rows),
     }
+
+
+def warn_of_cuts(cut: int, total: int, limit: str, what: str) -> None:
+    """Say so where more than a tenth of `total` responses lose their end to `limit`, a setting with its value."""
+    if cut > CUTS_TOLD * total:
+        logger.warning(f"{limit} cuts {cut:,} of {total:,} responses {what}: raise it")
 
 
 def completion_rows(example: Example, encoder: Encoder) -> tuple[Row, ...]:

@@ -28,11 +28,11 @@ from typing import Any
 
 from pipeline.config.sections import LaunchSettings
 from pipeline.errors import UserError
+from pipeline.launch.machine import has_gpu
 
 DISTRIBUTED = ("sft", "reward", "rl", "score", "generate", "evaluate")
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PORTS = range(20_000, 32_000)
-GPU_FILES = ("nvidia[0-9]*", "dxg", "kfd", "davinci*", "accel*")  # in /dev: CUDA, WSL, ROCm, Ascend, Gaudi
 
 
 def command(settings: LaunchSettings, stage: str, words: Sequence[str], environ: Mapping[str, str]) -> list[str]:
@@ -79,7 +79,7 @@ def environment(settings: LaunchSettings, stage: str, environ: Mapping[str, str]
     launcher = choose(settings, stage, environ)
     processes = 1 if launcher == "single" else settings.processes
     added = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // processes))}
-    if not any(next(Path("/dev").glob(pattern), None) for pattern in GPU_FILES):
+    if not has_gpu():
         added["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed warns that it found no GPU
     return {**added, **environ}
 

@@ -1,4 +1,4 @@
-"""What a training will need of each GPU, and how its batches divide, before anything is started.
+"""What a training will need of each process, how its batches divide, and whether the machine has it.
 
 Bytes per weight follow Rajbhandari et al. (2020, ZeRO): with half precision 2 for the weight, 2 for its gradient and 12
 for the optimizer (float32 master, two moments); with float32 4, 4 and 8. Stage 1 shares the optimizer between ranks,
@@ -7,13 +7,25 @@ stage 2 the gradients too, stage 3 the weights too. Activations and logits are e
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import logging
+from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.config.deepspeed import read_ds_config
-from pipeline.config.schema import PlanStage, Training
-from pipeline.config.sections import ModelSettings
+from pipeline.config.schema import PlanStage, RewardStage, RlAdvantage, Training
+from pipeline.config.sections import ModelSettings, TrainSettings
+from pipeline.launch import machine
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
 
 GB = 1e9
+PROGRAM = 0.5 * GB  # Python with torch, transformers and DeepSpeed; on a GPU its context
+# What autograd keeps of a layer for each number that the layer's matrices give out. Measured, in float32 and bfloat16:
+# OPT 1.5, GPT-NeoX 2.1, Llama, Mistral and Qwen2 2.2 and 2.4, Phi-3 2.4 and 2.7, Qwen3 2.5 and 2.9, GPT-2 3.2
+KEPT = 2.4
+
+logger = logging.getLogger("tiffin")
 
 
 class Shape(NamedTuple):
@@ -23,30 +35,55 @@ class Shape(NamedTuple):
     trained: float
     hidden_size: int
     layers: int
-    vocab_size: int
+    vocab_size: int  # 0 without an output matrix
+    outputs: float  # numbers that all matrices but the head give out for a token
 
 
 class Memory(NamedTuple):
-    """Bytes on one rank."""
+    """Bytes of one rank."""
 
     weights: float
     gradients: float
     optimizer: float
     activations: float
     logits: float
+    program: float
 
 
-def memory(shape: Shape, stage: int, world: int, half: bool, offload: bool, tokens: int, checkpointing: bool) -> Memory:
+class Verdict(NamedTuple):
+    """Bytes that one process needs, by estimate, and has."""
+
+    needed: float
+    available: float
+    owner: str
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.available
+
+    def __str__(self) -> str:
+        found = f"needs about {self.needed / GB:.1f} GB per process, {self.owner} {self.available / GB:.1f} GB for it"
+        cure = "lower train.max_tokens (or micro_batch_size), or set gradient_checkpointing=true, lora_r=16 or zero="
+        return found if self.fits else f"{found}: too little; {cure}"
+
+
+def memory(shape: Shape, train: TrainSettings, tokens: int, world: int, stage: int, offload: bool) -> Memory:
     """The estimate for `tokens` padded tokens per micro-batch on each of `world` ranks."""
+    from pipeline.models.policy import CHUNK_ELEMENTS
+
+    half = train.precision != "fp32"
     element = 2 if half else 4
-    logits = 3 * 4 * min(tokens * shape.vocab_size, 1 << 25)  # one slice of the head: logits, softmax, gradient
-    per_token = shape.hidden_size * element * (2 if checkpointing else 34)  # Korthikanti et al. (2022), flash attention
+    kept = KEPT * shape.outputs
+    if train.gradient_checkpointing:  # what every layer reads, and one layer as it is made again
+        kept = kept / shape.layers + shape.hidden_size * shape.layers
+    slice_of_head = 4 * 4 * min(tokens * shape.vocab_size, CHUNK_ELEMENTS)  # logits, log-probabilities, two gradients
     return Memory(
         weights=shape.parameters * element / (world if stage == 3 else 1),
         gradients=shape.trained * element / (world if stage >= 2 else 1),
         optimizer=0.0 if offload else shape.trained * (12 if half else 8) / (world if stage >= 1 else 1),
-        activations=float(tokens * shape.layers * per_token),
-        logits=float(logits),
+        activations=tokens * kept * element,
+        logits=float(slice_of_head + element * shape.vocab_size * shape.hidden_size),
+        program=PROGRAM,
     )
 
 
@@ -55,35 +92,59 @@ def estimate(settings: Training) -> str:
 
     Raises UserError where the model's configuration or the ZeRO file cannot be read.
     """
-    shape, train, world = shape_of(settings), settings.train, settings.launch.processes
+    shape, train, world = planned_shape(settings), settings.train, settings.launch.processes
     zero = read_ds_config(train.zero)["zero_optimization"]
-    longest = settings.data.max_prompt_length + settings.data.max_response_length
-    tokens = train.max_tokens or train.micro_batch_size * longest
-
-    def parts(stage: int, offload: bool) -> Memory:
-        half = train.precision != "fp32"
-        return memory(shape, stage, world, half, offload, tokens, train.gradient_checkpointing)
-
+    tokens = tokens_of(settings)
+    parts = {stage: memory(shape, train, tokens, world, stage, offload=False) for stage in range(4)}
+    parts[zero["stage"]] = memory(shape, train, tokens, world, zero["stage"], "offload_optimizer" in zero)
     lines = [
         f"model: {shape.parameters / 1e6:,.1f} M weights, {shape.trained / 1e6:,.1f} M trained, {train.precision}",
         f"batch: {train.batch_size} rows per step over {world} processes, {tokens:,} padded tokens per forward",
         f"{'GB per process':16}" + "".join(f"{title:>12}" for title in (*Memory._fields, "all")),
     ]
-    for stage in range(4):
-        chosen = stage == zero["stage"]
-        row = parts(stage, chosen and "offload_optimizer" in zero)
+    for stage, row in parts.items():
         numbers = "".join(f"{part / GB:12.2f}" for part in (*row, sum(row)))
-        lines.append(f"{f'ZeRO-{stage}':16}{numbers}" + (" <- train.zero" if chosen else ""))
+        lines.append(f"{f'ZeRO-{stage}':16}{numbers}" + (" <- train.zero" if stage == zero["stage"] else ""))
+    available, owner = available_to(settings)
     if isinstance(settings, PlanStage):
-        limit = 0.9 * settings.gpu_memory_gb * GB  # the rest is for what is not estimated
-        fitting = [f"ZeRO-{stage}" for stage in range(4) if sum(parts(stage, offload=False)) <= limit]
-        cure = "none: more processes, LoRA, offload or gradient_checkpointing"
-        lines.append(f"fits in {settings.gpu_memory_gb:g} GB: {', '.join(fitting) or cure}")
+        limit = 0.9 * available  # the rest is for what is not estimated
+        fitting = [f"ZeRO-{stage}" for stage, row in parts.items() if sum(row) <= limit]
+        cure = "none: more processes, LoRA, offload, gradient_checkpointing or a lower max_tokens"
+        lines.append(f"fits in {available / GB:.1f} GB: {', '.join(fitting) or cure}")
+    lines.append(str(Verdict(sum(parts[zero["stage"]]), available, owner)))
+    if isinstance(settings, RlAdvantage) and settings.value.targets == "policy":
+        lines.append(settings.value.spoken_cost(settings.value.max_prompts, settings.generation.max_new_tokens))
     lines.append("one model in memory: a reference is never kept beside the policy")
     return "\n".join(lines)
 
 
-def shape_of(settings: Training) -> Shape:
+def warn_where_short(model: nn.Module, settings: Training, world: int) -> None:
+    """Say so where the estimate for a model that was read is more than there is."""
+    zero = read_ds_config(settings.train.zero)["zero_optimization"]
+    shape, offload = shape_of(model, settings), "offload_optimizer" in zero
+    needed = sum(memory(shape, settings.train, tokens_of(settings), world, zero["stage"], offload))
+    if not (verdict := Verdict(needed, *available_to(settings))).fits:
+        logger.warning(f"memory: {verdict}")
+
+
+def tokens_of(settings: Training) -> int:
+    """The most padded tokens of one forward on one rank."""
+    longest = settings.data.max_prompt_length + settings.data.max_response_length
+    return settings.train.max_tokens or settings.train.micro_batch_size * longest
+
+
+def available_to(settings: Training) -> tuple[float, str]:
+    """Bytes that each process has on this machine or, where `gpu_memory_gb` says so, on another; and whose they are."""
+    import torch
+
+    if isinstance(settings, PlanStage) and settings.gpu_memory_gb is not None:
+        return settings.gpu_memory_gb * GB, "a GPU has"
+    if torch.cuda.is_available():
+        return float(torch.cuda.get_device_properties(0).total_memory), "this machine's GPU has"
+    return machine.ram() / settings.launch.processes, "this machine has"
+
+
+def planned_shape(settings: Training) -> Shape:
     """The model's size from its configuration, built without memory."""
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -95,16 +156,54 @@ def shape_of(settings: Training) -> Shape:
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     # weights without memory: only their shapes count
     with torch.device("meta"):
-        model = auto.from_config(config)
-    parameters = float(sum(p.numel() for p in model.parameters()))
+        model = auto.from_config(config, trust_remote_code=settings.model.trust_remote_code)
+    shape = shape_of(with_lora(model, settings.model.lora, "CAUSAL_LM"), settings)
     if isinstance(settings, PlanStage) and settings.parameters is not None:
-        parameters = settings.parameters
-    trained = parameters
-    if settings.model.lora.r:
-        lora = with_lora(model, settings.model.lora, "CAUSAL_LM")
-        trained = float(sum(p.numel() for p in lora.parameters() if p.requires_grad))
-    known = config.get_text_config()
-    return Shape(parameters, trained, known.hidden_size, known.num_hidden_layers, known.vocab_size)
+        trained = shape.trained if settings.model.lora.r else settings.parameters
+        shape = shape._replace(parameters=settings.parameters, trained=trained)
+    return shape._replace(vocab_size=0) if isinstance(settings, RewardStage) else shape
+
+
+def shape_of(model: nn.Module, settings: Training) -> Shape:
+    """The size of a model, with LoRA or without, as it is or on the meta device."""
+    from pipeline.models.loading import hugging_face
+
+    lm = hugging_face(model)
+    known, head = lm.config.get_text_config(), lm.get_output_embeddings()
+    sizes = [(_size(parameter), parameter.requires_grad) for parameter in model.parameters()]
+    return Shape(
+        parameters=float(sum(size for size, _ in sizes)),
+        trained=float(sum(size for size, trained in sizes if trained)),
+        hidden_size=known.hidden_size,
+        layers=known.num_hidden_layers,
+        vocab_size=0 if head is None else known.vocab_size,
+        outputs=outputs_of(lm, head, settings.data.max_prompt_length, settings.data.max_response_length),
+    )
+
+
+def outputs_of(lm: PreTrainedModel, head: nn.Module | None, prompt: int, response: int) -> float:
+    """Numbers that the model's matrices but the head give out for a token; an encoder's of prompt tokens only."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    total = 0.0
+    experts = lm.config.get_text_config().to_dict().get("num_experts_per_tok") or 1  # that read a token
+    encoder = set(lm.get_encoder().modules()) if lm.config.is_encoder_decoder else set()
+    for name, module in lm.named_modules():
+        if module is head or "lora_" in name:  # adapters give small numbers, or some that are only added
+            continue
+        width = module.out_features if isinstance(module, nn.Linear) else 0
+        width = module.nf if isinstance(module, Conv1D) else width
+        if not width:  # many matrices in one: (experts, out, in)
+            width = sum(experts * one.shape[1] for one in module.parameters(recurse=False) if one.dim() == 3)
+        share = (prompt if module in encoder else response) / (prompt + response) if encoder else 1.0
+        total += width * share
+    return total
+
+
+def _size(parameter: nn.Parameter) -> int:
+    """Its elements, also where ZeRO-3 has shared them out."""
+    return parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel()
 
 
 class UntrainedTokenizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from pipeline.rewards.rewards import Rewards
 from pipeline.rollout.generate import generate
 from pipeline.trainer.engine import Engine
 from pipeline.trainer.model import Model
+
+logger = logging.getLogger("tiffin")
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,11 @@ def value_targets(model: Model, rl: RlStage, data: ValueData) -> Targets:
         generation = rl.generation.model_copy(
             update={"do_sample": True, "num_beams": 1, "num_return_sequences": settings.samples_per_prompt}
         )
+        logger.info(settings.spoken_cost(len(prompts), generation.max_new_tokens))
         answers = generate(model.engine, model.encoder, prompts, generation, rl.seed)
+        limit = f"generation.max_new_tokens={generation.max_new_tokens}"
+        cut = sum(not answer.finished for answer in answers)
+        dataset.warn_of_cuts(cut, len(answers), limit, "sampled for V, which are judged without their end")
         totals = scoring.score_responses(model.ranks, data.rewards, answers).total
         n = settings.samples_per_prompt
         expected = [statistics.fmean(totals[i * n : (i + 1) * n]) for i in range(len(prompts))]

@@ -18,7 +18,7 @@ from pipeline.data.masking import Masker
 from pipeline.data.tokenization import Encoder, coloured
 from pipeline.data.vocabulary import token_tables
 from pipeline.files import write_json
-from pipeline.models import build, loading, mask_token
+from pipeline.models import build, loading, mask_token, memory
 from pipeline.models.trained_input import save_input
 from pipeline.records import Example, Item, Row
 from pipeline.trainer.engine import Engine, Ranks
@@ -69,6 +69,7 @@ def build_policy(
     longest = longest or settings.data.max_response_length
     policy = build.policy_module(start, encoder, settings.train, longest, settings.seed, mask)
     packing = packing_of(settings.train, ranks.world, policy.encoder_decoder, encoder.pad_id)
+    memory.warn_where_short(policy.model, settings, ranks.world)
     return Model(Engine(policy, ranks, settings.train, settings.optimizer), encoder, packing)
 
 
@@ -86,6 +87,7 @@ def build_reward_model(
     say(start, encoder)
     scorer = build.reward_module(start, encoder, settings.train, settings.seed)
     packing = packing_of(settings.train, ranks.world, scorer.encoder_decoder, encoder.pad_id, whole=True)
+    memory.warn_where_short(scorer.model, settings, ranks.world)
     return Model(Engine(scorer, ranks, settings.train, settings.optimizer), encoder, packing)
 
 
@@ -141,6 +143,9 @@ def encode(
             "{}: {rows:,} rows, {tokens:,} tokens ({response_tokens:,} of responses), {cut_prompts:,} prompts and "
             "{cut_responses:,} responses cut".format(split, **counts)
         )
+    limit = f"data.max_response_length={model.encoder.max_response_length}"
+    cut, total = counted["train"]["cut_responses"], counted["train"]["responses"]
+    dataset.warn_of_cuts(cut, total, limit, "to learn from, which then teach no end")
     logger.info("\n".join(coloured(model.encoder, row) for row in learned[0].rows))
     model.ranks.on_main(lambda: write_json(directory / "data.json", counted))
     return learned, tested

@@ -23,8 +23,11 @@ def epochs(rows: int, batch_size: int, seed: int) -> Draw:
 
 
 def learning_rate(step: int, max_steps: int, settings: OptimizerSettings) -> float:
-    """The rate of `step`, counted from 0: linear warm-up, then constant, or linear or cosine down to 0."""
-    warmup = math.ceil(max_steps * settings.warmup_ratio)
+    """The rate of `step`, counted from 0: linear warm-up, then constant, or linear or cosine down to 0.
+
+    No step has the rate 0, for it would teach nothing: of n steps of warm-up the first has 1/n of the rate.
+    """
+    warmup = math.ceil(round(max_steps * settings.warmup_ratio, 9))  # 140 x 0.05 is 7, not 7.000000000000001
     if step < warmup:
         return settings.learning_rate * (step + 1) / warmup
     progress = (step - warmup) / max(1, max_steps - warmup)

@@ -1,0 +1,134 @@
+"""The memory estimate against what autograd really keeps, and what this machine has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
+
+from pipeline.data.batching import Packing, collate
+from pipeline.launch import machine
+from pipeline.models import build, memory
+from pipeline.models.lora import with_lora
+from pipeline.models.policy import Policy
+from pipeline.records import Example, Item
+from tests import tiny
+
+
+def training(**train: Any) -> Any:
+    """Settings whose rows are three quarters prompt, as those of `kept_bytes`."""
+    settings = tiny.settings("sft", "max_prompt_length=48", "max_response_length=16")
+    return settings.model_copy(update={"train": tiny.train_settings(**train)})
+
+
+def kept_bytes(model: PreTrainedModel | PeftModel) -> int:
+    """What a forward over 4 rows of 48 + 16 tokens keeps for backward, weights not counted, logits not made."""
+    policy, kept = Policy(model.train(), 64), {}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in policy.parameters()}
+    rows = [Item(Example(str(i), ""), (tiny.row([5] * 48, [6] * 16),)) for i in range(4)]
+    batch = collate(rows, range(4), Packing(4, None, policy.encoder_decoder, tiny.PAD_ID))
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, or another could be given its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        policy(batch, output="heads")
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("shape", tiny.SHAPES)
+def test_activations_are_what_autograd_keeps(shape: str) -> None:
+    """Within the spread of architectures, whether all is kept or, but for one of four layers, made again."""
+    layers = {
+        "llama": {"num_hidden_layers": 4},
+        "gpt2": {"n_layer": 4},
+        "t5": {"num_layers": 4, "num_decoder_layers": 4},
+    }
+    layers["bart"] = {"encoder_layers": 4, "decoder_layers": 4}
+    model = tiny.language_model(shape, **layers[shape])
+    whole = kept_bytes(model)
+    settings = {again: training(gradient_checkpointing=again) for again in (False, True)}
+    build.enable_checkpointing(model, settings[True].train)
+    kept = {False: whole, True: kept_bytes(model) + whole / 4}
+    for again, found in settings.items():
+        size = memory.shape_of(model, found)
+        estimated = memory.memory(size, found.train, 4 * 64, 1, 0, offload=False).activations
+        assert 0.7 < estimated / kept[again] < 1.4, (again, estimated, kept[again])
+
+
+def test_adapters_keep_no_more_but_train_less() -> None:
+    """r = 4 on q, k, v, o (32 x 32) and gate, up, down (32 x 64) of 2 layers: 2 (4 x 4 x 64 + 3 x 4 x 96) = 4,352."""
+    settings = training()
+    lora = settings.model.lora.model_copy(update={"r": 4})
+    plain = memory.shape_of(tiny.language_model("llama"), settings)
+    adapted = memory.shape_of(with_lora(tiny.language_model("llama"), lora, "CAUSAL_LM"), settings)
+    assert adapted.outputs == plain.outputs == 2 * (4 * 32 + 2 * 64 + 32)
+    assert (adapted.trained, adapted.parameters) == (4352, plain.parameters + 4352)
+
+
+def test_experts_count_where_a_token_is_read() -> None:
+    """2 of 4 experts of gate and up (2 x 48 out) and down (32 out), beside q, o (32 each), k, v (16 each), a router."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = MixtralConfig(vocab_size=99, num_hidden_layers=1, num_local_experts=4, num_experts_per_tok=2, **sizes)
+    with torch.device("meta"):
+        model = MixtralForCausalLM(config)
+    router = 4  # counted like an expert's matrix or not: small beside them
+    found = memory.shape_of(model, training()).outputs
+    assert found - (2 * 32 + 2 * 16 + 2 * (96 + 32)) in (0, router)
+
+
+def test_the_plan_compares_with_what_there_is(capfd: pytest.CaptureFixture) -> None:
+    words = ["model.scratch.hidden_size=96", "model.scratch.vocab_size=1000", "max_tokens=1024"]
+    gpu, here = (memory.estimate(tiny.settings("plan", *words, *more)) for more in (["gpu_memory_gb=0.5"], []))
+    assert "fits in 0.5 GB: none" in gpu and "a GPU has 0.5 GB for it: too little; lower train.max_tokens" in gpu
+    assert f"this machine has {machine.ram() / 1e9:.1f} GB for it" in here and "too little" not in here
+    two = memory.estimate(tiny.settings("plan", *words, "gpus=2"))
+    assert f"has {machine.ram() / 2e9:.1f} GB for it" in two
+    # a training says it before its first step, and only where it matters
+    memory.warn_where_short(tiny.language_model("llama"), training(), 1)
+    assert not capfd.readouterr().err
+    memory.warn_where_short(tiny.language_model("llama"), training(max_tokens=10**9), 1)
+    said = capfd.readouterr().err
+    assert said.startswith("tiffin: memory: needs about ") and said.count("\n") == 1 and "too little" in said
+
+
+def system(folder: Path, **files: str) -> Path:
+    """A machine's files; a name's double underscores are its folders."""
+    for name, text in {"proc__meminfo": "MemTotal:       1000 kB\nMemFree: 10 kB\n", **files}.items():
+        path = folder / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+def test_ram_is_what_the_control_groups_allow(tmp_path: Path) -> None:
+    assert machine.ram(system(tmp_path / "none")) == 1_024_000
+    group = system(tmp_path / "two", proc__self__cgroup="0::/job/step\n")
+    inner, outer = group / "sys/fs/cgroup/job/step/memory.max", group / "sys/fs/cgroup/job/memory.max"
+    inner.parent.mkdir(parents=True)
+    inner.write_text("max\n")
+    outer.write_text("5000\n")
+    assert machine.ram(group) == 5000  # of the group around it
+    outer.write_text("max\n")
+    assert machine.ram(group) == 1_024_000
+    first = system(tmp_path / "one", proc__self__cgroup="3:cpu:/x\n2:blkio,memory:/box\n1:name=systemd:/\n")
+    limit = first / "sys/fs/cgroup/memory/box/memory.limit_in_bytes"
+    limit.parent.mkdir(parents=True)
+    limit.write_text("7000\n")
+    assert machine.ram(first) == 7000
+
+
+def test_bf16_is_what_the_processor_says(tmp_path: Path) -> None:
+    answers = []
+    for place, line in enumerate(
+        ("flags\t\t: fpu avx2", "flags : avx2 avx512_bf16", "Features\t: fp bf16", "cpu : POWER9")
+    ):
+        answers.append(machine.computes_bf16(system(tmp_path / str(place), proc__cpuinfo=f"processor : 0\n{line}\n")))
+    assert answers == [False, True, True, None]
