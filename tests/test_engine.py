@@ -21,7 +21,7 @@ from pipeline.errors import UserError
 from pipeline.models import loading
 from pipeline.models.loading import hugging_face
 from pipeline.models.policy import Policy
-from pipeline.rollout.generate import _until_eos
+from pipeline.rollout.generate import _until_end
 from pipeline.trainer import engine
 from tests import tiny, two_ranks
 
@@ -344,7 +344,7 @@ def test_what_two_ranks_say_is_what_the_saved_weights_say(seen: dict, zero: str)
     for place, example in enumerate(two_ranks.PROMPTS):
         prompt = torch.tensor([tiny.encoder().encode_prompt(example.prompt)[0]])
         out = module.model.generate(prompt, max_new_tokens=6, do_sample=False, attention_mask=torch.ones_like(prompt))
-        ids = _until_eos(out[0, prompt.shape[1] :].tolist(), tiny.EOS_ID)
+        ids = _until_end(out[0, prompt.shape[1] :].tolist(), [tiny.EOS_ID])
         assert seen[zero]["greedy"][place] == tuple(ids)
     assert seen[zero]["sampled"] == two_ranks.speak(speaker, do_sample=True)  # whatever the number of ranks
 

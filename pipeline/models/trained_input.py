@@ -20,7 +20,7 @@ from pipeline.data.tokenization import Encoder, resolved
 from pipeline.errors import UserError
 from pipeline.launch import run_dir
 from pipeline.models.checks import read_object
-from pipeline.models.lora import adapter_of, under
+from pipeline.models.lora import layers_of
 
 logger = logging.getLogger("tiffin")
 
@@ -52,12 +52,16 @@ def saved_input(model: ModelSettings) -> TrainedInput | None:
     """
     if model.path is None:
         return None
-    file = Path(model.path) / INPUT_FILE
-    if not file.is_file():
-        if (Path(model.path) / FORMER_FILE).is_file():
-            raise UserError(f"{model.path}: has {FORMER_FILE}, wanted {INPUT_FILE} in its place: train it again")
-        adapter = adapter_of(model)
-        return None if adapter is None else saved_input(under(model, adapter))
+    layers, below = layers_of(model)
+    for directory in (*(Path(path) for path, _ in reversed(layers)), Path(below.path)):
+        if (directory / INPUT_FILE).is_file():
+            return _read(directory / INPUT_FILE)
+        if (directory / FORMER_FILE).is_file():
+            raise UserError(f"{directory}: has {FORMER_FILE}, wanted {INPUT_FILE} in its place: train it again")
+    return None
+
+
+def _read(file: Path) -> TrainedInput:
     try:
         return TrainedInput(**read_object(file))
     except ValidationError as error:
