@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.reward_spec import labelled
 from pipeline.config.schema import EvaluateStage
@@ -20,8 +25,10 @@ from pipeline.rewards.rewards import Rewards
 from pipeline.rollout.generate import generate, plain_sampling
 from pipeline.trainer import engine, evaluation
 from pipeline.trainer.engine import Ranks
-from pipeline.trainer.model import build_inference, spoken_packing
+from pipeline.trainer.model import Model, build_inference, spoken_packing
 from stages import inputs
+
+logger = logging.getLogger("tiffin")
 
 SHOWN = {
     "reward/mean": "reward",
@@ -61,7 +68,7 @@ def judged(
     The first policy, the reference, is opened last, so that one model is in memory at a time.
     """
     names = list(models)
-    sampled: dict[str, tuple[list[Response], list]] = {}
+    sampled: dict[str, tuple[list[Response], list, PreTrainedTokenizerBase]] = {}
     results: dict[str, dict[str, float]] = {}
     samples: dict[str, list[dict]] = {}
     # the first policy comes last: by then it can say how likely it finds the others' responses
@@ -71,19 +78,42 @@ def judged(
         free = plain_sampling(settings.generation)
         same = free == settings.generation
         drawn = answers if same else generate(policy.engine, policy.encoder, prompts, free, settings.seed)
-        packing = spoken_packing(policy)
-        sampled[name] = drawn, evaluation.response_logps(policy.engine, drawn, packing)
+        logps = evaluation.response_logps(policy.engine, drawn, spoken_packing(policy))
+        sampled[name] = drawn, logps, policy.encoder.tokenizer
         scores = scoring.score_responses(ranks, rewards, answers)
         results[name] = evaluation.reward_statistics(scores, [answer.text for answer in answers])
         results[name] |= evaluation.completion_statistics(answers)
         samples[name] = evaluation.sample_rows(answers, scores, settings.num_samples, policy=name)
         if name == names[0]:
-            for other, (responses, logps) in sampled.items():
-                under = evaluation.response_logps(policy.engine, responses, packing)
-                results[other] |= evaluation.sampled_kl(logps, under)
+            for other, theirs in sampled.items():
+                results[other] |= distance(policy, name, other, *theirs)
         del policy
         gc.collect()
     return {name: results[name] for name in names}, [row for name in names for row in samples[name]]
+
+
+def distance(
+    reference: Model,
+    name: str,
+    other: str,
+    responses: Sequence[Response],
+    logps: Sequence[Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, float]:
+    """The KL of policy `other`, which gave `responses`, from the reference called `name`.
+
+    Each reads a prompt as its own template writes it. Nothing where their tokens differ: the ids of one are other texts
+    to the other, and its likelihood of the same texts would be that of other events. Both are said.
+    """
+    if not evaluation.same_tokens(tokenizer, reference.encoder.tokenizer, responses):
+        logger.warning(f"policy {other}: its tokens are not those of {name}, so there is no KL between the two")
+        return {}
+    asked = [replace(r, prompt_ids=reference.encoder.encode_prompt(r.example.prompt)[0]) for r in responses]
+    if any(ours.prompt_ids != theirs.prompt_ids for ours, theirs in zip(asked, responses, strict=True)):
+        logger.info(
+            f"policy {other}: its prompts are written otherwise than those of {name}: KL of each as it reads them"
+        )
+    return evaluation.sampled_kl(logps, evaluation.response_logps(reference.engine, asked, spoken_packing(reference)))
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
@@ -95,7 +125,8 @@ def table(results: dict[str, dict[str, float]]) -> str:
     width = max(len(title) for title in columns.values()) + 2
     lines = ["".join([f"{'policy':10}", *(f"{title:>{width}}" for title in columns.values())])]
     for policy, values in results.items():
-        lines.append("".join([f"{policy:10}", *(f"{values[name]:>{width}.4f}" for name in columns)]))
+        cells = (f"{values[name]:>{width}.4f}" if name in values else f"{'-':>{width}}" for name in columns)
+        lines.append("".join([f"{policy:10}", *cells]))
     return "\n".join(lines)
 
 

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from pipeline.algorithms import supervised
 from pipeline.data.batching import Packing
+from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
+from pipeline.models import scratch
 from pipeline.models.policy import Policy
 from pipeline.records import Example, Message, Response, Scores
 from pipeline.rewards import scoring
 from pipeline.rewards.rewards import Rewards, WeightedReward
 from pipeline.trainer import evaluation
+from pipeline.trainer.model import Model
 from pipeline.trainer.objective import Objective
+from stages.evaluate import distance, table
 from tests import tiny
 
 
@@ -207,3 +213,53 @@ def test_log_ratios_are_sums_over_responses() -> None:
     sure = [replace(item, ref_logp=(torch.zeros(len(item.rows[0].response_ids)),)) for item in items]
     own = [float(row.sum()) for row in evaluation.response_logps(trained, responses_of(items), packing)]
     assert sorted(evaluation.log_ratios(trained, sure, packing).tolist()) == pytest.approx(sorted(own), rel=1e-5)
+
+
+def policy(prompt: str = "{prompt}", tokens: PreTrainedTokenizerBase | None = None) -> Model:
+    encoder = Encoder(tokens or tiny.tokenizer(), tiny.PLAIN.model_copy(update={"prompt": prompt}), 64, 64)
+    return Model(tiny.trainer(Policy(tiny.language_model("llama"), 64)), encoder, Packing(1, None, False, tiny.PAD_ID))
+
+
+def sampled(of: Model) -> tuple[list[Response], list[torch.Tensor], PreTrainedTokenizerBase]:
+    """Two responses of tokens that all vocabularies share, and their log-probabilities."""
+    prompt = of.encoder.encode_prompt("the cat")[0]
+    drawn = [Response(Example(str(ids), "the cat"), "", "", prompt, ids, True) for ids in ((5, 7, 2), (9, 2))]
+    return drawn, evaluation.response_logps(of.engine, drawn, of.packing), of.encoder.tokenizer
+
+
+def with_more_tokens() -> PreTrainedTokenizerBase:
+    """The tokenizer with one token more."""
+    tokens = copy.deepcopy(tiny.tokenizer())
+    tokens.add_tokens(["[MASK]"])
+    return tokens
+
+
+def test_a_policy_with_one_more_token_is_as_far_as_without(caplog) -> None:
+    """Equal weights that read equal prompts are at distance 0."""
+    found = distance(policy(), "a", "b", *sampled(policy(tokens=with_more_tokens())))
+    assert found["objective/kl"] == pytest.approx(0.0, abs=1e-6) and not caplog.text
+
+
+def test_there_is_no_kl_between_other_tokens(caplog) -> None:
+    other = scratch.train_tokenizer(["quite another text with words of its own"] * 4, tiny.V)
+    assert distance(policy(), "a", "b", *sampled(policy(tokens=other))) == {}
+    assert caplog.messages == ["policy b: its tokens are not those of a, so there is no KL between the two"]
+    # a token that only one of the two has was drawn
+    drawn, logps, tokens = sampled(policy(tokens=with_more_tokens()))
+    drawn[1] = replace(drawn[1], response_ids=(tokens.convert_tokens_to_ids("[MASK]"), 2))
+    assert distance(policy(), "a", "b", drawn, logps, tokens) == {}
+
+
+def test_each_policy_reads_prompts_as_its_template_writes_them(caplog) -> None:
+    caplog.set_level("INFO")
+    one, other = policy(), policy("a dog: {prompt}")
+    own, as_read = (evaluation.response_logps(p.engine, sampled(p)[0], p.packing) for p in (other, one))
+    assert any(float((a - b).abs().max()) > 0.01 for a, b in zip(own, as_read, strict=True))  # the prompt counts
+    assert distance(one, "a", "b", *sampled(other)) == pytest.approx(evaluation.sampled_kl(own, as_read))
+    assert "policy b: its prompts are written otherwise than those of a" in caplog.text
+
+
+def test_the_table_has_a_dash_where_there_is_no_kl() -> None:
+    known = {"reward/mean": 1.0, "completions/mean_length": 2.0, "completions/distinct_2": 0.5}
+    lines = table({"a": {**known, "objective/kl": 0.0}, "b": known}).splitlines()
+    assert [line.split()[-1] for line in lines] == ["KL", "0.0000", "-"]

@@ -140,11 +140,11 @@ def rl_rows(n: int = 20) -> list[dict]:
 
 def test_curves_of_rl():
     rows = [{"step": 0, "value/r2": 0.13, "advantage/kept_fraction": 0.5}, *rl_rows()]
-    found = of_stage("rl", series_of(rows), {"model_step": 8, "steps": 20}, {"non_finite": 2})
+    found = of_stage("rl", series_of(rows), {"model_step": 20, "steps": 20}, {"non_finite": 2})
     values = {quantity: reading.value for quantity, reading in found.items()}
     # spike: the first tenth of 20 points (90) is warm-up; 12 / 2 = 6. non-finite: 2 of 20 steps.
     # length: from 10 to 40. clip: 0.25 + 0.5.
-    expected = {"non_finite": 0.1, "grad_spike": 6.0, "best_step": 8, "length": 4.0, "kept": 0.5, "value_r2": 0.13}
+    expected = {"non_finite": 0.1, "grad_spike": 6.0, "length": 4.0, "kept": 0.5, "value_r2": 0.13}
     assert values == pytest.approx({**expected, "clip": 0.75, "ess": 0.5})
     assert found["clip"].text == "75% (25% at the lower bound, 50% at the upper bound)"
     assert judge("value_r2", found["value_r2"]).words.startswith("the head knows little more than the mean")
@@ -166,7 +166,7 @@ def test_curves_of_hidden_tokens():
     values = {quantity: reading.value for quantity, reading in found.items()}
     # two errors of 0.03 give 0.0424 for a difference: -0.15 / 0.0424 = -3.54; at the start 3.5 - 2.0
     shares = {"mask_rate": 0.6, "nothing_hidden": 0.2, "equal_rewards": 0.75, "different_texts": 0.125}
-    assert values == pytest.approx({**shares, "masked_start": 1.5, "carried_over": -3.5355}, rel=1e-4)
+    assert values == pytest.approx({**shares, "masked_start": 1.5, "carried_over": -3.5355, "best_step": 0}, rel=1e-4)
     assert found["carried_over"].text == "greedy compositions 0.100 to 0.500, decoded responses 0.400 to 0.250"
     assert found["masked_start"].text == "2.00 on whole inputs, 3.50 on masked ones"
     assert of_stage("sft", series_of(masked_rows(0.4, 0.4)), {}, {})["masked_end"].value == pytest.approx(0.5)
@@ -219,6 +219,7 @@ def test_curves_of_a_reward_model():
     values = {quantity: reading.value for quantity, reading in found.items()}
     # sqrt(0.6 * 0.4 / 96) = 0.05, so the lead of 0.1 is two errors; source a has too few pairs; 0.9 - 0.7
     expected = {"overfit": 1.2, "pair_lead": 2.0, "pair_accuracy": 0.6, "source_accuracy": 0.5, "pair_gap": 0.2}
+    expected["best_step"] = 1
     assert values == pytest.approx({**expected, "data_cut": 0.07})
 
 
@@ -226,3 +227,19 @@ def test_a_weighted_loss_cannot_overfit():
     rows = [{"step": i, "eval/loss": loss} for i, loss in enumerate((2.0, 1.0, 1.2))]
     assert of_stage("sft", series_of(rows), {}, {})["overfit"].value == pytest.approx(1.2)
     assert "overfit" not in of_stage("rl", series_of(rows), {}, {})
+
+
+@pytest.mark.parametrize(("rewards", "step"), [((0.5, 0.4, 0.45), 0), ((0.5, 0.7, 0.7), 10), ((0.5, 0.6, 0.7), 20)])
+def test_the_best_step_is_that_of_the_best_evaluation_whatever_was_kept(rewards: tuple[float, ...], step: int):
+    """With train.keep=last the weights kept are the last, step 20; the losses fall, as they do in RL come what may."""
+    rows = [
+        {"step": 10 * i, "eval/loss": -i, "eval/reward/mean": x, "eval/rewards/length/mean": x}
+        for i, x in enumerate(rewards)
+    ]
+    found = of_stage("rl", series_of(rows), {"model_step": 20, "steps": 20}, {})["best_step"]
+    assert (found.value, found.text) == (step, f"{step} of 20")
+    assert judge("best_step", found).level == (FINE if step else TROUBLE)
+    # without a reward that judges responses, that of the logged rows says nothing, and the loss is read
+    unjudged = [{name: x for name, x in row.items() if name != "eval/rewards/length/mean"} for row in rows]
+    assert of_stage("rl", series_of(unjudged), {}, {})["best_step"].value == 20
+    assert "best_step" not in of_stage("rl", series_of(rows[:1]), {}, {})

@@ -52,8 +52,9 @@ def test_several_bad_rows_are_counted_and_the_first_ones_named(tmp_path):
         (
             [{"prompt": None}],
             None,
-            "train.jsonl:1: columns (none): no known format.*prompt + completion + reward.*name",
+            "train.jsonl:1: prompt: null, wanted text (1 bad row of 1); no row is left",
         ),
+        ([{"say": None}], None, "train.jsonl:1: columns (none): no known format.*prompt + completion + reward.*name"),
     ],
 )
 def test_a_file_without_rows_or_format(tmp_path, rows, format, message):
@@ -167,3 +168,20 @@ def test_sources_of_a_hub_set_are_its_folders() -> None:
         "harmless-base": "Anthropic/hh-rlhf/harmless-base:test",
     }
     assert hub.folders("Anthropic/hh-rlhf/helpful-base:test", ["helpful-base"]) == {}
+
+
+@pytest.mark.parametrize("column", ["prompt", "completion", "reward"])
+@pytest.mark.parametrize("line", [1, 2, 3])
+def test_a_null_is_the_same_error_wherever_it_stands(tmp_path, column, line):
+    rows = [{**SCORED, column: None} if i == line else SCORED for i in (1, 2, 3)]
+    wanted = "a finite number" if column == "reward" else "text"
+    path = write(tmp_path, *rows)
+    with pytest.raises(UserError) as caught:
+        read(path)
+    assert str(caught.value).startswith(f"{path}:{line}: {column}: null, wanted {wanted} (1 bad row of 3)")
+    assert len(read(path, max_bad_rows=1).examples) == 2
+
+
+def test_a_column_without_any_value_is_none(tmp_path):
+    path = write(tmp_path, {"prompt": "p", "completion": "c", "reward": None, "chosen": None})
+    assert read(path).format == "supervised"

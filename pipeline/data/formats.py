@@ -1,7 +1,7 @@
 """The known shapes of a row, and how each becomes an Example.
 
-A format is found by the columns that have a value in the first row, or named with `data.format=`. Beside its own
-columns, a row of any format may carry every column that an Example has, under the same name.
+A format is found by the columns that have a value in one of the first rows, or named with `data.format=`. Beside its
+own columns, a row of any format may carry every column that an Example has, under the same name.
 """
 
 from __future__ import annotations
@@ -25,17 +25,22 @@ class Format(NamedTuple):
     """One shape of a row. `read` gives the fields of an Example that it has columns of its own for, or a RowError."""
 
     wanted: str  # its columns, in words
-    fits: Callable[[Columns], bool]  # of the columns of the first row that have a value
+    fits: Callable[[Columns], bool]  # of the columns of the first rows that have a value in one of them
     read: Callable[[Columns], Fields]
     reads: tuple[str, ...]  # the columns it uses beside CARRIED
 
 
 def detect(row: Columns) -> str:
-    """The first format that fits `row`. Raises RowError with all formats and the nearest column."""
+    """The first format that fits the columns of `row` that have a value, else all of them.
+
+    Raises RowError with all formats and the nearest column.
+    """
     present = {name: value for name, value in row.items() if value is not None}
-    fitting = next((name for name, form in FORMATS.items() if form.fits(present)), None)
-    if fitting is not None:
-        return fitting
+    named = {name: "" if value is None else value for name, value in row.items()}  # each row then says what is null
+    for columns in (present, named):
+        fitting = next((name for name, form in FORMATS.items() if form.fits(columns)), None)
+        if fitting is not None:
+            return fitting
     known = sorted(READ_SOMEWHERE)
     hint = next(filter(None, (did_you_mean(name, known) for name in present if name not in known)), "")
     wanted = " | ".join(form.wanted for form in FORMATS.values())

@@ -9,7 +9,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, islice
 
 from pipeline.data.columns import example_of, further, refused
 from pipeline.data.fields import Columns, RowError, described
@@ -20,6 +20,7 @@ from pipeline.records import Example
 
 logger = logging.getLogger("tiffin")
 
+HEAD = 1000  # rows that are read before it is known what they are
 SHOWN_BAD_ROWS = 3  # in a message
 SHOWN_SOURCES = 12  # in a message
 RESPONSES = ("completion", "response", "output", "chosen", "rejected", "suffix")
@@ -66,8 +67,10 @@ def read(
 ) -> ReadResult:
     """The Examples of a local file, or of a hub data set `owner/name[/folder][@revision][:split]`, in their order.
 
-    Without `format` the first row's columns decide. Ids default to "<file stem>/<line>". With `carry` Examples keep the
-    columns that the format does not use, for rewards. One line is logged.
+    Without `format` the columns decide that have a value in one of the first HEAD rows. Ids default to
+    "<file stem>/<line>". With `carry` Examples keep the columns that the format does not use, for rewards. One line is
+    logged.
+
     Raises UserError for an unreadable or empty file, an unknown format, more than `max_bad_rows` bad rows, a filter
     that names what is not there, and when no row is left.
     """
@@ -86,20 +89,27 @@ def read(
 
 
 def _peek(path: str, format: str | None) -> tuple[Iterable[RawRow], RawRow]:
-    """(all rows, the first sound one), the file's rows still being read one by one."""
+    """(all rows, the first sound one), most of the file's rows still being read one by one.
+
+    Columns of that row that have no value have the first one of the next rows: a format does not hang on a gap.
+    """
     if format is not None and format not in FORMATS:
         known = ", ".join(FORMATS)
         raise UserError(f"data.format: '{format}' is no format, wanted one of {known}{did_you_mean(format, FORMATS)}")
-    rows = raw_rows(path, ranked=format == "candidates_tsv")
-    head = []
-    for row in rows:
+    rows = iter(raw_rows(path, ranked=format == "candidates_tsv"))
+    head = [*islice(rows, HEAD)]
+    while head and head[-1].error and (row := next(rows, None)):
         head.append(row)
-        if not row.error:
-            return chain(head, rows), row
     if not head:
         raise UserError(f"{path}: empty, wanted at least one row; check how the file was made")
-    errors = [f"{path}:{row.line}: {row.error}" for row in head]
-    raise UserError(f"{_first_bad(path, errors, len(head))}; no line is a row: check how the file was made")
+    sound = [row for row in head if not row.error]
+    if not sound:
+        errors = [f"{path}:{row.line}: {row.error}" for row in head]
+        raise UserError(f"{_first_bad(path, errors, len(head))}; no line is a row: check how the file was made")
+    columns = dict.fromkeys(name for row in sound for name in row.columns)
+    for row in reversed(sound):
+        columns |= {name: value for name, value in row.columns.items() if value is not None}
+    return chain(head, rows), RawRow(sound[0].line, columns)
 
 
 def _detected(path: str, row: RawRow) -> str:
@@ -190,8 +200,11 @@ def _nothing_left(path: str, result: ReadResult, filters: Filters) -> UserError:
         wanted = ", ".join(filters.sources)
         hint = next(filter(None, (did_you_mean(name, [*result.sources]) for name in filters.sources)), "")
         return UserError(f"{path}: no row of source {wanted}, wanted one of {_counts(result.sources)}{hint}")
-    left = f"all rows dropped ({_counts(result.dropped)})" if result.dropped else "only bad rows"
-    return UserError(f"{path}: {left}, wanted at least one row; loosen the filters")
+    if not result.dropped:
+        return UserError(f"{_first_bad(path, result.bad_rows, result.rows_read)}; no row is left: fix the data")
+    return UserError(
+        f"{path}: all rows dropped ({_counts(result.dropped)}), wanted at least one row; loosen the filters"
+    )
 
 
 def _summary(path: str, result: ReadResult, filters: Filters, carry: bool) -> str:

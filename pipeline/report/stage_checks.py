@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from operator import itemgetter
 from typing import NamedTuple
 
 from pipeline.report.checks import Numbers, Reading, correlation, in_errors
@@ -116,8 +118,13 @@ def _overfit(left: Left) -> Reading | None:
 
 
 def _best_step(left: Left) -> Reading | None:
-    step = left.results.get("model_step")
-    return None if step is None else Reading(step, f"{step:,} of {left.results.get('steps', step):,}")
+    """The first of the best evaluations: of highest reward where responses were judged, else of lowest loss."""
+    judged = any(fnmatchcase(tag, "eval/rewards/*/mean") for tag in left.series)
+    points = left.series.get(DECODED[0] if judged else "eval/loss", ())
+    if len(points) < 2:
+        return None
+    step, _ = (max if judged else min)(points, key=itemgetter(1))
+    return Reading(step, f"{step:,} of {points[-1][0]:,}")
 
 
 def _grad_spike(left: Left) -> Reading | None:

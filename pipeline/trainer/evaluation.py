@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from pipeline.data.batching import Packing, once
 from pipeline.records import Example, Item, Response, Row, Scores
@@ -100,6 +101,19 @@ def log_ratios(engine: Engine, items: Sequence[Item], packing: Packing) -> Tenso
         gap = torch.where(batch.response_mask, engine(batch).float().cpu() - batch.ref_logp, 0.0)
         ratios += gap.sum(1)[batch.sequence_mask].tolist()
     return torch.tensor([ratio for part in engine.ranks.gather(ratios) for ratio in part])
+
+
+def same_tokens(
+    tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, responses: Sequence[Response]
+) -> bool:
+    """Whether the ids of `responses` mean the same to both; tokens that one alone has, as [MASK], may not occur."""
+    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+    if ours == theirs:
+        return True
+    shared = {index for token, index in ours.items() if theirs.get(token) == index}
+    return len(shared) == min(len(ours), len(theirs)) and shared.issuperset(
+        i for r in responses for i in r.response_ids
+    )
 
 
 def sampled_kl(policy: Sequence[Tensor], reference: Sequence[Tensor]) -> dict[str, float]:
