@@ -83,7 +83,7 @@ def load(
         )
     else:
         encoder = Encoder(tokenizer, template, max_length, max_length, "end")
-    limit = positions(hugging_face(scorer.model).config)
+    limit = positions(hugging_face(scorer.model))
 
     def reward(prompts: Sequence[str], completions: Sequence[str], **columns: Sequence) -> list[float]:
         # `raw_prompt`, which may be chat messages, goes before `prompts`, which is always text
