@@ -56,7 +56,7 @@ def load(
         encoder, max_length = Encoder(tokenizer, trained.template, *lengths, scorer.encoder_decoder), sum(lengths[:2])
     read = read_as_trained if trained or encoder.template.kind == "text" else read_conversation
     logger.info(f"reward {directory}: {encoder.described()}")
-    limit = positions(hugging_face(scorer.model).config)
+    limit = positions(hugging_face(scorer.model))
 
     def reward(prompts: Sequence[str], completions: Sequence[str], **columns: Sequence) -> list[float]:
         # `raw_prompt`, which may be chat messages, goes before `prompts`, which is always text

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
 from pipeline.config.sections import ModelSettings
 from pipeline.data.batching import Packing, collate
 from pipeline.errors import UserError
-from pipeline.models import build, loading
+from pipeline.models import build, checks, loading
 from pipeline.models.loading import hugging_face
 from pipeline.models.policy import Policy, RewardModel
 from pipeline.models.start_check import check_head
@@ -161,6 +161,34 @@ def test_scores_do_not_depend_on_mates_or_padding(tmp_path: Path, shape: str) ->
         if i != 2 or shape in ("llama", "gpt2"):  # encoder-decoders of transformers cannot read a row without EOS
             expected = theirs(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids))).logits[0, 0]
             tiny.close(alone, expected, of=together)
+
+
+@torch.no_grad()
+def test_the_head_of_a_half_precision_model_is_exact() -> None:
+    """What 60 texts are told apart by: the head of transformers rounds its scores to 8 bits."""
+    config = tiny.language_model("llama").config
+    config.num_labels = 1
+    model = tiny.spread(AutoModelForSequenceClassification.from_config(config)).bfloat16()
+    scorer, items = RewardModel(model.eval()), tiny.items(60)
+    scores = torch.stack([scorer(batch_of(scorer, items, i))[0] for i in range(60)])
+    rows = [torch.tensor([[*item.rows[0].prompt_ids, *item.rows[0].response_ids]]) for item in items]
+    last = torch.stack([model.model(ids).last_hidden_state[0, -1] for ids in rows])
+    tiny.close(scores, last.float() @ model.score.weight[0].float())
+    assert len(set(scores.tolist())) == 60 > len(set((last @ model.score.weight[0]).tolist()))
+
+
+@torch.no_grad()
+def test_positions_behind_the_padding_tokens() -> None:
+    """RoBERTa's padding token is 1: of 16 places the first two are never used, and 15 tokens are one too many."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = RobertaConfig(vocab_size=tiny.V, max_position_embeddings=16, pad_token_id=1, num_labels=1, **sizes)
+    scorer = RobertaForSequenceClassification(config).eval()
+    ids = torch.full((1, 15), 5)
+    assert checks.positions(scorer) == 14 and scorer(input_ids=ids[:, :14]).logits.isfinite().all()
+    with pytest.raises((IndexError, RuntimeError)):
+        scorer(input_ids=ids)
+    with pytest.raises(UserError, match="the model has 14 positions"):
+        checks.check_positions(scorer, 7, 8, whole=True)
 
 
 def load_learned(directory: str, batch_size: int, max_length: int = 64):

@@ -53,7 +53,7 @@ def policy_module(
     `mask`: it reads the mask token; `frozen`: it is not trained.
     """
     lm = loading.load_policy(model, encoder.tokenizer, seed, weight_type(train), mask, frozen)
-    checks.check_positions(loading.hugging_face(lm).config, encoder.max_prompt_length, max_response, whole=False)
+    checks.check_positions(loading.hugging_face(lm), encoder.max_prompt_length, max_response, whole=False)
     limit = train.max_tokens if train.max_tokens is not None else train.micro_batch_size * max_response
     policy = Policy(lm, limit)
     prompts = [tuple(encoder.encode_prompt(text)[0]) for text in CHECKED]
@@ -68,8 +68,8 @@ def policy_module(
 def reward_module(model: ModelSettings, encoder: Encoder, train: TrainSettings, seed: int) -> RewardModel:
     """A reward model to train; a checkpoint without a scalar head gets a fresh one."""
     scalar = loading.load_scalar(model, encoder.tokenizer, seed, new_head=True, dtype=weight_type(train))
-    config = loading.hugging_face(scalar).config
-    checks.check_positions(config, encoder.max_prompt_length, encoder.max_response_length, whole=True)
+    lm = loading.hugging_face(scalar)
+    checks.check_positions(lm, encoder.max_prompt_length, encoder.max_response_length, whole=True)
     enable_checkpointing(scalar, train)
     return RewardModel(scalar)
 

@@ -124,19 +124,26 @@ def check_vocabulary(path: str | None, model: PreTrainedModel, tokenizer: PreTra
         raise UserError(f"model.path: {path} {problem}, wanted no more tokens than embeddings: is it another model's?")
 
 
-def positions(config: PretrainedConfig) -> int | None:
-    """The longest text a model was made for, in tokens; None where positions are relative without an end."""
-    text = config.get_text_config()
-    return text.to_dict().get(text.attribute_map.get("max_position_embeddings", "max_position_embeddings"))
+def positions(model: PreTrainedModel) -> int | None:
+    """The longest text that `model` can read, in tokens; None where positions are relative without an end.
+
+    RoBERTa and its kin count from the place after their padding token's, so that the first ones of their table are
+    never used.
+    """
+    text = model.config.get_text_config()
+    limit = text.to_dict().get(text.attribute_map.get("max_position_embeddings", "max_position_embeddings"))
+    tables = (vars(part) for name, part in model.named_modules() if name.endswith("position_embeddings"))
+    before = [table["padding_idx"] + 1 for table in tables if table.get("padding_idx") is not None]
+    return None if limit is None else limit - max(before, default=0)
 
 
-def check_positions(config: PretrainedConfig, prompt: int, response: int, whole: bool) -> None:
+def check_positions(model: PreTrainedModel, prompt: int, response: int, whole: bool) -> None:
     """Raises UserError where rows may be longer than the model's positions.
 
     `whole`: prompt and response are read as one text even by an encoder-decoder.
     """
-    limit = positions(config)
-    longest = max(prompt, response) if config.is_encoder_decoder and not whole else prompt + response
+    limit = positions(model)
+    longest = max(prompt, response) if model.config.is_encoder_decoder and not whole else prompt + response
     if limit is not None and longest > limit:
         raise UserError(
             f"data.max_prompt_length: {prompt} and up to {response} tokens of response are {longest} to read at once, "

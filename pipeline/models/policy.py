@@ -15,6 +15,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from pipeline.algorithms import functional
 from pipeline.errors import UserError
 from pipeline.models import attention
+from pipeline.models.checks import HEADS
 from pipeline.models.loading import body, hugging_face
 from pipeline.records import Batch
 
@@ -213,12 +214,27 @@ def before_each(hidden: Tensor, prompt_lengths: Tensor, count: int) -> Tensor:
     return hidden.gather(1, places.clamp(max=hidden.shape[1] - 1)[:, :, None].expand(-1, -1, hidden.shape[2]))
 
 
+class ExactLinear(nn.Linear):
+    """A matrix that multiplies in float32 whatever it is kept in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        return nn.functional.linear(x.float(), self.weight.float(), bias)
+
+
 class RewardModel(nn.Module):
-    """A scalar head read at each sequence's last token, whatever the padding and the rest of the batch."""
+    """A scalar head read at each sequence's last token, whatever the padding and the rest of the batch.
+
+    The head multiplies in float32: bfloat16 has 8 bits for a score, in which most of like texts would be equal.
+    """
 
     def __init__(self, model: PreTrainedModel | PeftModel):
         super().__init__()
         self.model = model
+        for name, part in hugging_face(model).named_children():
+            for matrix in part.modules() if name in HEADS else ():
+                if type(matrix) is nn.Linear:
+                    matrix.__class__ = ExactLinear
         self.encoder_decoder: bool = hugging_face(model).config.is_encoder_decoder
 
     def forward(self, batch: Batch) -> Tensor:

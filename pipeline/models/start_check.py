@@ -40,7 +40,7 @@ def check_policy(policy: Policy, batch: Batch, pad_id: int) -> None:
         check_head(policy, batch, rows)
         exact = lm.dtype == torch.float32
         together = gaps(generated_logps(policy, batch, range(len(rows)), pad_id), rows)
-        policy.reads_padding = close(together, exact)
+        policy.reads_padding = close(together, exact) and not pools_places(lm)
         if not policy.reads_padding:
             alone = [gaps(generated_logps(policy, batch, [i], pad_id), rows[i : i + 1])[0] for i in range(len(rows))]
     if policy.reads_padding:
@@ -67,6 +67,11 @@ def check_config(lm: PreTrainedModel) -> None:
             f"model: a loss of the router is asked for ({asked}): not added here, turned off in what is saved"
         )
         config.output_router_logits = False
+
+
+def pools_places(lm: PreTrainedModel) -> bool:
+    """Whether layers pool the keys of so many places, padding among them: more of them than two short texts have."""
+    return "compress_rates" in lm.config.get_text_config().to_dict()  # DeepSeek V4
 
 
 @contextmanager

@@ -62,7 +62,7 @@ def respond(
     if plain := settings.do_sample and settings.num_beams == 1:
         config.num_return_sequences = 1  # each row is one response, and draws with its own random numbers
     longest = max((len(request.prompt_ids) for request in requests), default=0)
-    check_positions(lm.config, longest, settings.max_new_tokens, whole=False)
+    check_positions(lm, longest, settings.max_new_tokens, whole=False)
     cuda = [ranks.device] if ranks.device.type == "cuda" else []
     mine: dict[int, list[Completion]] = {}
     with engine.generating() as module, torch.no_grad(), torch.random.fork_rng(devices=cuda):
