@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +17,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.config.sections import ModelSettings
-from pipeline.errors import ROOM, UserError
-from pipeline.models import checks, lora, mask_token
+from pipeline.errors import UserError
+from pipeline.models import checks, lora, mask_token, writing
 from pipeline.models.checks import NO_REWARD_MODEL, reading
 from pipeline.models.lora import Base, with_lora
 from pipeline.models.scratch import small_config, train_tokenizer
@@ -285,78 +282,25 @@ def save(
 ) -> None:
     """Write a directory that transformers (or peft) loads, then reopen it: complete or absent.
 
+    Where no directory holds the model below adapters, it is written beside them.
     `weights` is the whole `state_dict` of `model`, on the CPU; `then` writes what else belongs into the directory.
     Raises RuntimeError where what was written has an empty tensor or another shape than the model.
     """
     adapters = isinstance(model, PeftModel)
-    if adapters and model.peft_config[lora.TRAINED].base_model_name_or_path is None:
+    if adapters and (own := model.peft_config[lora.TRAINED]).base_model_name_or_path is None:
         below = directory.with_name(lora.BASE).absolute()
-        with _whole(below) as part:
-            _write_base(part, model, weights, tokenizer)
-        model.peft_config[lora.TRAINED].base_model_name_or_path = str(below)
-    with _whole(directory) as part:
-        written = _write_adapters(part, model, weights) if adapters else _write_all(part, model, weights)
-        _write_rest(part, hugging_face(model), tokenizer)
+        with writing.whole(below) as part:
+            writing.write_base(part, model, weights, tokenizer)
+        own.base_model_name_or_path = str(below)
+    with writing.whole(directory) as part:
+        if adapters:
+            weights = writing.write_adapters(part, model, weights)
+        else:
+            model.save_pretrained(part, state_dict=dict(weights))
+        writing.write_rest(part, hugging_face(model), tokenizer)
         if then is not None:
             then(part)
-        checks.verify(part, written)
-
-
-@contextmanager
-def _whole(directory: Path) -> Iterator[Path]:
-    """A directory to write into, which becomes `directory` at the end.
-
-    Raises UserError where the disk refuses, and leaves nothing then.
-    """
-    part = directory.with_name(directory.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        yield part
-    except Exception as error:  # safetensors and tokenizers have no class of their own for what the system refuses
-        if "os error" not in str(error):
-            raise
-        shutil.rmtree(part, ignore_errors=True)
-        raise UserError(f"{directory}: cannot be written ({error}), {ROOM}") from None
-    shutil.rmtree(directory, ignore_errors=True)
-    os.replace(part, directory)
-
-
-def _write_all(directory: Path, model: PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    model.save_pretrained(directory, state_dict=dict(weights))
-    return weights
-
-
-def _write_adapters(directory: Path, model: PeftModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All adapters of `model` as one."""
-    own = model.peft_config[lora.TRAINED]
-    weights, model.peft_config[lora.TRAINED] = lora.exported(model, weights)
-    options = {"selected_adapters": [lora.TRAINED], "save_embedding_layers": False}
-    model.save_pretrained(directory, state_dict=dict(weights), **options)
-    model.peft_config[lora.TRAINED] = own
-    return weights
-
-
-def _write_base(
-    directory: Path, model: PeftModel, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """The model below the adapters, where no other directory holds it."""
-    lm, below = hugging_face(model), lora.weights_below(weights)
-    with torch.device("meta"):
-        plain = type(lm)(copy.deepcopy(lm.config))
-    if lm.can_generate():
-        plain.generation_config = lm.generation_config
-    plain.save_pretrained(directory, state_dict=dict(below))
-    _write_rest(directory, lm, tokenizer)
-    checks.verify(directory, below)
-
-
-def _write_rest(directory: Path, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The tokenizer, and what must not be generated."""
-    tokenizer.save_pretrained(directory)
-    if lm.can_generate() and (suppressed := mask_token.suppressed_ids(tokenizer, lm)):
-        generation = copy.deepcopy(lm.generation_config)
-        generation.suppress_tokens = suppressed
-        generation.save_pretrained(directory)
+        checks.verify(part, weights)
 
 
 def start_from_forced(model: PreTrainedModel) -> bool:
