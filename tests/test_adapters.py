@@ -32,7 +32,7 @@ from transformers import (
 
 from pipeline.config.sections import ModelSettings
 from pipeline.data.batching import Packing, collate
-from pipeline.models import loading
+from pipeline.models import factors, loading
 from pipeline.models.policy import Policy, RewardModel
 from pipeline.records import Batch, Item
 from tests import tiny
@@ -299,3 +299,20 @@ def test_adapters_of_encoder_decoders_score_elsewhere(start: Callable, shape: st
     for item, score in zip(ITEMS, wanted, strict=True):
         ids = torch.tensor([[*item.rows[0].prompt_ids, *item.rows[0].response_ids]])
         tiny.close(model(input_ids=ids).logits[0, 0], score, 256)
+
+
+def test_sharded_adapters_are_saved_whole(start: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under ZeRO-3, in bfloat16, on adapters that came with the model."""
+    settings = start("llama")
+    trained(at(settings, settings.path), "sft", 1)
+    policy = Policy(loading.load_policy(at(settings, "sft"), tiny.tokenizer(), 0, torch.bfloat16), 64)
+    engine = tiny.trainer(policy, "zero3", precision="bf16")
+    tiny.two_steps(engine, tiny.items(9))
+    own = {name.removeprefix("model."): weight for name, weight in engine.state_dict().items()}
+    loading.save(Path("rl"), policy.model, own, tiny.tokenizer())
+    place = "base_model.model.model.layers.0.mlp.up_proj"
+    below, above = (factors.factors_of(policy.model, own, name)[place] for name in ("below", "default"))
+    assert below[1].abs().max() > 0 and above[1].abs().max() > 0
+    change = below[1] @ below[0] + above[1] @ above[0]
+    for opened in by_peft("rl", tmp_path / "elsewhere", monkeypatch):
+        tiny.close(opened.get_submodule(place).get_delta_weight("default"), change)

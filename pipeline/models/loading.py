@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
-import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +17,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.config.sections import ModelSettings
-from pipeline.errors import ROOM, UserError
-from pipeline.models import checks, lora, mask_token
+from pipeline.errors import UserError
+from pipeline.models import checks, lora, mask_token, writing
 from pipeline.models.checks import NO_REWARD_MODEL, reading
 from pipeline.models.lora import Base, with_lora
 from pipeline.models.scratch import small_config, train_tokenizer
@@ -295,88 +292,26 @@ def save(
 ) -> None:
     """Write a directory that transformers (or peft) loads, then reopen it: complete or absent.
 
+    Where no directory holds the model below adapters, it is written beside them.
     `weights` is the whole `state_dict` of `model`, on the CPU; `then` writes what else belongs into the directory.
     `ends` are ids that end responses: the `generate` of transformers, and vLLM, stop at them too.
     Raises RuntimeError where what was written has an empty tensor or another shape than the model.
     """
     adapters = isinstance(model, PeftModel)
-    if adapters and model.peft_config[lora.TRAINED].base_model_name_or_path is None:
+    if adapters and (own := model.peft_config[lora.TRAINED]).base_model_name_or_path is None:
         below = directory.with_name(lora.BASE).absolute()
-        with _whole(below) as part:
-            _write_base(part, model, weights, tokenizer, ends)
-        model.peft_config[lora.TRAINED].base_model_name_or_path = str(below)
-    with _whole(directory) as part:
-        written = _write_adapters(part, model, weights) if adapters else _write_all(part, model, weights)
-        _write_rest(part, hugging_face(model), tokenizer, ends)
+        with writing.whole(below) as part:
+            writing.write_base(part, model, weights, tokenizer, ends)
+        own.base_model_name_or_path = str(below)
+    with writing.whole(directory) as part:
+        if adapters:
+            weights = writing.write_adapters(part, model, weights)
+        else:
+            model.save_pretrained(part, state_dict=dict(weights))
+        writing.write_rest(part, hugging_face(model), tokenizer, ends)
         if then is not None:
             then(part)
-        checks.verify(part, model, written)
-
-
-@contextmanager
-def _whole(directory: Path) -> Iterator[Path]:
-    """A directory to write into, which becomes `directory` at the end.
-
-    Raises UserError where the disk refuses, and leaves nothing then.
-    """
-    part = directory.with_name(directory.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        yield part
-    except Exception as error:  # safetensors and tokenizers have no class of their own for what the system refuses
-        if "os error" not in str(error):
-            raise
-        shutil.rmtree(part, ignore_errors=True)
-        raise UserError(f"{directory}: cannot be written ({error}), {ROOM}") from None
-    shutil.rmtree(directory, ignore_errors=True)
-    os.replace(part, directory)
-
-
-def _write_all(directory: Path, model: PreTrainedModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    model.save_pretrained(directory, state_dict=dict(weights))
-    return weights
-
-
-def _write_adapters(directory: Path, model: PeftModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All adapters of `model` as one."""
-    own = model.peft_config[lora.TRAINED]
-    weights, model.peft_config[lora.TRAINED] = lora.exported(model, weights)
-    options = {"selected_adapters": [lora.TRAINED], "save_embedding_layers": False}
-    model.save_pretrained(directory, state_dict=dict(weights), **options)
-    model.peft_config[lora.TRAINED] = own
-    return weights
-
-
-def _write_base(
-    directory: Path,
-    model: PeftModel,
-    weights: dict[str, Tensor],
-    tokenizer: PreTrainedTokenizerBase,
-    ends: Collection[int],
-) -> None:
-    """The model below the adapters, where no other directory holds it."""
-    lm, below = hugging_face(model), lora.weights_below(weights)
-    with torch.device("meta"):
-        plain = type(lm)(copy.deepcopy(lm.config))
-    if lm.can_generate():
-        plain.generation_config = lm.generation_config
-    plain.save_pretrained(directory, state_dict=dict(below))
-    _write_rest(directory, lm, tokenizer, ends)
-    checks.verify(directory, plain, below)
-
-
-def _write_rest(
-    directory: Path, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: Collection[int]
-) -> None:
-    """The tokenizer, and how text is generated: where it ends, and what must not be in it."""
-    tokenizer.save_pretrained(directory)
-    if lm.can_generate():  # beside adapters too
-        generation = copy.deepcopy(lm.generation_config)
-        ids = end_ids(lm, ends)
-        generation.eos_token_id = ids[0] if len(ids) == 1 else ids or None
-        generation.suppress_tokens = mask_token.suppressed_ids(tokenizer, lm) or generation.suppress_tokens
-        # not `save_pretrained`, which refuses what some published ones have: a temperature, but no sampling
-        generation.to_json_file(directory / transformers.utils.GENERATION_CONFIG_NAME)
+        checks.verify(part, model, weights)
 
 
 def start_from_forced(model: PreTrainedModel) -> bool:
@@ -390,10 +325,3 @@ def start_from_forced(model: PreTrainedModel) -> bool:
         model.config.decoder_start_token_id = generation.decoder_start_token_id = generation.forced_bos_token_id
         generation.forced_bos_token_id = None
     return forced
-
-
-def end_ids(model: PreTrainedModel, more: Collection[int]) -> list[int]:
-    """The ids that end a response: those of the checkpoint's own generation configuration, then `more`."""
-    own = model.generation_config.eos_token_id
-    own = own if isinstance(own, list) else [] if own is None else [own]
-    return list(dict.fromkeys(i for i in (*own, *sorted(more)) if i < model.config.get_text_config().vocab_size))

@@ -1,8 +1,8 @@
 """LoRA: fresh adapters on a model, also on one that came with adapters; and what a directory of them belongs to.
 
-Adapters upon adapters are one pair of matrices per layer, B2 A2 + B1 A1 = [B1 B2] [A1; A2]: what is saved belongs to
-the model below all of them, so that peft needs nothing else. While a model is trained or read, those it came with stay
-beside its weights, since bfloat16 weights would round away most of a small change.
+Adapters upon adapters are saved as one, which belongs to the model below all of them, so that peft needs nothing else.
+While a model is trained or read, those it came with stay beside its weights, since bfloat16 weights would round away
+most of a small change.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pipeline.config.sections import LoraSettings, ModelSettings
 from pipeline.errors import UserError
 from pipeline.models import checks
 from pipeline.models.checks import HEADS, reading
+from pipeline.models.factors import Factors, factors_of, joined, placed, uniform
 
 logger = logging.getLogger("tiffin")
 
@@ -35,8 +36,6 @@ SHAPES |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_p
 NAMES = {"peft_type", "task_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_version"}
 ALSO = {"inference_mode", "modules_to_save", "trainable_token_indices", "init_lora_weights"}
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # the others change the weights below, too
-
-Factors = dict[str, tuple[Tensor, Tensor]]  # layer -> A (r, in) and B (out, r), which holds the scale; float32
 
 
 @dataclass(frozen=True)
@@ -142,6 +141,22 @@ def warn_of_rounding(model: PreTrainedModel, path: str) -> None:
         logger.warning(f"{problem}: set precision=fp32, or lora_r to train adapters beside them")
 
 
+def _config_of(factors: Factors, task: str | None) -> LoraConfig:
+    """The description of adapters of these matrices; their scale is 1."""
+    rank = len(next(iter(factors.values()))[0])
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules=list(factors), task_type=task)
+
+
+def _fill(model: PeftModel, factors: Factors) -> None:
+    """Write `factors` into the adapters that the model came with."""
+    for name, (down, up) in factors.items():
+        layer = model.get_base_model().get_submodule(name)
+        if BELOW in layer.lora_embedding_A:
+            layer.lora_embedding_A[BELOW].data, layer.lora_embedding_B[BELOW].data = down, up
+        else:
+            layer.lora_A[BELOW].weight.data, layer.lora_B[BELOW].weight.data = down, up
+
+
 # directories of adapters
 
 
@@ -212,59 +227,6 @@ def taken_out(opened: PeftModel, base: Base) -> tuple[PreTrainedModel, Base]:
     tokens = {*base.tokens, *(opened.peft_config[TRAINED].trainable_token_indices or ())}
     factors = joined(base.factors, {names[name]: pair for name, pair in own.items()})
     return opened.merge_and_unload(), replace(base, factors=factors, tokens=tuple(sorted(tokens)))
-
-
-# products of matrices
-
-
-def factors_of(model: PeftModel, state: Mapping[str, Tensor], adapter: str) -> Factors:
-    """The matrices of an adapter, by the names of their layers in `model`; `state` holds the weights."""
-    found: Factors = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, LoraLayer) and adapter in layer.scaling:
-            kind, end = ("lora_embedding_", "") if adapter in layer.lora_embedding_A else ("lora_", ".weight")
-            down, up = (state[f"{name}.{kind}{side}.{adapter}{end}"].detach().float() for side in "AB")
-            found[name] = down, up * layer.scaling[adapter]
-    return found
-
-
-def joined(first: Factors, second: Factors) -> Factors:
-    """The sum of both, as products of matrices whose ranks add up."""
-    both = {name: (first[name], second[name]) for name in first.keys() & second.keys()}
-    sums = {name: (torch.cat([a1, a2]), torch.cat([b1, b2], dim=1)) for name, ((a1, b1), (a2, b2)) in both.items()}
-    return {**first, **second, **sums}
-
-
-def uniform(factors: Factors) -> Factors:
-    """The same products at the largest of their ranks, filled up with zeros: every loader of adapters reads these."""
-    rank = max((len(down) for down, _ in factors.values()), default=0)
-    room = {name: rank - len(down) for name, (down, _) in factors.items()}
-    pad = nn.functional.pad
-    return {name: (pad(a, (0, 0, 0, room[name])), pad(b, (0, room[name]))) for name, (a, b) in factors.items()}
-
-
-def placed(factors: Factors, model: PreTrainedModel) -> Factors:
-    """`factors` by the full names of their layers in `model`; a language model's head has no place in a classifier."""
-    modules = {name for name, _ in model.named_modules()}
-    full = {name: f"{model.base_model_prefix}.{name}" for name in factors}
-    full = {name: long if long in modules else name for name, long in full.items()}
-    return {full[name]: pair for name, pair in factors.items() if full[name] in modules}
-
-
-def _config_of(factors: Factors, task: str | None) -> LoraConfig:
-    """The description of adapters of these matrices; their scale is 1."""
-    rank = len(next(iter(factors.values()))[0])
-    return LoraConfig(r=rank, lora_alpha=rank, target_modules=list(factors), task_type=task)
-
-
-def _fill(model: PeftModel, factors: Factors) -> None:
-    """Write `factors` into the adapters that the model came with."""
-    for name, (down, up) in factors.items():
-        layer = model.get_base_model().get_submodule(name)
-        if BELOW in layer.lora_embedding_A:
-            layer.lora_embedding_A[BELOW].data, layer.lora_embedding_B[BELOW].data = down, up
-        else:
-            layer.lora_A[BELOW].weight.data, layer.lora_B[BELOW].weight.data = down, up
 
 
 # what is saved

@@ -23,9 +23,10 @@ from pipeline.data.tokenization import Encoder, pad
 from pipeline.errors import UserError
 from pipeline.models import mask_token
 from pipeline.models.checks import check_positions
-from pipeline.models.loading import end_ids, hugging_face
+from pipeline.models.loading import hugging_face
 from pipeline.models.policy import Policy
 from pipeline.models.start_check import nothing_inherited
+from pipeline.models.writing import end_ids
 from pipeline.records import Completion, Example, Request, Response, SampleStats
 from pipeline.rollout import continuous
 from pipeline.trainer.engine import Engine
