@@ -12,6 +12,7 @@ from pipeline.algorithms.functional import merge, reduce
 from pipeline.errors import UserError
 from pipeline.records import Batch, Needs
 from pipeline.rewards.rewards import Rewards, WeightedReward
+from pipeline.rl import rows
 from pipeline.rl.context import Context
 from pipeline.rl.offline import best_metric
 from pipeline.trainer import loop
@@ -385,6 +386,14 @@ def test_a_loss_that_compares_nothing_chooses_nothing(words, advantages, wanted,
     assert [wanted in record.message for record in caplog.records] == ([True] if wanted else [])
     judged = dataclasses.replace(context, rewards=Rewards([WeightedReward("length", 1.0, None)]))
     assert best_metric(judged, held_out) == loop.REWARD
+
+
+@pytest.mark.parametrize(("algo", "cure"), [("alol", "did better than expected"), ("wbc", "raise the rewards above 0")])
+def test_no_row_to_learn_from(algo, cure):
+    settings = tiny.settings("rl", f"algo={algo}", "sampling=all")
+    items = tiny.items(3, reward=lambda i: -i, advantage=lambda i: -i)
+    with pytest.raises(UserError, match=cure):
+        rows.population(items, settings.algorithm.settings["weight"], settings)
 
 
 # P21: three actions chosen with frequency f, V = f . R = .43, so A = (-.23, .07, .47)
