@@ -119,7 +119,7 @@ class Toy:
     seed: int = 0  # of the first weights
     at_evaluation: Callable[[int], None] = lambda step: None
     objective: Objective = TOKENS
-    larger_is_better: bool = False
+    larger_is_better: bool | None = False  # None: nothing chooses the best weights
 
     def engine(self) -> Engine:
         lm = tiny.language_model("gpt2", self.seed, resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1)
@@ -148,7 +148,7 @@ class Toy:
             objective=self.objective,
             max_steps=self.steps,
             evaluate=evaluate,
-            best_metric=BestMetric("eval/loss", self.larger_is_better),
+            best_metric=None if self.larger_is_better is None else BestMetric("eval/loss", self.larger_is_better),
             prepare=prepare,
         )
         loop.fit(trainer)
@@ -272,6 +272,13 @@ def test_keep_chooses_the_weights(tmp_path: Path) -> None:
         found[kept] = json.loads((toy.directory / "results.json").read_text())
     assert found["best"]["model_step"] == 0 and found["last"]["model_step"] == 6
     assert found["best"]["eval/loss"] > found["last"]["eval/loss"]
+
+
+def test_where_nothing_chooses_the_last_weights_are_kept(tmp_path: Path) -> None:
+    toy = Toy(tmp_path, larger_is_better=None)
+    toy.run()
+    assert same(toy.weights(), toy.weights("last")) and not (tmp_path / "best").exists()
+    assert json.loads((tmp_path / "results.json").read_text())["model_step"] == 6
 
 
 @pytest.mark.parametrize("limit", [1, 2])

@@ -11,6 +11,12 @@ from pipeline.algorithms import offline
 from pipeline.algorithms.functional import merge, reduce
 from pipeline.errors import UserError
 from pipeline.records import Batch, Needs
+from pipeline.rewards.rewards import Rewards, WeightedReward
+from pipeline.rl import rows
+from pipeline.rl.context import Context
+from pipeline.rl.offline import best_metric
+from pipeline.trainer import loop
+from pipeline.trainer.objective import objective_of
 from tests import tiny
 
 Settings = offline.Settings
@@ -349,6 +355,45 @@ def test_p20_extreme_log_ratios_reach_the_bounds(dtype):
         assert all(stat.sums.isfinite().all() for stat in stats.values())
     for settings in (A_LOL, SEQ):
         close(offline.weights(logp, batch, settings) / 0.3, [[1.9], [0.1]], atol=1e-6)
+
+
+def test_a_row_without_weight_has_none_whatever_its_ratio():
+    """An unclipped ratio of e^500, of a row that did worse than expected: 0, and not 0 * inf."""
+    batch = make_batch([[1], [1]], [[-500.0], [0.0]], [0.3, 0.8], [0.5, 0.5])
+    weights = offline.weights(torch.tensor([[0.0], [0.0]]), batch, dataclasses.replace(A_LOL, clip=None))
+    close(weights, [[0.0], [0.3]], atol=1e-6)
+
+
+# what chooses the weights
+
+
+@pytest.mark.parametrize(
+    ("words", "advantages", "wanted"),
+    [
+        ("algo=alol", [0.5], "weights that follow the policy (ratio: sequence)"),
+        ("algo=r_gold", [0.5], "weights that follow the policy (ratio: probability)"),
+        ("algo=a_lol_ref_free", [-0.5, 0.0], "no row of positive advantage"),
+        ("algo=a_lol_ref_free", [-0.5, 0.1], None),
+        ("algo=nll", [-0.5], None),
+    ],
+)
+def test_a_loss_that_compares_nothing_chooses_nothing(words, advantages, wanted, caplog):
+    settings = tiny.settings("rl", words)
+    module, algorithm, objective = objective_of(settings.algorithm)
+    context = Context(settings, None, None, None, None, None, None, module, algorithm, objective)
+    held_out = tiny.items(len(advantages), reward=lambda i: 1.0, advantage=lambda i: advantages[i])
+    assert best_metric(context, held_out) == (None if wanted else loop.HELD_OUT_LOSS)
+    assert [wanted in record.message for record in caplog.records] == ([True] if wanted else [])
+    judged = dataclasses.replace(context, rewards=Rewards([WeightedReward("length", 1.0, None)]))
+    assert best_metric(judged, held_out) == loop.REWARD
+
+
+@pytest.mark.parametrize(("algo", "cure"), [("alol", "did better than expected"), ("wbc", "raise the rewards above 0")])
+def test_no_row_to_learn_from(algo, cure):
+    settings = tiny.settings("rl", f"algo={algo}", "sampling=all")
+    items = tiny.items(3, reward=lambda i: -i, advantage=lambda i: -i)
+    with pytest.raises(UserError, match=cure):
+        rows.population(items, settings.algorithm.settings["weight"], settings)
 
 
 # P21: three actions chosen with frequency f, V = f . R = .43, so A = (-.23, .07, .47)

@@ -105,7 +105,8 @@ def weights(logp: Tensor, batch: Batch, settings: Settings) -> Tensor:
     """(B, T) the weight of each token's nll, without gradient: row weight * token factor, 0 outside the responses."""
     row_weight = ROW_WEIGHTS[settings.weight](logp, batch)  # (B,)
     factor = TOKEN_FACTORS[settings.ratio](logp, batch, settings)  # (B, T) or (B, 1)
-    return torch.where(batch.response_mask, row_weight[:, None] * factor, 0.0)
+    # a row without weight has none, whatever its ratio is: unclipped that may be infinite
+    return torch.where(batch.response_mask & (row_weight != 0)[:, None], row_weight[:, None] * factor, 0.0)
 
 
 def log_ratio(logp: Tensor, batch: Batch, settings: Settings) -> Tensor:

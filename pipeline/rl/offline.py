@@ -19,7 +19,7 @@ from pipeline.rl.context import Context, fresh_responses, splits
 from pipeline.rl.reference import ReferencePolicy, annotate, check_ratio
 from pipeline.rl.values import ValueData
 from pipeline.trainer import evaluation
-from pipeline.trainer.loop import HELD_OUT_LOSS, REWARD, Evaluation, Trainer
+from pipeline.trainer.loop import HELD_OUT_LOSS, REWARD, BestMetric, Evaluation, Trainer
 from pipeline.trainer.model import Model, build_policy, encode
 from pipeline.trainer.schedule import steps_for
 
@@ -57,7 +57,7 @@ def trainer(context: Context) -> Trainer:
         objective=context.objective,
         max_steps=steps,
         evaluate=partial(evaluate, context, policy, watched),
-        best_metric=HELD_OUT_LOSS if context.rewards is None else REWARD,
+        best_metric=best_metric(context, held_out),
         prepare=partial(check_start, context, policy, items, draw(0)),
         kept_fraction=kept,
     )
@@ -77,6 +77,28 @@ def rewarded_rows(context: Context, needs: Needs) -> tuple[list[Example], list[E
     if settings.shuffle_rewards:
         train = rows.with_shuffled_rewards(train, settings.seed)
     return train, held_out, prompts
+
+
+def best_metric(context: Context, held_out: Sequence[Item]) -> BestMetric | None:
+    """What chooses the weights: the reward of fresh responses; where nothing judges them the held-out loss.
+
+    None, and a word about it, where that loss cannot compare one step with another: a ratio, or the policy's own
+    probability, in its weights makes it fall when the policy merely forgets the rows; and where no row has a positive
+    weight it is 0 throughout.
+    """
+    if context.rewards is not None:
+        return REWARD
+    ratio, weight = context.algorithm.ratio, context.algorithm.weight
+    idle = weight != "one" and not any(item.numbers[weight] > 0 for item in held_out)
+    if ratio == "none" and not idle:
+        return HELD_OUT_LOSS
+    if context.settings.train.keep == "best":
+        why = f"has no row of positive {weight}" if idle else f"has weights that follow the policy (ratio: {ratio})"
+        logger.warning(
+            f"train.keep: best, but nothing judges new responses, and the held-out loss {why}, so that it cannot say "
+            "which step was best: the last weights are kept (reward=NAME would choose)"
+        )
+    return None
 
 
 def check_start(context: Context, policy: Model, items: Sequence[Item], indices: Sequence[int]) -> None:

@@ -18,6 +18,12 @@ from pipeline.rewards import scoring
 from pipeline.rewards.rewards import Rewards
 from pipeline.trainer.engine import Ranks
 
+NOTHING_POSITIVE = {  # the cure, by what weighs a row
+    "reward": "raise the rewards above 0, or set algo=alol, which subtracts what was to be expected",
+    "advantage": "no response did better than expected of its prompt: are all rewards alike, or on another scale than "
+    "those that values were learned from?",
+}
+
 
 def with_rewards(ranks: Ranks, rows: list[Example], rewards: Rewards | None, settings: RlStage) -> list[Example]:
     """The rows with their reward: judged if `reward` is set or they bring none, else their own.
@@ -77,7 +83,7 @@ def population(items: Sequence[Item], weight: str, settings: RlStage) -> tuple[D
     if not kept:
         raise UserError(
             f"sampling: all, but none of {n} rows has a positive {weight} (largest {max(weights):.4g}), wanted one to "
-            "learn from: raise the rewards above 0, or set algo=alol, which subtracts what was to be expected"
+            f"learn from: {NOTHING_POSITIVE[weight]}"
         )
     # in proportion to the weight; otherwise every row that is kept once per epoch
     if settings.sampling == "priority":

@@ -77,7 +77,7 @@ class Trainer:
     objective: Objective
     max_steps: int
     evaluate: Callable[[int], Evaluation]
-    best_metric: BestMetric
+    best_metric: BestMetric | None  # None: no number compares one step with another, so the last weights are kept
     prepare: Callable[[], None] = lambda: None
     kept_fraction: float = 1.0  # of rows, where fewer steps are taken for those that are left out
 
@@ -239,6 +239,8 @@ def evaluate(trainer: Trainer, state: State, log: RunLog) -> tuple[State, dict[s
     log.samples(state.step, list(evaluation.samples))
     scalars = dict(evaluation.scalars)
     state = replace(state, last_seen=scalars)
+    if trainer.best_metric is None:
+        return state, scalars
     value = scalars[trainer.best_metric.tag]
     if trainer.best_metric.better(value, state.best):
         trainer.model.export(trainer.directory / "best")
