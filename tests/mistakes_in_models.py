@@ -262,6 +262,20 @@ REWARDS = [
         ("judge.py", "No module named 'nonesuch'", ":1"),
         {"judge.py": "import nonesuch\n"},
     ),
+    *(
+        Mistake(
+            f"reward: tried first, {stage} {words}",
+            stage,
+            f"{words} {JUDGE}",
+            ("judge.py", "ValueError: no", r"\(tried on row assistant/\w+/\d+ before anything else\)$"),
+            judge("raise ValueError('no')"),
+        )
+        for stage, words in (
+            *(("rl", f"model=SFT algo={algo}") for algo in ("alol", "dpo", "semi_offline", "esrl")),
+            ("evaluate", "'policies={sft: SFT}'"),
+            ("generate", "policy=SFT"),
+        )
+    ),
     Mistake(
         "reward: watched twice",
         "evaluate",

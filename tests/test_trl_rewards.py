@@ -68,6 +68,10 @@ async def slow(prompts, completions, **kwargs):
     await asyncio.sleep(0.001)
     return [float(session is asyncio.get_running_loop())] * len(completions)
 
+async def fails(completions, **kwargs):
+    await asyncio.sleep(0)
+    return completions[0].no_such_method()
+
 def spoils(completions, ground_truth, **kwargs):
     taken = [right.pop() for right in ground_truth]
     return [float(one) for one in taken]
@@ -163,6 +167,12 @@ def test_async_functions_share_one_event_loop(file: Path) -> None:
     scorer = rewards(file, "slow")
     for _ in range(2):
         assert scoring.score_texts(tiny.ranks(), scorer, [row()], ["x"]).total == [1.0]
+
+
+def test_an_async_function_that_fails_names_its_line(file: Path) -> None:
+    line = FUNCTIONS[: FUNCTIONS.index("no_such_method")].count("\n") + 1
+    with pytest.raises(UserError, match=rf"AttributeError: .* 'no_such_method' \(.*mine\.py:{line}\)$"):
+        judged(file, [row()], ["x"], "fails")
 
 
 def test_what_is_logged_is_taken_and_said_not_to_be_kept(file: Path, capsys: pytest.CaptureFixture) -> None:
