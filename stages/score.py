@@ -44,7 +44,9 @@ def main(settings: ScoreStage, words: Sequence[str]) -> None:
     for split, examples in zip(wanted, dataset.splits(data, settings.seed, wanted, carry=True), strict=True):
         rows = dataset.judgeable(examples, data)
         if split == wanted[0]:
-            scoring.try_rewards(ranks, rewards, rows[0], written=False)
+            # candidates are compared with what new responses to the prompt are
+            first = dataset.unique_prompts(rows[:1])[0] if rows[0].candidates else rows[0]
+            scoring.try_rewards(ranks, rewards, first, written=False)
         judged = candidates.judged(ranks, rewards, rows)
         if ranks.main:
             write_rows(directory / f"{split}.jsonl", judged.rows)

@@ -263,3 +263,13 @@ def test_the_score_stage_keeps_the_columns(file: Path, tmp_path: Path, capsys: p
     ]
     results = json.loads((left / "results.json").read_text())["train"]
     assert results[f"rewards/{file}:maths/judged"] == 0.5 and results[f"rewards/{file}:maths/mean"] == 1.0
+
+
+def test_candidates_are_tried_with_the_answer_that_they_are_compared_with(tmp_path: Path) -> None:
+    row = {"prompt": "p", "completion": "the cat sat", "candidates": ["a dog", "the cat"]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    words = (f"runs_dir={tmp_path}", f"data.train={tmp_path}/rows.jsonl", "reward=rouge:rouge1", *SETTINGS)
+    score_stage.main(tiny.settings("score", *words), list(words))
+    left = run_dir.run_dir(tiny.settings("score", *words)) / "score"
+    # 2 of 2 words among 3: F1 = 2 * 1 * 2/3 / (1 + 2/3)
+    assert json.loads((left / "train.jsonl").read_text())["candidate_rewards"] == pytest.approx([0.8, 0.0])
