@@ -104,7 +104,9 @@ def read(encoder: Encoder, prompt: str | Sequence, completion: str, max_length: 
     """The ids that are scored: the response, and as much of the prompt's end as `max_length` leaves room for."""
     row = encoder.encode(prompt, completion)
     room = max_length - len(row.response_ids)
-    return (encoder.cut_prompt(row.prompt_ids, room) if room > 0 else ()) + row.response_ids
+    if len(row.prompt_ids) <= room:
+        return row.prompt_ids + row.response_ids
+    return (encoder.encode_prompt(prompt, room)[0] if room > 0 else ()) + row.response_ids
 
 
 @torch.no_grad()

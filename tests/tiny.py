@@ -40,7 +40,13 @@ V, H = 352, 32
 PAD_ID, EOS_ID = 0, 2
 SHAPES = ("llama", "gpt2", "t5", "bart")
 PLAIN = TemplateSettings(
-    kind="text", prompt="{prompt}", response=" {response}", human="\nHuman: ", assistant="\nAssistant: ", system=None
+    kind="text",
+    prompt="{prompt}",
+    response=None,
+    human="\nHuman: ",
+    assistant="\nAssistant: ",
+    system=None,
+    special_tokens="text",
 )
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "ran", "far", "away", "from", "this", "old", "big", "dog"]
 
