@@ -71,7 +71,7 @@ def test_what_spells_nothing_is_no_text() -> None:
     encoder, ids = Encoder(known, tiny.PLAIN, 64, 64), known(" the<think> cat")["input_ids"]
     odd = [known.bos_token_id, *ids[:1], known.unk_token_id, known.pad_token_id, *ids[1:], known.eos_token_id]
     assert encoder.decode(odd) == "the<think> cat"
-    assert encoder.decode_all([]) == [] and encoder.decode_all([odd, []]) == ["the<think> cat", ""]
+    assert encoder.decode_all([], []) == [] and encoder.decode_all([odd, []], ["q"] * 2) == ["the<think> cat", ""]
 
 
 def test_blanks_before_a_full_stop_stay_where_a_tokenizer_would_clean_them_up() -> None:

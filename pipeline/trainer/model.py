@@ -128,6 +128,8 @@ def encode(
             "{}: {rows:,} rows, {tokens:,} tokens ({response_tokens:,} of responses), {cut_prompts:,} prompts and "
             "{cut_responses:,} responses cut".format(split, **counts)
         )
+        for remark in dataset.remarks(counts):
+            logger.info(f"{split}: {remark}")
     logger.info("\n".join(coloured(model.encoder, row) for row in learned[0].rows))
     model.ranks.on_main(lambda: write_json(directory / "data.json", counted))
     return learned, tested
