@@ -11,7 +11,7 @@ from transformers import AddedToken, AutoModelForCausalLM, GenerationConfig, Pre
 
 from pipeline.data.tokenization import Encoder
 from pipeline.models import loading
-from pipeline.records import Example
+from pipeline.records import Example, Message
 from pipeline.rewards.candidates import gathered
 from pipeline.rollout.generate import generate
 from tests import tiny
@@ -52,6 +52,14 @@ def test_a_response_reads_as_it_was_written(made, response: str) -> None:
     encoder = Encoder(made(), tiny.PLAIN.model_copy(update={"response": response}), 64, 256)
     for text in SPOKEN:
         assert encoder.decode(encoder.encode("q", text).response_ids) == text
+
+
+@pytest.mark.parametrize("made", [with_tags, llama_like])
+def test_where_no_template_stands_between_the_first_blank_is_the_texts_own(made) -> None:
+    encoder = Encoder(made(), tiny.PLAIN, 64, 64)
+    for prompt in ("", (Message("user", "go on"), Message("assistant", "the old man walked"))):
+        for text in (" home", "home", "  home"):
+            assert encoder.decode(encoder.encode(prompt, text).response_ids, prompt) == text
 
 
 def test_added_tokens_are_part_of_the_answer() -> None:
