@@ -53,6 +53,8 @@ class Row:
     cut_prompt: bool = False
     cut_response: bool = False
     learned: tuple[bool, ...] = ()  # for each of `response_ids` whether it is learned; (): all are
+    spelled: bool = False  # a special token is spelled in its texts, and is plain text to the model
+    own_end: bool = False  # the response brought the token that ends it along as text
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)

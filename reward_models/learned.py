@@ -80,14 +80,20 @@ def read_as_trained(
     """The ids that are scored: the response, and as much of the prompt's end as `max_length` leaves room for."""
     row = encoder.encode(prompt, completion)
     room = max_length - len(row.response_ids)
-    return (encoder.cut_prompt(row.prompt_ids, room) if room > 0 else ()) + row.response_ids
+    if len(row.prompt_ids) <= room:
+        return row.prompt_ids + row.response_ids
+    return (encoder.encode_prompt(prompt, room)[0] if room > 0 else ()) + row.response_ids
 
 
 def read_conversation(
     encoder: Encoder, prompt: str | Sequence[Message], completion: str, max_length: int
 ) -> tuple[int, ...]:
     """The ids that are scored: the conversation as the chat template writes it, to its last token; its end if cut."""
-    return encoder.cut_prompt(encoder.encode_conversation(prompt, completion), max_length)
+    ids = encoder.encode_conversation(prompt, completion)
+    if len(ids) <= max_length:
+        return ids
+    begin = ids[:1] if ids[0] == encoder.tokenizer.bos_token_id else ()
+    return begin + ids[len(ids) - max_length + len(begin) :]
 
 
 @torch.no_grad()

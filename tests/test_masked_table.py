@@ -26,19 +26,23 @@ def places_of(ids: torch.Tensor, *places: int) -> torch.Tensor:
 
 def test_masked_tokens_stand_alone_and_the_rest_together():
     ids = ids_of("on a mat, far")  # ▁on ▁a ▁mat <0x2C> ▁far </s>
-    assert composition_samples.parts(ENCODER, ids, places_of(ids, 0, 2)) == [
+    assert composition_samples.parts(ENCODER, ids, places_of(ids, 0, 2), "q") == [
         ["on", True],
         [" a", False],
         [" mat", True],
         [", far", False],
     ]
-    assert composition_samples.parts(ENCODER, ids, places_of(ids)) == [["on a mat, far", False]]
-    assert composition_samples.parts(ENCODER, ids[:0], places_of(ids)[:0]) == []
+    assert composition_samples.parts(ENCODER, ids, places_of(ids), "q") == [["on a mat, far", False]]
+    assert composition_samples.parts(ENCODER, ids[:0], places_of(ids)[:0], "q") == []
 
 
 def test_a_character_of_two_tokens_stands_at_its_last():
     ids = ids_of("cat é")  # ▁cat ▁ <0xC3> <0xA9> </s>
-    assert composition_samples.parts(ENCODER, ids, places_of(ids, 2, 3)) == [["cat ", False], ["", True], ["é", True]]
+    assert composition_samples.parts(ENCODER, ids, places_of(ids, 2, 3), "q") == [
+        ["cat ", False],
+        ["", True],
+        ["é", True],
+    ]
     assert composition_samples.written(ENCODER, ids[[0, 2]].tolist()) == [" cat", "<0xC3>"]  # half of one has no text
     assert composition_samples.written(ENCODER, []) == []
 

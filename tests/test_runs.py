@@ -18,6 +18,11 @@ WORDS = ["stage=sft", "data.train=my rows.jsonl"]
 INPUTS = {"model": "new", "data.train": "f1"}
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where runs/ is made
+
+
 def settings(*words: str):
     return tiny.settings("sft", *words)
 

@@ -11,7 +11,7 @@ from transformers import AddedToken, AutoModelForCausalLM, GenerationConfig, Pre
 
 from pipeline.data.tokenization import Encoder
 from pipeline.models import loading
-from pipeline.records import Example
+from pipeline.records import Example, Message
 from pipeline.rewards.candidates import gathered
 from pipeline.rollout.generate import generate
 from tests import tiny
@@ -54,6 +54,14 @@ def test_a_response_reads_as_it_was_written(made, response: str) -> None:
         assert encoder.decode(encoder.encode("q", text).response_ids) == text
 
 
+@pytest.mark.parametrize("made", [with_tags, llama_like])
+def test_where_no_template_stands_between_the_first_blank_is_the_texts_own(made) -> None:
+    encoder = Encoder(made(), tiny.PLAIN, 64, 64)
+    for prompt in ("", (Message("user", "go on"), Message("assistant", "the old man walked"))):
+        for text in (" home", "home", "  home"):
+            assert encoder.decode(encoder.encode(prompt, text).response_ids, prompt) == text
+
+
 def test_added_tokens_are_part_of_the_answer() -> None:
     encoder = Encoder(with_tags(), tiny.PLAIN, 64, 64)
     text = "<think>two plus two</think>\n\nIt is four ."
@@ -71,7 +79,7 @@ def test_what_spells_nothing_is_no_text() -> None:
     encoder, ids = Encoder(known, tiny.PLAIN, 64, 64), known(" the<think> cat")["input_ids"]
     odd = [known.bos_token_id, *ids[:1], known.unk_token_id, known.pad_token_id, *ids[1:], known.eos_token_id]
     assert encoder.decode(odd) == "the<think> cat"
-    assert encoder.decode_all([]) == [] and encoder.decode_all([odd, []]) == ["the<think> cat", ""]
+    assert encoder.decode_all([], []) == [] and encoder.decode_all([odd, []], ["q"] * 2) == ["the<think> cat", ""]
 
 
 def test_blanks_before_a_full_stop_stay_where_a_tokenizer_would_clean_them_up() -> None:

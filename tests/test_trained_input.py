@@ -125,9 +125,9 @@ def encoder_at(stage: str, place: str, *words: str) -> Encoder:
 def test_words_of_the_text_template_are_not_dropped_in_silence(tmp_path: Path, caplog) -> None:
     place = policy_at(tmp_path / "m", chat_tokenizer(CHATML))
     with caplog.at_level("WARNING", "tiffin"):
-        encoder = encoder_at("sft", place, "template.prompt='{prompt}'")
+        encoder = encoder_at("sft", place, "template.human='You: '")
     (line,) = caplog.messages
-    assert line.startswith("template.prompt: given, but ") and line.endswith(": set template.kind=text")
+    assert line.startswith("template.human: given, but ") and line.endswith(": set template.kind=text")
     assert encoder.prompt_text("a") == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -246,7 +246,7 @@ def test_a_reward_model_of_ours_is_read_as_trained(tmp_path: Path) -> None:
     """Where its rows ended: with the token that ends the turn, although its template goes on after that."""
     known = chat_tokenizer(CHATML)
     place = classifier_at(tmp_path / "c", known)
-    encoder = Encoder(known, tiny.PLAIN.model_copy(update={"kind": "chat"}), 16, 24)
+    encoder = Encoder(known, tiny.PLAIN.model_copy(update={"kind": "chat"}), 48, 24)
     save_input(Path(place), encoder)
     settings = tiny.settings("sft")
     reward = learned.load(place, settings.model, settings.template, 64, 2, torch.device("cpu"))

@@ -42,10 +42,11 @@ SHAPES = ("llama", "gpt2", "t5", "bart")
 PLAIN = TemplateSettings(
     kind="text",
     prompt="{prompt}",
-    response=" {response}",
+    response=None,
     human="\nHuman: ",
     assistant="\nAssistant: ",
     system=None,
+    special_tokens="text",
     date=None,
 )
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "ran", "far", "away", "from", "this", "old", "big", "dog"]

@@ -82,11 +82,12 @@ class ModelSettings(Section):
 
 class TemplateSettings(Section):
     kind: Literal["auto", "text", "chat"]
-    prompt: str
-    response: str
+    prompt: str | None
+    response: str | None
     human: str
     assistant: str
     system: str | None
+    special_tokens: Literal["text", "token"]
     date: Annotated[str, AfterValidator(day)] | None
 
 

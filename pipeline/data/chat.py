@@ -14,6 +14,7 @@ from pipeline.errors import UserError
 from pipeline.records import Message
 
 ASKED, ANSWER = "asked", "answered"  # one turn each of the conversation that is written to see what stands around it
+MARK = "\ufdd2"  # stands for a text, to see where a template puts it; Unicode keeps it from texts
 TAG = re.compile(r"[<\[][^<>\[\]\s]+[>\]]")  # of markup, as <think>, <|assistant|>, [/INST]
 CLOCK = "strftime_now"
 STRFTIME = re.compile(r"%-?[A-Za-z]")  # a directive of strftime, as %d or %-d
@@ -23,11 +24,37 @@ class ChatFrame(NamedTuple):
     """What stands around the assistant's answer: `prompt` + header + lead + answer + tail + end."""
 
     header: str = ""  # of the assistant's turn, where add_generation_prompt has no effect; part of the prompt
-    opened: str = ""  # the tag with which a prompt ends, as <think>
+    opened: str = ""  # the tag with which a prompt ends, as <think>, and the blanks behind it
     lead: str = ""  # between the prompt and the answer, part of the response
     tail: str = ""  # between the answer and the end, part of the response
     end: str | None = None  # the special token that ends the turn; None where only text does, or nothing
     known: bool = True  # the template can write an answer of the assistant
+    strips: bool = False  # it writes answers without the blanks around them
+    only_prompts: bool = False  # `opened` stands in prompts alone, not before answers that the template writes
+
+
+def prompt_text(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], frame: ChatFrame, date: str | None = None
+) -> str:
+    """`turns` as the chat template writes them, up to where the assistant goes on: with a turn, or its last words.
+
+    `date`: see `written`. Raises UserError where the template refuses the turns.
+    """
+    if (last := turns[-1]).role != "assistant":
+        return written(tokenizer, turns, date=date) + frame.header
+    before, found, _ = written(tokenizer, [*turns[:-1], Message("assistant", MARK)], False, date).partition(MARK)
+    return before + last.content if found else written(tokenizer, turns, date=date)
+
+
+def answer_text(completion: str, frame: ChatFrame) -> str:
+    """`completion` as it follows the prompt, without the token that ends it; what the prompt opened is not repeated."""
+    completion, tag = completion.strip() if frame.strips else completion, frame.opened.rstrip()
+    if tag and completion.lstrip().startswith(tag):
+        completion = completion.lstrip().removeprefix(tag).removeprefix(frame.opened[len(tag) :])
+    brings_own = any(found in completion for found in TAG.findall(frame.lead))
+    lead = "" if brings_own or (frame.lead.isspace() and completion.startswith(frame.lead)) else frame.lead
+    tail = "" if frame.tail.isspace() and completion.endswith(frame.tail) else frame.tail
+    return lead + completion + tail
 
 
 def written(
@@ -35,9 +62,12 @@ def written(
 ) -> str:
     """`turns` as the chat template writes them, with the beginning of the assistant's next turn if `open_turn`.
 
-    `date`: what it writes as today's, 2026-03-01; None: today's.
+    Two messages of the system become one. `date`: what it writes as today's, 2026-03-01; None: today's.
     Raises UserError where the template refuses them.
     """
+    first, *rest = turns
+    if first.role == "system" and rest and rest[0].role == "system":
+        turns = [Message("system", f"{first.content}\n\n{rest[0].content}"), *rest[1:]]
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
     template = None if date is None else dated(tokenizer.get_chat_template(), date)
     try:
@@ -72,10 +102,9 @@ def dated(template: str, date: str) -> str:
 
 def frame_of(tokenizer: PreTrainedTokenizerBase) -> ChatFrame:
     """What the template writes around an answer, read off one that it writes."""
-    asked, answer = Message("user", ASKED), Message("assistant", ANSWER)
     try:
-        closed, prompt = (written(tokenizer, [asked], open_turn) for open_turn in (False, True))
-        before, found, after = written(tokenizer, [asked, answer], open_turn=False).rpartition(ANSWER)
+        closed, prompt = (written(tokenizer, [Message("user", ASKED)], open_turn) for open_turn in (False, True))
+        (before, found, after), (as_blank, *_) = (_around_answer(tokenizer, text) for text in (ANSWER, f" {ANSWER}"))
     except UserError:  # each prompt will say so, if it is one that the template refuses
         return ChatFrame(known=False)
     if not found:
@@ -85,8 +114,15 @@ def frame_of(tokenizer: PreTrainedTokenizerBase) -> ChatFrame:
     if prompt == closed and lead.strip():
         header = lead.rstrip(" ")
         lead = lead[len(header) :]
-    tail = after[: end.start()] if end else ""
-    return ChatFrame(header, _last_tag(prompt + header), lead, tail, end.group() if end else None)
+    return ChatFrame(
+        header,
+        opened=_last_tag(prompt + header),
+        lead=lead,
+        tail=after[: end.start()] if end else "",
+        end=end.group() if end else None,
+        strips=as_blank == before,
+        only_prompts=not before.startswith(prompt),
+    )
 
 
 def markers(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -96,6 +132,13 @@ def markers(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return sorted(shown, key=len, reverse=True)
 
 
+def _around_answer(tokenizer: PreTrainedTokenizerBase, answer: str) -> tuple[str, str, str]:
+    """What the template writes before ANSWER, ANSWER itself, or "" where it does not, and what comes behind it."""
+    turns = [Message("user", ASKED), Message("assistant", answer)]
+    return written(tokenizer, turns, open_turn=False).rpartition(ANSWER)
+
+
 def _last_tag(prompt: str) -> str:
+    """The tag that ends `prompt`, with the blanks behind it; "" where something else does."""
     tags = list(TAG.finditer(prompt))
-    return tags[-1].group() if tags and not prompt[tags[-1].end() :].strip() else ""
+    return prompt[tags[-1].start() :] if tags and not prompt[tags[-1].end() :].strip() else ""

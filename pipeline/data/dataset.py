@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from pipeline import plugins
 from pipeline.config.sections import DataSettings, TemplateSettings
 from pipeline.data import columns, convert, hub, readers
 from pipeline.data.splits import split_places
+from pipeline.data.template import prompt_text, response_text
 from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
 from pipeline.records import Example, Item, Row
@@ -135,13 +136,12 @@ def require(examples: Sequence[Example], columns: Sequence[str], why: str) -> No
 
 
 def texts(examples: Sequence[Example], template: TemplateSettings) -> list[str]:
-    """What the examples look like to a model, to make a vocabulary of."""
+    """What the examples look like to a model without a chat template, to make a vocabulary of."""
     shown: list[str] = []
     for example in examples:
-        prompt = example.prompt if isinstance(example.prompt, str) else " ".join(t.content for t in example.prompt)
-        shown.append(template.prompt.replace("{prompt}", prompt))
+        shown.append(prompt_text(example.prompt, template))
         answers = (example.completion, example.chosen, example.rejected)
-        shown += [template.response.replace("{response}", text) for text in answers if text]
+        shown += [response_text(text, template) for text in answers if text]
     return shown
 
 
@@ -154,7 +154,7 @@ def encode(
 
 
 def counts(items: Sequence[Item]) -> dict[str, int]:
-    """What data.json says of a split: rows, responses (two in a pair), tokens, and how many were cut."""
+    """What data.json says of a split: rows, responses (two in a pair), tokens, how many were cut, what they spell."""
     rows = [row for item in items for row in item.rows]
     return {
         "rows": len(items),
@@ -163,6 +163,8 @@ def counts(items: Sequence[Item]) -> dict[str, int]:
         "response_tokens": sum(len(row.response_ids) for row in rows),
         "cut_prompts": sum(row.cut_prompt for row in rows),
         "cut_responses": sum(row.cut_response for row in rows),
+        "spelled_special_tokens": sum(row.spelled for row in rows),
+        "own_ends": sum(row.own_end for row in rows),
     }
 
 
@@ -170,6 +172,17 @@ def warn_of_cuts(cut: int, total: int, limit: str, what: str) -> None:
     """Say so where more than a tenth of `total` responses lose their end to `limit`, a setting with its value."""
     if cut > CUTS_TOLD * total:
         logger.warning(f"{limit} cuts {cut:,} of {total:,} responses {what}: raise it")
+
+
+def remarks(counts: Mapping[str, int]) -> Iterator[str]:
+    """A line on each thing that `counts` says of a split and that few splits have."""
+    if spelled := counts["spelled_special_tokens"]:
+        yield (
+            f"{spelled:,} of {counts['responses']:,} spell special tokens, which are plain text to the model: "
+            "template.special_tokens=token makes them tokens"
+        )
+    if ends := counts["own_ends"]:
+        yield f"{ends:,} of {counts['responses']:,} responses spell the token that ends them, which they get but once"
 
 
 def completion_rows(example: Example, encoder: Encoder) -> tuple[Row, ...]:

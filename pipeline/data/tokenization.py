@@ -1,12 +1,15 @@
-"""Templates, tokenizing, truncation and padding: the only tokenizing code.
+"""Prompts and responses to ids under a tokenizer, a template and two limits, and back; padding.
 
 A row is prompt ids followed by response ids, tokenised apart, so that the prompt of training is the prompt of
-generation, token for token. EOS belongs to the response. Masks come from lengths, never from `ids != pad`.
+generation, token for token. The token that ends a response belongs to it. Masks come from lengths, never from
+`ids != pad`.
 """
 
 from __future__ import annotations
 
+import bisect
 import os
+import re
 import sys
 from collections.abc import Sequence
 from functools import cached_property
@@ -17,6 +20,10 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.sections import TemplateSettings
 from pipeline.data import chat
+from pipeline.data import template as plain
+from pipeline.data.chat import ASKED, MARK
+from pipeline.data.template import Prompt, goes_on
+from pipeline.data.text_ids import TextIds
 from pipeline.errors import UserError
 from pipeline.records import Message, Row
 
@@ -39,7 +46,6 @@ class Encoder:
         encoder_decoder: bool = False,
     ):
         template = resolved(template, tokenizer)
-        check_template(template, tokenizer)
         if tokenizer.eos_token_id is None:
             raise UserError("model.path: its tokenizer has no EOS token, wanted one to end responses: set eos_token")
         self.tokenizer, self.template = tokenizer, template
@@ -51,97 +57,113 @@ class Encoder:
         self.eos_id: int = own if self.frame.end is None else tokenizer.convert_tokens_to_ids(self.frame.end)
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys((self.eos_id, own)))  # each of them ends a response
         self.pad_id: int = tokenizer.pad_token_id
+        self._ids = TextIds(tokenizer)
+        chat_writes_all = template.kind == "chat"
+        self._around = ([], []) if chat_writes_all else (self._ids.before, self._ids.after if encoder_decoder else [])
+        ends = "|".join(map(re.escape, tokenizer.convert_ids_to_tokens(list(self.stop_ids))))
+        self._own_end = re.compile(rf"(?:(?:{ends})\s*)+\Z")
 
     def described(self) -> str:
         """One line for people: which template is in use, and how a response ends."""
         end = self.tokenizer.convert_ids_to_tokens(self.eos_id)
         if self.template.kind == "text":
             return f"template: text, responses end with {end}"
+        tag = f"; prompts end with {self.frame.opened.rstrip()}, which responses have to close"
+        left_open = tag if self.frame.opened and self.frame.only_prompts else ""
         if self.frame.end is not None:
             dated = "" if self.template.date is None else f" of {self.template.date}"
-            return f"template: the tokenizer's chat template{dated}, turns end with {end}"
+            return f"template: the tokenizer's chat template{dated}, turns end with {end}{left_open}"
         why = "ends turns without a special token" if self.frame.known else "writes no turn of the assistant"
-        return f"template: the tokenizer's chat template, which {why}: responses end with {end}"
+        return f"template: the tokenizer's chat template, which {why}: responses end with {end}{left_open}"
 
-    def _turns(self, prompt: str | Sequence[Message]) -> list[Message]:
-        turns = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)
-        return turns if self.template.system is None else [Message("system", self.template.system), *turns]
+    def prompt_text(self, prompt: Prompt) -> str:
+        """What the model reads for `prompt`, as text; nothing before plain text, whose prompt is ""."""
+        if self.template.kind == "text" or not prompt:
+            return plain.prompt_text(prompt, self.template)
+        return chat.prompt_text(self.tokenizer, plain.turns_of(prompt, self.template), self.frame, self.template.date)
 
-    def prompt_text(self, prompt: str | Sequence[Message]) -> str:
-        """What the model reads for `prompt`, as text."""
-        template = self.template
-        if template.kind == "chat":
-            return chat.written(self.tokenizer, self._turns(prompt), date=template.date) + self.frame.header
-        system = "" if template.system is None else template.system
-        if isinstance(prompt, str):
-            return system + template.prompt.replace("{prompt}", prompt)
-        return system + "".join(self._turn(turn) for turn in prompt) + template.assistant.rstrip()
-
-    def _turn(self, turn: Message) -> str:
-        heads = {"user": self.template.human, "assistant": self.template.assistant, "system": ""}
-        return heads[turn.role] + turn.content
-
-    def response_text(self, completion: str) -> str:
-        """`completion` as it follows the prompt."""
-        if self.template.kind == "chat":
+    def response_text(self, completion: str, prompt: Prompt = ASKED) -> str:
+        """`completion` as it follows `prompt`, without the token that ends it."""
+        if not prompt or goes_on(prompt):
             return completion
-        return self.template.response.replace("{response}", completion)
+        if self.template.kind == "text":
+            return plain.response_text(completion, self.template)
+        if self.template.response is not None:
+            completion = plain.response_text(completion, self.template)
+        return chat.answer_text(completion, self.frame)
 
-    def encode_prompt(self, prompt: str | Sequence[Message], limit: int | None = None) -> tuple[tuple[int, ...], bool]:
+    def encode_prompt(self, prompt: Prompt, limit: int | None = None) -> tuple[tuple[int, ...], bool]:
         """Ids of a prompt, cut to `limit` (by default the Encoder's own), and whether it was cut.
 
-        BOS stays, and EOS at an end that is cut off.
+        Turns go first, then the text of the one that is left; what the template and the tokenizer put around it stays.
+        Raises UserError where nothing else fits.
         """
         limit = self.max_prompt_length if limit is None else limit
-        text = self.prompt_text(prompt)
-        ids = self.tokenizer(text, add_special_tokens=self.template.kind == "text")["input_ids"]
-        bos = self.tokenizer.bos_token_id
-        if not ids and bos is not None:
-            ids = [bos]
-        if not ids:
-            raise UserError("prompt: it is empty and the tokenizer has no BOS token to start from, wanted some text")
-        return self.cut_prompt(tuple(ids), limit), len(ids) > limit
+        prompt = self._marked(prompt)
+        ids = self._prompt_ids(prompt)
+        return (tuple(ids), False) if len(ids) <= limit else (tuple(self._cut(prompt, limit)), True)
 
-    def cut_prompt(self, ids: tuple[int, ...], limit: int) -> tuple[int, ...]:
-        """`limit` (>= 1) of prompt ids: the last ones after BOS, or the first ones before an EOS that was the last."""
-        if len(ids) <= limit:
-            return ids
-        if self.keep == "beginning":
-            tail = ids[-1:] if ids[-1] == self.eos_id else ()
-            return ids[: limit - len(tail)] + tail
-        head = ids[:1] if ids[0] == self.tokenizer.bos_token_id else ()
-        return head + ids[len(ids) - limit + len(head) :]
-
-    def encode(self, prompt: str | Sequence[Message], completion: str | None) -> Row:
-        """A prompt with its response and EOS, cut on the right to the limit; no response at all where None."""
+    def encode(self, prompt: Prompt, completion: str | None) -> Row:
+        """A prompt with its response and the token that ends it, cut on the right; no response at all where None."""
         prompt_ids, cut_prompt = self.encode_prompt(prompt)
+        spelled = self._spells(prompt)
         if completion is None:
-            return Row(prompt_ids, (), cut_prompt)
-        text = self.response_text(completion)
-        ids = [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.eos_id]
+            return Row(prompt_ids, (), cut_prompt, spelled=spelled)
+        answer = self._own_end.sub("", completion)
+        ids = self._response_ids(answer, prompt)
         limit = self.max_response_length
-        return Row(prompt_ids, tuple(ids[:limit]), cut_prompt, cut_response=len(ids) > limit)
+        return Row(
+            prompt_ids,
+            tuple(ids[:limit]),
+            cut_prompt,
+            cut_response=len(ids) > limit,
+            spelled=spelled or self._spells(answer),
+            own_end=answer != completion,
+        )
 
-    def encode_conversation(self, prompt: str | Sequence[Message], completion: str) -> tuple[int, ...]:
+    def encode_conversation(self, prompt: Prompt, completion: str) -> tuple[int, ...]:
         """Ids of all that the chat template writes for the conversation with this answer, uncut."""
-        turns = [*self._turns(prompt), Message("assistant", completion)]
-        text = chat.written(self.tokenizer, turns, open_turn=False, date=self.template.date)
-        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        turns, answer = plain.turns_of(self._marked(prompt), self.template), self._own_end.sub("", completion)
+        answer = self._marked(answer)
+        if goes_on(prompt):
+            *turns, begun = turns
+            answer = begun.content + answer
+        text = chat.written(self.tokenizer, [*turns, Message("assistant", answer)], False, self.template.date)
+        return tuple(self._ids.whole(text))
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], prompt: Prompt = ASKED) -> str:
         """The text of response ids, as the one who gave it wrote it: see `decode_all`."""
-        return self.decode_all([ids])[0]
+        return self.decode_all([ids], [prompt])[0]
 
-    def decode_all(self, rows: Sequence[Sequence[int]]) -> list[str]:
-        """The texts of responses: all that they say, blanks and added tokens such as <think> included.
+    def decode_all(self, rows: Sequence[Sequence[int]], prompts: Sequence[Prompt]) -> list[str]:
+        """The texts of responses to `prompts`: all that they say, blanks and added tokens such as <think> included.
 
         Left off is what spells nothing (what ends, begins, pads or masks a text, and the sign for unknown pieces) and
         what the template puts around a response.
         """
+        before, after = self._frame_text
+        texts = self._texts(rows, prompts)
+        framed = [bool(prompt) and not goes_on(prompt) for prompt in prompts]
+        return [
+            text.removeprefix(before).removesuffix(after) if own else text
+            for text, own in zip(texts, framed, strict=True)
+        ]
+
+    def _texts(self, rows: Sequence[Sequence[int]], prompts: Sequence[Prompt]) -> list[str]:
+        """What stands in each row, blanks at its beginning too: decoders drop these unless something goes before."""
+        lead, width = self._lead
         spoken = [[i for i in row if i not in self._unspoken] for row in rows]
-        texts = self.tokenizer.batch_decode(spoken, clean_up_tokenization_spaces=False) if spoken else []
-        before, after = self._around
-        return [text.removeprefix(before).removesuffix(after) for text in texts]
+        whole = [[*lead, *row] if prompt else row for row, prompt in zip(spoken, prompts, strict=True)]
+        texts = self.tokenizer.batch_decode(whole, clean_up_tokenization_spaces=False) if whole else []
+        return [text[width:] if prompt else text for text, prompt in zip(texts, prompts, strict=True)]
+
+    @cached_property
+    def _lead(self) -> tuple[list[int], int]:
+        """Ids to put before a response that goes on after a prompt, and how many characters they are."""
+        if self.encoder_decoder or not self._ids.guards:
+            return [], 0
+        ids = self._ids.whole(self._ids.guards[0])
+        return ids, len(self.tokenizer.decode(ids))
 
     @cached_property
     def _unspoken(self) -> frozenset[int]:
@@ -150,36 +172,113 @@ class Encoder:
         return frozenset({*named, self.pad_id, *self.stop_ids})
 
     @cached_property
-    def _around(self) -> tuple[str, str]:
+    def _frame_text(self) -> tuple[str, str]:
         """What the template puts before and after a response, as it comes out of the tokenizer again.
 
-        Many decoders drop the blank at the beginning of a text themselves, and then it is not there to take off.
+        A decoder may drop the blank at the beginning of a text, and then it is not there to take off.
         """
-        before, _, after = self.response_text("{response}").partition("{response}")
-        ids = self.tokenizer(before + PROBE, add_special_tokens=False)["input_ids"]
-        written = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        return (written.removesuffix(PROBE) if written.endswith(PROBE) else before), after
+        before, _, after = self.response_text(MARK).partition(MARK)
+        written = self._texts([self._response_ids(PROBE, ASKED)], [ASKED])[0]
+        return (written.removesuffix(PROBE + after) if written.endswith(PROBE + after) else before), after
+
+    def _marked(self, prompt: Prompt) -> Prompt:
+        """`prompt` with marks around what spells a special token, unless that is to be the token."""
+        if self.template.special_tokens == "token":
+            return prompt
+        if isinstance(prompt, str):
+            return self._ids.marked(prompt)
+        return tuple(Message(turn.role, self._ids.marked(turn.content)) for turn in prompt)
+
+    def _spells(self, prompt: Prompt) -> bool:
+        """Whether a special token is spelled in `prompt`, and read as plain text."""
+        texts = [prompt] if isinstance(prompt, str) else [turn.content for turn in prompt]
+        return self.template.special_tokens == "text" and any(map(self._ids.special.search, texts))
+
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        """Ids of a marked prompt, and of what the tokenizer puts around it."""
+        ids, (before, after) = self._ids.whole(self.prompt_text(prompt)), self._around
+        # a text may bring its BOS along
+        whole = [*before, *(ids[len(before) :] if before and ids[: len(before)] == before else ids), *after]
+        bos = self.tokenizer.bos_token_id
+        return whole or [self.tokenizer.eos_token_id if bos is None else bos]
+
+    def _response_ids(self, answer: str, prompt: Prompt) -> list[int]:
+        """Ids of a response, and the token that ends it."""
+        text = self.response_text(self._marked(answer), prompt)
+        if self.encoder_decoder:
+            return [*self._ids.first(text), self.eos_id]
+        if prompt:
+            return [*self._ids.inner(text, after=self.frame.opened), self.eos_id]
+        return [*self._ids.whole(text), self.tokenizer.eos_token_id]
+
+    def _cut(self, prompt: Prompt, limit: int) -> list[int]:
+        """Ids of a marked prompt that is too long: fewer turns, else a part of one."""
+        last = [prompt]
+        if not isinstance(prompt, str):
+            shorter = fewer_turns(prompt, self.keep)
+            place = bisect.bisect_left(shorter, True, key=lambda some: len(self._prompt_ids(some)) <= limit)
+            if place < len(shorter):
+                return self._prompt_ids(shorter[place])
+            # a system message that leaves no room goes too
+            last = [shorter[-1], shorter[-1][-1:]] if shorter else [prompt]
+        parts = [self._part_of(one, limit) for one in last]
+        found = next(filter(None, parts), None)
+        if found is None:
+            raise UserError(
+                f"data.max_prompt_length: {limit}, which the template fills without any of the prompt's text, wanted "
+                "more: raise it, or shorten template.system"
+            )
+        return found
+
+    def _part_of(self, prompt: Prompt, limit: int) -> list[int] | None:
+        """As many ids of the text of the only turn (the system's aside) as fit in; None where none does."""
+        text, content = self.prompt_text(prompt), prompt if isinstance(prompt, str) else prompt[-1].content
+        marked = MARK if isinstance(prompt, str) else (*prompt[:-1], Message(prompt[-1].role, MARK))
+        head, _, tail = self.prompt_text(marked).partition(MARK)
+        if text.startswith(head) and text.endswith(tail):
+            content = text[len(head) : len(text) - len(tail)]  # as the template wrote it
+        ids, (before, after) = self._ids, self._around
+        if self.keep == "beginning":
+            end = [*ids.inner(tail), *after]
+            first, least = [*before, *ids.whole(head + content)], len(before) + len(ids.whole(head))
+            return [*first[: limit - len(end)], *end] if limit - len(end) > least else None
+        # the blank at the end of the template's beginning belongs to the next word
+        start = [*before, *ids.whole(head.rstrip(" "))]
+        blank = head[len(head.rstrip(" ")) :]
+        rest, least = [*ids.inner(blank + content + tail, after=head), *after], len(ids.inner(tail) + after)
+        return [*start, *rest[len(rest) - (limit - len(start)) :]] if limit - len(start) > least else None
+
+
+def fewer_turns(turns: Sequence[Message], keep: str) -> list[tuple[Message, ...]]:
+    """`turns` without the first ones, always fewer, or without the last ones where keep is "beginning".
+
+    The first message stays where it is the system's; what follows begins, or ends, with a turn of the user, as
+    templates want it, where there is one.
+    """
+    system = tuple(turns[:1]) if turns[0].role == "system" else ()
+    rest = tuple(turns[len(system) :])
+    if not rest:
+        return []
+    if keep == "end":
+        parts = [rest[i:] for i in range(1, len(rest)) if rest[i].role == "user"]
+        return [(*system, *part) for part in (*parts, rest[-1:])]
+    parts = [rest[:i] for i in range(len(rest) - 1, 0, -1) if rest[i - 1].role == "user"]
+    return [(*system, *part) for part in (*parts, rest[:1])]
 
 
 def resolved(template: TemplateSettings, tokenizer: PreTrainedTokenizerBase) -> TemplateSettings:
-    """`template` with its kind: auto is chat where the tokenizer has a chat template, else text."""
+    """`template` with its kind: auto is chat where the tokenizer has a chat template, else text.
+
+    Raises UserError where a placeholder or the chat template is missing.
+    """
+    if template.kind == "chat" and tokenizer.chat_template is None:
+        raise UserError(
+            "template.kind: chat, but the tokenizer has no chat template: set template.kind=text, or use a chat model"
+        )
+    plain.check(template)
     if template.kind != "auto":
         return template
     return template.model_copy(update={"kind": "text" if tokenizer.chat_template is None else "chat"})
-
-
-def check_template(template: TemplateSettings, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises UserError when a placeholder or the chat template is missing."""
-    if template.kind == "chat":
-        if tokenizer.chat_template is None:
-            raise UserError(
-                "template.kind: chat, but the tokenizer has no chat template: set template.kind=text, "
-                "or use a chat model"
-            )
-        return
-    for name, value in (("prompt", template.prompt), ("response", template.response)):
-        if f"{{{name}}}" not in value:
-            raise UserError(f"template.{name}: {value!r} lacks {{{name}}}, wanted it where the text goes")
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> tuple[Tensor, Tensor]:

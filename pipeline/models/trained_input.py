@@ -26,7 +26,7 @@ logger = logging.getLogger("tiffin")
 
 INPUT_FILE = "trained_input.json"
 FORMER_FILE = "reward_input.json"  # beside reward models of versions that kept less
-OF_TEXT = ("prompt", "response", "human", "assistant")  # what template.kind=text alone reads
+OF_TEXT = ("human", "assistant")  # what template.kind=text alone reads
 
 
 class TrainedInput(Section):

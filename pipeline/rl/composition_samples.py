@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pipeline.algorithms.functional import Drawn
 from pipeline.data import dataset, vocabulary
+from pipeline.data.template import Prompt
 from pipeline.data.tokenization import Encoder
 from pipeline.records import Batch
 from pipeline.rewards import scoring
@@ -41,7 +42,10 @@ def samples_of(
                 "id": example.id,
                 "prompt": scoring.plain_prompt(example),
                 "reference": dataset.reference_text(example),
-                "static": {"text": encoder.decode(ids.tolist()), "parts": parts(encoder, ids, masked)},
+                "static": {
+                    "text": encoder.decode(ids.tolist(), example.prompt),
+                    "parts": parts(encoder, ids, masked, example.prompt),
+                },
                 **texts(encoder, compositions, i, masked),
                 **by_credit(encoder, ids[masked].tolist(), tokens[i], credit[i]),
             }
@@ -52,11 +56,11 @@ def samples_of(
 def texts(encoder: Encoder, compositions: Compositions, i: int, masked: Tensor) -> dict[str, Any]:
     """The greedy composition of item `i`, and those of the highest and lowest reward; masked (T,) bool."""
     *rewards, greedy = compositions.rewards[i].tolist()
-    order = sorted(range(len(rewards)), key=lambda k: -rewards[k])
+    order, prompt = sorted(range(len(rewards)), key=lambda k: -rewards[k]), compositions.examples[i].prompt
 
     def row(k: int, reward: float) -> dict[str, Any]:
         ids = compositions.ids[i, k, : len(masked)]
-        return {"reward": reward, "text": compositions.texts[i][k], "parts": parts(encoder, ids, masked)}
+        return {"reward": reward, "text": compositions.texts[i][k], "parts": parts(encoder, ids, masked, prompt)}
 
     return {
         "samples": len(rewards),
@@ -66,7 +70,7 @@ def texts(encoder: Encoder, compositions: Compositions, i: int, masked: Tensor) 
     }
 
 
-def parts(encoder: Encoder, ids: Tensor, masked: Tensor) -> list[list[str | bool]]:
+def parts(encoder: Encoder, ids: Tensor, masked: Tensor, prompt: Prompt) -> list[list[str | bool]]:
     """A response (T,) in pieces, [text, whether it is masked]: masked tokens one by one, what stands between together.
 
     A piece is what its tokens add to the text before them. Of a character of several tokens, the last has it.
@@ -76,7 +80,7 @@ def parts(encoder: Encoder, ids: Tensor, masked: Tensor) -> list[list[str | bool
         return []
     last = len(flags) - 1
     ends = [i for i, flag in enumerate(flags) if flag or i == last or flags[i + 1]]
-    *whole, said = encoder.decode_all([tokens[: end + 1] for end in ends])
+    *whole, said = encoder.decode_all([tokens[: end + 1] for end in ends], [prompt] * len(ends))
     # a character that only later tokens complete belongs to the piece of the last of them
     begun = [text.rstrip(BROKEN) for text in whole]
     begun = [*(text if said.startswith(text) else "" for text in begun), said]  # the template's words in part: no text

@@ -80,8 +80,8 @@ class Composer:
         ids = composed_ids(batch.static, drawn)[: len(batch.items)]
         lengths = batch.static.mask.sum(1).tolist()
         rows = [row[:length] for group, length in zip(ids.tolist(), lengths, strict=False) for row in group]
-        texts = self.encoder.decode_all(rows)
         width = ids.shape[1]
+        texts = self.encoder.decode_all(rows, [self.items[i].example.prompt for i in batch.items for _ in range(width)])
         return ids, [texts[i : i + width] for i in range(0, len(texts), width)]
 
     def ask(self, ids: Tensor, texts: list[list[str]], batch: Batch) -> Callable[[], Compositions]:

@@ -237,7 +237,7 @@ def _response(encoder: Encoder, request: Request, completion: Completion, stops:
     return Response(
         example=request.example,
         prompt_text=encoder.prompt_text(request.example.prompt),
-        text=encoder.decode(ids[:-1] if finished else ids),
+        text=encoder.decode(ids[:-1] if finished else ids, request.example.prompt),
         prompt_ids=request.prompt_ids,
         response_ids=tuple(ids),
         finished=finished,

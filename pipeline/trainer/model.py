@@ -143,6 +143,8 @@ def encode(
             "{}: {rows:,} rows, {tokens:,} tokens ({response_tokens:,} of responses), {cut_prompts:,} prompts and "
             "{cut_responses:,} responses cut".format(split, **counts)
         )
+        for remark in dataset.remarks(counts):
+            logger.info(f"{split}: {remark}")
     limit = f"data.max_response_length={model.encoder.max_response_length}"
     cut, total = counted["train"]["cut_responses"], counted["train"]["responses"]
     dataset.warn_of_cuts(cut, total, limit, "to learn from, which then teach no end")
