@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from pipeline.data import fields
 from pipeline.data.fields import Columns, RowError
+from pipeline.data.transcripts import turns_of
 from pipeline.records import Example, Message
 
 COMPLETION = ("completion", "response")
@@ -55,7 +56,17 @@ def example_of(row: Columns, given: Fields, id: str) -> Example:
         whole["candidates"], whole["candidate_rewards"] = candidate_list(row)
     if whole["references"] is None:
         whole["references"] = tuple(filter(None, (whole["completion"] or whole["chosen"],)))
-    return Example(**whole | {"id": whole["id"] or id, "source": whole["source"] or ""})
+    return Example(**_in_turns(whole) | {"id": whole["id"] or id, "source": whole["source"] or ""})
+
+
+def _in_turns(whole: Fields) -> Fields:
+    """The fields of a row; where its prompt is a transcript, with its turns, and answers without the mark's blank."""
+    turns = turns_of(whole["prompt"]) if isinstance(whole["prompt"], str) else None
+    if turns is None:
+        return whole
+    answers = {name: whole[name].removeprefix(" ") for name in ("completion", "chosen", "rejected") if whole[name]}
+    several = {name: tuple(one.removeprefix(" ") for one in whole[name]) for name in ("references", "candidates")}
+    return {**whole, "prompt": turns, **answers, **several}
 
 
 def candidate_list(row: Columns) -> tuple[tuple[str, ...], tuple[float, ...]]:

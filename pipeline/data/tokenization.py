@@ -80,12 +80,10 @@ class Encoder:
 
     def response_text(self, completion: str, prompt: Prompt = "asked") -> str:
         """`completion` as it follows `prompt`, without the token that ends it."""
-        if not prompt or goes_on(prompt):
-            return completion
-        if self.template.kind == "text":
-            return plain.response_text(completion, self.template)
-        if self.template.response is not None:
-            completion = plain.response_text(completion, self.template)
+        if self.template.kind == "text" or not prompt or goes_on(prompt):
+            return plain.response_text(completion, self.template, prompt)
+        if self.template.response is not None and isinstance(prompt, str):
+            completion = plain.response_text(completion, self.template, prompt)
         return chat.answer_text(completion, self.frame)
 
     def encode_prompt(self, prompt: Prompt, limit: int | None = None) -> tuple[tuple[int, ...], bool]:
