@@ -106,6 +106,11 @@ ACCEPTED = [
     ),
     ("prompts", {"prompt": "A play\n\nAssistant:"}, Example(ID, "A play\n\nAssistant:")),
     ("supervised", {"prompt": "p", "completion": " c\n"}, Example(ID, "p", " c\n", (" c\n",))),
+    (
+        "supervised",
+        {"messages": [ASK, SAY, {**SAY, "content": "Again"}]},
+        Example(ID, (USER, Message("assistant", "Hello\n\n")), "Again", ("Again",)),
+    ),
     ("supervised", {"prompt": [ASK], "completion": [SAY]}, Example(ID, (USER,), "Hello", ("Hello",))),
     (
         "supervised",

@@ -38,11 +38,17 @@ def response_of(row: Columns, *names: str) -> str:
 
 
 def last_answer(value: object, place: str) -> tuple[tuple[Message, ...], str]:
-    """Chat messages as (all but the last, the last one's text); the last must be the assistant's."""
+    """Chat messages as (all but the last, the last one's text); the last must be the assistant's.
+
+    One of the assistant before it is the beginning of what it says, an empty line between them.
+    """
     turns = fields.messages(value, place)
     if turns[-1].role != "assistant":
         raise RowError(f"{place}: the last message is from '{turns[-1].role}', wanted one from 'assistant'")
-    return turns[:-1], turns[-1].content
+    *before, answer = turns
+    if before and before[-1].role == "assistant":
+        before[-1] = Message("assistant", f"{before[-1].content}\n\n")
+    return tuple(before), answer.content
 
 
 def example_of(row: Columns, given: Fields, id: str) -> Example:
