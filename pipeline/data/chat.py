@@ -35,13 +35,13 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], fr
 
     Two messages of the system become one. Raises UserError where the template refuses the turns.
     """
-    first, *rest = turns
-    if first.role == "system" and rest and rest[0].role == "system":
-        first, *rest = Message("system", f"{first.content}\n\n{rest[0].content}"), *rest[1:]
+    turns = list(turns)
+    if [turn.role for turn in turns[:2]] == ["system", "system"]:
+        turns[:2] = [Message("system", f"{turns[0].content}\n\n{turns[1].content}")]
     if (last := turns[-1]).role != "assistant":
-        return written(tokenizer, [first, *rest]) + frame.header
-    before, found, _ = written(tokenizer, [first, *rest[:-1], Message("assistant", MARK)], False).partition(MARK)
-    return before + last.content if found else written(tokenizer, [first, *rest])
+        return written(tokenizer, turns) + frame.header
+    before, found, _ = written(tokenizer, [*turns[:-1], Message("assistant", MARK)], open_turn=False).partition(MARK)
+    return (before if found else written(tokenizer, turns[:-1]) + frame.header) + last.content
 
 
 def answer_text(completion: str, frame: ChatFrame) -> str:
