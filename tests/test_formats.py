@@ -12,6 +12,7 @@ from pipeline.records import Example, Message
 ASK, SAY = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 USER, ASSISTANT = Message("user", "Hi"), Message("assistant", "Hello")
 HH = "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: A joke\n\nAssistant:"
+HH_TURNS = (USER, Message("assistant", "Yes?"), Message("user", "A joke"))
 ALOL = {
     "prefix": [["<|prompter|>Hi", "<|assistant|>Hello", "<|prompter|>A joke", "<|assistant|>"]] * 2,
     "suffix": ["Knock knock", "No"],
@@ -90,10 +91,26 @@ ACCEPTED = [
     ),
     (
         "hh",
-        {"chosen": HH + " Knock", "rejected": HH + " Know\n\nHuman: more\n\nAssistant: No"},
-        Example(ID, HH, chosen=" Knock", rejected=" Know\n\nHuman: more\n\nAssistant: No"),
+        {"chosen": HH + " Knock", "rejected": HH + "  Know\n\nHuman: more\n\nAssistant: No"},
+        Example(ID, HH_TURNS, chosen="Knock", rejected=" Know"),
     ),
+    (
+        "preference",
+        {"prompt": "Be kind." + HH, "chosen": " Knock", "rejected": "No", "references": [" Knock"]},
+        Example(ID, (Message("system", "Be kind."), *HH_TURNS), references=("Knock",), chosen="Knock", rejected="No"),
+    ),
+    (
+        "scored",
+        {"prompt": "Human: Hi\n\nAssistant: a\n\nAssistant:", "completion": " b", "reward": 1},
+        Example(ID, (USER, Message("assistant", "a\n\n")), "b", reward=1.0),
+    ),
+    ("prompts", {"prompt": "A play\n\nAssistant:"}, Example(ID, "A play\n\nAssistant:")),
     ("supervised", {"prompt": "p", "completion": " c\n"}, Example(ID, "p", " c\n")),
+    (
+        "supervised",
+        {"messages": [ASK, SAY, {**SAY, "content": "Again"}]},
+        Example(ID, (USER, Message("assistant", "Hello\n\n")), "Again"),
+    ),
     ("supervised", {"prompt": [ASK], "completion": [SAY]}, Example(ID, (USER,), "Hello")),
     (
         "supervised",
@@ -157,6 +174,13 @@ ACCEPTED = [
 def test_a_row_becomes_an_example_and_its_format_is_found(tmp_path, format, row, expected):
     assert only(tmp_path, row) == (expected, format)
     assert only(tmp_path, row, format) == (expected, format)
+
+
+def test_transcripts_that_part_early_are_counted(tmp_path, caplog):
+    caplog.set_level("INFO", logger="tiffin")
+    early = {"chosen": HH + " a\n\nHuman: b\n\nAssistant: c", "rejected": HH + " d"}
+    read(write(tmp_path, early, {"chosen": HH + " a", "rejected": HH + " d"}))
+    assert "transcripts that part before their last turn 1, read up to the human's next" in caplog.messages[-1]
 
 
 def test_every_format_but_the_table_is_tried_above():

@@ -65,6 +65,12 @@ def test_a_response_that_brings_its_end_along_ends_once(own: str, how: str) -> N
     assert row.response_ids == plain.response_ids and row.own_end and not plain.own_end and not row.spelled
 
 
+def test_ends_that_a_history_brings_along_are_the_templates_own() -> None:
+    encoder = make(byte_pairs(chats.CHATML))
+    row, plain = (encoder.encode(turns("a", f"b{end}", "c"), "d") for end in ("<|im_end|>", ""))
+    assert (row.prompt_ids, row.own_end, row.spelled) == (plain.prompt_ids, True, False)
+
+
 def test_a_prompt_that_brings_its_bos_along_has_it_once() -> None:
     encoder = make(sentence_pieces(), special_tokens="token", prompt="{prompt}")
     assert encoder.encode_prompt("<s>hello") == encoder.encode_prompt("hello")

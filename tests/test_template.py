@@ -9,7 +9,7 @@ import pytest
 import sentencepiece
 from transformers import MarianTokenizer, PreTrainedTokenizerBase
 
-from pipeline.data import conversations
+from pipeline.data import conversations, transcripts
 from pipeline.data.dataset import completion_rows, encode
 from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
@@ -201,3 +201,21 @@ def test_a_translation_is_in_pieces_of_its_own_language(marian: MarianTokenizer,
     assert row.prompt_ids == tuple(marian("where is the old man")["input_ids"])
     assert row.response_ids == tuple(marian(text_target=response, split_special_tokens=True)["input_ids"])
     assert row.response_ids != tuple(marian(response, split_special_tokens=True)["input_ids"])
+
+
+def test_transcripts_are_turns_and_no_mark_comes_twice() -> None:
+    text = "\n\nHuman: a?\n\nAssistant: b\n\nHuman: c?\n\nAssistant:"
+    said = transcripts.turns_of(text)
+    assert make(byte_pairs()).prompt_text(said) == text and make(byte_pairs()).response_text("d", said) == " d"
+    # as a row of hh, which asks for its text as it is
+    assert make(byte_pairs(), prompt="{prompt}", response="{response}").response_text("d", said) == " d"
+    tokenizer = byte_pairs(chats.CHATML)
+    row, whole = make(tokenizer).encode(said, "d"), own_ids(tokenizer, turns("a?", "b", "c?", "d"))
+    assert row.prompt_ids + row.response_ids == whole[:-1]
+
+
+def test_a_transcript_of_which_the_assistant_goes_on() -> None:
+    text = "\n\nHuman: a?\n\nAssistant: b\n\nAssistant:"
+    assert transcripts.turns_of(text) == (Message("user", "a?"), Message("assistant", "b\n\n"))
+    assert make(byte_pairs()).prompt_text(transcripts.turns_of(text)) == "\n\nHuman: a?\n\nAssistant: b\n\n"
+    assert transcripts.turns_of("a play\n\nAssistant:") is transcripts.turns_of(text + " c") is None

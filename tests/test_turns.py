@@ -61,7 +61,9 @@ def test_a_row_for_each_assistant_turn():
 def test_text_prompts_and_first_words_of_an_assistant_are_left_alone():
     text = Example("t", "Human: Hi", "Hello")
     greeted = Example("g", (Message("assistant", "Hello"), Message("user", "Hi")), "Yes")
-    assert conversations.turns_of(text) == [text] and conversations.turns_of(greeted) == [greeted]
+    begun = Example("b", (Message("user", "Hi"), Message("assistant", "Hel")), "lo")
+    for one in (text, greeted, begun):
+        assert conversations.turns_of(one) == [one]
     with pytest.raises(UserError, match=r"train_on: all, but none of 2 rows has an assistant turn .*`history`"):
         conversations.learned([text, greeted], "all")
 

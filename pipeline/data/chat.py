@@ -43,7 +43,7 @@ def prompt_text(
     if (last := turns[-1]).role != "assistant":
         return written(tokenizer, turns, date=date) + frame.header
     before, found, _ = written(tokenizer, [*turns[:-1], Message("assistant", MARK)], False, date).partition(MARK)
-    return before + last.content if found else written(tokenizer, turns, date=date)
+    return (before if found else written(tokenizer, turns[:-1], date=date) + frame.header) + last.content
 
 
 def answer_text(completion: str, frame: ChatFrame) -> str:
@@ -65,9 +65,8 @@ def written(
     Two messages of the system become one. `date`: what it writes as today's, 2026-03-01; None: today's.
     Raises UserError where the template refuses them.
     """
-    first, *rest = turns
-    if first.role == "system" and rest and rest[0].role == "system":
-        turns = [Message("system", f"{first.content}\n\n{rest[0].content}"), *rest[1:]]
+    if [turn.role for turn in turns[:2]] == ["system", "system"]:
+        turns = [Message("system", f"{turns[0].content}\n\n{turns[1].content}"), *turns[2:]]
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
     template = None if date is None else dated(tokenizer.get_chat_template(), date)
     try:

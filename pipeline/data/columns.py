@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from pipeline.data import fields
 from pipeline.data.fields import Columns, RowError
+from pipeline.data.transcripts import turns_of
 from pipeline.errors import UserError
 from pipeline.records import REWARD_ARGUMENTS, Example, Message
 
@@ -40,11 +41,17 @@ def response_of(row: Columns, *names: str) -> str:
 
 
 def last_answer(value: object, place: str) -> tuple[tuple[Message, ...], str]:
-    """Chat messages as (all but the last, the last one's text); the last must be the assistant's."""
+    """Chat messages as (all but the last, the last one's text); the last must be the assistant's.
+
+    One of the assistant before it is the beginning of what it says, an empty line between them.
+    """
     turns = fields.messages(value, place)
     if turns[-1].role != "assistant":
         raise RowError(f"{place}: the last message is from '{turns[-1].role}', wanted one from 'assistant'")
-    return turns[:-1], turns[-1].content
+    *before, answer = turns
+    if before and before[-1].role == "assistant":
+        before[-1] = Message("assistant", f"{before[-1].content}\n\n")
+    return tuple(before), answer.content
 
 
 def example_of(row: Columns, given: Fields, id: str, carried: Columns | None = None) -> Example:
@@ -59,7 +66,17 @@ def example_of(row: Columns, given: Fields, id: str, carried: Columns | None = N
         whole["candidates"], whole["candidate_rewards"] = candidate_list(row)
     kept = {sys.intern(name): value for name, value in (carried or {}).items()}  # every row has the same few names
     named = {"id": whole["id"] or id, "source": whole["source"] or "", "references": whole["references"] or ()}
-    return Example(**whole | named | {"columns": kept})
+    return Example(**_in_turns(whole | named), columns=kept)
+
+
+def _in_turns(whole: Fields) -> Fields:
+    """The fields of a row; where its prompt is a transcript, with its turns, and answers without the mark's blank."""
+    turns = turns_of(whole["prompt"]) if isinstance(whole["prompt"], str) else None
+    if turns is None:
+        return whole
+    answers = {name: whole[name].removeprefix(" ") for name in ("completion", "chosen", "rejected") if whole[name]}
+    several = {name: tuple(one.removeprefix(" ") for one in whole[name]) for name in ("references", "candidates")}
+    return {**whole, "prompt": turns, **answers, **several}
 
 
 def further(row: Columns, used: Collection[str]) -> dict[str, object]:

@@ -1,9 +1,9 @@
 """Conversations of which every assistant turn is learned, not only the last one.
 
 Each turn becomes a row: what stands before it as prompt, in the very ids that generation reads, and the turn as
-completion. Rows are then joined where that changes nothing: where one row's ids, EOS included, begin the next one's
-prompt. A chat template that ends turns with EOS allows it, so that a causal model reads a conversation once; a template
-that keeps EOS out of the history does not, nor does a prompt that lost its beginning, nor an encoder-decoder.
+completion. Rows are then joined where that changes nothing: where one row's ids, the end of its turn included, begin
+the next one's prompt. Chat templates allow it, so that a causal model reads a conversation once; `template.kind=text`,
+which has no EOS in the history, does not, nor does a prompt that lost its beginning, nor an encoder-decoder.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ def learned(examples: Sequence[Example], which: str) -> list[Example]:
 def turns_of(example: Example) -> list[Example]:
     """A row for each assistant turn of the prompt, its id with "/turn-1" ..., and the example itself, in their order.
 
-    The first message of a prompt is never a completion: nothing stands before it.
+    The first message of a prompt is never a completion: nothing stands before it. Nor is a last one of the assistant,
+    with which the example's completion goes on.
     """
     if isinstance(example.prompt, str):
         return [example]
-    places = [i for i, turn in enumerate(example.prompt) if turn.role == "assistant" and i > 0]
+    places = [i for i, turn in enumerate(example.prompt[:-1]) if turn.role == "assistant" and i > 0]
     earlier = [
         Example(
             f"{example.id}/turn-{number}",

@@ -141,7 +141,7 @@ def texts(examples: Sequence[Example], template: TemplateSettings) -> list[str]:
     for example in examples:
         shown.append(prompt_text(example.prompt, template))
         answers = (example.completion, example.chosen, example.rejected)
-        shown += [response_text(text, template) for text in answers if text]
+        shown += [response_text(text, template, example.prompt) for text in answers if text]
     return shown
 
 

@@ -15,6 +15,7 @@ from pipeline.data.columns import example_of, further, refused
 from pipeline.data.fields import Columns, RowError, described
 from pipeline.data.files import RawRow, raw_rows, stem
 from pipeline.data.formats import FORMATS, detect, used_columns
+from pipeline.data.released import parts_early
 from pipeline.errors import UserError, did_you_mean
 from pipeline.records import Example
 
@@ -52,6 +53,7 @@ class ReadResult:
     dropped: Counter[str] = field(default_factory=Counter)  # number of rows by the reason that left them out
     sources: Counter[str] = field(default_factory=Counter)  # number of rows, also of sources that are not wanted
     further: dict[str, str] = field(default_factory=dict)  # columns that no field is made of: why not carried, or ""
+    shortened: int = 0  # number of transcripts that go on with the human behind the answer that is read
 
     @property
     def rows_read(self) -> int:
@@ -151,6 +153,7 @@ def _read_rows(path: str, rows: Iterable[RawRow], format: str, filters: Filters,
             result.dropped[reason] += 1
         else:
             result.examples.append(example)
+            result.shortened += format == "hh" and parts_early(row.columns)
             for column, value in more.items():
                 if not result.further.get(column):
                     result.further[column] = refused(column, value) if carry else ""
@@ -213,6 +216,8 @@ def _summary(path: str, result: ReadResult, filters: Filters, carry: bool) -> st
         parts.append(f"dropped {_counts(result.dropped)}")
     if result.bad_rows:
         parts.append(f"bad {_first_bad(path, result.bad_rows, result.rows_read)}")
+    if result.shortened:
+        parts.append(f"transcripts that part before their last turn {result.shortened}, read up to the human's next")
     if filters.sources is not None:
         parts.append(f"sources there are: {_counts(result.sources)}")
     carried = [name for name, why in result.further.items() if carry and not why]

@@ -7,25 +7,35 @@ from collections.abc import Mapping
 from pipeline.data import fields
 from pipeline.data.columns import Fields, ranked
 from pipeline.data.fields import Columns, RowError
+from pipeline.data.transcripts import ASSISTANT, HUMAN, answer_of
 from pipeline.records import Message
 
-HH_MARK = "\n\nAssistant:"  # before each answer of an hh-rlhf transcript
 TURN_TAGS = {"<|prompter|>": "user", "<|assistant|>": "assistant"}
 REFERENCES_MARK, REFERENCE_MARK = "<#REFS#>", "<#REF#>"
 QUERY_MARK, CANDIDATE_MARK, SCORE_MARK = "<#QUERY#>", "<#SEP#>", "<#SCORE#>"
 
 
 def hh(row: Columns) -> Fields:
-    """Two whole transcripts; the prompt is what they share, up to and including the last "Assistant:"."""
+    """Two whole transcripts; the prompt is what they share, up to and including the last "Assistant:".
+
+    Where they part before their last turn, the answers end where the human speaks again.
+    """
     chosen, rejected = fields.text(row, "chosen"), fields.text(row, "rejected")
     cut = _shared_length(chosen, rejected)
     if cut == 0:
-        raise RowError(f"chosen, rejected: share no beginning up to {HH_MARK!r}, wanted two answers to one prompt")
+        raise RowError(f"chosen, rejected: share no beginning up to {ASSISTANT!r}, wanted two answers to one prompt")
     return {
         "prompt": chosen[:cut],
-        "chosen": fields.checked_text(chosen[cut:], "chosen, its last answer"),
-        "rejected": fields.checked_text(rejected[cut:], "rejected, its last answer"),
+        "chosen": fields.checked_text(answer_of(chosen[cut:]), "chosen, its last answer"),
+        "rejected": fields.checked_text(answer_of(rejected[cut:]), "rejected, its last answer"),
     }
+
+
+def parts_early(row: Columns) -> bool:
+    """Whether a transcript of `hh` goes on with the human behind the answer that is read."""
+    chosen, rejected = fields.text(row, "chosen"), fields.text(row, "rejected")
+    cut = _shared_length(chosen, rejected)
+    return HUMAN in chosen[cut:] or HUMAN in rejected[cut:]
 
 
 def prefix_suffix(row: Columns) -> Fields:
@@ -87,10 +97,10 @@ def candidates_tsv(row: Columns) -> Fields:
 
 def _shared_length(chosen: str, rejected: str) -> int:
     """How many characters both share up to the end of the last mark they share; 0 if they share no mark."""
-    shared, at = 0, chosen.find(HH_MARK)
-    while at >= 0 and rejected.startswith(chosen[: at + len(HH_MARK)]):
-        shared = at + len(HH_MARK)
-        at = chosen.find(HH_MARK, shared)
+    shared, at = 0, chosen.find(ASSISTANT)
+    while at >= 0 and rejected.startswith(chosen[: at + len(ASSISTANT)]):
+        shared = at + len(ASSISTANT)
+        at = chosen.find(ASSISTANT, shared)
     return shared
 
 

@@ -46,9 +46,11 @@ def prompt_text(prompt: Prompt, template: TemplateSettings) -> str:
     return text if goes_on(prompt) else text + template.assistant.rstrip()
 
 
-def response_text(completion: str, template: TemplateSettings) -> str:
-    """`completion` as it follows the prompt: by default after the blank that ends template.assistant, but once."""
-    if template.response is not None:
+def response_text(completion: str, template: TemplateSettings, prompt: Prompt) -> str:
+    """`completion` as it follows `prompt`: behind turns, after the blank that ends template.assistant, but once."""
+    if not prompt or goes_on(prompt):
+        return completion
+    if template.response is not None and isinstance(prompt, str):
         return template.response.replace("{response}", completion)
     blank = template.assistant[len(template.assistant.rstrip()) :]
     return completion if blank and _begins_with(completion, blank) else blank + completion

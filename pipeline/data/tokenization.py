@@ -84,12 +84,10 @@ class Encoder:
 
     def response_text(self, completion: str, prompt: Prompt = ASKED) -> str:
         """`completion` as it follows `prompt`, without the token that ends it."""
-        if not prompt or goes_on(prompt):
-            return completion
-        if self.template.kind == "text":
-            return plain.response_text(completion, self.template)
-        if self.template.response is not None:
-            completion = plain.response_text(completion, self.template)
+        if self.template.kind == "text" or not prompt or goes_on(prompt):
+            return plain.response_text(completion, self.template, prompt)
+        if self.template.response is not None and isinstance(prompt, str):
+            completion = plain.response_text(completion, self.template, prompt)
         return chat.answer_text(completion, self.frame)
 
     def encode_prompt(self, prompt: Prompt, limit: int | None = None) -> tuple[tuple[int, ...], bool]:
@@ -99,14 +97,15 @@ class Encoder:
         Raises UserError where nothing else fits.
         """
         limit = self.max_prompt_length if limit is None else limit
-        prompt = self._marked(prompt)
+        prompt = self._marked(self._without_ends(prompt))
         ids = self._prompt_ids(prompt)
         return (tuple(ids), False) if len(ids) <= limit else (tuple(self._cut(prompt, limit)), True)
 
     def encode(self, prompt: Prompt, completion: str | None) -> Row:
         """A prompt with its response and the token that ends it, cut on the right; no response at all where None."""
         prompt_ids, cut_prompt = self.encode_prompt(prompt)
-        spelled = self._spells(prompt)
+        asked = self._without_ends(prompt)
+        spelled = self._spells(asked)
         if completion is None:
             return Row(prompt_ids, (), cut_prompt, spelled=spelled)
         answer = self._own_end.sub("", completion)
@@ -118,7 +117,7 @@ class Encoder:
             cut_prompt,
             cut_response=len(ids) > limit,
             spelled=spelled or self._spells(answer),
-            own_end=answer != completion,
+            own_end=(answer, asked) != (completion, prompt),
         )
 
     def encode_conversation(self, prompt: Prompt, completion: str) -> tuple[int, ...]:
@@ -181,6 +180,18 @@ class Encoder:
         written = self._texts([self._response_ids(PROBE, ASKED)], [ASKED])[0]
         return (written.removesuffix(PROBE + after) if written.endswith(PROBE + after) else before), after
 
+    def _without_ends(self, prompt: Prompt) -> Prompt:
+        """`prompt` without ends of the assistant's turns that its texts bring along."""
+        if isinstance(prompt, str):
+            return prompt
+        assistants = [turn.role == "assistant" and self._own_end.search(turn.content) for turn in prompt]
+        if not any(assistants):
+            return prompt
+        return tuple(
+            Message(turn.role, self._own_end.sub("", turn.content)) if ends else turn
+            for turn, ends in zip(prompt, assistants, strict=True)
+        )
+
     def _marked(self, prompt: Prompt) -> Prompt:
         """`prompt` with marks around what spells a special token, unless that is to be the token."""
         if self.template.special_tokens == "token":
@@ -196,11 +207,13 @@ class Encoder:
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         """Ids of a marked prompt, and of what the tokenizer puts around it."""
-        ids, (before, after) = self._ids.whole(self.prompt_text(prompt)), self._around
-        # a text may bring its BOS along
-        whole = [*before, *(ids[len(before) :] if before and ids[: len(before)] == before else ids), *after]
-        bos = self.tokenizer.bos_token_id
-        return whole or [self.tokenizer.eos_token_id if bos is None else bos]
+        ids, bos = [*self._begun(self.prompt_text(prompt)), *self._around[1]], self.tokenizer.bos_token_id
+        return ids or [self.tokenizer.eos_token_id if bos is None else bos]
+
+    def _begun(self, text: str) -> list[int]:
+        """Ids of a text that begins a prompt, behind BOS where the tokenizer puts it; a text may bring it along."""
+        ids, before = self._ids.whole(text), self._around[0]
+        return [*before, *(ids[len(before) :] if ids[: len(before)] == before else ids)]
 
     def _response_ids(self, answer: str, prompt: Prompt) -> list[int]:
         """Ids of a response, and the token that ends it."""
@@ -208,7 +221,7 @@ class Encoder:
         if self.encoder_decoder:
             return [*self._ids.first(text), self.eos_id]
         if prompt:
-            return [*self._ids.inner(text, after=self.frame.opened), self.eos_id]
+            return [*self._ids.inner(text, after="" if goes_on(prompt) else self.frame.opened), self.eos_id]
         return [*self._ids.whole(text), self.tokenizer.eos_token_id]
 
     def _cut(self, prompt: Prompt, limit: int) -> list[int]:
@@ -219,8 +232,9 @@ class Encoder:
             place = bisect.bisect_left(shorter, True, key=lambda some: len(self._prompt_ids(some)) <= limit)
             if place < len(shorter):
                 return self._prompt_ids(shorter[place])
-            # a system message that leaves no room goes too
-            last = [shorter[-1], shorter[-1][-1:]] if shorter else [prompt]
+            last = shorter[-1:]
+            if last[0][0].role == "system" and len(last[0]) > 1:  # goes too where it leaves no room
+                last.append(last[0][1:])
         parts = [self._part_of(one, limit) for one in last]
         found = next(filter(None, parts), None)
         if found is None:
@@ -234,16 +248,17 @@ class Encoder:
         """As many ids of the text of the only turn (the system's aside) as fit in; None where none does."""
         text, content = self.prompt_text(prompt), prompt if isinstance(prompt, str) else prompt[-1].content
         marked = MARK if isinstance(prompt, str) else (*prompt[:-1], Message(prompt[-1].role, MARK))
-        head, _, tail = self.prompt_text(marked).partition(MARK)
+        head, found, tail = self.prompt_text(marked).partition(MARK)
+        if not found:
+            return None
         if text.startswith(head) and text.endswith(tail):
             content = text[len(head) : len(text) - len(tail)]  # as the template wrote it
-        ids, (before, after) = self._ids, self._around
+        ids, after = self._ids, self._around[1]
         if self.keep == "beginning":
-            end = [*ids.inner(tail), *after]
-            first, least = [*before, *ids.whole(head + content)], len(before) + len(ids.whole(head))
+            end, first, least = [*ids.inner(tail), *after], self._begun(head + content), len(self._begun(head))
             return [*first[: limit - len(end)], *end] if limit - len(end) > least else None
         # the blank at the end of the template's beginning belongs to the next word
-        start = [*before, *ids.whole(head.rstrip(" "))]
+        start = self._begun(head.rstrip(" "))
         blank = head[len(head.rstrip(" ")) :]
         rest, least = [*ids.inner(blank + content + tail, after=head), *after], len(ids.inner(tail) + after)
         return [*start, *rest[len(rest) - (limit - len(start)) :]] if limit - len(start) > least else None
@@ -253,17 +268,16 @@ def fewer_turns(turns: Sequence[Message], keep: str) -> list[tuple[Message, ...]
     """`turns` without the first ones, always fewer, or without the last ones where keep is "beginning".
 
     The first message stays where it is the system's; what follows begins, or ends, with a turn of the user, as
-    templates want it, where there is one.
+    templates want it. Where nothing less is left, these are the turns as they are.
     """
     system = tuple(turns[:1]) if turns[0].role == "system" else ()
     rest = tuple(turns[len(system) :])
-    if not rest:
-        return []
+    users = [i for i, turn in enumerate(rest) if turn.role == "user"]
     if keep == "end":
-        parts = [rest[i:] for i in range(1, len(rest)) if rest[i].role == "user"]
-        return [(*system, *part) for part in (*parts, rest[-1:])]
-    parts = [rest[:i] for i in range(len(rest) - 1, 0, -1) if rest[i - 1].role == "user"]
-    return [(*system, *part) for part in (*parts, rest[:1])]
+        parts = [rest[i:] for i in users if i > 0]
+    else:
+        parts = [rest[: i + 1] for i in reversed(users) if i + 1 < len(rest)]
+    return [(*system, *part) for part in parts or [rest]]
 
 
 def resolved(template: TemplateSettings, tokenizer: PreTrainedTokenizerBase) -> TemplateSettings:
