@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import (
     BertConfig,
     BertGenerationConfig,
@@ -20,6 +21,8 @@ from transformers import (
     MBartForConditionalGeneration,
     MixtralConfig,
     MixtralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
@@ -33,7 +36,7 @@ from transformers import (
 
 from pipeline.data.batching import Packing, collate
 from pipeline.errors import UserError
-from pipeline.models import build, loading
+from pipeline.models import build, checks, loading
 from pipeline.models.policy import Policy
 from pipeline.records import Example
 from pipeline.rollout.generate import batches_of, generate
@@ -152,7 +155,26 @@ def test_batches() -> None:
 def test_a_routers_loss_is_not_added_without_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="tiffin"):
         opened(kept(tmp_path, "mixtral", output_router_logits=True, router_aux_loss_coef=0.02))
-    assert caplog.text.count("output_router_logits, router_aux_loss_coef=0.02") == 1
+    assert caplog.text.count("output_router_logits, router_aux_loss_coef 0.02") == 1
+
+
+@torch.no_grad()
+def test_rows_that_would_turn_others_are_refused() -> None:
+    """Phi-3 with longrope was trained on 16 places: with 17 in its batch a row of five is read otherwise."""
+    turns = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    turns["original_max_position_embeddings"] = 16
+    config = Phi3Config(
+        **HEADS, vocab_size=tiny.V, pad_token_id=tiny.PAD_ID, rope_parameters=turns, original_max_position_embeddings=16
+    )
+    model = tiny.spread(Phi3ForCausalLM(config)).eval()
+    short, fitting, long = (torch.randint(3, tiny.V, (1, length)) for length in (5, 16, 17))
+    read = [model(torch.cat([nn.functional.pad(short, (0, other.shape[1] - 5)), other])) for other in (fitting, long)]
+    alone = model(short).logits[0]
+    tiny.close(read[0].logits[0, :5], alone)
+    assert float((read[1].logits[0, :5] - alone).abs().max()) > 0.1
+    checks.check_positions(model, 10, 6, whole=False)
+    with pytest.raises(UserError, match="the model has 16 positions, beyond which its longrope"):
+        checks.check_positions(model, 10, 7, whole=False)
 
 
 def test_checkpointing_that_is_not_there() -> None:

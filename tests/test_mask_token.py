@@ -18,6 +18,8 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
     GPT2Tokenizer,
+    MarianConfig,
+    MarianMTModel,
     PegasusConfig,
     PegasusForConditionalGeneration,
     PreTrainedModel,
@@ -63,11 +65,15 @@ def language_model(shape: str, rows: int) -> PreTrainedModel:
     """A random model with `rows` embeddings."""
     ids = {"pad_token_id": tiny.PAD_ID, "bos_token_id": 1, "eos_token_id": tiny.EOS_ID, "vocab_size": rows}
     torch.manual_seed(0)
-    if shape == "pegasus":
+    if shape in ("pegasus", "marian"):
         sizes = {"d_model": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 128}
         layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
         start = {"decoder_start_token_id": 0, "forced_eos_token_id": None, "dropout": 0.0, "scale_embedding": True}
-        model = PegasusForConditionalGeneration(PegasusConfig(**sizes, **layers, **start, **ids))
+        if shape == "marian":
+            model = MarianMTModel(MarianConfig(**sizes, **layers, **start, **ids, decoder_vocab_size=rows))
+            model.final_logits_bias.copy_(torch.randn(1, rows))
+        else:
+            model = PegasusForConditionalGeneration(PegasusConfig(**sizes, **layers, **start, **ids))
         return tiny.spread(model, 0.1).eval()
     if shape == "qwen2":
         sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -182,7 +188,7 @@ def test_real_vocabularies(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, "marian"])
 def test_a_full_matrix_grows_by_means(tmp_path: Path, shape: str, dtype: torch.dtype) -> None:
     settings = saved(tmp_path, shape, ROWS)
     old = loading.load_policy(settings, plain(), 0, dtype)
@@ -210,7 +216,7 @@ def shared_names(model: PreTrainedModel) -> set[str]:
     return {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is weight}
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, "marian"])
 def test_a_grown_model_is_reopened_as_it_was(tmp_path: Path, shape: str) -> None:
     model = loading.load_policy(saved(tmp_path, shape, ROWS), masked(), 0, mask=True)
     with torch.no_grad():

@@ -11,7 +11,7 @@ from transformers import ByT5Tokenizer, GPT2Tokenizer, PreTrainedTokenizerBase, 
 
 from pipeline.config.schema import Masking
 from pipeline.data.masking import masked_positions
-from pipeline.data.vocabulary import TokenTables, token_tables
+from pipeline.data.vocabulary import TokenTables, blankless, token_tables
 from pipeline.errors import UserError
 from pipeline.models import scratch
 from pipeline.tasks import assistant
@@ -103,6 +103,7 @@ def test_single_bytes():
     table = token_tables(tokenizer, len(tokenizer))
     # byte b has id b + 3; Python's blanks below 128: tab to carriage return, four separators, space
     starts = {*range(9, 14), *range(28, 32), 32, ord("."), ord(",")}
+    starts |= {*range(0xE3, 0xEA)}  # with which ideographic punctuation, kana and Chinese characters begin
     assert {i - 3 for i in table.word_start.nonzero().flatten().tolist()} == starts
     assert {i - 3 for i in table.punctuation.nonzero().flatten().tolist()} == {ord("."), ord(",")}
     assert table.special.nonzero().flatten().tolist() == [0, 1, 2, *range(259, len(tokenizer))]
@@ -125,7 +126,40 @@ def test_vocabularies_without_words():
         with pytest.raises(UserError) as error:
             table.require_words()
         assert str(error.value).startswith("masking.span: ") and str(error.value).endswith("set masking.span=token")
-        assert int(table.word_start.sum()) == len({".", ","} & set(pieces))
+        assert int(table.word_start.sum()) == len({"天", "地", "。", ".", ","} & set(pieces))
+
+
+def test_pieces_of_scripts_without_blanks():
+    """Each begins a word; so does the first piece of a character that has several, but for one of another script."""
+    # the bytes of 天 (E5 A4 A9) as byte-level vocabularies call them; those of é (C3 A9); ་ ends Tibetan syllables
+    begin, go_on = ["天", "公园", "。", "\uff0c", "」", "カ", "ท", "།"], ["\u0e34", "한", "é", "!", "a天", "a", "Ġ"]
+    assert all(blankless(name, name) for name in begin) and not any(blankless(name, name) for name in go_on)
+    parts = {"å": True, "å¤": True, "¤©": False, "Ã": False, "à\xb8": True, "à": False, "<0xE5>": True, "<0xA4>": False}
+    parts["á"] = False  # of Burmese, and of Vietnamese
+    assert {name: blankless("\N{REPLACEMENT CHARACTER}", name) for name in parts} == parts
+
+
+def test_the_rate_in_chinese():
+    """As in English: 0.4 of the characters, within 3 standard errors; no byte of one is seen after a hidden one."""
+    text = "今天天气很好\uff0c我们去公园散步。我们今天在家里吃饭\uff0c然后看书。"
+    bare = Tokenizer(models.BPE())
+    bare.pre_tokenizer, bare.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=SPECIAL, show_progress=False, initial_alphabet=alphabet
+    )
+    bare.train_from_iterator([text, *texts()[:40]], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, **NAMES)
+    table = token_tables(tokenizer, len(tokenizer))
+    table.require_words()
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    drawn, starts = [], table.word_start[ids]
+    for seed in range(200):
+        masked = masked_positions(ids, table, masking(after_punctuation=True), numbers_of(seed), spans=True)
+        drawn.append(masked[starts])
+        assert not (masked[:-1] & ~starts[1:] & ~masked[1:]).any()
+    rate = float(torch.stack(drawn).float().mean())
+    assert abs(rate - 0.4) < 3 * math.sqrt(0.4 * 0.6 / (200 * int(starts.sum())))
 
 
 # --- the draw
@@ -350,8 +384,9 @@ def test_word_starts_are_as_many_as_words(kind: str):
 def test_real_vocabularies_by_id(kind: str):
     table, _ = corpus(kind)
     starts, marks = {
-        # "Ġthe" 262, "Ċ" 198, "Ġ" 220, "." 13, "," 11, "Ġ." 764, "Ġ," 837; "the" 1169, "!" 0, first byte of two 127
-        "gpt2": ({262: 1, 198: 1, 220: 1, 13: 1, 1169: 0, 0: 0, 127: 0, 50256: 0}, [11, 13, 764, 837]),
+        # "Ġthe" 262, "Ċ" 198, "Ġ" 220, "." 13, "," 11, "Ġ." 764, "Ġ," 837; "the" 1169, "!" 0, first byte of two 127;
+        # the full-width comma 16764
+        "gpt2": ({262: 1, 198: 1, 220: 1, 13: 1, 1169: 0, 0: 0, 127: 0, 50256: 0}, [11, 13, 764, 837, 16764]),
         # "▁the" 8, "▁" 3, "." 5, "," 6; "s" 7, "-" 18
         "t5": ({8: 1, 3: 1, 5: 1, 6: 1, 7: 0, 18: 0, 32099: 0}, [5, 6]),
     }[kind]

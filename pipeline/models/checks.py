@@ -125,16 +125,26 @@ def check_vocabulary(path: str | None, model: PreTrainedModel, tokenizer: PreTra
 
 
 def positions(model: PreTrainedModel) -> int | None:
-    """The longest text that `model` can read, in tokens; None where positions are relative without an end.
+    """The longest text that `model` reads as it reads it alone, in tokens; None where there is no end.
 
     RoBERTa and its kin count from the place after their padding token's, so that the first ones of their table are
-    never used.
+    never used. With longrope (Phi-3) one row beyond the places of pretraining turns all others of its batch.
     """
     text = model.config.get_text_config()
-    limit = text.to_dict().get(text.attribute_map.get("max_position_embeddings", "max_position_embeddings"))
+    named = text.to_dict()
+    limit = named.get(text.attribute_map.get("max_position_embeddings", "max_position_embeddings"))
+    if limit is None:
+        return None
+    if rotates_by_batch(model):
+        return min(limit, named["rope_parameters"].get("original_max_position_embeddings", limit))
     tables = (vars(part) for name, part in model.named_modules() if name.endswith("position_embeddings"))
     before = [table["padding_idx"] + 1 for table in tables if table.get("padding_idx") is not None]
-    return None if limit is None else limit - max(before, default=0)
+    return limit - max(before, default=0)
+
+
+def rotates_by_batch(model: PreTrainedModel) -> bool:
+    """Whether the longest row of a batch decides how all of them are read."""
+    return (model.config.get_text_config().to_dict().get("rope_parameters") or {}).get("rope_type") == "longrope"
 
 
 def check_positions(model: PreTrainedModel, prompt: int, response: int, whole: bool) -> None:
@@ -145,9 +155,12 @@ def check_positions(model: PreTrainedModel, prompt: int, response: int, whole: b
     limit = positions(model)
     longest = max(prompt, response) if model.config.is_encoder_decoder and not whole else prompt + response
     if limit is not None and longest > limit:
+        beyond = (
+            ", beyond which its longrope reads a row by the longest of its batch" if rotates_by_batch(model) else ""
+        )
         raise UserError(
             f"data.max_prompt_length: {prompt} and up to {response} tokens of response are {longest} to read at once, "
-            f"but the model has {limit} positions, wanted no more: lower data.max_prompt_length, "
+            f"but the model has {limit} positions{beyond}, wanted no more: lower data.max_prompt_length, "
             "data.max_response_length or generation.max_new_tokens"
         )
 

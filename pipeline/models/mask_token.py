@@ -71,8 +71,8 @@ def grow(model: PreTrainedModel, wanted: int) -> None:
     for tensor in (model.get_input_embeddings().weight, *(() if head is None else (head.weight, head.bias))):
         if tensor is not None:
             tensor.data[rows:] = mean_row(tensor.data[:rows])
-    if bias is not None:  # resized with zeros, in float32 whatever it was
-        new = mean_row(bias[0]).expand(logits_bias(model).shape[1] - rows)
+    if bias is not None:  # resized with zeros, in float32 whatever it was; Marian's not to the multiple
+        new = mean_row(bias[0]).expand(head.weight.shape[0] - rows)
         model.final_logits_bias = nn.Buffer(torch.cat([bias[0], new])[None])
 
 

@@ -62,7 +62,7 @@ def check_config(lm: PreTrainedModel) -> None:
         problem = f"experts take {capacity} tokens at a time, so that what a text gets depends on how it is read"
         raise UserError(f"model.path: the {type(lm).__name__}'s {problem}: name another model")
     if named.get("output_router_logits"):
-        asked = f"output_router_logits, router_aux_loss_coef={named.get('router_aux_loss_coef')}"
+        asked = f"output_router_logits, router_aux_loss_coef {named.get('router_aux_loss_coef')}"
         logger.warning(
             f"model: a loss of the router is asked for ({asked}): not added here, turned off in what is saved"
         )
