@@ -20,7 +20,7 @@ from pipeline.models import checks, lora, mask_token
 
 @contextmanager
 def whole(directory: Path) -> Iterator[Path]:
-    """A directory to write into, which becomes `directory` at the end.
+    """A directory to write into, which becomes `directory` at the end; who may read the tokenizer may read the weights.
 
     Raises UserError where the disk refuses, and leaves nothing then.
     """
@@ -33,6 +33,8 @@ def whole(directory: Path) -> Iterator[Path]:
             raise
         shutil.rmtree(part, ignore_errors=True)
         raise UserError(f"{directory}: cannot be written ({error}), {ROOM}") from None
+    for file in part.glob("*.safetensors"):  # which safetensors writes for their owner alone
+        shutil.copymode(part / "tokenizer_config.json", file)
     shutil.rmtree(directory, ignore_errors=True)
     os.replace(part, directory)
 
