@@ -32,7 +32,7 @@ def whole(directory: Path) -> Iterator[Path]:
         if "os error" not in str(error):
             raise
         shutil.rmtree(part, ignore_errors=True)
-        raise UserError(f"{directory}: cannot be written ({error}), {ROOM}") from None
+        raise UserError(f"{part}: cannot be written ({error}), {ROOM}") from None
     for file in part.glob("*.safetensors"):  # which safetensors writes for their owner alone
         shutil.copymode(part / "tokenizer_config.json", file)
     shutil.rmtree(directory, ignore_errors=True)
