@@ -32,9 +32,12 @@ from transformers import (
 
 from pipeline.config.sections import ModelSettings
 from pipeline.data.batching import Packing, collate
+from pipeline.data.tokenization import Encoder
 from pipeline.models import factors, loading
 from pipeline.models.policy import Policy, RewardModel
-from pipeline.records import Batch, Item
+from pipeline.records import Batch, Example, Item
+from pipeline.rollout.generate import generate
+from pipeline.trainer.engine import Engine
 from tests import tiny
 
 ROWS = len(tiny.tokenizer())  # of a model that has no row to spare
@@ -131,6 +134,8 @@ def test_rl_on_sft_is_what_peft_alone_loads(
         tiny.close(logps(opened), wanted, 256)
     config = json.loads(Path("rl/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tmp_path / "models" / shape) and config["r"] == 7
+    modes = {Path("rl", name).stat().st_mode for name in ("adapter_config.json", "adapter_model.safetensors")}
+    assert len(modes) == 1  # who may read the one may read the other
     for form in ({"r": 0}, {"r": 2}):  # and what the next stage opens
         again = Policy(loading.load_policy(at(settings, "rl", **form), tiny.tokenizer(), 0), 64).eval()
         tiny.close(again(batch_of(again)), wanted, 256)
@@ -149,6 +154,12 @@ def test_a_row_for_the_mask_lies_where_peft_finds_it(
         for opened in by_peft(f"{name}/model", tmp_path / "elsewhere", monkeypatch):
             assert opened.get_input_embeddings().weight.shape[0] % 64 == 0
             tiny.close(logps(opened), module(batch_of(module)), 256)
+    tokenizer = loading.load_tokenizer(at(settings, "rl/model"), [])
+    speech = tiny.settings("rl").generation.model_copy(update={"max_new_tokens": 6})
+    speaker = Engine(policy, tiny.ranks(), tiny.train_settings(), None)
+    (said,) = generate(speaker, Encoder(tokenizer, tiny.PLAIN, 64, 64), [Example("1", "a cat")], speech, 0)
+    there = opened.generate(input_ids=torch.tensor([said.prompt_ids]), max_new_tokens=6)[0].tolist()
+    assert tuple(there[1 if shape == "bart" else len(said.prompt_ids) :]) == said.response_ids
     below = tmp_path / "sft" / "lora_base"
     for name in ("sft", "rl"):
         assert json.loads(Path(f"{name}/model/adapter_config.json").read_text())["base_model_name_or_path"] == str(

@@ -20,7 +20,7 @@ WORD = re.compile(r"(?<![\w{.-])([a-z_]+(?:\.[a-z_]+)*)=(?!=)")
 DRAWN = ("pipeline/report/svg.py", "pipeline/report/comparison.py")  # their words are attributes of SVG
 FILES = [path for folder in ("pipeline", "stages", "reward_models") for path in sorted((ROOT / folder).rglob("*.py"))]
 FILES += sorted((ROOT / "pipeline" / "report").rglob("*.yaml"))
-OTHERS = {"key", "slots"}  # of `key=value` itself; of a hostfile
+OTHERS = {"key", "slots", "num_labels", "pad_token_id"}  # of `key=value` itself; of a hostfile; of peft
 OF_THE_KILLER = {"processes", "kills"}  # tests/kill_and_resume.py
 OF_THE_SERVER = {"port", "host", "threads", "max_request_mb"}  # reward_models/serve.py
 

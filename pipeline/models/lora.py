@@ -2,7 +2,7 @@
 
 Adapters upon adapters are saved as one, which belongs to the model below all of them, so that peft needs nothing else.
 While a model is trained or read, those it came with stay beside its weights, since bfloat16 weights would round away
-most of a small change.
+part of a small change.
 """
 
 from __future__ import annotations

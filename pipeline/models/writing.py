@@ -21,7 +21,7 @@ from pipeline.models import checks, lora, mask_token
 
 @contextmanager
 def whole(directory: Path) -> Iterator[Path]:
-    """A directory to write into, which becomes `directory` at the end.
+    """A directory to write into, which becomes `directory` at the end; who may read the tokenizer may read the weights.
 
     Raises UserError where the disk refuses, and leaves nothing then.
     """
@@ -33,7 +33,9 @@ def whole(directory: Path) -> Iterator[Path]:
         if "os error" not in str(error):
             raise
         shutil.rmtree(part, ignore_errors=True)
-        raise UserError(f"{directory}: cannot be written ({error}), {ROOM}") from None
+        raise UserError(f"{part}: cannot be written ({error}), {ROOM}") from None
+    for file in part.glob("*.safetensors"):  # which safetensors writes for their owner alone
+        shutil.copymode(part / "tokenizer_config.json", file)
     shutil.rmtree(directory, ignore_errors=True)
     os.replace(part, directory)
 
