@@ -4,7 +4,8 @@
     L_RL  = - (1/N) sum over prompts i, responses j of  u_ij A_ij s_ij,   s = sum over the response of logp_t
     L_MLE =   mean over tokens of the references of  (1 - e) * nll_t + e * (- mean over the vocabulary of logp)
 
-A and u carry no gradient. N counts prompts that have responses, k_i those of prompt i.
+Ids that the sampler never draws have no probability here either, and are no part of the vocabulary. A and u carry no
+gradient. N counts prompts that have responses, k_i those of prompt i.
 
 | objective | baseline      | A_ij                                                            |
 |-----------|---------------|-----------------------------------------------------------------|

@@ -4,6 +4,8 @@ Unlike `nll` of the offline family, whose mean is over sequences, a long respons
 
     loss = (1 - e) * nll_t + e * u_t,   u_t = - mean over the vocabulary of logp,  e the label smoothing
 
+The vocabulary is every row of the output matrix, those that are never sampled included, as in other trainers.
+
 With masked inputs (`masking.rate`) this is masked fine-tuning, M-FT: all tokens are targets, only inputs are masked.
 
 Source of M-FT: Chen et al., "Semi-Offline Reinforcement Learning for Optimized Text Generation" (ICML 2023); of label
