@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from pipeline import plugins
 from pipeline.config.sections import DataSettings, TemplateSettings
-from pipeline.data import convert, hub, readers
+from pipeline.data import convert, hub, readers, remarks
 from pipeline.data.splits import split_places
 from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
@@ -37,6 +37,9 @@ def splits(data: DataSettings, seed: int, names: Sequence[str] = ("train", "vali
     for name in names:
         if not rows[name]:
             raise UserError(f"data: the {name} split has no rows, wanted at least one: {_cure(data)}")
+        if data.task is None:
+            for line in remarks.of_rows(name, rows[name]):
+                logger.info(line)
         yield rows[name]
 
 
@@ -73,6 +76,9 @@ def _of_files(data: DataSettings, names: Sequence[str]) -> dict[str, list[Exampl
         is_held_out = held_out(read[places["train"]], fraction, data.max_rows)
         for name in {"train", "validation"} & {*rows}:
             rows[name] = [row for row in rows[name] if is_held_out(row) == (name == "validation")]
+    elif {"train", "validation"} <= {*rows}:
+        for line in remarks.of_splits(rows["train"], rows["validation"]):
+            logger.warning(line)
     return rows
 
 

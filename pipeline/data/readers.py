@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 
+from pipeline.data import remarks
 from pipeline.data.columns import example_of
 from pipeline.data.fields import Columns, RowError, described
 from pipeline.data.files import RawRow, raw_rows, stem
@@ -75,7 +76,10 @@ def read(path: str, format: str | None = None, filters: Filters | None = None, m
         raise UserError(f"{found}; fix the data, or allow them with data.max_bad_rows={bad}")
     if not result.examples:
         raise _nothing_left(path, result, filters)
-    logger.info(_summary(path, result, unused_columns(first.columns, format), filters))
+    unused = unused_columns(first.columns, format)
+    logger.info(_summary(path, result, unused, filters))
+    if lost := remarks.of_columns(first.columns, [name for name in unused if name not in filters.exclude]):
+        logger.warning(f"{path}: not read, though it bears on what is learned: {'; '.join(lost)}")
     return result
 
 
