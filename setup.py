@@ -24,7 +24,6 @@ REQUIREMENTS = [
     "sacrebleu>=2.4",
     "nltk>=3.10.3",  # before it, the stemmer took quadratic time for a long run of y
     "rapidfuzz>=3.0",
-    "regex>=2023.0",
 ]
 DEV = ["pytest>=8.0", "ruff>=0.9", "rouge-score>=0.1.2", "psutil>=5.9"]
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.data.dataset import completion_rows, counts, encode, remarks
+from pipeline.data import remarks
+from pipeline.data.dataset import completion_rows, counts, encode
 from pipeline.records import Example, Message
 from tests import chats
 from tests.chats import byte_pairs, sentence_pieces
@@ -85,9 +86,9 @@ def test_they_are_counted_and_said_once() -> None:
     ]
     found = counts(encode(rows, make(byte_pairs()), completion_rows))
     assert (found["spelled_special_tokens"], found["own_ends"]) == (2, 1)
-    assert [*remarks(found)] == [
+    assert [*remarks.of_counts(found)] == [
         "2 of 4 spell special tokens, which are plain text to the model: template.special_tokens=token makes them "
         "tokens",
         "1 of 4 responses spell the token that ends them, which they get but once",
     ]
-    assert not [*remarks(counts(encode(rows[3:], make(byte_pairs()), completion_rows)))]
+    assert not [*remarks.of_counts(counts(encode(rows[3:], make(byte_pairs()), completion_rows)))]

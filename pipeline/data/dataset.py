@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from pipeline import plugins
 from pipeline.config.sections import DataSettings, TemplateSettings
-from pipeline.data import columns, convert, hub, readers
+from pipeline.data import columns, convert, hub, readers, remarks
 from pipeline.data.splits import split_places
 from pipeline.data.template import prompt_text, response_text
 from pipeline.data.tokenization import Encoder
@@ -47,6 +47,9 @@ def splits(
     for name in names:
         if not rows[name]:
             raise UserError(f"data: the {name} split has no rows, wanted at least one: {_cure(data)}")
+        if data.task is None:
+            for line in remarks.of_rows(name, rows[name]):
+                logger.info(line)
         yield rows[name]
 
 
@@ -84,6 +87,9 @@ def _of_files(data: DataSettings, names: Sequence[str], carry: bool) -> dict[str
         is_held_out = held_out(read[places["train"]], fraction, data.max_rows)
         for name in {"train", "validation"} & {*rows}:
             rows[name] = [row for row in rows[name] if is_held_out(row) == (name == "validation")]
+    elif {"train", "validation"} <= {*rows}:
+        for line in remarks.of_splits(rows["train"], rows["validation"]):
+            logger.warning(line)
     return rows
 
 
@@ -172,17 +178,6 @@ def warn_of_cuts(cut: int, total: int, limit: str, what: str) -> None:
     """Say so where more than a tenth of `total` responses lose their end to `limit`, a setting with its value."""
     if cut > CUTS_TOLD * total:
         logger.warning(f"{limit} cuts {cut:,} of {total:,} responses {what}: raise it")
-
-
-def remarks(counts: Mapping[str, int]) -> Iterator[str]:
-    """A line on each thing that `counts` says of a split and that few splits have."""
-    if spelled := counts["spelled_special_tokens"]:
-        yield (
-            f"{spelled:,} of {counts['responses']:,} spell special tokens, which are plain text to the model: "
-            "template.special_tokens=token makes them tokens"
-        )
-    if ends := counts["own_ends"]:
-        yield f"{ends:,} of {counts['responses']:,} responses spell the token that ends them, which they get but once"
 
 
 def completion_rows(example: Example, encoder: Encoder) -> tuple[Row, ...]:

@@ -1,7 +1,8 @@
 """The known shapes of a row, and how each becomes an Example.
 
-A format is found by the columns that have a value in one of the first rows, or named with `data.format=`. Beside its
-own columns, a row of any format may carry every column that an Example has, under the same name.
+A format is found by the first row's columns that have a value in it or in one of the next, or named with
+`data.format=`. Beside its own columns, a row of any format may carry every column that an Example has, under the same
+name.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Format(NamedTuple):
     """One shape of a row. `read` gives the fields of an Example that it has columns of its own for, or a RowError."""
 
     wanted: str  # its columns, in words
-    fits: Callable[[Columns], bool]  # of the columns of the first rows that have a value in one of them
+    fits: Callable[[Columns], bool]  # of the columns that have a value
     read: Callable[[Columns], Fields]
     reads: tuple[str, ...]  # the columns it uses beside CARRIED
 

@@ -31,6 +31,11 @@ def paired(rows: Sequence[Example]) -> list[Example]:
         )
     if same:
         logger.info(f"pairs: {same:,} of {len(pairs):,} have the same text as chosen and rejected: they teach nothing")
+    if turned := sum(_contradicts(pair) for pair in pairs):
+        logger.warning(
+            f"pairs: {turned:,} of {len(pairs):,} have a lower reward for chosen than for rejected, or a margin below "
+            "0: that chosen is better is learned all the same"
+        )
     return pairs
 
 
@@ -76,6 +81,14 @@ def annotated(rows: Sequence[Example]) -> list[Example]:
     alone = convert.to_scored(rows, "both")
     dataset.require(alone, ("reward",), "objective: regression")
     return alone
+
+
+def _contradicts(pair: Example) -> bool:
+    """Whether its numbers say that the rejected response is the better one."""
+    if pair.margin is not None and pair.margin < 0:
+        return True
+    known = pair.chosen_reward is not None and pair.rejected_reward is not None
+    return known and pair.chosen_reward < pair.rejected_reward
 
 
 def _pair(best: Example, worst: Example) -> Example:

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 
+from pipeline.data import remarks
 from pipeline.data.columns import example_of, further, refused
-from pipeline.data.fields import Columns, RowError, described
+from pipeline.data.fields import Columns, RowError, described, has
 from pipeline.data.files import RawRow, raw_rows, stem
 from pipeline.data.formats import FORMATS, detect, used_columns
 from pipeline.data.released import parts_early
@@ -69,9 +70,9 @@ def read(
 ) -> ReadResult:
     """The Examples of a local file, or of a hub data set `owner/name[/folder][@revision][:split]`, in their order.
 
-    Without `format` the columns decide that have a value in one of the first HEAD rows. Ids default to
-    "<file stem>/<line>". With `carry` Examples keep the columns that the format does not use, for rewards. One line is
-    logged.
+    Without `format` the first row's columns decide, those that have a value in one of the first HEAD rows. Ids default
+    to "<file stem>/<line>". With `carry` Examples keep the columns that the format does not use, for rewards. One line
+    is logged.
 
     Raises UserError for an unreadable or empty file, an unknown format, more than `max_bad_rows` bad rows, a filter
     that names what is not there, and when no row is left.
@@ -87,6 +88,9 @@ def read(
     if not result.examples:
         raise _nothing_left(path, result, filters)
     logger.info(_summary(path, result, filters, carry))
+    unread = [name for name, why in result.further.items() if why or not carry]
+    if lost := remarks.of_columns(first.columns, [name for name in unread if name not in filters.exclude]):
+        logger.warning(f"{path}: not read, though it bears on what is learned: {'; '.join(lost)}")
     return result
 
 
@@ -108,9 +112,9 @@ def _peek(path: str, format: str | None) -> tuple[Iterable[RawRow], RawRow]:
     if not sound:
         errors = [f"{path}:{row.line}: {row.error}" for row in head]
         raise UserError(f"{_first_bad(path, errors, len(head))}; no line is a row: check how the file was made")
-    columns = dict.fromkeys(name for row in sound for name in row.columns)
-    for row in reversed(sound):
-        columns |= {name: value for name, value in row.columns.items() if value is not None}
+    columns = dict(sound[0].columns)
+    for name in [name for name, value in columns.items() if value is None]:
+        columns[name] = next((row.columns[name] for row in sound if has(row.columns, name)), None)
     return chain(head, rows), RawRow(sound[0].line, columns)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from pipeline.config.schema import EvaluateStage, GenerateStage, Masking, RewardStage, Training
 from pipeline.config.sections import ModelSettings
-from pipeline.data import dataset
+from pipeline.data import dataset, remarks
 from pipeline.data.batching import Packing, packing_of
 from pipeline.data.masking import Masker
 from pipeline.data.tokenization import Encoder, coloured
@@ -143,8 +143,8 @@ def encode(
             "{}: {rows:,} rows, {tokens:,} tokens ({response_tokens:,} of responses), {cut_prompts:,} prompts and "
             "{cut_responses:,} responses cut".format(split, **counts)
         )
-        for remark in dataset.remarks(counts):
-            logger.info(f"{split}: {remark}")
+        for line in remarks.of_counts(counts):
+            logger.info(f"{split}: {line}")
     limit = f"data.max_response_length={model.encoder.max_response_length}"
     cut, total = counted["train"]["cut_responses"], counted["train"]["responses"]
     dataset.warn_of_cuts(cut, total, limit, "to learn from, which then teach no end")
