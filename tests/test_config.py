@@ -83,7 +83,7 @@ def test_aliases_and_switches():
         (["reward={a: 1, a: 2}"], "a is given twice"),
         (["reward={[a]: 1}"], "a key is a list or a mapping, wanted text"),
         (["reward=[!!int x]"], "is not YAML: invalid literal"),
-        (["reward=" + "[" * 5000], "is not YAML"),
+        (["reward=" + "[" * 1500], "is not YAML"),
         (["reward=[\x01]"], "is not YAML: unacceptable character #x0001"),
         (["reward=\udcff"], "command line: 'reward=\\udcff' is not UTF-8"),
         (["reward=['\\ud800']", 'template.prompt="\\ud800"'], "is not UTF-8, wanted text that is"),
