@@ -13,7 +13,8 @@ from typing import NoReturn
 from pipeline.config.help import help_text
 from pipeline.config.resolve import Resolved, resolve_steps
 from pipeline.config.schema import Training
-from pipeline.config.yaml_layers import ROOT, Layer, dump_yaml, parse_overrides
+from pipeline.config.yaml_layers import ROOT, Layer, parse_overrides
+from pipeline.config.yaml_text import dump_yaml
 from pipeline.errors import UserError
 from pipeline.launch import run_dir
 from pipeline.launch.closing import closing

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.config.schema import CompareStage
-from pipeline.config.yaml_layers import dump_yaml
+from pipeline.config.yaml_text import dump_yaml
 from pipeline.files import read_metrics, write_json, write_text
 from pipeline.launch import comparison_plan, run_dir, scheduler
 from pipeline.launch.comparison_plan import Results, Study

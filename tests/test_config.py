@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ from pipeline.config.aliases import ALGORITHM_IDS, ALIASES, SWITCHES
 from pipeline.config.definitions import Definitions
 from pipeline.config.resolve import resolve, resolve_steps
 from pipeline.config.schema import RL_KINDS, STAGES
-from pipeline.config.yaml_layers import ROOT, Leaf, dump_yaml, load_yaml, merge, nested, parse_overrides, read_layer
+from pipeline.config.yaml_layers import ROOT, Leaf, as_word, load_yaml, merge, nested, parse_overrides, read_layer
+from pipeline.config.yaml_text import dump_yaml
 from pipeline.errors import UserError
 from pipeline.trainer.objective import objective_of
 
@@ -78,6 +81,12 @@ def test_aliases_and_switches():
         (["optimizer={learning_rate: 1}", "lr=2"], "optimizer.learning_rate is given twice"),
         (["reward={a: "], "command line: reward: '{a: ' is not YAML"),
         (["reward={a: 1, a: 2}"], "a is given twice"),
+        (["reward={[a]: 1}"], "a key is a list or a mapping, wanted text"),
+        (["reward=[!!int x]"], "is not YAML: invalid literal"),
+        (["reward=" + "[" * 1500], "is not YAML"),
+        (["reward=[\x01]"], "is not YAML: unacceptable character #x0001"),
+        (["reward=\udcff"], "command line: 'reward=\\udcff' is not UTF-8"),
+        (["reward=['\\ud800']", 'template.prompt="\\ud800"'], "is not UTF-8, wanted text that is"),
         (["bf16=false"], "bf16: False, wanted true; set train.precision="),
         (["gradient_accumulation_steps=2"], "is derived from other settings: set train.batch_size"),
     ],
@@ -86,6 +95,70 @@ def test_bad_words(words: list[str], message: str):
     with pytest.raises(UserError) as error:
         parse_overrides(words)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("[INST] {prompt} [/INST]", "[INST] {prompt} [/INST]"),
+        ("{prompt}", "{prompt}"),
+        ("{{prompt}}", "{{prompt}}"),
+        ("2024", "2024"),
+        ("true", "true"),
+        ('"\\n{prompt}"', "\n{prompt}"),  # whole quotes are YAML's
+        ('"Yes," he said to {prompt}', '"Yes," he said to {prompt}'),
+        ("'quoted'", "quoted"),
+        ("", ""),
+        ("null", None),  # which is then refused: a template is text
+        ("\x1b\x85\u2028\t", "\x1b\x85\u2028\t"),
+    ],
+)
+def test_text_arrives_as_it_stands(text: str, value: str | None, tmp_path: Path) -> None:
+    word = f"template.prompt={text}"
+    assert values(word)["template"]["prompt"] == value
+    again = as_word("template.prompt", value)  # as a comparison passes it on
+    assert values(again)["template"]["prompt"] == value
+    file = tmp_path / "config.yaml"
+    file.write_text(dump_yaml({"prompt": value}))
+    assert load_yaml(file) == {"prompt": value}
+
+
+def test_any_value_is_read_back_from_its_word_and_its_file(tmp_path: Path) -> None:
+    """Random values of the signs that YAML gives a meaning, under settings of every kind; the order of keys too."""
+    rng = random.Random(0)
+    signs = [
+        *"[]{}'\"\\:,#&*!|>%@`-?~= \n\t.019ae",
+        "\0",
+        "\x01",
+        "\x85",
+        "\u2028",
+        "\ufeff",
+        "😀",
+        "null",
+        "!!int ",
+        "---",
+    ]
+    text = lambda: "".join(rng.choices(signs, k=rng.randrange(9)))  # noqa: E731
+    file = tmp_path / "any.yaml"
+    for _ in range(150):
+        for name, value in (
+            ("template.prompt", text()),
+            ("model", text()),
+            ("reward", text()),
+            ("reward", {text(): rng.uniform(-9, 9), "z": 1e-05, "a": None}),
+            ("algos", [text(), -3, True, [text()]]),
+        ):
+            found = next(iter(parse_overrides([as_word(name, value)]).values())).value
+            assert found == value and "\0" not in as_word(name, value)
+            assert not isinstance(value, dict) or list(found) == list(value)
+            file.write_text(dump_yaml({"x": value}))
+            assert load_yaml(file) == {"x": value}
+        for line in (f"reward={text()}", f"seed={text()}"):
+            with contextlib.suppress(UserError):
+                parse_overrides([line])
+        file.write_text(text())
+        with contextlib.suppress(UserError):
+            load_yaml(file)
 
 
 def test_bad_yaml_names_file_and_line(tmp_path: Path):

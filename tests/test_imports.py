@@ -31,7 +31,7 @@ LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in 
 LIBRARIES_OF_ALGORITHMS = {"torch", "__future__", *sys.stdlib_module_names}
 # module -> the one file that imports it
 ONE_IMPORTER = {
-    "yaml": "pipeline/config/yaml_layers.py",
+    "yaml": "pipeline/config/yaml_text.py",
     "deepspeed": "pipeline/trainer/engine.py",
     "torch.distributed": "pipeline/trainer/engine.py",
     "torch.utils.tensorboard": "pipeline/trainer/logger.py",

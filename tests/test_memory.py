@@ -12,6 +12,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from pipeline.data.batching import Packing, collate
 from pipeline.launch import machine
+from pipeline.launch.entry import warn_of_slow_bf16
 from pipeline.models import build, memory
 from pipeline.models.lora import with_lora
 from pipeline.models.policy import Policy
@@ -125,10 +126,16 @@ def test_ram_is_what_the_control_groups_allow(tmp_path: Path) -> None:
     assert machine.ram(first) == 7000
 
 
-def test_bf16_is_what_the_processor_says(tmp_path: Path) -> None:
-    answers = []
-    for place, line in enumerate(
-        ("flags\t\t: fpu avx2", "flags : avx2 avx512_bf16", "Features\t: fp bf16", "cpu : POWER9")
-    ):
-        answers.append(machine.computes_bf16(system(tmp_path / str(place), proc__cpuinfo=f"processor : 0\n{line}\n")))
-    assert answers == [False, True, True, None]
+def test_slow_bf16_is_told(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    lines = {
+        "old": "flags\t\t: fpu avx2",
+        "new": "flags : avx2 avx512_bf16",
+        "arm": "Features\t: fp bf16",
+        "other": "cpu : POWER9",
+    }
+    here = {name: system(tmp_path / name, proc__cpuinfo=f"processor : 0\n{line}\n") for name, line in lines.items()}
+    assert [machine.computes_bf16(place) for place in here.values()] == [False, True, True, None]
+    for place in [*here.values(), system(tmp_path / "gpu", proc__cpuinfo="flags : fpu\n", dev__nvidia0="")]:
+        warn_of_slow_bf16("bf16", place)
+    warn_of_slow_bf16("fp32", here["old"])
+    assert capfd.readouterr().err.count("bf16 on a CPU without bf16 instructions") == 1

@@ -12,8 +12,8 @@ STAGE_FILES = ("model", "best", "last", "checkpoints", "tensorboard", "samples",
 
 def folder_name(value: str) -> str:
     """`value`, which must name one visible folder. Raises ValueError."""
-    if not value.strip() or value.startswith(".") or "/" in value or "\0" in value:
-        raise ValueError(f"{value!r}, wanted the name of one folder: no '/', no dot at the beginning")
+    if not value.strip() or value.startswith(".") or "/" in value or not value.isprintable():
+        raise ValueError(f"{value!r}, wanted the name of one folder: no '/', no dot at the beginning, one line")
     return value
 
 

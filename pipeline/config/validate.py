@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -32,14 +33,40 @@ LIMITS = {
 }
 
 
-def known_paths(schema: type[BaseModel], prefix: SettingPath = ()) -> Iterator[SettingPath]:
+def known_paths(schema: type[BaseModel]) -> Iterator[SettingPath]:
     """Every settable path of `schema`, sections before what they hold."""
+    return (path for path, _ in known_fields(schema))
+
+
+def known_fields(schema: type[BaseModel], prefix: SettingPath = ()) -> Iterator[tuple[SettingPath, Any]]:
+    """The same paths, each with its type."""
     for name, field in schema.model_fields.items():
         path = (*prefix, name)
-        yield path
+        yield path, field.annotation
         for part in (field.annotation, *typing.get_args(field.annotation)):
             if isinstance(part, type) and issubclass(part, BaseModel):
-                yield from known_paths(part, path)
+                yield from known_fields(part, path)
+
+
+def text_paths(schemas: Iterable[type[BaseModel]]) -> dict[SettingPath, bool]:
+    """The settings that hold text and nothing else, in all of `schemas` that have them; and whether null is one too."""
+    members: dict[SettingPath, set[Any]] = {}
+    for schema in schemas:
+        for path, annotation in known_fields(schema):
+            members.setdefault(path, set()).update(_members(annotation))
+    return {path: type(None) in kinds for path, kinds in members.items() if kinds - {type(None)} == {str}}
+
+
+def _members(annotation: Any) -> Iterator[Any]:
+    """The types that a union is of, or the one; without what Annotated adds."""
+    origin, inside = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        yield from _members(inside[0])
+    elif origin in (typing.Union, types.UnionType):
+        for one in inside:
+            yield from _members(one)
+    else:
+        yield annotation if origin is None else origin
 
 
 def validated(schema: type[BaseModel], mapping: Mapping[str, Any], places: Mapping[SettingPath, str]) -> BaseModel:

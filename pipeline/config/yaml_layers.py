@@ -1,21 +1,20 @@
 """YAML files and key=value words -> layers of settings that know where each value was written.
 
-The only importer of yaml. `resolve.py` decides which layers make a stage's settings.
+`resolve.py` decides which layers make a stage's settings.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
+from pipeline.config import yaml_text
 from pipeline.config.aliases import ADVICE, ALIASES, SWITCHES
-from pipeline.config.validate import SettingPath
+from pipeline.config.schema import STAGES
+from pipeline.config.validate import SettingPath, text_paths
+from pipeline.config.yaml_text import MALFORMED, NULLS, complaint, scalar, value_of
 from pipeline.errors import UserError, did_you_mean
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -25,6 +24,7 @@ EXCLUSIVE = (  # giving one of a pair takes back the other, if only an earlier l
     (("train", "num_train_epochs"), ("train", "max_steps")),
     (("train", "micro_batch_size"), ("train", "max_tokens")),
 )
+TEXTS = text_paths(record for records in STAGES.values() for record in records)
 
 
 class Leaf(NamedTuple):
@@ -35,51 +35,29 @@ class Leaf(NamedTuple):
 Layer = dict[SettingPath, Leaf]
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's core scalars: 1e-5 is a float; yes, no, on, off, dates and 010 are text; keys are unique."""
-
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (PyYAML's own attribute)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep=True)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes what `_Loader` would not read back as text."""
-
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
-
-
-for _class in (_Loader, _Dumper):
-    for _tag, _pattern, _first in (
-        ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-        ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-        ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
-        ("float", r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
-        ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
-    ):
-        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
-
-
 def load_yaml(path: str | Path) -> Any:
     """The content of a YAML file. Raises UserError with file and line."""
     return read_with_lines(Path(path))[0]
 
 
-def dump_yaml(mapping: Mapping[str, Any]) -> str:
-    """YAML text which `load_yaml` reads back as the same mapping."""
-    return yaml.dump(dict(mapping), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+def read_with_lines(path: Path) -> tuple[Any, dict[SettingPath, int]]:
+    """A YAML file, and the line of every key and list item in it. Raises UserError with file and line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{label(path)}: cannot be read ({error}); wanted a YAML file") from None
+    try:
+        return yaml_text.document(text)
+    except MALFORMED as error:
+        line, problem = complaint(error)
+        raise UserError(f"{label(path)}{line}: not YAML: {problem}") from None
 
 
 def parse_overrides(words: Iterable[str]) -> Layer:
     """key=value words as a layer. Raises UserError for a word without '=' and for a key given twice."""
     layer: Layer = {}
     for word in words:
+        _refuse_half_characters(word, COMMAND_LINE)
         name, equals, text = word.partition("=")
         if not equals or not name.strip() or name.startswith("-"):
             raise UserError(f"{COMMAND_LINE}: {word!r}, wanted key=value{_cure(word)}")
@@ -89,9 +67,9 @@ def parse_overrides(words: Iterable[str]) -> Layer:
 
 def as_word(name: str, value: Any) -> str:
     """name=value, which `parse_overrides` reads back as the same value."""
-    if isinstance(value, str) and _value(name, value) == value:
+    if isinstance(value, str) and _reads_as_itself(name, value):
         return f"{name}={value}"
-    return f"{name}={json.dumps(value, ensure_ascii=False)}"  # JSON is YAML in brackets and quotes
+    return f"{name}={yaml_text.as_flow(value)}"
 
 
 def read_layer(path: Path) -> Layer:
@@ -166,7 +144,16 @@ def _add(layer: Layer, more: Layer, place: str) -> None:
     for path, leaf in more.items():
         if any(path[: len(other)] == other or other[: len(path)] == path for other in layer):
             raise UserError(f"{place}: {'.'.join(path)} is given twice; give it once")
+        _refuse_half_characters(json.dumps([path, leaf.value], ensure_ascii=False, default=str), place)
         layer[path] = leaf
+
+
+def _refuse_half_characters(text: str, place: str) -> None:
+    """Raise UserError for what no file can hold: bytes of a word that are not UTF-8, or one half of a pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{place}: {text!r} is not UTF-8, wanted text that is") from None
 
 
 def _layer(name: str, value: Any, place: Callable[[SettingPath], str]) -> Layer:
@@ -199,17 +186,30 @@ def _target(name: str, value: Any, place: str) -> tuple[SettingPath, Any]:
 
 
 def _value(name: str, text: str) -> Any:
-    """The value of a word: YAML where it starts with a bracket or a quote, else one scalar, whatever it contains."""
-    loader = _Loader(text)
+    """The value of a word. A setting that is text gets it as it stands, but for whole quotes around it and for null;
+    another gets YAML where it starts with a bracket or a quote, else one scalar, whatever it contains."""
+    path, first = tuple(ALIASES.get(name, name).split(".")), text.lstrip()[:1]
+    section = name in ALIASES and first == "{"  # `model={revision: main}`
+    if path not in TEXTS or section:
+        try:
+            return value_of(text) if first and first in "[{'\"" else scalar(text)
+        except MALFORMED as error:
+            raise UserError(f"{COMMAND_LINE}: {name}: {text!r} is not YAML: {complaint(error)[1]}") from None
+    if text in NULLS or (text == "" and TEXTS[path]):
+        return None
     try:
-        if text.lstrip()[:1] in ("[", "{", "'", '"'):
-            return loader.get_single_data()
-        tag = loader.resolve(yaml.ScalarNode, text, (True, False))
-        return loader.construct_object(yaml.ScalarNode(tag, text))
-    except yaml.YAMLError as error:
-        raise UserError(f"{COMMAND_LINE}: {name}: {text!r} is not YAML: {_problem(error)}") from None
-    finally:
-        loader.dispose()
+        quoted = value_of(text) if first and first in "'\"" else None
+    except MALFORMED:  # a text that starts with a quotation
+        quoted = None
+    return quoted if isinstance(quoted, str) else text
+
+
+def _reads_as_itself(name: str, text: str) -> bool:
+    """Whether the value of name=text is the text, and no process refuses the word."""
+    try:
+        return "\0" not in text and _value(name, text) == text
+    except UserError:
+        return False
 
 
 def _cure(word: str) -> str:
@@ -224,44 +224,3 @@ def _cure(word: str) -> str:
     if word in ALIASES:
         return f"; give it a value: {word}=..."
     return did_you_mean(word, ALIASES) + "; see stage=help"
-
-
-def read_with_lines(path: Path) -> tuple[Any, dict[SettingPath, int]]:
-    """A YAML file, and the line of every key and list item in it. Raises UserError with file and line."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{label(path)}: cannot be read ({error}); wanted a YAML file") from None
-    return _parsed(path, text)
-
-
-@lru_cache(maxsize=64)  # a comparison of many steps reads the same files for each; nobody writes into what is returned
-def _parsed(path: Path, text: str) -> tuple[Any, dict[SettingPath, int]]:
-    loader = _Loader(text)
-    try:
-        node = loader.get_single_node()
-        return (None, {}) if node is None else (loader.construct_document(node), dict(_lines(node, ())))
-    except yaml.YAMLError as error:
-        mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
-        line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{label(path)}{line}: not YAML: {_problem(error)}") from None
-    finally:
-        loader.dispose()
-
-
-def _lines(node: yaml.Node, path: SettingPath) -> Iterator[tuple[SettingPath, int]]:
-    """(path, line counted from 1) of every key and list item under `node`."""
-    if isinstance(node, yaml.MappingNode):
-        inner = [(key.value, key, value) for key, value in node.value]
-    elif isinstance(node, yaml.SequenceNode):
-        inner = [(str(index), value, value) for index, value in enumerate(node.value)]
-    else:
-        return
-    for name, marked, value in inner:
-        yield (*path, name), marked.start_mark.line + 1
-        yield from _lines(value, (*path, name))
-
-
-def _problem(error: yaml.YAMLError) -> str:
-    text = error.problem if isinstance(error, yaml.MarkedYAMLError) and error.problem else str(error)
-    return " ".join(text.split())

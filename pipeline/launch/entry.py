@@ -6,11 +6,14 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from pipeline import errors
 from pipeline.config.resolve import resolve
+from pipeline.config.schema import EvaluateStage, GenerateStage, Training
 from pipeline.errors import PreemptedError, UserError
+from pipeline.launch import machine
 from pipeline.launch.launcher import rank_environment
 
 USER_ERROR = 2
@@ -81,11 +84,19 @@ def complain(error: UserError | PreemptedError) -> None:
         logger.error(f"{where}{' '.join(str(error).split())}")
 
 
+def warn_of_slow_bf16(precision: str, system: Path = machine.SYSTEM) -> None:
+    """Say so where a processor without bf16 instructions is to compute in bf16."""
+    if precision == "bf16" and not machine.has_gpu(system) and machine.computes_bf16(system) is False:
+        logger.warning("train.precision: bf16 on a CPU without bf16 instructions takes several times as long as fp32")
+
+
 def _call(main: Callable[[Any, list[str]], None], stage: str, words: Sequence[str]) -> int:
     resolved = resolve(words)
     if resolved.stage != stage:
         raise UserError(f"command line: stage={resolved.stage}, but this is stages/{stage}.py")
     os.environ.update(rank_environment(resolved.settings.launch, os.environ))
     set_up_logging()  # now that the rank is known, under srun too
+    if isinstance(resolved.settings, Training | GenerateStage | EvaluateStage):
+        warn_of_slow_bf16(resolved.settings.train.precision)
     main(resolved.settings, list(words))
     return 0

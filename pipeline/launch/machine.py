@@ -10,8 +10,8 @@ GPU_FILES = ("nvidia[0-9]*", "dxg", "kfd", "davinci*", "accel*")  # in /dev: CUD
 BF16 = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86, and of ARM
 
 
-def has_gpu() -> bool:
-    return any(next(Path("/dev").glob(pattern), None) for pattern in GPU_FILES)
+def has_gpu(system: Path = SYSTEM) -> bool:
+    return any(next((system / "dev").glob(pattern), None) for pattern in GPU_FILES)
 
 
 def ram(system: Path = SYSTEM) -> int:

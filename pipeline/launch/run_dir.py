@@ -20,7 +20,8 @@ from filelock import FileLock, SoftFileLock, Timeout
 
 from pipeline.config.schema import Common, RewardStage, RlStage, WithModel
 from pipeline.config.sections import ModelSettings
-from pipeline.config.yaml_layers import dump_yaml, load_yaml
+from pipeline.config.yaml_layers import load_yaml
+from pipeline.config.yaml_text import dump_yaml
 from pipeline.errors import UserError
 from pipeline.files import flatten, write_json, write_text
 

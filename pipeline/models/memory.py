@@ -50,8 +50,8 @@ class Memory(NamedTuple):
     program: float
 
 
-class MemoryVerdict(NamedTuple):
-    """Bytes that one process needs, by estimate, and has."""
+class Demand(NamedTuple):
+    """Bytes that one process needs, by estimate, and those that are there for it."""
 
     needed: float
     available: float
@@ -111,7 +111,7 @@ def estimate(settings: Training) -> str:
         fitting = [f"ZeRO-{stage}" for stage, row in parts.items() if sum(row) <= limit]
         cure = "none: more processes, LoRA, offload, gradient_checkpointing or a lower max_tokens"
         lines.append(f"fits in {available / GB:.1f} GB: {', '.join(fitting) or cure}")
-    lines.append(str(MemoryVerdict(sum(parts[zero["stage"]]), available, owner)))
+    lines.append(str(Demand(sum(parts[zero["stage"]]), available, owner)))
     if isinstance(settings, RlAdvantage) and settings.value.targets == "policy":
         lines.append(settings.value.spoken_cost(settings.value.max_prompts, settings.generation.max_new_tokens))
     lines.append("one model in memory: a reference is never kept beside the policy")
@@ -123,8 +123,8 @@ def warn_where_short(model: nn.Module, settings: Training, world: int) -> None:
     zero = read_ds_config(settings.train.zero)["zero_optimization"]
     shape, offload = shape_of(model, settings), "offload_optimizer" in zero
     needed = sum(memory(shape, settings.train, tokens_of(settings), world, zero["stage"], offload))
-    if not (verdict := MemoryVerdict(needed, *available_to(settings))).fits:
-        logger.warning(f"memory: {verdict}")
+    if not (demand := Demand(needed, *available_to(settings))).fits:
+        logger.warning(f"memory: {demand}")
 
 
 def tokens_of(settings: Training) -> int:
