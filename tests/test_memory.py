@@ -14,7 +14,7 @@ from pipeline.data.batching import Packing, collate
 from pipeline.launch import machine
 from pipeline.launch.entry import warn_of_slow_bf16
 from pipeline.models import build, memory
-from pipeline.models.lora import with_lora
+from pipeline.models.lora import Base, with_lora
 from pipeline.models.policy import Policy
 from pipeline.records import Example, Item
 from tests import tiny
@@ -69,7 +69,7 @@ def test_adapters_keep_no_more_but_train_less() -> None:
     settings = training()
     lora = settings.model.lora.model_copy(update={"r": 4})
     plain = memory.shape_of(tiny.language_model("llama"), settings)
-    adapted = memory.shape_of(with_lora(tiny.language_model("llama"), lora, "CAUSAL_LM"), settings)
+    adapted = memory.shape_of(with_lora(tiny.language_model("llama"), Base("llama"), lora, "CAUSAL_LM"), settings)
     assert adapted.outputs == plain.outputs == 2 * (4 * 32 + 2 * 64 + 32)
     assert (adapted.trained, adapted.parameters) == (4352, plain.parameters + 4352)
 

@@ -150,14 +150,15 @@ def planned_shape(settings: Training) -> Shape:
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     from pipeline.models.loading import load_config
-    from pipeline.models.lora import with_lora
+    from pipeline.models.lora import Base, with_lora
 
     config = load_config(settings.model, UntrainedTokenizer(settings.model))
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     # weights without memory: only their shapes count
     with torch.device("meta"):
         model = auto.from_config(config, trust_remote_code=settings.model.trust_remote_code)
-    shape = shape_of(with_lora(model, settings.model.lora, "CAUSAL_LM"), settings)
+    base = Base(settings.model.path or "")
+    shape = shape_of(with_lora(model, base, settings.model.lora, "CAUSAL_LM"), settings)
     if isinstance(settings, PlanStage) and settings.parameters is not None:
         trained = shape.trained if settings.model.lora.r else settings.parameters
         shape = shape._replace(parameters=settings.parameters, trained=trained)
