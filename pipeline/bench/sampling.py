@@ -77,10 +77,9 @@ def measure(setup: Setup, stages: Sizes = STAGES, engines: Sizes = ENGINES) -> l
 def sampled(setup: Setup, sizes: Sizes) -> Sampled:
     longest = max(sizes.lengths)
     model = {"scratch": {**sizes.scratch, "shape": "llama"}, "attn_implementation": sizes.attention}
-    data = {"max_prompt_length": sizes.prompt, "max_response_length": longest}
     tokens = sizes.prompts * sizes.copies * (sizes.prompt + longest)
     train = {"max_tokens": tokens, "micro_batch_size": None, "precision": "fp32"}
-    setup = with_settings(setup, {"model": model, "data": data, "train": train})
+    setup = with_settings(setup, {"model": model, "data": {"max_response_length": longest}, "train": train})
     items = even(singles(setup)[: sizes.prompts], sizes.prompt, longest)
     requests = [Request(item.example, item.rows[0].prompt_ids, (1.0,) * sizes.copies) for item in items]
     return Sampled(setup, model_of(setup, new_policy(setup), trained=False), requests)
