@@ -7,6 +7,8 @@ import torch
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPTNeoConfig,
@@ -82,7 +84,13 @@ def test_the_longest_row_is_checked() -> None:
 
 OTHERS = {
     "bloom": (BloomForCausalLM, BloomConfig, {"n_layer": 1, "n_head": 2}, "counts places by itself"),
-    "mamba": (MambaForCausalLM, MambaConfig, {"num_hidden_layers": 1, "state_size": 4}, "counts places by itself"),
+    "mamba": (MambaForCausalLM, MambaConfig, {"num_hidden_layers": 1, "state_size": 4}, "reads by a state"),
+    "falcon": (
+        FalconForCausalLM,
+        FalconConfig,
+        {"num_hidden_layers": 1, "num_attention_heads": 2, "alibi": True, "attn_implementation": "eager"},
+        "reads by ALiBi",
+    ),
     "gpt_neo": (
         GPTNeoForCausalLM,
         GPTNeoConfig,

@@ -43,8 +43,11 @@ def attends_apart(lm: PreTrainedModel) -> bool:
 
 
 def check_shareable(lm: PreTrainedModel) -> None:
-    """Raises UserError where `lm` has no way to be told of places and masks."""
+    """Raises UserError where `lm` has no way to be told of places and masks, or reads by more than these."""
     kernel, cure = lm.config._attn_implementation, "set share_prompt=false"
+    if lm._is_stateful or lm.config.to_dict().get("alibi"):
+        what = "a state of all that is before it" if lm._is_stateful else "ALiBi, which counts places by itself"
+        raise UserError(f"share_prompt: {type(lm).__name__} reads by {what}, wanted attention by position_ids: {cure}")
     if "position_ids" not in inspect.signature(body(lm).forward).parameters:
         raise UserError(f"share_prompt: {type(lm).__name__} counts places by itself, wanted position_ids: {cure}")
     if kernel not in KERNELS:
