@@ -15,19 +15,34 @@ BLOCK = 1 << 24
 
 
 def fingerprint(path: str | Path) -> str:
-    """sha256 over the names and bytes of a file, or of a model directory's files; the text itself for hub names."""
-    place = Path(path)
+    """sha256 over the names and bytes of a file, or of a model directory's files; the text itself for hub names.
+
+    The model below adapters counts, where it is a directory: they mean nothing without it.
+    """
     digest = hashlib.sha256()
-    if not place.exists():
+    if not Path(path).exists():
         digest.update(str(path).encode())
         return digest.hexdigest()
-    files = sorted(p for p in place.iterdir() if p.is_file()) if place.is_dir() else [place]
-    for file in files:
-        digest.update(file.name.encode())
-        with open(file, "rb") as stream:
-            while block := stream.read(BLOCK):
-                digest.update(block)
+    places = [Path(path)]
+    for place in places:
+        files = sorted(p for p in place.iterdir() if p.is_file()) if place.is_dir() else [place]
+        for file in files:
+            digest.update(file.name.encode())
+            with open(file, "rb") as stream:
+                while block := stream.read(BLOCK):
+                    digest.update(block)
+        below = _below(place / "adapter_config.json")
+        places += [below] if below is not None and below not in places else []
     return digest.hexdigest()
+
+
+def _below(adapters: Path) -> Path | None:
+    """The directory of the model that adapters belong to; None without one, or where their description is broken."""
+    try:
+        base = Path(json.loads(adapters.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError, TypeError):  # who opens the model says what is wrong with it
+        return None
+    return base if base.is_dir() else None
 
 
 def read_metrics(path: Path) -> list[dict[str, float | None]]:

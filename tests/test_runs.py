@@ -116,6 +116,22 @@ def test_results_of_unknown_origin_are_not_overwritten(tmp_path: Path) -> None:
     assert "not what made them" in refused(tmp_path)
 
 
+def test_fingerprints_of_adapters_follow_the_model_below(tmp_path: Path) -> None:
+    adapters, below = tmp_path / "adapters", tmp_path / "below"
+    for folder in (adapters, below):
+        folder.mkdir()
+    files.write_json(adapters / "adapter_config.json", {"base_model_name_or_path": str(below)})
+    (below / "weights").write_bytes(b"1")
+    first = files.fingerprint(adapters)
+    (below / "weights").write_bytes(b"2")
+    assert files.fingerprint(adapters) != first
+    # adapters that name each other end, too, and a broken description is told by who opens the model
+    files.write_json(below / "adapter_config.json", {"base_model_name_or_path": str(adapters)})
+    assert files.fingerprint(adapters) != files.fingerprint(below)
+    (adapters / "adapter_config.json").write_text("{")
+    assert files.fingerprint(adapters) != first
+
+
 def test_fingerprints_follow_names_and_bytes(tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
