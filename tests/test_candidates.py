@@ -116,7 +116,7 @@ def test_what_new_responses_are_compared_with(row: Example, wanted: tuple[str, .
 
 
 def test_a_completion_is_never_its_own_reference(caplog) -> None:
-    judge = Rewards([WeightedReward("rouge", 1.0, rouge.reward)])
+    judge = Rewards([WeightedReward("rouge", 1.0, _trl.load("rouge"))])
     alone = Example("b", "p", "the cat sat")
     with pytest.raises(UserError, match=r"completion 0 'the cat sat' has no references, which ROUGE compares with"):
         candidates.judged(tiny.ranks(), judge, [alone])

@@ -108,7 +108,7 @@ def test_what_follows_depends_on_what_there_is(tmp_path: Path) -> None:
     rl = finished(tmp_path, "rl", "reward=rouge", model=True)
     assert next_words(rl) == ["stage=evaluate", "reward=rouge", f"runs_dir={tmp_path}", "data.test=FILE"]
     second = finished(tmp_path, "rl", "name=b", model=True)
-    assert next_words(second)[1] == 'policies={"sft": "sft", "rl": "rl/b"}'
+    assert next_words(second)[1] == "policies={sft: sft, rl: rl/b}"
     assert resolve(next_words(second)).settings.policies == {"sft": "sft", "rl": "rl/b"}
 
 

@@ -108,8 +108,8 @@ def test_bad_words(words: list[str], message: str):
         ('"\\n{prompt}"', "\n{prompt}"),  # whole quotes are YAML's
         ('"Yes," he said to {prompt}', '"Yes," he said to {prompt}'),
         ("'quoted'", "quoted"),
-        ("", ""),
-        ("null", None),  # which is then refused: a template is text
+        ("", None),  # nothing given
+        ("null", None),
         ("\x1b\x85\u2028\t", "\x1b\x85\u2028\t"),
     ],
 )

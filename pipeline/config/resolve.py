@@ -224,7 +224,8 @@ def _with_one_rate(merged: Layer) -> Layer:
         found = f"{'.'.join(RATE)}: with {', '.join(rates)}"
         raise UserError(f"{next(iter(rates.values())).place}: {found}, wanted one number, or both of full and lora")
     kind = "full" if merged[("model", "lora", "r")].value == 0 else "lora"
-    return {path: leaf for path, leaf in merged.items() if path[:-1] != RATE} | {RATE: rates[kind]}
+    others = {path for path in merged if path[:-1] == RATE and path[-1] != kind}
+    return {RATE if path[:-1] == RATE else path: leaf for path, leaf in merged.items() if path not in others}
 
 
 def _is_free(path: SettingPath) -> bool:
