@@ -15,7 +15,7 @@ from pipeline.records import Example, Message, Response, Scores
 from pipeline.rewards import candidates
 from pipeline.rewards.rewards import Rewards, WeightedReward
 from pipeline.rl import semi_offline
-from reward_models import length, rouge
+from reward_models import _trl, length, rouge
 from stages import inputs, score
 from tests import tiny
 
