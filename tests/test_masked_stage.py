@@ -112,7 +112,8 @@ def test_stopped_and_started_again(base: Path) -> None:
     """Four steps, and two and two: SIGTERM comes from the reward, in the third step's one call."""
     whole = learn(base, "whole", "max_steps=4", "save_steps=4", "shuffle_rewards=true", "train.keep=last")
     left = base / "calls_left"
-    left.write_text(str(3 + 3))  # three in the first evaluation (responses, two rows composed), one in each step
+    # the trial, three in the first evaluation (responses, two rows composed), one in each step
+    left.write_text(str(1 + 3 + 3))
     with pytest.raises(PreemptedError, match="after step 3 of 4"):
         learn(base, "parts", "max_steps=4", "save_steps=4", "shuffle_rewards=true", "train.keep=last")
     left.unlink()
