@@ -10,6 +10,7 @@ from typing import NamedTuple
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.data.text_ids import OPEN
 from pipeline.errors import UserError
 from pipeline.records import Message
 
@@ -49,7 +50,10 @@ def prompt_text(
 
 
 def answer_text(completion: str, frame: ChatFrame) -> str:
-    """`completion` as it follows the prompt, without the token that ends it; what the prompt opened is not repeated."""
+    """`completion`, marked or not, as it follows the prompt, without the token that ends it.
+
+    What the prompt opened is not repeated.
+    """
     left, right = frame.strips
     # all of BLANKS are a trim, which takes rarer ones too
     completion = completion.lstrip(None if left == BLANKS else left).rstrip(None if right == BLANKS else right)
@@ -57,7 +61,8 @@ def answer_text(completion: str, frame: ChatFrame) -> str:
     if frame.opened and repeated:
         blanks = frame.opened[len(frame.opened.rstrip()) :] + (frame.lead if frame.lead.isspace() else "")
         completion = completion[repeated.end() :].removeprefix(blanks)
-    brings_own = any(found in completion for found in TAG.findall(frame.lead))
+    # a tag that is marked is not a token
+    brings_own = any(re.search(f"(?<!{OPEN}){re.escape(tag)}", completion) for tag in TAG.findall(frame.lead))
     return ("" if brings_own else frame.lead) + completion + frame.tail
 
 
