@@ -42,7 +42,7 @@ NO_OPENING = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + eos_t
 THINKING = CHATML.replace("assistant\n'", "assistant\n<think>\n'")
 EMPTY_THOUGHTS = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' and loop.last %}"
-    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m.content.lstrip('\n') + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 TOKENS = {

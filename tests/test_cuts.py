@@ -55,6 +55,15 @@ def test_the_text_of_the_last_turn_is_cut_behind_the_system_and_without_it_where
     assert alone == make(tokenizer, frame - 2).encode_prompt(turns(LONG))
 
 
+@pytest.mark.parametrize("keep", ["end", "beginning"])
+def test_a_system_that_leaves_no_room_goes_and_the_turn_stays_whole(keep: str) -> None:
+    for name in (chats.CHATML, None):
+        tokenizer = byte_pairs(name)
+        whole = make(tokenizer).encode_prompt("tell me")[0]
+        found = make(tokenizer, len(whole) + 3, keep).encode_prompt((Message("system", LONG), *turns("tell me")))
+        assert found == (whole, True)
+
+
 def test_turns_that_are_left_begin_and_end_with_the_user() -> None:
     system, u, a, v, b, w = TALK
     assert fewer_turns(TALK, "end") == [(system, v, b, w), (system, w)]

@@ -66,6 +66,14 @@ def test_a_response_that_brings_its_end_along_ends_once(own: str, how: str) -> N
     assert row.response_ids == plain.response_ids and row.own_end and not plain.own_end and not row.spelled
 
 
+def test_what_opens_an_answer_stands_before_one_that_spells_it() -> None:
+    tokenizer = byte_pairs(chats.CHATML)
+    tokenizer.chat_template = chats.CHATML.replace("m.content", "('<s>' if m.role == 'assistant' else '') + m.content")
+    for how, spelled in (("text", ["<", "s", ">"]), ("token", [])):
+        ids = make(tokenizer, special_tokens=how).encode("hello", "<s>a").response_ids
+        assert tokenizer.convert_ids_to_tokens(ids) == ["<s>", *spelled, "a", "<|im_end|>"]
+
+
 def test_ends_that_a_history_brings_along_are_the_templates_own() -> None:
     encoder = make(byte_pairs(chats.CHATML))
     row, plain = (encoder.encode(turns("a", f"b{end}", "c"), "d") for end in ("<|im_end|>", ""))

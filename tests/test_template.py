@@ -80,12 +80,16 @@ def test_auto_is_text_without_a_chat_template() -> None:
     assert make(byte_pairs(chats.CHATML), kind="text").template.kind == "text"
 
 
-def test_answers_lose_the_blanks_that_the_template_strips() -> None:
-    tokenizer = byte_pairs(chats.LLAMA_3)
-    row, whole = make(tokenizer).encode("hello", " hi there\n"), own_ids(tokenizer, turns("hello", " hi there\n"))
-    assert row.prompt_ids + row.response_ids == whole
-    kept = make(byte_pairs(chats.CHATML)).encode("hello", " hi there\n")  # ChatML writes them
-    assert tokenizer.decode(kept.response_ids[:-1]) == " hi there\n"
+@pytest.mark.parametrize("answer", [" hi there\n", "\n\nhi there ", "    hi there"])
+@pytest.mark.parametrize("name", ["CHATML", "LLAMA_3", "LLAMA_2", "EMPTY_THOUGHTS"])
+def test_blanks_around_an_answer_are_what_the_template_makes_of_them(name: str, answer: str) -> None:
+    tokenizer = byte_pairs(getattr(chats, name))
+    encoder, whole = make(tokenizer), own_ids(tokenizer, turns("hello", answer))
+    row = encoder.encode("hello", answer)
+    last = max(i for i, token in enumerate(whole) if token == encoder.eos_id)
+    assert row.prompt_ids + row.response_ids == whole[: last + 1]
+    stripped = {"LLAMA_3": answer.strip(), "EMPTY_THOUGHTS": answer.lstrip("\n")}  # the others keep all
+    assert encoder.decode(row.response_ids) == stripped.get(name, answer)
 
 
 @pytest.mark.parametrize("name", ["CHATML", "GEMMA", "LLAMA_2", "LLAMA_3"])
@@ -112,6 +116,8 @@ def test_what_the_prompt_opened_is_not_opened_again() -> None:
     assert make(byte_pairs(chats.ZEPHYR)).response_text("<|assistant|>\nhi") == "\nhi"
     empty = make(byte_pairs(chats.EMPTY_THOUGHTS))
     assert empty.response_text("<think>two</think>four") == "<think>two</think>four"
+    never = make(byte_pairs(chats.THINKING.replace("<think>\n", "<think>\n\n</think>\n\n")))
+    assert never.response_text("<think>\n</think>\n\nfour") == never.response_text("four") == "four"
 
 
 def test_a_prompt_that_ends_with_the_assistant_is_gone_on_with() -> None:

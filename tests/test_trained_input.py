@@ -225,11 +225,8 @@ def test_a_classifier_is_read_where_its_own_conversation_ends(
     with caplog.at_level("INFO", "tiffin"):
         reward = learned.load(place, settings.model, settings.template, 64, 2, torch.device("cpu"))
     assert [line for line in caplog.messages if line.startswith(f"reward {place}: template: the tokenizer's chat")]
-    found = reward(
-        ["the big cat", "ignored"],
-        ["ran away", " on\n"],
-        raw_prompt=["the big cat", [turn._asdict() for turn in TURNS]],
-    )
+    raw = ["the big cat", [turn._asdict() for turn in TURNS]]
+    found = reward(["the big cat", "ignored"], ["ran away", " on\n"], raw_prompt=raw)
     theirs = AutoModelForSequenceClassification.from_pretrained(place).eval()
     asked = [[Message("user", "the big cat")], list(TURNS)]
     for score, turns, text in zip(found, asked, ["ran away", " on\n"], strict=True):

@@ -10,12 +10,15 @@ from typing import NamedTuple
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.data.text_ids import OPEN
 from pipeline.errors import UserError
 from pipeline.records import Message
 
 ASKED, ANSWER = "asked", "answered"  # one turn each of the conversation that is written to see what stands around it
 MARK = "\ufdd2"  # stands for a text, to see where a template puts it; Unicode keeps it from texts
 TAG = re.compile(r"[<\[][^<>\[\]\s]+[>\]]")  # of markup, as <think>, <|assistant|>, [/INST]
+LAST_TAG = re.compile(rf"(?:<(?P<name>[^<>\s]+)>\s*</(?P=name)>|{TAG.pattern})\s*\Z")  # or <think></think>, empty
+BLANKS = " \n\t"  # those that templates leave out around an answer
 CLOCK = "strftime_now"
 STRFTIME = re.compile(r"%-?[A-Za-z]")  # a directive of strftime, as %d or %-d
 
@@ -29,7 +32,7 @@ class ChatFrame(NamedTuple):
     tail: str = ""  # between the answer and the end, part of the response
     end: str | None = None  # the special token that ends the turn; None where only text does, or nothing
     known: bool = True  # the template can write an answer of the assistant
-    strips: bool = False  # it writes answers without the blanks around them
+    strips: tuple[str, str] = ("", "")  # which of BLANKS it leaves out at the beginning of answers, and at their end
     only_prompts: bool = False  # `opened` stands in prompts alone, not before answers that the template writes
 
 
@@ -47,14 +50,20 @@ def prompt_text(
 
 
 def answer_text(completion: str, frame: ChatFrame) -> str:
-    """`completion` as it follows the prompt, without the token that ends it; what the prompt opened is not repeated."""
-    completion, tag = completion.strip() if frame.strips else completion, frame.opened.rstrip()
-    if tag and completion.lstrip().startswith(tag):
-        completion = completion.lstrip().removeprefix(tag).removeprefix(frame.opened[len(tag) :])
-    brings_own = any(found in completion for found in TAG.findall(frame.lead))
-    lead = "" if brings_own or (frame.lead.isspace() and completion.startswith(frame.lead)) else frame.lead
-    tail = "" if frame.tail.isspace() and completion.endswith(frame.tail) else frame.tail
-    return lead + completion + tail
+    """`completion`, marked or not, as it follows the prompt, without the token that ends it.
+
+    What the prompt opened is not repeated.
+    """
+    left, right = frame.strips
+    # all of BLANKS are a trim, which takes rarer ones too
+    completion = completion.lstrip(None if left == BLANKS else left).rstrip(None if right == BLANKS else right)
+    repeated = re.match(r"\s*" + r"\s*".join(map(re.escape, frame.opened.split())), completion)
+    if frame.opened and repeated:
+        blanks = frame.opened[len(frame.opened.rstrip()) :] + (frame.lead if frame.lead.isspace() else "")
+        completion = completion[repeated.end() :].removeprefix(blanks)
+    # a tag that is marked is not a token
+    brings_own = any(re.search(f"(?<!{OPEN}){re.escape(tag)}", completion) for tag in TAG.findall(frame.lead))
+    return ("" if brings_own else frame.lead) + completion + frame.tail
 
 
 def written(
@@ -103,7 +112,9 @@ def frame_of(tokenizer: PreTrainedTokenizerBase) -> ChatFrame:
     """What the template writes around an answer, read off one that it writes."""
     try:
         closed, prompt = (written(tokenizer, [Message("user", ASKED)], open_turn) for open_turn in (False, True))
-        (before, found, after), (as_blank, *_) = (_around_answer(tokenizer, text) for text in (ANSWER, f" {ANSWER}"))
+        before, found, after = _around_answer(tokenizer, ANSWER)
+        left = "".join(blank for blank in BLANKS if _around_answer(tokenizer, blank + ANSWER)[0] == before)
+        right = "".join(blank for blank in BLANKS if _around_answer(tokenizer, ANSWER + blank)[2] == after)
     except UserError:  # each prompt will say so, if it is one that the template refuses
         return ChatFrame(known=False)
     if not found:
@@ -119,7 +130,7 @@ def frame_of(tokenizer: PreTrainedTokenizerBase) -> ChatFrame:
         lead=lead,
         tail=after[: end.start()] if end else "",
         end=end.group() if end else None,
-        strips=as_blank == before,
+        strips=(left, right),
         only_prompts=not before.startswith(prompt),
     )
 
@@ -138,6 +149,6 @@ def _around_answer(tokenizer: PreTrainedTokenizerBase, answer: str) -> tuple[str
 
 
 def _last_tag(prompt: str) -> str:
-    """The tag that ends `prompt`, with the blanks behind it; "" where something else does."""
-    tags = list(TAG.finditer(prompt))
-    return prompt[tags[-1].start() :] if tags and not prompt[tags[-1].end() :].strip() else ""
+    """The tag that ends `prompt`, or the two with nothing in them, with all blanks; "" where something else does."""
+    found = LAST_TAG.search(prompt)
+    return found.group() if found else ""

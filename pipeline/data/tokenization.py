@@ -245,7 +245,9 @@ class Encoder:
         return found
 
     def _part_of(self, prompt: Prompt, limit: int) -> list[int] | None:
-        """As many ids of the text of the only turn (the system's aside) as fit in; None where none does."""
+        """As many ids of the text of the only turn (the system's aside) as fit in, or all; None where none does."""
+        if len(whole := self._prompt_ids(prompt)) <= limit:  # as where the system's turn went
+            return whole
         text, content = self.prompt_text(prompt), prompt if isinstance(prompt, str) else prompt[-1].content
         marked = MARK if isinstance(prompt, str) else (*prompt[:-1], Message(prompt[-1].role, MARK))
         head, found, tail = self.prompt_text(marked).partition(MARK)
