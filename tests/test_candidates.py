@@ -15,7 +15,7 @@ from pipeline.records import Example, Message, Response, Scores
 from pipeline.rewards import candidates
 from pipeline.rewards.rewards import Rewards, WeightedReward
 from pipeline.rl import semi_offline
-from reward_models import length, rouge
+from reward_models import _trl, length, rouge
 from stages import inputs, score
 from tests import tiny
 
@@ -116,7 +116,7 @@ def test_what_new_responses_are_compared_with(row: Example, wanted: tuple[str, .
 
 
 def test_a_completion_is_never_its_own_reference(caplog) -> None:
-    judge = Rewards([WeightedReward("rouge", 1.0, rouge.reward)])
+    judge = Rewards([WeightedReward("rouge", 1.0, _trl.load("rouge"))])
     alone = Example("b", "p", "the cat sat")
     with pytest.raises(UserError, match=r"completion 0 'the cat sat' has no references, which ROUGE compares with"):
         candidates.judged(tiny.ranks(), judge, [alone])
