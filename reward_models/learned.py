@@ -45,6 +45,8 @@ def load(
     adapters = model.lora.model_copy(update={"r": 0})
     settings = model.model_copy(update={"path": directory, "revision": None, "dropout": 0.0, "lora": adapters})
     tokenizer = load_tokenizer(settings, [])
+    if tokenizer.eos_token is None:
+        tokenizer.eos_token = tokenizer.sep_token  # BERT and its kin end a text with [SEP]
     scorer = RewardModel(load_scalar(settings, tokenizer, seed=0, new_head=False, dtype="auto")).eval()
     trained = saved_input(settings)
     if trained is None:

@@ -42,7 +42,7 @@ def test_chrf_by_hand():
 def test_equal_to_the_package(metric):
     draw = random.Random(23)
     found = [random_text(draw) for _ in range(60)]
-    gold = [[random_text(draw) for _ in range(draw.randint(1, 3))] for _ in range(20) for _ in range(3)]
+    gold = [[random_text(draw) or "the" for _ in range(draw.randint(1, 3))] for _ in range(20) for _ in range(3)]
     wanted = [min(THEIRS[metric](text, texts).score / 100, 1.0) for text, texts in zip(found, gold, strict=True)]
     assert metric.reward([""] * 60, found, references=gold) == wanted
     gold = [texts for texts in gold[::6] for _ in range(6)]  # neighbours with the same references
@@ -72,3 +72,9 @@ def test_missing_references_are_an_error(metric):
         metric.reward([""], ["a"])
     with pytest.raises(ValueError, match=r"references\[0\] is 'a', wanted a list"):
         metric.reward([""], ["a"], references=["a"])
+
+
+@METRICS
+def test_blank_references_are_an_error(metric):
+    with pytest.raises(ValueError, match=r"completion 1 'b' has blank references alone, wanted one with text"):
+        metric.reward(["", ""], ["a", "b"], references=[["a", ""], ["", " \n"]])

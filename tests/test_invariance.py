@@ -11,7 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from pipeline.data.batching import Packing, collate
 from pipeline.models import loading
@@ -146,6 +153,24 @@ def test_encoders_score_alike_in_any_company(tmp_path: Path, kind: str) -> None:
     tiny.close(scores(7, range(9)), alone)
     tiny.close(scores(7, ORDER), [alone[i] for i in ORDER])
     assert len({round(score, 3) for score in alone}) > 5
+
+
+@torch.no_grad()
+def test_an_encoder_reads_between_the_tokens_that_its_tokenizer_names(tmp_path: Path) -> None:
+    """BERT's has no EOS, but [CLS] and [SEP]."""
+    words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *tiny.WORDS])}
+    inner = Tokenizer(models.WordLevel(words, "[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    ends = [(token, words[token]) for token in ("[CLS]", "[SEP]")]
+    inner.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    names = {name: f"[{name[:3].upper()}]" for name in ("pad_token", "unk_token", "cls_token", "sep_token")}
+    tokenizer, model = PreTrainedTokenizerFast(tokenizer_object=inner, **names), encoder_only("bert")
+    loading.save(tmp_path / "bert", model, model.state_dict(), tokenizer)
+    settings = tiny.settings("sft").model
+    reward = learned.load(str(tmp_path / "bert"), settings, tiny.PLAIN, 64, 2, torch.device("cpu"))
+    found = reward(["the old cat", "a dog"], ["ran far away", "sat"])
+    for score, text in zip(found, ("the old cat ran far away", "a dog sat"), strict=True):
+        tiny.close(score, float(model(**tokenizer(text, return_tensors="pt")).logits[0, 0]), of=found)
 
 
 def scorer_of(tmp_path: Path, shape: str) -> RewardModel:
