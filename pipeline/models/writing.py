@@ -61,6 +61,8 @@ def write_base(
     lm, below = model.get_base_model(), lora.weights_below(weights)
     with torch.device("meta"):
         plain = type(lm)(copy.deepcopy(lm.config))
+    if strange := sorted(below.keys() - plain.state_dict().keys()):
+        raise RuntimeError(f"{directory}: {strange[0]} is no weight of a {type(lm).__name__}")
     if lm.can_generate():
         plain.generation_config = lm.generation_config
     plain.save_pretrained(directory, state_dict=dict(below))
