@@ -294,10 +294,12 @@ def save(
     tokenizer: PreTrainedTokenizerBase,
     then: Callable[[Path], None] | None = None,
     ends: Collection[int] = (),
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write a directory that transformers (or peft) loads, then reopen it: complete or absent.
 
-    Where no directory holds the model below adapters, it is written beside them.
+    Where no directory holds the model below adapters, it is written beside them. Neither of the two is in `dtype`, only
+    all weights of a model without adapters are; None: as they are.
     `weights` is the whole `state_dict` of `model`, on the CPU; `then` writes what else belongs into the directory.
     `ends` are ids that end responses: the `generate` of transformers, and vLLM, stop at them too.
     Raises RuntimeError where what was written has an empty tensor or another shape than the model.
@@ -312,7 +314,7 @@ def save(
         if adapters:
             weights = writing.write_adapters(part, model, weights)
         else:
-            model.save_pretrained(part, state_dict=dict(weights))
+            writing.write_weights(part, model, weights, dtype)
         writing.write_rest(part, hugging_face(model), tokenizer, ends)
         if then is not None:
             then(part)
