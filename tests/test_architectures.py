@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -104,6 +105,25 @@ def test_experts_are_saved_and_opened_again(tmp_path: Path, name: str) -> None:
 
     with pytest.raises(RuntimeError, match="elements were saved of"):
         loading.save(tmp_path / "less", model, weights, tiny.tokenizer(), then=lose_an_expert)
+
+
+@torch.no_grad()
+def test_adapters_of_experts_upon_adapters(tmp_path: Path) -> None:
+    """peft adapts the experts' tensors as such, one wrapper in another: what it merged lies in `lora_base`, by name."""
+    settings = tiny.settings("sft").model
+    place = kept(tmp_path, "mixtral")
+    batch = collate(tiny.items(4), range(4), Packing(None, 10**6, False, tiny.PAD_ID))
+    for stage in ("sft", "rl"):
+        changes = {"path": str(place), "lora": settings.lora.model_copy(update={"r": 2})}
+        policy = loading.load_policy(settings.model_copy(update=changes), tiny.tokenizer(), 0)
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+        said, place = Policy(policy, 64).eval()(batch), tmp_path / stage / "model"
+        loading.save(place, policy, policy.state_dict(), tiny.tokenizer())
+        tiny.close(opened(place, "sdpa")(batch), said, 256)
+        tiny.close(Policy(AutoPeftModelForCausalLM.from_pretrained(place), 64).eval()(batch), said, 256)
+    assert (tmp_path / "rl" / "lora_base").is_dir() and not (tmp_path / "sft" / "lora_base").exists()
 
 
 def test_the_cure_of_a_kernel_that_is_not_there(tmp_path: Path) -> None:

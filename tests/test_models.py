@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from pipeline.config.sections import ModelSettings
 from pipeline.data.batching import Packing, collate
@@ -20,6 +28,7 @@ from pipeline.models.policy import Policy, RewardModel
 from pipeline.models.start_check import check_head
 from pipeline.models.trained_input import INPUT_FILE, TrainedInput, save_input
 from pipeline.records import Batch, Item
+from pipeline.trainer.model import build_policy
 from reward_models import learned
 from tests import tiny
 
@@ -123,6 +132,47 @@ def test_adapters_need_a_model(tmp_path: Path) -> None:
     wrong = wrong.model_copy(update={"lora": wrong.lora.model_copy(update={"target_modules": ["q_prj"]})})
     with pytest.raises(UserError, match=r"model\.lora\.target_modules: "):
         loading.load_policy(wrong, tiny.tokenizer(), 0)
+
+
+# the type of what is saved
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_weights_are_saved_in_the_type_asked_for(tmp_path: Path, shape: str) -> None:
+    model = tiny.language_model(shape)
+    weights = model.state_dict()
+    loading.save(tmp_path / "half", model, weights, tiny.tokenizer(), dtype=torch.float16)
+    config = json.loads((tmp_path / "half" / "config.json").read_text())
+    auto = AutoModelForSeq2SeqLM if model.config.is_encoder_decoder else AutoModelForCausalLM
+    theirs = auto.from_pretrained(tmp_path / "half")
+    assert (config["dtype"], theirs.dtype, model.dtype) == ("float16", torch.float16, torch.float32)
+    for name, weight in theirs.state_dict().items():  # T5 reads its `wo` in float32 whatever the file says
+        wanted = weights[name] if shape == "t5" and ".wo." in name else weights[name].half()
+        assert weight.dtype == wanted.dtype and torch.equal(weight, wanted), name
+
+
+def test_what_is_saved_in_another_type_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A bfloat16 checkpoint trained in float32: saved so, unless asked otherwise; adapters are saved as trained."""
+    start = tiny.language_model("llama").bfloat16()
+    loading.save(tmp_path / "start", start, start.state_dict(), tiny.tokenizer())
+    settings = tiny.settings("sft", "data.max_prompt_length=32", "data.max_response_length=32")
+    own = settings.model.model_copy(update={"path": str(tmp_path / "start")})
+    lora = with_lora(own)
+    for model, kind, words in (
+        (own, torch.float32, "trained and saved in float32, twice the bytes: model.save_dtype=bfloat16 halves that"),
+        (own.model_copy(update={"save_dtype": "bfloat16"}), torch.bfloat16, "less than 0.39% of a weight"),
+        (lora.model_copy(update={"save_dtype": "bfloat16"}), torch.float32, ""),
+    ):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="tiffin"):
+            policy = build_policy(settings, tiny.ranks(), model)
+        assert words in caplog.text and (words or "bfloat16" not in caplog.text)
+        trained = policy.engine.module.model
+        with torch.no_grad():
+            torch._foreach_add_([p for p in trained.parameters() if p.requires_grad], 1e-5)
+        policy.export(tmp_path / "model")
+        (file,) = (tmp_path / "model").glob("*.safetensors")
+        assert {weight.dtype for weight in load_file(file).values()} == {kind}
 
 
 # reward models

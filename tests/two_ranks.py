@@ -13,6 +13,7 @@ import torch
 
 from pipeline.data.batching import Packing
 from pipeline.errors import UserError
+from pipeline.models import loading
 from pipeline.models.policy import Policy
 from pipeline.records import Example
 from pipeline.rl import reference
@@ -76,9 +77,26 @@ def resume(trained: engine.Engine, zero: str, folder: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def start_a_reward_model(ranks: engine.Ranks, folder: Path) -> None:
+    """Each rank opens a policy's adapters as a scorer; transformers writes files on the first one alone."""
+    settings, tokenizer, path = tiny.settings("sft").model, tiny.tokenizer(), folder / "start"
+    settings = settings.model_copy(update={"path": str(path), "lora": settings.lora.model_copy(update={"r": 2})})
+    if ranks.main:
+        start = tiny.language_model("llama")
+        loading.save(path, start, start.state_dict(), tokenizer)
+        adapted = loading.load_policy(settings, tokenizer, 0)
+        loading.save(folder / "adapters", adapted, adapted.state_dict(), tokenizer)
+    ranks.barrier()
+    settings = settings.model_copy(update={"path": str(folder / "adapters")})
+    scorer = loading.hugging_face(loading.load_scalar(settings, tokenizer, 0, new_head=True))
+    wanted = tiny.language_model("llama").model.embed_tokens.weight
+    assert torch.equal(scorer.get_input_embeddings().weight, wanted)
+
+
 def main(folder: Path) -> None:
     ranks = tiny.ranks()
     talk(ranks)
+    start_a_reward_model(ranks, folder)
     seen = {}
     for stage in range(4):
         trained, seen[f"zero{stage}"] = train(f"zero{stage}", "fp32")

@@ -78,6 +78,7 @@ class ModelSettings(Section):
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"]
     trust_remote_code: bool
     dropout: Dropped | None
+    save_dtype: Literal["bfloat16", "float16"] | None
 
 
 class TemplateSettings(Section):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,6 +20,7 @@ from pipeline.launch.launcher import rank_environment
 USER_ERROR = 2
 INTERRUPTED = 130
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on
+PATIENCE = 5.0
 
 logger = logging.getLogger("tiffin")  # what a program says while it runs; results that the user requested are printed
 
@@ -77,11 +79,17 @@ def set_up_logging() -> None:
 
 
 def complain(error: UserError | PreemptedError) -> None:
-    """One line on stderr, from one rank per machine: all ranks of a machine meet the same error."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        rank = os.environ.get("RANK", "0")
-        where = "" if rank == "0" else f"rank {rank}: "
-        logger.error(f"{where}{' '.join(str(error).split())}")
+    """One line on stderr, from one rank per machine where all of them meet the same error.
+
+    Another than the first speaks where that one did not: a launcher would have ended it within PATIENCE seconds.
+    """
+    rank, first = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0") == "0"
+    if not first and isinstance(error, PreemptedError):
+        return
+    if not first:
+        time.sleep(PATIENCE)
+    where = "" if rank == "0" else f"rank {rank}: "
+    logger.error(f"{where}{' '.join(str(error).split())}")
 
 
 def warn_of_slow_bf16(precision: str, system: Path = machine.SYSTEM) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from pipeline.config.schema import WithModel
+from pipeline.config.schema import Training, WithModel
 from pipeline.config.sections import ModelSettings, TrainSettings
 from pipeline.data.batching import Packing, collate
 from pipeline.data.tokenization import Encoder
@@ -17,6 +18,8 @@ from pipeline.models.policy import Policy, RewardModel
 from pipeline.models.start_check import check_policy
 from pipeline.models.trained_input import template_for
 from pipeline.records import Item, Row
+
+logger = logging.getLogger("tiffin")
 
 CHECKED = ("a", "some of the words that a model reads")  # of different lengths, so that one is padded
 
@@ -77,6 +80,23 @@ def reward_module(model: ModelSettings, encoder: Encoder, train: TrainSettings, 
 def weight_type(train: TrainSettings) -> torch.dtype:
     """The type weights are read in: half the memory under bf16; DeepSpeed keeps the float32 master it trains."""
     return torch.bfloat16 if train.precision == "bf16" else torch.float32
+
+
+def saved_type(settings: Training, start: ModelSettings, encoder: Encoder) -> torch.dtype | None:
+    """The type that all weights are saved in, where it is not that of training, after a word on what it costs."""
+    if start.lora.r:
+        return None
+    if start.save_dtype is not None:
+        dtype = getattr(torch, start.save_dtype)
+        lost = f"less than {torch.finfo(dtype).eps / 2:.2%} of a weight may be rounded away in what is saved"
+        logger.info(f"model.save_dtype: {start.save_dtype}: changes of {lost}, and whoever opens it reads that")
+        return dtype
+    came = None if start.path is None else loading.load_config(start, encoder.tokenizer).dtype
+    if weight_type(settings.train) == torch.float32 and came in (torch.bfloat16, torch.float16):
+        kind = str(came).removeprefix("torch.")
+        cure = f"model.save_dtype={kind} halves that, and rounds small changes away"
+        logger.info(f"model: comes in {kind}, trained and saved in float32, twice the bytes: {cure}")
+    return None
 
 
 def enable_checkpointing(model: Any, train: TrainSettings) -> None:

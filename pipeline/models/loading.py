@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import tempfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -232,21 +231,27 @@ def _reopened(
     options: dict[str, Any],
     new_head: bool,
 ) -> PreTrainedModel:
-    """The same weights as a model of the class `auto`."""
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        config = copy.deepcopy(config)
-        config.get_text_config().vocab_size = model.config.get_text_config().vocab_size
-        there = settings.model_copy(update={"path": folder, "revision": None})
-        return _from_checkpoint(auto, there, config, options, new_head)
+    """The same weights as a model of the class `auto`; by no file: transformers writes on the first rank alone."""
+    config = copy.deepcopy(config)
+    config.get_text_config().vocab_size = model.config.get_text_config().vocab_size
+    with reading(settings.path, "weights"), torch.device("meta"):
+        kind = type(auto.from_config(config, trust_remote_code=settings.trust_remote_code))
+    return _from_checkpoint(kind, settings, config, options, new_head, model.state_dict())
 
 
 def _from_checkpoint(
-    auto: type, settings: ModelSettings, config: PretrainedConfig, options: dict[str, Any], new_head: bool
+    auto: type,
+    settings: ModelSettings,
+    config: PretrainedConfig,
+    options: dict[str, Any],
+    new_head: bool,
+    weights: dict[str, Tensor] | None = None,
 ) -> PreTrainedModel:
-    options = {**options, **_version(settings), "output_loading_info": True}
+    """What `settings.path` holds, or `weights`, as a model of the class `auto`."""
+    options = {**options, **_version(settings), "state_dict": weights, "output_loading_info": True}
     with reading(settings.path, "weights"):  # `check_report` names mismatched sizes
-        model, report = auto.from_pretrained(settings.path, config=config, ignore_mismatched_sizes=True, **options)
+        place = settings.path if weights is None else None
+        model, report = auto.from_pretrained(place, config=config, ignore_mismatched_sizes=True, **options)
     if checks.check_report(settings.path, report, model, new_head):
         zero_head(model)
     return model
@@ -289,10 +294,12 @@ def save(
     tokenizer: PreTrainedTokenizerBase,
     then: Callable[[Path], None] | None = None,
     ends: Collection[int] = (),
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write a directory that transformers (or peft) loads, then reopen it: complete or absent.
 
-    Where no directory holds the model below adapters, it is written beside them.
+    Where no directory holds the model below adapters, it is written beside them. Neither of the two is in `dtype`, only
+    all weights of a model without adapters are; None: as they are.
     `weights` is the whole `state_dict` of `model`, on the CPU; `then` writes what else belongs into the directory.
     `ends` are ids that end responses: the `generate` of transformers, and vLLM, stop at them too.
     Raises RuntimeError where what was written has an empty tensor or another shape than the model.
@@ -307,7 +314,7 @@ def save(
         if adapters:
             weights = writing.write_adapters(part, model, weights)
         else:
-            model.save_pretrained(part, state_dict=dict(weights))
+            writing.write_weights(part, model, weights, dtype)
         writing.write_rest(part, hugging_face(model), tokenizer, ends)
         if then is not None:
             then(part)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -261,11 +262,6 @@ def weights_below(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Of the weights of a model with adapters, those of the model below, by its own names."""
     added = (".lora_", ".trainable_tokens_", ".modules_to_save.")
     below = {name: weight for name, weight in weights.items() if not any(part in name for part in added)}
-    words = (".token_adapter.", ".base_layer.", ".original_module.")
-    renamed = {}
-    for name, weight in below.items():
-        own = name.removeprefix("base_model.model.")
-        for word in words:
-            own = own.replace(word, ".")
-        renamed[own] = weight
-    return renamed
+    # experts have one wrapper in another, for each of their tensors that is adapted
+    wrapper = re.compile(r"(?:\.(?:token_adapter|base_layer|original_module))+\.")
+    return {wrapper.sub(".", name.removeprefix("base_model.model.")): weight for name, weight in below.items()}

@@ -40,6 +40,25 @@ def whole(directory: Path) -> Iterator[Path]:
     os.replace(part, directory)
 
 
+def write_weights(
+    directory: Path, model: PreTrainedModel, weights: dict[str, Tensor], dtype: torch.dtype | None
+) -> None:
+    """All weights, in `dtype` (None: as they are) but for those that the architecture reads in float32 all the same."""
+    weights = dict(weights)
+    if dtype is None:
+        model.save_pretrained(directory, state_dict=weights)
+        return
+    exact = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    cast = {}
+    for name, weight in weights.items():
+        if weight.is_floating_point() and exact.isdisjoint(name.split(".")):
+            weights[name] = cast.setdefault((weight.data_ptr(), weight.shape), weight.to(dtype))  # tied ones stay one
+    model.save_pretrained(directory, state_dict=weights)
+    config = copy.deepcopy(model.config)
+    config.dtype = config.get_text_config().dtype = dtype
+    config.save_pretrained(directory)
+
+
 def write_adapters(directory: Path, model: PeftModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """All adapters of `model` as one."""
     own = model.peft_config[lora.TRAINED]
@@ -61,6 +80,8 @@ def write_base(
     lm, below = model.get_base_model(), lora.weights_below(weights)
     with torch.device("meta"):
         plain = type(lm)(copy.deepcopy(lm.config))
+    if strange := sorted(below.keys() - plain.state_dict().keys()):
+        raise RuntimeError(f"{directory}: {strange[0]} is no weight of a {type(lm).__name__}")
     if lm.can_generate():
         plain.generation_config = lm.generation_config
     plain.save_pretrained(directory, state_dict=dict(below))

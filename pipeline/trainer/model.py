@@ -33,6 +33,7 @@ class Model:
     engine: Engine
     encoder: Encoder
     packing: Packing
+    saved_type: torch.dtype | None = None  # of all weights on the disk; None: as they are
 
     @property
     def ranks(self) -> Ranks:
@@ -44,7 +45,8 @@ class Model:
         if self.ranks.main:
             own = {name.removeprefix("model."): weight for name, weight in weights.items()}
             encoder, then = self.encoder, partial(save_input, encoder=self.encoder)
-            loading.save(directory, self.engine.module.model, own, encoder.tokenizer, then, encoder.stop_ids)
+            lm, kind = self.engine.module.model, self.saved_type
+            loading.save(directory, lm, own, encoder.tokenizer, then, encoder.stop_ids, kind)
         self.ranks.barrier()
 
 
@@ -70,7 +72,8 @@ def build_policy(
     policy = build.policy_module(start, encoder, settings.train, longest, settings.seed, mask)
     packing = packing_of(settings.train, ranks.world, policy.encoder_decoder, encoder.pad_id)
     memory.warn_where_short(policy.model, settings, ranks.world)
-    return Model(Engine(policy, ranks, settings.train, settings.optimizer), encoder, packing)
+    saved = build.saved_type(settings, start, encoder)
+    return Model(Engine(policy, ranks, settings.train, settings.optimizer), encoder, packing, saved)
 
 
 def frozen_policy(settings: Training, model: Model, start: ModelSettings, longest: int) -> Engine:
@@ -88,7 +91,8 @@ def build_reward_model(
     scorer = build.reward_module(start, encoder, settings.train, settings.seed)
     packing = packing_of(settings.train, ranks.world, scorer.encoder_decoder, encoder.pad_id, whole=True)
     memory.warn_where_short(scorer.model, settings, ranks.world)
-    return Model(Engine(scorer, ranks, settings.train, settings.optimizer), encoder, packing)
+    saved = build.saved_type(settings, start, encoder)
+    return Model(Engine(scorer, ranks, settings.train, settings.optimizer), encoder, packing, saved)
 
 
 def build_inference(settings: EvaluateStage | GenerateStage, ranks: Ranks, policy: ModelSettings) -> Model:
