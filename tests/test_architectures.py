@@ -133,6 +133,12 @@ def test_the_cure_of_a_kernel_that_is_not_there(tmp_path: Path) -> None:
     assert opened(directory, "eager").reads_padding
 
 
+def test_an_architecture_without_a_classifier(tmp_path: Path) -> None:
+    settings = tiny.settings("reward").model.model_copy(update={"path": str(kept(tmp_path, "rwkv"))})
+    with pytest.raises(UserError, match="is a Rwkv, of which transformers has no AutoModelForSequenceClassification, "):
+        loading.load_scalar(settings, tiny.tokenizer(), 0, new_head=True)
+
+
 REFUSED = {
     "bert": "changes its logits",  # by layers between its body and its matrix
     "bert-generation": "or reads a padded batch",  # both ways, as this does

@@ -23,6 +23,7 @@ NO_LANGUAGE_MODEL = ("ForSequenceClassification", "ForTokenClassification", "For
 JSON_FILES = ("config.json", "adapter_config.json", "tokenizer_config.json", "tokenizer.json")
 NO_REWARD_MODEL = "wanted a reward model: train one with bash run.sh stage=reward"
 NO_KERNEL = re.compile("does not support (an attention|Flash Attention)")
+NO_CLASS = re.compile(r"Unrecognized configuration class <class '(?:\w+\.)*(\w+)Config'>.* AutoModel: (\w+)\.")
 # what transformers, tokenizers and peft raise over files that are missing, cut short, or of another kind
 READ_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, EOFError)
 READ_ERRORS += (SafetensorError, pickle.UnpicklingError)
@@ -48,6 +49,9 @@ def _unreadable(path: str, what: str, error: Exception) -> str:
     if NO_KERNEL.search(reason):
         problem = f"{path} cannot be read with this one ({reason[:100]} ...)"
         return f"model.attn_implementation: {problem}, wanted one that its architecture has: set it to eager"
+    if found := NO_CLASS.search(reason):
+        problem = f"{path} is a {found.group(1)}, of which transformers has no {found.group(2)}"
+        return f"model.path: {problem}, wanted an architecture that has one: name another model"
     wanted = "a whole Hugging Face model: save it again, or name another"
     if isinstance(error, ImportError):
         wanted = "the package installed, or model.attn_implementation=sdpa where it is for attention"
