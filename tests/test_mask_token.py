@@ -292,8 +292,9 @@ def test_a_checkpoint_for_summaries_opens_and_speaks_as_elsewhere(tmp_path: Path
     speaker = engine.Engine(Policy(policy, 64), tiny.ranks(), tiny.train_settings(), None)
     (said,) = generate(speaker, Encoder(tokenizer, tiny.PLAIN, 64, 64), [Example("1", "a cat")], speech, 0)
     exported = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "sft")
-    there = exported.generate(torch.tensor([said.prompt_ids]), max_new_tokens=6)[0].tolist()
-    assert there == [1, *said.response_ids]  # BOS is where the decoder starts, and it is not forced again
+    for other in (exported, AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base")):
+        there = other.generate(torch.tensor([said.prompt_ids]), max_new_tokens=7)[0].tolist()
+        assert there == [model.config.decoder_start_token_id, 1, *said.response_ids]
 
 
 def test_separate_embeddings_are_refused(tmp_path: Path) -> None:

@@ -170,6 +170,18 @@ def test_a_reward_that_gives_all_texts_the_same_is_named_once(capsys):
     ]
 
 
+def test_a_reward_that_judges_nothing_is_named_once(capsys):
+    other = WeightedReward("other", 1.0, lambda completions, **columns: [float(len(x)) for x in completions])
+    none = WeightedReward("none", 1.0, lambda completions, **columns: [None for _ in completions])
+    some = WeightedReward("some", 1.0, lambda completions, **columns: [1.0 if x == "x" else None for x in completions])
+    rewards = Rewards([other, none, some])
+    for texts in (["x" * i for i in range(1, 16)], ["y"] * 9, ["z"]):
+        score(rewards, texts)
+    assert capsys.readouterr().err == (
+        "tiffin: reward none: None for each of 16 different texts, wanted some of them judged\n"
+    )
+
+
 def test_long_texts_are_shortened():
     assert shortened("a\tb\n\x1b[31m") == r"a\tb\n\x1b[31m"
     assert shortened("x" * 80) == "x" * 80

@@ -39,7 +39,7 @@ def alone(policy: Policy, example: Example) -> tuple[int, ...]:
     prompt = torch.tensor([tiny.encoder().encode_prompt(example.prompt)[0]])
     config = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=tiny.EOS_ID, pad_token_id=tiny.PAD_ID)
     if policy.encoder_decoder:
-        config.decoder_start_token_id = policy.start_id
+        (config.decoder_start_token_id,) = policy.start_ids
     out = policy.model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)[0].tolist()
     return tuple(out[1:] if policy.encoder_decoder else out[prompt.shape[1] :])
 

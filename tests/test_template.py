@@ -78,6 +78,8 @@ def test_auto_is_text_without_a_chat_template() -> None:
     encoder = make(byte_pairs())
     assert encoder.template.kind == "text" and encoder.described() == "template: text, responses end with </s>"
     assert make(byte_pairs(chats.CHATML), kind="text").template.kind == "text"
+    undated = make(byte_pairs(chats.CHATML), date="2026-03-01").described()
+    assert undated == "template: the tokenizer's chat template, turns end with <|im_end|>"  # it writes no date
 
 
 @pytest.mark.parametrize("answer", [" hi there\n", "\n\nhi there ", "    hi there"])

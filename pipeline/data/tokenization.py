@@ -71,7 +71,8 @@ class Encoder:
         tag = f"; prompts end with {self.frame.opened.rstrip()}, which responses have to close"
         left_open = tag if self.frame.opened and self.frame.only_prompts else ""
         if self.frame.end is not None:
-            dated = "" if self.template.date is None else f" of {self.template.date}"
+            dates = self.template.date is not None and chat.writes_date(self.tokenizer)
+            dated = f" of {self.template.date}" if dates else ""
             return f"template: the tokenizer's chat template{dated}, turns end with {end}{left_open}"
         why = "ends turns without a special token" if self.frame.known else "writes no turn of the assistant"
         return f"template: the tokenizer's chat template, which {why}: responses end with {end}{left_open}"

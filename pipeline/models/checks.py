@@ -157,7 +157,9 @@ def check_positions(model: PreTrainedModel, prompt: int, response: int, whole: b
     `whole`: prompt and response are read as one text even by an encoder-decoder.
     """
     limit = positions(model)
-    longest = max(prompt, response) if model.config.is_encoder_decoder and not whole else prompt + response
+    longest = prompt + response
+    if model.config.is_encoder_decoder and not whole:  # what generation forces is read before the response
+        longest = max(prompt, response + (model.generation_config.forced_bos_token_id is not None))
     if limit is not None and longest > limit:
         beyond = (
             ", beyond which its longrope reads a row by the longest of its batch" if rotates_by_batch(model) else ""

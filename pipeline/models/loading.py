@@ -119,8 +119,6 @@ def load_policy(
     torch.manual_seed(seed)
     model, base = _load(auto, settings, config, dtype, new_head=False)
     rows = model.get_input_embeddings().weight.shape[0]
-    if config.is_encoder_decoder and start_from_forced(model):
-        base = replace(base, path=None)
     mask = mask or mask_token.lacks_row(model, tokenizer)
     if mask and settings.path is not None:
         known = _read_tokenizer(settings).mask_token_id == tokenizer.mask_token_id
@@ -319,16 +317,3 @@ def save(
         if then is not None:
             then(part)
         checks.verify(part, model, weights)
-
-
-def start_from_forced(model: PreTrainedModel) -> bool:
-    """Start the decoder from the token that generation forces first, in what is saved too; whether there is one.
-
-    Otherwise a checkpoint would spend its first words' probability on that token, and the `generate` of transformers
-    would force a token that training never showed.
-    """
-    generation = model.generation_config
-    if forced := generation is not None and isinstance(generation.forced_bos_token_id, int):
-        model.config.decoder_start_token_id = generation.decoder_start_token_id = generation.forced_bos_token_id
-        generation.forced_bos_token_id = None
-    return forced

@@ -6,6 +6,7 @@ Logits are never made for prompts, and never for all response tokens at once: se
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from peft import PeftModel
@@ -64,7 +65,7 @@ class Policy(nn.Module):
         lm = hugging_face(model)
         self.encoder_decoder: bool = lm.config.is_encoder_decoder
         self.attends_apart = attention.attends_apart(lm)
-        self.start_id = start_of_decoder(lm)
+        self.start_ids = start_of_decoder(lm)
         self.reads_padding = True  # whether prompts may be padded to generate from; the start check says
         self.vocab_size = lm.get_output_embeddings().weight.shape[0]
         self.chunks = max(1, math.ceil(max_tokens * self.vocab_size / CHUNK_ELEMENTS))
@@ -100,6 +101,12 @@ class Policy(nn.Module):
             return spread(functional.token_entropies(hidden, self.head, self.chunks, batch.suppressed), mask)
         return spread(functional.token_logps(hidden, self.head, *self._drawn_from(batch)), mask)
 
+    def begun(self, rows: int) -> dict[str, Tensor]:
+        """What generate() is given besides prompts: how the decoder of each row begins."""
+        if not self.encoder_decoder:
+            return {}
+        return {"decoder_input_ids": torch.tensor([self.start_ids] * rows, device=self.model.device)}
+
     def _smoothed(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         logps, means = functional.smoothed_logps(hidden, self.head, *self._drawn_from(batch))
         return spread(logps, batch.response_mask), spread(means, batch.response_mask)
@@ -125,9 +132,9 @@ class Policy(nn.Module):
         if batch.owners is not None:  # each prompt was read once, whatever the number of its responses
             hidden, mask = hidden[batch.owners], mask[batch.owners]
         shown = batch.response_ids if batch.shown_ids is None else batch.shown_ids
-        decoder, ids = hugging_face(self.model).get_decoder(), read_by_decoder(shown, self.start_id)
+        decoder, ids = hugging_face(self.model).get_decoder(), read_by_decoder(shown, self.start_ids)
         decoded = decoder(input_ids=ids, encoder_hidden_states=hidden, encoder_attention_mask=mask, use_cache=False)
-        return decoded.last_hidden_state
+        return decoded.last_hidden_state[:, len(self.start_ids) - 1 :]
 
     def both_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(B, T, H) and (B, S, H): the states that predict the responses and the static responses, in one pass.
@@ -171,28 +178,33 @@ class Policy(nn.Module):
         states = []
         for shown in (batch.shown_ids, batch.static.shown_ids):
             decoded = hugging_face(self.model).get_decoder()(
-                input_ids=read_by_decoder(shown, self.start_id),
+                input_ids=read_by_decoder(shown, self.start_ids),
                 encoder_hidden_states=encoded,
                 encoder_attention_mask=mask,
                 past_key_values=EncoderDecoderCache(DynamicCache(), prompts),
             )
-            states.append(decoded.last_hidden_state)
+            states.append(decoded.last_hidden_state[:, len(self.start_ids) - 1 :])
         return states[0], states[1]
 
 
-def start_of_decoder(lm: PreTrainedModel) -> int | None:
-    """The token that a decoder reads first. Raises UserError where an encoder-decoder does not say."""
-    start = lm.config.to_dict().get("decoder_start_token_id")
-    if lm.config.is_encoder_decoder and start is None:
+def start_of_decoder(lm: PreTrainedModel) -> tuple[int, ...]:
+    """The tokens that a decoder reads first: its start, and what generation then forces, as BART's BOS.
+
+    None of a causal model. Raises UserError where an encoder-decoder does not say.
+    """
+    if not lm.config.is_encoder_decoder:
+        return ()
+    start, forced = lm.config.to_dict().get("decoder_start_token_id"), lm.generation_config.forced_bos_token_id
+    if start is None:
         problem = "its config.json has no decoder_start_token_id, wanted the token that every response follows"
         cure = "write it there (of mBART's kin: the id of the target language)"
         raise UserError(f"model.path: {lm.name_or_path}: {problem}: {cure}")
-    return start
+    return (start,) if forced in (None, start) else (start, forced)
 
 
-def read_by_decoder(ids: Tensor, start_id: int) -> Tensor:
-    """What a decoder reads to predict `ids` (B, T): the start token, then each token but the last."""
-    return torch.cat([torch.full_like(ids[:, :1], start_id), ids[:, :-1]], dim=1)
+def read_by_decoder(ids: Tensor, start_ids: Sequence[int]) -> Tensor:
+    """What a decoder reads to predict `ids` (B, T), in its last T places: the start, then each token but the last."""
+    return torch.cat([ids.new_tensor(start_ids).expand(len(ids), -1), ids[:, :-1]], dim=1)
 
 
 def token_temperatures(batch: Batch) -> Tensor | None:
@@ -260,6 +272,6 @@ class RewardModel(nn.Module):
         Those search for EOS to find a sequence's end, and fail where a cut response has lost its own.
         """
         model = hugging_face(self.model)
-        shown = read_by_decoder(ids, model.config.decoder_start_token_id)
+        shown = read_by_decoder(ids, [model.config.decoder_start_token_id])
         whole = body(model)(input_ids=ids, attention_mask=mask.long(), decoder_input_ids=shown, use_cache=False)
         return whole.last_hidden_state

@@ -94,8 +94,9 @@ def own_logps(policy: Policy, batch: Batch) -> list[Tensor]:
     ):
         read, targets = ids[mask][None], response[there]
         if policy.encoder_decoder:
-            decoder_ids = read_by_decoder(targets[None], policy.start_id)
-            logits = lm(input_ids=read, attention_mask=torch.ones_like(read), decoder_input_ids=decoder_ids).logits[0]
+            decoder_ids = read_by_decoder(targets[None], policy.start_ids)
+            whole = lm(input_ids=read, attention_mask=torch.ones_like(read), decoder_input_ids=decoder_ids).logits[0]
+            logits = whole[len(policy.start_ids) - 1 :]
         else:
             logits = lm(input_ids=read, use_cache=False).logits[0, int(start) - 1 : -1]
         found.append(logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0])
@@ -140,13 +141,13 @@ def generated_logps(policy: Policy, batch: Batch, rows: Sequence[int], pad_id: i
         found.append(scores.float().log_softmax(-1).gather(1, token)[:, 0])
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
 
-    config = GenerationConfig(
-        max_new_tokens=targets.shape[1], do_sample=False, pad_token_id=pad_id, decoder_start_token_id=policy.start_id
-    )
+    config = GenerationConfig(max_new_tokens=targets.shape[1], do_sample=False, pad_token_id=pad_id)
+    config.decoder_start_token_id = next(iter(policy.start_ids), None)
     with nothing_inherited(lm):
         lm.generate(
             input_ids=prompts,
             attention_mask=mask.long(),
+            **policy.begun(len(rows)),
             generation_config=config,
             logits_processor=LogitsProcessorList([force]),
         )

@@ -53,6 +53,7 @@ class Seen:
     """What a reward gave to the texts so far, until there are enough to see whether it tells them apart."""
 
     texts: set[str] = field(default_factory=set)
+    left: set[str] = field(default_factory=set)  # that it does not judge
     values: list[float] = field(default_factory=list)
 
 
@@ -117,12 +118,18 @@ class Rewards:
         return totals
 
     def _watch(self, normalised: Mapping[str, list[float | None]], completions: Sequence[str]) -> None:
-        """Say once of each reward that gives (nearly) the same to many different texts."""
+        """Say once of each reward that gives (nearly) the same, or nothing, to many different texts."""
         for name in [*self._seen]:
             seen = self._seen[name]
             values = normalised[name]
             seen.texts.update(text for text, value in zip(completions, values, strict=True) if value is not None)
+            seen.left.update(text for text, value in zip(completions, values, strict=True) if value is None)
             seen.values.extend(value for value in values if value is not None)
+            if len(seen.left) >= MANY and not seen.texts:
+                del self._seen[name]
+                nothing = f"None for each of {len(seen.left):,} different texts"
+                logger.warning(f"reward {name}: {nothing}, wanted some of them judged")
+                continue
             if len(seen.texts) < MANY:
                 continue
             del self._seen[name]

@@ -29,7 +29,7 @@ from pipeline.rl.values import ValueData
 from pipeline.trainer.engine import Engine
 from pipeline.trainer.model import Model
 
-FORMAT = 3  # raise it when what is computed changes
+FORMAT = 4  # raise it when what is computed changes
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def respond(
     lm = hugging_face(engine.module.model)
     config = generation_config(settings, encoder, lm)
     config.suppress_tokens = mask_token.suppressed_ids(encoder.tokenizer, lm) or None  # before tokens are drawn
-    config.decoder_start_token_id = engine.module.start_id
+    config.decoder_start_token_id = next(iter(engine.module.start_ids), None)
     if plain := settings.do_sample and settings.num_beams == 1:
         config.num_return_sequences = 1  # each row is one response, and draws with its own random numbers
     longest = max((len(request.prompt_ids) for request in requests), default=0)
@@ -204,7 +204,7 @@ def _decoded(
             logits_processor=LogitsProcessorList([] if sampler is None else [sampler]),
             synced_gpus=engine.stage == 3 and engine.ranks.world > 1,
         )
-    start = 1 if module.encoder_decoder else inputs["attention_mask"].shape[1]
+    start = len(module.start_ids) if module.encoder_decoder else inputs["attention_mask"].shape[1]
     rows = [_until_end(row, config.eos_token_id) for row in out[:, start:].tolist()]
     stats = [None] * len(rows) if sampler is None else sampler.stats([len(ids) for ids in rows], batch)
     results = iter(map(Completion, rows, stats))
@@ -223,7 +223,8 @@ def _inputs(
     if not module.encoder_decoder:
         return {"input_ids": ids[places], "attention_mask": mask[places]}
     states = hugging_face(module.model).get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
-    return {"encoder_outputs": BaseModelOutput(last_hidden_state=states[places]), "attention_mask": mask[places]}
+    encoded = {"encoder_outputs": BaseModelOutput(last_hidden_state=states[places]), "attention_mask": mask[places]}
+    return encoded | module.begun(len(places))
 
 
 def _until_end(ids: list[int], stops: Sequence[int]) -> list[int]:
