@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 
 import pytest
 import torch
@@ -132,6 +133,7 @@ def test_a_start_from_nothing_forgets_an_attempt_that_left_no_checkpoint(tmp_pat
     log = log_in(tmp_path)
     log.scalars(0, {"eval/loss": 9.0})
     log.close()
+    time.sleep(1)  # as any start takes: TensorBoard orders files by the second, then by a counter compared as text
     log = log_in(tmp_path)
     log.scalars(0, {"eval/loss": 1.0})
     log.close()
