@@ -34,7 +34,7 @@ from pipeline.config.sections import ModelSettings
 from pipeline.data.batching import Packing, collate
 from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
-from pipeline.models import loading, mask_token, scratch
+from pipeline.models import checks, loading, mask_token, scratch
 from pipeline.models.policy import Policy, RewardModel
 from pipeline.models.start_check import check_head
 from pipeline.records import Example, Item
@@ -295,6 +295,16 @@ def test_a_checkpoint_for_summaries_opens_and_speaks_as_elsewhere(tmp_path: Path
     for other in (exported, AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base")):
         there = other.generate(torch.tensor([said.prompt_ids]), max_new_tokens=7)[0].tolist()
         assert there == [model.config.decoder_start_token_id, 1, *said.response_ids]
+
+
+def test_what_generation_forces_takes_a_place() -> None:
+    model = language_model("bart", ROWS)
+    limit = model.config.max_position_embeddings
+    checks.check_positions(model, limit, limit, whole=False)
+    model.generation_config.update(forced_bos_token_id=1)
+    checks.check_positions(model, limit, limit - 1, whole=False)
+    with pytest.raises(UserError, match=rf"up to {limit} tokens of response and BOS are {limit + 1} to read at once"):
+        checks.check_positions(model, limit, limit, whole=False)
 
 
 def test_separate_embeddings_are_refused(tmp_path: Path) -> None:

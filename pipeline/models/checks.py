@@ -157,17 +157,19 @@ def check_positions(model: PreTrainedModel, prompt: int, response: int, whole: b
     `whole`: prompt and response are read as one text even by an encoder-decoder.
     """
     limit = positions(model)
-    longest = prompt + response
-    if model.config.is_encoder_decoder and not whole:  # what generation forces is read before the response
-        longest = max(prompt, response + (model.generation_config.forced_bos_token_id is not None))
+    apart = model.config.is_encoder_decoder and not whole
+    # a decoder reads what generation forces before the response
+    forced = int(apart and model.generation_config.forced_bos_token_id is not None)
+    longest = max(prompt, response + forced) if apart else prompt + response
     if limit is not None and longest > limit:
         beyond = (
             ", beyond which its longrope reads a row by the longest of its batch" if rotates_by_batch(model) else ""
         )
+        read = f"{response} tokens of response{' and BOS' * forced}"
         raise UserError(
-            f"data.max_prompt_length: {prompt} and up to {response} tokens of response are {longest} to read at once, "
-            f"but the model has {limit} positions{beyond}, wanted no more: lower data.max_prompt_length, "
-            "data.max_response_length or generation.max_new_tokens"
+            f"data.max_prompt_length: {prompt} and up to {read} are {longest} to read at once, but the model has "
+            f"{limit} positions{beyond}, wanted no more: lower data.max_prompt_length, data.max_response_length or "
+            "generation.max_new_tokens"
         )
 
 
