@@ -127,6 +127,7 @@ def start(timeout_seconds: int) -> Ranks:
         deepspeed.ops.__compatible_ops__[SHARED_MEMORY] = False
     deepspeed.utils.logger.setLevel("WARNING")
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # in DeepSpeed's calls
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # in peft's calls
     if not dist.is_initialized():
         timeout = timedelta(seconds=timeout_seconds)
         deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=timeout, verbose=False)
