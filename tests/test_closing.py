@@ -13,12 +13,12 @@ from pipeline.launch import run_dir
 from pipeline.launch.closing import LEFT, closing, next_words
 
 TRAINED = {"eval/loss": 1.23456, "eval/margin": 0.5, "model_step": 150, "steps": 200, "seconds": 9.0}
-JUDGED_BY_X = {"eval/reward/mean": None, "eval/rewards/x/mean": 1.0}
-JUDGED = {"sft": {"reward/mean": 0.5, "reward/std": 1.0}, "rl": {"reward/mean": 0.75}}
+JUDGED_BY_X = {"eval/reward": None, "eval/rewards/x/mean": 1.0}
+JUDGED = {"sft": {"reward": 0.5, "reward_std": 1.0}, "rl": {"reward": 0.75}}
 RESULTS = {
     "sft": (TRAINED, "/model: eval/loss 1.235 at step 150 of 200"),
     "reward": ({"eval/accuracy": 0.65, **TRAINED}, "/model: eval/accuracy 0.65 at step 150 of 200"),
-    "rl": ({**TRAINED, **JUDGED_BY_X}, "/model: eval/reward/mean not finite at step 150 of 200"),
+    "rl": ({**TRAINED, **JUDGED_BY_X}, "/model: eval/reward not finite at step 150 of 200"),
     "score": ({"train": {"rows": 5700}, "test": {"rows": 3}}, ": train 5,700 rows, test 3 rows"),
     "generate": ({"train": {"rows": 7}}, ": train 7 rows"),
     "evaluate": (JUDGED, "/results.json: reward sft 0.5, rl 0.75"),
@@ -34,10 +34,10 @@ def left_by_rl(where: Path, **results: float) -> str:
 
 def test_the_reward_of_logged_rows_is_no_result(tmp_path: Path) -> None:
     """It is the same whatever was learned: the loss is said, until a reward judges what the policy says."""
-    logged = {"eval/reward/mean": 0.25}
+    logged = {"eval/reward": 0.25}
     assert left_by_rl(tmp_path, **logged) == "eval/loss 1.235 at step 150 of 200"
     judged = left_by_rl(tmp_path, **logged, **{"eval/rewards/rouge/mean": 0.25})
-    assert judged == "eval/reward/mean 0.25 at step 150 of 200"
+    assert judged == "eval/reward 0.25 at step 150 of 200"
 
 
 def test_weights_that_nothing_later_beat_are_those_it_began_with(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pipeline.launch import run_dir
 
 SOURCES = (("recipe",), ("data", "task"), ("data", "path"))  # settings that say where the rows of all stages come from
 CARRIED = (("run",), ("runs_dir",), *SOURCES)  # from a stage's words to those of the next
-HEADLINES = ("eval/reward/mean", "eval/rewards/accuracy", "eval/accuracy", "eval/loss")  # the first that is there
+HEADLINES = ("eval/reward", "eval/rewards/accuracies", "eval/accuracy", "eval/loss")  # the first that is there
 UNTRAINED = ", as no later evaluation was better: these are the weights it began with (train.keep=last keeps the last)"
 ROWS = {  # what a stage reads, where neither a task nor a directory nor a recipe says so
     "sft": "data.train=FILE",
@@ -86,7 +86,7 @@ FOLLOWS: dict[str, Callable[[Any], list[str]]] = {
 
 def _trained(directory: str, results: Mapping[str, Any]) -> str:
     judged = any(tag.startswith("eval/rewards/") and tag.endswith("/mean") for tag in results)
-    # without a reward that judges responses, eval/reward/mean is that of the logged rows, whatever the model says
+    # without a reward that judges responses, eval/reward is that of the logged rows, whatever the model says
     tags = HEADLINES if judged or "eval/loss" not in results else HEADLINES[1:]
     tag = next((tag for tag in tags if tag in results), None)
     number = f"{tag} {_number(results[tag])} " if tag else ""
@@ -99,7 +99,7 @@ def _rows(directory: str, results: Mapping[str, Any]) -> str:
 
 
 def _judged(directory: str, results: Mapping[str, Any]) -> str:
-    rewards = [f"{policy} {_number(numbers['reward/mean'])}" for policy, numbers in results.items()]
+    rewards = [f"{policy} {_number(numbers['reward'])}" for policy, numbers in results.items()]
     return f"{directory}/results.json: reward {', '.join(rewards)}"
 
 
