@@ -31,6 +31,7 @@ class State:
     step: int
     world: int
     seconds: float = 0.0  # that the training has taken so far
+    num_tokens: int = 0  # read up to the last row of the log, over all ranks
     best: float | None = None  # best value of the watched metric so far
     best_step: int | None = None
     best_seen: dict[str, float] = field(default_factory=dict)  # what the evaluation at best_step saw
