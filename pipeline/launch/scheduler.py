@@ -36,9 +36,10 @@ def finished(tasks: Sequence[Task]) -> set[str]:
     """
     done: set[str] = set()
     for task in tasks:
-        if (task.directory / run_dir.CONFIG).is_file():
+        if run_dir.begun(task.directory):
             run_dir.refuse_other(task.directory, task.step.settings)
-            if run_dir.finished(task.directory) and task.after <= done:
+            ended = run_dir.finished(task.directory) and not run_dir.longer(task.directory, task.step.settings)
+            if ended and task.after <= done:
                 done.add(task.name)
     return done
 
