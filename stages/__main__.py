@@ -17,9 +17,9 @@ from pipeline.config.yaml_layers import ROOT, Layer, parse_overrides
 from pipeline.config.yaml_text import dump_yaml
 from pipeline.errors import UserError
 from pipeline.launch import run_dir
-from pipeline.launch.closing import closing
 from pipeline.launch.entry import leave
 from pipeline.launch.launcher import DISTRIBUTED, command, environment, is_rank, run
+from pipeline.report.closing import closing
 from stages import inputs
 
 HELP = ("stage=help", "--help", "-h")
@@ -64,10 +64,11 @@ def start(step: Resolved, last: bool) -> int:
     if idle or (not is_rank(os.environ) and inputs.done(step.stage, step.settings)):
         return 0
     launch = step.settings.launch
-    new = not run_dir.finished(run_dir.stage_dir(step.settings, step.stage))
+    new = not run_dir.ended(run_dir.stage_dir(step.settings, step.stage), step.settings)
     code = run(command(launch, step.stage, step.words, os.environ), environment(launch, step.stage, os.environ))
-    if code == 0 and new and rank == "0" and (line := closing(step, last)):
-        print(line, flush=True)
+    if code == 0 and new and rank == "0":
+        for line in closing(step, last):
+            print(line, flush=True)
     return code
 
 

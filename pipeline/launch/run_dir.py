@@ -230,6 +230,11 @@ def drop_checkpoints(directory: Path, keep_last: bool) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def ended(directory: Path, settings: Common) -> bool:
+    """Whether a stage is finished and is not to be trained longer."""
+    return finished(directory) and not (begun(directory) and longer(directory, settings))
+
+
 def longer(directory: Path, settings: Common) -> str:
     """What was raised to train longer than the stage noted, in words: 'train.max_steps is 800 now, it was 400'."""
     changed = differences(directory, settings)

@@ -38,8 +38,7 @@ def finished(tasks: Sequence[Task]) -> set[str]:
     for task in tasks:
         if run_dir.begun(task.directory):
             run_dir.refuse_other(task.directory, task.step.settings)
-            ended = run_dir.finished(task.directory) and not run_dir.longer(task.directory, task.step.settings)
-            if ended and task.after <= done:
+            if run_dir.ended(task.directory, task.step.settings) and task.after <= done:
                 done.add(task.name)
     return done
 

@@ -51,6 +51,12 @@ def headline(stage: Stage) -> Headline:
     return OF_KIND[stage.kind](stage)
 
 
+def of_run(stages: Sequence[Stage]) -> Headline | None:
+    """The sentence on a whole run, that of its last stage that has results; None where none has."""
+    ended = [stage for stage in stages if stage.results]
+    return headline(ended[-1]) if ended else None
+
+
 def worst(*levels: str) -> str:
     """The most serious of some levels."""
     return min(levels, key=LEVELS.index)
@@ -91,7 +97,8 @@ def of_reward(stage: Stage) -> Headline:
         )
     right = f"{number(accuracy)} of {results['eval/pairs']:,.0f} held-out pairs in the right order"
     judged = verdicts(stage)
-    level = worst(*(judged[name].level for name in ("pair_accuracy", "pair_lead") if name in judged))
+    levels = [judged[name].level for name in ("pair_accuracy", "pair_lead") if name in judged]
+    level = worst(*levels) if levels else LOOK
     if "pair_lead" not in judged:
         return Headline(right, level)
     lead = {TROUBLE: "no more than length", LOOK: "hardly more than length", FINE: "more than length"}
