@@ -17,7 +17,8 @@ from typing import NamedTuple
 from pipeline.errors import PreemptedError
 from pipeline.launch import run_dir
 from pipeline.launch.comparison_plan import Task
-from pipeline.launch.launcher import command, environment, handled, tell
+from pipeline.launch.launcher import command, environment
+from pipeline.launch.processes import handled, tell
 
 POLL_SECONDS = 0.2
 
@@ -75,7 +76,9 @@ def run_all(tasks: Sequence[Task], jobs: int, logs: Path) -> dict[str, int]:
                 clock.show(one, code)
             time.sleep(POLL_SECONDS)
     if signal.SIGINT in received:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(
+            f"stage=compare: stopped by Ctrl-C, {len(done)} of {len(tasks)} steps are done; the same command goes on"
+        )
     if received:
         raise PreemptedError("stage=compare: stopped; the same command goes on")
     return failed

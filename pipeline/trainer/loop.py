@@ -22,7 +22,8 @@ from pipeline.data.batching import Source
 from pipeline.data.sampling import step_budget
 from pipeline.errors import PreemptedError, UserError
 from pipeline.files import flatten
-from pipeline.launch.launcher import handled
+from pipeline.launch import stopping
+from pipeline.launch.processes import handled
 from pipeline.records import Batch, Stat
 from pipeline.trainer.checkpoint import Checkpoints, State
 from pipeline.trainer.engine import Engine, Ranks
@@ -147,6 +148,7 @@ def take_steps(trainer: Trainer, state: State, interval: Interval, log: RunLog, 
             state, values = evaluate(trainer, state, log)
             log.scalars(0, values)
         while state.step < last:
+            stopping.reached(state.step, last)
             # one rank's signal stops all, or the others would wait for it
             if ranks.any(bool(received)):
                 save()
@@ -166,6 +168,7 @@ def take_steps(trainer: Trainer, state: State, interval: Interval, log: RunLog, 
             at_end = last if train.keep_checkpoint or train.save_steps else None
             if due(state.step, train.save_steps, at_end):
                 save()
+    stopping.reached(state.step, last)
     return replace(state, seconds=before + time.monotonic() - began)
 
 
