@@ -16,14 +16,15 @@ from pipeline.config.schema import EvaluateStage
 from pipeline.config.sections import ModelSettings
 from pipeline.data import dataset
 from pipeline.errors import UserError
-from pipeline.files import write_json, write_jsonl
+from pipeline.files import flatten, write_json, write_jsonl
 from pipeline.launch import run_dir
 from pipeline.launch.entry import run
 from pipeline.records import Example, Response
 from pipeline.rewards import build, scoring
 from pipeline.rewards.rewards import Rewards
 from pipeline.rollout.generate import generate, plain_sampling
-from pipeline.trainer import engine, evaluation
+from pipeline.trainer import engine, evaluation, markdown
+from pipeline.trainer.board import Board
 from pipeline.trainer.engine import Ranks
 from pipeline.trainer.model import Model, build_inference, spoken_packing
 from stages import inputs
@@ -31,8 +32,8 @@ from stages import inputs
 logger = logging.getLogger("tiffin")
 
 SHOWN = {
-    "reward/mean": "reward",
-    "completions/mean_length": "words",
+    "reward": "reward",
+    "completions/mean_words": "words",
     "completions/distinct_2": "distinct-2",
     "objective/kl": "KL",
 }
@@ -52,9 +53,10 @@ def main(settings: EvaluateStage, words: Sequence[str]) -> None:
     prompts = dataset.unique_prompts(rows)[: settings.max_rows]
     scoring.try_rewards(ranks, rewards, prompts[0], written=True)
 
-    results, samples = judged(settings, models, prompts, rewards, ranks)
+    results, samples, earned = judged(settings, models, prompts, rewards, ranks)
     if ranks.main:
         write_jsonl(directory / "samples" / "policies.jsonl", samples)
+        show(Board(directory / "tensorboard"), results, samples, earned)
         write_json(directory / "results.json", results)
         print(table(results))
     ranks.barrier()
@@ -62,8 +64,10 @@ def main(settings: EvaluateStage, words: Sequence[str]) -> None:
 
 def judged(
     settings: EvaluateStage, models: dict[str, ModelSettings], prompts: list[Example], rewards: Rewards, ranks: Ranks
-) -> tuple[dict[str, dict[str, float]], list[dict]]:
-    """What each policy scores, with its distance to the first one; and samples of all, in the policies' order.
+) -> tuple[dict[str, dict[str, float]], list[dict], dict[str, list[float]]]:
+    """What each policy scores, with its distance to the first one; samples of all; and the reward of each response.
+
+    All are in the policies' order.
 
     The first policy, the reference, is opened last, so that one model is in memory at a time.
     """
@@ -71,6 +75,7 @@ def judged(
     sampled: dict[str, tuple[list[Response], list, PreTrainedTokenizerBase]] = {}
     results: dict[str, dict[str, float]] = {}
     samples: dict[str, list[dict]] = {}
+    earned: dict[str, list[float]] = {}
     # the first policy comes last: by then it can say how likely it finds the others' responses
     for name in [*names[1:], names[0]]:
         policy = build_inference(settings, ranks, models[name])
@@ -81,6 +86,7 @@ def judged(
         logps = evaluation.response_logps(policy.engine, drawn, spoken_packing(policy))
         sampled[name] = drawn, logps, policy.encoder.tokenizer
         scores = scoring.score_responses(ranks, rewards, answers)
+        earned[name] = scores.total
         results[name] = evaluation.reward_statistics(scores, [answer.text for answer in answers])
         results[name] |= evaluation.completion_statistics(answers)
         samples[name] = evaluation.sample_rows(answers, scores, settings.num_samples, policy=name)
@@ -89,7 +95,19 @@ def judged(
                 results[other] |= distance(policy, name, other, *theirs)
         del policy
         gc.collect()
-    return {name: results[name] for name in names}, [row for name in names for row in samples[name]]
+    rows = [row for name in names for row in samples[name]]
+    return {name: results[name] for name in names}, rows, {name: earned[name] for name in names}
+
+
+def show(
+    board: Board, results: dict[str, dict[str, float]], samples: list[dict], earned: dict[str, list[float]]
+) -> None:
+    """In TensorBoard: the numbers of the policies, their responses prompt by prompt, the distribution of rewards."""
+    board.text("policies", markdown.numbers(results))
+    board.text("samples", markdown.side_by_side([flatten(row) for row in samples]))
+    for name, rewards in earned.items():
+        board.histogram(f"policies/{name}/reward", rewards, 0)
+    board.close()
 
 
 def distance(

@@ -201,7 +201,7 @@ def test_what_a_training_leaves(whole: Toy) -> None:
     rows = whole.rows()
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in rows if "eval/loss" in row] == [0, 3, 6]
-    assert all(row["train/grad_norm"] > 0 and row["train/num_tokens"] > 0 for row in rows[1:])
+    assert all(row["train/grad_norm"] > 0 and row["train/learned_tokens"] > 0 for row in rows[1:])
     assert sorted(path.name for path in (whole.directory / "samples").iterdir()) == [
         "step-000000.jsonl", "step-000003.jsonl", "step-000006.jsonl",
     ]  # fmt: skip
@@ -212,6 +212,13 @@ def test_what_a_training_leaves(whole: Toy) -> None:
     assert losses[results["model_step"]] == min(losses.values()) and results["steps"] == 6
 
 
+def test_the_tokens_read_are_counted_from_the_start(whole: Toy) -> None:
+    lines = [json.loads(line) for line in (whole.directory / "metrics.jsonl").read_text().splitlines()][1:]
+    each = [line["perf/tokens_per_second"] * line["perf/step_seconds"] for line in lines]
+    assert [line["train/num_tokens"] for line in lines] == [round(sum(each[: i + 1])) for i in range(6)]
+    assert lines[0]["train/num_tokens"] > lines[0]["train/learned_tokens"]  # prompts are read too
+
+
 def test_each_row_is_the_mean_of_its_steps(tmp_path: Path, whole: Toy) -> None:
     """Rows of three steps are the means, by tokens, of the rows of single steps."""
     toy = Toy(tmp_path / "sft", words={"logging_steps": 3})
@@ -219,10 +226,11 @@ def test_each_row_is_the_mean_of_its_steps(tmp_path: Path, whole: Toy) -> None:
     single, triple = whole.rows()[1:], toy.rows()[1:]
     assert [row["step"] for row in triple] == [3, 6]
     for row, parts in zip(triple, (single[:3], single[3:]), strict=True):
-        tokens = sum(part["train/num_tokens"] for part in parts)
-        loss = sum(part["train/loss"] * part["train/num_tokens"] for part in parts) / tokens
+        tokens = sum(part["train/learned_tokens"] for part in parts)
+        loss = sum(part["train/loss"] * part["train/learned_tokens"] for part in parts) / tokens
         assert row["train/loss"] == pytest.approx(loss, rel=1e-4)
-        assert row["train/num_tokens"] == pytest.approx(tokens / 3, rel=1e-4)
+        assert row["train/learned_tokens"] == pytest.approx(tokens / 3, rel=1e-4)
+        assert row["train/num_tokens"] == parts[-1]["train/num_tokens"]
     assert same(toy.weights("last"), whole.weights("last"))  # looking less often trains the same
 
 

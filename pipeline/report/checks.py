@@ -56,15 +56,15 @@ def of_policies(base: Numbers, other: Numbers, monitors: Sequence[str] = ()) -> 
     both = [tag for tag in other if other[tag] is not None and base.get(tag) is not None]
     kl = other.get("objective/kl")
     readings = {
-        "gain": _least_change(base, other, [tag for tag in both if tag == "reward/mean"]),
-        "length": _factor(base, other, "completions/mean_length", " words"),
+        "gain": _least_change(base, other, [tag for tag in both if tag == "reward"]),
+        "length": _factor(base, other, "completions/mean_words", " words"),
         "variety": _factor(base, other, "completions/distinct_2"),
         "repetition": _share(base, other, "completions/repetition"),
-        "cut": _share(base, other, "completions/clipped_fraction"),
+        "cut": _share(base, other, "completions/clipped_ratio"),
         "length_correlation": correlation(other),
         "kl": None if kl is None else Reading(kl, f"{number(kl)} nats per response"),
     }
-    if "reward/mean" in both and other["reward/mean"] > base["reward/mean"]:
+    if "reward" in both and other["reward"] > base["reward"]:
         watching = {f"rewards/{name}/mean" for name in monitors}
         unseen = [tag for tag in both if fnmatchcase(tag, ORACLE) or tag in watching]
         parts = [tag for tag in both if fnmatchcase(tag, "rewards/*/mean") and tag not in unseen]
@@ -98,7 +98,7 @@ def correlation(values: Numbers) -> Reading | None:
     if not tags:
         return None
     tag = max(tags, key=lambda tag: abs(values[tag]))
-    name = tag.removeprefix("eval/").removeprefix("rewards/").removesuffix("/length_correlation")
+    name = tag.removeprefix("eval/").removeprefix("rewards/")[: -len("/length_correlation")]
     return Reading(abs(values[tag]), f"correlation of {name} with words {number(values[tag])}")
 
 
@@ -107,7 +107,7 @@ def _least_change(base: Numbers, other: Numbers, tags: Sequence[str]) -> Reading
     if not tags:
         return None
     change, tag = min((in_errors(tag, base, other), tag) for tag in tags)
-    label = "" if tag == "reward/mean" else f"{metric_of(tag)[1]} "
+    label = "" if tag == "reward" else f"{metric_of(tag)[1]} "
     unknown = None in [error_of(values, tag) for values in (base, other)]
     behind = "" if unknown else f", {number(change)} standard errors"
     return Reading(change, f"{label}{number(base[tag])} to {number(other[tag])}{behind}")
