@@ -52,9 +52,11 @@ def main(settings: EvaluateStage, words: Sequence[str]) -> None:
     prompts = dataset.unique_prompts(rows)[: settings.max_rows]
     scoring.try_rewards(ranks, rewards, prompts[0], written=True)
 
-    results, samples = judged(settings, models, prompts, rewards, ranks)
+    results, answers = judged(settings, models, prompts, rewards, ranks)
     if ranks.main:
+        samples = [row for rows in answers.values() for row in rows[: settings.num_samples]]
         write_jsonl(directory / "samples" / "policies.jsonl", samples)
+        write_jsonl(directory / "rewards.jsonl", [_rewards_of(row) for rows in answers.values() for row in rows])
         write_json(directory / "results.json", results)
         print(table(results))
     ranks.barrier()
@@ -62,15 +64,15 @@ def main(settings: EvaluateStage, words: Sequence[str]) -> None:
 
 def judged(
     settings: EvaluateStage, models: dict[str, ModelSettings], prompts: list[Example], rewards: Rewards, ranks: Ranks
-) -> tuple[dict[str, dict[str, float]], list[dict]]:
-    """What each policy scores, with its distance to the first one; and samples of all, in the policies' order.
+) -> tuple[dict[str, dict[str, float]], dict[str, list[dict]]]:
+    """What each policy scores, with its distance to the first one; and its responses as rows. In the policies' order.
 
     The first policy, the reference, is opened last, so that one model is in memory at a time.
     """
     names = list(models)
     sampled: dict[str, tuple[list[Response], list, PreTrainedTokenizerBase]] = {}
     results: dict[str, dict[str, float]] = {}
-    samples: dict[str, list[dict]] = {}
+    rows: dict[str, list[dict]] = {}
     # the first policy comes last: by then it can say how likely it finds the others' responses
     for name in [*names[1:], names[0]]:
         policy = build_inference(settings, ranks, models[name])
@@ -83,13 +85,18 @@ def judged(
         scores = scoring.score_responses(ranks, rewards, answers)
         results[name] = evaluation.reward_statistics(scores, [answer.text for answer in answers])
         results[name] |= evaluation.completion_statistics(answers)
-        samples[name] = evaluation.sample_rows(answers, scores, settings.num_samples, policy=name)
+        rows[name] = evaluation.sample_rows(answers, scores, len(answers), policy=name)
         if name == names[0]:
             for other, theirs in sampled.items():
                 results[other] |= distance(policy, name, other, *theirs)
         del policy
         gc.collect()
-    return {name: results[name] for name in names}, [row for name in names for row in samples[name]]
+    return {name: results[name] for name in names}, {name: rows[name] for name in names}
+
+
+def _rewards_of(row: dict) -> dict:
+    """What is kept of every response: the report draws how the rewards are spread."""
+    return {name: row[name] for name in ("policy", "id", "reward", "rewards")}
 
 
 def distance(
