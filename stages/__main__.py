@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,14 +18,17 @@ from pipeline.config.schema import Training
 from pipeline.config.yaml_layers import ROOT, Layer, parse_overrides
 from pipeline.config.yaml_text import dump_yaml
 from pipeline.errors import UserError
-from pipeline.launch import run_dir
-from pipeline.launch.closing import closing
+from pipeline.launch import run_dir, stopping
 from pipeline.launch.entry import leave
-from pipeline.launch.launcher import DISTRIBUTED, command, environment, is_rank, run
+from pipeline.launch.launcher import DISTRIBUTED, command, environment, is_rank
+from pipeline.launch.processes import handled, run
+from pipeline.report.closing import closing
 from stages import inputs
 
 HELP = ("stage=help", "--help", "-h")
 TEST = "stage=test"
+
+logger = logging.getLogger("tiffin")
 
 
 def main(words: Sequence[str]) -> int:
@@ -46,9 +51,10 @@ def main(words: Sequence[str]) -> int:
             print(f"[{number}/{len(steps)}] {title(step)}", flush=True)
         code = start(step, last=number == len(steps))
         if code != 0:
-            rest = f"; {len(steps) - number} later steps not started" if number < len(steps) else ""
-            if len(steps) > 1:
-                print(f"tiffin: {title(step)} ended with exit code {code}{rest}", file=sys.stderr)
+            rest = f"{len(steps) - number} later steps not started" if number < len(steps) else ""
+            ended = "" if code == stopping.INTERRUPTED else f"{title(step)} ended with exit code {code}"
+            if len(steps) > 1 and (ended or rest):
+                print(f"tiffin: {'; '.join(filter(None, [ended, rest]))}", file=sys.stderr)
             return code
     return 0
 
@@ -64,10 +70,17 @@ def start(step: Resolved, last: bool) -> int:
     if idle or (not is_rank(os.environ) and inputs.done(step.stage, step.settings)):
         return 0
     launch = step.settings.launch
-    new = not run_dir.finished(run_dir.stage_dir(step.settings, step.stage))
-    code = run(command(launch, step.stage, step.words, os.environ), environment(launch, step.stage, os.environ))
-    if code == 0 and new and rank == "0" and (line := closing(step, last)):
-        print(line, flush=True)
+    directory = run_dir.stage_dir(step.settings, step.stage)
+    new = not run_dir.ended(directory, step.settings)
+
+    def say_stopped() -> None:
+        logger.error(stopping.line(directory, step.settings))
+
+    argv = command(launch, step.stage, step.words, os.environ)
+    code = run(argv, environment(launch, step.stage, os.environ), untold=say_stopped)
+    if code == 0 and new and rank == "0":
+        for line in closing(step, last):
+            print(line, flush=True)
     return code
 
 
@@ -75,7 +88,8 @@ def test(arguments: Sequence[str]) -> int:
     """pytest on tests/ of the checkout, with its own arguments."""
     if not (ROOT / "tests").is_dir() or importlib.util.find_spec("pytest") is None:
         raise UserError("stage=test: needs the checkout and pytest; run `bash run.sh stage=test` there")
-    return subprocess.call([sys.executable, "-m", "pytest", *arguments], cwd=ROOT)
+    with handled(lambda number, frame: None, [signal.SIGINT]):  # pytest sums up what it has done
+        return subprocess.call([sys.executable, "-m", "pytest", *arguments], cwd=ROOT)
 
 
 def title(step: Resolved) -> str:

@@ -1,4 +1,4 @@
-"""One page about a run: runs/<run>/report.html."""
+"""One page about a run: runs/<run>/report.html; and what on it asks for a look."""
 
 from __future__ import annotations
 
@@ -7,11 +7,22 @@ from collections.abc import Sequence
 from pipeline.config.schema import ReportStage
 from pipeline.launch import run_dir
 from pipeline.launch.entry import run
-from pipeline.report.run_page import build
+from pipeline.report import run_page
+from pipeline.report.headline import of_run
+from pipeline.report.stages import stages_of
+
+SHOWN = 8  # findings that are printed; the page has all
 
 
 def main(settings: ReportStage, words: Sequence[str]) -> None:
-    print(f"report: {build(run_dir.run_dir(settings))}", flush=True)
+    directory = run_dir.run_dir(settings)
+    path, stages = run_page.build(directory), stages_of(directory)
+    found, said = run_page.wrong(stages), of_run(stages)
+    for place, *_, verdict in found[:SHOWN]:
+        print(f"{verdict.level}: {place}: {verdict.name}, {verdict.text}: {verdict.words}")
+    if len(found) > SHOWN:
+        print(f"... and {len(found) - SHOWN} more on the page")
+    print(f"{path}: {said.text if said else 'no stage has ended yet'}", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pipeline.launch import provenance
 
-UNFINISHED = ("part-*", "*.part", "*.tmp", "checkpoints")
+UNFINISHED = ("part-*", "*.part", "*.tmp")
+LEFT_OUT = ("tensorboard", "checkpoints")  # names that are times; state that holds times
 TIMES = ("time", "seconds")
 KINDS = ("scalars", "histograms")  # of what TensorBoard keeps
 
@@ -36,10 +37,10 @@ def leftovers(run: Path) -> list[str]:
 
 
 def files(run: Path) -> set[str]:
-    """All files but TensorBoard's, whose names are times, locks, which hold nothing, and the list of starts."""
+    """All files but those of LEFT_OUT, locks, which hold nothing, and the list of starts."""
     names = (path.relative_to(run) for path in run.rglob("*") if path.is_file())
     return {
-        str(name) for name in names if "tensorboard" not in name.parts and name.name not in (".lock", provenance.NAME)
+        str(name) for name in names if not {*LEFT_OUT} & {*name.parts} and name.name not in (".lock", provenance.NAME)
     }
 
 

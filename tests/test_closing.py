@@ -1,4 +1,4 @@
-"""The line that ends a stage: what it left, and a next command that the command line accepts."""
+"""The lines that end a stage: what it left, and a next command that the command line accepts."""
 
 from __future__ import annotations
 
@@ -8,68 +8,90 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.resolve import resolve, resolve_steps
-from pipeline.files import write_json
+from pipeline.files import write_json, write_text
 from pipeline.launch import run_dir
-from pipeline.launch.closing import LEFT, closing, next_words
+from pipeline.report.closing import closing, next_words
 
-TRAINED = {"eval/loss": 1.23456, "eval/margin": 0.5, "model_step": 150, "steps": 200, "seconds": 9.0}
-JUDGED_BY_X = {"eval/reward/mean": None, "eval/rewards/x/mean": 1.0}
-JUDGED = {"sft": {"reward/mean": 0.5, "reward/std": 1.0}, "rl": {"reward/mean": 0.75}}
+ENDED = {"model_step": 150, "steps": 200, "seconds": 9.0}
+TRAINED = {"eval/loss": 1.23456, "eval/perplexity": 3.4, **ENDED}
+RANKED = {"eval/accuracy": 0.65, "eval/length_accuracy": 0.5, "eval/pairs": 1000.0, **ENDED}
+JUDGED = {"eval/reward/mean": 1.5, "eval/rewards/x/mean": 1.5, **ENDED}
+SIDE_BY_SIDE = {"sft": {"reward/mean": 0.5, "reward/se": 0.01}, "rl": {"reward/mean": 0.75, "reward/se": 0.01}}
 RESULTS = {
-    "sft": (TRAINED, "/model: eval/loss 1.235 at step 150 of 200"),
-    "reward": ({"eval/accuracy": 0.65, **TRAINED}, "/model: eval/accuracy 0.65 at step 150 of 200"),
-    "rl": ({**TRAINED, **JUDGED_BY_X}, "/model: eval/reward/mean not finite at step 150 of 200"),
+    "sft": (TRAINED, "/model: held-out loss 1.23 at step 150 of 200"),
+    "reward": (
+        RANKED,
+        "/model: 0.650 of 1,000 held-out pairs in the right order, by length alone 0.500: more than length",
+    ),
+    "rl": (JUDGED, "/model: held-out reward 1.50 at step 150 of 200"),
     "score": ({"train": {"rows": 5700}, "test": {"rows": 3}}, ": train 5,700 rows, test 3 rows"),
     "generate": ({"train": {"rows": 7}}, ": train 7 rows"),
-    "evaluate": (JUDGED, "/results.json: reward sft 0.5, rl 0.75"),
+    "evaluate": (SIDE_BY_SIDE, "/results.json: reward 0.500 to 0.750 (+0.250, sure)"),
     "bench": ({"results": [1, 2]}, "/results.json: 2 results"),
 }
 
 
-def left_by_rl(where: Path, **results: float) -> str:
-    step = resolve(["stage=rl", f"runs_dir={where}"])
-    write_json(run_dir.stage_dir(step.settings, "rl") / "results.json", {**TRAINED, **results})
-    return closing(step, last=False).partition("/model: ")[2]
-
-
-def test_the_reward_of_logged_rows_is_no_result(tmp_path: Path) -> None:
-    """It is the same whatever was learned: the loss is said, until a reward judges what the policy says."""
-    logged = {"eval/reward/mean": 0.25}
-    assert left_by_rl(tmp_path, **logged) == "eval/loss 1.235 at step 150 of 200"
-    judged = left_by_rl(tmp_path, **logged, **{"eval/rewards/rouge/mean": 0.25})
-    assert judged == "eval/reward/mean 0.25 at step 150 of 200"
-
-
-def test_weights_that_nothing_later_beat_are_those_it_began_with(tmp_path: Path) -> None:
-    assert "these are the weights it began with (train.keep=last" in left_by_rl(tmp_path, model_step=0)
-    assert "began with" not in left_by_rl(tmp_path, model_step=1)
-
-
-def finished(where: Path, stage: str, *words: str, model: bool = False):
+def finished(where: Path, stage: str, *words: str, model: bool = False, **more: float):
     """A step that left its results."""
     step = resolve([f"stage={stage}", *words, f"runs_dir={where}"])
     directory = run_dir.stage_dir(step.settings, stage)
-    write_json(directory / "results.json", RESULTS[stage][0])
+    write_json(directory / "results.json", {**RESULTS[stage][0], **more})
+    if stage == "reward":
+        write_text(directory / "metrics.jsonl", '{"step": 200, "time": 9.0, "train/accuracy": 0.7}\n')
     if model:
         (directory / "model").mkdir()
     return step
 
 
-@pytest.mark.parametrize("stage", LEFT)
+@pytest.mark.parametrize("stage", RESULTS)
 def test_what_a_stage_left(tmp_path: Path, stage: str) -> None:
     words = ["name=x"] if stage == "reward" else []
     step = finished(tmp_path, stage, *words)
     directory = tmp_path / "default" / stage / "x" if stage == "reward" else tmp_path / "default" / stage
-    assert closing(step, last=False) == f"{directory}{RESULTS[stage][1]}"
-    line = closing(step, last=True)
-    assert line.startswith(closing(step, last=False)) and "\n" not in line
-    assert ("; next: bash run.sh stage=" in line) == (stage != "bench")
+    assert closing(step, last=False) == [f"{directory}{RESULTS[stage][1]}"]
+    first, *following = closing(step, last=True)
+    assert [first] == closing(step, last=False) and "\n" not in "".join(following)
+    assert len(following) == (stage != "bench")
+    assert all(line.startswith("next: bash run.sh stage=") for line in following)
 
 
-@pytest.mark.parametrize("stage", ["report", "compare", "plan"])
+def test_after_what_taught_nothing_comes_what_to_look_at(tmp_path: Path) -> None:
+    first, following = closing(finished(tmp_path, "rl", "run=mine", model_step=0), last=True)
+    assert "/rl/model: taught nothing" in first
+    assert following == f"next: bash run.sh stage=report run=mine runs_dir={tmp_path}"
+
+
+def test_the_disk_that_a_kept_checkpoint_takes_is_said(tmp_path: Path) -> None:
+    step = finished(tmp_path, "rl")
+    checkpoints = tmp_path / "default" / "rl" / "checkpoints"
+    write_json(checkpoints / "step-000200" / "state.json", {})
+    (checkpoints / "step-000200" / "weights").write_bytes(bytes(2_500_000))
+    (checkpoints / "latest").write_text("step-000200\n")
+    assert closing(step, last=False)[0].endswith(
+        "; 2.5 MB of checkpoint to train it longer (train.keep_checkpoint=false drops it)"
+    )
+
+
+def test_after_the_report_comes_how_to_use_the_model(tmp_path: Path) -> None:
+    report = resolve(["stage=report", f"runs_dir={tmp_path}"])
+    run = tmp_path / "default"
+    assert closing(report, last=True) == [f"next: bash run.sh stage=sft runs_dir={tmp_path} data.train=FILE"]
+    for stage in ("rl", "sft"):  # the one of rl is what came last
+        finished(tmp_path, stage, model=True)
+    (line,) = closing(report, last=True)
+    code = shlex.split(line.removeprefix("use it: "))
+    assert code[:2] == ["python", "-c"] and f"'{run / 'rl' / 'model'}'" in code[2]
+    compile(code[2], "<closing>", "exec")
+    write_json(run / "rl" / "model" / "config.json", {"is_encoder_decoder": True})
+    assert closing(report, last=True) == [
+        f"use it: transformers.AutoModelForSeq2SeqLM.from_pretrained('{run / 'rl' / 'model'}')"
+    ]
+
+
+@pytest.mark.parametrize("stage", ["compare", "plan"])
 def test_stages_whose_own_last_line_says_it(stage: str) -> None:
     words = ["recipe=demo"] if stage == "compare" else []
-    assert closing(resolve([f"stage={stage}", *words]), last=True) == ""
+    assert closing(resolve([f"stage={stage}", *words]), last=True) == []
 
 
 NEXT = [

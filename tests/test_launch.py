@@ -14,7 +14,8 @@ import pytest
 from pipeline.config.sections import LaunchSettings
 from pipeline.config.yaml_layers import ROOT
 from pipeline.errors import UserError
-from pipeline.launch.launcher import command, environment, first_host, hosts, rank_environment, run
+from pipeline.launch.launcher import command, environment, first_host, hosts, rank_environment
+from pipeline.launch.processes import run
 
 PYTHON = sys.executable
 DEEPSPEED = [PYTHON, "-m", "deepspeed.launcher.runner"]
@@ -186,7 +187,7 @@ signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(75))
 pathlib.Path("ready").touch()
 time.sleep(30)
 """
-FORWARDS = "import os, sys; from pipeline.launch.launcher import run; sys.exit(run(sys.argv[1:], os.environ))"
+FORWARDS = "import os, sys; from pipeline.launch.processes import run; sys.exit(run(sys.argv[1:], os.environ))"
 OUTER = "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))"  # a launcher which knows no signals
 
 

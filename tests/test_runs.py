@@ -39,10 +39,12 @@ def test_a_fresh_stage_notes_what_it_is(tmp_path: Path) -> None:
     assert (stage / "command.txt").read_text() == "bash run.sh stage=sft 'data.train=my rows.jsonl'\n"
 
 
-def begun(tmp_path: Path) -> None:
-    """A stage that got as far as its first metrics."""
+def begun(tmp_path: Path, step: int = 20, world: int = 1) -> None:
+    """A stage that got as far as a checkpoint."""
     opened(tmp_path)
-    (tmp_path / "sft" / "metrics.jsonl").write_text("")
+    checkpoints = tmp_path / "sft" / "checkpoints"
+    write_json(checkpoints / f"step-{step:06d}" / "state.json", {"step": step, "world": world})
+    (checkpoints / "latest").write_text(f"step-{step:06d}\n")
 
 
 def test_an_unfinished_stage_goes_on(tmp_path: Path) -> None:
@@ -103,12 +105,61 @@ def test_changed_inputs_are_named(tmp_path: Path) -> None:
     assert "its data.train has changed" in refused(tmp_path, inputs={"model": "new"})
 
 
-def test_a_start_that_a_mistake_ended_may_be_made_otherwise(tmp_path: Path) -> None:
-    """Nothing was begun, so the mended command is as good as the first."""
+def test_a_start_that_saved_nothing_may_be_made_otherwise(tmp_path: Path) -> None:
+    """There is nothing to go on from, so the mended command is as good as the first; its files are its own."""
     opened(tmp_path)
+    stage = tmp_path / "sft"
+    for left in ("metrics.jsonl", "train.jsonl", "best/x", "tensorboard/x", "checkpoints/part-step-000001/x"):
+        files.write_text(stage / left, "x")
+    for stays in ("starts.jsonl", "notes.txt", "best.txt", "samples/config.yaml"):  # samples: a stage of that name
+        files.write_text(stage / stays, "x")
     assert opened(tmp_path, "seed=2", inputs={"model": "other"})
-    assert load_yaml(tmp_path / "sft" / "config.yaml")["seed"] == 2
-    assert json.loads((tmp_path / "sft" / "inputs.json").read_text()) == {"model": "other"}
+    assert load_yaml(stage / "config.yaml")["seed"] == 2
+    assert json.loads((stage / "inputs.json").read_text()) == {"model": "other"}
+    there = {path.name for path in stage.iterdir()} - {"config.yaml", "inputs.json", "command.txt", ".lock"}
+    assert there == {"starts.jsonl", "notes.txt", "best.txt", "samples"}
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_raised_length_goes_on(tmp_path: Path, finished: bool) -> None:
+    opened(tmp_path, "max_steps=20")
+    begun(tmp_path / "other")
+    (tmp_path / "other" / "sft" / "checkpoints").rename(tmp_path / "sft" / "checkpoints")
+    if finished:
+        write_json(tmp_path / "sft" / "results.json", {"steps": 20})
+    lower = refused(tmp_path, "max_steps=19")
+    assert "started with train.max_steps=20, now it is 19 (it may be raised, to train longer)" in lower
+    assert "train.max_steps=20, now it is None" in refused(tmp_path, "num_train_epochs=9")
+    assert "its model has changed" in refused(tmp_path, "max_steps=40", inputs={**INPUTS, "model": "other"})
+    assert run_dir.finished(tmp_path / "sft") == finished  # what is refused changes nothing
+    assert opened(tmp_path, "max_steps=40")
+    assert not run_dir.finished(tmp_path / "sft")
+    assert load_yaml(tmp_path / "sft" / "config.yaml")["train"]["max_steps"] == 40
+
+
+def test_what_is_done_and_kept_no_checkpoint_is_not_trained_longer(tmp_path: Path) -> None:
+    opened(tmp_path, "num_train_epochs=1", "train.keep_checkpoint=false")
+    write_json(tmp_path / "sft" / "results.json", {"steps": 20})
+    assert "num_train_epochs is 2.0 now, it was 1.0, but it is done and kept no checkpoint" in refused(
+        tmp_path, "num_train_epochs=2"
+    )
+
+
+def test_the_checkpoint_of_what_is_done_goes_where_it_is_not_to_be_kept(tmp_path: Path) -> None:
+    begun(tmp_path, step=10)
+    begun(tmp_path)
+    write_json(tmp_path / "sft" / "results.json", {"steps": 20})
+    assert not opened(tmp_path)
+    assert [path.name for path in (tmp_path / "sft" / "checkpoints").glob("step-*")] == ["step-000020"]
+    assert not opened(tmp_path, "train.keep_checkpoint=false")
+    assert not (tmp_path / "sft" / "checkpoints").exists()
+
+
+def test_another_number_of_ranks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun(tmp_path, world=2)
+    assert "was written by 2 processes, now there are 1: resume with gpus=2" in refused(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert opened(tmp_path)
 
 
 def test_results_of_unknown_origin_are_not_overwritten(tmp_path: Path) -> None:

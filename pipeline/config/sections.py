@@ -135,6 +135,7 @@ class TrainSettings(Section):
     eval_steps: Count | None
     save_steps: Count | None
     save_total_limit: Count
+    keep_checkpoint: bool
     keep: Literal["best", "last"]
     non_finite: Literal["stop", "skip"]
 

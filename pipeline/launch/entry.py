@@ -14,11 +14,10 @@ from pipeline import errors
 from pipeline.config.resolve import resolve
 from pipeline.config.schema import EvaluateStage, GenerateStage, Training
 from pipeline.errors import PreemptedError, UserError
-from pipeline.launch import machine
+from pipeline.launch import machine, run_dir, stopping
 from pipeline.launch.launcher import rank_environment
 
 USER_ERROR = 2
-INTERRUPTED = 130
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on
 PATIENCE = 5.0
 
@@ -54,8 +53,8 @@ def leave(work: Callable[[], int]) -> NoReturn:
     except PreemptedError as error:
         complain(error)
         code = PREEMPTED
-    except KeyboardInterrupt:
-        code = INTERRUPTED
+    except KeyboardInterrupt as stopped:  # of who had others to stop first; else the signal's handler has ended it
+        stopping.leave(str(stopped) or "stopped by Ctrl-C")
     sys.stdout.flush()
     sys.stderr.flush()
     if code != 0:  # at once: a rank that tears down a live process group may abort and lose its exit code
@@ -106,5 +105,6 @@ def _call(main: Callable[[Any, list[str]], None], stage: str, words: Sequence[st
     set_up_logging()  # now that the rank is known, under srun too
     if isinstance(resolved.settings, Training | GenerateStage | EvaluateStage):
         warn_of_slow_bf16(resolved.settings.train.precision)
+    stopping.listen(run_dir.stage_dir(resolved.settings, stage), resolved.settings)
     main(resolved.settings, list(words))
     return 0

@@ -3,9 +3,6 @@
 What the launchers do (DeepSpeed 0.19.8, torch 2.13, two gloo ranks on CPU):
 - DeepSpeed's passes the exit code of the first rank that fails; torchrun always exits 1 and prints a traceback.
 - DeepSpeed's adds --local_rank=N to the words unless given --no_local_rank.
-- SIGTERM to DeepSpeed's outer launcher orphans its children; to the inner one it costs the ranks' exit code (it
-  exits 1). A signal to the ranks alone leaves their code intact, so that is what `run` does.
-- torchrun starts each rank in a session of its own: a signal to the process group misses them.
 - With a hostfile DeepSpeed's launcher tries ssh even for one host; over pdsh it exports only variables that begin
   with PYTHON, NCCL and a few more.
 """
@@ -16,22 +13,16 @@ import os
 import random
 import re
 import shutil
-import signal
 import socket
-import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from pipeline.config.sections import LaunchSettings
 from pipeline.errors import UserError
 from pipeline.launch.machine import has_gpu
 
 DISTRIBUTED = ("sft", "reward", "rl", "score", "generate", "evaluate")
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PORTS = range(20_000, 32_000)
 
 
@@ -123,48 +114,6 @@ def hosts(path: Path) -> dict[str, int]:
     return slots_of
 
 
-def run(argv: Sequence[str], env: Mapping[str, str]) -> int:
-    """Run `argv` to its end and return its exit code (128 + N when signal N killed it).
-
-    SIGINT, SIGTERM and SIGHUP go to the ranks, who may save and choose the exit code; a second SIGINT kills all.
-    At a terminal the children get a session of their own, else Ctrl-C would reach the launchers too.
-    """
-    process = subprocess.Popen(argv, env=dict(env), start_new_session=sys.stdin.isatty())
-    received: list[int] = []
-
-    def forward(number: int, frame: Any) -> None:
-        received.append(number)
-        if received.count(signal.SIGINT) > 1:
-            for pid in [*_descendants(process.pid), process.pid]:
-                _signal(pid, signal.SIGKILL)
-        else:
-            tell(process.pid, number)
-
-    with handled(forward):
-        code = process.wait()
-    return code if code >= 0 else 128 - code
-
-
-@contextmanager
-def handled(handler: Callable[[int, Any], None], numbers: Sequence[int] = ENDING) -> Iterator[None]:
-    """Have `handler` called, with the number and the frame, where one of these signals comes."""
-    before = {number: signal.signal(number, handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
-
-
-def tell(pid: int, number: int) -> None:
-    """Send a signal to the ranks below the process `pid`; to `pid` too, unless it is their launcher, and first."""
-    ranks = [one for one in _descendants(pid) if _is_stage(one)]
-    itself = _words(pid)[1:3]  # a comparison is a stage that starts stages; a launcher has other words first
-    stage = len(itself) == 2 and itself[0] == b"-m" and itself[1].startswith(b"stages.")
-    for one in [pid, *ranks] if stage or not ranks else ranks:
-        _signal(one, number)
-
-
 def _resources(settings: LaunchSettings) -> list[str]:
     """DeepSpeed's options for the ranks: of this machine, or of a hostfile with several."""
     if settings.hostfile is None:
@@ -220,37 +169,3 @@ def _refuse_taken(settings: LaunchSettings) -> None:
         except OSError as error:
             found = f"{settings.master_port} cannot be had ({error.strerror})"
             raise UserError(f"launch.master_port: {found}, wanted a free port: leave it out for one") from None
-
-
-def _descendants(pid: int) -> list[int]:
-    """The processes below `pid`, from /proc; those that end meanwhile are left out."""
-    parents: dict[int, int] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-    family = [pid]
-    for one in family:  # grows while it is walked
-        family += [child for child, parent in parents.items() if parent == one]
-    return family[1:]
-
-
-def _is_stage(pid: int) -> bool:
-    """Whether a process is a rank: python -m stages.<stage>, not a launcher with that among its options."""
-    return any(one == b"-m" and two.startswith(b"stages.") for one, two in pairwise(_words(pid)))
-
-
-def _words(pid: int) -> list[bytes]:
-    """The command line of a process; empty for one that has ended."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return []
-
-
-def _signal(pid: int, number: int) -> None:
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:  # it ended by itself
-        return

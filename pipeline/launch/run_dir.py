@@ -10,15 +10,17 @@ import datetime
 import errno
 import json
 import logging
+import os
 import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, SoftFileLock, Timeout
 
-from pipeline.config.schema import Common, RewardStage, RlStage, WithModel
+from pipeline.config.schema import Common, RewardStage, RlStage, Training, WithModel
 from pipeline.config.sections import ModelSettings
 from pipeline.config.yaml_layers import load_yaml
 from pipeline.config.yaml_text import dump_yaml
@@ -32,12 +34,16 @@ FREE = (
     "train.logging_steps",
     "train.save_steps",
     "train.save_total_limit",
+    "train.keep_checkpoint",
     "train.non_finite",
     "eval.num_samples",
     "rewards.workers",
 )
-CONFIG, INPUTS = "config.yaml", "inputs.json"
-NOTES = (CONFIG, INPUTS, "command.txt", "data.json", ".lock")  # of a start, before it does anything
+LENGTHS = ("train.max_steps", "train.num_train_epochs")  # these may be raised, to train longer
+CONFIG, INPUTS, RESULTS = "config.yaml", "inputs.json", "results.json"
+CHECKPOINTS, STATE = "checkpoints", "state.json"  # the folder of a stage's checkpoints; the last file of each
+STARTS = "starts.jsonl"  # the list of starts: it outlives those that saved nothing
+UNSAVED = ("best", "last", "model", "non_finite", "samples", "tensorboard", "checkpoints", "data.json")
 DAY = "first_day.txt"  # of a run: the date that chat templates write which write today's
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # a file system that knows none
 
@@ -57,7 +63,7 @@ def stage_dir(settings: Common, stage: str) -> Path:
 
 def finished(directory: Path) -> bool:
     """Whether a stage's last file is there."""
-    return (directory / "results.json").is_file()
+    return (directory / RESULTS).is_file()
 
 
 def first_day(settings: Common) -> str:
@@ -125,9 +131,10 @@ def _acquire(lock: FileLock, timeout: float) -> None:
 def open_stage(directory: Path, settings: Common, words: Sequence[str], inputs: Mapping[str, str]) -> bool:
     """Start or continue a stage: compare with what an earlier start noted, then note what this one is.
 
-    False where the stage is finished, with the same settings and inputs; nothing is left to do. `inputs` is name ->
+    False where the stage is finished, with the same settings and inputs; nothing is left to do. A length that was
+    raised opens it again: it has no results until it ends, and its old model/ stays until then. `inputs` is name ->
     fingerprint of what the stage starts from (models, data, rewards). Raises UserError where it was started with other
-    settings or inputs, or another process is at work there.
+    settings, inputs or ranks, or another process is at work there.
     """
     directory.mkdir(parents=True, exist_ok=True)
     claim(directory)
@@ -136,11 +143,17 @@ def open_stage(directory: Path, settings: Common, words: Sequence[str], inputs: 
             write_text(run_dir(settings) / DAY, first_day(settings) + "\n")
     if done(directory, settings, lambda: inputs):
         return False
-    if begun(directory):
+    goes_on = begun(directory)
+    if goes_on:
         refuse_other_inputs(directory, inputs)
-        return True
-    if finished(directory):
+        refuse_other_ranks(directory)
+        if not longer(directory, settings):
+            return True
+        (directory / RESULTS).unlink(missing_ok=True)  # first: what is noted below is not what these are of
+    elif finished(directory):
         raise UserError(f"{directory}: it has results but not what made them (config.yaml): remove it, or use run=")
+    else:
+        remove_unsaved(directory)
     write_json(directory / INPUTS, dict(inputs))
     write_text(directory / "command.txt", "bash run.sh " + shlex.join(words) + "\n")
     write_text(directory / CONFIG, dump_yaml(settings.model_dump()))
@@ -150,7 +163,8 @@ def open_stage(directory: Path, settings: Common, words: Sequence[str], inputs: 
 def done(directory: Path, settings: Common, inputs: Callable[[], Mapping[str, str]]) -> bool:
     """Whether a stage is finished, which is then logged; `inputs`, as of `open_stage`, is called if it is.
 
-    Raises UserError where it was started with other settings, or finished with other inputs.
+    Raises UserError where it was started with other settings, or finished with other inputs, or is to train longer and
+    kept no checkpoint.
     """
     if not begun(directory):
         return False
@@ -158,19 +172,83 @@ def done(directory: Path, settings: Common, inputs: Callable[[], Mapping[str, st
     if not finished(directory):
         return False
     refuse_other_inputs(directory, inputs())
-    shutil.rmtree(directory / "checkpoints", ignore_errors=True)  # a kill right before the end leaves them
+    if more := longer(directory, settings):
+        if checkpoint(directory) is None:
+            raise UserError(
+                f"{directory}: {more}, but it is done and kept no checkpoint to go on from (train.keep_checkpoint): "
+                "choose another run= or name=, or remove the directory"
+            )
+        return False
+    if isinstance(settings, Training):  # a kill right before the end leaves what is not kept
+        drop_checkpoints(directory, keep_last=settings.train.keep_checkpoint)
     logger.info(f"{directory} is done; remove it to do it again")
     return True
 
 
 def begun(directory: Path) -> bool:
-    """Whether a stage left more than the notes of its start; one that a mistake ended before may start otherwise."""
+    """Whether there is something to go on from, a checkpoint or the end; a start that left neither binds no other."""
     noted = (directory / CONFIG).is_file() and (directory / INPUTS).is_file()
-    return noted and any(path.name not in NOTES and path.suffix != ".tmp" for path in directory.iterdir())
+    return noted and (finished(directory) or checkpoint(directory) is not None)
 
 
-def refuse_other(directory: Path, settings: Common) -> None:
-    """Raises UserError naming the first setting that changed since the stage was started.
+def remove_unsaved(directory: Path) -> None:
+    """Remove what a start left that noted its settings and saved nothing to go on from; stages within are none of it.
+
+    Otherwise another start would show its curves, samples and weights as its own.
+    """
+    if not (directory / CONFIG).is_file():
+        return
+    for path in directory.iterdir():
+        rows = path.suffix == ".jsonl" and path.name != STARTS
+        if path.is_dir() and (path.name in UNSAVED or path.suffix == ".part") and not (path / CONFIG).is_file():
+            shutil.rmtree(path)
+        elif path.is_file() and (path.name in UNSAVED or rows):
+            path.unlink()
+
+
+def checkpoint(directory: Path) -> Path | None:
+    """The newest whole checkpoint of a stage. Raises UserError where the one that `latest` names is not."""
+    pointer = directory / CHECKPOINTS / "latest"
+    if not pointer.is_file():
+        return None
+    newest = pointer.parent / pointer.read_text(encoding="utf-8").strip()
+    if not (newest / STATE).is_file():
+        raise UserError(f"{pointer}: names {newest.name}, which is not there whole: remove {pointer.parent}")
+    return newest
+
+
+def state_of(newest: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself: step, of (how many were planned), world, ..."""
+    return json.loads((newest / STATE).read_text(encoding="utf-8"))
+
+
+def drop_checkpoints(directory: Path, keep_last: bool) -> None:
+    """Remove the checkpoints of a finished stage, but for the last if that is kept to train longer from."""
+    newest = checkpoint(directory) if keep_last else None
+    for path in (directory / CHECKPOINTS).glob("*-*") if newest else [directory / CHECKPOINTS]:
+        if path != newest:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def ended(directory: Path, settings: Common) -> bool:
+    """Whether a stage is finished and is not to be trained longer."""
+    return finished(directory) and not (begun(directory) and longer(directory, settings))
+
+
+def longer(directory: Path, settings: Common) -> str:
+    """What was raised to train longer than the stage noted, in words: 'train.max_steps is 800 now, it was 400'."""
+    changed = differences(directory, settings)
+    return next(
+        (f"{key} is {now} now, it was {before}" for key, before, now in changed if raised(key, before, now)), ""
+    )
+
+
+def raised(key: str, before: object, now: object) -> bool:
+    return key in LENGTHS and None not in (before, now) and now > before
+
+
+def differences(directory: Path, settings: Common) -> list[tuple[str, object, object]]:
+    """(key, before, now) of the settings that count and are not what the stage noted.
 
     What a finished stage noted of top-level settings that its algorithm has not, as older versions did, is no change.
     """
@@ -178,13 +256,27 @@ def refuse_other(directory: Path, settings: Common) -> None:
     if finished(directory):
         noted = {name: value for name, value in noted.items() if name in given}
     before, now = flatten(noted, "."), flatten(given, ".")
-    for key in sorted({*before, *now}):
-        if key.startswith(FREE) or before.get(key) == now.get(key):
-            continue
-        raise UserError(
-            f"{directory}: was started with {key}={before.get(key)}, now it is {now.get(key)}: "
-            "go back, choose another run= or name=, or remove the directory"
-        )
+    keys = [key for key in sorted({*before, *now}) if not key.startswith(FREE)]
+    return [(key, before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)]
+
+
+def refuse_other(directory: Path, settings: Common) -> None:
+    """Raises UserError naming the first setting that changed since the stage was started, but for a raised length."""
+    for key, before, now in differences(directory, settings):
+        if not raised(key, before, now):
+            only = " (it may be raised, to train longer)" if key in LENGTHS and None not in (before, now) else ""
+            raise UserError(
+                f"{directory}: was started with {key}={before}, now it is {now}{only}: "
+                "go back, choose another run= or name=, or remove the directory"
+            )
+
+
+def refuse_other_ranks(directory: Path) -> None:
+    """Raises UserError where the checkpoint to go on from was written by another number of ranks."""
+    newest, ranks = checkpoint(directory), int(os.environ.get("WORLD_SIZE", "1"))
+    world = ranks if newest is None else state_of(newest)["world"]
+    if world != ranks:
+        raise UserError(f"{newest}: was written by {world} processes, now there are {ranks}: resume with gpus={world}")
 
 
 def refuse_other_inputs(directory: Path, inputs: Mapping[str, str]) -> None:

@@ -17,7 +17,8 @@ from typing import NamedTuple
 from pipeline.errors import PreemptedError
 from pipeline.launch import run_dir
 from pipeline.launch.comparison_plan import Task
-from pipeline.launch.launcher import command, environment, handled, tell
+from pipeline.launch.launcher import command, environment
+from pipeline.launch.processes import handled, tell
 
 POLL_SECONDS = 0.2
 
@@ -36,9 +37,9 @@ def finished(tasks: Sequence[Task]) -> set[str]:
     """
     done: set[str] = set()
     for task in tasks:
-        if (task.directory / run_dir.CONFIG).is_file():
+        if run_dir.begun(task.directory):
             run_dir.refuse_other(task.directory, task.step.settings)
-            if run_dir.finished(task.directory) and task.after <= done:
+            if run_dir.ended(task.directory, task.step.settings) and task.after <= done:
                 done.add(task.name)
     return done
 
@@ -75,7 +76,9 @@ def run_all(tasks: Sequence[Task], jobs: int, logs: Path) -> dict[str, int]:
                 clock.show(one, code)
             time.sleep(POLL_SECONDS)
     if signal.SIGINT in received:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(
+            f"stage=compare: stopped by Ctrl-C, {len(done)} of {len(tasks)} steps are done; the same command goes on"
+        )
     if received:
         raise PreemptedError("stage=compare: stopped; the same command goes on")
     return failed

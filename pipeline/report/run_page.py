@@ -91,6 +91,14 @@ def build(run_dir: Path) -> Path:
     return path
 
 
+def wrong(stages: Sequence[Stage]) -> list[Found]:
+    """What on the page of these stages asks for a look, the most serious first."""
+    evaluation = next((stage for stage in stages if stage.name == "evaluate" and columns_of(stage.results)), None)
+    judged = {stage.name: verdicts(stage) for stage in stages}
+    ranked = findings(_of_evaluation(evaluation) if evaluation else [], stages, judged)
+    return [one for one in ranked if one[1].level != FINE]
+
+
 def findings(
     compared: Compared, first: str, stages: Sequence[Stage], judged: Mapping[str, Mapping[str, Verdict]]
 ) -> list[Found]:

@@ -64,7 +64,7 @@ def stages_of(run_dir: Path) -> list[Stage]:
     Raises UserError on a file that cannot be read.
     """
     folders = [(kind, folder) for kind in STAGES for folder in folders_of(run_dir, kind)]
-    return [_stage(run_dir, folder, kind) for kind, folder in folders if any((folder / f).is_file() for f in FILES)]
+    return [read_stage(run_dir, folder, kind) for kind, folder in folders if any((folder / f).is_file() for f in FILES)]
 
 
 def folders_of(run_dir: Path, kind: str) -> list[Path]:
@@ -94,7 +94,8 @@ def json_object(text: str, place: str) -> dict:
     return value
 
 
-def _stage(run_dir: Path, folder: Path, kind: str) -> Stage:
+def read_stage(run_dir: Path, folder: Path, kind: str) -> Stage:
+    """What the stage of this kind in `folder` of the run left. Raises UserError on a file that cannot be read."""
     rows = read_metrics(folder / "metrics.jsonl")
     last = rows[-1] if rows else {"step": 0}
     return Stage(

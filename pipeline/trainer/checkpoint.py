@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from pipeline.errors import UserError
 from pipeline.files import write_json, write_text
+from pipeline.launch import run_dir
 from pipeline.records import Stat
 from pipeline.trainer.engine import Engine, Ranks
 from pipeline.trainer.metrics import Interval, Metrics
@@ -30,6 +30,7 @@ class State:
 
     step: int
     world: int
+    of: int = 0  # steps that were planned; 0 where older versions did not say
     seconds: float = 0.0  # that the training has taken so far
     best: float | None = None  # best value of the watched metric so far
     best_step: int | None = None
@@ -41,7 +42,7 @@ class Checkpoints:
     """The checkpoints of one stage directory."""
 
     def __init__(self, directory: Path, ranks: Ranks, limit: int):
-        self.directory, self.ranks, self.limit = directory / "checkpoints", ranks, limit
+        self.directory, self.ranks, self.limit = directory / run_dir.CHECKPOINTS, ranks, limit
 
     def save(self, engine: Engine, state: State, interval: Interval, memory: Mapping[str, Any] | None = None) -> None:
         """Write a step folder under another name, rename it, then point `latest` at it and drop the oldest.
@@ -63,7 +64,7 @@ class Checkpoints:
         self.ranks.barrier()
         if self.ranks.main:
             write_json(part / "memory.json", dict(memory or {}))
-            write_json(part / "state.json", asdict(state))
+            write_json(part / run_dir.STATE, asdict(state))
             # on the disk first, then the rename, then the pointer: each moment has a whole `latest`
             flush(part)
             shutil.rmtree(self.directory / name, ignore_errors=True)
@@ -80,36 +81,23 @@ class Checkpoints:
     def load(self, engine: Engine) -> tuple[State, Interval, dict[str, Any]] | None:
         """Restore the newest complete checkpoint, and give state, open interval and memory; None if there is none.
 
-        Raises UserError where it was written by another number of ranks.
+        As many ranks must read it as wrote it.
         """
-        directory = self.ranks.from_main(self._latest())
+        directory = self.ranks.on_main(lambda: run_dir.checkpoint(self.directory.parent))
         if directory is None:
             return None
-        state = State(**json.loads((directory / "state.json").read_text(encoding="utf-8")))
-        if state.world != self.ranks.world:
-            raise UserError(
-                f"{directory}: was written by {state.world} processes, now there are {self.ranks.world}: "
-                f"resume with gpus={state.world}"
-            )
+        state = State(**run_dir.state_of(directory))
+        assert state.world == self.ranks.world, f"{directory}: {state.world} ranks wrote it, {self.ranks.world} read"
         engine.load(directory)
         own = torch.load(directory / f"rank-{self.ranks.rank}.pt", map_location="cpu", weights_only=True)
         restore_rng(own["rng"])
         memory = json.loads((directory / "memory.json").read_text(encoding="utf-8"))
         return state, unpacked(own, self.ranks.device), memory
 
-    def _latest(self) -> Path | None:
-        pointer = self.directory / "latest"
-        if not pointer.is_file():
-            return None
-        directory = self.directory / pointer.read_text(encoding="utf-8").strip()
-        if not (directory / "state.json").is_file():
-            raise UserError(f"{pointer}: names {directory.name}, which is not there whole: remove {self.directory}")
-        return directory
-
-    def clear(self) -> None:
-        """Remove all checkpoints, once the stage's final model is written."""
+    def drop(self, keep_last: bool) -> None:
+        """Remove all checkpoints, or all but the last, once the stage's final model is written."""
         if self.ranks.main:
-            shutil.rmtree(self.directory, ignore_errors=True)
+            run_dir.drop_checkpoints(self.directory.parent, keep_last)
 
 
 def flush(folder: Path) -> None:

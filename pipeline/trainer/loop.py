@@ -22,7 +22,8 @@ from pipeline.data.batching import Source
 from pipeline.data.sampling import step_budget
 from pipeline.errors import PreemptedError, UserError
 from pipeline.files import flatten
-from pipeline.launch.launcher import handled
+from pipeline.launch import stopping
+from pipeline.launch.processes import handled
 from pipeline.records import Batch, Stat
 from pipeline.trainer.checkpoint import Checkpoints, State
 from pipeline.trainer.engine import Engine, Ranks
@@ -31,7 +32,7 @@ from pipeline.trainer.metrics import Interval, Metrics
 from pipeline.trainer.model import Model
 from pipeline.trainer.nonfinite import Micro, trace
 from pipeline.trainer.objective import Objective, Output, Rest
-from pipeline.trainer.schedule import due, learning_rate
+from pipeline.trainer.schedule import due, learning_rate, lengthened
 
 logger = logging.getLogger("tiffin")
 
@@ -99,8 +100,9 @@ def fit(trainer: Trainer) -> None:
     if resumed is None:
         trainer.prepare()
     else:
-        logger.info(f"{trainer.directory}: goes on from step {resumed[0].step} of {trainer.max_steps}")
+        say_resumed(trainer, resumed[0])
     state, interval, memory = resumed or (State(step=0, world=ranks.world), Interval(Metrics()), {})
+    state = replace(state, of=trainer.max_steps)
     trainer.windows.load_state_dict(memory)
     log = RunLog(
         trainer.directory,
@@ -116,7 +118,14 @@ def fit(trainer: Trainer) -> None:
     log.finish(results(state, train.keep, trainer.max_steps))
     log.close()
     ranks.barrier()
-    checkpoints.clear()
+    checkpoints.drop(keep_last=train.keep_checkpoint)
+
+
+def say_resumed(trainer: Trainer, state: State) -> None:
+    """From which step training goes on; and, where it is to be longer than it was, what its rate does."""
+    logger.info(f"{trainer.directory}: goes on from step {state.step} of {trainer.max_steps}")
+    if state.step and state.of not in (0, trainer.max_steps):
+        logger.info(lengthened(state.step, state.of, trainer.max_steps, trainer.settings.optimizer))
 
 
 def take_steps(trainer: Trainer, state: State, interval: Interval, log: RunLog, checkpoints: Checkpoints) -> State:
@@ -139,6 +148,7 @@ def take_steps(trainer: Trainer, state: State, interval: Interval, log: RunLog, 
             state, values = evaluate(trainer, state, log)
             log.scalars(0, values)
         while state.step < last:
+            stopping.reached(state.step, last)
             # one rank's signal stops all, or the others would wait for it
             if ranks.any(bool(received)):
                 save()
@@ -155,8 +165,10 @@ def take_steps(trainer: Trainer, state: State, interval: Interval, log: RunLog, 
                 values |= scalars
             if values:
                 log.scalars(state.step, values)
-            if train.save_steps is not None and due(state.step, train.save_steps, last):
+            at_end = last if train.keep_checkpoint or train.save_steps else None
+            if due(state.step, train.save_steps, at_end):
                 save()
+    stopping.reached(state.step, last)
     return replace(state, seconds=before + time.monotonic() - began)
 
 

@@ -35,6 +35,16 @@ def learning_rate(step: int, max_steps: int, settings: OptimizerSettings) -> flo
     return settings.learning_rate * factors[settings.lr_scheduler_type]
 
 
-def due(step: int, every: int | None, last: int) -> bool:
-    """Whether something that happens `every` so many steps, and at the end, happens at `step`."""
+def lengthened(step: int, before: int, now: int, settings: OptimizerSettings) -> str:
+    """What a training that goes on after `step`, of `now` steps instead of `before`, does with its rate."""
+    last, following = learning_rate(step - 1, before, settings), learning_rate(step, now, settings)
+    shape = f"{settings.lr_scheduler_type}, warmup_ratio={settings.warmup_ratio:g}"
+    return (
+        f"{now:,} steps in place of {before:,}: the learning rate follows its schedule over all of them ({shape}): "
+        f"step {step:,} had {last:.3g}, step {step + 1:,} has {following:.3g}"
+    )
+
+
+def due(step: int, every: int | None, last: int | None) -> bool:
+    """Whether something that happens `every` so many steps, and at the `last` if one is given, happens at `step`."""
     return step == last or (every is not None and step % every == 0)

@@ -1,10 +1,11 @@
-"""The line that ends a stage: what it left, and what to run next. Needs no torch."""
+"""The two lines that end a stage: what it left and what came of it, and what to run next. Needs no torch."""
 
 from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from pipeline.config.definitions import Definitions
@@ -12,11 +13,13 @@ from pipeline.config.resolve import Resolved
 from pipeline.config.schema import GenerateStage, RlStage
 from pipeline.config.yaml_layers import Layer, as_word, parse_overrides
 from pipeline.launch import run_dir
+from pipeline.report.headline import OF_KIND, headline
+from pipeline.report.spec import TROUBLE
+from pipeline.report.stages import folders_of, read_stage
 
 SOURCES = (("recipe",), ("data", "task"), ("data", "path"))  # settings that say where the rows of all stages come from
 CARRIED = (("run",), ("runs_dir",), *SOURCES)  # from a stage's words to those of the next
-HEADLINES = ("eval/reward/mean", "eval/rewards/accuracy", "eval/accuracy", "eval/loss")  # the first that is there
-UNTRAINED = ", as no later evaluation was better: these are the weights it began with (train.keep=last keeps the last)"
+LEFT = {**dict.fromkeys(("sft", "reward", "rl"), "model"), "evaluate": "results.json"}  # else the directory itself
 ROWS = {  # what a stage reads, where neither a task nor a directory nor a recipe says so
     "sft": "data.train=FILE",
     "reward": "data.train=PAIRS",
@@ -26,24 +29,64 @@ ROWS = {  # what a stage reads, where neither a task nor a directory nor a recip
 }
 
 
-def closing(step: Resolved, last: bool) -> str:
-    """What a finished step left and, of the `last` one, what to run next; empty where its own last line says it."""
-    if step.stage not in LEFT:
-        return ""
-    directory = run_dir.stage_dir(step.settings, step.stage)
-    line = LEFT[step.stage](str(directory), json.loads((directory / "results.json").read_text("utf-8")))
-    return f"{line}; next: bash run.sh {shlex.join(next_words(step))}" if last and step.stage in FOLLOWS else line
+def closing(step: Resolved, last: bool) -> list[str]:
+    """What a finished step left, with the number that matters; and, of the `last` one, what to run next."""
+    settings, directory = step.settings, run_dir.stage_dir(step.settings, step.stage)
+    if step.stage == "report":  # its own last line is the first
+        return [_use(run_dir.run_dir(settings)) or _next(next_words(step))]
+    if step.stage == "bench":
+        results = json.loads((directory / "results.json").read_text("utf-8"))
+        return [f"{directory}/results.json: {len(results['results'])} results"]
+    if step.stage not in OF_KIND:
+        return []
+    said = headline(read_stage(run_dir.run_dir(settings), directory, step.stage))
+    first = f"{directory / LEFT.get(step.stage, '')}: {said.text}{_kept(directory)}"
+    if not last:
+        return [first]
+    look = said.level == TROUBLE and step.stage in ("sft", "reward", "rl")
+    return [first, _next(_words(step, ["stage=report"]) if look else next_words(step))]
 
 
 def next_words(step: Resolved) -> list[str]:
     """The words of the stage that usually follows; names that only the user knows are in capitals."""
+    head = _next_in_recipe(step, parse_overrides(step.words)) or FOLLOWS[step.stage](step.settings)
+    return _words(step, head)
+
+
+def _words(step: Resolved, head: list[str]) -> list[str]:
+    """`head`, with what it needs of the words of `step`: which run, and which rows where nothing else says so."""
     given = parse_overrides(step.words)
-    head = _next_in_recipe(step, given) or FOLLOWS[step.stage](step.settings)
     carried = [as_word(".".join(path), given[path].value) for path in CARRIED if path in given]
     stage = head[0].partition("=")[2]
     scored = stage == "rl" and (len(head) > 1 or run_dir.finished(run_dir.run_dir(step.settings) / "score"))
     rows = [ROWS[stage]] if stage in ROWS and not scored and not {*SOURCES} & {*given} else []
     return [*head, *carried, *rows]
+
+
+def _next(words: list[str]) -> str:
+    return f"next: bash run.sh {shlex.join(words)}"
+
+
+def _kept(directory: Path) -> str:
+    """The disk that is taken by the checkpoint of a finished stage."""
+    newest = run_dir.checkpoint(directory)
+    if newest is None:
+        return ""
+    size = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
+    return f"; {size / 1e6:,.1f} MB of checkpoint to train it longer (train.keep_checkpoint=false drops it)"
+
+
+def _use(run: Path) -> str:
+    """How to call the policy that a run left last; empty where it left none."""
+    left = [folder for kind in ("sft", "rl") for folder in folders_of(run, kind) if run_dir.finished(folder)]
+    models = [str(folder / "model") for folder in left if (folder / "model").is_dir()]
+    if not models:
+        return ""
+    config = Path(models[-1]) / "config.json"
+    if config.is_file() and json.loads(config.read_text("utf-8")).get("is_encoder_decoder"):
+        return f"use it: transformers.AutoModelForSeq2SeqLM.from_pretrained({models[-1]!r})"
+    code = f"from transformers import pipeline; print(pipeline('text-generation', {models[-1]!r})('Hello'))"
+    return f"use it: python -c {shlex.quote(code)}" if "'" in models[-1] else f'use it: python -c "{code}"'
 
 
 def _next_in_recipe(step: Resolved, given: Layer) -> list[str]:
@@ -81,35 +124,5 @@ FOLLOWS: dict[str, Callable[[Any], list[str]]] = {
     "score": lambda settings: ["stage=rl"],
     "rl": _after_rl,
     "evaluate": lambda settings: ["stage=report"],
-}
-
-
-def _trained(directory: str, results: Mapping[str, Any]) -> str:
-    judged = any(tag.startswith("eval/rewards/") and tag.endswith("/mean") for tag in results)
-    # without a reward that judges responses, eval/reward/mean is that of the logged rows, whatever the model says
-    tags = HEADLINES if judged or "eval/loss" not in results else HEADLINES[1:]
-    tag = next((tag for tag in tags if tag in results), None)
-    number = f"{tag} {_number(results[tag])} " if tag else ""
-    untrained = "" if results["model_step"] > 0 else UNTRAINED
-    return f"{directory}/model: {number}at step {results['model_step']} of {results['steps']}{untrained}"
-
-
-def _rows(directory: str, results: Mapping[str, Any]) -> str:
-    return f"{directory}: " + ", ".join(f"{split} {counts['rows']:,} rows" for split, counts in results.items())
-
-
-def _judged(directory: str, results: Mapping[str, Any]) -> str:
-    rewards = [f"{policy} {_number(numbers['reward/mean'])}" for policy, numbers in results.items()]
-    return f"{directory}/results.json: reward {', '.join(rewards)}"
-
-
-def _number(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.4g}"
-
-
-LEFT: dict[str, Callable[[str, Mapping[str, Any]], str]] = {
-    **dict.fromkeys(("sft", "reward", "rl"), _trained),
-    **dict.fromkeys(("score", "generate"), _rows),
-    "evaluate": _judged,
-    "bench": lambda directory, results: f"{directory}/results.json: {len(results['results'])} results",
+    "report": lambda settings: ["stage=rl"] if run_dir.reward_models(settings) else ["stage=sft"],
 }
