@@ -304,7 +304,7 @@ def test_charts_of_sampled_responses():
 def test_what_was_generated_stands_among_the_final_numbers(tmp_path):
     rows = [{"step": i, "rollout/generated_tokens": 1000.0, "esrl/tokens_saved": 0.5} for i in (1, 2, 3)]
     write_rows(tmp_path / "rl" / "metrics.jsonl", rows)
-    (tmp_path / "rl" / "results.json").write_text('{"steps": 3}')
+    (tmp_path / "rl" / "results.json").write_text('{"steps": 3, "model_step": 3}')
     html = build(tmp_path).read_text(encoding="utf-8")
     assert "<dt>tokens generated</dt><dd>3,000</dd>" in html and "<dt>share of tokens saved</dt><dd>0.500</dd>" in html
     assert "50%, 3,000 tokens in place of 6,000" in html
@@ -526,3 +526,25 @@ def test_a_start_that_learned_nothing_is_a_line(run_dir):
     (run_dir / "rl" / "again" / "config.yaml").write_text("seed: 0\n")
     html = build(run_dir).read_text(encoding="utf-8")
     assert 'Reinforcement learning: again <span class="note">started, nothing learned yet</span>' in html
+
+
+def test_it_opens_with_one_sentence_and_its_verdict(run_dir):
+    html = build(run_dir).read_text(encoding="utf-8")
+    top = html[html.index("<h1>") : html.index("<nav>")]
+    # the oracle fell while the reward rose
+    assert 'class="headline trouble"' in top and "Reward 0.410 to 0.630 (+0.220, sure)" in top
+    (run_dir / "evaluate" / "results.json").unlink()
+    untrained = {"steps": 20, "model_step": 0, "eval/loss": 1.0}
+    (run_dir / "rl" / "results.json").write_text(json.dumps(untrained))
+    html = build(run_dir).read_text(encoding="utf-8")
+    assert '<p class="headline trouble">' in html and "Taught nothing: in 20 steps" in html
+
+
+def test_the_next_command_follows_the_last_stage_that_ended(tmp_path):
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "command.txt").write_text("bash run.sh recipe=demo stage=sft run=mine\n")
+    (tmp_path / "sft" / "results.json").write_text('{"steps": 3, "model_step": 3}')
+    html = build(tmp_path).read_text(encoding="utf-8")
+    assert '<pre class="copy">bash run.sh stage=reward name=helpfulness run=mine recipe=demo</pre>' in html
+    (tmp_path / "sft" / "command.txt").write_text("bash run.sh stage=sft gone=1\n")
+    assert "bash run.sh stage=reward" not in build(tmp_path).read_text(encoding="utf-8")

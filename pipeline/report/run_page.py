@@ -6,6 +6,7 @@ non_finite/ and results.json; and of evaluate and rl also samples/*.jsonl. What 
 
 from __future__ import annotations
 
+import shlex
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -16,8 +17,10 @@ from pipeline.config.resolve import resolve
 from pipeline.errors import UserError
 from pipeline.files import flatten, write_text
 from pipeline.report.checks import Verdict, of_policies
+from pipeline.report.closing import next_words
 from pipeline.report.curves import show_curves
 from pipeline.report.distribution import distribution
+from pipeline.report.headline import of_run
 from pipeline.report.html import render
 from pipeline.report.numbers import NOTHING, duration, number
 from pipeline.report.samples import show_samples, show_samples_of_rl
@@ -60,10 +63,10 @@ def build(run_dir: Path) -> Path:
         )
     evaluation = next((stage for stage in stages if stage.name == EVALUATE and columns_of(stage.results)), None)
     policies = columns_of(evaluation.results) if evaluation else {}
-    # every finding of the page is one of these verdicts, and so is every level in its tables and charts
-    compared = _of_evaluation(evaluation) if evaluation else {}
-    judged = {stage.name: _once(stage, evaluation, compared) for stage in stages}
-    ranked = findings(compared, next(iter(policies), ""), stages, judged)
+    evaluation = evaluation_of(stages)
+    policies = columns_of(evaluation.results) if evaluation else {}
+    compared, judged = judgements(stages)
+    ranked = findings(stages)
     name = run_dir.resolve().name
     context = {
         "title": f"Report: {name}",
@@ -75,8 +78,8 @@ def build(run_dir: Path) -> Path:
         "samples": show_samples(run_dir, list(policies)),
         "distribution": distribution(run_dir, list(policies)),
         "model": model_of(stages),
-        "next": "",
-        "headline": {"level": "Fine", "sentence": "Reward 1.08 to 1.45, the oracle agrees, 22 words instead of 20."},
+        "next": _next(stages),
+        "headline": of_run(stages),
         "stages": stages,
         "briefs": {stage.name: _brief(stage, judged[stage.name]) for stage in stages},
         "finals": {stage.name: _finals(stage) for stage in stages},
@@ -91,18 +94,22 @@ def build(run_dir: Path) -> Path:
     return path
 
 
-def wrong(stages: Sequence[Stage]) -> list[Found]:
-    """What on the page of these stages asks for a look, the most serious first."""
-    evaluation = next((stage for stage in stages if stage.name == "evaluate" and columns_of(stage.results)), None)
-    judged = {stage.name: verdicts(stage) for stage in stages}
-    ranked = findings(_of_evaluation(evaluation) if evaluation else [], stages, judged)
-    return [one for one in ranked if one[1].level != FINE]
+def evaluation_of(stages: Sequence[Stage]) -> Stage | None:
+    """The evaluation whose policies are compared, if there is one."""
+    return next((stage for stage in stages if stage.name == EVALUATE and columns_of(stage.results)), None)
 
 
-def findings(
-    compared: Compared, first: str, stages: Sequence[Stage], judged: Mapping[str, Mapping[str, Verdict]]
-) -> list[Found]:
-    """All verdicts, the most serious first: `compared` of each policy against the `first`, `judged` of each stage."""
+def judgements(stages: Sequence[Stage]) -> tuple[Compared, Mapping[str, Mapping[str, Verdict]]]:
+    """All verdicts of a page, which its tables, charts and checks share: of policies by tag, of stages by quantity."""
+    evaluation = evaluation_of(stages)
+    compared = _of_evaluation(evaluation) if evaluation else {}
+    return compared, {stage.name: _once(stage, evaluation, compared) for stage in stages}
+
+
+def findings(stages: Sequence[Stage]) -> list[Found]:
+    """All verdicts, the most serious first."""
+    compared, judged = judgements(stages)
+    first = next(iter(columns_of(evaluation.results))) if (evaluation := evaluation_of(stages)) else ""
     every = [
         Found(f"{other} against {first}", anchor(f"{EVALUATE}/{other}", tag), verdict)
         for other, found in compared.items()
@@ -154,6 +161,18 @@ def _brief(stage: Stage, found: Mapping[str, Verdict]) -> str:
         f"{stage.steps:,} steps in {duration(stage.seconds)}" if stage.steps else ", ".join(columns_of(stage.results))
     )
     return "; ".join(filter(None, [steps, f"{wrong} to look at" if wrong else ""]))
+
+
+def _next(stages: Sequence[Stage]) -> str:
+    """The command that usually follows the last stage that ended; empty after an evaluation and where it is unknown."""
+    ended = [stage for stage in stages if stage.results]
+    if not ended or ended[-1].kind == EVALUATE or not ended[-1].command:
+        return ""
+    try:
+        step = resolve(shlex.split(ended[-1].command)[2:])  # behind `bash run.sh`
+    except UserError:  # its settings, or a file that it names, are gone
+        return ""
+    return shlex.join(["bash", "run.sh", *next_words(step)])
 
 
 def _about(stages: Sequence[Stage]) -> str:
