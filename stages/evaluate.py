@@ -31,8 +31,8 @@ from stages import inputs
 logger = logging.getLogger("tiffin")
 
 SHOWN = {
-    "reward/mean": "reward",
-    "completions/mean_length": "words",
+    "reward": "reward",
+    "completions/mean_words": "words",
     "completions/distinct_2": "distinct-2",
     "objective/kl": "KL",
 }

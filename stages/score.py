@@ -71,7 +71,7 @@ def by_source(rows: Sequence[Example], scores: Scores) -> dict[str, float]:
     totals: dict[str, list[float]] = {}
     for row, total in zip(rows, scores.total, strict=True):
         totals.setdefault(row.source, []).append(total)
-    return {f"reward/mean/{source}": statistics.fmean(values) for source, values in totals.items() if source}
+    return {f"reward/{source}": statistics.fmean(values) for source, values in totals.items() if source}
 
 
 if __name__ == "__main__":

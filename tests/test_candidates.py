@@ -51,7 +51,7 @@ def test_candidates_are_ranked_and_equal_ones_keep_their_order() -> None:
     assert judged.rows[0] == judged.rows[2] == replace(alone, reward=1.0, rewards={"length": 2.0})
     assert judged.texts == ["one two", "b", "one two three", "a", "one two", "one two"]
     assert [row.id for row in judged.of] == ["c", "a", "a", "a", "a", "c"]
-    assert score.by_source(judged.of, judged.scores) == {"reward/mean/web": 0.875}  # (0.5 + 1.5 + 0.5 + 1.0) / 4
+    assert score.by_source(judged.of, judged.scores) == {"reward/web": 0.875}  # (0.5 + 1.5 + 0.5 + 1.0) / 4
 
 
 def test_candidates_are_compared_with_all_references() -> None:

@@ -15,8 +15,8 @@ from pipeline.report.closing import closing, next_words
 ENDED = {"model_step": 150, "steps": 200, "seconds": 9.0}
 TRAINED = {"eval/loss": 1.23456, "eval/perplexity": 3.4, **ENDED}
 RANKED = {"eval/accuracy": 0.65, "eval/length_accuracy": 0.5, "eval/pairs": 1000.0, **ENDED}
-JUDGED = {"eval/reward/mean": 1.5, "eval/rewards/x/mean": 1.5, **ENDED}
-SIDE_BY_SIDE = {"sft": {"reward/mean": 0.5, "reward/se": 0.01}, "rl": {"reward/mean": 0.75, "reward/se": 0.01}}
+JUDGED = {"eval/reward": 1.5, "eval/rewards/x/mean": 1.5, **ENDED}
+SIDE_BY_SIDE = {"sft": {"reward": 0.5, "reward_se": 0.01}, "rl": {"reward": 0.75, "reward_se": 0.01}}
 RESULTS = {
     "sft": (TRAINED, "/model: held-out loss 1.23 at step 150 of 200"),
     "reward": (

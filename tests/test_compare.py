@@ -204,19 +204,19 @@ def test_a_step_that_fails_stops_what_waits_for_it_alone(tmp_path: Path, capfd: 
 
 
 FOUND = {
-    1: {"sft": {"reward/mean": 1.0, "objective/kl": 0.0}, "alol": {"reward/mean": 1.5, "objective/kl": 2.0}},
-    2: {"sft": {"reward/mean": 2.0, "objective/kl": 0.0}, "alol": {"reward/mean": 2.1, "objective/kl": None}},
+    1: {"sft": {"reward": 1.0, "objective/kl": 0.0}, "alol": {"reward": 1.5, "objective/kl": 2.0}},
+    2: {"sft": {"reward": 2.0, "objective/kl": 0.0}, "alol": {"reward": 2.1, "objective/kl": None}},
 }
 
 
 def test_spread_and_paired_differences_by_hand():
     table = comparison.summary(FOUND, ["sft", "nll"])
-    reward = table["alol"]["reward/mean"]
+    reward = table["alol"]["reward"]
     assert reward["mean"] == pytest.approx(1.8) and (reward["min"], reward["max"]) == (1.5, 2.1)
     assert reward["sd"] == pytest.approx(0.18**0.5)  # (0.3^2 + 0.3^2) / (2 - 1)
     minus = reward["minus"]["sft"]  # 0.5 and 0.1
     assert minus["mean"] == pytest.approx(0.3) and minus["per_seed"] == pytest.approx({1: 0.5, 2: 0.1})
-    assert list(reward["minus"]) == ["sft"] and table["sft"]["reward/mean"]["minus"] == {}
+    assert list(reward["minus"]) == ["sft"] and table["sft"]["reward"]["minus"] == {}
     assert table["alol"]["objective/kl"]["per_seed"] == {1: 2.0} and table["alol"]["objective/kl"]["sd"] is None
 
 
@@ -225,7 +225,7 @@ def test_sums_of_the_second_and_the_oracle():
     found = comparison.with_sums(tags, {"a": 2.0})
     assert found["second/mean"] == 1.0  # 2 * 0.25 + 1 * 0.5
     assert found["oracle/mean"] == 0.75
-    assert comparison.with_sums({"reward/mean": 1.0}, {}) == {"reward/mean": 1.0}
+    assert comparison.with_sums({"reward": 1.0}, {}) == {"reward": 1.0}
 
 
 def test_the_table():
@@ -236,7 +236,7 @@ def test_the_table():
 
 def test_the_page_has_a_mark_per_seed_and_variant():
     table = comparison.summary(FOUND, ["sft"])
-    assert comparison.scatter("reward/mean", table, "x").count("<title>") == 3  # alol has no KL for seed 2
+    assert comparison.scatter("reward", table, "x").count("<title>") == 3  # alol has no KL for seed 2
     html = comparison.document("<b>", table, ["sft"], [1, 2])
     assert "&lt;b&gt;" in html and "alol, seed 1" in html
 

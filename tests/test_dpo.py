@@ -62,8 +62,8 @@ def test_statistics_by_hand():
             "loss": 0.554355,
             "rewards/chosen": 0.2,
             "rewards/rejected": -0.1,
-            "rewards/margin": 0.3,
-            "rewards/accuracy": 1.0,
+            "rewards/margins": 0.3,
+            "rewards/accuracies": 1.0,
             "logps/chosen": -1.5,
             "logps/rejected": -3.0,
             "logps/ref_chosen": -3.5,
@@ -75,7 +75,7 @@ def test_statistics_by_hand():
 
 def test_at_the_start_the_loss_is_ln_2_and_half_of_the_pairs_are_right():
     total, _, stats = value_and_gradient(PLAIN, REF, batch_of(MASK, REF))
-    assert total == pytest.approx(math.log(2)) and stats["rewards/accuracy"] == 0.5 and stats["rewards/margin"] == 0
+    assert total == pytest.approx(math.log(2)) and stats["rewards/accuracies"] == 0.5 and stats["rewards/margins"] == 0
 
 
 def naive(settings, logp, ref, mask):

@@ -49,10 +49,9 @@ def response(text: str, ids: int, finished: bool) -> Response:
 def test_completion_statistics_by_hand() -> None:
     found = evaluation.completion_statistics([response("a b c", 4, True), response("a b c a b c d", 9, False)])
     assert found == {
-        "completions/mean_length": 5.0,  # (3 + 7) / 2 words
-        "completions/mean_tokens": 6.5,  # (4 + 9) / 2
-        "completions/eos_fraction": 0.5,
-        "completions/clipped_fraction": 0.5,
+        "completions/mean_words": 5.0,  # (3 + 7) / 2 words
+        "completions/mean_length": 6.5,  # (4 + 9) / 2
+        "completions/clipped_ratio": 0.5,
         "completions/distinct_2": 4 / 8,  # ab bc | ab bc ca ab bc cd: 8, of which ab bc ca cd
         "completions/repetition": pytest.approx((0 + 1 / 5) / 2),  # abc bca cab abc bcd: 1 of 5 said before
     }
@@ -158,9 +157,9 @@ def test_score_texts_of_nothing_and_of_a_bad_reward() -> None:
 def test_reward_statistics_by_hand() -> None:
     scores = Scores({"n": [4.0, 8.0]}, {"n": [0.0, 1.0]}, [1.0, 3.0])
     found = evaluation.reward_statistics(scores, ["a", "a b c"])
-    assert found["reward/mean"] == 2.0 and found["reward/std"] == 1.0
-    assert found["reward/se"] == pytest.approx(1 / math.sqrt(2))
-    assert found["reward/length_correlation"] == pytest.approx(1.0)
+    assert found["reward"] == 2.0 and found["reward_std"] == 1.0
+    assert found["reward_se"] == pytest.approx(1 / math.sqrt(2))
+    assert found["reward_length_correlation"] == pytest.approx(1.0)
     assert found["rewards/n/mean"] == 0.5 and found["rewards/n/std"] == 0.5 and found["rewards/n/raw_mean"] == 6.0
 
 
@@ -172,7 +171,7 @@ def test_statistics_count_only_what_a_reward_judges() -> None:
     assert found["rewards/n/length_correlation"] == pytest.approx(1.0)
     assert found["rewards/n/judged"] == pytest.approx(2 / 3)
     assert found["rewards/m/judged"] == 0.0 and math.isnan(found["rewards/m/mean"])
-    assert found["reward/mean"] == 2.0
+    assert found["reward"] == 2.0
 
 
 def test_sample_rows() -> None:
@@ -260,6 +259,6 @@ def test_each_policy_reads_prompts_as_its_template_writes_them(caplog) -> None:
 
 
 def test_the_table_has_a_dash_where_there_is_no_kl() -> None:
-    known = {"reward/mean": 1.0, "completions/mean_length": 2.0, "completions/distinct_2": 0.5}
+    known = {"reward": 1.0, "completions/mean_words": 2.0, "completions/distinct_2": 0.5}
     lines = table({"a": {**known, "objective/kl": 0.0}, "b": known}).splitlines()
     assert [line.split()[-1] for line in lines] == ["KL", "0.0000", "-"]

@@ -12,7 +12,7 @@ from pipeline.report.headline import Headline, headline
 from pipeline.report.spec import FINE, LOOK, TROUBLE
 from pipeline.report.stages import stages_of
 
-START = {"eval/reward/mean": 1.08, "eval/reward/se": 0.05, "eval/rewards/x/mean": 1.08, "eval/loss": 2.0}
+START = {"eval/reward": 1.08, "eval/reward_se": 0.05, "eval/rewards/x/mean": 1.08, "eval/loss": 2.0}
 ENDED = {"model_step": 300, "steps": 400, "seconds": 9.0}
 
 
@@ -36,7 +36,7 @@ def of(folder: Path, kind: str, results: dict, start: dict | None = None) -> Hea
     ],
 )
 def test_rl_is_judged_by_the_reward_of_its_own_responses(tmp_path: Path, end: float, verdict: str, level: str) -> None:
-    results = {**START, "eval/reward/mean": end, "eval/rewards/x/mean": end, **ENDED}
+    results = {**START, "eval/reward": end, "eval/rewards/x/mean": end, **ENDED}
     found = of(tmp_path, "rl", results, START)
     shown = "0.900" if end == 0.9 else f"{end:.2f}"
     assert found == Headline(f"held-out reward 1.08 to {shown} at step 300 of 400: {verdict}", level)
@@ -50,7 +50,7 @@ def test_weights_it_began_with_are_no_success(tmp_path: Path) -> None:
 
 def test_the_reward_of_logged_rows_is_not_called_the_policys(tmp_path: Path) -> None:
     """It is the same whatever was learned; the weighted loss falls, and does not tell what the policy says."""
-    logged = {"eval/reward/mean": 0.25, "eval/loss": 2.0}
+    logged = {"eval/reward": 0.25, "eval/loss": 2.0}
     found = of(tmp_path, "rl", {**logged, "eval/loss": 1.5, **ENDED}, logged)
     assert found.text == (
         "held-out loss 2.00 to 1.50 at step 300 of 400: better: of logged responses, as nothing judged its own "
@@ -89,11 +89,11 @@ def test_reward_models_are_judged_against_length(
 
 def policy(reward: float, oracle: float, words: float) -> dict[str, float]:
     return {
-        "reward/mean": reward,
-        "reward/se": 0.05,
+        "reward": reward,
+        "reward_se": 0.05,
         "rewards/oracle:truth/mean": oracle,
         "rewards/oracle:truth/se": 0.05,
-        "completions/mean_length": words,
+        "completions/mean_words": words,
     }
 
 

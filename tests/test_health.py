@@ -92,24 +92,24 @@ def test_the_band_is_made_of_the_tightest_limits():
 
 
 def test_the_gain_is_counted_in_standard_errors():
-    sft = {"reward/mean": 0.40, "reward/se": 0.03}
-    rl = {"reward/mean": 0.50, "reward/se": 0.04}
+    sft = {"reward": 0.40, "reward_se": 0.03}
+    rl = {"reward": 0.50, "reward_se": 0.04}
     # sqrt(0.03^2 + 0.04^2) = 0.05; 0.10 / 0.05 = 2
-    quantity, reading = readings_of(sft, rl)["reward/mean"]
+    quantity, reading = readings_of(sft, rl)["reward"]
     assert quantity == "gain" and reading.value == pytest.approx(2.0)
     assert reading.text == "0.400 to 0.500, 2.00 standard errors"
     # without errors two of them are 2 % of 0.40 = 0.008: 0.10 / 0.004 = 25
-    assert readings_of({"reward/mean": 0.40}, {"reward/mean": 0.50})["reward/mean"][1].value == pytest.approx(25.0)
+    assert readings_of({"reward": 0.40}, {"reward": 0.50})["reward"][1].value == pytest.approx(25.0)
 
 
 def test_what_was_never_trained_on_is_judged_apart_and_only_where_the_reward_rose():
-    names = ("reward/mean", "rewards/a/mean", "rewards/b/mean", "rewards/oracle:a/mean")
+    names = ("reward", "rewards/a/mean", "rewards/b/mean", "rewards/oracle:a/mean")
     sft = dict(zip(names, (0.5, 0.5, 0.5, 0.5), strict=True))
     rl = dict(zip(names, (0.6, 0.6, 0.3, 0.4), strict=True))
     # one standard error is half of 2 % of 0.5: 0.005; a is a copy of the reward
     found = readings_of(sft, rl)
     assert {tag: quantity for tag, (quantity, _) in found.items()} == {
-        "reward/mean": "gain",
+        "reward": "gain",
         "rewards/b/mean": "parts",
         "rewards/oracle:a/mean": "unseen",
     }
@@ -117,14 +117,14 @@ def test_what_was_never_trained_on_is_judged_apart_and_only_where_the_reward_ros
     assert readings_of(sft, rl, monitors=["b"])["rewards/b/mean"][0] == "unseen"
     judged = of_policies(sft, rl)
     assert (judged["rewards/b/mean"].level, judged["rewards/oracle:a/mean"].level) == (LOOK, TROUBLE)
-    assert readings_of(sft, {**rl, "reward/mean": 0.4}).keys() == {"reward/mean"}
+    assert readings_of(sft, {**rl, "reward": 0.4}).keys() == {"reward"}
 
 
 def test_responses_beside_the_first_policy():
-    sft = {"completions/mean_length": 20.0, "completions/distinct_2": 0.4, "completions/repetition": 0.1}
-    rl = {"completions/mean_length": 30.0, "completions/distinct_2": 0.1, "completions/repetition": 0.3}
+    sft = {"completions/mean_words": 20.0, "completions/distinct_2": 0.4, "completions/repetition": 0.1}
+    rl = {"completions/mean_words": 30.0, "completions/distinct_2": 0.1, "completions/repetition": 0.3}
     # of the correlations with length the reward's own is judged, not those of its parts
-    more = {"reward/length_correlation": -0.3, "rewards/a/length_correlation": -0.6, "objective/kl": 2.0}
+    more = {"reward_length_correlation": -0.3, "rewards/a/length_correlation": -0.6, "objective/kl": 2.0}
     found = readings_of(sft, rl | more)
     values = {quantity: reading.value for quantity, reading in found.values()}
     assert values == pytest.approx(
@@ -142,7 +142,7 @@ def rl_rows(n: int = 20) -> list[dict]:
             "ratio/clip_fraction_high": 0.5 if i >= n - 2 else 0.0,
             "ratio/ess": 0.5,
             "train/grad_norm": {0: 90.0, 9: 12.0}.get(i, 2.0),
-            "eval/completions/mean_length": 10.0 if i < 2 else 40.0,
+            "eval/completions/mean_words": 10.0 if i < 2 else 40.0,
         }
         for i in range(n)
     ]
@@ -163,7 +163,7 @@ def test_curves_of_rl():
 def masked_rows(*decoded: float) -> list[dict]:
     """Greedy compositions rise from 0.1 to 0.5; the decoded responses' rewards are given, of standard error 0.03."""
     looks = [
-        {"eval/reward/mean": reward, "eval/reward/se": 0.03, "eval/loss": 2.0, "eval/masked_loss": 3.5 - i}
+        {"eval/reward": reward, "eval/reward_se": 0.03, "eval/loss": 2.0, "eval/masked_loss": 3.5 - i}
         for i, reward in enumerate(decoded)
     ]
     shares = {"mask_rate": 0.6, "nothing_hidden": 0.2, "equal_rewards": 0.75, "different_texts": 0.125}
@@ -243,7 +243,7 @@ def test_a_weighted_loss_cannot_overfit():
 def test_the_best_step_is_that_of_the_best_evaluation_whatever_was_kept(rewards: tuple[float, ...], step: int):
     """With train.keep=last the weights kept are the last, step 20; the losses fall, as they do in RL come what may."""
     rows = [
-        {"step": 10 * i, "eval/loss": -i, "eval/reward/mean": x, "eval/rewards/length/mean": x}
+        {"step": 10 * i, "eval/loss": -i, "eval/reward": x, "eval/rewards/length/mean": x}
         for i, x in enumerate(rewards)
     ]
     found = of_stage("rl", series_of(rows), {"model_step": 20, "steps": 20}, {})["best_step"]

@@ -192,7 +192,7 @@ def test_what_a_training_leaves(whole: Toy) -> None:
     rows = whole.rows()
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in rows if "eval/loss" in row] == [0, 3, 6]
-    assert all(row["train/grad_norm"] > 0 and row["train/num_tokens"] > 0 for row in rows[1:])
+    assert all(row["train/grad_norm"] > 0 and row["train/learned_tokens"] > 0 for row in rows[1:])
     assert sorted(path.name for path in (whole.directory / "samples").iterdir()) == [
         "step-000000.jsonl", "step-000003.jsonl", "step-000006.jsonl",
     ]  # fmt: skip
@@ -210,10 +210,10 @@ def test_each_row_is_the_mean_of_its_steps(tmp_path: Path, whole: Toy) -> None:
     single, triple = whole.rows()[1:], toy.rows()[1:]
     assert [row["step"] for row in triple] == [3, 6]
     for row, parts in zip(triple, (single[:3], single[3:]), strict=True):
-        tokens = sum(part["train/num_tokens"] for part in parts)
-        loss = sum(part["train/loss"] * part["train/num_tokens"] for part in parts) / tokens
+        tokens = sum(part["train/learned_tokens"] for part in parts)
+        loss = sum(part["train/loss"] * part["train/learned_tokens"] for part in parts) / tokens
         assert row["train/loss"] == pytest.approx(loss, rel=1e-4)
-        assert row["train/num_tokens"] == pytest.approx(tokens / 3, rel=1e-4)
+        assert row["train/learned_tokens"] == pytest.approx(tokens / 3, rel=1e-4)
     assert same(toy.weights("last"), whole.weights("last"))  # looking less often trains the same
 
 

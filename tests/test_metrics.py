@@ -171,12 +171,12 @@ def test_tensorboard_holds_scalars_histograms_text_and_hyper_parameters(tmp_path
 
 
 def test_the_layout_finds_the_tags_of_the_stages():
-    tags = ["reward/mean", "eval/reward/mean", "eval/rewards/oracle:helpfulness/mean", "train/loss", "eval/accuracy"]
-    tags += ["ratio/clip_fraction_low", "ratio/ess", "objective/kl", "value/r2", "eval/completions/clipped_fraction"]
+    tags = ["train/reward", "eval/reward", "eval/rewards/oracle:helpfulness/mean", "train/loss", "eval/accuracy"]
+    tags += ["ratio/clip_fraction_low", "ratio/ess", "logged/kl", "value/r2", "eval/completions/clipped_ratio"]
     tags += ["semi_offline/greedy_reward", "semi_offline/mask_rate", "eval/masked_loss", "semi_offline/equal_rewards"]
     tags += ["eval/rewards/a/length_correlation", "train/grad_norm", "perf/tokens_per_second", "eval/accuracy/forum"]
     tags += [f"esrl/{name}" for name in ("capability", "samples_per_prompt", "tokens_saved", "at_k_min", "known")]
-    tags += ["rollout/queue_mean", "rollout/equal_groups", "rollout/logp_gap", "objective/entropy"]
+    tags += ["rollout/queue_mean", "rollout/equal_groups", "rollout/logp_gap", "train/entropy"]
     tags += ["perf/sampling_seconds", "esrl/left_out", "rollout/generated_tokens"]
     patterns = [one for charts in layout().values() for _, found in charts.values() for one in found]
     assert [tag for tag in [*tags, "my/own"] if not any(re.search(one, tag) for one in patterns)] == ["my/own"]

@@ -453,14 +453,14 @@ def test_statistics_of_the_golden_batch():
             "loss": 0.192529,
             "logps/policy": -2.5,
             "logps/ref": -7.6 / 3,
-            "reward/mean": 1.4 / 3,
-            "reward/std": math.sqrt((0.64 + 0.09 + 0.09) / 3 - (1.4 / 3) ** 2),
+            "logged/reward": 1.4 / 3,
+            "logged/reward_std": math.sqrt((0.64 + 0.09 + 0.09) / 3 - (1.4 / 3) ** 2),
             "value/mean": 0.4,
             "value/std": math.sqrt((0.25 + 0.01 + 0.36) / 3 - 0.16),
             "advantage/mean": 0.2 / 3,
             "advantage/std": math.sqrt((0.09 + 0.04 + 0.09) / 3 - (0.2 / 3) ** 2),
             # rows: sum(rho_t) - T - ln rho = 2.589282 - 3 + .8; 1.356738 - 2 + 1.8; 9.729416 - 3 - 2.7
-            "objective/kl": (0.389282 + 1.156738 + 7.029416 - 3.0) / 3,
+            "logged/kl": (0.389282 + 1.156738 + 7.029416 - 3.0) / 3,
             "ratio/mean": sum(rho) / 3,
             "ratio/ess": sum(rho) ** 2 / (3 * sum(r * r for r in rho)),
             "ratio/clip_fraction_low": 0.0,
@@ -480,7 +480,7 @@ def test_statistics_follow_the_settings():
     assert "ratio/clip_fraction_low" not in found(dataclasses.replace(SEQ, clip=None))
     assert found(R_GOLD)["probability/floor_fraction"] == 1 / 8  # e^-3
     assert "ratio/mean" not in found(REF_FREE)
-    assert "objective/kl" not in found(REF_FREE, ref=None)
+    assert "logged/kl" not in found(REF_FREE, ref=None)
 
 
 def test_needs():

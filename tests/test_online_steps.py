@@ -60,7 +60,7 @@ def test_t17_everything_stays_finite(alone: dict, name: str) -> None:
     assert math.isfinite(found["memory"]["queue"][-1])
     for step in found["steps"]:
         assert math.isfinite(step["logged"]["train/grad_norm"])
-        gap, nats = (step["logged"][name] for name in ("rollout/logp_gap", "objective/entropy"))
+        gap, nats = (step["logged"][name] for name in ("rollout/logp_gap", "train/entropy"))
         assert gap < 16 * tiny.rounding(nats) or math.isnan(gap)  # both stages say the same; NaN where nothing was said
 
 

@@ -32,11 +32,11 @@ def test_dpo_starts_at_its_reference_and_learns_the_pairs(runs: Path, tmp_path: 
     tiny.close(lines[0]["eval/logps/chosen"], lines[0]["eval/logps/ref_chosen"])
     rounded = 16 * tiny.rounding(lines[0]["eval/logps/chosen"])  # margins are differences of such sums
     assert lines[0]["eval/loss"] == pytest.approx(math.log(2), abs=rounded)
-    assert lines[0]["eval/rewards/margin"] == pytest.approx(0, abs=rounded)
+    assert lines[0]["eval/rewards/margins"] == pytest.approx(0, abs=rounded)
     assert lines[1]["train/loss"] == pytest.approx(math.log(2), abs=rounded)  # measured before the first step
-    assert lines[-1]["rewards/margin"] > 0.1 and lines[-1]["eval/rewards/accuracy"] > 0.9
+    assert lines[-1]["train/rewards/margins"] > 0.1 and lines[-1]["eval/rewards/accuracies"] > 0.9
     assert all(line["train/grad_norm"] > 0 for line in lines[1:])
-    assert "eval/completions/mean_length" in lines[-1]
+    assert "eval/completions/mean_words" in lines[-1]
     before = [path.name for path in (runs / "cache").iterdir()]
     train("rl", runs.parent, *words, "name=again", "max_steps=1")
     assert [path.name for path in (runs / "cache").iterdir()] == before  # the reference is not asked twice

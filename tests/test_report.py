@@ -18,8 +18,8 @@ from pipeline.report.spec import FOLDER, Chart, charts, charts_for, metric_of, r
 from pipeline.report.stage_checks import series_of
 
 VOID = {"meta", "br", "hr", "img", "link"}
-SFT = {"reward/mean": 0.41, "reward/se": 0.01, "completions/mean_length": 20.0, "rewards/oracle:helpfulness/mean": 0.6}
-RL = {"reward/mean": 0.63, "reward/se": 0.01, "completions/mean_length": 44.0, "rewards/oracle:helpfulness/mean": 0.5}
+SFT = {"reward": 0.41, "reward_se": 0.01, "completions/mean_words": 20.0, "rewards/oracle:helpfulness/mean": 0.6}
+RL = {"reward": 0.63, "reward_se": 0.01, "completions/mean_words": 44.0, "rewards/oracle:helpfulness/mean": 0.5}
 
 
 class Balanced(HTMLParser):
@@ -73,7 +73,7 @@ def run_dir(tmp_path):
     write_rows(run / "reward" / "helpfulness" / "metrics.jsonl", [{"step": i, **pairs} for i in (1, 2, 3)])
     (run / "reward" / "helpfulness" / "results.json").write_text(json.dumps(pairs))
     (run / "score").mkdir()
-    (run / "score" / "results.json").write_text('{"train": {"rows": 4321, "reward/mean": 0.48}}')
+    (run / "score" / "results.json").write_text('{"train": {"rows": 4321, "reward": 0.48}}')
     rows = [
         {"step": i, "time": 2 * i, "ratio/clip_fraction_high": i / 20, "ratio/mean": None if i == 3 else 1.0}
         for i in range(1, 20)
@@ -139,13 +139,13 @@ def test_it_says_what_is_unhealthy_the_most_serious_first(run_dir):
 def test_the_table_and_the_checks_say_the_same_of_every_number(run_dir):
     """Every number of the table that has a rule links to its check, which is of the same level; no check stands twice,
     and what RL measured of the same policy on fewer prompts is not judged beside it."""
-    sft = {"reward/length_correlation": 0.3, "completions/distinct_2": 0.30, "completions/repetition": 0.1}
-    rl = {"reward/length_correlation": 0.49, "completions/distinct_2": 0.25, "completions/repetition": 0.3}
+    sft = {"reward_length_correlation": 0.3, "completions/distinct_2": 0.30, "completions/repetition": 0.1}
+    rl = {"reward_length_correlation": 0.49, "completions/distinct_2": 0.25, "completions/repetition": 0.3}
     shared = {"rewards/helpfulness/mean": 0.2, "rewards/helpfulness/length_correlation": 0.55, "objective/kl": 0.0}
-    rl |= {**shared, "rewards/helpfulness/mean": 0.1, "completions/clipped_fraction": 0.6, "objective/kl": 2.0}
-    results = {"sft": {**SFT, **sft, **shared, "completions/clipped_fraction": 0.6}, "rl": {**RL, **rl}}
+    rl |= {**shared, "rewards/helpfulness/mean": 0.1, "completions/clipped_ratio": 0.6, "objective/kl": 2.0}
+    results = {"sft": {**SFT, **sft, **shared, "completions/clipped_ratio": 0.6}, "rl": {**RL, **rl}}
     (run_dir / "evaluate" / "results.json").write_text(json.dumps(results))
-    look = {"reward/length_correlation": 0.6, "completions/distinct_2": 0.1, "completions/repetition": 0.9}
+    look = {"reward_length_correlation": 0.6, "completions/distinct_2": 0.1, "completions/repetition": 0.9}
     rows = [{"step": i, "time": i, **{f"eval/{tag}": value / (3 - i) for tag, value in look.items()}} for i in (1, 2)]
     write_rows(run_dir / "rl" / "metrics.jsonl", rows)
     html = build(run_dir).read_text(encoding="utf-8")
@@ -292,9 +292,9 @@ def test_a_broken_row_of_sampled_responses_names_its_line(run_dir):
 
 
 def test_charts_of_sampled_responses():
-    tags = ["rollout/queue_mean", "reward/mean", "esrl/tokens_saved", "loss/mle", "perf/sampling_seconds"]
+    tags = ["rollout/queue_mean", "train/reward", "esrl/tokens_saved", "loss/mle", "perf/sampling_seconds"]
     drawn = {chart.title: (chart.group, names) for chart, names in charts_for("rl", tags)}
-    assert drawn["Baseline"] == ("Sampled responses", ["rollout/queue_mean", "reward/mean"])
+    assert drawn["Baseline"] == ("Sampled responses", ["rollout/queue_mean", "train/reward"])
     assert drawn["Parts of the loss"] == ("Learning", ["loss/mle"])  # with hidden tokens or without
     assert drawn["Seconds of sampling per step"] == ("Speed", ["perf/sampling_seconds"])
     rows = [{"step": i, **dict.fromkeys(tags, 0.5), "rollout/generated_tokens": 640.0} for i in (1, 2)]
@@ -311,10 +311,10 @@ def test_what_was_generated_stands_among_the_final_numbers(tmp_path):
 
 
 def test_charts_of_hidden_tokens():
-    tags = ["semi_offline/greedy_reward", "reward/mean", "eval/reward/mean", "eval/loss", "eval/masked_loss"]
+    tags = ["semi_offline/greedy_reward", "semi_offline/reward", "eval/reward", "eval/loss", "eval/masked_loss"]
     drawn = {chart.title: names for chart, names in charts_for("rl", tags)}
-    assert drawn["Compositions and decoded responses"] == ["semi_offline/greedy_reward", "eval/reward/mean"]
-    assert drawn["Reward"] == ["reward/mean", "eval/reward/mean"] and drawn["Loss"] == ["eval/loss"]
+    assert drawn["Compositions and decoded responses"] == ["semi_offline/greedy_reward", "eval/reward"]
+    assert drawn["Reward"] == ["semi_offline/reward", "eval/reward"] and drawn["Loss"] == ["eval/loss"]
     assert drawn["Held-out loss, inputs masked"] == ["eval/masked_loss", "eval/loss"]
     rows = [{"step": i, **dict.fromkeys(tags, 0.5)} for i in (1, 2)]
     parsed(show_curves("rl", series_of(rows), {}))
@@ -340,7 +340,7 @@ def test_what_is_missing_is_left_out(tmp_path):
 def test_a_comparison_and_a_benchmark_in_the_run_are_left_out(run_dir):
     alone = build(run_dir).read_text(encoding="utf-8")
     spread = {"mean": 1.0, "min": 1.0, "max": 1.0, "sd": None, "per_seed": {"1": 1.0}, "minus": {}}
-    others = {"compare": {"alol": {"reward/mean": spread}}, "bench": {"settings": {"rounds": 7}, "results": [{}]}}
+    others = {"compare": {"alol": {"reward": spread}}, "bench": {"settings": {"rounds": 7}, "results": [{}]}}
     for name, results in others.items():
         (run_dir / name).mkdir()
         (run_dir / name / "results.json").write_text(json.dumps(results))
@@ -374,8 +374,8 @@ def test_a_broken_sample_names_its_line(run_dir):
 def test_an_uncertain_or_small_change_counts_as_the_same(tmp_path):
     (tmp_path / "evaluate").mkdir()
     # 0.02 < 2 sqrt(0.01^2 + 0.01^2) = 0.028; 0.301 - 0.300 < 0.02 * 0.3
-    sft = {"reward/mean": 0.40, "reward/se": 0.01, "completions/distinct_2": 0.3}
-    rl = {"reward/mean": 0.42, "reward/se": 0.01, "completions/distinct_2": 0.301}
+    sft = {"reward": 0.40, "reward_se": 0.01, "completions/distinct_2": 0.3}
+    rl = {"reward": 0.42, "reward_se": 0.01, "completions/distinct_2": 0.301}
     (tmp_path / "evaluate" / "results.json").write_text(json.dumps({"sft": sft, "rl": rl}))
     html = build(tmp_path).read_text(encoding="utf-8")
     assert "+0.020 ≈ same" in html and "+0.001 ≈ same" in html
@@ -391,10 +391,10 @@ def test_a_band_may_be_relative():
 
 
 def test_held_out_stands_beside_trained_and_no_tag_is_lost():
-    tags = ["train/loss", "eval/loss", "reward/mean", "eval/reward/mean", "my/own", "rewards/a/mean"]
+    tags = ["train/loss", "eval/loss", "logged/reward", "eval/reward", "my/own", "eval/rewards/a/mean"]
     drawn = charts_for("rl", tags)
     assert next(names for _, names in drawn) == ["train/loss", "eval/loss"]
-    assert ["reward/mean", "eval/reward/mean"] in [names for _, names in drawn]
+    assert ["logged/reward", "eval/reward"] in [names for _, names in drawn]
     assert sorted(tag for _, names in drawn for tag in names) == sorted(tags)
 
 

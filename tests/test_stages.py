@@ -107,7 +107,7 @@ def unmoved(line: dict) -> object:
 
 def rounded(results: dict) -> float:
     """Of a divergence, the difference of two such sums; a new model says each of its 1,400 tokens with about 7 nats."""
-    return 8 * tiny.rounding(7.2 * results["completions/mean_tokens"])
+    return 8 * tiny.rounding(7.2 * results["completions/mean_length"])
 
 
 @pytest.mark.parametrize("algo", ["alol", "a_lol_ref_free", "a_lol_seq", "a_lol_kl", "nll", "wbc", "r_gold", "r_lol"])
@@ -135,7 +135,8 @@ ON_POLICY = {
     "esrl": ["sampler.k_max=3", "sampler.k=3", "algorithm.settings.kl_beta=0.05", "algorithm.settings.sft_weight=0.1"],
     "esrl_drop": ["generation.batch_size=4"],
 }
-ON_POLICY_TAGS = {"train/loss", "reward/mean", "reward/std", "advantage/std", "objective/entropy", "logps/policy"}
+ON_POLICY_TAGS = {f"train/{name}" for name in ("loss", "reward", "reward_std", "entropy", "logps/policy")}
+ON_POLICY_TAGS |= {"advantage/std"}
 ON_POLICY_TAGS |= {f"rollout/{name}" for name in ("generated_tokens", "equal_groups", "logp_gap")}
 ON_POLICY_TAGS |= {f"esrl/{name}" for name in ("samples_per_prompt", "at_k_min", "left_out", "tokens_saved", "known")}
 
@@ -149,7 +150,7 @@ def test_every_on_policy_algorithm_trains(runs: Path, algo: str, words: list[str
     assert [line["step"] for line in lines] == [0, 1, 2]
     for line in lines[1:]:
         assert line.keys() >= ON_POLICY_TAGS and line["train/grad_norm"] >= 0
-        assert line["rollout/logp_gap"] < 16 * tiny.rounding(line["objective/entropy"])  # both stages say the same
+        assert line["rollout/logp_gap"] < 16 * tiny.rounding(line["train/entropy"])  # both stages say the same
         assert ("objective/kl" in line) == (algo == "esrl") and ("loss/mle" in line) == (algo == "esrl")
     table = rows(runs / "rl" / algo / "samples" / "step-000002.jsonl")
     groups = [row for row in table if row.get("kind") == "rollout"]
@@ -249,7 +250,7 @@ def test_evaluate_and_report(runs: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert results["rl"]["objective/kl"] > 0
     assert "rewards/oracle:helpfulness/mean" in results["rl"]
     total = sum(results["rl"][f"rewards/{name}/mean"] for name in ("helpfulness", "harmlessness"))
-    tiny.close(results["rl"]["reward/mean"], total, 8)  # monitors have no weight
+    tiny.close(results["rl"]["reward"], total, 8)  # monitors have no weight
     assert "oracle:helpfulness" in capsys.readouterr().out
     report = resolve(["stage=report", f"runs_dir={runs.parent}"])
     importlib.import_module("stages.report").main(report.settings, [])
@@ -304,7 +305,7 @@ def test_two_ranks_make_the_model_of_one(tmp_path: Path, launcher: str) -> None:
         for tag in ("train/loss", "eval/loss", "train/grad_norm"):
             if tag in first:
                 assert second[tag] == pytest.approx(first[tag], rel=2e-5), (first["step"], tag)
-    assert [line.get("train/num_tokens") for line in one] == [line.get("train/num_tokens") for line in two]
+    assert [line.get("train/learned_tokens") for line in one] == [line.get("train/learned_tokens") for line in two]
 
 
 def test_a_named_model_and_another_sft_model_are_not_mixed_up(runs: Path) -> None:

@@ -84,8 +84,8 @@ def _statistics(chosen: Tensor, rejected: Tensor, counted: Tensor, per_pair: Ten
         "loss": mean_stat(per_pair, counted),
         "rewards/chosen": mean_stat(chosen, counted),
         "rewards/rejected": mean_stat(rejected, counted),
-        "rewards/margin": mean_stat(chosen - rejected, counted),
-        "rewards/accuracy": mean_stat(right, counted),
+        "rewards/margins": mean_stat(chosen - rejected, counted),
+        "rewards/accuracies": mean_stat(right, counted),
     }
 
 

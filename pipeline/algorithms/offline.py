@@ -49,7 +49,11 @@ from pipeline.records import Batch, Needs, Stat
 MEAN_OVER = "sequences"
 RESPONSES = "data"
 
-LOGGED_NUMBERS = ("reward", "value", "advantage")
+LOGGED_NUMBERS = {  # tags of mean and standard deviation; `reward` is what TRL calls that of the policy's own responses
+    "reward": ("logged/reward", "logged/reward_std"),
+    "value": ("value/mean", "value/std"),
+    "advantage": ("advantage/mean", "advantage/std"),
+}
 
 
 @dataclass(frozen=True)
@@ -130,18 +134,18 @@ def _token_log_ratio(logp: Tensor, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def _statistics(logp: Tensor, batch: Batch, settings: Settings, per_sequence: Tensor) -> dict[str, Stat]:
-    """What is logged. logps/* are nats per response; objective/kl is k3 per response: KL(reference, policy)."""
+    """What is logged. logps/* are nats per response; logged/kl is k3 per response: KL(reference, policy)."""
     rows = batch.sequence_mask
     stats = {
         "loss": mean_stat(per_sequence, rows),
         "logps/policy": mean_stat(sequence_logp(logp, batch.response_mask), rows),
     }
-    for name in LOGGED_NUMBERS:
+    for name, (mean, std) in LOGGED_NUMBERS.items():
         if name in batch.numbers:
             values = item_numbers(batch, name, like=logp)
-            stats |= {f"{name}/mean": mean_stat(values, rows), f"{name}/std": std_stat(values, rows)}
+            stats |= {mean: mean_stat(values, rows), std: std_stat(values, rows)}
     if batch.ref_logp is not None:
-        stats["objective/kl"] = mean_stat(_k3_kl(logp, batch), rows)
+        stats["logged/kl"] = mean_stat(_k3_kl(logp, batch), rows)
         stats["logps/ref"] = mean_stat(sequence_logp(batch.ref_logp, batch.response_mask), rows)
     return stats | RATIO_STATISTICS[settings.ratio](logp, batch, settings)
 

@@ -210,7 +210,7 @@ def _statistics(whole: Tensor, number: dict[str, Tensor], mask: Tensor, sampled:
         "logps/policy": functional.mean_stat(whole, sampled),
         "rollout/logp_gap": functional.mean_stat(gap, sampled),
         "advantage/std": functional.std_stat(number["advantage"], sampled),
-        "reward/mean": functional.mean_stat(number["reward"], sampled),
-        "reward/std": functional.std_stat(number["reward"], sampled),
-        "completions/mean_tokens": functional.mean_stat(lengths.double(), sampled),
+        "reward": functional.mean_stat(number["reward"], sampled),
+        "reward_std": functional.std_stat(number["reward"], sampled),
+        "completions/mean_length": functional.mean_stat(lengths.double(), sampled),
     }

@@ -108,7 +108,7 @@ def _statistics(drawn: functional.Drawn, static: StaticBatch, weights: Tensor, p
         "semi_offline/reward_spread": functional.mean_stat(deviations, present),
         "semi_offline/own_tokens": functional.mean_stat((drawn.ids == static.ids[static.masked][:, None]).double()),
         "advantage/std": functional.std_stat(weights, present[:, None]),
-        "reward/mean": functional.mean_stat(static.rewards, present[:, None]),
-        "reward/std": functional.std_stat(static.rewards, present[:, None]),
-        "objective/entropy": functional.mean_stat(drawn.entropy),
+        "semi_offline/reward": functional.mean_stat(static.rewards, present[:, None]),
+        "semi_offline/reward_std": functional.std_stat(static.rewards, present[:, None]),
+        "semi_offline/entropy": functional.mean_stat(drawn.entropy),
     }

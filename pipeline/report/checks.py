@@ -14,7 +14,7 @@ from pipeline.report.numbers import number
 from pipeline.report.spec import FINE, metric_of, rules, wanted
 
 MINOR = (0.02, 0.005)  # a change within this share, or this much, says nothing where no standard error is known
-REWARD = "reward/mean"
+REWARD = "reward"
 Numbers = Mapping[str, float | None]  # tag -> final number
 
 

@@ -16,14 +16,14 @@ from pipeline.report.spec import ORACLE, match
 KL, X_NAME = "objective/kl", "KL from the start"
 SECOND = "rewards/second:*/mean"  # of the reward models of another seed
 CHARTS = {  # over the KL: (title, caption)
-    "reward/mean": ("Reward", "What the policies were trained to raise. More is only better while the others follow."),
+    "reward": ("Reward", "What the policies were trained to raise. More is only better while the others follow."),
     "second/mean": (
         "Second reward models",
         "The same goal, learned from another seed and never trained against: gains that it does not see are of the "
         "first model's errors.",
     ),
     "oracle/mean": ("Oracle", "The truth, which the built-in task knows by construction."),
-    "completions/mean_length": ("Words per response", "Gains that come with length alone are suspect."),
+    "completions/mean_words": ("Words per response", "Gains that come with length alone are suspect."),
 }
 
 Metrics = Mapping[str, float]  # tag -> number, of one variant and seed
@@ -40,11 +40,11 @@ class Column(NamedTuple):
 
 
 COLUMNS = (
-    Column("reward/mean", "reward", 3, True),
+    Column("reward", "reward", 3, True),
     Column("second/mean", "second", 3, True),
     Column("oracle/mean", "oracle", 3, True),
     Column("rewards/*/mean", "{}", 3, True),
-    Column("completions/mean_length", "words", 1, True),
+    Column("completions/mean_words", "words", 1, True),
     Column("completions/distinct_2", "distinct-2", 3, True),
     Column("completions/repetition", "repetition", 3, True),
     Column(KL, "KL", 2),
@@ -57,7 +57,7 @@ COLUMNS = (
 
 
 def with_sums(metrics: Metrics, weights: Mapping[str, float]) -> dict[str, float]:
-    """The metrics with second/mean, the weighted sum of the second reward models as reward/mean is of the first, and
+    """The metrics with second/mean, the weighted sum of the second reward models as reward is of the first, and
     oracle/mean, the sum of the oracle's parts; neither where there is nothing to add."""
     second = [weights.get(match(tag, SECOND, "{}"), 1.0) * v for tag, v in metrics.items() if fnmatchcase(tag, SECOND)]
     oracle = [value for tag, value in metrics.items() if fnmatchcase(tag, ORACLE)]

@@ -16,12 +16,12 @@ from pipeline.report.spec import FINE, LEVELS, LOOK, ORACLE, TROUBLE, metric_of,
 from pipeline.report.stages import Stage, verdicts
 from pipeline.report.tables import columns_of
 
-REWARD, LOSS, WORDS = "reward/mean", "eval/loss", "completions/mean_length"
+REWARD, LOSS, WORDS = "reward", "eval/loss", "completions/mean_words"
 JUDGED = "eval/rewards/*/mean"  # there where a reward judged the policy's own responses
 LOGGED = ": of logged responses, as nothing judged its own (reward=NAME would)"
 UNKNOWN = "no held-out rows: nothing tells whether it helped"
 NOT_FINITE = "its held-out numbers are not finite"
-RESULT = ("eval/", "reward/", "rewards/")
+RESULT = ("eval/", "reward", "rewards/")
 
 
 class Headline(NamedTuple):
@@ -143,7 +143,7 @@ def _watched(results: Numbers) -> list[Watched]:
     """What a training may be judged by, the best first: only a reward of its own responses is the policy's reward."""
     own = [Watched(f"eval/{REWARD}", "held-out reward", True)] if _any(results, JUDGED) else []
     language = "eval/perplexity" in results  # sft's: the loss is of language, and not of weighted rows
-    pairs = Watched("eval/rewards/accuracy", "held-out pairs in the right order", True, LOGGED)
+    pairs = Watched("eval/rewards/accuracies", "held-out pairs in the right order", True, LOGGED)
     return [*own, pairs, Watched(LOSS, "held-out loss", False, "" if language else LOGGED)]
 
 

@@ -74,14 +74,14 @@ class Metric(NamedTuple):
 
 ORACLE = "rewards/oracle:*/mean"  # the tag of the true quality, known in the built-in task only
 METRICS = (
-    Metric("reward/mean", "Reward", +1, "gain", "what the policy was trained to raise"),
+    Metric("reward", "Reward", +1, "gain", "what the policy was trained to raise"),
     Metric(ORACLE, "True {} (oracle)", +1, "unseen", "known by construction, never trained on"),
     Metric("rewards/*/mean", "Reward: {}", +1, "parts", "one reward, before weights"),
     Metric(
-        "completions/mean_length", "Length (words)", 0, "length", "neither good nor bad; a large change asks for a look"
+        "completions/mean_words", "Length (words)", 0, "length", "neither good nor bad; a large change asks for a look"
     ),
     Metric(
-        *("reward/length_correlation", "Correlation of reward and length", 0, "length_correlation"),
+        *("reward_length_correlation", "Correlation of reward and length", 0, "length_correlation"),
         "1: nothing but length counts",
     ),
     Metric(
@@ -91,21 +91,21 @@ METRICS = (
         *("completions/repetition", "Repetition", -1, "repetition"),
         "share of text that repeats itself within a response",
     ),
-    Metric("completions/clipped_fraction", "Cut at the limit", -1, "cut", "share that did not end by itself"),
+    Metric("completions/clipped_ratio", "Cut at the limit", -1, "cut", "share that did not end by itself"),
     Metric("objective/kl", "KL from the start model", 0, "kl", "how far the policy moved, in nats per response"),
     Metric("perplexity", "Perplexity", -1, "", "on the held-out responses"),
     Metric("rows", "Rows"),
 )
 # Final numbers of a training stage that are shown at once; the others are a click away. '*' is put for '{}'.
 FINAL = {
-    "eval/reward/mean": "held-out reward",
+    "eval/reward": "held-out reward",
     "eval/rewards/*/mean": "held-out {}",
     "eval/loss": "held-out loss",
     "eval/perplexity": "held-out perplexity",
     "eval/masked_loss": "held-out loss, inputs masked",
     "eval/accuracy": "held-out accuracy",
     "eval/length_accuracy": "accuracy of length alone",
-    "eval/completions/mean_length": "words per response",
+    "eval/completions/mean_words": "words per response",
     "generated_tokens": "tokens generated",
     "tokens_saved": "share of tokens saved",
     "model_step": "step of the model kept",

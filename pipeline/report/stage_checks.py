@@ -18,7 +18,7 @@ TAIL = 0.1  # share of a curve's points that stands for where it ends, or begins
 SMALL_SOURCE = 30  # held-out pairs below which the accuracy on a source says nothing
 GENERATED, SAVED = "rollout/generated_tokens", "esrl/tokens_saved"
 ROUNDING = 1e-4  # of a mean that is 0 by construction, in standard deviations
-DECODED = ("eval/reward/mean", "eval/reward/se")
+DECODED = ("eval/reward", "eval/reward_se")
 
 Series = Mapping[str, Sequence[Point]]  # tag -> points in step order
 

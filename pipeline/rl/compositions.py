@@ -120,7 +120,8 @@ def statistics(compositions: Compositions) -> dict[str, Stat]:
     for name, values in compositions.scores.normalised.items():
         judged = [value for i, value in enumerate(values) if value is not None and (i + 1) % width]  # no greedy text
         drawn = torch.tensor(judged, dtype=torch.float32)
-        stats |= {f"rewards/{name}/mean": mean_stat(drawn), f"rewards/{name}/std": std_stat(drawn)}
+        tag = f"semi_offline/rewards/{name}"
+        stats |= {f"{tag}/mean": mean_stat(drawn), f"{tag}/std": std_stat(drawn)}
     return stats
 
 

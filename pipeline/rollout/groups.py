@@ -134,12 +134,13 @@ def statistics(
     spreads = [float(group.stats.rewards.max() - group.stats.rewards.min()) for group in kept if len(group.raw) > 1]
     entropies = [sum(one.stats.entropy for one in group.responses) / len(group.responses) for group in kept]
     numbers = {
-        "reward/per_prompt": [sum(group.raw) / len(group.raw) for group in kept],  # where k varies, unlike reward/mean
+        # where k varies, not the mean over responses
+        "rollout/reward_per_prompt": [sum(group.raw) / len(group.raw) for group in kept],
         "rollout/generated_tokens": [generated],
         "rollout/equal_groups": [float(spread <= EQUAL_REWARDS) for spread in spreads],
         "rollout/queue_mean": [] if queue_mean is None else [queue_mean],
         "advantage/mean": [advantage for group in kept for advantage in group.advantages],
-        "objective/entropy": entropies,
+        "entropy": entropies,
         "esrl/capability": known,
         "esrl/known": [float(group.allocation.capability is not None) for group in groups],
         "esrl/samples_per_prompt": [float(len(group.responses)) for group in groups],

@@ -37,9 +37,9 @@ def reward_statistics(scores: Scores, texts: Sequence[str]) -> dict[str, float]:
     A reward's numbers are those of the responses that it judges; of fewer than all, rewards/<name>/judged is the share.
     They are NaN where it judges none.
     """
-    result = {"reward/mean": statistics.fmean(scores.total), "reward/std": statistics.pstdev(scores.total)}
-    result["reward/se"] = result["reward/std"] / math.sqrt(len(texts))
-    result["reward/length_correlation"] = length_correlation(scores.total, texts)
+    result = {"reward": statistics.fmean(scores.total), "reward_std": statistics.pstdev(scores.total)}
+    result["reward_se"] = result["reward_std"] / math.sqrt(len(texts))
+    result["reward_length_correlation"] = length_correlation(scores.total, texts)
     for name in scores.normalised:
         judged = [i for i, value in enumerate(scores.normalised[name]) if value is not None]
         raw, values = ([each[name][i] for i in judged] or [math.nan] for each in (scores.raw, scores.normalised))
@@ -54,14 +54,12 @@ def reward_statistics(scores: Scores, texts: Sequence[str]) -> dict[str, float]:
 
 
 def completion_statistics(responses: Sequence[Response]) -> dict[str, float]:
-    """completions/*: words per response, shares that ended by themselves or hit the limit, variety, repetition."""
+    """completions/*: words and tokens per response, the share cut at the limit, variety, repetition."""
     words = [between_blanks(r.text) for r in responses]
-    finished = statistics.fmean(float(r.finished) for r in responses)
     return {
-        "completions/mean_length": statistics.fmean(len(w) for w in words),
-        "completions/mean_tokens": statistics.fmean(len(r.response_ids) for r in responses),
-        "completions/eos_fraction": finished,
-        "completions/clipped_fraction": 1.0 - finished,
+        "completions/mean_words": statistics.fmean(len(w) for w in words),
+        "completions/mean_length": statistics.fmean(len(r.response_ids) for r in responses),
+        "completions/clipped_ratio": statistics.fmean(float(not r.finished) for r in responses),
         "completions/distinct_2": distinct(words, 2),
         "completions/repetition": statistics.fmean(repetition(w) for w in words),
     }

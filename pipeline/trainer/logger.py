@@ -24,7 +24,11 @@ from pipeline.trainer import markdown
 
 DIGITS = 6  # significant digits in metrics.jsonl
 PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal to draw a bar on
-SHOWN = {"train/loss": "loss", "reward/mean": "reward", "train/accuracy": "accuracy"}  # beside the progress bar
+SHOWN = {
+    "train/loss": "loss",
+    "eval/reward": "held-out reward",
+    "train/accuracy": "accuracy",
+}  # beside the progress bar
 
 
 class RunLog:

@@ -28,7 +28,7 @@ from pipeline.records import Batch, Stat
 from pipeline.trainer.checkpoint import Checkpoints, State
 from pipeline.trainer.engine import Engine, Ranks
 from pipeline.trainer.logger import RunLog
-from pipeline.trainer.metrics import Interval, Metrics
+from pipeline.trainer.metrics import Interval, Metrics, of_training
 from pipeline.trainer.model import Model
 from pipeline.trainer.nonfinite import Micro, trace
 from pipeline.trainer.objective import Objective, Output, Rest
@@ -60,7 +60,7 @@ class BestMetric:
 
 
 HELD_OUT_LOSS = BestMetric("eval/loss", larger_is_better=False)
-REWARD = BestMetric("eval/reward/mean", larger_is_better=True)
+REWARD = BestMetric("eval/reward", larger_is_better=True)
 
 
 @dataclass(frozen=True)
@@ -182,14 +182,14 @@ def one_step(trainer: Trainer, step: int, interval: Interval) -> str | None:
     n_terms = ranks.all_sum(trainer.objective.terms(window))
     engine.train()
     done, metrics = [], Metrics()
-    metrics.add(trainer.windows.stats)
+    metrics.add(of_training(trainer.windows.stats))
     for place, (batch, output, rest) in enumerate(forwards(engine, trainer.objective, window)):
         total, stats = rest()
         # an infinite constant has a finite gradient: let the norm, which all ranks share, tell of it
         known = torch.where(total.detach().isfinite(), 1.0, math.nan)
         engine.backward(total * known, n_terms, last=place == len(window) - 1)
         done.append(Micro(batch, (output if isinstance(output, Tensor) else output[0]).detach(), total.detach()))
-        metrics.add({name if "/" in name else f"train/{name}": value for name, value in stats.items()})
+        metrics.add(of_training(stats))
     rate = learning_rate(step, trainer.max_steps, trainer.settings.optimizer)
     norm = engine.step(rate)
     trouble = None
@@ -224,7 +224,7 @@ def step_stats(window: Sequence[Batch], norm: float, rate: float, device: torch.
     learned = sum(int(batch.response_mask.sum()) for batch in window)
     read = sum(int(batch.input_mask.sum()) for batch in window)
     finite = math.isfinite(norm)
-    numbers = {"train/learning_rate": rate, "train/num_tokens": learned, "perf/tokens": read}
+    numbers = {"train/learning_rate": rate, "train/learned_tokens": learned, "perf/tokens": read}
     numbers |= {"train/skipped_fraction": 1.0 - finite, "train/grad_norm": norm if finite else 0.0}
     counts = {name: float(finite) if name == "train/grad_norm" else 1.0 for name in numbers}
     rows = torch.tensor([[counts[name], x, x * x] for name, x in numbers.items()], dtype=torch.float64, device=device)
@@ -235,7 +235,7 @@ def summary(ranks: Ranks, interval: Interval) -> dict[str, float]:
     """The interval over all ranks, with rates. num_tokens counts learned tokens of one step."""
     values, seconds = interval.close(ranks.all_sum)
     read = values.pop("perf/tokens") * ranks.world
-    values["train/num_tokens"] *= ranks.world
+    values["train/learned_tokens"] *= ranks.world
     values |= {"perf/tokens_per_second": read / seconds, "perf/step_seconds": seconds}
     if ranks.device.type == "cuda":
         values["perf/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9

@@ -11,6 +11,7 @@ from torch import Tensor
 from pipeline.algorithms.functional import merge, reduce
 from pipeline.records import Stat
 
+TRL_GROUPS = ("completions", "logps", "rewards")  # what TRL logs under names with a slash, it logs as train/...
 PACK_ROWS = 64  # packed metrics are padded to a multiple of this, so that differing layouts still meet in one call
 
 
@@ -53,6 +54,15 @@ class Metrics:
             raise RuntimeError(f"metrics: {ranks} ranks hold different statistics; this one has {list(kinds.items())}")
         self.stats = {}
         return {name: float(reduce(Stat(kind, row))) for (name, kind), row in zip(kinds.items(), total[1:])}  # noqa: B905
+
+
+def of_training(stats: Mapping[str, Stat]) -> dict[str, Stat]:
+    """The statistics of a step under the tags they are logged as: train/<name> as TRL has it, other groups as they are.
+
+    Of held-out data the tag is eval/<name> for all of them.
+    """
+    plain = {name: "/" not in name or name.startswith(TRL_GROUPS) for name in stats}
+    return {f"train/{name}" if plain[name] else name: stat for name, stat in stats.items()}
 
 
 class Interval:
