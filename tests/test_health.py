@@ -242,14 +242,11 @@ def test_a_weighted_loss_cannot_overfit():
 @pytest.mark.parametrize(("rewards", "step"), [((0.5, 0.4, 0.45), 0), ((0.5, 0.7, 0.7), 10), ((0.5, 0.6, 0.7), 20)])
 def test_the_best_step_is_that_of_the_best_evaluation_whatever_was_kept(rewards: tuple[float, ...], step: int):
     """With train.keep=last the weights kept are the last, step 20; the losses fall, as they do in RL come what may."""
-    rows = [
-        {"step": 10 * i, "eval/loss": -i, "eval/reward": x, "eval/rewards/length/mean": x}
-        for i, x in enumerate(rewards)
-    ]
+    rows = [{"step": 10 * i, "eval/loss": -i, "eval/reward": x} for i, x in enumerate(rewards)]
     found = of_stage("rl", series_of(rows), {"model_step": 20, "steps": 20}, {})["best_step"]
     assert (found.value, found.text) == (step, f"{step} of 20")
     assert judge("best_step", found).level == (FINE if step else TROUBLE)
     # without a reward that judges responses, that of the logged rows says nothing, and the loss is read
-    unjudged = [{name: x for name, x in row.items() if name != "eval/rewards/length/mean"} for row in rows]
+    unjudged = [{"step": row["step"], "eval/loss": row["eval/loss"], "eval/logged/reward": 0.5} for row in rows]
     assert of_stage("rl", series_of(unjudged), {}, {})["best_step"].value == 20
     assert "best_step" not in of_stage("rl", series_of(rows[:1]), {}, {})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -119,7 +118,7 @@ def _overfit(left: Left) -> Reading | None:
 
 def _best_step(left: Left) -> Reading | None:
     """The first of the best evaluations: of highest reward where responses were judged, else of lowest loss."""
-    judged = any(fnmatchcase(tag, "eval/rewards/*/mean") for tag in left.series)
+    judged = DECODED[0] in left.series
     points = left.series.get(DECODED[0] if judged else "eval/loss", ())
     if len(points) < 2:
         return None
