@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from html import escape, unescape
 from html.parser import HTMLParser
 
 import pytest
@@ -509,16 +510,20 @@ def test_long_texts_are_cut_and_whole_after_a_click_whatever_their_script(run_di
 def test_where_the_model_is_and_how_it_is_called(run_dir):
     assert 'id="model"' not in build(run_dir).read_text(encoding="utf-8")
     (run_dir / "sft" / "model").mkdir()
-    html = build(run_dir).read_text(encoding="utf-8")
-    assert (
-        "What Supervised fine-tuning left" in html and f"{run_dir.name}/sft/model</pre>".replace("&", "&amp;") in html
-    )
+    page = build(run_dir).read_text(encoding="utf-8")
+    assert "What Supervised fine-tuning left" in page and f"{escape(run_dir.name)}/sft/model</pre>" in page
     (run_dir / "rl" / "model").mkdir()
-    card = "# A model\n\n```python\nprint('1 < 2')\n```\n\n```python\nmore()\n```\n"
-    (run_dir / "rl" / "model" / "README.md").write_text(card)
-    html = build(run_dir).read_text(encoding="utf-8")
-    assert "What Reinforcement learning left" in html and "rl/model</pre>" in html
-    assert '<pre class="copy">print(&#39;1 &lt; 2&#39;)</pre>' in html and "more()" not in html
+    code = 'from pathlib import Path\n\ndirectory = "DIRECTORY"  # here\nfound = Path(directory).is_dir() and 1 < 2\n'
+    (run_dir / "rl" / "model" / "README.md").write_text(
+        f"# A model\n\n```python\n{code}```\n\n```python\nmore()\n```\n"
+    )
+    page = build(run_dir).read_text(encoding="utf-8")
+    assert "What Reinforcement learning left" in page and "more()" not in page
+    shown = re.search(r'in Python:</p><pre class="copy">(.*?)</pre>', page, re.DOTALL).group(1)
+    assert "1 &lt; 2" in shown and "# here" not in shown
+    pasted: dict[str, bool] = {}
+    exec(unescape(shown), pasted)
+    assert pasted["found"]
 
 
 def test_a_start_that_learned_nothing_is_a_line(run_dir):
