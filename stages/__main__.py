@@ -102,7 +102,8 @@ def describe(step: Resolved, argv: Sequence[str]) -> str:
     """What dry_run=true shows of a step: command, added environment, settings, memory."""
     env = environment(step.settings.launch, step.stage, os.environ)
     added = [f"{name}={value}" for name, value in env.items() if name not in os.environ]
-    lines = [f"# {title(step)}", shlex.join([*added, *argv]), "", dump_yaml(step.settings.model_dump())]
+    standing = run_dir.standing(run_dir.stage_dir(step.settings, step.stage), step.settings)
+    lines = [f"# {title(step)}: {standing}", shlex.join([*added, *argv]), "", dump_yaml(step.settings.model_dump())]
     if isinstance(step.settings, Training):
         from pipeline.models.memory import estimate
 

@@ -16,14 +16,15 @@ from pipeline.config.schema import EvaluateStage
 from pipeline.config.sections import ModelSettings
 from pipeline.data import dataset
 from pipeline.errors import UserError
-from pipeline.files import write_json, write_jsonl
+from pipeline.files import flatten, write_json, write_jsonl
 from pipeline.launch import run_dir
 from pipeline.launch.entry import run
 from pipeline.records import Example, Response
 from pipeline.rewards import build, scoring
 from pipeline.rewards.rewards import Rewards
 from pipeline.rollout.generate import generate, plain_sampling
-from pipeline.trainer import engine, evaluation
+from pipeline.trainer import engine, evaluation, markdown
+from pipeline.trainer.board import Board
 from pipeline.trainer.engine import Ranks
 from pipeline.trainer.model import Model, build_inference, spoken_packing
 from stages import inputs
@@ -55,8 +56,10 @@ def main(settings: EvaluateStage, words: Sequence[str]) -> None:
     results, answers = judged(settings, models, prompts, rewards, ranks)
     if ranks.main:
         samples = [row for rows in answers.values() for row in rows[: settings.num_samples]]
+        earned = {name: [row["reward"] for row in rows] for name, rows in answers.items()}
         write_jsonl(directory / "samples" / "policies.jsonl", samples)
         write_jsonl(directory / "rewards.jsonl", [_rewards_of(row) for rows in answers.values() for row in rows])
+        show(Board(directory / "tensorboard"), results, samples, earned)
         write_json(directory / "results.json", results)
         print(table(results))
     ranks.barrier()
@@ -97,6 +100,17 @@ def judged(
 def _rewards_of(row: dict) -> dict:
     """What is kept of every response: the report draws how the rewards are spread."""
     return {name: row[name] for name in ("policy", "id", "reward", "rewards")}
+
+
+def show(
+    board: Board, results: dict[str, dict[str, float]], samples: list[dict], earned: dict[str, list[float]]
+) -> None:
+    """In TensorBoard: the numbers of the policies, their responses prompt by prompt, the distribution of rewards."""
+    board.text("policies", markdown.numbers(results))
+    board.text("samples", markdown.side_by_side([flatten(row) for row in samples]))
+    for name, rewards in earned.items():
+        board.histogram(f"policies/{name}/reward", rewards, 0)
+    board.close()
 
 
 def distance(

@@ -50,7 +50,7 @@ def test_weights_it_began_with_are_no_success(tmp_path: Path) -> None:
 
 def test_the_reward_of_logged_rows_is_not_called_the_policys(tmp_path: Path) -> None:
     """It is the same whatever was learned; the weighted loss falls, and does not tell what the policy says."""
-    logged = {"eval/reward": 0.25, "eval/loss": 2.0}
+    logged = {"eval/logged/reward": 0.25, "eval/loss": 2.0}
     found = of(tmp_path, "rl", {**logged, "eval/loss": 1.5, **ENDED}, logged)
     assert found.text == (
         "held-out loss 2.00 to 1.50 at step 300 of 400: better: of logged responses, as nothing judged its own "

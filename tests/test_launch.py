@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pipeline.config.sections import LaunchSettings
@@ -16,6 +19,7 @@ from pipeline.config.yaml_layers import ROOT
 from pipeline.errors import UserError
 from pipeline.launch.launcher import command, environment, first_host, hosts, rank_environment
 from pipeline.launch.processes import run
+from stages import STARTING
 
 PYTHON = sys.executable
 DEEPSPEED = [PYTHON, "-m", "deepspeed.launcher.runner"]
@@ -208,3 +212,73 @@ def test_sigterm_reaches_the_rank_and_its_exit_code_comes_back(tmp_path: Path, o
 
 def test_a_killed_child_is_128_and_the_signal():
     assert run([PYTHON, "-c", "import os; os.kill(os.getpid(), 9)"], os.environ) == 137
+
+
+# Ctrl-C
+
+INTERRUPTED = """
+import os, pathlib, signal, time
+from pipeline.launch import stopping
+signal.signal(signal.SIGINT, lambda number, frame: stopping.leave("the rank says it"))
+pathlib.Path("ready" + os.environ.get("RANK", "0")).touch()
+time.sleep(60)
+"""
+COMMAND = """
+import os, sys
+from pipeline.launch.processes import run
+sys.exit(run(sys.argv[1:], os.environ, lambda: print("the command says it", file=sys.stderr)))
+"""
+
+
+def _interrupted(folder: Path, argv: list[str], env: dict, ready: Callable[[subprocess.Popen], bool]) -> str:
+    """What a command printed that was interrupted once `ready`; it ended with 130 and left nothing running."""
+    words = [PYTHON, "-c", COMMAND, *argv]
+    process = subprocess.Popen(
+        words, env=env, cwd=folder, stdin=subprocess.DEVNULL, stdout=-1, stderr=-1, text=True, start_new_session=True
+    )
+    limit = time.monotonic() + 120
+    while not ready(process):
+        assert process.poll() is None and time.monotonic() < limit
+        time.sleep(0.05)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert not psutil.wait_procs(family, timeout=10)[1]
+    return out + err
+
+
+@pytest.mark.parametrize("launcher", ["single", "deepspeed", "torchrun"])
+def test_ctrl_c_is_told_once_and_by_a_rank(tmp_path: Path, launcher: str):
+    """A launcher between says nothing of its own; they would print the end of a rank, torchrun with a traceback."""
+    _stage(tmp_path, INTERRUPTED)
+    shutil.copy(ROOT / "stages" / "__init__.py", tmp_path / "stages")
+    count = 1 if launcher == "single" else 2
+    chosen = settings(processes=count, launcher=launcher)
+    env = {**environment(chosen, "sft", os.environ), "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    started = [tmp_path / f"ready{rank}" for rank in range(count)]
+    told = _interrupted(tmp_path, command(chosen, "sft", [], env), env, lambda _: all(one.exists() for one in started))
+    assert told == "tiffin: the rank says it\n"
+
+
+@pytest.mark.parametrize("launcher", ["single", "deepspeed"])
+def test_ctrl_c_before_there_is_a_rank_that_can_speak(tmp_path: Path, launcher: str):
+    """While torch is imported the command speaks; a rank, or a launcher that starts some, dies without a word."""
+    _stage(tmp_path, "import time\ntime.sleep(60)")
+    shutil.copy(ROOT / "stages" / "__init__.py", tmp_path / "stages")
+    chosen = settings(processes=1 if launcher == "single" else 2, launcher=launcher)
+    env = {**environment(chosen, "sft", os.environ), "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    begun = lambda process: bool(psutil.Process(process.pid).children())  # noqa: E731
+    assert _interrupted(tmp_path, command(chosen, "sft", [], env), env, begun) == "the command says it\n"
+
+
+def test_ctrl_c_while_the_command_itself_is_starting(tmp_path: Path):
+    (tmp_path / "pydantic.py").write_text("import time\nopen('ready', 'w').close()\ntime.sleep(60)")  # a slow import
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    process = subprocess.Popen([PYTHON, "-m", "stages"], env=env, cwd=tmp_path, stdout=-1, stderr=-1, text=True)
+    while not (tmp_path / "ready").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out, err) == (130, "", STARTING.decode())

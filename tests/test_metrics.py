@@ -125,20 +125,21 @@ def test_resume_drops_later_rows_and_a_torn_line(tmp_path):
     times = [row["time"] for row in read_metrics(path)]
     assert times == sorted(times)  # the clock goes on
     assert [p.name for p in (tmp_path / "samples").iterdir()] == ["step-000002.jsonl"]
-    points = [(event.step, event.value) for event in board(tmp_path).Scalars("train/loss")]
-    assert points == [(0, 0.0), (1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+    assert points(tmp_path, "train/loss") == [(0, 0.0), (1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
 
 
 def test_a_start_from_nothing_forgets_an_attempt_that_left_no_checkpoint(tmp_path):
     log = log_in(tmp_path)
     log.scalars(0, {"eval/loss": 9.0})
+    log.scalars(1, {"eval/loss": 8.0})
     log.close()
     time.sleep(1)  # as any start takes: TensorBoard orders files by the second, then by a counter compared as text
     log = log_in(tmp_path)
     log.scalars(0, {"eval/loss": 1.0})
+    log.scalars(1, {"eval/loss": 2.0})
     log.close()
-    assert [row["eval/loss"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1.0]
-    assert [event.value for event in board(tmp_path).Scalars("eval/loss")] == [1.0]
+    assert [row["eval/loss"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1.0, 2.0]
+    assert points(tmp_path, "eval/loss") == [(0, 1.0), (1, 2.0)]
 
 
 def test_a_broken_line_in_the_middle_names_its_place(tmp_path):
@@ -151,6 +152,7 @@ def test_a_broken_line_in_the_middle_names_its_place(tmp_path):
 def test_tensorboard_holds_scalars_histograms_text_and_hyper_parameters(tmp_path):
     log = log_in(tmp_path, hparams={"optimizer": {"learning_rate": 1e-4}, "bf16": True, "names": ["a"], "no": None})
     log.scalars(1, {"train/loss": 2.0})
+    log.scalars(2, {"train/loss": 1.0})
     log.histogram("ratio", torch.tensor([[1.0, 2.0], [math.nan, 3.0]]), 1)
     log.histogram("ratio", [math.inf], 2)
     log.samples(1, [{"prompt": "a | *<b>*", "response": "x\ny", "rewards": {"length": 0.5}}])
@@ -158,9 +160,10 @@ def test_tensorboard_holds_scalars_histograms_text_and_hyper_parameters(tmp_path
     log.close()
     events = board(tmp_path)
     assert events.Scalars("train/loss")[0].value == 2.0
-    assert events.Scalars("results/eval/loss")[0].value == 1.5
-    assert [(event.step, event.histogram_value.num) for event in events.Histograms("ratio")] == [(1, 3.0)]
-    text = events.Tensors("samples/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert shown(events, "results/text_summary").splitlines()[2:] == ["| eval/loss | 1.5 |", "| best | - |"]
+    found = events.Histograms("ratio_histogram")
+    assert [(event.step, event.histogram_value.num) for event in found] == [(1, 3.0)]
+    text = shown(events, "samples/text_summary")
     assert text.splitlines()[0] == "| prompt | response | rewards/length |"
     assert text.splitlines()[2] == r"| a &#124; \*&lt;b&gt;\* | x<br>y | 0.5 |"
     session = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
@@ -168,6 +171,40 @@ def test_tensorboard_holds_scalars_histograms_text_and_hyper_parameters(tmp_path
     layout = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
     assert b"Ratio to the start model" in layout and b"^(train|eval)/loss$" in layout
     assert json.loads((tmp_path / "results.json").read_text()) == {"eval/loss": 1.5, "best": None}
+
+
+def shown(events: EventAccumulator, tag: str) -> str:
+    return events.Tensors(tag)[0].tensor_proto.string_val[0].decode()
+
+
+def points(directory, tag: str) -> list[tuple[int, float]]:
+    return [(event.step, event.value) for event in board(directory).Scalars(tag)]
+
+
+def test_a_curve_begins_with_the_first_change(tmp_path):
+    log = log_in(tmp_path)
+    log.scalars(1, {"a": 0.5, "constant": 2.0, "once": 1.0})
+    log.scalars(2, {"a": math.nan, "constant": 2.0})
+    log.scalars(3, {"a": 0.5, "constant": 2.0})
+    log.scalars(4, {"a": 0.25, "constant": 2.0})
+    log.close()
+    assert board(tmp_path).Tags()["scalars"] == ["a"]
+    assert points(tmp_path, "a") == [(1, 0.5), (3, 0.5), (4, 0.25)]
+    assert [row["constant"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [2.0] * 4
+
+
+def test_a_resumed_curve_has_every_point_once(tmp_path):
+    """One that was held back, and one that was drawn by a step that is taken again."""
+    log = log_in(tmp_path)
+    for step in (1, 2, 3):
+        log.scalars(step, {"held": 1.0, "drawn": float(step > 2)})
+    log.close()
+    log = log_in(tmp_path, resume_step=2)
+    log.scalars(3, {"held": 1.0, "drawn": 0.0})
+    log.scalars(4, {"held": 2.0, "drawn": 0.0})
+    log.close()
+    assert points(tmp_path, "held") == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0)]
+    assert points(tmp_path, "drawn") == [(1, 0.0), (2, 0.0), (3, 0.0), (4, 0.0)]
 
 
 def test_the_layout_finds_the_tags_of_the_stages():
@@ -247,15 +284,28 @@ def test_a_disabled_log_writes_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_a_terminal_the_last_step_gets_one_plain_line(tmp_path, capsys):
-    log = log_in(tmp_path, total_steps=2)
-    log.scalars(1, {"train/loss": 3.0})
-    log.scalars(2, {"train/loss": 2.5})
-    log.scalars(2, {"eval/loss": 2.0})
+@pytest.mark.parametrize(
+    "held_out, shown",
+    [
+        ({"eval/loss": 2.0, "eval/reward": 1.5, "eval/logged/reward": 9.0}, ", held-out reward 1.5]"),
+        ({"eval/loss": 2.0, "eval/accuracy": 0.75}, ", held-out accuracy 0.75]"),
+        ({"eval/loss": 2.0, "eval/logged/reward": 9.0}, ", held-out loss 2]"),  # nothing judges the responses
+        ({}, "]"),
+    ],
+)
+def test_without_a_terminal_the_last_step_gets_one_plain_line(tmp_path, capsys, held_out, shown):
+    """It ends with the last number of held-out data, be it of an earlier step or an earlier start."""
+    log = log_in(tmp_path, total_steps=3)
+    log.scalars(0, held_out)
+    log.scalars(1, {"train/loss": 3.0, "logged/reward": 8.0})
+    log.close()
+    log = log_in(tmp_path, resume_step=1, total_steps=3)
+    log.scalars(2, {"train/loss": 2.75})
+    log.scalars(3, {"train/loss": 2.5})
     log.close()
     lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
     assert len(lines) == 1
-    assert lines[0].startswith("test: 100% 2/2") and "loss=2.5" in lines[0] and "\r" not in lines[0]
+    assert lines[0].startswith("test: 100% 3/3") and lines[0].endswith("loss 2.5" + shown) and "\r" not in lines[0]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pipeline import errors
@@ -309,4 +310,23 @@ def test_interrupting_a_training_ends_with_130_and_loses_no_checkpoint(tmp_path:
     process.send_signal(signal.SIGINT)
     done = ended(process)
     assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr[-2000:]
-    assert (latest.parent / latest.read_text().strip() / "state.json").is_file()
+    newest = latest.parent / latest.read_text().strip()
+    assert (newest / "state.json").is_file()
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("tiffin: ")]
+    assert re.match(r"tiffin: stopped by Ctrl-C after step \d+ of 5,000: ", said)
+    assert said.endswith(f"{newest} is saved; the same command goes on from there")
+
+
+def test_interrupting_a_recipe_says_what_is_not_started(tmp_path: Path) -> None:
+    """Here while the first stage, a process of its own, imports torch."""
+    process = started("stages", ["recipe=demo", f"runs_dir={tmp_path}"])
+    while not (children := psutil.Process(process.pid).children()) or "stages.sft" not in children[0].cmdline():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    done = ended(process)
+    assert done.returncode == 130
+    assert done.stderr.splitlines() == [
+        "tiffin: stopped by Ctrl-C: nothing is saved yet (save_steps=200): the same command starts again",
+        "tiffin: 5 later steps not started",
+    ]

@@ -12,10 +12,11 @@ import pytest
 
 from pipeline.config.yaml_layers import ROOT
 from pipeline.errors import UserError
+from pipeline.launch import run_dir
 from pipeline.models.policy import Policy
 from pipeline.trainer.checkpoint import Checkpoints, State
 from pipeline.trainer.metrics import Interval, Metrics
-from tests import tiny
+from tests import sameness, tiny
 from tests.test_stages import SHORT, SMALL_TRAIN, run, train
 
 KILLS = [
@@ -42,6 +43,40 @@ def test_a_checkpoint_is_not_written_over_itself(tmp_path: Path) -> None:
     before = folder.stat().st_ino
     checkpoints.save(trained, State(step=2, world=1), Interval(Metrics()))
     assert folder.stat().st_ino == before
+
+
+# trained longer
+
+CONSTANT = ["lr_scheduler_type=constant", "warmup_ratio=0", "learning_rate=1e-3", "eval_steps=2", "save_steps=3"]
+VALUES = ["value.max_prompts=16", "value.samples_per_prompt=2", "value.epochs=2", "scale_steps=false"]
+LONGER = {"sft": [*CONSTANT, *SHORT], "rl": ["algo=alol", *CONSTANT, *SHORT, *VALUES]}
+
+
+def unlike(one: Path, two: Path) -> list[str]:
+    """What differs of two runs in two places, which their settings name."""
+    names = ("config.yaml", "command.txt")
+    return [line for line in sameness.differences(one, two) if not line.split(" ")[0].endswith(names)]
+
+
+def test_trained_longer_it_is_as_if_it_had_been_so_from_the_start(tmp_path: Path, capsys) -> None:
+    """Under a constant rate every byte, with the log; where the old end is also a step that is logged and evaluated."""
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    train("sft", once, *LONGER["sft"], "max_steps=4")
+    train("sft", twice, *LONGER["sft"], "max_steps=2")
+    train("sft", twice, *LONGER["sft"], "max_steps=4")
+    assert "4 steps in place of 2: the learning rate follows its schedule" in capsys.readouterr().out
+    assert unlike(once, twice) == []
+    assert sameness.leftovers(twice) == []
+
+    train("reward", once, "name=helpfulness", "max_steps=1")
+    for stage in ("sft", "reward"):
+        shutil.copytree(once / "default" / stage, tmp_path / "longer" / "default" / stage)
+    longer = tmp_path / "longer"
+    shutil.copy(once / "default" / run_dir.DAY, longer / "default")
+    train("rl", once, *LONGER["rl"], "max_steps=4")
+    train("rl", longer, *LONGER["rl"], "max_steps=2")
+    train("rl", longer, *LONGER["rl"], "max_steps=4")
+    assert unlike(once / "default" / "rl", longer / "default" / "rl") == []
 
 
 # what has changed

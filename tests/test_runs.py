@@ -132,7 +132,10 @@ def test_a_raised_length_goes_on(tmp_path: Path, finished: bool) -> None:
     assert "train.max_steps=20, now it is None" in refused(tmp_path, "num_train_epochs=9")
     assert "its model has changed" in refused(tmp_path, "max_steps=40", inputs={**INPUTS, "model": "other"})
     assert run_dir.finished(tmp_path / "sft") == finished  # what is refused changes nothing
+    said = run_dir.standing(tmp_path / "sft", settings("max_steps=40"))
+    assert said == "goes on from step 20: train.max_steps is 40 now, it was 20"
     assert opened(tmp_path, "max_steps=40")
+    assert run_dir.standing(tmp_path / "sft", settings("max_steps=40")) == "goes on from step 20"
     assert not run_dir.finished(tmp_path / "sft")
     assert load_yaml(tmp_path / "sft" / "config.yaml")["train"]["max_steps"] == 40
 
@@ -140,9 +143,11 @@ def test_a_raised_length_goes_on(tmp_path: Path, finished: bool) -> None:
 def test_what_is_done_and_kept_no_checkpoint_is_not_trained_longer(tmp_path: Path) -> None:
     opened(tmp_path, "num_train_epochs=1", "train.keep_checkpoint=false")
     write_json(tmp_path / "sft" / "results.json", {"steps": 20})
-    assert "num_train_epochs is 2.0 now, it was 1.0, but it is done and kept no checkpoint" in refused(
-        tmp_path, "num_train_epochs=2"
-    )
+    wanted = "num_train_epochs is 2.0 now, it was 1.0, but it is done and kept no checkpoint"
+    assert wanted in refused(tmp_path, "num_train_epochs=2")
+    with pytest.raises(UserError, match=wanted):  # dry_run=true says so beforehand
+        run_dir.standing(tmp_path / "sft", settings("num_train_epochs=2"))
+    assert run_dir.standing(tmp_path / "sft", settings("num_train_epochs=1")) == "is done"
 
 
 def test_the_checkpoint_of_what_is_done_goes_where_it_is_not_to_be_kept(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_sft_leaves_what_the_design_lists(runs: Path) -> None:
     sft = runs / "sft"
     for name in ("config.yaml", "command.txt", "metrics.jsonl", "results.json", "model/config.json"):
         assert (sft / name).is_file(), name
-    assert not (sft / "checkpoints").exists()  # served their purpose
+    assert [path.name for path in (sft / "checkpoints").glob("*-*")] == ["step-000004"]  # to train longer from
     assert [row["step"] for row in rows(sft / "metrics.jsonl")] == [0, 1, 2, 3, 4]
     assert rows(sft / "samples" / "step-000004.jsonl")[0]["prompt"].startswith("\n\nHuman: ")
     assert list((sft / "tensorboard").iterdir())

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from filelock import FileLock, SoftFileLock, Timeout
 
@@ -174,15 +174,25 @@ def done(directory: Path, settings: Common, inputs: Callable[[], Mapping[str, st
     refuse_other_inputs(directory, inputs())
     if more := longer(directory, settings):
         if checkpoint(directory) is None:
-            raise UserError(
-                f"{directory}: {more}, but it is done and kept no checkpoint to go on from (train.keep_checkpoint): "
-                "choose another run= or name=, or remove the directory"
-            )
+            _refuse_longer(directory, more)
         return False
     if isinstance(settings, Training):  # a kill right before the end leaves what is not kept
         drop_checkpoints(directory, keep_last=settings.train.keep_checkpoint)
     logger.info(f"{directory} is done; remove it to do it again")
     return True
+
+
+def standing(directory: Path, settings: Common) -> str:
+    """What a start would find, in words. Raises UserError where it would be refused for its settings."""
+    if not begun(directory):
+        return "starts from nothing"
+    refuse_other(directory, settings)
+    if ended(directory, settings):
+        return "is done"
+    newest, more = checkpoint(directory), longer(directory, settings)
+    if newest is None:
+        _refuse_longer(directory, more)
+    return f"goes on from step {state_of(newest)['step']}" + (f": {more}" if more else "")
 
 
 def begun(directory: Path) -> bool:
@@ -240,6 +250,13 @@ def longer(directory: Path, settings: Common) -> str:
     changed = differences(directory, settings)
     return next(
         (f"{key} is {now} now, it was {before}" for key, before, now in changed if raised(key, before, now)), ""
+    )
+
+
+def _refuse_longer(directory: Path, more: str) -> NoReturn:
+    raise UserError(
+        f"{directory}: {more}, but it is done and kept no checkpoint to go on from (train.keep_checkpoint): "
+        "choose another run= or name=, or remove the directory"
     )
 
 

@@ -17,11 +17,9 @@ from pipeline.report.stages import Stage, verdicts
 from pipeline.report.tables import columns_of
 
 REWARD, LOSS, WORDS = "reward", "eval/loss", "completions/mean_words"
-JUDGED = "eval/rewards/*/mean"  # there where a reward judged the policy's own responses
 LOGGED = ": of logged responses, as nothing judged its own (reward=NAME would)"
 UNKNOWN = "no held-out rows: nothing tells whether it helped"
 NOT_FINITE = "its held-out numbers are not finite"
-RESULT = ("eval/", "reward", "rewards/")
 
 
 class Headline(NamedTuple):
@@ -70,7 +68,7 @@ def of_training(stage: Stage) -> Headline:
         return _untrained(results)
     where = f" at step {results['model_step']:,} of {results['steps']:,}"
     if watched is None:
-        known = any(tag.startswith(RESULT) for tag in results)
+        known = any(tag.startswith("eval/") for tag in results)
         return Headline(f"{NOT_FINITE if known else UNKNOWN} ({where.strip()})", LOOK)
     first = _start(stage)
     if first.get(watched.tag) is None:
@@ -141,10 +139,10 @@ OF_KIND: Mapping[str, Callable[[Stage], Headline]] = {
 
 def _watched(results: Numbers) -> list[Watched]:
     """What a training may be judged by, the best first: only a reward of its own responses is the policy's reward."""
-    own = [Watched(f"eval/{REWARD}", "held-out reward", True)] if _any(results, JUDGED) else []
+    own = Watched(f"eval/{REWARD}", "held-out reward", True)
     language = "eval/perplexity" in results  # sft's: the loss is of language, and not of weighted rows
     pairs = Watched("eval/rewards/accuracies", "held-out pairs in the right order", True, LOGGED)
-    return [*own, pairs, Watched(LOSS, "held-out loss", False, "" if language else LOGGED)]
+    return [own, pairs, Watched(LOSS, "held-out loss", False, "" if language else LOGGED)]
 
 
 def _least(watched: Watched) -> str:
@@ -205,10 +203,6 @@ def _start(stage: Stage) -> dict[str, float]:
 def _plain(stage: Stage) -> dict[str, float | None]:
     """The final numbers of a training."""
     return {tag: value for tag, value in flatten(stage.results).items() if not isinstance(value, str)}
-
-
-def _any(results: Numbers, pattern: str) -> bool:
-    return any(fnmatchcase(tag, pattern) for tag in results)
 
 
 def _shown(policy: Numbers) -> str:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipeline.config.schema import RlStage
 from pipeline.config.sections import DataSettings, ModelSettings
 from pipeline.data import dataset
@@ -17,6 +19,7 @@ from pipeline.rewards.rewards import Rewards
 from pipeline.rollout.generate import generate
 from pipeline.trainer import evaluation
 from pipeline.trainer.engine import Ranks
+from pipeline.trainer.loop import Evaluation
 from pipeline.trainer.model import Model
 from pipeline.trainer.objective import Objective, RlModule
 
@@ -61,15 +64,14 @@ def required_rewards(context: Context) -> Rewards:
     return context.rewards
 
 
-def fresh_responses(
-    context: Context, model: Model, prompts: Sequence[Example]
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """eval/... of responses that the policy gives now, judged where there are rewards; and a few of them as samples."""
+def fresh_responses(context: Context, model: Model, prompts: Sequence[Example]) -> Evaluation:
+    """eval/... of responses that the policy gives now; judged, where rewards are, with a few samples."""
     settings = context.settings
     responses = generate(model.engine, model.encoder, prompts, settings.generation, settings.seed)
-    statistics, samples = evaluation.completion_statistics(responses), []
+    statistics, histograms, samples = evaluation.completion_statistics(responses), {}, []
     if context.rewards is not None:
         scores = scoring.score_responses(model.ranks, context.rewards, responses)
         statistics |= evaluation.reward_statistics(scores, [response.text for response in responses])
         samples = evaluation.sample_rows(responses, scores, settings.eval.num_samples)
-    return {f"eval/{name}": value for name, value in statistics.items()}, samples
+        histograms["eval/reward"] = torch.tensor(scores.total)
+    return Evaluation({f"eval/{name}": value for name, value in statistics.items()}, histograms, samples)

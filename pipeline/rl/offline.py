@@ -122,17 +122,17 @@ def evaluate(context: Context, policy: Model, watched: WatchedRows, step: int) -
     """The loss's statistics on held-out rows, and fresh responses to held-out prompts, judged."""
     engine, packing = policy.engine, policy.packing
     scalars = evaluation.held_out_loss(engine, context.objective, watched.held_out, packing)
-    judged, samples = fresh_responses(context, policy, watched.prompts)
-    scalars |= judged
-    histograms = {}
+    judged = fresh_responses(context, policy, watched.prompts)
+    scalars, histograms = scalars | judged.scalars, dict(judged.histograms)
     if watched.held_out[0].ref_logp:
         histograms["ratio/log"] = evaluation.log_ratios(engine, watched.held_out[:HISTOGRAM_ROWS], packing)
     if step == 0:
         scalars, histograms = scalars | watched.facts, histograms | number_histograms(watched.learned)
-    return Evaluation(scalars, histograms, samples)
+    return Evaluation(scalars, histograms, judged.samples)
 
 
 def number_histograms(items: Sequence[Item]) -> dict[str, torch.Tensor]:
     """Distributions of what is known of all rows: they do not change."""
-    names = [name for name in ("reward", "value", "advantage") if name in items[0].numbers]
-    return {name: torch.tensor([item.numbers[name] for item in items]) for name in names}
+    tags = {"reward": "logged/reward", "value": "value", "advantage": "advantage"}
+    known = {tag: name for name, tag in tags.items() if name in items[0].numbers}
+    return {tag: torch.tensor([item.numbers[name] for item in items]) for tag, name in known.items()}

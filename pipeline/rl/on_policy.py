@@ -95,13 +95,16 @@ def trainer(context: Context) -> Trainer:
 def evaluate(context: Context, policy: Model, prompts: Sequence[Example], rollouts: Rollouts, step: int) -> Evaluation:
     """Fresh responses to held-out prompts; and the last step's samples, prompt by prompt."""
     last = rollouts.groups
-    judged, samples = fresh_responses(context, policy, prompts)
+    judged = fresh_responses(context, policy, prompts)
     known = [group.allocation.capability for group in last if group.allocation.capability is not None]
-    histograms = {"esrl/capability": torch.tensor(known)} if known else {}
+    histograms = dict(judged.histograms)
+    if known:
+        histograms["esrl/capability"] = torch.tensor(known)
     if last:
         histograms["esrl/samples"] = torch.tensor([float(len(group.responses)) for group in last])
+        histograms["train/reward"] = torch.tensor([reward for group in last for reward in group.raw])
         histograms["advantage"] = torch.tensor([weight for group in last for weight in group.advantages])
-    return Evaluation(judged, histograms, [*samples, *table(last, context.settings.eval.num_samples)])
+    return Evaluation(judged.scalars, histograms, [*judged.samples, *table(last, context.settings.eval.num_samples)])
 
 
 def sampled(settings: RlPolicy) -> GenerationSettings:

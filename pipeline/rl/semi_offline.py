@@ -107,9 +107,9 @@ def evaluate(context: Context, policy: Model, watched: WatchedCompositions, step
     scalars = evaluation.held_out_loss(engine, LIKELIHOOD, watched.held_out, policy.packing)
     alone = replace(masked, masker=replace(masked.masker, samples=0))
     scalars["eval/masked_loss"] = evaluation.held_out_loss(engine, LIKELIHOOD, watched.held_out, alone)["eval/loss"]
-    judged, samples = fresh_responses(context, policy, watched.prompts)
+    judged = fresh_responses(context, policy, watched.prompts)
     histograms, table = composed(context, policy, watched)
-    return Evaluation(scalars | judged, histograms, [*samples, *table])
+    return Evaluation(scalars | judged.scalars, {**judged.histograms, **histograms}, [*judged.samples, *table])
 
 
 @torch.no_grad()
@@ -127,7 +127,7 @@ def composed(
         rows += samples_of(policy.encoder, batch, drawn, texts, weights[-1])
     if not rows:
         return {}, []
-    return {"reward/compositions": torch.cat(rewards), "advantage": torch.cat(weights).flatten()}, rows
+    return {"semi_offline/reward": torch.cat(rewards), "advantage": torch.cat(weights).flatten()}, rows
 
 
 LIKELIHOOD = Objective(

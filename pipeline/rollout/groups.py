@@ -132,7 +132,8 @@ def statistics(
     full = sampler.most * sum(float(group.stats.lengths.mean()) for group in kept)
     taken = sum(float(group.stats.lengths.sum()) for group in kept)
     spreads = [float(group.stats.rewards.max() - group.stats.rewards.min()) for group in kept if len(group.raw) > 1]
-    entropies = [sum(one.stats.entropy for one in group.responses) / len(group.responses) for group in kept]
+    entropies = [one.stats.entropy for group in kept for one in group.responses]
+    lengths = [len(one.response_ids) for group in kept for one in group.responses]
     numbers = {
         # where k varies, not the mean over responses
         "rollout/reward_per_prompt": [sum(group.raw) / len(group.raw) for group in kept],
@@ -140,7 +141,6 @@ def statistics(
         "rollout/equal_groups": [float(spread <= EQUAL_REWARDS) for spread in spreads],
         "rollout/queue_mean": [] if queue_mean is None else [queue_mean],
         "advantage/mean": [advantage for group in kept for advantage in group.advantages],
-        "entropy": entropies,
         "esrl/capability": known,
         "esrl/known": [float(group.allocation.capability is not None) for group in groups],
         "esrl/samples_per_prompt": [float(len(group.responses)) for group in groups],
@@ -148,7 +148,9 @@ def statistics(
         "esrl/left_out": [float(not group.responses) for group in groups],
         "esrl/tokens_saved": [1.0 - taken / full] if full and varies else [],
     }
-    return {name: mean_stat(torch.tensor(values, dtype=torch.float64)) for name, values in numbers.items()}
+    per_token = torch.tensor(entropies, dtype=torch.float64).repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
+    numbers = {name: torch.tensor(values, dtype=torch.float64) for name, values in numbers.items()}
+    return {name: mean_stat(values) for name, values in {**numbers, "entropy": per_token}.items()}
 
 
 def table(groups: Sequence[Group], count: int) -> list[dict[str, Any]]:

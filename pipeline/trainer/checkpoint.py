@@ -32,6 +32,7 @@ class State:
     world: int
     of: int = 0  # steps that were planned; 0 where older versions did not say
     seconds: float = 0.0  # that the training has taken so far
+    num_tokens: int = 0  # read up to the last row of the log, over all ranks
     best: float | None = None  # best value of the watched metric so far
     best_step: int | None = None
     best_seen: dict[str, float] = field(default_factory=dict)  # what the evaluation at best_step saw

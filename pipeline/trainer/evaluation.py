@@ -32,7 +32,8 @@ def held_out_loss(engine: Engine, objective: Objective, items: Sequence[Item], p
 
 
 def reward_statistics(scores: Scores, texts: Sequence[str]) -> dict[str, float]:
-    """reward/* of the weighted sum; rewards/<name>/* of each normalised score, with its correlation with length.
+    """reward/* of the weighted sum; rewards/<name>/* of each normalised score, with its correlation with length, and
+    rewards/<name>/raw_mean where that is another number.
 
     A reward's numbers are those of the responses that it judges; of fewer than all, rewards/<name>/judged is the share.
     They are NaN where it judges none.
@@ -46,7 +47,8 @@ def reward_statistics(scores: Scores, texts: Sequence[str]) -> dict[str, float]:
         result[f"rewards/{name}/mean"] = statistics.fmean(values)
         result[f"rewards/{name}/std"] = spread = statistics.pstdev(values) if judged else math.nan
         result[f"rewards/{name}/se"] = spread / math.sqrt(len(values))
-        result[f"rewards/{name}/raw_mean"] = statistics.fmean(raw)
+        if scores.raw[name] != scores.normalised[name]:
+            result[f"rewards/{name}/raw_mean"] = statistics.fmean(raw)
         result[f"rewards/{name}/length_correlation"] = length_correlation(values, [texts[i] for i in judged])
         if len(judged) < len(texts):
             result[f"rewards/{name}/judged"] = len(judged) / len(texts)

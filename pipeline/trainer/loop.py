@@ -159,7 +159,8 @@ def take_steps(trainer: Trainer, state: State, interval: Interval, log: RunLog, 
             state = replace(state, step=state.step + 1)
             values = {}
             if due(state.step, train.logging_steps, last):
-                values |= summary(ranks, interval)
+                values |= summary(ranks, interval, state.num_tokens)
+                state = replace(state, num_tokens=int(values["train/num_tokens"]))
             if due(state.step, trainer.eval_steps, last):
                 state, scalars = evaluate(trainer, state, log)
                 values |= scalars
@@ -231,10 +232,12 @@ def step_stats(window: Sequence[Batch], norm: float, rate: float, device: torch.
     return {name: Stat("mean", sums) for name, sums in zip(numbers, rows, strict=True)}
 
 
-def summary(ranks: Ranks, interval: Interval) -> dict[str, float]:
-    """The interval over all ranks, with rates. num_tokens counts learned tokens of one step."""
+def summary(ranks: Ranks, interval: Interval, tokens: int) -> dict[str, float]:
+    """The interval over all ranks, with rates; `tokens` were read before it. learned_tokens are those of one step."""
+    steps = interval.steps
     values, seconds = interval.close(ranks.all_sum)
     read = values.pop("perf/tokens") * ranks.world
+    values["train/num_tokens"] = tokens + round(read * steps)  # since the start, prompts too, as TRL counts
     values["train/learned_tokens"] *= ranks.world
     values |= {"perf/tokens_per_second": read / seconds, "perf/step_seconds": seconds}
     if ranks.device.type == "cuda":

@@ -5,6 +5,7 @@ Rows are flat: keys within keys are joined by '/'.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -35,6 +36,30 @@ def table(rows: Sequence[Row]) -> str:
     """One line per row, one column per key."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     return lines(names, [[plain(row.get(name, "")) for name in names] for row in rows])
+
+
+def side_by_side(rows: Sequence[Row]) -> str:
+    """The responses of several policies, a section per prompt: the first prompts of all policies are the same."""
+    by_prompt: dict[Any, list[Row]] = {}
+    for row in rows:
+        by_prompt.setdefault(row["id"], []).append(row)
+    names = ("policy", "reward", "response")
+    return "\n\n".join(
+        f"**prompt:** {plain(group[0]['prompt'])}\n\n"
+        + lines(names, [[plain(row[name]) for name in names] for row in group])
+        for group in [*by_prompt.values()][:SECTIONS]
+    )
+
+
+def numbers(columns: Mapping[str, Mapping[str, Any]]) -> str:
+    """{title: {name: number}} as one line per name and one column per title; what is missing, null or NaN is a dash."""
+    names = dict.fromkeys(name for column in columns.values() for name in column)
+    cells = [[_number(column.get(name)) for column in columns.values()] for name in names]
+    return lines(["", *columns], [[plain(name), *row] for name, row in zip(names, cells, strict=True)])
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else plain(value)
 
 
 def section(row: Row) -> str:
