@@ -53,9 +53,12 @@ def main(settings: EvaluateStage, words: Sequence[str]) -> None:
     prompts = dataset.unique_prompts(rows)[: settings.max_rows]
     scoring.try_rewards(ranks, rewards, prompts[0], written=True)
 
-    results, samples, earned = judged(settings, models, prompts, rewards, ranks)
+    results, answers = judged(settings, models, prompts, rewards, ranks)
     if ranks.main:
+        samples = [row for rows in answers.values() for row in rows[: settings.num_samples]]
+        earned = {name: [row["reward"] for row in rows] for name, rows in answers.items()}
         write_jsonl(directory / "samples" / "policies.jsonl", samples)
+        write_jsonl(directory / "rewards.jsonl", [_rewards_of(row) for rows in answers.values() for row in rows])
         show(Board(directory / "tensorboard"), results, samples, earned)
         write_json(directory / "results.json", results)
         print(table(results))
@@ -64,18 +67,15 @@ def main(settings: EvaluateStage, words: Sequence[str]) -> None:
 
 def judged(
     settings: EvaluateStage, models: dict[str, ModelSettings], prompts: list[Example], rewards: Rewards, ranks: Ranks
-) -> tuple[dict[str, dict[str, float]], list[dict], dict[str, list[float]]]:
-    """What each policy scores, with its distance to the first one; samples of all; and the reward of each response.
-
-    All are in the policies' order.
+) -> tuple[dict[str, dict[str, float]], dict[str, list[dict]]]:
+    """What each policy scores, with its distance to the first one; and its responses as rows. In the policies' order.
 
     The first policy, the reference, is opened last, so that one model is in memory at a time.
     """
     names = list(models)
     sampled: dict[str, tuple[list[Response], list, PreTrainedTokenizerBase]] = {}
     results: dict[str, dict[str, float]] = {}
-    samples: dict[str, list[dict]] = {}
-    earned: dict[str, list[float]] = {}
+    rows: dict[str, list[dict]] = {}
     # the first policy comes last: by then it can say how likely it finds the others' responses
     for name in [*names[1:], names[0]]:
         policy = build_inference(settings, ranks, models[name])
@@ -86,17 +86,20 @@ def judged(
         logps = evaluation.response_logps(policy.engine, drawn, spoken_packing(policy))
         sampled[name] = drawn, logps, policy.encoder.tokenizer
         scores = scoring.score_responses(ranks, rewards, answers)
-        earned[name] = scores.total
         results[name] = evaluation.reward_statistics(scores, [answer.text for answer in answers])
         results[name] |= evaluation.completion_statistics(answers)
-        samples[name] = evaluation.sample_rows(answers, scores, settings.num_samples, policy=name)
+        rows[name] = evaluation.sample_rows(answers, scores, len(answers), policy=name)
         if name == names[0]:
             for other, theirs in sampled.items():
                 results[other] |= distance(policy, name, other, *theirs)
         del policy
         gc.collect()
-    rows = [row for name in names for row in samples[name]]
-    return {name: results[name] for name in names}, rows, {name: earned[name] for name in names}
+    return {name: results[name] for name in names}, {name: rows[name] for name in names}
+
+
+def _rewards_of(row: dict) -> dict:
+    """What is kept of every response: the report draws how the rewards are spread."""
+    return {name: row[name] for name in ("policy", "id", "reward", "rewards")}
 
 
 def show(

@@ -9,6 +9,7 @@ from pipeline.launch import run_dir
 from pipeline.launch.entry import run
 from pipeline.report import run_page
 from pipeline.report.headline import of_run
+from pipeline.report.spec import FINE
 from pipeline.report.stages import stages_of
 
 SHOWN = 8  # findings that are printed; the page has all
@@ -17,11 +18,12 @@ SHOWN = 8  # findings that are printed; the page has all
 def main(settings: ReportStage, words: Sequence[str]) -> None:
     directory = run_dir.run_dir(settings)
     path, stages = run_page.build(directory), stages_of(directory)
-    found, said = run_page.wrong(stages), of_run(stages)
-    for place, *_, verdict in found[:SHOWN]:
-        print(f"{verdict.level}: {place}: {verdict.name}, {verdict.text}: {verdict.words}")
+    found = [one for one in run_page.findings(stages) if one.verdict.level != FINE]
+    for place, _, verdict in found[:SHOWN]:
+        print(f"{verdict.level}: {place}: {verdict.name}: {verdict.text}: {verdict.means}. {verdict.do}")
     if len(found) > SHOWN:
         print(f"... and {len(found) - SHOWN} more on the page")
+    said = of_run(stages)
     print(f"{path}: {said.text if said else 'no stage has ended yet'}", flush=True)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.report.checks import Reading, judge, of_policies
+from pipeline.report.checks import Reading, judge, of_policies, readings_of
 from pipeline.report.spec import FINE, LEVELS, LOOK, TROUBLE, band, rules, wanted
 from pipeline.report.stage_checks import OF_KIND, TRAINING, of_stage, series_of, spent
 
@@ -19,7 +19,10 @@ THRESHOLDS = {
     "unseen": [(-2.1, TROUBLE), (-2.0, FINE)],
     "parts": [(-2.1, LOOK), (-2.0, FINE)],
     "length": [(0.49, TROUBLE), (0.5, LOOK), (0.67, FINE), (1.33, FINE), (1.34, LOOK), (2.0, LOOK), (2.1, TROUBLE)],
-    "length_correlation": [(0.5, FINE), (0.51, LOOK), (0.7, LOOK), (0.71, TROUBLE)],
+    "length_correlation": [
+        *((-0.71, TROUBLE), (-0.7, LOOK), (-0.51, LOOK), (-0.5, FINE)),
+        *((0.5, FINE), (0.51, LOOK), (0.7, LOOK), (0.71, TROUBLE)),
+    ],
     "variety": [(0.49, TROUBLE), (0.5, LOOK), (0.69, LOOK), (0.7, FINE), (2.0, FINE)],
     "repetition": [(0.2, FINE), (0.21, LOOK), (0.5, LOOK), (0.51, TROUBLE)],
     "cut": [(0.2, FINE), (0.21, LOOK), (0.5, LOOK), (0.51, TROUBLE)],
@@ -75,7 +78,7 @@ def test_every_limit_has_one_bound_and_says_what_to_do_and_why():
     for rule in rules().values():
         for limit in rule.limits:
             assert limit.side in ("below", "above")
-            assert limit.words and limit.why and limit.level in LEVELS and limit.level != FINE
+            assert limit.means and limit.do and limit.why and limit.level in LEVELS and limit.level != FINE
         graver = [LEVELS.index(limit.level) for limit in rule.limits]
         assert graver == sorted(graver), rule.name  # else a graver limit behind a milder one would never speak
 
@@ -92,35 +95,42 @@ def test_the_gain_is_counted_in_standard_errors():
     sft = {"reward": 0.40, "reward_se": 0.03}
     rl = {"reward": 0.50, "reward_se": 0.04}
     # sqrt(0.03^2 + 0.04^2) = 0.05; 0.10 / 0.05 = 2
-    assert of_policies(sft, rl)["gain"].value == pytest.approx(2.0)
+    quantity, reading = readings_of(sft, rl)["reward"]
+    assert quantity == "gain" and reading.value == pytest.approx(2.0)
+    assert reading.text == "0.400 to 0.500, 2.00 standard errors"
     # without errors two of them are 2 % of 0.40 = 0.008: 0.10 / 0.004 = 25
-    assert of_policies({"reward": 0.40}, {"reward": 0.50})["gain"].value == pytest.approx(25.0)
+    assert readings_of({"reward": 0.40}, {"reward": 0.50})["reward"][1].value == pytest.approx(25.0)
 
 
 def test_what_was_never_trained_on_is_judged_apart_and_only_where_the_reward_rose():
     names = ("reward", "rewards/a/mean", "rewards/b/mean", "rewards/oracle:a/mean")
     sft = dict(zip(names, (0.5, 0.5, 0.5, 0.5), strict=True))
-    rl = dict(zip(names, (0.6, 0.4, 0.3, 0.6), strict=True))
-    # one standard error is half of 2 % of 0.5: 0.005
-    found = of_policies(sft, rl)
-    assert found["parts"].value == pytest.approx(-40.0) and "b" in found["parts"].text  # -0.2 / 0.005
-    assert found["unseen"].value == pytest.approx(20.0)
-    found = of_policies(sft, rl, monitors=["b"])
-    assert found["parts"].value == pytest.approx(-20.0) and found["unseen"].value == pytest.approx(-40.0)
-    worse = of_policies(sft, {**rl, "reward": 0.4})
-    assert "parts" not in worse and "unseen" not in worse
+    rl = dict(zip(names, (0.6, 0.6, 0.3, 0.4), strict=True))
+    # one standard error is half of 2 % of 0.5: 0.005; a is a copy of the reward
+    found = readings_of(sft, rl)
+    assert {tag: quantity for tag, (quantity, _) in found.items()} == {
+        "reward": "gain",
+        "rewards/b/mean": "parts",
+        "rewards/oracle:a/mean": "unseen",
+    }
+    assert found["rewards/b/mean"][1].value == pytest.approx(-40.0)  # -0.2 / 0.005
+    assert readings_of(sft, rl, monitors=["b"])["rewards/b/mean"][0] == "unseen"
+    judged = of_policies(sft, rl)
+    assert (judged["rewards/b/mean"].level, judged["rewards/oracle:a/mean"].level) == (LOOK, TROUBLE)
+    assert readings_of(sft, {**rl, "reward": 0.4}).keys() == {"reward"}
 
 
 def test_responses_beside_the_first_policy():
     sft = {"completions/mean_words": 20.0, "completions/distinct_2": 0.4, "completions/repetition": 0.1}
     rl = {"completions/mean_words": 30.0, "completions/distinct_2": 0.1, "completions/repetition": 0.3}
-    more = {"reward_length_correlation": 0.3, "rewards/a/length_correlation": -0.6, "objective/kl": 2.0}
-    found = of_policies(sft, {**rl, **more, "rewards/oracle:a/length_correlation": 0.9})
-    values = {quantity: reading.value for quantity, reading in found.items()}
+    # of the correlations with length the reward's own is judged, not those of its parts
+    more = {"reward_length_correlation": -0.3, "rewards/a/length_correlation": -0.6, "objective/kl": 2.0}
+    found = readings_of(sft, rl | more)
+    values = {quantity: reading.value for quantity, reading in found.values()}
     assert values == pytest.approx(
-        {"length": 1.5, "variety": 0.25, "repetition": 0.3, "length_correlation": 0.6, "kl": 2.0}
+        {"length": 1.5, "variety": 0.25, "repetition": 0.3, "length_correlation": -0.3, "kl": 2.0}
     )
-    assert found["repetition"].text == "10% to 30%"
+    assert found["completions/repetition"][1].text == "10% to 30%"
 
 
 def rl_rows(n: int = 20) -> list[dict]:
@@ -147,7 +157,7 @@ def test_curves_of_rl():
     expected = {"non_finite": 0.1, "grad_spike": 6.0, "length": 4.0, "kept": 0.5, "value_r2": 0.13}
     assert values == pytest.approx({**expected, "clip": 0.75, "ess": 0.5})
     assert found["clip"].text == "75% (25% at the lower bound, 50% at the upper bound)"
-    assert judge("value_r2", found["value_r2"]).words.startswith("the head knows little more than the mean")
+    assert judge("value_r2", found["value_r2"]).means.startswith("it hardly foresees which prompts")
 
 
 def masked_rows(*decoded: float) -> list[dict]:
@@ -232,14 +242,11 @@ def test_a_weighted_loss_cannot_overfit():
 @pytest.mark.parametrize(("rewards", "step"), [((0.5, 0.4, 0.45), 0), ((0.5, 0.7, 0.7), 10), ((0.5, 0.6, 0.7), 20)])
 def test_the_best_step_is_that_of_the_best_evaluation_whatever_was_kept(rewards: tuple[float, ...], step: int):
     """With train.keep=last the weights kept are the last, step 20; the losses fall, as they do in RL come what may."""
-    rows = [
-        {"step": 10 * i, "eval/loss": -i, "eval/reward": x, "eval/rewards/length/mean": x}
-        for i, x in enumerate(rewards)
-    ]
+    rows = [{"step": 10 * i, "eval/loss": -i, "eval/reward": x} for i, x in enumerate(rewards)]
     found = of_stage("rl", series_of(rows), {"model_step": 20, "steps": 20}, {})["best_step"]
     assert (found.value, found.text) == (step, f"{step} of 20")
     assert judge("best_step", found).level == (FINE if step else TROUBLE)
     # without a reward that judges responses, that of the logged rows says nothing, and the loss is read
-    unjudged = [{name: x for name, x in row.items() if name != "eval/rewards/length/mean"} for row in rows]
+    unjudged = [{"step": row["step"], "eval/loss": row["eval/loss"], "eval/logged/reward": 0.5} for row in rows]
     assert of_stage("rl", series_of(unjudged), {}, {})["best_step"].value == 20
     assert "best_step" not in of_stage("rl", series_of(rows[:1]), {}, {})

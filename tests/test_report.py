@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from html import escape, unescape
 from html.parser import HTMLParser
 
 import pytest
@@ -104,8 +105,9 @@ def test_it_holds_the_numbers(run_dir):
     for text in ("trial &amp; error", "0.410", "0.630", "+0.220 ▲ better", "± 0.010", "4,321", "bash run.sh stage=sft"):
         assert text in html
     assert "True helpfulness (oracle)" in html
-    assert html.count("<svg") == 7  # sft loss; reward accuracy, by source, and pairs twice; rl clipped share and ratio
-    assert "300 steps in 5 min 0 s" in html
+    # sft loss; reward accuracy, by source, and pairs twice; rl clipped share and ratio; no distribution of rewards
+    assert html.count("<svg") == 7
+    assert '<summary>Supervised fine-tuning <span class="note">300 steps in 5 min 0 s</span>' in html
 
 
 def test_texts_are_escaped_and_policies_stand_in_the_order_of_the_results(run_dir):
@@ -115,23 +117,52 @@ def test_texts_are_escaped_and_policies_stand_in_the_order_of_the_results(run_di
     assert html.index("<b>sft reward 0.125</b>") < html.index("<b>rl reward 0.750 (+0.625)</b>")
 
 
-def test_it_says_first_what_is_unhealthy(run_dir):
+def test_it_says_what_is_unhealthy_the_most_serious_first(run_dir):
     html = build(run_dir).read_text(encoding="utf-8")
-    first = html[html.index('id="look"') : html.index('id="results"')]
-    assert "Trouble</b> <b>Reinforcement learning: Value fit (R2), \N{MINUS SIGN}0.200." in first
-    # of 19 points the last tenth is one: 19/20
-    assert "Look</b> <b>Reinforcement learning: Ratios at the clip, 95% (95% at the upper bound)." in first
+    look = html[html.index('id="look"') : html.index('id="results"')]
+    found = re.findall(r'<li class="(\w+)" id="[^"]+">\s*<b[^>]*>[^<]*</b> <b>([^<]*)</b>\s*<span[^>]*>([^<,]*)', look)
+    for one in (
+        ("trouble", "Value fit (R2): \N{MINUS SIGN}0.200", "Reinforcement learning"),
+        # of 19 points the last tenth is one: 19/20
+        ("look", "Ratios at the clip: 95% (95% at the upper bound)", "Reinforcement learning"),
+        ("trouble", "Length of responses: 20.0 to 44.0 words", "rl against sft"),  # 2.2 times
+        ("trouble", "Rewards never trained on: True helpfulness (oracle) 0.600 to 0.500", "rl against sft"),
+        ("fine", "Gain in reward: 0.410 to 0.630, 15.6 standard errors", "rl against sft"),
+    ):
+        assert one in found
     # 80 pairs: accuracy 0.55 - 0.6 of length alone is below 0
-    assert "Trouble</b> <b>Reward model: helpfulness: Lead over counting words, 0.550 against 0.600" in first
-    assert "Trouble</b> <b>rl against sft: Length of responses, 20.0 to 44.0 words." in first  # 2.2 times
-    assert "Trouble</b> <b>rl against sft: Rewards never trained on, True helpfulness (oracle) 0.600 to 0.500" in first
-    assert "Fine</b> <b>rl against sft: Gain in reward, 0.410 to 0.630, 15.6 standard errors." in first
-    assert first.index("Trouble</b>") < first.index("Look</b>") < first.index("Fine</b>")
+    assert "Lead over counting words: 0.550 against 0.600 on 80 pairs" in look
+    levels = [level for level, _, _ in found]
+    assert levels == sorted(levels, key=["trouble", "look", "fine"].index) and len({*levels}) == 3
+    assert look.count("What to do:") == len(found) - levels.count("fine")
+
+
+def test_the_table_and_the_checks_say_the_same_of_every_number(run_dir):
+    """Every number of the table that has a rule links to its check, which is of the same level; no check stands twice,
+    and what RL measured of the same policy on fewer prompts is not judged beside it."""
+    sft = {"reward_length_correlation": 0.3, "completions/distinct_2": 0.30, "completions/repetition": 0.1}
+    rl = {"reward_length_correlation": 0.49, "completions/distinct_2": 0.25, "completions/repetition": 0.3}
+    shared = {"rewards/helpfulness/mean": 0.2, "rewards/helpfulness/length_correlation": 0.55, "objective/kl": 0.0}
+    rl |= {**shared, "rewards/helpfulness/mean": 0.1, "completions/clipped_ratio": 0.6, "objective/kl": 2.0}
+    results = {"sft": {**SFT, **sft, **shared, "completions/clipped_ratio": 0.6}, "rl": {**RL, **rl}}
+    (run_dir / "evaluate" / "results.json").write_text(json.dumps(results))
+    look = {"reward_length_correlation": 0.6, "completions/distinct_2": 0.1, "completions/repetition": 0.9}
+    rows = [{"step": i, "time": i, **{f"eval/{tag}": value / (3 - i) for tag, value in look.items()}} for i in (1, 2)]
+    write_rows(run_dir / "rl" / "metrics.jsonl", rows)
+    html = build(run_dir).read_text(encoding="utf-8")
+    checks = re.findall(r'<li class="(\w+)" id="([^"]+)">', html)
+    assert len({anchor for _, anchor in checks}) == len(checks)
+    judged = [(level, anchor) for level, anchor in re.findall(r'<a class="mark (\w+)" href="#([^"]+)"', html)]
+    # reward, oracle, helpfulness, length, correlation, variety, repetition, cut, KL
+    assert len(judged) == 9 and {level for level, _ in judged} == {"fine", "look", "trouble"}
+    assert sorted(judged) == sorted(one for one in checks if one[1].startswith("check-evaluate-"))
+    assert '\N{MINUS SIGN}0.050 ▼ worse <a class="mark fine"' in html and "within the healthy range" in html
+    assert html.count("Reward and length:") == 1 and '<div class="warn">' not in html[html.index('id="rl"') :]
 
 
 def test_a_warning_stands_below_its_chart_too(run_dir):
     html = build(run_dir).read_text(encoding="utf-8")
-    assert '<div class="warn">Look. 0.550: a weak judge' in html
+    assert '<div class="warn">Look. 0.550: it is wrong in two of five cases' in html
     assert "healthy from 0.6: what if not" in html and "two people agree on about three of four" in html
 
 
@@ -159,8 +190,8 @@ def test_what_was_run(run_dir):
     assert rows.format("seed", "7", "0") in html or rows.format("seed", "7", "1") in html
     assert rows.format("older", "True", "no such setting now") in html
     assert rows.format("train.batch_size", "32", "32") not in html
-    assert "Steps that were not finite, 1 of 300." in html  # two ranks, one step
-    assert "Responses cut in the data, 600 of 4,000." in html  # 15 %
+    assert "Steps that were not finite: 1 of 300" in html  # two ranks, one step
+    assert "Responses cut in the data: 600 of 4,000" in html  # 15 %
 
 
 def test_before_an_evaluation_the_samples_of_rl_are_shown(run_dir):
@@ -197,7 +228,7 @@ def test_compositions_stand_below_the_responses(run_dir):
         write_rows(run_dir / "rl" / "samples" / f"step-{step:06d}.jsonl", rows)
     html = build(run_dir).read_text(encoding="utf-8")
     parsed(html)
-    shown = html[html.index("<h3>Compositions</h3>") : html.index('id="sft"')]
+    shown = html[html.index("<h3>Compositions</h3>") : html.index('id="evaluate"')]
     assert "Static responses of 5 rows trained on, at step 80" in shown and "2 more rows" in shown  # three stand open
     assert "64 texts, mean reward 0.250; the best and the worst 2. At step 0: mean 0.125, greedy 0.375." in shown
     assert "a<mark> mat</mark>" in shown and "a<mark> &lt;b&gt;</mark>" in shown and "here &amp; there" in shown
@@ -208,11 +239,13 @@ def test_compositions_stand_below_the_responses(run_dir):
     assert html.index("<b>step 80 reward 0.250</b>") < html.index("<h3>Compositions</h3>")
 
 
-def test_compositions_of_named_stages_are_a_click_away_and_mistakes_name_their_line(run_dir):
+def test_compositions_of_named_stages_stand_in_their_stage_and_mistakes_name_their_line(run_dir):
     path = run_dir / "rl" / "other" / "samples" / "step-000004.jsonl"
     write_rows(path, [composed("row 1", 0.5)])
+    write_rows(run_dir / "rl" / "other" / "metrics.jsonl", [{"step": 1, "time": 1}])
     html = build(run_dir).read_text(encoding="utf-8")
-    assert "<summary>Compositions of other</summary>" in html and "At step" not in html  # one look has no earlier one
+    shown = html[html.index('id="rl-other"') : html.index('id="evaluate"')]
+    assert "<h3>Compositions</h3>" in shown and "At step" not in html  # one look has no earlier one
     write_rows(path, [composed("row 1", 0.5), {"compositions": []}])
     with pytest.raises(UserError, match=r"step-000004\.jsonl:2: no 'id' in the row; run the stage again"):
         build(run_dir)
@@ -238,11 +271,11 @@ def test_sampled_responses_stand_below_their_prompt_the_best_first(run_dir):
     html = build(run_dir).read_text(encoding="utf-8")
     parsed(html)
     assert html.index("<b>step 8 reward 0.250</b>") < html.index("<h3>Sampled responses</h3>")  # and are none of these
-    shown = html[html.index("<h3>Sampled responses</h3>") : html.index('id="sft"')]
+    shown = html[html.index("<h3>Sampled responses</h3>") : html.index('id="evaluate"')]
     assert "4 prompts trained on, with all responses sampled at step 8" in shown and "1 more prompts" in shown
     assert "Earlier?" not in shown and shown.count("All earn the same") == 1
     assert "2 responses at temperature 0.500, mean reward 0.500. Capability before the step: unknown." in shown
-    best = "<td>0.750</td><td>+0.250</td><td>1,201</td><td>no. 1 &lt;b&gt;</td>"
+    best = '<td>0.750</td><td>+0.250</td><td>1,201</td><td dir="auto">no. 1 &lt;b&gt;</td>'
     assert shown.index(best) < shown.index("<td>0.250</td><td>\N{MINUS SIGN}0.250</td><td>1,200</td>")
     # of ten the best four and the worst four, two between
     assert shown.index("no. 6 ") < shown.index("<summary>2 between</summary>") < shown.index("no. 3 ")
@@ -252,7 +285,8 @@ def test_sampled_responses_stand_below_their_prompt_the_best_first(run_dir):
 def test_a_broken_row_of_sampled_responses_names_its_line(run_dir):
     path = run_dir / "rl" / "other" / "samples" / "step-000004.jsonl"
     write_rows(path, sampled("a", 0.5))
-    assert "<summary>Sampled responses of other</summary>" in build(run_dir).read_text(encoding="utf-8")
+    write_rows(run_dir / "rl" / "other" / "metrics.jsonl", [{"step": 1, "time": 1}])
+    assert "<h3>Sampled responses</h3>" in build(run_dir).read_text(encoding="utf-8")
     write_rows(path, [*sampled("a", 0.5), {"kind": "rollout", "prompt": "a"}])
     with pytest.raises(UserError, match=r"step-000004\.jsonl:2: no 'response' in the row; run the stage again"):
         build(run_dir)
@@ -271,10 +305,10 @@ def test_charts_of_sampled_responses():
 def test_what_was_generated_stands_among_the_final_numbers(tmp_path):
     rows = [{"step": i, "rollout/generated_tokens": 1000.0, "esrl/tokens_saved": 0.5} for i in (1, 2, 3)]
     write_rows(tmp_path / "rl" / "metrics.jsonl", rows)
-    (tmp_path / "rl" / "results.json").write_text('{"steps": 3}')
+    (tmp_path / "rl" / "results.json").write_text('{"steps": 3, "model_step": 3}')
     html = build(tmp_path).read_text(encoding="utf-8")
     assert "<dt>tokens generated</dt><dd>3,000</dd>" in html and "<dt>share of tokens saved</dt><dd>0.500</dd>" in html
-    assert "50%, 3,000 tokens in place of 6,000." in html
+    assert "50%, 3,000 tokens in place of 6,000" in html
 
 
 def test_charts_of_hidden_tokens():
@@ -291,7 +325,7 @@ def test_charts_of_hidden_tokens():
 def test_healthy_curves_bring_no_warning(tmp_path):
     write_rows(tmp_path / "sft" / "metrics.jsonl", [{"step": i, "train/loss": 1 / i} for i in range(1, 5)])
     html = build(tmp_path).read_text(encoding="utf-8")
-    assert "1 checks: 0 to look at, 1 fine." in html and "Steps that were not finite, 0 of 4." in html
+    assert "1 checks: 0 to look at, 1 fine." in html and "Steps that were not finite: 0 of 4" in html
 
 
 def test_what_is_missing_is_left_out(tmp_path):
@@ -300,7 +334,8 @@ def test_what_is_missing_is_left_out(tmp_path):
     html = build(tmp_path).read_text(encoding="utf-8")
     parsed(html)
     assert "Supervised fine-tuning" in html
-    assert not any(word in html for word in ("<svg", "Samples", "difference", "at first", "Reward model"))
+    assert "started, nothing learned yet" in html
+    assert not any(word in html for word in ("<svg", "Samples", "difference", "#look", "#model", "Reward model"))
 
 
 def test_a_comparison_and_a_benchmark_in_the_run_are_left_out(run_dir):
@@ -352,7 +387,6 @@ def test_a_band_may_be_relative():
     values = [2.0] * 5 + [1.0] * 5 + [3.0] * 10  # begins at 2
     assert bounds("length", values) == (2 * 0.67, 2 * 1.33)
     assert bounds("kept", values) == (0.2, 0.8)
-    assert bounds("length_correlation", values) == (-0.5, 0.5)
     assert bounds("variety", [-1.0, 2.0]) == (None, None)  # a share of -1 bounds nothing
     assert bounds("grad_spike", values) == bounds("", values) == (None, None)
 
@@ -434,3 +468,88 @@ def test_ticks_of_a_scatter_plot_differ() -> None:
     marks = [svg.Mark(i, f"seed {i}", 0.0004 * i, 1.0 + 0.0004 * i) for i in range(3)]
     drawn = re.findall(r'<text[^>]*text-anchor="end"[^>]*>([^<]+)</text>', svg.scatter(marks, "KL", "reward over KL"))
     assert drawn == ["1.0000", "1.0005", "KL"]
+
+
+def test_the_rewards_of_all_responses_are_drawn_as_distributions(run_dir):
+    rows = [{"policy": "sft", "id": f"q{i}", "reward": 0.25 * (i % 4)} for i in range(8)]  # 0, 0.25, 0.5, 0.75 twice
+    rows += [{**row, "policy": "rl", "reward": min(1.0, row["reward"] + 0.5 * (i < 6))} for i, row in enumerate(rows)]
+    write_rows(run_dir / "evaluate" / "rewards.jsonl", rows)
+    html = build(run_dir).read_text(encoding="utf-8")
+    parsed(html)
+    shown = html[html.index('class="spread"') : html.index('class="sample"')]
+    # the means: (0 + 0.25 + 0.5 + 0.75) / 4; rl 0.5, 0.75, 1, 1, 0.5, 0.75, 0.5, 0.75: 5.75 / 8
+    assert "sft, mean 0.375" in shown and "rl, mean 0.719" in shown
+    assert shown.count("<title>0 to 0.05: 25.0%</title>") == 1 and "6 of 8 prompts are answered better by rl" in shown
+    assert "0 worse, 2 the same." in shown
+    write_rows(run_dir / "evaluate" / "rewards.jsonl", rows[:7])
+    assert 'class="spread"' not in build(run_dir).read_text(encoding="utf-8")  # too few to draw
+    write_rows(run_dir / "evaluate" / "rewards.jsonl", [{"policy": "sft", "id": "q"}])
+    with pytest.raises(UserError, match=r"rewards\.jsonl:1: no 'reward' in the row; run the stage again"):
+        build(run_dir)
+
+
+def test_equal_rewards_draw_one_bar(run_dir):
+    write_rows(run_dir / "evaluate" / "rewards.jsonl", [{"policy": "sft", "id": i, "reward": -1.5} for i in range(9)])
+    html = build(run_dir).read_text(encoding="utf-8")
+    parsed(html)
+    assert html.count(": 100.0%</title>") == 1 and "nan" not in html
+
+
+def test_long_texts_are_cut_and_whole_after_a_click_whatever_their_script(run_dir):
+    path = run_dir / "evaluate" / "samples" / "policies.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[0]["response"], rows[1]["response"] = "\u0645\u0631\u062d\u0628\u0627 " * 400, "<b>" + "\u4e2d" * 1200
+    write_rows(path, rows)
+    html = build(run_dir).read_text(encoding="utf-8")
+    parsed(html)
+    assert html.count('<details class="text long ">') == 2 and html.count("\u0645\u0631\u062d\u0628\u0627") == 400
+    assert html.count("\u4e2d") == 1200 and "&lt;b&gt;\u4e2d" in html
+    assert '<summary dir="auto">' in html and '<div class="text soft" dir="auto">' in html
+
+
+def test_where_the_model_is_and_how_it_is_called(run_dir):
+    assert 'id="model"' not in build(run_dir).read_text(encoding="utf-8")
+    (run_dir / "sft" / "model").mkdir()
+    page = build(run_dir).read_text(encoding="utf-8")
+    assert "What Supervised fine-tuning left" in page and f"{escape(run_dir.name)}/sft/model</pre>" in page
+    (run_dir / "rl" / "model").mkdir()
+    code = 'from pathlib import Path\n\ndirectory = "DIRECTORY"  # here\nfound = Path(directory).is_dir() and 1 < 2\n'
+    (run_dir / "rl" / "model" / "README.md").write_text(
+        f"# A model\n\n```python\n{code}```\n\n```python\nmore()\n```\n"
+    )
+    page = build(run_dir).read_text(encoding="utf-8")
+    assert "What Reinforcement learning left" in page and "more()" not in page
+    shown = re.search(r'in Python:</p><pre class="copy">(.*?)</pre>', page, re.DOTALL).group(1)
+    assert "1 &lt; 2" in shown and "# here" not in shown
+    pasted: dict[str, bool] = {}
+    exec(unescape(shown), pasted)
+    assert pasted["found"]
+
+
+def test_a_start_that_learned_nothing_is_a_line(run_dir):
+    (run_dir / "rl" / "again").mkdir()
+    (run_dir / "rl" / "again" / "config.yaml").write_text("seed: 0\n")
+    html = build(run_dir).read_text(encoding="utf-8")
+    assert 'Reinforcement learning: again <span class="note">started, nothing learned yet</span>' in html
+
+
+def test_it_opens_with_one_sentence_and_its_verdict(run_dir):
+    html = build(run_dir).read_text(encoding="utf-8")
+    top = html[html.index("<h1>") : html.index("<nav>")]
+    # the oracle fell while the reward rose
+    assert 'class="headline trouble"' in top and "Reward 0.410 to 0.630 (+0.220, sure)" in top
+    (run_dir / "evaluate" / "results.json").unlink()
+    untrained = {"steps": 20, "model_step": 0, "eval/loss": 1.0}
+    (run_dir / "rl" / "results.json").write_text(json.dumps(untrained))
+    html = build(run_dir).read_text(encoding="utf-8")
+    assert '<p class="headline trouble">' in html and "Taught nothing: in 20 steps" in html
+
+
+def test_the_next_command_follows_the_last_stage_that_ended(tmp_path):
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "command.txt").write_text("bash run.sh recipe=demo stage=sft run=mine\n")
+    (tmp_path / "sft" / "results.json").write_text('{"steps": 3, "model_step": 3}')
+    html = build(tmp_path).read_text(encoding="utf-8")
+    assert '<pre class="copy">bash run.sh stage=reward name=helpfulness run=mine recipe=demo</pre>' in html
+    (tmp_path / "sft" / "command.txt").write_text("bash run.sh stage=sft gone=1\n")
+    assert "bash run.sh stage=reward" not in build(tmp_path).read_text(encoding="utf-8")

@@ -255,9 +255,14 @@ def test_evaluate_and_report(runs: Path, capsys: pytest.CaptureFixture[str]) -> 
     total = sum(results["rl"][f"rewards/{name}/mean"] for name in ("helpfulness", "harmlessness"))
     tiny.close(results["rl"]["reward"], total, 8)  # monitors have no weight
     assert "oracle:helpfulness" in capsys.readouterr().out
+    # of every response the reward is kept, of the first three the text too
+    kept, shown = (rows(runs / "evaluate" / name) for name in ("rewards.jsonl", "samples/policies.jsonl"))
+    assert [row["policy"] for row in kept] == 10 * ["sft"] + 10 * ["rl"] and len(shown) == 2 * 3
+    tiny.close(results["rl"]["reward"], sum(row["reward"] for row in kept[10:]) / 10, 8)
     report = resolve(["stage=report", f"runs_dir={runs.parent}"])
     importlib.import_module("stages.report").main(report.settings, [])
-    assert "helpfulness" in (runs / "report.html").read_text(encoding="utf-8")
+    page = (runs / "report.html").read_text(encoding="utf-8")
+    assert "helpfulness" in page and "of 10 prompts are answered better by rl than by sft" in page
 
 
 def test_rl_in_an_empty_place_says_what_is_missing(tmp_path: Path) -> None:

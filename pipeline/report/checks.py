@@ -1,19 +1,20 @@
 """Whether a number is healthy: a reading taken from a run, judged by its rule. Here: readings of two policies.
 
-Those of a stage's curves are in stage_checks.py; the rules in measures/*.yaml.
+Those of a stage's curves are in stage_checks.py; the rules in measures/*.yaml. The table of an evaluation shows the
+verdicts made here, and no others.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from pipeline.report.numbers import number
-from pipeline.report.spec import FINE, ORACLE, metric_of, rules, wanted
+from pipeline.report.spec import FINE, metric_of, rules, wanted
 
 MINOR = (0.02, 0.005)  # a change within this share, or this much, says nothing where no standard error is known
+REWARD = "reward"
 Numbers = Mapping[str, float | None]  # tag -> final number
 
 
@@ -30,13 +31,14 @@ class Verdict(NamedTuple):
     name: str  # of the quantity
     level: str
     text: str  # the reading in words
-    words: str  # what it means, and what to do
+    means: str
+    do: str  # empty where all is fine
     why: str  # why the limit lies there; empty where all is fine
 
     @property
     def warning(self) -> str:
         """For below a chart; empty where all is fine."""
-        return "" if self.level == FINE else f"{self.level}. {self.text}: {self.words}."
+        return "" if self.level == FINE else f"{self.level}. {self.text}: {self.means}. {self.do}."
 
 
 def judge(quantity: str, reading: Reading) -> Verdict:
@@ -44,32 +46,40 @@ def judge(quantity: str, reading: Reading) -> Verdict:
     rule = rules()[quantity]
     for limit in rule.limits:
         if limit.broken(reading.value):
-            return Verdict(rule.name, limit.level, reading.text, limit.words, limit.why)
-    return Verdict(rule.name, FINE, reading.text, wanted(quantity), "")
+            return Verdict(rule.name, limit.level, reading.text, limit.means, limit.do, limit.why)
+    return Verdict(rule.name, FINE, reading.text, wanted(quantity), "", "")
 
 
-def of_policies(base: Numbers, other: Numbers, monitors: Sequence[str] = ()) -> dict[str, Reading]:
-    """What an evaluation gives for one policy beside the first, by quantity.
+def of_policies(base: Numbers, other: Numbers, monitors: Sequence[str] = ()) -> dict[str, Verdict]:
+    """What an evaluation says of one policy beside the first, by tag: one verdict for each number that has a rule.
 
     `monitors` are the rewards that nothing was trained on.
     """
-    both = [tag for tag in other if other[tag] is not None and base.get(tag) is not None]
-    kl = other.get("objective/kl")
-    readings = {
-        "gain": _least_change(base, other, [tag for tag in both if tag == "reward"]),
-        "length": _factor(base, other, "completions/mean_words", " words"),
-        "variety": _factor(base, other, "completions/distinct_2"),
-        "repetition": _share(base, other, "completions/repetition"),
-        "cut": _share(base, other, "completions/clipped_ratio"),
-        "length_correlation": correlation(other),
-        "kl": None if kl is None else Reading(kl, f"{number(kl)} nats per response"),
-    }
-    if "reward" in both and other["reward"] > base["reward"]:
-        watching = {f"rewards/{name}/mean" for name in monitors}
-        unseen = [tag for tag in both if fnmatchcase(tag, ORACLE) or tag in watching]
-        parts = [tag for tag in both if fnmatchcase(tag, "rewards/*/mean") and tag not in unseen]
-        readings |= {"unseen": _least_change(base, other, unseen), "parts": _least_change(base, other, parts)}
-    return {quantity: reading for quantity, reading in readings.items() if reading is not None}
+    readings = readings_of(base, other, monitors)
+    return {tag: judge(quantity, reading) for tag, (quantity, reading) in readings.items()}
+
+
+def readings_of(base: Numbers, other: Numbers, monitors: Sequence[str] = ()) -> dict[str, tuple[str, Reading]]:
+    """By tag: under which rule it falls, and what is read. Parts of the reward are read where the reward itself rose,
+    and are more than its copy."""
+    watched = {f"rewards/{name}/mean" for name in monitors}
+    rose = None not in (base.get(REWARD), other.get(REWARD)) and other[REWARD] > base[REWARD]
+    readings = {}
+    for tag, value in other.items():
+        quantity = "unseen" if tag in watched else metric_of(tag)[0].check
+        if not quantity or value is None:
+            continue
+        if quantity in ("unseen", "parts") and (not rose or is_copy(tag, (base, other))):
+            continue
+        reading = TAKES[quantity](base, other, tag)
+        if reading is not None:
+            readings[tag] = (quantity, reading)
+    return readings
+
+
+def is_copy(tag: str, policies: Sequence[Numbers]) -> bool:
+    """Whether a part of the reward is all of it: the same number as the reward for every policy."""
+    return tag != REWARD and all(values.get(tag) == values.get(REWARD) for values in policies)
 
 
 def noise(tag: str, base: Numbers, other: Numbers) -> float:
@@ -92,37 +102,44 @@ def error_of(values: Numbers, tag: str) -> float | None:
     return next((values[name] for name in error_names(tag) if values.get(name) is not None), None)
 
 
-def correlation(values: Numbers) -> Reading | None:
-    """The strongest correlation with length, of the reward or of a part that is no oracle; its size is judged."""
-    tags = [t for t, v in values.items() if t.endswith("length_correlation") and v is not None and "oracle:" not in t]
-    if not tags:
+def _change(base: Numbers, other: Numbers, tag: str) -> Reading | None:
+    """The change in standard errors."""
+    if base.get(tag) is None:
         return None
-    tag = max(tags, key=lambda tag: abs(values[tag]))
-    name = tag.removeprefix("eval/").removeprefix("rewards/")[: -len("/length_correlation")]
-    return Reading(abs(values[tag]), f"correlation of {name} with words {number(values[tag])}")
-
-
-def _least_change(base: Numbers, other: Numbers, tags: Sequence[str]) -> Reading | None:
-    """The change, in standard errors, of the tag that gained least."""
-    if not tags:
-        return None
-    change, tag = min((in_errors(tag, base, other), tag) for tag in tags)
-    label = "" if tag == "reward" else f"{metric_of(tag)[1]} "
+    change = in_errors(tag, base, other)
+    label = "" if tag == REWARD else f"{metric_of(tag)[1]} "
     unknown = None in [error_of(values, tag) for values in (base, other)]
     behind = "" if unknown else f", {number(change)} standard errors"
     return Reading(change, f"{label}{number(base[tag])} to {number(other[tag])}{behind}")
 
 
 def _factor(base: Numbers, other: Numbers, tag: str, unit: str = "") -> Reading | None:
-    before, after = base.get(tag), other.get(tag)
-    if before is None or after is None or before <= 0:
+    before, after = base.get(tag), other[tag]
+    if before is None or before <= 0:
         return None
     return Reading(after / before, f"{number(before)} to {number(after)}{unit}")
 
 
-def _share(base: Numbers, other: Numbers, tag: str) -> Reading | None:
+def _share(base: Numbers, other: Numbers, tag: str) -> Reading:
     """The other policy's share is judged; the first's stands beside it."""
-    before, after = base.get(tag), other.get(tag)
-    if after is None:
-        return None
+    before, after = base.get(tag), other[tag]
     return Reading(after, f"{after:.0%}" if before is None else f"{before:.0%} to {after:.0%}")
+
+
+def _plain(base: Numbers, other: Numbers, tag: str, unit: str = "") -> Reading:
+    """The other policy's number is judged; the first's stands beside it."""
+    before, after = base.get(tag), other[tag]
+    return Reading(after, ("" if before is None else f"{number(before)} to ") + number(after) + unit)
+
+
+TAKES: Mapping[str, Callable[[Numbers, Numbers, str], Reading | None]] = {
+    "gain": _change,
+    "unseen": _change,
+    "parts": _change,
+    "length": lambda base, other, tag: _factor(base, other, tag, " words"),
+    "variety": _factor,
+    "repetition": _share,
+    "cut": _share,
+    "length_correlation": _plain,
+    "kl": lambda base, other, tag: _plain({}, other, tag, " nats per response"),
+}

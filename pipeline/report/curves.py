@@ -56,8 +56,6 @@ def bounds(quantity: str, values: Sequence[float]) -> tuple[float | None, float 
     if not quantity or not rules()[quantity].drawn:
         return None, None
     low, high = band(quantity)
-    if quantity == "length_correlation":  # its size is judged, so the range has two sides
-        low = -high
     if rules()[quantity].unit != START:
         return low, high
     if head(values) <= 0:
@@ -69,7 +67,7 @@ def _once(chart: Chart, tag: str, value: float, verdict: Verdict | None) -> list
     """A table row for what was measured a single time and so has no curve: its meaning, value and healthy range."""
     name = tag if chart.group == REST else f"{chart.title}, {tag}"
     healthy = wanted(chart.check).removeprefix("healthy ") if chart.check and rules()[chart.check].drawn else ""
-    warning = "" if verdict is None or verdict.level == FINE else f" {verdict.level}: {verdict.words}."
+    warning = "" if verdict is None or verdict.level == FINE else f" {verdict.level}: {verdict.means}. {verdict.do}."
     return [Cell(name, chart.caption + warning), number(value), healthy]
 
 

@@ -10,9 +10,9 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from pipeline.files import flatten
-from pipeline.report.checks import Numbers, in_errors, judge, noise, of_policies
+from pipeline.report.checks import Numbers, in_errors, noise, of_policies
 from pipeline.report.numbers import number, signed
-from pipeline.report.spec import FINE, LEVELS, LOOK, ORACLE, TROUBLE, metric_of
+from pipeline.report.spec import FINE, LEVELS, LOOK, ORACLE, TROUBLE, metric_of, rules
 from pipeline.report.stages import Stage, verdicts
 from pipeline.report.tables import columns_of
 
@@ -166,20 +166,19 @@ def _change(tag: str, base: Numbers, other: Numbers, larger_is_better: bool) -> 
 
 def _compared(base: Numbers, other: Numbers, monitors: Sequence[str]) -> Headline:
     """One policy of an evaluation against the first."""
-    readings = of_policies(base, other, monitors)
-    if "gain" not in readings:
+    found = of_policies(base, other, monitors)
+    if REWARD not in found:
         return Headline(f"reward {_shown(base)} to {_shown(other)}", LOOK)
-    level = judge("gain", readings["gain"]).level
+    level = found[REWARD].level
     sure = {FINE: "sure", LOOK: "the same within noise", TROUBLE: "worse"}[level]
     parts = [f"reward {_shown(base)} to {_shown(other)} ({signed(other[REWARD] - base[REWARD])}, {sure})"]
     parts += [_agrees(tag, base, other) for tag in other if fnmatchcase(tag, ORACLE) and base.get(tag) is not None]
     if None not in (base.get(WORDS), other.get(WORDS)):
         parts.append(f"{other[WORDS]:.0f} words (was {base[WORDS]:.0f})")
-    unseen = judge("unseen", readings["unseen"]) if "unseen" in readings else None
-    if unseen and unseen.level != FINE:
-        parts.append(f"but what it was never trained on fell ({unseen.text})")
-        level = worst(level, unseen.level)
-    return Headline(", ".join(dict.fromkeys(parts)), level)
+    fell = [one for one in found.values() if one.name == rules()["unseen"].name and one.level != FINE]
+    if fell:
+        parts.append(f"but what it was never trained on fell ({'; '.join(one.text for one in fell)})")
+    return Headline(", ".join(dict.fromkeys(parts)), worst(level, *(one.level for one in fell)))
 
 
 def _agrees(tag: str, base: Numbers, other: Numbers) -> str:

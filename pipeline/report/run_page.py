@@ -6,26 +6,50 @@ non_finite/ and results.json; and of evaluate and rl also samples/*.jsonl. What 
 
 from __future__ import annotations
 
+import shlex
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from pipeline.config.resolve import resolve
 from pipeline.errors import UserError
 from pipeline.files import flatten, write_text
-from pipeline.report.checks import Verdict, judge, of_policies
+from pipeline.report.checks import Verdict, of_policies
+from pipeline.report.closing import next_words
 from pipeline.report.curves import show_curves
+from pipeline.report.distribution import distribution
+from pipeline.report.headline import of_run
 from pipeline.report.html import render
 from pipeline.report.numbers import NOTHING, duration, number
-from pipeline.report.samples import show_samples
+from pipeline.report.samples import show_samples, show_samples_of_rl
 from pipeline.report.spec import FINE, LEVELS
 from pipeline.report.stage_checks import spent
 from pipeline.report.stages import FILES, STAGES, Stage, stages_of, verdicts
-from pipeline.report.tables import Finals, Table, columns_of, final_numbers, policies_table, side_by_side
+from pipeline.report.tables import (
+    EVALUATE,
+    Finals,
+    Table,
+    anchor,
+    columns_of,
+    final_numbers,
+    policies_table,
+    side_by_side,
+)
+from pipeline.report.usage import model_of
 
 WHERE = ("run", "runs_dir", "name")  # which directory it is, not what was done
-Found = tuple[str, Verdict]  # where, what
+LEARNING = ("sft", "reward", "rl")
+Compared = Mapping[str, Mapping[str, Verdict]]  # policy -> tag -> verdict
+
+
+class Found(NamedTuple):
+    """A verdict with where it was found, in words and for links."""
+
+    place: str
+    anchor: str
+    verdict: Verdict
 
 
 def build(run_dir: Path) -> Path:
@@ -37,23 +61,30 @@ def build(run_dir: Path) -> Path:
             f"{run_dir}: no stage has left anything to report, wanted at least one of {', '.join(STAGES)} with "
             f"{' or '.join(FILES)}; run a stage first, or name another run with run="
         )
-    # each finding of the page is a verdict on a stage or on the policies side by side
-    evaluation = next((stage for stage in stages if stage.name == "evaluate" and columns_of(stage.results)), None)
+    evaluation = next((stage for stage in stages if stage.name == EVALUATE and columns_of(stage.results)), None)
     policies = columns_of(evaluation.results) if evaluation else {}
-    judged = {stage.name: verdicts(stage) for stage in stages}
-    ranked = findings(_of_evaluation(evaluation) if evaluation else [], stages, judged)
+    evaluation = evaluation_of(stages)
+    policies = columns_of(evaluation.results) if evaluation else {}
+    compared, judged = judgements(stages)
+    ranked = findings(stages)
     name = run_dir.resolve().name
     context = {
         "title": f"Report: {name}",
         "name": name,
         "about": _about(stages),
-        "wrong": [one for one in ranked if one[1].level != FINE],
-        "fine": [one for one in ranked if one[1].level == FINE],
-        "policies": policies_table(policies) if policies else None,
+        "wrong": [one for one in ranked if one.verdict.level != FINE],
+        "fine": [one for one in ranked if one.verdict.level == FINE],
+        "policies": policies_table(policies, compared) if policies else None,
         "samples": show_samples(run_dir, list(policies)),
+        "distribution": distribution(run_dir, list(policies)),
+        "model": model_of(stages),
+        "next": _next(stages),
+        "headline": of_run(stages),
         "stages": stages,
+        "briefs": {stage.name: _brief(stage, judged[stage.name]) for stage in stages},
         "finals": {stage.name: _finals(stage) for stage in stages},
         "curves": {s.name: show_curves(s.kind, s.series, flatten(s.results), judged[s.name]) for s in stages},
+        "of_rl": {stage.name: show_samples_of_rl(stage.folder) for stage in stages if stage.kind == "rl"},
         "facts": [[stage.title, *_facts(stage)] for stage in stages],
         "changed": {stage.name: differences(stage) for stage in stages},
         "data": {stage.name: _data(stage) for stage in stages},
@@ -63,23 +94,33 @@ def build(run_dir: Path) -> Path:
     return path
 
 
-def wrong(stages: Sequence[Stage]) -> list[Found]:
-    """What on the page of these stages asks for a look, the most serious first."""
-    evaluation = next((stage for stage in stages if stage.name == "evaluate" and columns_of(stage.results)), None)
-    judged = {stage.name: verdicts(stage) for stage in stages}
-    ranked = findings(_of_evaluation(evaluation) if evaluation else [], stages, judged)
-    return [one for one in ranked if one[1].level != FINE]
+def evaluation_of(stages: Sequence[Stage]) -> Stage | None:
+    """The evaluation whose policies are compared, if there is one."""
+    return next((stage for stage in stages if stage.name == EVALUATE and columns_of(stage.results)), None)
 
 
-def findings(
-    evaluation: Sequence[Found], stages: Sequence[Stage], judged: Mapping[str, Mapping[str, Verdict]]
-) -> list[Found]:
-    """All verdicts, the most serious first; what the evaluation has judged is not repeated for RL's own evaluations."""
-    known = {verdict.name for _, verdict in evaluation}
-    every = list(evaluation)
-    for stage in stages:
-        every += [(stage.title, v) for v in judged[stage.name].values() if stage.kind != "rl" or v.name not in known]
-    return sorted(every, key=lambda one: LEVELS.index(one[1].level))  # stable: within a level as above
+def judgements(stages: Sequence[Stage]) -> tuple[Compared, Mapping[str, Mapping[str, Verdict]]]:
+    """All verdicts of a page, which its tables, charts and checks share: of policies by tag, of stages by quantity."""
+    evaluation = evaluation_of(stages)
+    compared = _of_evaluation(evaluation) if evaluation else {}
+    return compared, {stage.name: _once(stage, evaluation, compared) for stage in stages}
+
+
+def findings(stages: Sequence[Stage]) -> list[Found]:
+    """All verdicts, the most serious first."""
+    compared, judged = judgements(stages)
+    first = next(iter(columns_of(evaluation.results))) if (evaluation := evaluation_of(stages)) else ""
+    every = [
+        Found(f"{other} against {first}", anchor(f"{EVALUATE}/{other}", tag), verdict)
+        for other, found in compared.items()
+        for tag, verdict in found.items()
+    ]
+    every += [
+        Found(stage.title, anchor(stage.name, quantity), verdict)
+        for stage in stages
+        for quantity, verdict in judged[stage.name].items()
+    ]
+    return sorted(every, key=lambda one: LEVELS.index(one.verdict.level))  # stable: within a level as above
 
 
 def differences(stage: Stage) -> list[tuple[str, str, str]]:
@@ -92,16 +133,46 @@ def differences(stage: Stage) -> list[tuple[str, str, str]]:
     ]
 
 
-def _of_evaluation(stage: Stage) -> list[Found]:
-    """The verdicts on every policy beside the first."""
+def _of_evaluation(stage: Stage) -> Compared:
+    """The verdicts on every policy beside the first: policy -> tag -> verdict."""
     policies = columns_of(stage.results)
     monitors = list(stage.settings.get("monitors") or [])  # names, or the keys of a mapping
     first, *others = policies
-    return [
-        (f"{other} against {first}", judge(quantity, reading))
-        for other in others
-        for quantity, reading in of_policies(policies[first], policies[other], monitors).items()
-    ]
+    return {other: of_policies(policies[first], policies[other], monitors) for other in others}
+
+
+def _once(stage: Stage, evaluation: Stage | None, compared: Compared) -> dict[str, Verdict]:
+    """The verdicts on a stage, without what the evaluation judges of the same policy on more prompts."""
+    found = verdicts(stage)
+    if evaluation is None or stage.kind != "rl":
+        return found
+    places = evaluation.settings.get("policies") or {}
+    same = [compared[other].values() for other in compared if places.get(other, other) == stage.name]
+    names = {verdict.name for each in same for verdict in each}
+    return {quantity: verdict for quantity, verdict in found.items() if verdict.name not in names}
+
+
+def _brief(stage: Stage, found: Mapping[str, Verdict]) -> str:
+    """What stands beside a stage's name while it is folded."""
+    if not stage.series and not stage.results:
+        return "started, nothing learned yet" if stage.kind in LEARNING else "started, nothing finished yet"
+    wrong = sum(verdict.level != FINE for verdict in found.values())
+    steps = (
+        f"{stage.steps:,} steps in {duration(stage.seconds)}" if stage.steps else ", ".join(columns_of(stage.results))
+    )
+    return "; ".join(filter(None, [steps, f"{wrong} to look at" if wrong else ""]))
+
+
+def _next(stages: Sequence[Stage]) -> str:
+    """The command that usually follows the last stage that ended; empty after an evaluation and where it is unknown."""
+    ended = [stage for stage in stages if stage.results]
+    if not ended or ended[-1].kind == EVALUATE or not ended[-1].command:
+        return ""
+    try:
+        step = resolve(shlex.split(ended[-1].command)[2:])  # behind `bash run.sh`
+    except UserError:  # its settings, or a file that it names, are gone
+        return ""
+    return shlex.join(["bash", "run.sh", *next_words(step)])
 
 
 def _about(stages: Sequence[Stage]) -> str:
@@ -115,7 +186,7 @@ def _about(stages: Sequence[Stage]) -> str:
 def _finals(stage: Stage) -> Table | Finals | None:
     columns = columns_of(stage.results)
     if columns:
-        return policies_table(columns) if stage.kind == "evaluate" else side_by_side(columns)
+        return policies_table(columns, _of_evaluation(stage)) if stage.kind == "evaluate" else side_by_side(columns)
     return final_numbers({**flatten(stage.results), **spent(stage.series)}) if stage.results else None
 
 

@@ -1,4 +1,4 @@
-"""Prompts with every policy's response side by side; below, what RL made of static responses, and what it sampled.
+"""Prompts with every policy's response side by side; what RL made of static responses, and what it sampled.
 
 Three kinds of rows lie in samples/*.jsonl: responses, those of kind "rollout", and those with "compositions".
 """
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from pipeline.errors import UserError
 from pipeline.report.html import render
 from pipeline.report.numbers import number, signed
-from pipeline.report.stages import folders_of, json_object
+from pipeline.report.stages import json_object
 
 SAMPLES = 8  # prompts with responses side by side
 ROLLOUT, COMPOSITIONS, RESPONSE = KINDS = ("rollout", "compositions", "response")
@@ -46,28 +46,27 @@ class Shown(NamedTuple):
 
 
 class LastSamples(NamedTuple):
-    """The last samples of one kind that an RL stage took; the stage without a name is ''."""
+    """The last samples of one kind that an RL stage took."""
 
-    stage: str
     step: str
     shown: list[Shown]
 
 
 def show_samples(run_dir: Path, policies: Sequence[str]) -> str:
-    """Responses to a few prompts, what RL made of some static ones, what it sampled; nothing where there is nothing."""
+    """Responses to a few prompts side by side; nothing where there are none."""
     prompts, count, source = responses(run_dir, policies)
-    context = {
-        "prompts": prompts,
-        "count": count,
-        "source": source,
-        "compositions_of_rl": _last_samples(run_dir, COMPOSITIONS),
-        "sampled_in_rl": _last_samples(run_dir, ROLLOUT),
-    }
-    return render("samples.html", context).strip()
+    return render("samples.html", {"prompts": prompts, "count": count, "source": source}).strip()
+
+
+def show_samples_of_rl(folder: Path) -> str:
+    """What an RL stage made of some static responses, and what it sampled, at last; nothing where there is nothing."""
+    shown = {"compositions_of_rl": _last_samples(folder, COMPOSITIONS), "sampled_in_rl": _last_samples(folder, ROLLOUT)}
+    return render("samples_of_rl.html", shown).strip()
 
 
 def responses(run_dir: Path, policies: Sequence[str]) -> tuple[list[tuple[str, list[Answer]]], int, str]:
-    """A few prompts with their answers, evenly spaced from the largest gain in reward to the largest loss.
+    """A few prompts with their answers, evenly spaced from the largest gain in reward to the largest loss; these two
+    and the one in the middle come before the others.
 
     The evaluation's samples, in the order of `policies`; before there are any, the first and the last that RL took.
     Second, of how many prompts; third, where they are from.
@@ -82,6 +81,8 @@ def responses(run_dir: Path, policies: Sequence[str]) -> tuple[list[tuple[str, l
     ranked = _ranked(rows, names)
     count = min(SAMPLES, len(ranked))
     chosen = [ranked[round(i * (len(ranked) - 1) / max(1, count - 1))] for i in range(count)]
+    ends = {0, len(chosen) // 2, len(chosen) - 1}  # stand before the others
+    chosen = [one for first in (True, False) for i, one in enumerate(chosen) if (i in ends) is first]
     return [_answers(rows) for rows in chosen], len(ranked), source
 
 
@@ -138,16 +139,13 @@ def _answer(row: Row, first: float | None) -> Answer:
 # samples of RL
 
 
-def _last_samples(run_dir: Path, kind: str) -> list[LastSamples]:
-    """The last samples of this kind of every RL stage that took some."""
-    newest = []
-    for folder in folders_of(run_dir, "rl"):
-        taken = [(_step(path), _rows(path, kind)) for path in sorted((folder / "samples").glob("step-*.jsonl"))]
-        taken = [(step, rows) for step, rows in taken if rows]
-        if taken:
-            shown = _compositions(taken) if kind == COMPOSITIONS else _rollouts(taken[-1][1])
-            newest.append(LastSamples("" if folder.parent == run_dir else folder.name, taken[-1][0], shown))
-    return newest
+def _last_samples(folder: Path, kind: str) -> LastSamples | None:
+    """The last samples of this kind that an RL stage took, if any."""
+    taken = [(_step(path), _rows(path, kind)) for path in sorted((folder / "samples").glob("step-*.jsonl"))]
+    taken = [(step, rows) for step, rows in taken if rows]
+    if not taken:
+        return None
+    return LastSamples(taken[-1][0], _compositions(taken) if kind == COMPOSITIONS else _rollouts(taken[-1][1]))
 
 
 def _compositions(taken: Sequence[tuple[str, list[Row]]]) -> list[Shown]:

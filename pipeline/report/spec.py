@@ -28,7 +28,8 @@ class Limit(NamedTuple):
     level: str
     side: str  # below | above
     bound: float
-    words: str  # what it means, and what to do
+    means: str  # in plain words
+    do: str
     why: str  # why the bound lies there
 
     def broken(self, value: float) -> bool:
@@ -68,21 +69,32 @@ class Metric(NamedTuple):
     tag: str
     label: str
     better: int = 0  # +1: higher is better; -1: lower; 0: neither
+    check: str = ""  # the rule under which an evaluation judges it
     note: str = ""
 
 
 ORACLE = "rewards/oracle:*/mean"  # the tag of the true quality, known in the built-in task only
 METRICS = (
-    Metric("reward", "Reward", +1, "what the policy was trained to raise"),
-    Metric(ORACLE, "True {} (oracle)", +1, "known by construction, never trained on"),
-    Metric("rewards/*/mean", "Reward: {}", +1, "one reward, before weights"),
-    Metric("completions/mean_words", "Length (words)", 0, "neither good nor bad; a large change asks for a look"),
-    Metric("reward_length_correlation", "Correlation of reward and length", 0, "1: nothing but length counts"),
-    Metric("completions/distinct_*", "Variety (distinct-{})", +1, "different word groups, as a share of all"),
-    Metric("completions/repetition", "Repetition", -1, "share of text that repeats itself within a response"),
-    Metric("completions/clipped_ratio", "Cut at the limit", -1, "share that did not end by itself"),
-    Metric("objective/kl", "KL from the start model", 0, "how far the policy moved, in nats per response"),
-    Metric("perplexity", "Perplexity", -1, "on the held-out responses"),
+    Metric("reward", "Reward", +1, "gain", "what the policy was trained to raise"),
+    Metric(ORACLE, "True {} (oracle)", +1, "unseen", "known by construction, never trained on"),
+    Metric("rewards/*/mean", "Reward: {}", +1, "parts", "one reward, before weights"),
+    Metric(
+        "completions/mean_words", "Length (words)", 0, "length", "neither good nor bad; a large change asks for a look"
+    ),
+    Metric(
+        *("reward_length_correlation", "Correlation of reward and length", 0, "length_correlation"),
+        "1: nothing but length counts",
+    ),
+    Metric(
+        "completions/distinct_*", "Variety (distinct-{})", +1, "variety", "different word groups, as a share of all"
+    ),
+    Metric(
+        *("completions/repetition", "Repetition", -1, "repetition"),
+        "share of text that repeats itself within a response",
+    ),
+    Metric("completions/clipped_ratio", "Cut at the limit", -1, "cut", "share that did not end by itself"),
+    Metric("objective/kl", "KL from the start model", 0, "kl", "how far the policy moved, in nats per response"),
+    Metric("perplexity", "Perplexity", -1, "", "on the held-out responses"),
     Metric("rows", "Rows"),
 )
 # Final numbers of a training stage that are shown at once; the others are a click away. '*' is put for '{}'.
@@ -199,10 +211,10 @@ def _rule(entry: Mapping[str, Any]) -> Rule:
 
 
 def _limit(entry: Mapping[str, Any]) -> Limit:
-    """{Look: below 0.2, means: ..., why: ...}."""
+    """{Look: below 0.2, means: ..., do: ..., why: ...}."""
     level = next(level for level in LEVELS if level in entry)
     side, bound = entry[level].split()
-    return Limit(level, side, float(bound), entry["means"], entry["why"])
+    return Limit(level, side, float(bound), entry["means"], entry["do"], entry["why"])
 
 
 def _regular_expression(tag: str) -> str:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from operator import itemgetter
 from typing import NamedTuple
 
-from pipeline.report.checks import Numbers, Reading, correlation, in_errors
+from pipeline.report.checks import Numbers, Reading, in_errors
 from pipeline.report.numbers import number
 from pipeline.report.spec import Rule, rules
 from pipeline.report.svg import Point
@@ -119,7 +118,7 @@ def _overfit(left: Left) -> Reading | None:
 
 def _best_step(left: Left) -> Reading | None:
     """The first of the best evaluations: of highest reward where responses were judged, else of lowest loss."""
-    judged = any(fnmatchcase(tag, "eval/rewards/*/mean") for tag in left.series)
+    judged = DECODED[0] in left.series
     points = left.series.get(DECODED[0] if judged else "eval/loss", ())
     if len(points) < 2:
         return None
@@ -194,10 +193,6 @@ def _clip(left: Left) -> Reading | None:
     return Reading(sum(ends.values()), f"{sum(ends.values()):.0%} ({parts})")
 
 
-def _last_correlation(left: Left) -> Reading | None:
-    return correlation({tag: points[-1][1] for tag, points in left.series.items() if tag.startswith("eval/")})
-
-
 def _masked_gap(place: int) -> Take:
     """By how much masked inputs raise the held-out loss, at the first evaluation (0) or at the last (-1), in nats."""
 
@@ -265,7 +260,6 @@ OF_KIND: Mapping[str, Mapping[str, Take]] = {
         "pair_gap": _pair_gap,
     },
     "rl": {
-        "length_correlation": _last_correlation,
         "clip": _clip,
         "masked_start": _masked_gap(0),
         "carried_over": _carried_over,

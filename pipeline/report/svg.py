@@ -1,4 +1,4 @@
-"""Line charts and scatter plots as inline SVG text. No library, no script."""
+"""Line charts, scatter plots and ridges of histograms as inline SVG text. No library, no script."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ PAPER, WORD = "var(--paper)", "var(--word)"
 WIDTH, HEIGHT = 380.0, 200.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 12.0, 10.0, 26.0  # margins around the plot
 RADIUS = 3.6  # of a mark
+RIDGE, ROOM = 60.0, 20.0  # height of one histogram, and of its words above
 POINTS = 90  # of one curve in the picture; more are drawn as means with the span around them
 
 Point = tuple[float, float]  # (step, value)
@@ -49,6 +50,14 @@ class Mark(NamedTuple):
     y: float
 
 
+class Ridge(NamedTuple):
+    """One histogram among several that share their bins."""
+
+    name: str
+    mean: float
+    shares: Sequence[float]  # of all its values, a bin
+
+
 class Frame(NamedTuple):
     """The visible ranges, and where a value lies in the plot."""
 
@@ -77,14 +86,44 @@ def scatter(marks: Sequence[Mark], name: str, description: str) -> str:
     bottom, rows, columns = HEIGHT - BOTTOM, ticks(*frame.y, 4), ticks(*frame.x, 4)
     parts = [_levels(frame, rows, _tick_texts(rows, frame.y))]
     parts += [
-        f'<line x1="{frame.px(x):.1f}" x2="{frame.px(x):.1f}" y1="{TOP:g}" y2="{bottom:g}" stroke="{GRID}"/>'
-        f'<text x="{frame.px(x):.1f}" y="{bottom + 15:g}" text-anchor="middle" fill="{QUIET}">{text}</text>'
+        _upright(frame.px(x), TOP, bottom, f'stroke="{GRID}"')
+        + f'<text x="{frame.px(x):.1f}" y="{bottom + 15:g}" text-anchor="middle" fill="{QUIET}">{text}</text>'
         for x, text in zip(columns, _tick_texts(columns, frame.x), strict=True)
     ]
     place = f'x="{WIDTH - RIGHT:g}" y="{bottom + 30:g}" text-anchor="end" fill="{QUIET}"'
     parts += [f"<text {place}>{escape(name)}</text>"]
     parts += [mark(one.place, one.words, frame.px(one.x), frame.py(one.y)) for one in marks]
     return _svg("".join(parts), description, HEIGHT + 14)
+
+
+def ridges(rows: Sequence[Ridge], edges: Sequence[float], name: str, description: str) -> str:
+    """An <svg> with a histogram for each row below the other and their means; the first one's goes through all.
+
+    Args:
+        edges: the borders of the bins, one more than there are bins.
+        name: of what stands along the horizontal axis.
+    """
+    frame = Frame((edges[0], edges[-1]), (0.0, max(share for row in rows for share in row.shares)))
+    bottom, columns = TOP + RIDGE * len(rows), ticks(*frame.x, 6)
+    parts = [_ridge(row, edges, frame, place) for place, row in enumerate(rows)]
+    parts += [
+        f'<text x="{frame.px(x):.1f}" y="{bottom + 15:g}" text-anchor="middle" fill="{QUIET}">{text}</text>'
+        for x, text in zip(columns, _tick_texts(columns, frame.x), strict=True)
+    ]
+    parts += [_upright(frame.px(rows[0].mean), TOP + ROOM, bottom, f'stroke="{INK}" stroke-dasharray="2 3"')]
+    place = f'x="{WIDTH - RIGHT:g}" y="{bottom + 30:g}" text-anchor="end" fill="{QUIET}"'
+    return _svg("".join(parts) + f"<text {place}>{escape(name)}</text>", description, bottom + 36)
+
+
+def _ridge(row: Ridge, edges: Sequence[float], frame: Frame, place: int) -> str:
+    base, colour = TOP + RIDGE * (place + 1), COLOURS[place % len(COLOURS)]
+    parts = [f'<text x="{LEFT:g}" y="{base - RIDGE + 15:g}" fill="{INK}">{escape(row.name)}</text>']
+    for low, high, share in zip(edges, edges[1:], row.shares, strict=False):
+        x, width, height = frame.px(low), frame.px(high) - frame.px(low) - 0.6, share / frame.y[1] * (RIDGE - ROOM)
+        area = f'x="{x:.1f}" y="{base - height:.1f}" width="{width:.1f}" height="{height:.1f}" fill="{colour}"'
+        parts += [f"<rect {area}><title>{low:g} to {high:g}: {share:.1%}</title></rect>"] if share else []
+    parts += [_level(base, f'stroke="{QUIET}" stroke-width=".6"')]
+    return "".join(parts) + _upright(frame.px(row.mean), base - RIDGE + ROOM, base, f'stroke="{INK}"')
 
 
 def mark(place: int, words: str, x: float, y: float) -> str:
@@ -190,6 +229,10 @@ def _levels(frame: Frame, values: Sequence[float], texts: Sequence[str]) -> str:
 
 def _level(y: float, style: str) -> str:
     return f'<line x1="{LEFT:g}" x2="{WIDTH - RIGHT:g}" y1="{y:.1f}" y2="{y:.1f}" {style}/>'
+
+
+def _upright(x: float, top: float, bottom: float, style: str) -> str:
+    return f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top:g}" y2="{bottom:g}" {style}/>'
 
 
 def _anchor(frame: Frame, x: float) -> str:

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from pipeline.report.checks import error_names, error_of, noise
+from pipeline.report.checks import Verdict, error_names, error_of, is_copy, noise
 from pipeline.report.numbers import NOTHING, fixed, number
-from pipeline.report.spec import FINAL, METRICS, match, metric_of
+from pipeline.report.spec import FINAL, FINE, METRICS, match, metric_of
 
 Columns = Mapping[str, Mapping[str, float | None]]  # policy or split -> metric -> value
+EVALUATE = "evaluate"  # the stage whose policies are compared
 OF_SOURCES = ("eval/pairs", "eval/accuracy", "eval/length_accuracy")
 
 
 class Cell(NamedTuple):
-    """More than a text: a remark below it, a class for its colour, a standard error behind it."""
+    """More than a text: a remark below it, a class for its colour, a standard error behind it, its check's level."""
 
     text: str
     note: str = ""
     kind: str = "plain"
     error: str = ""
+    level: str = ""
+    anchor: str = ""  # where the check stands
 
 
 class Table(NamedTuple):
@@ -43,11 +47,19 @@ def columns_of(results: Mapping[str, object]) -> dict[str, Mapping[str, float | 
     return {name: values for name, values in results.items() if isinstance(values, Mapping)}
 
 
-def policies_table(policies: Columns) -> Table:
-    """The headline table, each policy against the first."""
+def anchor(place: str, name: str) -> str:
+    """Where the check of `name` stands on the page: a name for links."""
+    return "check-" + re.sub(r"\W+", "-", f"{place}-{name}")
+
+
+def policies_table(policies: Columns, verdicts: Mapping[str, Mapping[str, Verdict]]) -> Table:
+    """The headline table, each policy against the first; `verdicts` are the checks': policy -> tag -> verdict."""
     first, *others = policies
     head = ["on held-out prompts", first, *(name for other in others for name in (other, "difference"))]
-    return Table(head, *([_compared(tag, policies) for tag in tags] for tags in _tags(policies)))
+    known, more = _tags(policies)
+    copies = [tag for tag in known if is_copy(tag, list(policies.values()))]
+    known, more = [tag for tag in known if tag not in copies], [*copies, *more]
+    return Table(head, *([_compared(tag, policies, verdicts) for tag in tags] for tags in (known, more)))
 
 
 def side_by_side(columns: Columns) -> Table:
@@ -95,15 +107,26 @@ def _decimals(tag: str, columns: Columns) -> int:
     return 3 if largest < 10 else 1 if largest < 1000 else 0
 
 
-def _compared(tag: str, policies: Columns) -> list[Cell]:
+def _compared(tag: str, policies: Columns, verdicts: Mapping[str, Mapping[str, Verdict]]) -> list[Cell]:
     """A row: the label, then each policy's value and its change against the first."""
     metric, label = metric_of(tag)
-    base, *others = policies.values()
+    (_, base), *others = policies.items()
     decimals = _decimals(tag, policies)
     cells = [Cell(label, metric.note), _value(base, tag, decimals)]
-    for other in others:
+    for name, other in others:
         cells += [_value(other, tag, decimals), _difference(metric.better, tag, (base, other), decimals)]
+        verdict = verdicts.get(name, {}).get(tag)
+        if verdict is not None:
+            cells[-1] = _judged(cells[-1], verdict)._replace(anchor=anchor(f"{EVALUATE}/{name}", tag))
     return cells
+
+
+def _judged(cell: Cell, verdict: Verdict) -> Cell:
+    """A difference with its check's level: what is worse and yet healthy raises no alarm."""
+    healthy = cell.kind == "worse" and verdict.level == FINE
+    return cell._replace(
+        level=verdict.level, **({"kind": "same", "note": "within the healthy range"} if healthy else {})
+    )
 
 
 def _value(values: Mapping[str, float | None], tag: str, decimals: int) -> Cell:
@@ -113,7 +136,7 @@ def _value(values: Mapping[str, float | None], tag: str, decimals: int) -> Cell:
 
 
 def _difference(better: int, tag: str, pair: Sequence[Mapping[str, float | None]], decimals: int) -> Cell:
-    """The change from the first to the second, with a verdict where the metric has a better direction."""
+    """The change from the first to the second, and its direction where the metric has a better one."""
     base, other = pair
     if base.get(tag) is None or other.get(tag) is None:
         return Cell(NOTHING)
