@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,15 +11,13 @@ from typing import NoReturn
 
 from pipeline.config.help import help_text
 from pipeline.config.resolve import Resolved, resolve_steps
-from pipeline.config.schema import Training
 from pipeline.config.yaml_layers import ROOT, Layer, parse_overrides
-from pipeline.config.yaml_text import dump_yaml
 from pipeline.errors import UserError
 from pipeline.launch import run_dir
 from pipeline.launch.closing import closing
-from pipeline.launch.entry import leave
+from pipeline.launch.entry import leave, logger
 from pipeline.launch.launcher import DISTRIBUTED, command, environment, is_rank, run
-from stages import inputs
+from stages import dry_run, faults, inputs
 
 HELP = ("stage=help", "--help", "-h")
 TEST = "stage=test"
@@ -37,18 +34,19 @@ def main(words: Sequence[str]) -> int:
         return test([one for one in words if one != TEST])
     dry = _dry_run(parse_overrides(words))
     steps = resolve_steps(words)
-    commands = [command(step.settings.launch, step.stage, step.words, os.environ) for step in steps]
     if dry:
-        print("\n".join(describe(step, argv) for step, argv in zip(steps, commands, strict=True)))
-        return 0
+        return dry_run.show(steps)
+    faults.refuse(steps, os.environ)
+    for line in faults.notes(steps, os.environ):
+        logger.warning(line)
     for number, step in enumerate(steps, 1):
         if len(steps) > 1:
-            print(f"[{number}/{len(steps)}] {title(step)}", flush=True)
+            print(f"[{number}/{len(steps)}] {step.title}", flush=True)
         code = start(step, last=number == len(steps))
         if code != 0:
             rest = f"; {len(steps) - number} later steps not started" if number < len(steps) else ""
             if len(steps) > 1:
-                print(f"tiffin: {title(step)} ended with exit code {code}{rest}", file=sys.stderr)
+                print(f"tiffin: {step.title} ended with exit code {code}{rest}", file=sys.stderr)
             return code
     return 0
 
@@ -76,24 +74,6 @@ def test(arguments: Sequence[str]) -> int:
     if not (ROOT / "tests").is_dir() or importlib.util.find_spec("pytest") is None:
         raise UserError("stage=test: needs the checkout and pytest; run `bash run.sh stage=test` there")
     return subprocess.call([sys.executable, "-m", "pytest", *arguments], cwd=ROOT)
-
-
-def title(step: Resolved) -> str:
-    """stage=reward name=helpfulness run=demo"""
-    name = f" name={step.settings.name}" if step.settings.name else ""
-    return f"stage={step.stage}{name} run={step.settings.run}"
-
-
-def describe(step: Resolved, argv: Sequence[str]) -> str:
-    """What dry_run=true shows of a step: command, added environment, settings, memory."""
-    env = environment(step.settings.launch, step.stage, os.environ)
-    added = [f"{name}={value}" for name, value in env.items() if name not in os.environ]
-    lines = [f"# {title(step)}", shlex.join([*added, *argv]), "", dump_yaml(step.settings.model_dump())]
-    if isinstance(step.settings, Training):
-        from pipeline.models.memory import estimate
-
-        lines.append(estimate(step.settings))
-    return "\n".join(lines)
 
 
 def _dry_run(overrides: Layer) -> bool:

@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from pipeline import errors
+from pipeline.config import together
 from pipeline.config.deepspeed import read_ds_config
 from pipeline.config.sections import OptimizerSettings, TrainSettings
 from pipeline.config.validate import one_complaint
@@ -215,16 +216,9 @@ class Engine:
 
     def __init__(self, module: nn.Module, ranks: Ranks, train: TrainSettings, optimizer: OptimizerSettings | None):
         config = full_config(train, optimizer)
-        if train.precision == "fp16" and ranks.device.type == "cpu":
-            raise UserError("train.precision: fp16 needs a GPU, and there is none here: use bf16 or fp32")
-        self.ranks, self.module = ranks, module
         self.stage = config["zero_optimization"]["stage"]
-        if train.precision == "fp16" and self.stage == 0 and optimizer is not None:
-            # there DeepSpeed divides gradients by a loss scale that it never multiplied the loss by
-            raise UserError(
-                f"train.zero: {train.zero}, stage 0, with fp16, whose loss DeepSpeed does not scale there, wanted "
-                "zero=zero1 (on one GPU the same) or another stage, or bf16=true"
-            )
+        together.half_precision(train, ranks.device.type != "cpu", self.stage, trains=optimizer is not None)
+        self.ranks, self.module = ranks, module
         self.dtype = PRECISIONS[train.precision]
         self._twin = hookless_twin(module) if self.stage == 3 else None
         self._half = train.precision != "fp32"
