@@ -35,11 +35,12 @@ def show(steps: Sequence[Resolved]) -> int:
             found += _shown(partial(as_begun, step))
         before_are_done &= run_dir.finished(run_dir.stage_dir(step.settings, step.stage))
     for line in faults.notes(steps, os.environ):
-        logger.warning(line)
+        logger.warning(f"note: {line}")
     for precision in dict.fromkeys(_precisions(steps)):
         warn_of_slow_bf16(precision)
-    for line in dict.fromkeys(found):
-        complain(UserError(line))
+    found = [*dict.fromkeys(found)]
+    for number, line in enumerate(found, 1):
+        complain(UserError(f"fault {number} of {len(found)}: {line}"))
     print("\n".join(spoken(step) for step in steps), flush=True)
     return USER_ERROR if found else 0
 
@@ -82,7 +83,7 @@ def as_begun(step: Resolved) -> None:
     if step.stage in inputs.OF and run_dir.begun(directory):
         run_dir.refuse_other_inputs(directory, inputs.OF[step.stage](step.settings))
         if run_dir.finished(directory):
-            logger.warning(f"{directory} is done: a start leaves it as it is")
+            logger.warning(f"note: {directory} is done, a start leaves it as it is")
 
 
 def spoken(step: Resolved) -> str:

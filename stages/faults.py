@@ -136,11 +136,11 @@ def of_launch(settings: WithModel, stage: str, environ: Mapping[str, str]) -> It
     if gpus and wanted > gpus and settings.launch.hostfile is None and stage in launcher.DISTRIBUTED:
         yield f"launch.processes: gpus={wanted}, but this machine has {gpus} for it: wanted gpus={gpus} at most"
     if isinstance(settings, Training | GenerateStage | EvaluateStage):
-        zero, trains = read_ds_config(settings.train.zero)["zero_optimization"], isinstance(settings, Training)
-        yield from _told(
-            lambda: together.half_precision(settings.train, machine.has_gpu(), zero["stage"], trains=trains)
-        )
-        if trains and "offload_optimizer" in zero and not can_offload(environ):
+        yield from _told(lambda: together.fp16_on_gpu(settings.train, machine.has_gpu()))
+    if isinstance(settings, Training):
+        zero = read_ds_config(settings.train.zero)["zero_optimization"]
+        yield from _told(lambda: together.fp16_scaled(settings.train, zero["stage"]))
+        if "offload_optimizer" in zero and not can_offload(environ):
             yield (
                 f"train.zero: {settings.train.zero} offloads the optimizer, for which DeepSpeed compiles code, and "
                 f"there is no C++ compiler ({environ.get('CXX', 'c++')}): install one, or wanted a file without offload"

@@ -17,11 +17,14 @@ def whole_batches(train: TrainSettings, world: int) -> None:
         raise UserError(f"train.batch_size: {train.batch_size} is no multiple of {what}, wanted one: change either")
 
 
-def half_precision(train: TrainSettings, gpu: bool, zero_stage: int, trains: bool) -> None:
-    """fp16 is for GPUs and, to train, for the ZeRO stages that scale its loss."""
+def fp16_on_gpu(train: TrainSettings, gpu: bool) -> None:
     if train.precision == "fp16" and not gpu:
         raise UserError("train.precision: fp16 needs a GPU, and there is none here: use bf16 or fp32")
-    if train.precision == "fp16" and zero_stage == 0 and trains:
+
+
+def fp16_scaled(train: TrainSettings, zero_stage: int) -> None:
+    """Trained in fp16, the loss is scaled."""
+    if train.precision == "fp16" and zero_stage == 0:
         # there DeepSpeed divides gradients by a loss scale that it never multiplied the loss by
         raise UserError(
             f"train.zero: {train.zero}, stage 0, with fp16, whose loss DeepSpeed does not scale there, wanted "

@@ -217,7 +217,9 @@ class Engine:
     def __init__(self, module: nn.Module, ranks: Ranks, train: TrainSettings, optimizer: OptimizerSettings | None):
         config = full_config(train, optimizer)
         self.stage = config["zero_optimization"]["stage"]
-        together.half_precision(train, ranks.device.type != "cpu", self.stage, trains=optimizer is not None)
+        together.fp16_on_gpu(train, ranks.device.type != "cpu")
+        if optimizer is not None:
+            together.fp16_scaled(train, self.stage)
         self.ranks, self.module = ranks, module
         self.dtype = PRECISIONS[train.precision]
         self._twin = hookless_twin(module) if self.stage == 3 else None
