@@ -61,6 +61,10 @@ class Ahead:
         """Whether an earlier step is the run's `stage`, or stage/name."""
         return run_dir.run_dir(settings) / stage in self.made
 
+    def holds(self, place: str | None) -> bool:
+        """Whether a path lies in what an earlier step makes."""
+        return place is not None and any(Path(place).is_relative_to(directory) for directory in self.made)
+
     def reward_models(self, settings: WithModel) -> list[str]:
         """Those of the run by name, and those that it will have."""
         folder = run_dir.run_dir(settings) / "reward"
@@ -163,6 +167,8 @@ def of_models(settings: WithModel, ahead: Ahead) -> Iterator[str]:
         except UserError as error:
             yield str(error)
             continue
+        if ahead.holds(model.path):
+            continue
         if model.path is not None:
             yield from _told(partial(place.check, model.path))
         else:
@@ -186,8 +192,10 @@ def _start(settings: RewardStage | RlStage, ahead: Ahead) -> list[Given]:
 
 def _policies(settings: GenerateStage | EvaluateStage, ahead: Ahead) -> list[Given]:
     places = settings.policies.values() if isinstance(settings, EvaluateStage) else [settings.policy]
-    made = lambda one: any(ahead.makes(settings, name) for name in (["rl", "sft"] if one is None else [one]))  # noqa: E731
-    return [partial(run_dir.policy_model, settings, one) for one in places if not made(one)]
+    made = {
+        one: any(ahead.makes(settings, name) for name in (["rl", "sft"] if one is None else [one])) for one in places
+    }
+    return [partial(run_dir.policy_model, settings, one) for one in places if not (made[one] or ahead.holds(one))]
 
 
 MODELS: dict[type, Callable[[Any, Ahead], list[Given]]] = {
@@ -211,7 +219,8 @@ def of_rewards(settings: WithModel, ahead: Ahead) -> Iterator[str]:
         yield str(no_judge_of_new_texts(settings.algo, settings.run))
     names += labelled(settings.monitors).values() if isinstance(settings, EvaluateStage) else []
     for name in names:
-        yield from _told(partial(rewards.check, name, known))
+        if not ahead.holds(name):
+            yield from _told(partial(rewards.check, name, known))
 
 
 def of_rows(settings: WithModel, ahead: Ahead) -> Iterator[str]:
@@ -251,7 +260,7 @@ def rows_of(settings: WithModel, ahead: Ahead) -> Rows | None:
         hub_set = data.path is not None and hub.is_hub_name(data.path)
         return data, [] if hub_set else inputs.score_splits(settings, data)
     if isinstance(settings, RlStage):
-        made = Path(settings.scored) in ahead.made if settings.scored else ahead.makes(settings, "score")
+        made = ahead.holds(settings.scored) if settings.scored else ahead.makes(settings, "score")
         return None if made else (inputs.rl_data(settings), ("train", "validation"))
     if isinstance(settings, GenerateStage):
         return settings.data, settings.splits
