@@ -16,7 +16,7 @@ import pkgutil
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
@@ -45,12 +45,82 @@ def load_any(name: str, folder: str, what: str, wanted: str) -> tuple[ModuleType
     Raises UserError as `load`, and where there are several and none is called `wanted`.
     """
     module, function = module_of(name, folder, what, wanted), split(name)[1]
-    public = [one for one in _functions(Path(str(module.__file__))) if not one.startswith("_")]
+    public = _public(Path(str(module.__file__)))
     if not function and wanted not in vars(module) and len(public) > 1:
-        problem = f"{len(public)} functions ({', '.join(public)}), wanted one of them named"
-        raise UserError(f"{_place(name, what)}: {problem}, as in {split(name)[0]}:{public[0]}, or one called {wanted}")
+        raise _several(name, what, wanted, public)
     lone = public[0] if wanted not in vars(module) and len(public) == 1 else wanted
     return module, function_of(module, function or lone, _place(name, what))
+
+
+def check(name: str, folder: str, what: str, wanted: str, any_name: bool = False) -> None:
+    """What can be told of `name` without running a line of it. Raises UserError as `load` or, `any_name`, `load_any`.
+
+    So it does for a file that is no Python, lacks the function, or imports a package that is not installed here; of
+    our own files those that it imports count.
+    """
+    source, function = split(name)
+    if source.endswith(".py"):
+        path = Path(source)
+        if not path.is_file():
+            raise _no_file(path, what)
+    else:
+        if source not in available(folder):
+            raise _not_there(name, folder, what, wanted)
+        path = _file_of(f"{folder}.{source}")
+    place = f"{_place(name, what)} does not load"
+    tree = guarded(place, lambda: ast.parse(path.read_bytes(), str(path)))
+    if package := next(_absent(tree, folder), None):
+        raise UserError(f"{place}: {path} imports {package}, which is not installed here: pip install it")
+    bound, public = _bound(tree), _public(path)
+    if bound is None or (function or wanted) in bound or (not function and any_name and len(public) == 1):
+        return
+    if not function and any_name and public:
+        raise _several(name, what, wanted, public)
+    raise UserError(f"{_place(name, what)}: {_no_function(function or wanted, path, public)}")
+
+
+def _several(name: str, what: str, wanted: str, public: Sequence[str]) -> UserError:
+    problem = f"{len(public)} functions ({', '.join(public)}), wanted one of them named"
+    return UserError(f"{_place(name, what)}: {problem}, as in {split(name)[0]}:{public[0]}, or one called {wanted}")
+
+
+def _absent(tree: ast.Module, folder: str) -> Iterator[str]:
+    """The packages that a module, and modules of `folder` that it imports, import at once and that are not there.
+
+    Nothing where it changes the path on which they are looked for.
+    """
+    if any(isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.path" for node in ast.walk(tree)):
+        return
+    for node in tree.body:  # what stands in a `try` or an `if` may be missing
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [str(node.module)] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+        for name in names:
+            top = name.split(".")[0]
+            if top not in sys.modules and importlib.util.find_spec(top) is None:
+                yield top
+            elif top == folder and (file := _file_of(name)).is_file():
+                yield from _absent(ast.parse(file.read_bytes()), folder)
+
+
+def _file_of(module: str) -> Path:
+    """The file of a module of a package of ours."""
+    package, _, name = module.rpartition(".")
+    return Path(importlib.import_module(package or module).__path__[0]) / f"{name}.py"
+
+
+def _bound(tree: ast.Module) -> set[str] | None:
+    """The names that a module gives a value to, somewhere; None where they cannot all be told without running it."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id in ("globals", "vars", "exec", "setattr"):
+            return None
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.alias):
+            names.add((node.asname or node.name).split(".")[0])
+    return None if "*" in names else names
 
 
 def module_of(name: str, folder: str, what: str, wanted: str) -> ModuleType:
@@ -59,11 +129,20 @@ def module_of(name: str, folder: str, what: str, wanted: str) -> ModuleType:
     if source.endswith(".py"):
         return _module_of_file(Path(source), what)
     if source not in available(folder):
-        names = available(folder, wanted)
-        cure = f"a file of your own is given by its path, as in my/{source.rpartition('/')[2]}.py"
-        problem = f"not in {folder.replace('.', '/')}/, which has {', '.join(names)}{did_you_mean(source, names)}"
-        raise UserError(f"{place}: {problem}; {cure}")
+        raise _not_there(name, folder, what, wanted)
     return guarded(f"{place} does not load", partial(importlib.import_module, f"{folder}.{source}"))
+
+
+def _not_there(name: str, folder: str, what: str, wanted: str) -> UserError:
+    source, names = split(name)[0], available(folder, wanted)
+    cure = f"a file of your own is given by its path, as in my/{source.rpartition('/')[2]}.py"
+    problem = f"not in {folder.replace('.', '/')}/, which has {', '.join(names)}{did_you_mean(source, names)}"
+    return UserError(f"{_place(name, what)}: {problem}; {cure}")
+
+
+def _no_file(path: Path, what: str) -> UserError:
+    siblings = [str(other) for other in path.parent.glob("*.py")]
+    return UserError(f"{what} {path}: there is no such file{did_you_mean(str(path), siblings)}")
 
 
 def _place(name: str, what: str) -> str:
@@ -117,8 +196,7 @@ def guarded(place: str, call: Callable[[], Result]) -> Result:
 def _module_of_file(path: Path, what: str) -> ModuleType:
     """The file as a module, loaded once per process under a name that its whole path decides."""
     if not path.is_file():
-        siblings = [str(other) for other in path.parent.glob("*.py")]
-        raise UserError(f"{what} {path}: there is no such file{did_you_mean(str(path), siblings)}")
+        raise _no_file(path, what)
     digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
     name = f"user_file_{path.stem}_{digest}"
     if name not in sys.modules:
@@ -138,13 +216,16 @@ def function_of(module: ModuleType, name: str, place: str) -> Callable:
     path = Path(str(module.__file__))
     if name not in vars(module):
         has = [other for other in _defined(path) if callable(vars(module).get(other)) and not other.startswith("_")]
-        listed = f"it has {', '.join(has) or 'none'}{did_you_mean(name, has)}"
-        raise UserError(f"{place}: no function {name!r} in {_shown(path)}, {listed}")
+        raise UserError(f"{place}: {_no_function(name, path, has)}")
     function = vars(module)[name]
     if not callable(function):
         problem = f"{name} in {_shown(path)} is a {type(function).__name__}"
         raise UserError(f"{place}: {problem}, wanted a function: def {name}(...)")
     return function
+
+
+def _no_function(name: str, path: Path, has: Sequence[str]) -> str:
+    return f"no function {name!r} in {_shown(path)}, it has {', '.join(has) or 'none'}{did_you_mean(name, has)}"
 
 
 def _defined(path: Path) -> list[str]:
@@ -158,6 +239,10 @@ def _defined(path: Path) -> list[str]:
 def _functions(path: Path) -> list[str]:
     """The functions at the top of a file, in their order."""
     return [node.name for node in _body(path) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+def _public(path: Path) -> list[str]:
+    return [one for one in _functions(path) if not one.startswith("_")]
 
 
 def _body(path: Path) -> list[ast.stmt]:

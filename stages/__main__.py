@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -14,16 +13,14 @@ from typing import NoReturn
 
 from pipeline.config.help import help_text
 from pipeline.config.resolve import Resolved, resolve_steps
-from pipeline.config.schema import Training
 from pipeline.config.yaml_layers import ROOT, Layer, parse_overrides
-from pipeline.config.yaml_text import dump_yaml
 from pipeline.errors import UserError
 from pipeline.launch import run_dir, stopping
 from pipeline.launch.entry import leave
 from pipeline.launch.launcher import DISTRIBUTED, command, environment, is_rank
 from pipeline.launch.processes import handled, run
 from pipeline.report.closing import closing
-from stages import inputs
+from stages import dry_run, faults, inputs
 
 HELP = ("stage=help", "--help", "-h")
 TEST = "stage=test"
@@ -42,17 +39,18 @@ def main(words: Sequence[str]) -> int:
         return test([one for one in words if one != TEST])
     dry = _dry_run(parse_overrides(words))
     steps = resolve_steps(words)
-    commands = [command(step.settings.launch, step.stage, step.words, os.environ) for step in steps]
     if dry:
-        print("\n".join(describe(step, argv) for step, argv in zip(steps, commands, strict=True)))
-        return 0
+        return dry_run.show(steps)
+    faults.refuse(steps, os.environ)
+    for line in faults.notes(steps, os.environ):
+        logger.warning(line)
     for number, step in enumerate(steps, 1):
         if len(steps) > 1:
-            print(f"[{number}/{len(steps)}] {title(step)}", flush=True)
+            print(f"[{number}/{len(steps)}] {step.title}", flush=True)
         code = start(step, last=number == len(steps))
         if code != 0:
             rest = f"{len(steps) - number} later steps not started" if number < len(steps) else ""
-            ended = "" if code == stopping.INTERRUPTED else f"{title(step)} ended with exit code {code}"
+            ended = "" if code == stopping.INTERRUPTED else f"{step.title} ended with exit code {code}"
             if len(steps) > 1 and (ended or rest):
                 print(f"tiffin: {'; '.join(filter(None, [ended, rest]))}", file=sys.stderr)
             return code
@@ -91,24 +89,6 @@ def test(arguments: Sequence[str]) -> int:
     with handled(lambda number, frame: None, [signal.SIGINT]):  # pytest sums up what it has done
         return subprocess.call([sys.executable, "-m", "pytest", *arguments], cwd=ROOT)
 
-
-def title(step: Resolved) -> str:
-    """stage=reward name=helpfulness run=demo"""
-    name = f" name={step.settings.name}" if step.settings.name else ""
-    return f"stage={step.stage}{name} run={step.settings.run}"
-
-
-def describe(step: Resolved, argv: Sequence[str]) -> str:
-    """What dry_run=true shows of a step: command, added environment, settings, memory."""
-    env = environment(step.settings.launch, step.stage, os.environ)
-    added = [f"{name}={value}" for name, value in env.items() if name not in os.environ]
-    standing = run_dir.standing(run_dir.stage_dir(step.settings, step.stage), step.settings)
-    lines = [f"# {title(step)}: {standing}", shlex.join([*added, *argv]), "", dump_yaml(step.settings.model_dump())]
-    if isinstance(step.settings, Training):
-        from pipeline.models.memory import estimate
-
-        lines.append(estimate(step.settings))
-    return "\n".join(lines)
 
 
 def _dry_run(overrides: Layer) -> bool:

@@ -15,7 +15,6 @@ from pipeline.config.reward_spec import labelled
 from pipeline.config.schema import EvaluateStage
 from pipeline.config.sections import ModelSettings
 from pipeline.data import dataset
-from pipeline.errors import UserError
 from pipeline.files import flatten, write_json, write_jsonl
 from pipeline.launch import run_dir
 from pipeline.launch.entry import run
@@ -48,7 +47,7 @@ def main(settings: EvaluateStage, words: Sequence[str]) -> None:
     monitors = labelled(settings.monitors)
     rewards = build.build_rewards(settings, settings.reward, settings.rewards, ranks.device, monitors)
     if rewards is None:
-        raise UserError("stage=evaluate: nothing to judge with: give reward=NAME, or train one with stage=reward")
+        raise inputs.no_judge("evaluate", settings)
     (rows,) = dataset.splits(settings.data, settings.seed, [settings.split], carry=rewards.reads_columns)
     prompts = dataset.unique_prompts(rows)[: settings.max_rows]
     scoring.try_rewards(ranks, rewards, prompts[0], written=True)

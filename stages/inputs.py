@@ -73,6 +73,15 @@ def of_rewards(settings: Common, spec: str | Mapping[str, float] | None, own: bo
     return {f"reward {name}": fingerprint(place) for name, place in places.items()}
 
 
+def no_judge(stage: str, settings: Common) -> UserError:
+    """Of a stage without a reward, in a run that has trained none."""
+    does = "score" if stage == "score" else "judge"
+    return UserError(
+        f"stage={stage}: nothing to {does} with: give reward=NAME (length, rouge, your/file.py ...), "
+        f"or train one with bash run.sh stage=reward run={settings.run}"
+    )
+
+
 def rl_model(settings: RlStage) -> ModelSettings:
     """The model that RL starts from. Raises UserError where there is none: RL does not begin with a new one."""
     model = run_dir.start_model(settings)
@@ -103,6 +112,14 @@ def score_data(settings: ScoreStage) -> DataSettings:
         )
     files = {split: left / f"{split}.jsonl" for split in SPLITS}
     return read_from(settings.data, **{split: str(file) for split, file in files.items() if file.is_file()})
+
+
+def score_splits(settings: ScoreStage, data: DataSettings) -> list[str]:
+    """The wanted splits that the data have; validation is cut from train where it has no file of its own."""
+    if data.task is not None:
+        return list(settings.splits)
+    there = {*split_places(data)}
+    return [split for split in settings.splits if split in there or (split == "validation" and "train" in there)]
 
 
 def _model(model: ModelSettings) -> Inputs:

@@ -12,10 +12,8 @@ import statistics
 from collections.abc import Sequence
 
 from pipeline.config.schema import ScoreStage
-from pipeline.config.sections import DataSettings
-from pipeline.data import dataset, splits
+from pipeline.data import dataset
 from pipeline.data.write import write_rows
-from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.launch import run_dir
 from pipeline.launch.entry import run
@@ -35,12 +33,9 @@ def main(settings: ScoreStage, words: Sequence[str]) -> None:
         return
     rewards = build.build_rewards(settings, settings.reward, settings.rewards, ranks.device)
     if rewards is None:
-        raise UserError(
-            "stage=score: nothing to score with: give reward=NAME (length, rouge, your/file.py ...), "
-            f"or train one with bash run.sh stage=reward run={settings.run}"
-        )
+        raise inputs.no_judge("score", settings)
     results: dict[str, object] = {}
-    wanted = splits_of(settings.splits, data)
+    wanted = inputs.score_splits(settings, data)
     for split, examples in zip(wanted, dataset.splits(data, settings.seed, wanted, carry=True), strict=True):
         rows = dataset.judgeable(examples, data)
         if split == wanted[0]:
@@ -56,14 +51,6 @@ def main(settings: ScoreStage, words: Sequence[str]) -> None:
     if ranks.main:
         write_json(directory / "results.json", results)
     ranks.barrier()
-
-
-def splits_of(wanted: Sequence[str], data: DataSettings) -> list[str]:
-    """The wanted splits that the data have; validation is cut from train where it has no file of its own."""
-    if data.task is not None:
-        return list(wanted)
-    there = {*splits.split_places(data)}
-    return [split for split in wanted if split in there or (split == "validation" and "train" in there)]
 
 
 def by_source(rows: Sequence[Example], scores: Scores) -> dict[str, float]:

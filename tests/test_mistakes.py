@@ -28,6 +28,7 @@ from pipeline.config.resolve import resolve_steps
 from pipeline.config.yaml_layers import ROOT
 from pipeline.errors import UserError
 from pipeline.launch.launcher import command, free_port
+from stages import faults
 from tests.mistakes import Mistake, answers, judge, lines, pairs
 from tests.mistakes_in_data import DATA
 from tests.mistakes_in_models import MODELS, REWARDS, SYSTEM
@@ -43,6 +44,8 @@ SMALL = [f"model.scratch.{size}" for size in ("hidden_size=32", "num_layers=2", 
 STEP = ["batch_size=16", "eval.max_rows=12", "eval.num_samples=2", "max_steps=1"]
 SHORT = ["max_new_tokens=12"]
 VALUES = ["value.targets=data", "value.epochs=1"]  # of the default, algo=alol
+SAME = 25  # characters that what is said early has at least in common with what the stage says
+EARLY: dict[str, bool] = {}  # by mistake: whether it was told before the stage began
 SOUND = {  # words with which a stage goes through, if its model is there
     "sft": [*DATA_WORDS, *SMALL, *STEP, *SHORT],
     "reward": [*DATA_WORDS, *SMALL, *STEP, "name=helpfulness"],
@@ -121,8 +124,12 @@ def prepared(mistake: Mistake, here: Path, sound: Path) -> list[str]:
 def test_a_mistake_is_one_line_and_costs_nothing(mistake: Mistake, tmp_path: Path, sound: Path) -> None:
     words = prepared(mistake, tmp_path, sound)
     before = bytes_below(tmp_path)
+    early = told_early(words)
+    assert bytes_below(tmp_path) == before
     with pytest.raises(UserError) as raised:
         start(words)
+    assert not early or any(one[:SAME] == str(raised.value)[:SAME] for one in early), f"{early}, then {raised.value}"
+    EARLY[mistake.name] = bool(early)
     line = str(raised.value)
     assert "\n" not in line
     parts = [part.replace("HERE", re.escape(str(tmp_path))) for part in mistake.says]
@@ -133,6 +140,20 @@ def test_a_mistake_is_one_line_and_costs_nothing(mistake: Mistake, tmp_path: Pat
     halves = [path for path in made if path.name == "results.json" or path.suffix in (".part", ".tmp")]
     halves += [path for path in made if {"model", "model.part", "best.part"} & set(path.parts)]
     assert not halves
+
+
+def told_early(words: list[str]) -> list[str]:
+    """What the command line says before it starts a process."""
+    try:
+        return faults.of(resolve_steps(words), {})
+    except UserError as error:
+        return [str(error)]
+
+
+def test_most_mistakes_are_told_before_anything_is_imported() -> None:
+    """The others need a model, all rows, or a user's code to be run."""
+    if len(EARLY) == len(TABLE):  # else some were deselected
+        assert sum(EARLY.values()) > 0.6 * len(TABLE), [name for name, early in EARLY.items() if not early]
 
 
 def test_the_table_is_long_and_reaches_every_stage() -> None:

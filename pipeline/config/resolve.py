@@ -37,6 +37,12 @@ class Resolved:
     settings: Any  # one of STAGES[stage]
     words: tuple[str, ...]
 
+    @property
+    def title(self) -> str:
+        """stage=reward name=helpfulness run=demo"""
+        name = f" name={self.settings.name}" if self.settings.name else ""
+        return f"stage={self.stage}{name} run={self.settings.run}"
+
 
 class Layers(NamedTuple):
     """What a stage's settings are made of."""

@@ -75,6 +75,14 @@ def parse(spec: object) -> list[tuple[str, float]]:
     return [(name, float(weight)) for name, weight in spec.items()]
 
 
+def no_judge_of_new_texts(algo: str, run: str) -> UserError:
+    """Of an algorithm that samples, without a reward, in a run that has trained none."""
+    return UserError(
+        f"algo={algo}: nothing to judge new texts with, wanted a reward: give reward=NAME, "
+        f"or train one with bash run.sh stage=reward run={run}"
+    )
+
+
 def labelled(monitors: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
     """`monitors=` of the configuration as label -> reward; those in a list are their own labels."""
     return dict(monitors) if isinstance(monitors, Mapping) else {name: name for name in monitors}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from pipeline.config import together
 from pipeline.config.sections import TrainSettings
 from pipeline.data.masking import Masker
 from pipeline.data.tokenization import pad
@@ -44,10 +45,7 @@ class Packing:
 
 def packing_of(train: TrainSettings, world: int, encoder_decoder: bool, pad_id: int, whole: bool = False) -> Packing:
     """The packing that `train` asks for. Raises UserError where the batch arithmetic leaves a remainder."""
-    per_call = train.micro_batch_size if train.micro_batch_size is not None else 1
-    if train.batch_size % (world * per_call):
-        what = f"processes {world}" + (f" x micro_batch_size {per_call}" if train.micro_batch_size else "")
-        raise UserError(f"train.batch_size: {train.batch_size} is no multiple of {what}, wanted one: change either")
+    together.whole_batches(train, world)
     return Packing(train.micro_batch_size, train.max_tokens, encoder_decoder, pad_id, whole)
 
 

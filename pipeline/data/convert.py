@@ -53,6 +53,29 @@ def to_scored(examples: Sequence[Example], which: Literal["chosen", "both"]) -> 
     return rows
 
 
+def with_score(row: Example) -> Example:
+    """A row that holds a response and its reward. Raises UserError for another."""
+    if row.completion is None:
+        raise UserError(f"{row.id}: no completion, wanted a scored row; add the column 'completion'")
+    if row.reward is None:
+        raise UserError(
+            f"{row.id}: no reward, wanted a scored row; add the column 'reward' (or chosen and rejected), or run "
+            "stage=score"
+        )
+    return row
+
+
+def judged(rows: Sequence[Example], run: str) -> Sequence[Example]:
+    """Rows that all bring a reward. Raises UserError, for where there is nothing to score the others with."""
+    missing = next((row for row in rows if row.reward is None), None)
+    if missing is not None:
+        raise UserError(
+            f"{missing.id}: no reward, and nothing to score it with: add a `reward` column, give reward=, "
+            f"or train one with bash run.sh stage=reward run={run}"
+        )
+    return rows
+
+
 def _chosen(pair: Example, id: str) -> Example:
     if not is_pair(pair):
         raise UserError(

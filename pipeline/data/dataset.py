@@ -11,7 +11,7 @@ from dataclasses import replace
 from pipeline import plugins
 from pipeline.config.sections import DataSettings, TemplateSettings
 from pipeline.data import columns, convert, hub, readers, remarks
-from pipeline.data.splits import split_places
+from pipeline.data.splits import origins, split_places
 from pipeline.data.template import prompt_text, response_text
 from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
@@ -77,10 +77,7 @@ def _of_task(data: DataSettings, split: str, seed: int) -> list[Example]:
 def _of_files(data: DataSettings, names: Sequence[str], carry: bool) -> dict[str, list[Example]]:
     places, fraction = split_places(data), data.validation_fraction
     cut = "train" in places and "validation" not in places  # validation is a part of train
-    for name in names:
-        if name not in places and not (cut and name == "validation" and fraction > 0):
-            raise UserError(f"data: there is no {name} split, only {', '.join(places)}: give data.{name}=")
-    origin = {name: places.get(name, places.get("train")) for name in names}
+    origin = origins(data, names)
     read = {place: _read(place, data, carry) for place in dict.fromkeys(origin.values())}
     rows = {name: read[place][: data.max_rows if name == "train" else None] for name, place in origin.items()}
     if cut and fraction > 0 and places["train"] in read:

@@ -52,7 +52,7 @@ def of_scored(rows: Sequence[Example]) -> list[Example]:
         if convert.is_pair(row) and row.completion is None:
             given.append(row)
         else:
-            groups.setdefault(row.prompt, []).append(_checked(row))
+            groups.setdefault(row.prompt, []).append(convert.with_score(row))
     # the largest contrast of each prompt; what lies between would say less, more often
     made, alone, tied, between = [], 0, 0, 0
     for group in groups.values():
@@ -112,14 +112,3 @@ def _pair_id(best: str, worst: str) -> str:
         if best.endswith(one) and worst.endswith(other) and best.removesuffix(one) == worst.removesuffix(other):
             return best.removesuffix(one)
     return best
-
-
-def _checked(row: Example) -> Example:
-    if row.completion is None:
-        raise UserError(f"{row.id}: no completion, wanted a scored row; add the column 'completion'")
-    if row.reward is None:
-        raise UserError(
-            f"{row.id}: no reward, wanted a scored row; add the column 'reward' (or chosen and rejected), or run "
-            "stage=score"
-        )
-    return row

@@ -82,9 +82,7 @@ def read(
     format = format or _detected(path, first)
     _check_flags(path, first, filters.exclude)
     result = _read_rows(path, rows, format, filters, carry)
-    if (bad := len(result.bad_rows)) > max_bad_rows:
-        found = _first_bad(path, result.bad_rows, result.rows_read)
-        raise UserError(f"{found}; fix the data, or allow them with data.max_bad_rows={bad}")
+    _refuse_bad(path, result, max_bad_rows)
     if not result.examples:
         raise _nothing_left(path, result, filters)
     logger.info(_summary(path, result, filters, carry))
@@ -92,6 +90,25 @@ def read(
     if lost := remarks.of_columns(first.columns, [name for name in unread if name not in filters.exclude]):
         logger.warning(f"{path}: not read, though it bears on what is learned: {'; '.join(lost)}")
     return result
+
+
+def head(path: str, format: str | None, filters: Filters, max_bad_rows: int) -> list[Example]:
+    """The Examples among the first rows of a local file: what `read` refuses of them is refused, and nothing logged."""
+    rows, first = _peek(path, format)
+    format = format or _detected(path, first)
+    _check_flags(path, first, filters.exclude)
+    rows = iter(rows)
+    result = _read_rows(path, islice(rows, HEAD), format, filters, carry=False)
+    _refuse_bad(path, result, max_bad_rows, more=next(rows, None) is not None)
+    return result.examples
+
+
+def _refuse_bad(path: str, result: ReadResult, most: int, more: bool = False) -> None:
+    """Raises UserError where there are too many bad rows; `more`: there are rows behind those that were read."""
+    if (bad := len(result.bad_rows)) > most:
+        found = _first_bad(path, result.bad_rows, f"the first {result.rows_read}" if more else result.rows_read)
+        number = f"{bad} or more" if more else bad
+        raise UserError(f"{found}; fix the data, or allow them with data.max_bad_rows={number}")
 
 
 def _peek(path: str, format: str | None) -> tuple[Iterable[RawRow], RawRow]:
@@ -194,7 +211,7 @@ def _ends_abruptly(row: Columns) -> bool:
     return any(not answer or answer.endswith(":") for answer in answers)
 
 
-def _first_bad(path: str, bad: Sequence[str], rows_read: int) -> str:
+def _first_bad(path: str, bad: Sequence[str], rows_read: int | str) -> str:
     """The first bad row, the next ones and the count, on one line."""
     if len(bad) == 1:
         return f"{bad[0]} (1 bad row of {rows_read})"

@@ -31,6 +31,19 @@ def split_places(data: DataSettings) -> dict[str, str]:
     return named
 
 
+def origins(data: DataSettings, names: Sequence[str]) -> dict[str, str]:
+    """split -> the file or hub name that its rows are read from; validation is cut from train where it has none.
+
+    Raises UserError as `split_places`, and for a split that is not there.
+    """
+    places = split_places(data)
+    cut = "train" in places and data.validation_fraction > 0
+    for name in names:
+        if name not in places and not (cut and name == "validation"):
+            raise UserError(f"data: there is no {name} split, only {', '.join(places)}: give data.{name}=")
+    return {name: places.get(name, places.get("train")) for name in names}
+
+
 def read_from(data: DataSettings, **places: str) -> DataSettings:
     """`data` with rows that an earlier stage left at `places` (path, or splits): they need no filter any more."""
     nowhere = {"path": None, "files": None, "task": None, "task_size": None, **dict.fromkeys(SPLITS)}

@@ -2,7 +2,7 @@
 
 `python -m pipeline.launch.environment [dev]` prints the interpreter to use: this one if its packages are within the
 ranges of setup.py, else that of `.venv` beside it, made with the pins of constraints.txt where needed. Exit code 2 on
-failure.
+failure, 130 on Ctrl-C. DeepSpeed's operators are not compiled here: only offload takes them, and says so.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -61,8 +62,11 @@ def release(version: str) -> tuple[int, ...]:
 
 def choose(dev: bool) -> Path:
     """The interpreter to use; makes or completes `.venv` if this Python will not do. Raises InstallError."""
-    if not missing(requirements(dev)):
+    if not (lacking := missing(requirements(dev))):
         return Path(sys.executable)
+    if os.environ.get("PYTHON"):
+        several = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        _say(f"PYTHON={os.environ['PYTHON']} is not used, it lacks {lacking[0]}{several}: {VENV} is")
     with (ROOT / "constraints.txt").open() as lock:  # ranks of one machine may start together
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not _ready(dev):
@@ -154,3 +158,6 @@ if __name__ == "__main__":
     except InstallError as failure:
         _say(str(failure))
         sys.exit(2)
+    except KeyboardInterrupt:
+        _say("stopped by Ctrl-C; the same command makes the environment anew, of what was fetched by then")
+        sys.exit(130)

@@ -42,6 +42,18 @@ def command(settings: LaunchSettings, stage: str, words: Sequence[str], environ:
     return [sys.executable, "-m", *module]
 
 
+def world(settings: LaunchSettings, stage: str, environ: Mapping[str, str]) -> int:
+    """How many ranks `command` starts. Raises UserError as `command` does."""
+    launcher = choose(settings, stage, environ)
+    if launcher == "deepspeed" and settings.hostfile is not None:
+        slots = hosts(Path(settings.hostfile))
+        return len(slots) * settings.processes if settings.processes > 1 < len(slots) else sum(slots.values())
+    if launcher == "srun" and settings.processes == 1:
+        return int(environ.get("SLURM_NTASKS", "1"))
+    nodes = int(environ.get("SLURM_NNODES", "1")) if launcher == "srun" else 1
+    return 1 if launcher == "single" else nodes * settings.processes
+
+
 def choose(settings: LaunchSettings, stage: str, environ: Mapping[str, str]) -> str:
     """single | deepspeed | torchrun | srun: what `launch.launcher: auto` means here. Raises UserError."""
     if stage not in DISTRIBUTED or is_rank(environ):

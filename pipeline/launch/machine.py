@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 SYSTEM = Path("/")
@@ -12,6 +13,18 @@ BF16 = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86, and of ARM
 
 def has_gpu(system: Path = SYSTEM) -> bool:
     return any(next((system / "dev").glob(pattern), None) for pattern in GPU_FILES)
+
+
+def gpus(environ: Mapping[str, str], system: Path = SYSTEM) -> int | None:
+    """How many GPUs a process may take, of those there are or CUDA_VISIBLE_DEVICES names; None where none can say.
+
+    Only NVIDIA's are counted.
+    """
+    count = len([*(system / "dev").glob("nvidia[0-9]*")])
+    if not count:
+        return None if has_gpu(system) else 0
+    named = environ.get("CUDA_VISIBLE_DEVICES")
+    return count if named is None else len([one for one in named.split(",") if one.strip()])
 
 
 def ram(system: Path = SYSTEM) -> int:

@@ -104,6 +104,15 @@ def claim(directory: Path) -> None:
     _held[path] = lock
 
 
+def refuse_taken(directory: Path) -> None:
+    """Raises UserError as `claim`, and holds nothing."""
+    path = (directory / ".lock").resolve()
+    if path in _held or not path.is_file():
+        return
+    claim(directory)
+    _held.pop(path).release()
+
+
 @contextmanager
 def waiting(directory: Path) -> Iterator[None]:
     """Hold `directory` for a while, once whoever holds it lets go."""

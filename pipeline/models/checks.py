@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import pickle
 import re
@@ -17,10 +16,10 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import UserError
+from pipeline.models.place import problem_of
 
 HEADS = ("score", "classifier", "classification_head")  # what architectures call their scalar head
 NO_LANGUAGE_MODEL = ("ForSequenceClassification", "ForTokenClassification", "ForMaskedLM", "ForQuestionAnswering")
-JSON_FILES = ("config.json", "adapter_config.json", "tokenizer_config.json", "tokenizer.json")
 NO_REWARD_MODEL = "wanted a reward model: train one with bash run.sh stage=reward"
 NO_KERNEL = re.compile("does not support (an attention|Flash Attention)")
 NO_CLASS = re.compile(r"Unrecognized configuration class <class '(?:\w+\.)*(\w+)Config'>.* AutoModel: (\w+)\.")
@@ -40,10 +39,10 @@ def reading(path: str, what: str) -> Iterator[None]:
 
 def _unreadable(path: str, what: str, error: Exception) -> str:
     """One line for a checkpoint that cannot be read."""
+    if problem := problem_of(path):
+        return problem
     place = Path(path)
-    if place.exists() and not (place / "config.json").exists() and not (place / "adapter_config.json").exists():
-        return f"model.path: {path} has no config.json, wanted a Hugging Face model directory"
-    if not place.exists() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
+    if not place.exists() and path.count("/") != 1:
         return f"model.path: {path} does not exist, wanted a directory or a Hugging Face name"
     reason = " ".join(str(error).split()) or type(error).__name__
     if NO_KERNEL.search(reason):
@@ -60,27 +59,6 @@ def _unreadable(path: str, what: str, error: Exception) -> str:
     elif not place.exists():
         wanted = "a directory here, or a Hugging Face name that this machine can reach"
     return f"model.path: the {what} of {path} cannot be read ({reason[:200]}), wanted {wanted}"
-
-
-def check_files(path: str) -> None:
-    """Raises UserError where a file that describes a local checkpoint is no JSON object."""
-    for file in (Path(path) / name for name in JSON_FILES):
-        if file.is_file():
-            read_object(file)
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object in a file that belongs to a checkpoint. Raises UserError with file and line."""
-    cure = "wanted a JSON object: save the model again, or name another"
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}:{error.lineno}: no JSON ({error.msg}), {cure}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: no UTF-8 text ({error}), {cure}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: JSON of type {type(content).__name__}, {cure}")
-    return content
 
 
 def check_kind(path: str, config: PretrainedConfig) -> None:

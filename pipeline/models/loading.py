@@ -15,11 +15,13 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from pipeline.config import together
 from pipeline.config.sections import ModelSettings
 from pipeline.errors import UserError
 from pipeline.models import checks, lora, mask_token, writing
 from pipeline.models.checks import NO_REWARD_MODEL, reading
 from pipeline.models.lora import Base, with_lora
+from pipeline.models.place import check_files
 from pipeline.models.scratch import small_config, train_tokenizer
 
 logger = logging.getLogger("tiffin")
@@ -52,7 +54,7 @@ def load_tokenizer(
 
 def _read_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer as it is."""
-    checks.check_files(settings.path)
+    check_files(settings.path)
     with reading(settings.path, "tokenizer"):
         return transformers.AutoTokenizer.from_pretrained(settings.path, **_version(settings))
 
@@ -168,9 +170,8 @@ def _load(
     base = Base(None)
     if settings.path is not None:
         model, base = _from_path(auto, settings, config, options, new_head)
-    elif settings.lora.r:
-        raise UserError("model.lora.r: adapters of a new model's frozen random weights learn little: give model=")
     else:
+        together.adapters(settings)
         try:
             model = auto.from_config(config, **options)
         except (ImportError, ValueError) as error:

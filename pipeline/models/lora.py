@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 
 from pipeline.config.sections import LoraSettings, ModelSettings
 from pipeline.errors import UserError
-from pipeline.models import checks
 from pipeline.models.checks import HEADS, reading
 from pipeline.models.factors import Factors, factors_of, joined, placed, uniform
+from pipeline.models.place import check_files
 
 logger = logging.getLogger("tiffin")
 
@@ -165,7 +165,7 @@ def adapter_of(settings: ModelSettings) -> PeftConfig | None:
     """The description of the adapters in `settings.path`, if an earlier stage with LoRA left some there."""
     if settings.path is None or not (Path(settings.path) / "adapter_config.json").is_file():
         return None
-    checks.check_files(settings.path)
+    check_files(settings.path)
     with reading(settings.path, "adapter_config.json"):
         adapter = PeftConfig.from_pretrained(settings.path)
     if not any(Path(settings.path).glob("adapter_model.*")):

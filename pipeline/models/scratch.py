@@ -12,6 +12,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import BartConfig, LlamaConfig, PretrainedConfig, PreTrainedTokenizerBase, T5Config
 
+from pipeline.config import together
 from pipeline.config.sections import ScratchSettings
 from pipeline.errors import UserError
 
@@ -59,8 +60,7 @@ def small_config(settings: ScratchSettings, tokenizer: PreTrainedTokenizerBase) 
     Raises UserError where the hidden size does not divide into the heads.
     """
     size, heads, layers = settings.hidden_size, settings.num_heads, settings.num_layers
-    if size % (2 * heads):
-        raise UserError(f"model.scratch: hidden_size {size} is no multiple of twice num_heads {heads}: change one")
+    together.heads(settings)
     vocabulary = {
         "vocab_size": round_up(len(tokenizer), MULTIPLE),
         "pad_token_id": tokenizer.pad_token_id,

@@ -19,8 +19,8 @@ from pipeline.data import chat
 from pipeline.data.tokenization import Encoder, resolved
 from pipeline.errors import UserError
 from pipeline.launch import run_dir
-from pipeline.models.checks import read_object
 from pipeline.models.lora import layers_of
+from pipeline.models.place import read_object
 
 logger = logging.getLogger("tiffin")
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from pipeline import plugins
-from pipeline.config.reward_spec import is_address
+from pipeline.config.reward_spec import is_address, token
 from pipeline.errors import UserError, did_you_mean
 from pipeline.records import RewardFunction, Scores
 from pipeline.rewards.workers import RewardWorkers
@@ -180,20 +180,33 @@ def resolve(
     return loaded(name, trained)
 
 
-def is_learned(name: str, trained: Mapping[str, str]) -> bool:
+def is_learned(name: str, trained: Collection[str]) -> bool:
     """Whether a reward is a model: one trained in this run, or a classifier's directory."""
     return name in trained or (Path(name) / "config.json").is_file()
 
 
 def loaded(name: str, trained: Mapping[str, str] = MappingProxyType({})) -> TrlFunction:
     """The function of a reward that is no model; `trained` are the models that a message offers. Raises UserError."""
-    source, _ = plugins.split(name)
-    if not source.endswith(".py") and source not in plugins.available(FOLDER):
-        raise UserError(f"reward {name!r}: {_unknown(source, trained)}")
+    _refuse_unknown(name, trained)
     return _trl.load(name)
 
 
-def _unknown(name: str, trained: Mapping[str, str]) -> str:
+def check(name: str, trained: Collection[str]) -> None:
+    """What can be told of a reward without running it; `trained` are names of models. Raises UserError as `resolve`."""
+    if is_address(name):
+        token()
+    elif not is_learned(name, trained):
+        _refuse_unknown(name, trained)
+        plugins.check(name, FOLDER, "reward", "reward", any_name=True)
+
+
+def _refuse_unknown(name: str, trained: Collection[str]) -> None:
+    source, _ = plugins.split(name)
+    if not source.endswith(".py") and source not in plugins.available(FOLDER):
+        raise UserError(f"reward {name!r}: {_unknown(source, trained)}")
+
+
+def _unknown(name: str, trained: Collection[str]) -> str:
     if Path(name).is_dir():
         return "this directory has no config.json, wanted the model/ directory of a reward model"
     files = plugins.available(FOLDER, "reward")

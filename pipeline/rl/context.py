@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from pipeline.config.reward_spec import no_judge_of_new_texts
 from pipeline.config.schema import RlStage
 from pipeline.config.sections import DataSettings, ModelSettings
 from pipeline.data import dataset
-from pipeline.errors import UserError
 from pipeline.records import Example
 from pipeline.rewards import scoring
 from pipeline.rewards.rewards import Rewards
@@ -57,10 +57,7 @@ def splits(context: Context) -> tuple[list[Example], list[Example]]:
 def required_rewards(context: Context) -> Rewards:
     """The rewards of the stage. Raises UserError where there are none."""
     if context.rewards is None:
-        raise UserError(
-            f"algo={context.settings.algo}: nothing to judge new texts with, wanted a reward: give reward=NAME, "
-            f"or train one with bash run.sh stage=reward run={context.settings.run}"
-        )
+        raise no_judge_of_new_texts(context.settings.algo, context.settings.run)
     return context.rewards
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from pipeline.config.schema import RlStage
-from pipeline.data import sampling
+from pipeline.data import convert, sampling
 from pipeline.data.batching import Draw
 from pipeline.data.convert import CHOSEN, REJECTED
 from pipeline.errors import UserError
@@ -34,11 +34,7 @@ def with_rewards(ranks: Ranks, rows: list[Example], rewards: Rewards | None, set
     if own and settings.reward is None:
         return rows
     if rewards is None:
-        missing = next(row for row in rows if row.reward is None)
-        raise UserError(
-            f"{missing.id}: no reward, and nothing to score it with: add a `reward` column, give reward=, "
-            f"or train one with bash run.sh stage=reward run={settings.run}"
-        )
+        return [*convert.judged(rows, settings.run)]
     scoring.warn_of_equals(rewards, rows)
     scores = scoring.score_texts(ranks, rewards, rows, [row.completion for row in rows])
     return [replace(row, reward=total) for row, total in zip(rows, scores.total, strict=True)]

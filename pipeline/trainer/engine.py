@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import copy
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,10 +23,12 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from pipeline import errors
+from pipeline.config import together
 from pipeline.config.deepspeed import read_ds_config
 from pipeline.config.sections import OptimizerSettings, TrainSettings
 from pipeline.config.validate import one_complaint
 from pipeline.errors import UserError
+from pipeline.launch import extensions
 from pipeline.launch.launcher import free_port
 from pipeline.records import Batch
 
@@ -32,6 +36,9 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 
 import deepspeed  # asks for the accelerator when it is imported
 import torch.distributed as dist
+from deepspeed.ops.op_builder.builder import OpBuilder
+
+logger = logging.getLogger("tiffin")
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -42,6 +49,8 @@ SHARED_MEMORY = "deepspeed_shm_comm"
 # DeepSpeed divides by this number and frees its accumulation buffers when it is 1; the true number of micro-batches
 # varies from step to step, so the boundary is set by hand and the division is undone in `backward`.
 NOMINAL_ACCUMULATION = 2
+
+JIT_LOAD = OpBuilder.jit_load
 
 
 @dataclass(frozen=True)
@@ -125,6 +134,7 @@ def start(timeout_seconds: int) -> Ranks:
         torch.cuda.set_device(device)
     else:
         deepspeed.ops.__compatible_ops__[SHARED_MEMORY] = False
+    OpBuilder.jit_load = compile_in_turn
     deepspeed.utils.logger.setLevel("WARNING")
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # in DeepSpeed's calls
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # in peft's calls
@@ -135,6 +145,30 @@ def start(timeout_seconds: int) -> Ranks:
     for name in alone:
         del os.environ[name]  # what this process starts is no rank of its group
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def compile_in_turn(builder: OpBuilder, verbose: bool = False) -> ModuleType:
+    """An operator of DeepSpeed's, compiled where it is not yet: what `OpBuilder.jit_load` does, safe from its locks.
+
+    DeepSpeed compiles in the middle of a start (for offload its CPU Adam), and nowhere else. Raises UserError where it
+    cannot be compiled.
+    """
+    ours = extensions.PLACE not in os.environ
+    folder = extensions.directory(os.environ) / builder.name
+    with extensions.turn(folder, ours):
+        if not (folder / f"{builder.name}.so").is_file():
+            logger.info(f"compiling DeepSpeed's {builder.name} in {folder}: some minutes, once for this environment")
+        os.environ[extensions.PLACE] = str(folder.parent)
+        try:
+            return JIT_LOAD(builder, verbose)
+        except (RuntimeError, ImportError, OSError) as error:  # no compiler, no ninja, no CUDA toolkit, a failed build
+            problem = f"DeepSpeed's {builder.name} cannot be compiled ({' '.join(str(error).split())[:300]})"
+            raise UserError(
+                f"train.zero: {problem}, wanted a C++ compiler, or a configuration without offload"
+            ) from error
+        finally:
+            if ours:
+                del os.environ[extensions.PLACE]
 
 
 def stop() -> None:
@@ -182,16 +216,11 @@ class Engine:
 
     def __init__(self, module: nn.Module, ranks: Ranks, train: TrainSettings, optimizer: OptimizerSettings | None):
         config = full_config(train, optimizer)
-        if train.precision == "fp16" and ranks.device.type == "cpu":
-            raise UserError("train.precision: fp16 needs a GPU, and there is none here: use bf16 or fp32")
-        self.ranks, self.module = ranks, module
         self.stage = config["zero_optimization"]["stage"]
-        if train.precision == "fp16" and self.stage == 0 and optimizer is not None:
-            # there DeepSpeed divides gradients by a loss scale that it never multiplied the loss by
-            raise UserError(
-                f"train.zero: {train.zero}, stage 0, with fp16, whose loss DeepSpeed does not scale there, wanted "
-                "zero=zero1 (on one GPU the same) or another stage, or bf16=true"
-            )
+        together.fp16_on_gpu(train, ranks.device.type != "cpu")
+        if optimizer is not None:
+            together.fp16_scaled(train, self.stage)
+        self.ranks, self.module = ranks, module
         self.dtype = PRECISIONS[train.precision]
         self._twin = hookless_twin(module) if self.stage == 3 else None
         self._half = train.precision != "fp32"

@@ -1,0 +1,110 @@
+"""What dry_run=true shows: of each step what it is and takes, then what a start would refuse, last the commands.
+
+The faults are those of stages/faults.py, which a start asks too; and, since here is time for torch, what a stage would
+find in its algorithm's settings, its model's configuration and the inputs of what was begun. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+from pipeline.config.resolve import Resolved, resolve
+from pipeline.config.schema import EvaluateStage, GenerateStage, RewardStage, RlStage, Training
+from pipeline.config.yaml_layers import as_word
+from pipeline.config.yaml_text import dump_yaml
+from pipeline.errors import UserError
+from pipeline.files import flatten
+from pipeline.launch import run_dir
+from pipeline.launch.entry import USER_ERROR, complain, logger, warn_of_slow_bf16
+from pipeline.launch.launcher import command, environment
+from stages import faults, inputs
+
+
+def show(steps: Sequence[Resolved]) -> int:
+    """Print it all; faults and notes on stderr. Exit code 2 where a start would be refused."""
+    found = faults.of(steps, os.environ)
+    before_are_done = True
+    for step in steps:
+        print(f"# {step.title}", *changed(step), dump_yaml(step.settings.model_dump()), sep="\n", flush=True)
+        found += _shown(partial(memory, step))
+        found += _shown(partial(algorithm, step))
+        if before_are_done:  # else its inputs may still change
+            found += _shown(partial(as_begun, step))
+        before_are_done &= run_dir.finished(run_dir.stage_dir(step.settings, step.stage))
+    for line in faults.notes(steps, os.environ):
+        logger.warning(f"note: {line}")
+    for precision in dict.fromkeys(_precisions(steps)):
+        warn_of_slow_bf16(precision)
+    found = [*dict.fromkeys(found)]
+    for number, line in enumerate(found, 1):
+        complain(UserError(f"fault {number} of {len(found)}: {line}"))
+    print("\n".join(spoken(step) for step in steps), flush=True)
+    return USER_ERROR if found else 0
+
+
+def changed(step: Resolved) -> Iterator[str]:
+    """The settings that are not as by default, as words, each with its default."""
+    algo = [as_word("algo", step.settings.algo)] if isinstance(step.settings, RlStage) else []
+    name = [as_word("name", step.settings.name)] if step.settings.name else []
+    usual = flatten(resolve([f"stage={step.stage}", *algo, *name]).settings.model_dump(), ".")
+    now = flatten(step.settings.model_dump(), ".")
+    words = {as_word(key, value): usual.get(key) for key, value in now.items() if value != usual.get(key)}
+    yield "# not as by default:" if words else "# all as by default"
+    width = max(map(len, words), default=0)
+    yield from (f"#   {word:{width}}   default: {as_word('', default)[1:]}" for word, default in words.items())
+
+
+def memory(step: Resolved) -> None:
+    """Print the estimate for a stage that trains. Raises UserError where its model's configuration cannot be read."""
+    settings = step.settings
+    if not isinstance(settings, Training):
+        return
+    from pipeline.models.memory import estimate
+
+    if isinstance(settings, RewardStage | RlStage):
+        settings = settings.model_copy(update={"model": run_dir.start_model(settings)})
+    print(f"{estimate(settings)}\n", flush=True)
+
+
+def algorithm(step: Resolved) -> None:
+    """Raises UserError where the algorithm's own settings are not what its file wants."""
+    if isinstance(step.settings, Training):
+        from pipeline.trainer.objective import objective_of
+
+        objective_of(step.settings.algorithm)
+
+
+def as_begun(step: Resolved) -> None:
+    """Say where a stage is done. Raises UserError where it was begun with other inputs."""
+    directory = run_dir.stage_dir(step.settings, step.stage)
+    if step.stage in inputs.OF and run_dir.begun(directory):
+        run_dir.refuse_other_inputs(directory, inputs.OF[step.stage](step.settings))
+        if run_dir.finished(directory):
+            logger.warning(f"note: {directory} is done, a start leaves it as it is")
+
+
+def spoken(step: Resolved) -> str:
+    """The command with the environment that it adds; where there can be none, the user's."""
+    words = [word for word in step.words if not word.startswith("dry_run=")]
+    try:
+        argv = command(step.settings.launch, step.stage, words, os.environ)
+        env = environment(step.settings.launch, step.stage, os.environ)
+    except UserError:
+        return f"bash run.sh {shlex.join(words)}"
+    return shlex.join([*(f"{name}={value}" for name, value in env.items() if name not in os.environ), *argv])
+
+
+def _shown(show: Callable[[], None]) -> list[str]:
+    try:
+        show()
+    except UserError as error:
+        return [str(error)]
+    return []
+
+
+def _precisions(steps: Sequence[Resolved]) -> Iterator[str]:
+    kinds = Training | GenerateStage | EvaluateStage
+    yield from (step.settings.train.precision for step in steps if isinstance(step.settings, kinds))

@@ -1,0 +1,302 @@
+"""What a start would refuse, of all its steps, told before any begins. Needs no torch.
+
+A start raises the first of it, dry_run=true shows all. Of a later step it is what no earlier one makes: its rows, its
+rewards by name, the settings that do not go together. What needs torch, the network or all rows is found by the stages
+themselves, as what user's code does: none of it is run here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pipeline import errors, plugins
+from pipeline.config import together
+from pipeline.config.deepspeed import read_ds_config
+from pipeline.config.resolve import Resolved
+from pipeline.config.reward_spec import labelled, no_judge_of_new_texts, parse
+from pipeline.config.schema import (
+    CompareStage,
+    EvaluateStage,
+    GenerateStage,
+    RewardStage,
+    RlMasked,
+    RlOffline,
+    RlPairs,
+    RlPolicy,
+    RlStage,
+    ScoreStage,
+    SftStage,
+    Training,
+    WithModel,
+)
+from pipeline.config.sections import DataSettings, ModelSettings
+from pipeline.data import convert, hub, readers
+from pipeline.data.splits import origins
+from pipeline.errors import UserError
+from pipeline.launch import comparison_plan, extensions, launcher, machine, run_dir
+from pipeline.models import place
+from pipeline.records import Example
+from pipeline.rewards import rewards
+from stages import inputs
+
+Rows = tuple[DataSettings, Sequence[str]]  # where they lie, and the splits that a stage reads
+WHOLE_MB = 20  # files that can only be read whole, and are larger, are left to the stage
+READ_WHOLE = (".json", ".parquet")
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What will be there when a step starts, though it is not yet."""
+
+    made: Collection[Path]  # the directories of the steps before it
+    environ: Mapping[str, str]
+
+    def makes(self, settings: WithModel, stage: str) -> bool:
+        """Whether an earlier step is the run's `stage`, or stage/name."""
+        return run_dir.run_dir(settings) / stage in self.made
+
+    def holds(self, place: str | None) -> bool:
+        """Whether a path lies in what an earlier step makes."""
+        return place is not None and any(Path(place).is_relative_to(directory) for directory in self.made)
+
+    def reward_models(self, settings: WithModel) -> list[str]:
+        """Those of the run by name, and those that it will have."""
+        folder = run_dir.run_dir(settings) / "reward"
+        return [*run_dir.reward_models(settings), *(path.name for path in self.made if path.parent == folder)]
+
+
+def of(steps: Sequence[Resolved], environ: Mapping[str, str]) -> list[str]:
+    """The lines of all faults, each once. None of a rank of someone's launcher: ranks find out together."""
+    if launcher.is_rank(environ):
+        return []
+    made: list[Path] = []
+    lines: list[str] = []
+    for step in steps:
+        lines += of_step(step, Ahead(made, environ))
+        made.append(run_dir.stage_dir(step.settings, step.stage))
+    return [*dict.fromkeys(lines)]
+
+
+def refuse(steps: Sequence[Resolved], environ: Mapping[str, str]) -> None:
+    """Raises UserError with the first fault, and how many more there are."""
+    if lines := of(steps, environ):
+        more = f" (and {len(lines) - 1} more: dry_run=true shows them)" if len(lines) > 1 else ""
+        raise UserError(lines[0] + more)
+
+
+def notes(steps: Sequence[Resolved], environ: Mapping[str, str]) -> list[str]:
+    """What is allowed, and perhaps not meant."""
+    many = [step.settings.launch.processes for step in steps if step.stage in launcher.DISTRIBUTED]
+    if machine.gpus(environ) == 0 and max(many, default=1) > 1:
+        return [f"launch.processes: no GPU is seen here, so that gpus={max(many)} means so many CPU processes"]
+    return []
+
+
+def of_step(step: Resolved, ahead: Ahead) -> list[str]:
+    """The faults of one step; of one that is done only whether it may be so."""
+    settings, stage = step.settings, step.stage
+    if isinstance(settings, CompareStage):
+        return of_comparison(settings, step.words, ahead.environ)
+    if stage not in inputs.OF:
+        return []
+    found = _told(lambda: may_start(settings, stage))
+    if run_dir.finished(run_dir.stage_dir(settings, stage)):
+        return found
+    checks = (of_launch(settings, stage, ahead.environ), of_models(settings, ahead), of_rewards(settings, ahead))
+    return [*found, *(line for lines in checks for line in lines), *of_rows(settings, ahead)]
+
+
+def of_comparison(settings: CompareStage, words: Sequence[str], environ: Mapping[str, str]) -> list[str]:
+    """Those of its steps."""
+    try:
+        plan = comparison_plan.plan(settings, words)
+    except UserError as error:
+        return [str(error)]
+    return of([task.step for task in plan.tasks], environ)
+
+
+def may_start(settings: WithModel, stage: str) -> None:
+    """Raises UserError where the stage's directory is of other settings, or another process is at work in it."""
+    directory = run_dir.stage_dir(settings, stage)
+    run_dir.refuse_taken(directory)
+    if run_dir.begun(directory):
+        run_dir.refuse_other(directory, settings)
+
+
+def of_launch(settings: WithModel, stage: str, environ: Mapping[str, str]) -> Iterator[str]:
+    """What the machine lacks, or the settings do not agree about."""
+    yield from _told(lambda: launcher.command(settings.launch, stage, (), environ))
+    if isinstance(settings, SftStage | RewardStage | RlStage):
+        yield from _told(
+            lambda: together.whole_batches(settings.train, launcher.world(settings.launch, stage, environ))
+        )
+    gpus, wanted = machine.gpus(environ), settings.launch.processes
+    if gpus and wanted > gpus and settings.launch.hostfile is None and stage in launcher.DISTRIBUTED:
+        yield f"launch.processes: gpus={wanted}, but this machine has {gpus} for it: wanted gpus={gpus} at most"
+    if isinstance(settings, Training | GenerateStage | EvaluateStage):
+        yield from _told(lambda: together.fp16_on_gpu(settings.train, machine.has_gpu()))
+    if isinstance(settings, Training):
+        zero = read_ds_config(settings.train.zero)["zero_optimization"]
+        yield from _told(lambda: together.fp16_scaled(settings.train, zero["stage"]))
+        if "offload_optimizer" in zero and not can_offload(environ):
+            yield (
+                f"train.zero: {settings.train.zero} offloads the optimizer, for which DeepSpeed compiles code, and "
+                f"there is no C++ compiler ({environ.get('CXX', 'c++')}): install one, or wanted a file without offload"
+            )
+
+
+def can_offload(environ: Mapping[str, str]) -> bool:
+    """Whether DeepSpeed's CPU Adam is compiled, or can be."""
+    deepspeed = Path(str(importlib.util.find_spec("deepspeed").origin)).parent
+    built = (deepspeed / "git_version_info_installed.py").is_file()  # with it perhaps: then it knows better
+    compiler = shutil.which(environ.get("CXX", "c++").split()[0])
+    return built or bool(compiler) or (extensions.directory(environ) / "cpu_adam/cpu_adam.so").is_file()
+
+
+def of_models(settings: WithModel, ahead: Ahead) -> Iterator[str]:
+    """Models that are not there; and settings of new ones that cannot be."""
+    for given in MODELS[type(settings)](settings, ahead) if type(settings) in MODELS else ():
+        try:
+            model = given()
+        except UserError as error:
+            yield str(error)
+            continue
+        if ahead.holds(model.path):
+            continue
+        if model.path is not None:
+            yield from _told(partial(place.check, model.path))
+        else:
+            yield from _told(partial(together.heads, model.scratch))
+            yield from _told(partial(together.adapters, model))
+        missing = not any(importlib.util.find_spec(name) for name in ("flash_attn", "kernels"))
+        if model.attn_implementation == "flash_attention_2" and missing:
+            problem = "flash_attention_2 is of the package flash-attn, which is not installed here"
+            yield f"model.attn_implementation: {problem}: install it, or set sdpa"
+
+
+Given = Callable[[], ModelSettings]  # may raise UserError
+
+
+def _start(settings: RewardStage | RlStage, ahead: Ahead) -> list[Given]:
+    if settings.start_from == "sft" and ahead.makes(settings, "sft"):
+        return []
+    find = inputs.rl_model if isinstance(settings, RlStage) else run_dir.start_model
+    return [partial(find, settings)]
+
+
+def _policies(settings: GenerateStage | EvaluateStage, ahead: Ahead) -> list[Given]:
+    places = settings.policies.values() if isinstance(settings, EvaluateStage) else [settings.policy]
+    made = {
+        one: any(ahead.makes(settings, name) for name in (["rl", "sft"] if one is None else [one])) for one in places
+    }
+    return [partial(run_dir.policy_model, settings, one) for one in places if not (made[one] or ahead.holds(one))]
+
+
+MODELS: dict[type, Callable[[Any, Ahead], list[Given]]] = {
+    SftStage: lambda settings, ahead: [lambda: settings.model],
+    RewardStage: _start,
+    **dict.fromkeys((*RlStage.__subclasses__(), *RlOffline.__subclasses__()), _start),
+    GenerateStage: _policies,
+    EvaluateStage: _policies,
+}
+
+
+def of_rewards(settings: WithModel, ahead: Ahead) -> Iterator[str]:
+    """Rewards that are not there, or lack what they import; and where there is none and one is needed."""
+    if isinstance(settings, SftStage | RewardStage):
+        return
+    known = ahead.reward_models(settings)
+    names = [name for name, _ in parse(settings.reward)]
+    if not names and not known and isinstance(settings, ScoreStage | EvaluateStage):
+        yield str(inputs.no_judge("score" if isinstance(settings, ScoreStage) else "evaluate", settings))
+    if not names and not known and isinstance(settings, RlMasked | RlPolicy):
+        yield str(no_judge_of_new_texts(settings.algo, settings.run))
+    names += labelled(settings.monitors).values() if isinstance(settings, EvaluateStage) else []
+    for name in names:
+        if not ahead.holds(name):
+            yield from _told(partial(rewards.check, name, known))
+
+
+def of_rows(settings: WithModel, ahead: Ahead) -> Iterator[str]:
+    """Files and splits that are not there; rows, of each file the first, that are none or not of the wanted kind."""
+    try:
+        found = rows_of(settings, ahead)
+        if found is None:  # an earlier step makes them
+            return
+        data, names = found
+        if data.task is not None:
+            plugins.check(data.task, "pipeline.tasks", "data.task", "examples")
+            return
+        if data.path is not None and hub.is_hub_name(data.path):  # the stage asks the hub
+            return
+        files = dict.fromkeys(origins(data, names).values())
+    except UserError as error:
+        yield str(error)
+        return
+    filters = readers.Filters(data.exclude, data.drop_abrupt, data.sources)
+    for file in files:
+        path = Path(file)
+        whole = path.name.removesuffix(".gz").endswith(READ_WHOLE)
+        if hub.is_hub_name(file) or (whole and path.is_file() and path.stat().st_size > WHOLE_MB * 1e6):
+            continue
+        try:
+            suits(readers.head(file, data.format, filters, data.max_bad_rows), settings, ahead)
+        except UserError as error:
+            yield str(error)
+
+
+def rows_of(settings: WithModel, ahead: Ahead) -> Rows | None:
+    """The rows that a stage reads; None where an earlier step makes them. Raises UserError."""
+    if isinstance(settings, ScoreStage):
+        if settings.of == "generate" and ahead.makes(settings, "generate"):
+            return None
+        data = inputs.score_data(settings)
+        hub_set = data.path is not None and hub.is_hub_name(data.path)
+        return data, [] if hub_set else inputs.score_splits(settings, data)
+    if isinstance(settings, RlStage):
+        made = ahead.holds(settings.scored) if settings.scored else ahead.makes(settings, "score")
+        return None if made else (inputs.rl_data(settings), ("train", "validation"))
+    if isinstance(settings, GenerateStage):
+        return settings.data, settings.splits
+    return settings.data, [settings.split] if isinstance(settings, EvaluateStage) else ("train", "validation")
+
+
+def suits(examples: Sequence[Example], settings: WithModel, ahead: Ahead) -> None:
+    """Raises UserError, as the stage would, for a row of the first ones that it cannot use."""
+    if isinstance(settings, SftStage):
+        convert.to_supervised(examples)
+    elif isinstance(settings, RewardStage | RlPairs):
+        for one in [] if all(map(convert.is_pair, examples)) else examples:
+            if not convert.is_pair(one):
+                convert.with_score(one)
+    elif isinstance(settings, ScoreStage | RlOffline):
+        rows = [one for one in examples if isinstance(settings, RlOffline) or not one.candidates]
+        rows = convert.to_scored(rows, settings.data.responses)
+        if isinstance(settings, RlOffline) and needs_rewards(settings) and not ahead.reward_models(settings):
+            convert.judged(rows, settings.run)
+
+
+def needs_rewards(settings: RlOffline) -> bool:
+    """Whether rows must bring rewards, unless a model of the run judges them."""
+    weighed = settings.algorithm.settings["weight"] != "one" or settings.rows != "all" or settings.shuffle_rewards
+    return weighed and settings.reward is None
+
+
+def _told(check: Callable[[], object]) -> list[str]:
+    """The line of the UserError that `check` raises, or of what the machine refuses; nothing where it raises none."""
+    try:
+        check()
+    except UserError as error:
+        return [str(error)]
+    except OSError as error:
+        mistake = errors.as_user_error(error)
+        if mistake is None:
+            raise
+        return [str(mistake)]
+    return []
