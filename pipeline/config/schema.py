@@ -207,6 +207,12 @@ class PlanStage(Training):
     parameters: Annotated[Positive | None, BeforeValidator(number_of_weights)]
     gpu_memory_gb: Positive | None
 
+    @model_validator(mode="after")
+    def one_size(self) -> PlanStage:
+        if self.parameters is not None and self.model.path is not None:
+            raise ValueError(f"both model={self.model.path} and parameters are given, wanted one of them")
+        return self
+
 
 class GpuSettings(Section):
     """What is measured where there is a GPU, in the place of the small shape."""
