@@ -30,7 +30,7 @@ MISTAKES = [
     (["stage=sfd"], "did you mean 'sft'?"),
     (["recipe=nothing"], "recipe=nothing: wanted one of"),
     (["stage=rl", "algo=a_loll"], "did you mean"),
-    (["stage=sft", "learning_rte=1e-5"], "did you mean 'optimizer.learning_rate'?"),
+    (["stage=sft", "learning_rte=1e-5"], "did you mean 'learning_rate'?"),
     (["stage=sft", "learning_rate=fast"], "'fast' is text, wanted a number"),
     (["stage=sft", "train.batch_size=0"], "train.batch_size: 0, wanted at least 1"),
     (["stage=sft", "precision=fp8"], "wanted fp32, bf16 or fp16"),

@@ -298,14 +298,17 @@ def test_steps_of_a_recipe(defined: Definitions):
         (["stage=learn", "lr=0"], "command line: optimizer.learning_rate: 0, wanted more than 0"),
         (["stage=learn", "lr=true"], "command line: optimizer.learning_rate: true, wanted a number"),
         (["stage=learn", "optimizer=3"], "command line: optimizer: 3, wanted a mapping"),
-        (["stage=learn", "learning_rte=1"], "learning_rte: no such setting; did you mean 'optimizer.learning_rate'?"),
+        (["stage=learn", "learning_rte=1"], "learning_rte: no such setting; did you mean 'learning_rate'?"),
         (["stage=learn", "optimizer.rate=1"], "command line: optimizer.rate: no such setting"),
         (["stage=learn", "lr=x", "max_steps=y"], "(and 1 more)"),
         (["stage=learn", "colour=red"], "command line: colour: stage=learn has no such setting; it belongs to show"),
         (["stage=improve", "reward={a: b}"], "command line: reward.a: 'b' is text, wanted a number"),
         (["stage=improve", "algo=alo"], "command line: algo=alo: wanted one of alol, nll, or your own .yaml file; did"),
         (["stage=improve", "algorithm.settings.clp=1"], "algorithm offline has the settings: clip; did you mean"),
-        (["stage=improve", "algo=nll", "clip=1"], "algorithm offline has the settings: none"),
+        (
+            ["stage=improve", "algo=nll", "clip=1"],
+            "clip: algo=nll has no such setting; it belongs to stage=rl algo=alol",
+        ),
         (["stage=lern"], "command line: stage=lern, wanted one of learn, improve, show; did you mean 'learn'?"),
         (["stage=learn", "recipe=dem"], "command line: recipe=dem: wanted one of demo"),
         (["stage=improve", "recipe=demo", "name=on"], "has the improve steps one, two; did you mean 'one'?"),
@@ -326,7 +329,7 @@ def test_mistakes_are_one_line_with_place_and_cure(defined: Definitions, words: 
     [
         ("lr: 1\noptimizer:\n  learning_rate: x\n", "mine.yaml:2: optimizer.learning_rate is given twice"),
         ("train:\n  max_steps: 1.5\n", "mine.yaml:2: train.max_steps: 1.5, wanted a whole number"),
-        ("\nlearnin_rate: 3\n", "mine.yaml:2: learnin_rate: no such setting; did you mean 'optimizer.learning_rate'?"),
+        ("\nlearnin_rate: 3\n", "mine.yaml:2: learnin_rate: no such setting; did you mean 'learning_rate'?"),
         ("- 1\n", "mine.yaml: the file is [1], wanted a mapping"),
     ],
 )
@@ -420,8 +423,9 @@ def test_an_algorithm_has_the_settings_that_it_reads(file: Path):
     settings = resolve(["stage=rl", f"algo={file.stem}"]).settings
     module, algorithm, _ = objective_of(settings.algorithm)
     assert module.RESPONSES in RL_KINDS and isinstance(settings, RL_KINDS[module.RESPONSES])
-    values = module.needs(algorithm).values
-    assert ("value" in settings.model_dump()) == values
+    needs, found = module.needs(algorithm), settings.model_dump()
+    assert ("value" in found) == needs.values
+    assert ("ratio_tolerance" in found) == needs.ref_logp
 
 
 @pytest.mark.parametrize(

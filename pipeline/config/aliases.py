@@ -1,4 +1,4 @@
-"""Names that users of other tools know, and the settings they stand for; and names that get a hint instead."""
+"""Names known from other tools that mean exactly what a setting means; `elsewhere.py` has what comes near."""
 
 SECTION_OF = {  # settings that may be given without their section
     "launch": "hostfile launcher master_port ddp_timeout",
@@ -10,25 +10,40 @@ SECTION_OF = {  # settings that may be given without their section
     "max_grad_norm",
     "generation": "max_new_tokens min_new_tokens do_sample temperature temperatures top_p top_k num_beams "
     "length_penalty early_stopping no_repeat_ngram_size repetition_penalty num_return_sequences",
-    "algorithm.settings": "clip kl_beta kl_form beta objective",
+    "algorithm.settings": "clip kl_beta kl_form beta objective label_smoothing",
 }
 ALIASES: dict[str, str] = {
     **{name: f"{section}.{name}" for section, names in SECTION_OF.items() for name in names.split()},
-    "gpus": "launch.processes",
-    "model": "model.path",
-    "model_name_or_path": "model.path",
-    "lora_r": "model.lora.r",
+    **dict.fromkeys(("gpus", "num_gpus", "nproc_per_node"), "launch.processes"),
+    **dict.fromkeys(
+        ("model", "model_name", "model_name_or_path", "model_path", "base_model", "pretrain"), "model.path"
+    ),
+    **dict.fromkeys(("lora_r", "lora_rank"), "model.lora.r"),
     "lora_alpha": "model.lora.alpha",
     "lora_dropout": "model.lora.dropout",
     "lora_target_modules": "model.lora.target_modules",
-    "data": "data.path",
-    "dataset": "data.path",
+    "template": "template.kind",
+    "system_prompt": "template.system",
+    **dict.fromkeys(("data", "dataset", "dataset_name", "data_path"), "data.path"),
+    "train_file": "data.train",
+    "validation_file": "data.validation",
+    "test_file": "data.test",
+    "max_train_samples": "data.max_rows",
+    "prompt_max_len": "data.max_prompt_length",
     "data.static": "static",
-    "per_device_train_batch_size": "train.micro_batch_size",
-    "deepspeed": "train.zero",
+    "train_batch_size": "train.batch_size",
+    **dict.fromkeys(("per_device_train_batch_size", "micro_train_batch_size"), "train.micro_batch_size"),
+    **dict.fromkeys(("epochs", "num_epochs", "max_epochs"), "train.num_train_epochs"),
+    "max_train_steps": "train.max_steps",
+    **dict.fromkeys(("deepspeed", "deepspeed_config", "zero_stage"), "train.zero"),
+    "activation_checkpointing": "train.gradient_checkpointing",
     "lr": "optimizer.learning_rate",
+    "lr_scheduler": "optimizer.lr_scheduler_type",
+    "lr_warmup_ratio": "optimizer.warmup_ratio",
+    "gradient_clipping": "optimizer.max_grad_norm",
     "mask_rate": "masking.rate",
-    "kl_coef": "algorithm.settings.kl_beta",
+    **dict.fromkeys(("kl_coef", "init_kl_coef"), "algorithm.settings.kl_beta"),
+    **dict.fromkeys(("reward_model", "reward_model_path", "reward_fn", "reward_function"), "reward"),
 }
 
 # `bf16=true` is `train.precision=bf16`; `bf16=false` would leave open what else, and is refused.
@@ -37,12 +52,5 @@ SWITCHES: dict[str, tuple[str, str]] = {"bf16": ("train.precision", "bf16"), "fp
 # Published ids of algorithms whose file in stages/algo/ has another name.
 ALGORITHM_IDS: dict[str, str] = {"a_lol": "alol"}
 
-ADVICE: dict[str, str] = {
-    "gradient_accumulation_steps": "is derived from other settings: set train.batch_size (rows per step over all ranks)"
-    " and train.micro_batch_size",
-    "warmup_steps": "is not a setting; set warmup_ratio, a fraction of all steps",
-    "max_length": "is not a setting; set data.max_prompt_length and data.max_response_length",
-    "output_dir": "is not a setting; set run=NAME (results go to runs/NAME/) or runs_dir=DIRECTORY",
-    "resume_from_checkpoint": "is not a setting; a stage goes on by itself from its last checkpoint",
-    "report_to": "is not a setting; metrics.jsonl and TensorBoard are always written",
-}
+# Values of a setting that mean exactly what another one means.
+SAME_VALUES: dict[str, dict[str, str]] = {"train.zero": {str(stage): f"zero{stage}" for stage in range(4)}}

@@ -45,12 +45,13 @@ def _check(path: Path, config: Any) -> None:
     if isinstance(stage, bool) or stage not in STAGES:
         cure = "copy a file of ds_configs/ and change that"
         raise UserError(f"{path}: zero_optimization.stage is {stage!r}, wanted 0, 1, 2 or 3: {cure}")
+    ours = f"or give zero=zero{stage} instead of the file"
     for key, owner in OWNED.items():
         if key in config:
-            raise UserError(f"{path}: {key} is set there, but {owner} decides it: remove it from the file")
+            raise UserError(f"{path}: {key} is set there, but {owner} decides it: remove it from the file, {ours}")
     for key in ("bf16", "fp16"):
         if not isinstance(config.get(key, {}), dict):
             raise UserError(f"{path}: {key} is {config[key]!r}, wanted a mapping; train.precision switches it on")
     left = next((key for key, value in flatten(config, ".").items() if value == "auto"), None)
     if left is not None:
-        raise UserError(f"{path}: {left} is 'auto', wanted a value: nothing fills it in here; remove it")
+        raise UserError(f"{path}: {left} is 'auto', wanted a value: nothing fills it in here; remove it, {ours}")

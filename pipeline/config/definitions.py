@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 
 from pipeline import plugins
-from pipeline.config import yaml_layers
+from pipeline.config import hints, yaml_layers
 from pipeline.config.schema import STAGES, rl_record
 from pipeline.config.validate import SettingPath, describe, known_paths, nearest_path
 from pipeline.config.yaml_layers import COMMAND_LINE, ROOT, Layer, Leaf, label, merge, read_layer, sub_layer
 from pipeline.errors import UserError, did_you_mean
 
 LIKE = ("like",)
+FREE = ("algorithm", "settings")  # its keys are those of the stage's or the algorithm's own YAML
 
 
 class Step(NamedTuple):
@@ -64,8 +65,8 @@ class Definitions:
         if responses is None:
             names = ", ".join(plugins.available("pipeline.algorithms", "RESPONSES"))
             raise UserError(f"{file.place}: algorithm.file: {describe(file.value)}, wanted one of {names}")
-        weight = settings.get(("algorithm", "settings", "weight"))
-        return rl_record(responses, weight and weight.value)
+        own = {path[-1]: leaf.value for path, leaf in settings.items() if path[:-1] == FREE}
+        return rl_record(responses, own)
 
     def shipped(self, stage: str) -> Layer:
         """The defaults of a stage; among them some that only other stages have."""
@@ -78,6 +79,8 @@ class Definitions:
         """The YAML of an algorithm over that of the one it is like. Raises UserError; `place` is where it is named."""
         if name in above:
             raise UserError(f"{place}={name}, which is like {above[-1]} itself")
+        if said := hints.method(name, "algo"):
+            raise UserError(f"{place}={name}: no such algorithm here{said}")
         layer = read_layer(_named_file(name, self.folder / "algo", place))
         like = yaml_layers.word(layer, "like")
         if like is None:

@@ -34,7 +34,10 @@ def help_text() -> str:
     stages |= {"test": "The tests, in this environment.", "help": "This page."}
     algorithms = _described(folder / "algo")
     algorithms |= {name: f"Published name of {target}." for name, target in ALGORITHM_IDS.items()}
-    short = [f"{name} = {target}" for name, target in ALIASES.items()]
+    names: dict[str, list[str]] = {}
+    for name, target in ALIASES.items():
+        names.setdefault(target, []).append(name)
+    short = [f"{', '.join(others)} = {target}" for target, others in names.items()]
     short += [f"{name}=true is {setting}={value}" for name, (setting, value) in SWITCHES.items()]
     rewards = [*plugins.available("reward_models", "reward"), "your/file.py", "http://HOST:PORT/PATH"]
     parts = [

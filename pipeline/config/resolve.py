@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
+from pipeline.config import hints
 from pipeline.config.aliases import ALGORITHM_IDS
 from pipeline.config.deepspeed import read_ds_config
-from pipeline.config.definitions import Definitions
+from pipeline.config.definitions import FREE, Definitions
 from pipeline.config.schema import Training
 from pipeline.config.validate import SettingPath, describe, known_paths, nearest_path, validated
 from pipeline.config.yaml_layers import COMMAND_LINE, Layer, Leaf, merge, nested, parse_overrides, read_layer, word
@@ -26,7 +27,6 @@ CONTROL = ("stage", "recipe", "config", "dry_run")  # words that choose layers; 
 MODEL = ("model", "path")
 DRIVERS = ("compare",)  # stages that start others: settings of other stages are for those
 RATE, RATES = ("optimizer", "learning_rate"), {"full", "lora"}
-FREE = ("algorithm", "settings")  # its keys are those of the stage's or the algorithm's own YAML
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,10 @@ def resolve(words: Iterable[str], defined: Definitions | None = None) -> Resolve
     defined = defined or Definitions()
     words = tuple(words)
     overrides = parse_overrides(words)
-    stage = word(overrides, "stage")
-    if stage not in defined.records:
-        found = f"stage={stage}" if stage else "no stage="
-        near = did_you_mean(stage or "", defined.records)
-        raise UserError(f"{COMMAND_LINE}: {found}, wanted one of {', '.join(defined.records)}{near}")
+    stage = _stage(overrides, defined)
     if stage in DRIVERS:
+        if ("algo",) in overrides:
+            raise UserError(f"{COMMAND_LINE}: algo: stage={stage} has no such setting; set algos=alol,dpo")
         overrides = _without(overrides, _foreign(defined.records[stage][0], stage, defined)[0])
     else:
         _refuse_foreign(overrides, stage, defined)
@@ -71,12 +69,25 @@ def resolve(words: Iterable[str], defined: Definitions | None = None) -> Resolve
     _refuse_unread(layers, stage, defined)
     _refuse_values_of_sections(layers.later, layers.record)
     merged = _with_one_rate(merge([layers.shipped, *layers.later]))
-    _check_free_keys(layers.shipped, merged)
+    _check_free_keys(layers.shipped, merged, stage, defined)
     places = {path: leaf.place for path, leaf in merged.items()}
-    settings = validated(layers.record, nested(merged), places)
+    known = defined.paths() if stage in DRIVERS else known_paths(layers.record)
+    settings = validated(layers.record, nested(merged), places, known)
     if isinstance(settings, Training):
         read_ds_config(settings.train.zero)  # a mistake in it is found before any row is read
     return Resolved(stage, settings, words)
+
+
+def _stage(overrides: Layer, defined: Definitions) -> str:
+    """The stage that is named. Raises UserError where it is none."""
+    stage = word(overrides, "stage")
+    if stage in defined.records:
+        return stage
+    found = f"stage={stage}" if stage else "no stage="
+    if said := hints.method(stage or "", "stage"):
+        raise UserError(f"{COMMAND_LINE}: {found}: no such stage here{said}")
+    near = did_you_mean(stage or "", defined.records)
+    raise UserError(f"{COMMAND_LINE}: {found}, wanted one of {', '.join(defined.records)}{near}")
 
 
 def resolve_steps(words: Iterable[str], defined: Definitions | None = None) -> list[Resolved]:
@@ -191,7 +202,7 @@ def _refuse_foreign(overrides: Layer, stage: str, defined: Definitions) -> None:
     """Raise UserError for a word that is a setting of other stages only."""
     for path in overrides:
         owners = defined.owners(path[0])
-        if owners and stage not in owners:
+        if owners and stage not in owners and owners != ["bench"]:  # whose names nobody means elsewhere
             found = f"{'.'.join(path)}: stage={stage} has no such setting"
             raise UserError(f"{COMMAND_LINE}: {found}; it belongs to {', '.join(owners)}")
 
@@ -239,12 +250,22 @@ def _is_free(path: SettingPath) -> bool:
     return path[: len(FREE)] == FREE and len(path) > len(FREE)
 
 
-def _check_free_keys(base: Layer, merged: Layer) -> None:
+def _check_free_keys(base: Layer, merged: Layer, stage: str, defined: Definitions) -> None:
     """The algorithm's own settings must be among those that ship with it."""
     known = [path for path in base if _is_free(path)]
     for path, leaf in merged.items():
         if _is_free(path) and path not in known:
+            place = f"{leaf.place}: {'.'.join(path)}"
+            if owners := _free_owners(path, stage, defined):
+                one = f"algo={merged[('algo',)].value}" if ("algo",) in merged else f"stage={stage}"
+                raise UserError(f"{place}: {one} has no such setting; it belongs to {', '.join(owners)}")
             file = base[("algorithm", "file")].value if ("algorithm", "file") in base else "this one"
             names = ", ".join(".".join(one[len(FREE) :]) for one in known) or "none"
-            near = nearest_path(path, known)
-            raise UserError(f"{leaf.place}: {'.'.join(path)}: algorithm {file} has the settings: {names}{near}")
+            raise UserError(f"{place}: algorithm {file} has the settings: {names}{nearest_path(path, known)}")
+
+
+def _free_owners(path: SettingPath, stage: str, defined: Definitions) -> list[str]:
+    """The other stages and the algorithms that have this setting of an algorithm."""
+    stages = [f"stage={one}" for one in defined.records if one != stage and path in defined.shipped(one)]
+    algos = [name for name in defined.algorithms() if path in defined.algorithm(name, "algo")]
+    return stages + ([f"stage=rl algo={', '.join(algos)}"] if algos else [])

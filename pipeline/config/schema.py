@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -92,6 +94,11 @@ class RlOffline(RlStage):
     shuffle_rewards: bool
     sampling: Literal["priority", "positive", "all"]
     scale_steps: bool
+
+
+class RlRatio(RlOffline):
+    """Of one that compares the policy with the start model, by a ratio or a KL term."""
+
     ratio_tolerance: RatioTolerance
 
 
@@ -99,6 +106,10 @@ class RlAdvantage(RlOffline):
     """Of one that weighs them by their advantage, which takes a value of every prompt."""
 
     value: sections.ValueSettings
+
+
+class RlAdvantageRatio(RlAdvantage, RlRatio):
+    """Of one that does both."""
 
 
 class RlPairs(RlStage):
@@ -131,9 +142,14 @@ class RlPolicy(RlStage):
 RL_KINDS = {"data": RlOffline, "pairs": RlPairs, "masked data": RlMasked, "policy": RlPolicy}  # by RESPONSES
 
 
-def rl_record(responses: str, weight: object) -> type[RlStage]:
-    """The settings of stage=rl with an algorithm of these RESPONSES; `weight` is its setting of that name, or None."""
-    return RlAdvantage if (responses, weight) == ("data", "advantage") else RL_KINDS[responses]
+def rl_record(responses: str, settings: Mapping[str, Any]) -> type[RlStage]:
+    """The settings of stage=rl with an algorithm of these RESPONSES and these settings of its own."""
+    if responses != "data":
+        return RL_KINDS[responses]
+    compares = settings.get("ratio") in ("sequence", "token") or settings.get("kl_form", "none") != "none"
+    if settings.get("weight") == "advantage":
+        return RlAdvantageRatio if compares else RlAdvantage
+    return RlRatio if compares else RlOffline
 
 
 class ScoreStage(WithModel):
@@ -181,9 +197,21 @@ class ReportStage(Common):
     pass
 
 
+def number_of_weights(value: object) -> object:
+    """8e9 for "8B", 135e6 for "135M"; anything else as it is."""
+    matched = re.fullmatch(r"([0-9.]+) ?([MBmb])", value) if isinstance(value, str) else None
+    return value if matched is None else float(matched[1]) * {"m": 1e6, "b": 1e9}[matched[2].lower()]
+
+
 class PlanStage(Training):
-    parameters: Positive | None
+    parameters: Annotated[Positive | None, BeforeValidator(number_of_weights)]
     gpu_memory_gb: Positive | None
+
+    @model_validator(mode="after")
+    def one_size(self) -> PlanStage:
+        if self.parameters is not None and self.model.path is not None:
+            raise ValueError(f"both model={self.model.path} and parameters are given, wanted one of them")
+        return self
 
 
 class GpuSettings(Section):
@@ -209,7 +237,7 @@ class BenchStage(Training):
 STAGES: dict[str, tuple[type[Common], ...]] = {  # several records where the algorithm decides which settings there are
     "sft": (SftStage,),
     "reward": (RewardStage,),
-    "rl": (RlOffline, RlAdvantage, RlPairs, RlMasked, RlPolicy),
+    "rl": (RlOffline, RlRatio, RlAdvantage, RlAdvantageRatio, RlPairs, RlMasked, RlPolicy),
     "score": (ScoreStage,),
     "generate": (GenerateStage,),
     "evaluate": (EvaluateStage,),

@@ -6,11 +6,12 @@ import difflib
 import json
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from pipeline.config.aliases import ALIASES
 from pipeline.errors import UserError, did_you_mean
 
 SettingPath = tuple[str, ...]  # ("optimizer", "learning_rate")
@@ -69,11 +70,16 @@ def _members(annotation: Any) -> Iterator[Any]:
         yield annotation if origin is None else origin
 
 
-def validated(schema: type[BaseModel], mapping: Mapping[str, Any], places: Mapping[SettingPath, str]) -> BaseModel:
+def validated(
+    schema: type[BaseModel],
+    mapping: Mapping[str, Any],
+    places: Mapping[SettingPath, str],
+    known: Iterable[SettingPath],
+) -> BaseModel:
     """`mapping` as an instance of `schema`.
 
-    `places` says for each path where its value was written. Raises UserError for the first error, with a count
-    of the others.
+    `places` says for each path where its value was written, `known` what a wrong one may stand for. Raises UserError
+    for the first error, with a count of the others.
     """
     try:
         return schema.model_validate(mapping)
@@ -87,7 +93,7 @@ def validated(schema: type[BaseModel], mapping: Mapping[str, Any], places: Mappi
     more = len(by_path) - len(inside)
     others = f" (and {more} more)" if more else ""
     where = f"{_place(path, places)}: " + (f"{'.'.join(path)}: " if path else "")  # a rule about several has no path
-    raise UserError(f"{where}{_complaint(schema, path, by_path[path])}{others}")
+    raise UserError(f"{where}{_complaint(known, path, by_path[path])}{others}")
 
 
 def nearest_path(wrong: SettingPath, known: Iterable[SettingPath]) -> str:
@@ -101,6 +107,12 @@ def nearest_path(wrong: SettingPath, known: Iterable[SettingPath]) -> str:
         return whole
     near = difflib.get_close_matches(wrong[-1], list(by_last_name), n=1, cutoff=0.7)
     return f"; did you mean {'.'.join(by_last_name[near[0]])!r}?" if near else ""
+
+
+def _nearest_name(wrong: SettingPath, known: Sequence[SettingPath]) -> str:
+    """As `nearest_path`, but a short name comes first."""
+    short = [name for name, target in ALIASES.items() if tuple(target.split(".")) in known]
+    return did_you_mean(".".join(wrong), short) or nearest_path(wrong, known)
 
 
 def describe(value: Any) -> str:
@@ -131,10 +143,10 @@ def _place(path: SettingPath, places: Mapping[SettingPath, str]) -> str:
     return inside[-1] if inside else "settings"
 
 
-def _complaint(schema: type[BaseModel], path: SettingPath, errors: list[Any]) -> str:
+def _complaint(known: Iterable[SettingPath], path: SettingPath, errors: list[Any]) -> str:
     first = errors[0]
     if first["type"] == "extra_forbidden":
-        return "no such setting" + nearest_path(path, known_paths(schema))
+        return "no such setting" + (_nearest_name(path, list(known)) or "; see stage=help")
     if first["type"] == "missing":
         return "missing; the defaults in stages/*.yaml should give it"
     if first["type"] == "value_error":

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.config import yaml_text
-from pipeline.config.aliases import ADVICE, ALIASES, SWITCHES
+from pipeline.config import hints, yaml_text
+from pipeline.config.aliases import ALIASES, SAME_VALUES, SWITCHES
 from pipeline.config.schema import STAGES
 from pipeline.config.validate import SettingPath, text_paths
 from pipeline.config.yaml_text import MALFORMED, NULLS, complaint, scalar, value_of
-from pipeline.errors import UserError, did_you_mean
+from pipeline.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 COMMAND_LINE = "command line"
@@ -56,11 +56,12 @@ def read_with_lines(path: Path) -> tuple[Any, dict[SettingPath, int]]:
 def parse_overrides(words: Iterable[str]) -> Layer:
     """key=value words as a layer. Raises UserError for a word without '=' and for a key given twice."""
     layer: Layer = {}
-    for word in words:
+    words = list(words)
+    for index, word in enumerate(words):
         _refuse_half_characters(word, COMMAND_LINE)
         name, equals, text = word.partition("=")
         if not equals or not name.strip() or name.startswith("-"):
-            raise UserError(f"{COMMAND_LINE}: {word!r}, wanted key=value{_cure(word)}")
+            raise UserError(f"{COMMAND_LINE}: {word!r}, wanted key=value{hints.cure(words[index:])}")
         _add(layer, _layer(name.strip(), _value(name, text), lambda path: COMMAND_LINE), COMMAND_LINE)
     return layer
 
@@ -160,7 +161,13 @@ def _layer(name: str, value: Any, place: Callable[[SettingPath], str]) -> Layer:
     """A top-level name and its value as leaves; `place` tells where a path, before aliases, was written."""
     target, meant = _target(name, value, place((name,)))
     leaves = _leaves((), meant, target in WHOLE)
-    return {(*target, *path): Leaf(leaf, place((name, *path))) for path, leaf in leaves}
+    return {(*target, *path): Leaf(_usual((*target, *path), leaf), place((name, *path))) for path, leaf in leaves}
+
+
+def _usual(path: SettingPath, value: Any) -> Any:
+    """`zero2` of train.zero: 2; any other value as it is."""
+    same = SAME_VALUES.get(".".join(path), {})
+    return same.get(str(value), value)
 
 
 def _leaves(path: SettingPath, value: Any, whole: bool) -> Iterator[tuple[SettingPath, Any]]:
@@ -173,12 +180,12 @@ def _leaves(path: SettingPath, value: Any, whole: bool) -> Iterator[tuple[Settin
 
 def _target(name: str, value: Any, place: str) -> tuple[SettingPath, Any]:
     """The path and the value that a top-level name stands for. `model: {path: x}` is a section, `model: x` an alias."""
-    if name in ADVICE:
-        raise UserError(f"{place}: {name} {ADVICE[name]}")
+    if said := hints.advice(name, value):
+        raise UserError(f"{place}: {said}")
     if name in SWITCHES:
         setting, meaning = SWITCHES[name]
         if value is not True:
-            raise UserError(f"{place}: {name}: {value!r}, wanted true; set {setting}=... for anything else")
+            raise UserError(f"{place}: {name}: {value!r}, wanted true; set {setting}=fp32 for neither")
         return tuple(setting.split(".")), meaning
     if name in ALIASES and not isinstance(value, dict):
         return tuple(ALIASES[name].split(".")), value
@@ -210,17 +217,3 @@ def _reads_as_itself(name: str, text: str) -> bool:
         return "\0" not in text and _value(name, text) == text
     except UserError:
         return False
-
-
-def _cure(word: str) -> str:
-    """What may have been meant by a word that is not key=value."""
-    if word.startswith("-"):
-        return "; write settings without dashes, as learning_rate=1e-5"
-    for folder, key in (("stages", "stage"), ("stages/recipes", "recipe"), ("stages/algo", "algo")):
-        if (ROOT / folder / f"{word}.yaml").is_file() and word != "common":
-            return f"; did you mean '{key}={word}'?"
-    if word in ("test", "help"):
-        return f"; did you mean 'stage={word}'?"
-    if word in ALIASES:
-        return f"; give it a value: {word}=..."
-    return did_you_mean(word, ALIASES) + "; see stage=help"

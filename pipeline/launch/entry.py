@@ -75,6 +75,9 @@ def set_up_logging() -> None:
     """Show what is logged to `tiffin`; of the ranks of a launch only the first shows more than errors."""
     logger.handlers, logger.propagate = [Lines()], False
     logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    logging.getLogger("huggingface_hub").setLevel(
+        logging.ERROR
+    )  # not each try to reach the hub: the error says it once
 
 
 def complain(error: UserError | PreemptedError) -> None:
@@ -103,7 +106,7 @@ def _call(main: Callable[[Any, list[str]], None], stage: str, words: Sequence[st
         raise UserError(f"command line: stage={resolved.stage}, but this is stages/{stage}.py")
     os.environ.update(rank_environment(resolved.settings.launch, os.environ))
     set_up_logging()  # now that the rank is known, under srun too
-    if isinstance(resolved.settings, Training | GenerateStage | EvaluateStage):
+    if isinstance(resolved.settings, Training | GenerateStage | EvaluateStage) and stage != "plan":
         warn_of_slow_bf16(resolved.settings.train.precision)
     stopping.listen(run_dir.stage_dir(resolved.settings, stage), resolved.settings)
     main(resolved.settings, list(words))

@@ -58,6 +58,9 @@ def _unreadable(path: str, what: str, error: Exception) -> str:
         wanted = "a model without code of its own, or trust_remote_code=true if you trust whose it is"
     elif not place.exists():
         wanted = "a directory here, or a Hugging Face name that this machine can reach"
+        wanted += " (to see what memory one takes: stage=plan parameters=8B)"
+        if "couldn't connect" in reason:
+            reason = "huggingface.co does not answer, and no copy is here"
     return f"model.path: the {what} of {path} cannot be read ({reason[:200]}), wanted {wanted}"
 
 

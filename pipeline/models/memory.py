@@ -2,7 +2,8 @@
 
 Bytes per weight follow Rajbhandari et al. (2020, ZeRO): with half precision 2 for the weight, 2 for its gradient and 12
 for the optimizer (float32 master, two moments); with float32 4, 4 and 8. Stage 1 shares the optimizer between ranks,
-stage 2 the gradients too, stage 3 the weights too. Activations and logits are estimates.
+stage 2 the gradients too, stage 3 the weights too. Activations and logits are estimates. While a stage samples it keeps
+keys and values of every token, and under stage 3 all weights, in the place of activations.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ import logging
 from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.config.deepspeed import read_ds_config
-from pipeline.config.schema import PlanStage, RewardStage, RlAdvantage, Training
+from pipeline.config.schema import PlanStage, RewardStage, RlAdvantage, RlPolicy, RlStage, SftStage, Training
 from pipeline.config.sections import ModelSettings, TrainSettings
 from pipeline.launch import machine
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 GB = 1e9
 PROGRAM = 0.5 * GB  # Python with torch, transformers and DeepSpeed; on a GPU its context
@@ -37,6 +38,14 @@ class Shape(NamedTuple):
     layers: int
     vocab_size: int  # 0 without an output matrix
     outputs: float  # numbers that all matrices but the head give out for a token
+    cache: float  # numbers in the keys and values of a token
+
+
+class Load(NamedTuple):
+    """What one rank has in work at once."""
+
+    tokens: int  # padded, of a forward of training
+    sampled: int  # of all prompts and responses of one call of generation, 0 where a stage has none
 
 
 class Memory(NamedTuple):
@@ -47,7 +56,13 @@ class Memory(NamedTuple):
     optimizer: float
     activations: float
     logits: float
+    sampling: float  # at another time than activations and logits
     program: float
+
+    @property
+    def needed(self) -> float:
+        """At the fullest moment."""
+        return sum(self) - min(self.activations + self.logits, self.sampling)
 
 
 class Demand(NamedTuple):
@@ -67,8 +82,8 @@ class Demand(NamedTuple):
         return found if self.fits else f"{found}: too little; {cure}"
 
 
-def memory(shape: Shape, train: TrainSettings, tokens: int, world: int, stage: int, offload: bool) -> Memory:
-    """The estimate for `tokens` padded tokens per micro-batch on each of `world` ranks."""
+def memory(shape: Shape, train: TrainSettings, load: Load, world: int, stage: int, offload: bool) -> Memory:
+    """The estimate for `load` on each of `world` ranks."""
     from pipeline.models.policy import CHUNK_ELEMENTS
 
     half = train.precision != "fp32"
@@ -76,13 +91,18 @@ def memory(shape: Shape, train: TrainSettings, tokens: int, world: int, stage: i
     kept = KEPT * shape.outputs
     if train.gradient_checkpointing:  # what every layer reads, and one layer as it is made again
         kept = kept / shape.layers + shape.hidden_size * shape.layers
-    slice_of_head = 4 * 4 * min(tokens * shape.vocab_size, CHUNK_ELEMENTS)  # logits, log-probabilities, two gradients
+    slice_of_head = (
+        4 * 4 * min(load.tokens * shape.vocab_size, CHUNK_ELEMENTS)
+    )  # logits, log-probabilities, two gradients
+    weights = shape.parameters * element / (world if stage == 3 else 1)
+    gathered = shape.parameters * element - weights
     return Memory(
-        weights=shape.parameters * element / (world if stage == 3 else 1),
+        weights=weights,
         gradients=shape.trained * element / (world if stage >= 2 else 1),
         optimizer=0.0 if offload else shape.trained * (12 if half else 8) / (world if stage >= 1 else 1),
-        activations=tokens * kept * element,
+        activations=load.tokens * kept * element,
         logits=float(slice_of_head + element * shape.vocab_size * shape.hidden_size),
+        sampling=load.sampled * shape.cache * element + gathered if load.sampled else 0.0,
         program=PROGRAM,
     )
 
@@ -94,24 +114,27 @@ def estimate(settings: Training) -> str:
     """
     shape, train, world = planned_shape(settings), settings.train, settings.launch.processes
     zero = read_ds_config(train.zero)["zero_optimization"]
-    tokens = tokens_of(settings)
-    parts = {stage: memory(shape, train, tokens, world, stage, offload=False) for stage in range(4)}
-    parts[zero["stage"]] = memory(shape, train, tokens, world, zero["stage"], "offload_optimizer" in zero)
+    load = load_of(settings)
+    parts = {stage: memory(shape, train, load, world, stage, offload=False) for stage in range(4)}
+    parts[zero["stage"]] = memory(shape, train, load, world, zero["stage"], "offload_optimizer" in zero)
+    by_size = isinstance(settings, PlanStage) and settings.parameters is not None
     lines = [
         f"model: {shape.parameters / 1e6:,.1f} M weights, {shape.trained / 1e6:,.1f} M trained, {train.precision}",
-        f"batch: {train.batch_size} rows per step over {world} processes, {tokens:,} padded tokens per forward",
+        f"shape: {'typical of that size, ' if by_size else ''}{shape.layers} layers of {shape.hidden_size:,}, "
+        f"vocabulary {shape.vocab_size:,}",
+        f"batch: {train.batch_size} rows per step over {world} processes, {load.tokens:,} padded tokens per forward",
         f"{'GB per process':16}" + "".join(f"{title:>12}" for title in (*Memory._fields, "all")),
     ]
     for stage, row in parts.items():
-        numbers = "".join(f"{part / GB:12.2f}" for part in (*row, sum(row)))
+        numbers = "".join(f"{part / GB:12.2f}" for part in (*row, row.needed))
         lines.append(f"{f'ZeRO-{stage}':16}{numbers}" + (" <- train.zero" if stage == zero["stage"] else ""))
     available, owner = available_to(settings)
     if isinstance(settings, PlanStage):
         limit = 0.9 * available  # the rest is for what is not estimated
-        fitting = [f"ZeRO-{stage}" for stage, row in parts.items() if sum(row) <= limit]
+        fitting = [f"ZeRO-{stage}" for stage, row in parts.items() if row.needed <= limit]
         cure = "none: more processes, LoRA, offload, gradient_checkpointing or a lower max_tokens"
         lines.append(f"fits in {available / GB:.1f} GB: {', '.join(fitting) or cure}")
-    lines.append(str(Demand(sum(parts[zero["stage"]]), available, owner)))
+    lines.append(str(Demand(parts[zero["stage"]].needed, available, owner)))
     if isinstance(settings, RlAdvantage) and settings.value.targets == "policy":
         lines.append(settings.value.spoken_cost(settings.value.max_prompts, settings.generation.max_new_tokens))
     lines.append("one model in memory: a reference is never kept beside the policy")
@@ -122,15 +145,29 @@ def warn_where_short(model: nn.Module, settings: Training, world: int) -> None:
     """Say so where the estimate for a model that was read is more than there is."""
     zero = read_ds_config(settings.train.zero)["zero_optimization"]
     shape, offload = shape_of(model, settings), "offload_optimizer" in zero
-    needed = sum(memory(shape, settings.train, tokens_of(settings), world, zero["stage"], offload))
+    needed = memory(shape, settings.train, load_of(settings), world, zero["stage"], offload).needed
     if not (demand := Demand(needed, *available_to(settings))).fits:
         logger.warning(f"memory: {demand}")
 
 
-def tokens_of(settings: Training) -> int:
-    """The most padded tokens of one forward on one rank."""
-    longest = settings.data.max_prompt_length + settings.data.max_response_length
-    return settings.train.max_tokens or settings.train.micro_batch_size * longest
+def load_of(settings: Training) -> Load:
+    """The most padded tokens of one forward on one rank, and of one call of generation."""
+    data, train = settings.data, settings.train
+    tokens = train.max_tokens or train.micro_batch_size * (data.max_prompt_length + data.max_response_length)
+    if not isinstance(settings, SftStage | RlStage):
+        return Load(tokens, 0)
+    generation = settings.generation
+    judged, new = (settings.eval.max_rows, generation.max_new_tokens)
+    if isinstance(settings, SftStage):
+        judged, new = settings.eval.num_samples, data.max_response_length
+    calls = [(judged, generation.num_return_sequences * generation.num_beams)]  # prompts, responses to each
+    if isinstance(settings, RlPolicy):
+        sampler = settings.sampler
+        calls.append((train.batch_size, sampler.k_max if sampler.mode == "dynamic" else sampler.k))
+    if isinstance(settings, RlAdvantage) and settings.value.targets == "policy":
+        calls.append((settings.value.max_prompts, settings.value.samples_per_prompt))
+    rows = max(min(prompts, generation.batch_size) * each for prompts, each in calls)
+    return Load(tokens, rows * (data.max_prompt_length + new))
 
 
 def available_to(settings: Training) -> tuple[float, str]:
@@ -141,7 +178,7 @@ def available_to(settings: Training) -> tuple[float, str]:
         return settings.gpu_memory_gb * GB, "a GPU has"
     if torch.cuda.is_available():
         return float(torch.cuda.get_device_properties(0).total_memory), "this machine's GPU has"
-    return machine.ram() / settings.launch.processes, "this machine has"
+    return machine.ram() / settings.launch.processes, "this machine (no GPU) has"
 
 
 def planned_shape(settings: Training) -> Shape:
@@ -151,17 +188,21 @@ def planned_shape(settings: Training) -> Shape:
 
     from pipeline.models.loading import load_config
     from pipeline.models.lora import Base, with_lora
+    from pipeline.models.typical import typical_config
 
-    config = load_config(settings.model, UntrainedTokenizer(settings.model))
+    weights = settings.parameters if isinstance(settings, PlanStage) else None
+    if weights is None:
+        config = load_config(settings.model, UntrainedTokenizer(settings.model))
+    else:
+        config = typical_config(weights)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     # weights without memory: only their shapes count
     with torch.device("meta"):
         model = auto.from_config(config, trust_remote_code=settings.model.trust_remote_code)
     base = Base(settings.model.path or "")
     shape = shape_of(with_lora(model, base, settings.model.lora, "CAUSAL_LM"), settings)
-    if isinstance(settings, PlanStage) and settings.parameters is not None:
-        trained = shape.trained if settings.model.lora.r else settings.parameters
-        shape = shape._replace(parameters=settings.parameters, trained=trained)
+    if weights is not None:
+        shape = shape._replace(parameters=weights, trained=shape.trained if settings.model.lora.r else weights)
     return shape._replace(vocab_size=0) if isinstance(settings, RewardStage) else shape
 
 
@@ -179,7 +220,16 @@ def shape_of(model: nn.Module, settings: Training) -> Shape:
         layers=known.num_hidden_layers,
         vocab_size=0 if head is None else known.vocab_size,
         outputs=outputs_of(lm, head, settings.data.max_prompt_length, settings.data.max_response_length),
+        cache=cache_of(known),
     )
+
+
+def cache_of(config: PretrainedConfig) -> float:
+    """Numbers in the keys and values of a token, in all layers that generate."""
+    named, heads = config.to_dict(), config.num_attention_heads
+    width = named.get("head_dim") or named.get("d_kv") or config.hidden_size // heads
+    layers = named.get("decoder_layers") or named.get("num_decoder_layers") or config.num_hidden_layers
+    return 2.0 * layers * (named.get("num_key_value_heads") or heads) * width
 
 
 def outputs_of(lm: PreTrainedModel, head: nn.Module | None, prompt: int, response: int) -> float:

@@ -103,8 +103,8 @@ def best_metric(context: Context, held_out: Sequence[Item]) -> BestMetric | None
 
 def check_start(context: Context, policy: Model, items: Sequence[Item], indices: Sequence[int]) -> None:
     """Raises UserError where there is a reference, and its ratio with the policy is not 1 before the first step."""
-    tolerance = context.settings.ratio_tolerance.model_dump()[context.settings.train.precision]
     if items[0].ref_logp:
+        tolerance = context.settings.ratio_tolerance.model_dump()[context.settings.train.precision]
         check_ratio(policy.engine, items, indices, policy.packing, tolerance)
 
 

@@ -1,0 +1,87 @@
+"""First tries of users of other tools: each is accepted or answered with what to type, and that is accepted."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from pipeline.config.aliases import ALIASES, SWITCHES
+from pipeline.config.elsewhere import ADVICE, METHODS
+from pipeline.config.hints import FIELDS
+from pipeline.config.resolve import CONTROL, resolve, resolve_steps
+from pipeline.config.schema import STAGES
+from pipeline.config.yaml_layers import parse_overrides
+from pipeline.errors import UserError
+
+WORD = re.compile(r"(?<![\w.])((?!stage|recipe|config|hostfile|slots)[a-z_0-9.]+=(?:'[^']+'|[\w./:-]+))")
+
+
+def answer(*words: str) -> str:
+    with pytest.raises(UserError) as error:
+        resolve_steps(words)
+    text = str(error.value)
+    assert text.count("\n") == 0 and text.startswith("command line: ") and len(text) < 300
+    return text
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("stage=dpo", "set stage=rl algo=dpo"),
+        ("stage=a_lol", "set stage=rl algo=a_lol"),
+        ("stage=demo", "set recipe=demo without stage="),
+        ("stage=GRPO", "algo=reinforce algorithm.settings.baseline=group"),
+        ("stage=rl algo=ppo", "scored already: stage=rl algo=alol"),
+        ("stage=rl algo=sft", "set stage=sft"),
+        ("stage=rl algo=rloo", "stage=rl algo=reinforce"),
+        ("stage=sft wandb=true", "tensorboard --logdir runs"),
+        ("stage=sft load_in_4bit=true", "bf16=true lora_r=16"),
+        ("stage=sft optimizer=adamw", "optimizer: 'adamw'; AdamW, always"),
+        ("stage=rl trainer.n_gpus_per_node=8", "gpus=8"),
+        ("stage=sft --load_in_4bit", "lora_r=16"),
+        ("stage=sft --bf16", "write settings without dashes: bf16=true"),
+        ("stage=sft --num-train-epochs 3", "write settings without dashes: num_train_epochs=3"),
+        ("stage=sft learning_rate = 1e-5", "write learning_rate=1e-5"),
+        ("stage=sft dry_run", "write dry_run=true"),
+        ("stage=sft gradient_checkpointing bf16=true", "write gradient_checkpointing=true"),
+        ("stage=sft data.train", "give it a value: data.train=..."),
+        ("stage=rl algo=alol beta=0.1", "algo=alol has no such setting; it belongs to stage=rl algo=dpo"),
+        ("stage=sft beta=0.1", "stage=sft has no such setting; it belongs to stage=rl algo=dpo"),
+        ("stage=sft colour=red", "no such setting; see stage=help"),
+        ("stage=compare recipe=demo algo=alol", "set algos="),
+        ("stage=compare recipe=demo lerning_rate=1", "did you mean 'learning_rate'?"),
+        ("stage=rl algo=nll ratio_tolerance.fp32=1", "it belongs to algo=a_lol_kl, a_lol_seq, alol, dpo, r_lol"),
+    ],
+)
+def test_a_first_try_is_answered(words: str, says: str) -> None:
+    assert says in answer(*words.split())
+
+
+def test_what_means_the_same_is_accepted() -> None:
+    words = ["zero=2", "template=chat", "epochs=2", "model_name=x/y", "dataset_name=x/y", "num_gpus=2", "lora_rank=4"]
+    found = resolve(["stage=sft", *words]).settings
+    assert (found.train.zero, found.template.kind, found.train.num_train_epochs) == ("zero2", "chat", 2)
+    assert (found.model.path, found.data.path, found.launch.processes, found.model.lora.r) == ("x/y", "x/y", 2, 4)
+
+
+def test_names_are_settings_or_answered() -> None:
+    sections = {name.partition(".")[0] for name in FIELDS if "." in name}
+    assert not {*ADVICE} & {*ALIASES, *SWITCHES, *CONTROL}
+    assert {*ADVICE} & {*FIELDS} <= sections | {"rl"}  # a mapping goes through: `optimizer: {...}`
+    assert parse_overrides(["optimizer={learning_rate: 0.1}"]) and parse_overrides(["rl={algo: dpo}"])
+
+
+@pytest.mark.parametrize("text", sorted({*ADVICE.values(), *METHODS.values()}))
+def test_what_is_told_is_accepted(text: str) -> None:
+    """Each word that a text tells to type is taken by a stage; those of one stage by that one."""
+    parts = re.findall(r"stage=(?!help)\w+(?: [\w.]+=[\w.]+)*", text)
+    for words in [part.split() for part in parts] + [[word.replace("'", "")] for word in WORD.findall(text)]:
+        accepted = False
+        for stage in [f"stage={stage}" for stage in STAGES] if "stage=" not in words[0] else [words.pop(0)]:
+            try:
+                resolve([stage, *words])
+                accepted = True
+            except UserError as error:
+                last = str(error)
+        assert accepted, last
