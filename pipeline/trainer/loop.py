@@ -86,6 +86,12 @@ class Trainer:
         return self.model.engine
 
     @property
+    def asked(self) -> bool:
+        """Whether the rows have prompts; before the first step there may be none of them."""
+        items = self.windows.items
+        return not items or any(item.example.prompt for item in items)
+
+    @property
     def eval_steps(self) -> int | None:
         every = self.settings.train.eval_steps
         return None if every is None else step_budget(every, self.kept_fraction)
@@ -243,14 +249,14 @@ def evaluate(trainer: Trainer, state: State, log: RunLog) -> tuple[State, dict[s
         return state, scalars
     value = scalars[trainer.best_metric.tag]
     if trainer.best_metric.better(value, state.best):
-        trainer.model.export(trainer.directory / "best")
+        trainer.model.export(trainer.directory / "best", trainer.asked)
         state = replace(state, best=value, best_step=state.step, best_seen=scalars)
     return state, scalars
 
 
 def keep(trainer: Trainer, state: State) -> None:
     """Export the last weights to last/, and let model/ be best/ or last/ as train.keep says."""
-    trainer.model.export(trainer.directory / "last")
+    trainer.model.export(trainer.directory / "last", trainer.asked)
     if trainer.engine.ranks.main:
         chosen = trainer.directory / (trainer.settings.train.keep if state.best_step is not None else "last")
         part = trainer.directory / "model.part"
