@@ -31,15 +31,19 @@ PROBES: tuple[tuple[Message, ...], ...] = (
 )
 
 
-def for_others(encoder: Encoder) -> str | None:
-    """The chat template with which other tools read as `encoder` does; None where the tokenizer's own does that."""
+def for_others(encoder: Encoder, scalar: bool = False) -> str | None:
+    """The chat template with which other tools read as `encoder` does; None where the tokenizer's own does that.
+
+    `scalar`: a reward model reads, whose texts end where an answer does.
+    """
     template, tokenizer = encoder.template, encoder.tokenizer
     if template.kind == "chat":
-        return _around_own(template, tokenizer, encoder.frame.header)
+        return _around_own(encoder, scalar)
     before, after = ("".join(tokenizer.convert_ids_to_tokens(ids)) for ids in encoder.around)
-    end = after if encoder.encoder_decoder else tokenizer.eos_token
+    apart = encoder.encoder_decoder and not scalar  # the answer is no part of what the encoder reads
+    end = after if apart else tokenizer.eos_token
     # some tokenizers put a blank before a text, but none behind BOS
-    tried = [_of_text(template, before + blank, end, encoder.encoder_decoder) for blank in ("", " ")]
+    tried = [_of_text(template, before + blank, end, apart) for blank in ("", " ")]
     same = [one for one in tried if _reads_alike(one, encoder)]
     if not same:
         logger.warning("tokenizer: its saved chat template makes other ids of a chat than training did")
@@ -51,10 +55,10 @@ def is_written(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.chat_template is not None and tokenizer.get_chat_template().startswith(MARK)
 
 
-def _of_text(template: TemplateSettings, before: str, end: str, encoder_decoder: bool) -> str:
+def _of_text(template: TemplateSettings, before: str, end: str, apart: bool) -> str:
     """Our own template in Jinja: the turns as `template.prompt_text` writes them; `end` closes an answer.
 
-    An encoder reads no answer to its end: there `end` closes the prompt.
+    `apart`: the prompt is read without its answer, and `end` closes the prompt.
     """
     blank, said, start = blank_of(template), "message.content", before + (template.system or "")
     following = f"{said}[{len(blank)}:{len(blank) + 1}]"  # the blank stands once, if no further one comes behind it
@@ -68,7 +72,7 @@ def _of_text(template: TemplateSettings, before: str, end: str, encoder_decoder:
         answer = f"{_filled('response', template.response, said)} if alone else ({answer})"
     closed = f"{{%- elif messages[-1].role == 'assistant' -%}}{_written(end)}"
     parts = [
-        f"{{%- set alone = {ALONE} -%}}",
+        f"{{%- set alone = {ALONE} -%}}" if {template.prompt, template.response} != {None} else "",
         f"{{%- set opened = {opened} -%}}",
         _written(start),
         "{%- for message in messages -%}",
@@ -78,15 +82,16 @@ def _of_text(template: TemplateSettings, before: str, end: str, encoder_decoder:
         "{%- else -%}{{- raise_exception('no role of this model: ' + message.role) -}}",
         "{%- endif -%}",
         "{%- endfor -%}",
-        "{%- if add_generation_prompt -%}{{- opened if messages[-1].role != 'assistant' -}}",
-        f"{{%- endif -%}}{_written(end)}" if encoder_decoder else f"{closed}{{%- endif -%}}",
+        "{%- if add_generation_prompt -%}{{- opened if messages[-1].role != 'assistant' else '' -}}",
+        f"{{%- endif -%}}{_written(end)}" if apart else f"{closed}{{%- endif -%}}",
     ]
     return MARK + "\n".join(part for part in parts if part) + "\n"
 
 
-def _around_own(template: TemplateSettings, tokenizer: PreTrainedTokenizerBase, header: str) -> str | None:
+def _around_own(encoder: Encoder, scalar: bool) -> str | None:
     """The tokenizer's own chat template with what was set; None where nothing was."""
-    own, sets = tokenizer.get_chat_template(), []
+    template, frame, sets = encoder.template, encoder.frame, []
+    own, date = encoder.tokenizer.get_chat_template(), template.date
     if template.prompt is not None or template.response is not None:
         asked, answer = "messages[0].content", "messages[1].content"
         if template.prompt is not None:
@@ -101,13 +106,16 @@ def _around_own(template: TemplateSettings, tokenizer: PreTrainedTokenizerBase, 
         told = "[{{'role': 'system', 'content': {}}}] + {}".format
         first = f"{told(both, 'messages[1:]')} if messages[0].role == 'system'"
         sets.append(f"messages = {first} else {told(_text(template.system), 'messages')}")
-    dated = template.date is not None and chat.writes_date(tokenizer)
-    if not (sets or dated or header):
-        return None
-    # trim_blocks, which transformers sets, removes the line end after a block
     before = "".join(f"{{%- set {one} %}}\n" for one in sets)
-    after = f"{{% if add_generation_prompt %}}{{{{ {_text(header)} }}}}{{% endif %}}" if header else ""
-    return MARK + before + (chat.dated(own, template.date) if dated else own) + after
+    if date is not None and chat.writes_date(encoder.tokenizer):
+        before += chat.clock(own, date) + "\n"
+    after = f"{{% if add_generation_prompt %}}{{{{ {_text(frame.header)} }}}}{{% endif %}}" if frame.header else ""
+    if scalar and frame.end is not None:  # many go on after it, with a line end
+        before += "{%- set answered = messages[-1].role == 'assistant' and not add_generation_prompt %}\n"
+        own = f"{{% set whole %}}\n{own}{{% endset %}}"
+        after = f"{{{{ whole[:whole|length - whole.split({_text(frame.end)})[-1]|length] if answered else whole }}}}"
+    # trim_blocks, which transformers sets, removes the line end after a block
+    return MARK + before + own + after if before or after else None
 
 
 def _filled(name: str, line: str, value: str) -> str:

@@ -43,17 +43,18 @@ class TrainedInput(Section):
     chat_template: str | None = None  # of models of former versions there is none
 
 
-def save_input(directory: Path, encoder: Encoder, asked: bool = True) -> None:
+def save_input(directory: Path, encoder: Encoder, asked: bool = True, scalar: bool = False) -> None:
     """Keep in a model's directory how the rows were made that it was trained on, for ourselves and for other tools.
 
-    `asked`: the rows have prompts; without, nothing is learned of chats, and no chat template is made.
+    `asked`: the rows have prompts; without, nothing is learned of chats, and no chat template is made. `scalar`: it is
+    a reward model.
     """
     lengths = {"max_prompt_length": encoder.max_prompt_length, "max_response_length": encoder.max_response_length}
     own = encoder.tokenizer.get_chat_template() if encoder.tokenizer.chat_template is not None else None
     content = TrainedInput(template=encoder.template, keep_of_prompt=encoder.keep, chat_template=own, **lengths)
     text = json.dumps(content.model_dump(), indent=2, ensure_ascii=False)
     (directory / INPUT_FILE).write_text(text + "\n", encoding="utf-8")
-    if asked and (written := written_template.for_others(encoder)) is not None:
+    if asked and (written := written_template.for_others(encoder, scalar)) is not None:
         (directory / CHAT_TEMPLATE_FILE).write_text(written, encoding="utf-8")
 
 

@@ -19,10 +19,10 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from pipeline.config.sections import GenerationSettings
 from pipeline.errors import ROOM, UserError
+from pipeline.files import CARD
 from pipeline.models import checks, lora, mask_token
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
-CARD = "README.md"
 # what changes nothing where it has this value
 NEUTRAL = {"min_new_tokens": 0, "no_repeat_ngram_size": 0, "repetition_penalty": 1.0}
 
@@ -145,7 +145,7 @@ def _tokenizer_for_4(told: dict[str, Any]) -> dict[str, Any]:
 
 
 def _positions_for_4(told: dict[str, Any]) -> dict[str, Any]:
-    """config.json with the rotation of positions where transformers 4 looks for it: it has a default for what it lacks."""
+    """config.json with the rotation of positions where transformers 4 looks; where it finds none, it takes 10,000."""
     rope = told.get("rope_parameters") or {}
     if "rope_theta" in rope:  # else one for each kind of layer
         told["rope_theta"] = rope["rope_theta"]

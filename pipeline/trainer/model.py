@@ -19,6 +19,7 @@ from pipeline.data.tokenization import Encoder, coloured
 from pipeline.data.vocabulary import token_tables
 from pipeline.files import write_json
 from pipeline.models import build, loading, mask_token, memory
+from pipeline.models.policy import RewardModel
 from pipeline.models.trained_input import save_input
 from pipeline.records import Example, Item, Row
 from pipeline.trainer.engine import Engine, Ranks
@@ -48,8 +49,9 @@ class Model:
         weights = self.engine.state_dict()
         if self.ranks.main:
             own = {name.removeprefix("model."): weight for name, weight in weights.items()}
-            encoder, then = self.encoder, partial(save_input, encoder=self.encoder, asked=asked)
-            lm, kind = self.engine.module.model, self.saved_type
+            encoder, lm, kind = self.encoder, self.engine.module.model, self.saved_type
+            scalar = isinstance(self.engine.module, RewardModel)
+            then = partial(save_input, encoder=encoder, asked=asked, scalar=scalar)
             loading.save(directory, lm, own, encoder.tokenizer, then, encoder.stop_ids, kind, self.generation)
         self.ranks.barrier()
 
