@@ -40,6 +40,7 @@ setup(
     package_data={
         "stages": ["*.yaml", "*/*.yaml"],
         "ds_configs": ["*.json"],
+        "pipeline.models": ["calls/*.py"],
         "pipeline.report": ["measures/*.yaml", "templates/*"],
     },
 )

@@ -12,12 +12,13 @@ from pathlib import Path
 from pipeline.errors import UserError
 
 BLOCK = 1 << 24
+CARD = "README.md"  # of a model directory, for people alone
 
 
 def fingerprint(path: str | Path) -> str:
     """sha256 over the names and bytes of a file, or of a model directory's files; the text itself for hub names.
 
-    The model below adapters counts, where it is a directory: they mean nothing without it.
+    The model below adapters counts, where it is a directory: they mean nothing without it. A model's card does not.
     """
     digest = hashlib.sha256()
     if not Path(path).exists():
@@ -25,7 +26,7 @@ def fingerprint(path: str | Path) -> str:
         return digest.hexdigest()
     places = [Path(path)]
     for place in places:
-        files = sorted(p for p in place.iterdir() if p.is_file()) if place.is_dir() else [place]
+        files = sorted(p for p in place.iterdir() if p.is_file() and p.name != CARD) if place.is_dir() else [place]
         for file in files:
             digest.update(file.name.encode())
             with open(file, "rb") as stream:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -67,6 +68,8 @@ def evaluate(scorer: Model, objective: Objective, items: Sequence[Item], step: i
     """The loss on held-out rows, and how the scores agree with what people, or the annotated rewards, said."""
     scalars = evaluation.held_out_loss(scorer.engine, objective, items, scorer.packing)
     scores = scores_of(scorer, items)
+    every = [score for place in scores for score in place]
+    scalars |= {"eval/scores/mean": statistics.fmean(every), "eval/scores/std": statistics.pstdev(every)}
     examples = [item.example for item in items]
     if len(scores) == 1:
         rewards = torch.tensor([example.reward for example in examples])

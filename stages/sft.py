@@ -89,8 +89,7 @@ def evaluate(settings: SftStage, policy: Model, watched: WatchedAnswers, step: i
         masked = evaluation.held_out_loss(policy.engine, watched.objective, watched.items, watched.packing)
         scalars["eval/masked_loss"] = masked["eval/loss"]
     shown = watched.rows[: settings.eval.num_samples]
-    generation = settings.generation.model_copy(update={"max_new_tokens": settings.data.max_response_length})
-    answers = generate(policy.engine, policy.encoder, shown, generation, settings.seed) if shown else []
+    answers = generate(policy.engine, policy.encoder, shown, policy.generation, settings.seed) if shown else []
     samples = [{"id": a.example.id, "prompt": a.prompt_text, "response": a.text} for a in answers]
     return Evaluation(scalars, samples=samples)
 

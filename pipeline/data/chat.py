@@ -97,15 +97,20 @@ def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def dated(template: str, date: str) -> str:
-    """The chat template with a clock that stands still at `date`: a macro hides the function that reads the real one.
+    """The chat template with a clock that stands still at `date`, see `clock`."""
+    # trim_blocks, which transformers sets, removes the line end after a block
+    return f"{clock(template, date)}\n{template}"
+
+
+def clock(template: str, date: str) -> str:
+    """A macro that stands still at `date` and hides the function by which `template` reads the real one's time.
 
     (transformers passes no function of ours into a template.)
     """
     day = datetime.date.fromisoformat(date)
     codes = sorted({*STRFTIME.findall(template)})
     replaced = "".join(f"|replace('{code}', '{day.strftime(code)}')" for code in codes)
-    # trim_blocks, which transformers sets, removes the line end after a block
-    return f"{{% macro {CLOCK}(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}\n{template}"
+    return f"{{% macro {CLOCK}(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}"
 
 
 def frame_of(tokenizer: PreTrainedTokenizerBase) -> ChatFrame:

@@ -41,9 +41,10 @@ def prompt_text(prompt: Prompt, template: TemplateSettings) -> str:
     turns = turns_of(prompt, template)
     if isinstance(prompt, str) and template.prompt is not None:
         return "".join(turn.content for turn in turns)
-    heads = {"user": template.human, "assistant": template.assistant, "system": ""}
-    text = "".join(heads[turn.role] + turn.content for turn in turns)
-    return text if goes_on(prompt) else text + template.assistant.rstrip()
+    heads = {"user": template.human, "assistant": template.assistant.rstrip(), "system": ""}
+    said = [_after_blank(turn.content, template) if turn.role == "assistant" else turn.content for turn in turns]
+    text = "".join(heads[turn.role] + words for turn, words in zip(turns, said, strict=True))
+    return text if goes_on(prompt) else text + heads["assistant"]
 
 
 def response_text(completion: str, template: TemplateSettings, prompt: Prompt) -> str:
@@ -52,10 +53,16 @@ def response_text(completion: str, template: TemplateSettings, prompt: Prompt) -
         return completion
     if template.response is not None and isinstance(prompt, str):
         return template.response.replace("{response}", completion)
-    blank = template.assistant[len(template.assistant.rstrip()) :]
-    return completion if blank and _begins_with(completion, blank) else blank + completion
+    return _after_blank(completion, template)
 
 
-def _begins_with(text: str, blank: str) -> bool:
-    """Whether `text` opens with just this blank: more, as before indented code, is its own."""
-    return text.startswith(blank) and not text[len(blank) :][:1].isspace()
+def blank_of(template: TemplateSettings) -> str:
+    """What ends template.assistant, and opens the response."""
+    return template.assistant[len(template.assistant.rstrip()) :]
+
+
+def _after_blank(text: str, template: TemplateSettings) -> str:
+    """`text` behind the blank, which it may bring along: more than that, as before indented code, is its own."""
+    blank = blank_of(template)
+    own = text.startswith(blank) and not text[len(blank) :][:1].isspace()
+    return text if own else blank + text

@@ -58,8 +58,8 @@ class Encoder:
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys((self.eos_id, own)))  # each of them ends a response
         self.pad_id: int = tokenizer.pad_token_id
         self._ids = TextIds(tokenizer)
-        chat_writes_all = template.kind == "chat"
-        self._around = ([], []) if chat_writes_all else (self._ids.before, self._ids.after if encoder_decoder else [])
+        chat_writes_all = template.kind == "chat"  # else ids before and after a prompt, as BOS and EOS:
+        self.around = ([], []) if chat_writes_all else (self._ids.before, self._ids.after if encoder_decoder else [])
         ends = "|".join(map(re.escape, tokenizer.convert_ids_to_tokens(list(self.stop_ids))))
         self._own_end = re.compile(rf"(?:(?:{ends})\s*)+\Z")
 
@@ -208,12 +208,12 @@ class Encoder:
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         """Ids of a marked prompt, and of what the tokenizer puts around it."""
-        ids, bos = [*self._begun(self.prompt_text(prompt)), *self._around[1]], self.tokenizer.bos_token_id
+        ids, bos = [*self._begun(self.prompt_text(prompt)), *self.around[1]], self.tokenizer.bos_token_id
         return ids or [self.tokenizer.eos_token_id if bos is None else bos]
 
     def _begun(self, text: str) -> list[int]:
         """Ids of a text that begins a prompt, behind BOS where the tokenizer puts it; a text may bring it along."""
-        ids, before = self._ids.whole(text), self._around[0]
+        ids, before = self._ids.whole(text), self.around[0]
         return [*before, *(ids[len(before) :] if ids[: len(before)] == before else ids)]
 
     def _response_ids(self, answer: str, prompt: Prompt) -> list[int]:
@@ -256,7 +256,7 @@ class Encoder:
             return None
         if text.startswith(head) and text.endswith(tail):
             content = text[len(head) : len(text) - len(tail)]  # as the template wrote it
-        ids, after = self._ids, self._around[1]
+        ids, after = self._ids, self.around[1]
         if self.keep == "beginning":
             end, first, least = [*ids.inner(tail), *after], self._begun(head + content), len(self._begun(head))
             return [*first[: limit - len(end)], *end] if limit - len(end) > least else None

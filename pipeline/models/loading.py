@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.config import together
-from pipeline.config.sections import ModelSettings
+from pipeline.config.sections import GenerationSettings, ModelSettings
 from pipeline.errors import UserError
 from pipeline.models import checks, lora, mask_token, writing
 from pipeline.models.checks import NO_REWARD_MODEL, reading
 from pipeline.models.lora import Base, with_lora
 from pipeline.models.place import check_files
 from pipeline.models.scratch import small_config, train_tokenizer
+from pipeline.models.trained_input import with_own_chat_template
 
 logger = logging.getLogger("tiffin")
 
@@ -56,7 +57,8 @@ def _read_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer as it is."""
     check_files(settings.path)
     with reading(settings.path, "tokenizer"):
-        return transformers.AutoTokenizer.from_pretrained(settings.path, **_version(settings))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(settings.path, **_version(settings))
+    return with_own_chat_template(tokenizer, settings)
 
 
 def _version(settings: ModelSettings) -> dict[str, Any]:
@@ -294,27 +296,29 @@ def save(
     then: Callable[[Path], None] | None = None,
     ends: Collection[int] = (),
     dtype: torch.dtype | None = None,
+    generation: GenerationSettings | None = None,
 ) -> None:
     """Write a directory that transformers (or peft) loads, then reopen it: complete or absent.
 
     Where no directory holds the model below adapters, it is written beside them. Neither of the two is in `dtype`, only
     all weights of a model without adapters are; None: as they are.
     `weights` is the whole `state_dict` of `model`, on the CPU; `then` writes what else belongs into the directory.
-    `ends` are ids that end responses: the `generate` of transformers, and vLLM, stop at them too.
+    `ends` are ids that end responses: the `generate` of transformers, and vLLM, stop at them too. `generation` is how
+    they are to generate; None: as the checkpoint says.
     Raises RuntimeError where what was written has an empty tensor or another shape than the model.
     """
     adapters = isinstance(model, PeftModel)
     if adapters and (own := model.peft_config[lora.TRAINED]).base_model_name_or_path is None:
         below = directory.with_name(lora.BASE).absolute()
         with writing.whole(below) as part:
-            writing.write_base(part, model, weights, tokenizer, ends)
+            writing.write_base(part, model, weights, tokenizer, ends, generation)
         own.base_model_name_or_path = str(below)
     with writing.whole(directory) as part:
         if adapters:
             weights = writing.write_adapters(part, model, weights)
         else:
             writing.write_weights(part, model, weights, dtype)
-        writing.write_rest(part, hugging_face(model), tokenizer, ends)
+        writing.write_rest(part, hugging_face(model), tokenizer, ends, generation)
         if then is not None:
             then(part)
         checks.verify(part, model, weights)

@@ -10,12 +10,13 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import CHAT_TEMPLATE_FILE
 
 from pipeline.config.schema import WithModel
 from pipeline.config.sections import Count, ModelSettings, Section, TemplateSettings
 from pipeline.config.validate import describe, one_complaint
 from pipeline.config.yaml_layers import ROOT, load_yaml
-from pipeline.data import chat
+from pipeline.data import chat, written_template
 from pipeline.data.tokenization import Encoder, resolved
 from pipeline.errors import UserError
 from pipeline.launch import run_dir
@@ -30,19 +31,38 @@ OF_TEXT = ("human", "assistant")  # what template.kind=text alone reads
 
 
 class TrainedInput(Section):
-    """The template of a model's training, and where it cut prompt and response: only reward models cut there again."""
+    """The template of a model's training, and where it cut prompt and response: only reward models cut there again.
+
+    chat_template: the tokenizer's own, where another is saved with it for other tools.
+    """
 
     template: TemplateSettings
     max_prompt_length: Count
     keep_of_prompt: Literal["end", "beginning"]
     max_response_length: Count
+    chat_template: str | None = None  # of models of former versions there is none
 
 
-def save_input(directory: Path, encoder: Encoder) -> None:
-    """Keep in a model's directory how the rows were made that it was trained on."""
+def save_input(directory: Path, encoder: Encoder, asked: bool = True, scalar: bool = False) -> None:
+    """Keep in a model's directory how the rows were made that it was trained on, for ourselves and for other tools.
+
+    `asked`: the rows have prompts; without, nothing is learned of chats, and no chat template is made. `scalar`: it is
+    a reward model.
+    """
     lengths = {"max_prompt_length": encoder.max_prompt_length, "max_response_length": encoder.max_response_length}
-    content = TrainedInput(template=encoder.template, keep_of_prompt=encoder.keep, **lengths).model_dump()
-    (directory / INPUT_FILE).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    own = encoder.tokenizer.get_chat_template() if encoder.tokenizer.chat_template is not None else None
+    content = TrainedInput(template=encoder.template, keep_of_prompt=encoder.keep, chat_template=own, **lengths)
+    text = json.dumps(content.model_dump(), indent=2, ensure_ascii=False)
+    (directory / INPUT_FILE).write_text(text + "\n", encoding="utf-8")
+    if asked and (written := written_template.for_others(encoder, scalar)) is not None:
+        (directory / CHAT_TEMPLATE_FILE).write_text(written, encoding="utf-8")
+
+
+def with_own_chat_template(tokenizer: PreTrainedTokenizerBase, model: ModelSettings) -> PreTrainedTokenizerBase:
+    """The tokenizer of `model` with its own chat template, not the one that `save_input` wrote for other tools."""
+    if written_template.is_written(tokenizer) and (trained := saved_input(model)) is not None:
+        tokenizer.chat_template = trained.chat_template
+    return tokenizer
 
 
 def saved_input(model: ModelSettings) -> TrainedInput | None:

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
+from pipeline.config.sections import GenerationSettings
 from pipeline.errors import ROOM, UserError
+from pipeline.files import CARD
 from pipeline.models import checks, lora, mask_token
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+# what changes nothing where it has this value
+NEUTRAL = {"min_new_tokens": 0, "no_repeat_ngram_size": 0, "repetition_penalty": 1.0}
 
 
 @contextmanager
@@ -35,7 +43,7 @@ def whole(directory: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
         raise UserError(f"{part}: cannot be written ({error}), {ROOM}") from None
     for file in part.glob("*.safetensors"):  # which safetensors writes for their owner alone
-        shutil.copymode(part / "tokenizer_config.json", file)
+        shutil.copymode(part / TOKENIZER_CONFIG, file)
     shutil.rmtree(directory, ignore_errors=True)
     os.replace(part, directory)
 
@@ -66,6 +74,7 @@ def write_adapters(directory: Path, model: PeftModel, weights: dict[str, Tensor]
     options = {"selected_adapters": [lora.TRAINED], "save_embedding_layers": False}
     model.save_pretrained(directory, state_dict=dict(weights), **options)
     model.peft_config[lora.TRAINED] = own
+    (directory / CARD).unlink()  # a form to be filled in
     return weights
 
 
@@ -75,6 +84,7 @@ def write_base(
     weights: dict[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
     ends: Collection[int],
+    generation: GenerationSettings | None,
 ) -> None:
     """The model below the adapters, where no other directory holds it."""
     lm, below = model.get_base_model(), lora.weights_below(weights)
@@ -85,20 +95,65 @@ def write_base(
     if lm.can_generate():
         plain.generation_config = lm.generation_config
     plain.save_pretrained(directory, state_dict=dict(below))
-    write_rest(directory, lm, tokenizer, ends)
+    write_rest(directory, lm, tokenizer, ends, generation)
     checks.verify(directory, plain, below)
 
 
-def write_rest(directory: Path, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: Collection[int]) -> None:
-    """The tokenizer, and how text is generated: where it ends, and what must not be in it."""
+def write_rest(
+    directory: Path,
+    lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ends: Collection[int],
+    generation: GenerationSettings | None,
+) -> None:
+    """The tokenizer, and how text is generated, for transformers 4 too."""
     tokenizer.save_pretrained(directory)
     if lm.can_generate():  # beside adapters too
-        generation = copy.deepcopy(lm.generation_config)
+        config = copy.deepcopy(lm.generation_config) if generation is None else decoding(generation, lm, tokenizer)
         ids = end_ids(lm, ends)
-        generation.eos_token_id = ids[0] if len(ids) == 1 else ids or None
-        generation.suppress_tokens = mask_token.suppressed_ids(tokenizer, lm) or generation.suppress_tokens
+        config.eos_token_id = ids[0] if len(ids) == 1 else ids or None
+        config.suppress_tokens = mask_token.suppressed_ids(tokenizer, lm) or config.suppress_tokens
         # not `save_pretrained`, which refuses what some published ones have: a temperature, but no sampling
-        generation.to_json_file(directory / GENERATION_CONFIG_NAME)
+        config.to_json_file(directory / GENERATION_CONFIG_NAME)
+    for name, in_words_of_4 in ((TOKENIZER_CONFIG, _tokenizer_for_4), (CONFIG_NAME, _positions_for_4)):
+        if (file := directory / name).is_file():
+            told = in_words_of_4(json.loads(file.read_text(encoding="utf-8")))
+            file.write_text(json.dumps(told, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def decoding(settings: GenerationSettings, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """How the stage itself generates: `settings`, and of what the checkpoint brought only what begins a response."""
+    named = {"max_new_tokens", "do_sample"} | {name for name in NEUTRAL if getattr(settings, name) != NEUTRAL[name]}
+    named |= {"temperature", "top_p", "top_k"} if settings.do_sample else set()
+    named |= {"num_beams", "length_penalty", "early_stopping"} if settings.num_beams > 1 else set()
+    return GenerationConfig(
+        **settings.model_dump(include=named),
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        decoder_start_token_id=lm.config.to_dict().get("decoder_start_token_id"),
+        forced_bos_token_id=lm.generation_config.forced_bos_token_id,
+    )
+
+
+def _tokenizer_for_4(told: dict[str, Any]) -> dict[str, Any]:
+    """tokenizer_config.json with the names that transformers 4 knows, which 5 reads too."""
+    if told["tokenizer_class"] == "TokenizersBackend":
+        told["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(told.get("extra_special_tokens"), list):
+        told["additional_special_tokens"] = told.pop("extra_special_tokens")
+    return told
+
+
+def _positions_for_4(told: dict[str, Any]) -> dict[str, Any]:
+    """config.json with the rotation of positions where transformers 4 looks; where it finds none, it takes 10,000."""
+    rope = told.get("rope_parameters") or {}
+    if "rope_theta" in rope:  # else one for each kind of layer
+        told["rope_theta"] = rope["rope_theta"]
+        if rope["rope_type"] != "default":
+            told["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+        if "partial_rotary_factor" in rope:
+            told["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    return told
 
 
 def end_ids(model: PreTrainedModel, more: Collection[int]) -> list[int]:

@@ -21,12 +21,14 @@ from pipeline.config.schema import Training
 from pipeline.data.batching import Source
 from pipeline.data.sampling import step_budget
 from pipeline.errors import PreemptedError, UserError
-from pipeline.files import flatten
+from pipeline.files import CARD, flatten, write_text
 from pipeline.launch import stopping
 from pipeline.launch.processes import handled
+from pipeline.models import card
 from pipeline.records import Batch, Stat
 from pipeline.trainer.checkpoint import Checkpoints, State
 from pipeline.trainer.engine import Engine, Ranks
+from pipeline.trainer.facts import facts_of
 from pipeline.trainer.logger import RunLog
 from pipeline.trainer.metrics import Interval, Metrics, of_training
 from pipeline.trainer.model import Model
@@ -87,6 +89,12 @@ class Trainer:
         return self.model.engine
 
     @property
+    def asked(self) -> bool:
+        """Whether the rows have prompts; before the first step there may be none of them."""
+        items = self.windows.items
+        return not items or any(item.example.prompt for item in items)
+
+    @property
     def eval_steps(self) -> int | None:
         every = self.settings.train.eval_steps
         return None if every is None else step_budget(every, self.kept_fraction)
@@ -114,8 +122,9 @@ def fit(trainer: Trainer) -> None:
     )
     # results.json comes last: a stage with one is done, and its checkpoints may go
     state = take_steps(trainer, state, interval, log, checkpoints)
-    keep(trainer, state)
-    log.finish(results(state, train.keep, trainer.max_steps))
+    numbers = results(state, train.keep, trainer.max_steps)
+    keep(trainer, state, numbers)
+    log.finish(numbers)
     log.close()
     ranks.barrier()
     checkpoints.drop(keep_last=train.keep_checkpoint)
@@ -258,19 +267,24 @@ def evaluate(trainer: Trainer, state: State, log: RunLog) -> tuple[State, dict[s
         return state, scalars
     value = scalars[trainer.best_metric.tag]
     if trainer.best_metric.better(value, state.best):
-        trainer.model.export(trainer.directory / "best")
+        trainer.model.export(trainer.directory / "best", trainer.asked)
         state = replace(state, best=value, best_step=state.step, best_seen=scalars)
     return state, scalars
 
 
-def keep(trainer: Trainer, state: State) -> None:
-    """Export the last weights to last/, and let model/ be best/ or last/ as train.keep says."""
-    trainer.model.export(trainer.directory / "last")
+def keep(trainer: Trainer, state: State, numbers: Mapping[str, Any]) -> None:
+    """Export the last weights to last/, and let model/ be best/ or last/ as train.keep says, with a card.
+
+    `numbers`: see `results`.
+    """
+    trainer.model.export(trainer.directory / "last", trainer.asked)
     if trainer.engine.ranks.main:
         chosen = trainer.directory / (trainer.settings.train.keep if state.best_step is not None else "last")
         part = trainer.directory / "model.part"
         shutil.rmtree(part, ignore_errors=True)
         shutil.copytree(chosen, part, copy_function=link_or_copy)
+        facts = facts_of(trainer.settings, trainer.model, trainer.directory, numbers, trainer.asked)
+        write_text(part / CARD, card.text(facts))
         shutil.rmtree(trainer.directory / "model", ignore_errors=True)
         os.replace(part, trainer.directory / "model")
     trainer.engine.ranks.barrier()

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from pipeline.config.schema import EvaluateStage, GenerateStage, Masking, RewardStage, Training
-from pipeline.config.sections import ModelSettings
+from pipeline.config.schema import EvaluateStage, GenerateStage, Masking, RewardStage, RlStage, SftStage, Training
+from pipeline.config.sections import GenerationSettings, ModelSettings
 from pipeline.data import dataset, remarks
 from pipeline.data.batching import Packing, packing_of
 from pipeline.data.masking import Masker
@@ -19,6 +19,7 @@ from pipeline.data.tokenization import Encoder, coloured
 from pipeline.data.vocabulary import token_tables
 from pipeline.files import write_json
 from pipeline.models import build, loading, mask_token, memory
+from pipeline.models.policy import RewardModel
 from pipeline.models.trained_input import save_input
 from pipeline.records import Example, Item, Row
 from pipeline.trainer.engine import Engine, Ranks
@@ -34,24 +35,29 @@ class Model:
     encoder: Encoder
     packing: Packing
     saved_type: torch.dtype | None = None  # of all weights on the disk; None: as they are
+    generation: GenerationSettings | None = None  # how a policy answers where a stage looks at it, and whoever opens it
 
     @property
     def ranks(self) -> Ranks:
         return self.engine.ranks
 
-    def export(self, directory: Path) -> None:
-        """Write weights, tokenizer and how rows are read as a Hugging Face (or PEFT) directory."""
+    def export(self, directory: Path, asked: bool = True) -> None:
+        """Write weights, tokenizer and how rows are read as a Hugging Face (or PEFT) directory.
+
+        `asked`: the rows have prompts, see `save_input`.
+        """
         weights = self.engine.state_dict()
         if self.ranks.main:
             own = {name.removeprefix("model."): weight for name, weight in weights.items()}
-            encoder, then = self.encoder, partial(save_input, encoder=self.encoder)
-            lm, kind = self.engine.module.model, self.saved_type
-            loading.save(directory, lm, own, encoder.tokenizer, then, encoder.stop_ids, kind)
+            encoder, lm, kind = self.encoder, self.engine.module.model, self.saved_type
+            scalar = isinstance(self.engine.module, RewardModel)
+            then = partial(save_input, encoder=encoder, asked=asked, scalar=scalar)
+            loading.save(directory, lm, own, encoder.tokenizer, then, encoder.stop_ids, kind, self.generation)
         self.ranks.barrier()
 
 
 def build_policy(
-    settings: Training,
+    settings: SftStage | RlStage,
     ranks: Ranks,
     start: ModelSettings,
     *,
@@ -73,7 +79,15 @@ def build_policy(
     packing = packing_of(settings.train, ranks.world, policy.encoder_decoder, encoder.pad_id)
     memory.warn_where_short(policy.model, settings, ranks.world)
     saved = build.saved_type(settings, start, encoder)
-    return Model(Engine(policy, ranks, settings.train, settings.optimizer), encoder, packing, saved)
+    engine = Engine(policy, ranks, settings.train, settings.optimizer)
+    return Model(engine, encoder, packing, saved, generation_of(settings))
+
+
+def generation_of(settings: SftStage | RlStage) -> GenerationSettings:
+    """How the stage generates where it evaluates: after fine-tuning, as many tokens as responses had."""
+    if isinstance(settings, SftStage):
+        return settings.generation.model_copy(update={"max_new_tokens": settings.data.max_response_length})
+    return settings.generation
 
 
 def frozen_policy(settings: Training, model: Model, start: ModelSettings, longest: int) -> Engine:
