@@ -287,10 +287,10 @@ def test_a_disabled_log_writes_nothing(tmp_path):
 @pytest.mark.parametrize(
     "held_out, shown",
     [
-        ({"eval/loss": 2.0, "eval/reward": 1.5, "eval/logged/reward": 9.0}, ", held-out reward 1.5]"),
-        ({"eval/loss": 2.0, "eval/accuracy": 0.75}, ", held-out accuracy 0.75]"),
-        ({"eval/loss": 2.0, "eval/logged/reward": 9.0}, ", held-out loss 2]"),  # nothing judges the responses
-        ({}, "]"),
+        ({"eval/loss": 2.0, "eval/reward": 1.5, "eval/logged/reward": 9.0}, ", held-out reward 1.5"),
+        ({"eval/loss": 2.0, "eval/accuracy": 0.75}, ", held-out accuracy 0.75"),
+        ({"eval/loss": 2.0, "eval/logged/reward": 9.0}, ", held-out loss 2"),  # nothing judges the responses
+        ({}, ""),
     ],
 )
 def test_without_a_terminal_the_last_step_gets_one_plain_line(tmp_path, capsys, held_out, shown):
@@ -305,7 +305,7 @@ def test_without_a_terminal_the_last_step_gets_one_plain_line(tmp_path, capsys, 
     log.close()
     lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
     assert len(lines) == 1
-    assert lines[0].startswith("test: 100% 3/3") and lines[0].endswith("loss 2.5" + shown) and "\r" not in lines[0]
+    assert lines[0].startswith(f"test: 100% 3/3, loss 2.5{shown} [") and "\r" not in lines[0]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -23,6 +23,7 @@ LEFT_OUT = (  # shell patterns of tags that no curve is drawn of
     "*rewards/*/std",
     "*scores/*/std",
     "*rewards/*/length_correlation",  # nor the parts' correlation with length
+    "*/raw_mean",  # the mean before it is normalised
     "eval/perplexity",  # the loss again
     "eval/completions/mean_words",  # completions/mean_length again
     "train/learned_tokens",  # the part of num_tokens that teaches

@@ -116,8 +116,11 @@ class _Progress:
 
     def __init__(self, first_step: int, total_steps: int, description: str) -> None:
         self._terminal, self._last_line = sys.stderr.isatty(), time.monotonic()
-        never = {"ncols": 0, "delay": math.inf, "mininterval": math.inf}  # tqdm formats the line, and draws nothing
-        style = {"dynamic_ncols": True} if self._terminal else never
+        never = {"delay": math.inf, "mininterval": math.inf}  # tqdm formats the line, and draws nothing
+        # times come last, for they are what a narrow window may cut off
+        line = "{n_fmt}/{total_fmt}{postfix} [{elapsed}<{remaining}, {rate_fmt}]"
+        drawn = {"dynamic_ncols": True, "bar_format": "{l_bar}{bar}| " + line}
+        style = drawn if self._terminal else never | {"bar_format": "{desc}: {percentage:3.0f}% " + line}
         self.bar = tqdm(desc=description, total=total_steps, initial=first_step, unit="step", **style)
         self._known: dict[str, float] = {}
 
