@@ -105,9 +105,11 @@ def of_step(step: Resolved, ahead: Ahead) -> list[str]:
         return of_comparison(settings, step.words, ahead.environ)
     if stage not in inputs.OF:
         return []
-    found = _told(lambda: may_start(settings, stage))
-    if run_dir.finished(run_dir.stage_dir(settings, stage)):
+    directory = run_dir.stage_dir(settings, stage)
+    found = _told(lambda: run_dir.begun(directory) and run_dir.refuse_other(directory, settings))
+    if run_dir.finished(directory):
         return found
+    found += _told(partial(run_dir.refuse_taken, directory))
     checks = (of_launch(settings, stage, ahead.environ), of_models(settings, ahead), of_rewards(settings, ahead))
     return [*found, *(line for lines in checks for line in lines), *of_rows(settings, ahead)]
 
@@ -119,14 +121,6 @@ def of_comparison(settings: CompareStage, words: Sequence[str], environ: Mapping
     except UserError as error:
         return [str(error)]
     return of([task.step for task in plan.tasks], environ)
-
-
-def may_start(settings: WithModel, stage: str) -> None:
-    """Raises UserError where the stage's directory is of other settings, or another process is at work in it."""
-    directory = run_dir.stage_dir(settings, stage)
-    run_dir.refuse_taken(directory)
-    if run_dir.begun(directory):
-        run_dir.refuse_other(directory, settings)
 
 
 def of_launch(settings: WithModel, stage: str, environ: Mapping[str, str]) -> Iterator[str]:

@@ -175,6 +175,7 @@ def test_a_directory_of_another_start_is_a_fault(here: Path) -> None:
     assert of(*words) == []  # it is done, and this process holds it
     (line,) = of(*words, "seed=2")
     assert "was started with seed=1, now it is 2" in line
+    (directory / "results.json").unlink()
     shown = stages(*words, "dry_run=true", cwd=here)
     assert "fault 1 of 1: runs/default/sft: another process is at work there" in shown.stderr
 

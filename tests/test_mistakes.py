@@ -44,7 +44,7 @@ SMALL = [f"model.scratch.{size}" for size in ("hidden_size=32", "num_layers=2", 
 STEP = ["batch_size=16", "eval.max_rows=12", "eval.num_samples=2", "max_steps=1"]
 SHORT = ["max_new_tokens=12"]
 VALUES = ["value.targets=data", "value.epochs=1"]  # of the default, algo=alol
-SAME = 25  # characters that what is said early has at least in common with what the stage says
+SAME = 16  # characters that what is said early has at least in common with what the stage says
 EARLY: dict[str, bool] = {}  # by mistake: whether it was told before the stage began
 SOUND = {  # words with which a stage goes through, if its model is there
     "sft": [*DATA_WORDS, *SMALL, *STEP, *SHORT],

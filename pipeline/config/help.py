@@ -15,7 +15,7 @@ bash run.sh [stage=STAGE] [recipe=RECIPE] [config=FILE.yaml] [key=value ...]
 
 Without stage=, all steps of the recipe run in order (recipe=demo if none is named); what is done is not done again.
 Dotted keys reach into the YAML: optimizer.learning_rate=1e-5. Paths are relative to where you are; results go to
-runs/<run>/<stage>/. dry_run=true prints the commands, the settings and the memory estimate, and stops.
+runs/<run>/<stage>/. dry_run=true prints settings, memory, all that a start would refuse, and the commands.
 
 Examples
   bash run.sh
