@@ -8,7 +8,7 @@ from __future__ import annotations
 LENGTHS = "prompt and response are cut by themselves: set max_prompt_length=1024 max_response_length=512"
 BATCH = "batch_size=32 counts rows per step over all GPUs; one reads max_tokens=4096 or micro_batch_size=4 at once"
 QUANTISED = "no weights of 4 or 8 bits; where memory is short: bf16=true lora_r=16 gradient_checkpointing=true"
-SCORED = "rows that are scored already: stage=rl algo=alol, which samples nothing"
+SCORED = "rows that are scored already: stage=rl algo=alol, whose steps sample nothing"
 ONLINE = f"{SCORED}; prompts and a reward that judges new texts: stage=rl algo=esrl reward=NAME, which samples little"
 PAIRS = "not offered; of preference pairs learns stage=rl algo=dpo"
 
