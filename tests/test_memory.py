@@ -14,6 +14,7 @@ from transformers import LlamaConfig, MixtralConfig, MixtralForCausalLM, PreTrai
 from pipeline.config.deepspeed import read_ds_config
 from pipeline.config.resolve import resolve
 from pipeline.data.batching import Packing, collate
+from pipeline.errors import UserError
 from pipeline.launch import machine
 from pipeline.launch.entry import warn_of_slow_bf16
 from pipeline.models import build, memory
@@ -187,6 +188,10 @@ def test_the_plan_compares_with_what_there_is(capfd: pytest.CaptureFixture) -> N
     assert f"this machine (no GPU) has {machine.ram() / 1e9:.1f} GB for it" in here and "too little" not in here
     two = memory.estimate(tiny.settings("plan", *words, "gpus=2"))
     assert f"has {machine.ram() / 2e9:.1f} GB for it" in two
+    by_size = memory.estimate(resolve(["stage=plan", "parameters=8B", "bf16=true", "zero=3", "gpus=8"]).settings)
+    assert "shape: typical of that size, 32 layers of 4,096, vocabulary 128,256\n" in by_size
+    with pytest.raises(UserError, match="both model=x and parameters are given, wanted one"):
+        resolve(["stage=plan", "parameters=8e9", "model=x"])
     # a training says it before its first step, and only where it matters
     memory.warn_where_short(tiny.language_model("llama"), training(), 1)
     assert not capfd.readouterr().err

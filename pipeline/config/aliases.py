@@ -2,7 +2,7 @@
 
 SECTION_OF = {  # settings that may be given without their section
     "launch": "hostfile launcher master_port ddp_timeout",
-    "model": "attn_implementation trust_remote_code",
+    "model": "attn_implementation trust_remote_code dropout",
     "data": "task max_prompt_length max_response_length",
     "train": "batch_size micro_batch_size max_tokens num_train_epochs max_steps precision zero gradient_checkpointing "
     "logging_steps eval_steps save_steps save_total_limit",
@@ -10,7 +10,7 @@ SECTION_OF = {  # settings that may be given without their section
     "max_grad_norm",
     "generation": "max_new_tokens min_new_tokens do_sample temperature temperatures top_p top_k num_beams "
     "length_penalty early_stopping no_repeat_ngram_size repetition_penalty num_return_sequences",
-    "algorithm.settings": "clip kl_beta kl_form beta objective label_smoothing",
+    "algorithm.settings": "clip kl_beta kl_form beta objective label_smoothing missing_eos_penalty",
 }
 ALIASES: dict[str, str] = {
     **{name: f"{section}.{name}" for section, names in SECTION_OF.items() for name in names.split()},
@@ -18,6 +18,7 @@ ALIASES: dict[str, str] = {
     **dict.fromkeys(
         ("model", "model_name", "model_name_or_path", "model_path", "base_model", "pretrain"), "model.path"
     ),
+    "model_revision": "model.revision",
     **dict.fromkeys(("lora_r", "lora_rank"), "model.lora.r"),
     "lora_alpha": "model.lora.alpha",
     "lora_dropout": "model.lora.dropout",
@@ -40,10 +41,11 @@ ALIASES: dict[str, str] = {
     "lr": "optimizer.learning_rate",
     "lr_scheduler": "optimizer.lr_scheduler_type",
     "lr_warmup_ratio": "optimizer.warmup_ratio",
-    "gradient_clipping": "optimizer.max_grad_norm",
+    **dict.fromkeys(("gradient_clipping", "max_norm"), "optimizer.max_grad_norm"),
+    "label_smoothing_factor": "algorithm.settings.label_smoothing",
     "mask_rate": "masking.rate",
     **dict.fromkeys(("kl_coef", "init_kl_coef"), "algorithm.settings.kl_beta"),
-    **dict.fromkeys(("reward_model", "reward_model_path", "reward_fn", "reward_function"), "reward"),
+    **dict.fromkeys(("reward_model", "reward_model_path", "reward_pretrain", "reward_fn", "reward_function"), "reward"),
 }
 
 # `bf16=true` is `train.precision=bf16`; `bf16=false` would leave open what else, and is refused.

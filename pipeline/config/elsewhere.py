@@ -8,13 +8,33 @@ from __future__ import annotations
 LENGTHS = "prompt and response are cut by themselves: set max_prompt_length=1024 max_response_length=512"
 BATCH = "batch_size=32 counts rows per step over all GPUs; one reads max_tokens=4096 or micro_batch_size=4 at once"
 QUANTISED = "no weights of 4 or 8 bits; where memory is short: bf16=true lora_r=16 gradient_checkpointing=true"
-SCORED = "rows that are scored already: stage=rl algo=alol, which samples nothing"
+SCORED = "rows that are scored already: stage=rl algo=alol, whose steps sample nothing"
 ONLINE = f"{SCORED}; prompts and a reward that judges new texts: stage=rl algo=esrl reward=NAME, which samples little"
 PAIRS = "not offered; of preference pairs learns stage=rl algo=dpo"
 
 SAID: dict[str, str] = {  # names -> what to say of each
+    "max_input_length max_target_length context_length ctx_len seq_len": LENGTHS,
+    "num_steps total_steps train_steps iterations num_iterations": "set max_steps=500, or num_train_epochs=3",
+    "precompute_ref_log_probs reference_free sync_ref_model": (
+        "leave it out: what the reference says of each row is computed once, before the first step"
+    ),
+    "remote_rm_url reward_url": "set reward=http://HOST:PORT/PATH",
+    "metric metrics judge": "reward=NAME is what judges; monitors='[bleu]' in stage=evaluate only watches",
+    "vf_coef value_clip cliprange_value critic_learning_rate critic_pretrain": (
+        "leave it out: there is no critic; algo=alol learns what to expect of a prompt by itself (value: in "
+        "stages/rl.yaml)"
+    ),
+    "overlap_comm reduce_bucket_size stage3_max_live_parameters contiguous_gradients": (
+        "DeepSpeed's own: copy a file of ds_configs/, change it there and give it as zero=FILE.json"
+    ),
+    "special_tokens bos_token eos_token pad_token stop_token": (
+        "leave it out: they are those of the model's tokenizer and of its generation_config.json"
+    ),
+    "cache_dir hf_token token offline": "it is the hub's: set HF_HOME, HF_TOKEN or HF_HUB_OFFLINE=1 in the environment",
+    "attention_dropout hidden_dropout": "dropout=0.1 sets every dropout of the model",
+    "full_determinism deterministic": "leave it out: with one seed=1 a run on CPUs repeats itself to the bit",
     "max_length max_seq_length max_seq_len max_len cutoff_len sequence_len model_max_length block_size": LENGTHS,
-    "max_completion_length max_tokens_to_generate generate_max_len response_length": (
+    "max_completion_length max_output_tokens generate_max_len response_length": (
         "max_new_tokens=128 for what the policy says, max_response_length=512 for rows that it learns from"
     ),
     "bs batch effective_batch_size rollout_batch_size per_device_batch_size": BATCH,
@@ -44,7 +64,7 @@ SAID: dict[str, str] = {  # names -> what to say of each
     "ref_model ref_model_path ref_model_name_or_path reference_model": (
         "the reference is the model that RL starts from: the run's SFT model, or model=DIRECTORY start_from=model"
     ),
-    "reward_funcs reward_functions reward_fns": (
+    "reward_funcs reward_functions reward_fns reward_weights": (
         "one: reward=path/file.py:function; several by weight: reward='{path/a.py: 1.0, path/b.py: 0.5}'"
     ),
     "loss_type rlhf_method trainer_type rl method advantage_estimator adv_estimator": (
@@ -60,7 +80,7 @@ SAID: dict[str, str] = {  # names -> what to say of each
     "max_samples max_rows_train num_train_samples": (
         "data.max_rows=1000 of the training rows, eval.max_rows=400 of the held-out ones"
     ),
-    "datasets train_dataset train_files train_datasets": (
+    "datasets train_path train_dataset train_files train_datasets": (
         "one file or data set: data.train=rows.jsonl, or data.path=OWNER/NAME of the hub"
     ),
     "dataset_config dataset_config_name dataset_dir subset": (
@@ -70,7 +90,9 @@ SAID: dict[str, str] = {  # names -> what to say of each
     "val_size val_set_size test_size validation_split eval_ratio": (
         "data.validation_fraction=0.1 holds out a share of the prompts; data.validation=FILE names rows"
     ),
-    "eval_dataset eval_file": "set data.validation=FILE, which training watches; stage=evaluate reads data.test=FILE",
+    "eval_dataset eval_file eval_data validation_data test_path": (
+        "set data.validation=FILE, which training watches; stage=evaluate reads data.test=FILE"
+    ),
     "input_key output_key prompt_key chosen_key text_field dataset_text_field column_mapping": (
         "rename the columns: prompt, completion, reward, chosen, rejected, messages ... are known "
         "(pipeline/data/README.md)"
@@ -78,7 +100,7 @@ SAID: dict[str, str] = {  # names -> what to say of each
     "chat_template apply_chat_template template_name prompt_template": (
         "template.kind=chat is the tokenizer's own, template.kind=text the lines under template: in stages/common.yaml"
     ),
-    "completion_only_loss assistant_only_loss train_on_inputs train_on_prompt mask_prompt": (
+    "multiturn completion_only_loss assistant_only_loss train_on_inputs train_on_prompt mask_prompt": (
         "prompts are never learned; in stage=sft train_on=all learns every assistant turn, train_on=last (the "
         "default) the last one"
     ),
@@ -89,16 +111,20 @@ SAID: dict[str, str] = {  # names -> what to say of each
         "results go to runs/NAME/STAGE/: set run=NAME, and runs_dir=DIRECTORY for another place than runs/"
     ),
     "run_name experiment_name exp_name experiment": "set run=NAME",
-    "overwrite_output_dir overwrite": "nothing is written over: set another run=NAME, or delete the stage's directory",
+    "overwrite_output_dir overwrite force": (
+        "nothing is written over: set another run=NAME, or delete the stage's directory"
+    ),
     "resume_from_checkpoint resume load_checkpoint resume_from auto_resume": (
         "run the same command again: it goes on from its last checkpoint"
     ),
-    "report_to wandb use_wandb wandb_project wandb_run_name log_with use_tensorboard mlflow swanlab": (
+    "report_to wandb use_wandb wandb_project wandb_org wandb_run_name log_with use_tensorboard mlflow swanlab": (
         "TensorBoard files are always written, for no other tracker: see them with `tensorboard --logdir runs`"
     ),
     "push_to_hub hub_model_id hub_token": "nothing is sent: afterwards `hf upload OWNER/NAME runs/NAME/STAGE/model`",
-    "eval_strategy evaluation_strategy do_eval": "set eval_steps=100, or eval_steps=null for the end only",
-    "save_strategy": "set save_steps=200, or save_steps=null for none but when SIGTERM comes",
+    "eval_strategy evals_per_epoch evaluation_strategy do_eval": (
+        "set eval_steps=100, or eval_steps=null for the end only"
+    ),
+    "save_strategy saves_per_epoch": "set save_steps=200, or save_steps=null for none but when SIGTERM comes",
     "logging_strategy log_interval log_every": "set logging_steps=10",
     "load_best_model_at_end metric_for_best_model early_stopping_patience": (
         "train.keep=best (the default) keeps the weights of the best evaluation, train.keep=last the last; "
@@ -120,7 +146,7 @@ SAID: dict[str, str] = {  # names -> what to say of each
         "not offered; leave it out"
     ),
     "flash_attn flash_attention use_flash_attention_2 use_flash_attn": "set attn_implementation=flash_attention_2",
-    "device device_map cuda use_cpu no_cuda local_rank": (
+    "device device_map cuda cpu use_cpu no_cuda local_rank": (
         "GPUs are used where there are any: gpus=8, or fewer by CUDA_VISIBLE_DEVICES"
     ),
     "num_processes world_size": "gpus=8 is processes per machine; hostfile=hosts names several machines",

@@ -75,9 +75,7 @@ def set_up_logging() -> None:
     """Show what is logged to `tiffin`; of the ranks of a launch only the first shows more than errors."""
     logger.handlers, logger.propagate = [Lines()], False
     logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
-    logging.getLogger("huggingface_hub").setLevel(
-        logging.ERROR
-    )  # not each try to reach the hub: the error says it once
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # its tries: the error says it once
 
 
 def complain(error: UserError | PreemptedError) -> None:

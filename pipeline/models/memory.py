@@ -120,8 +120,8 @@ def estimate(settings: Training) -> str:
     by_size = isinstance(settings, PlanStage) and settings.parameters is not None
     lines = [
         f"model: {shape.parameters / 1e6:,.1f} M weights, {shape.trained / 1e6:,.1f} M trained, {train.precision}",
-        f"shape: {'typical of that size, ' if by_size else ''}{shape.layers} layers of {shape.hidden_size:,}, "
-        f"vocabulary {shape.vocab_size:,}",
+        f"shape: {'typical of that size, ' if by_size else ''}{shape.layers} layers of {shape.hidden_size:,}"
+        + (f", vocabulary {shape.vocab_size:,}" if shape.vocab_size else ""),
         f"batch: {train.batch_size} rows per step over {world} processes, {load.tokens:,} padded tokens per forward",
         f"{'GB per process':16}" + "".join(f"{title:>12}" for title in (*Memory._fields, "all")),
     ]
