@@ -90,7 +90,8 @@ def _data(settings: Training, directory: Path) -> dict[str, str]:
     if (counted := directory / "data.json").is_file():
         counts = json.loads(counted.read_text("utf-8"))
         said["rows"] = ", ".join(f"{split} {one['rows']:,} ({one['tokens']:,} tokens)" for split, one in counts.items())
-    marks = json.loads((directory / INPUTS).read_text("utf-8"))
+    noted = directory / INPUTS
+    marks = json.loads(noted.read_text("utf-8")) if noted.is_file() else {}
     sha = {_nameless(name): mark for name, mark in marks.items() if re.fullmatch("[0-9a-f]{64}", mark)}
     return said | ({"sha256": ", ".join(f"{name} `{mark[:SHARE]}`" for name, mark in sha.items())} if sha else {})
 
