@@ -257,7 +257,7 @@ def test_a_stopped_training_goes_on_bit_for_bit(tmp_path: Path, whole: Toy, zero
 def test_stopped_after_the_last_step(tmp_path: Path, whole: Toy, monkeypatch) -> None:
     toy = Toy(tmp_path / "sft")
 
-    def fail(place: Path, encoder: Encoder) -> None:
+    def fail(place: Path, encoder: Encoder, **how: bool) -> None:
         if place.name == "last.part":
             raise KilledError
 

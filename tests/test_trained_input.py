@@ -188,6 +188,7 @@ def test_a_run_has_one_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert encoder_at("evaluate", place, f"runs_dir={tmp_path / 'other'}").prompt_text("why?") == theirs
     assert encoder_at("evaluate", place, "template.date=2024-07-26").prompt_text("why?").startswith("\n26 Jul 2024<")
     (tmp_path / "m" / INPUT_FILE).unlink()
+    (tmp_path / "m" / "chat_template.jinja").write_text(DATED)  # that of a model which nothing of ours has trained
     assert build.encoder_of(settings, settings.model, list).prompt_text("why?") == theirs  # the run's first day
     elsewhere = encoder_at("evaluate", place, f"runs_dir={tmp_path / 'other'}")
     assert elsewhere.prompt_text("why?").startswith("\n2 Mar 2026")

@@ -97,7 +97,10 @@ def _what(facts: Facts) -> str:
         "encoder_decoder": "An encoder-decoder that answers chats",
         "reward": "A reward model: one number for a chat that ends with an answer, higher is better",
     }
-    return f"{kinds[facts.kind]}{', as LoRA adapters' if facts.adapters else ''}. Training began with {facts.start}."
+    what = f"{kinds[facts.kind]}{', as LoRA adapters' if facts.adapters else ''}. Training began with {facts.start}."
+    if facts.adapters and facts.base is None:
+        what += " The model below them is a directory: if it was moved, write its new place into `adapter_config.json`."
+    return what
 
 
 def _reading(facts: Facts) -> str:

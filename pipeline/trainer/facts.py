@@ -27,7 +27,8 @@ from pipeline.trainer.model import Model
 UNSAID = ("run", "name", "runs_dir", "algo", "scored", "launch.", "model.path", "model.revision", "data.task")
 PLACES = ("path", "train", "validation", "test")  # of data
 UNSAID += tuple(f"data.{name}" for name in PLACES)
-SHOWN = ("loss", "perplexity", "accuracy", "scores/mean", "scores/std", "reward/mean", "completions/eos_fraction")
+SHOWN = ("loss", "perplexity", "accuracy", "accuracies", "scores/mean", "scores/std")  # the ends of tags
+SHOWN += ("eval/reward", "reward/mean", "completions/eos_fraction")
 BASE = re.compile(r"^base_model: (\S+)$", re.MULTILINE)  # in a card
 SHARE = 12  # characters of a fingerprint that people compare
 
@@ -70,8 +71,9 @@ def _began(start: Path) -> tuple[str, str | None]:
         return "a small new model, made for these rows", None
     if not start.exists():
         return str(start), str(start)
-    card = start / CARD
-    found = BASE.search(card.read_text("utf-8")) if card.is_file() and (start / INPUT_FILE).is_file() else None
+    if not (start / INPUT_FILE).is_file():
+        return start.name, None
+    found = BASE.search((start / CARD).read_text("utf-8")) if (start / CARD).is_file() else None
     return "/".join(start.parts[-3:]), found and found.group(1)
 
 
@@ -88,7 +90,8 @@ def _data(settings: Training, directory: Path) -> dict[str, str]:
     if (counted := directory / "data.json").is_file():
         counts = json.loads(counted.read_text("utf-8"))
         said["rows"] = ", ".join(f"{split} {one['rows']:,} ({one['tokens']:,} tokens)" for split, one in counts.items())
-    marks = json.loads((directory / INPUTS).read_text("utf-8"))
+    noted = directory / INPUTS
+    marks = json.loads(noted.read_text("utf-8")) if noted.is_file() else {}
     sha = {_nameless(name): mark for name, mark in marks.items() if re.fullmatch("[0-9a-f]{64}", mark)}
     return said | ({"sha256": ", ".join(f"{name} `{mark[:SHARE]}`" for name, mark in sha.items())} if sha else {})
 

@@ -1,7 +1,7 @@
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-directory = "DIRECTORY"
+directory = "DIRECTORY"  # where this file lies, or a name on the hub
 tokenizer = AutoTokenizer.from_pretrained(directory)
 model = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=1, pad_token_id=tokenizer.pad_token_id)
 
