@@ -17,7 +17,7 @@ EVALUATE = "evaluate"
 Compared = Mapping[str, Mapping[str, Verdict]]  # policy -> tag -> verdict
 
 
-class Judged(NamedTuple):
+class Verdicts(NamedTuple):
     """The verdicts on a run."""
 
     policies: Mapping[str, Compared]  # evaluation -> policy -> tag -> verdict
@@ -37,7 +37,7 @@ def evaluations(stages: Sequence[Stage]) -> list[Stage]:
     return [stage for stage in stages if stage.kind == EVALUATE and columns_of(stage.results)]
 
 
-def judge_run(stages: Sequence[Stage]) -> Judged:
+def judge_run(stages: Sequence[Stage]) -> Verdicts:
     """Every verdict on the stages of a run."""
     policies = {stage.name: _of_policies(stage) for stage in evaluations(stages)}
     known: dict[str, set[str]] = {}  # stage -> the names of what an evaluation judges of its policy
@@ -45,10 +45,10 @@ def judge_run(stages: Sequence[Stage]) -> Judged:
         places = evaluation.settings.get("policies") or {}
         for policy, found in policies[evaluation.name].items():
             known.setdefault(places.get(policy, policy), set()).update(verdict.name for verdict in found.values())
-    return Judged(policies, {stage.name: _of_stage(stage, known.get(stage.name, ())) for stage in stages})
+    return Verdicts(policies, {stage.name: _of_stage(stage, known.get(stage.name, ())) for stage in stages})
 
 
-def findings(stages: Sequence[Stage], judged: Judged) -> list[Found]:
+def findings(stages: Sequence[Stage], judged: Verdicts) -> list[Found]:
     """All verdicts in one list, the most serious first."""
     every = []
     for evaluation in evaluations(stages):

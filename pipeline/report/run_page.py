@@ -19,7 +19,7 @@ from pipeline.report.checks import Verdict
 from pipeline.report.closing import next_words
 from pipeline.report.curves import show_curves
 from pipeline.report.distribution import distribution
-from pipeline.report.findings import EVALUATE, Judged, evaluations, findings, judge_run
+from pipeline.report.findings import EVALUATE, Verdicts, evaluations, findings, judge_run
 from pipeline.report.headline import of_run
 from pipeline.report.html import render
 from pipeline.report.numbers import NOTHING, duration, number
@@ -115,7 +115,7 @@ def _about(stages: Sequence[Stage]) -> str:
     return f"{count}, {duration(sum(stage.seconds for stage in stages))} of training, last changed {when}"
 
 
-def _finals(stage: Stage, judged: Judged) -> Table | Finals | None:
+def _finals(stage: Stage, judged: Verdicts) -> Table | Finals | None:
     columns = columns_of(stage.results)
     if columns and stage.kind == EVALUATE:
         return policies_table(stage.name, columns, judged.policies[stage.name])
