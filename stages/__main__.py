@@ -74,7 +74,8 @@ def start(step: Resolved, last: bool) -> int:
     new = not run_dir.ended(directory, step.settings)
 
     def say_stopped() -> None:
-        logger.error(stopping.line(directory, step.settings))
+        if rank == "0":
+            logger.error(stopping.line(directory, step.settings))
 
     argv = command(launch, step.stage, step.words, os.environ)
     code = run(argv, environment(launch, step.stage, os.environ), untold=say_stopped)

@@ -56,9 +56,11 @@ def test_what_a_stage_left(tmp_path: Path, stage: str) -> None:
 
 
 def test_after_what_taught_nothing_comes_what_to_look_at(tmp_path: Path) -> None:
-    first, following = closing(finished(tmp_path, "rl", "run=mine", model_step=0), last=True)
+    step = finished(tmp_path, "rl", "run=mine", "task=assistant", model_step=0)
+    first, following = closing(step, last=True)
     assert "/rl/model: taught nothing" in first
     assert following == f"next: bash run.sh stage=report run=mine runs_dir={tmp_path}"
+    assert len(resolve_steps(shlex.split(following)[3:])) == 1
 
 
 def test_the_disk_that_a_kept_checkpoint_takes_is_said(tmp_path: Path) -> None:
@@ -104,7 +106,7 @@ NEXT = [
         ["stage=rl", "model=m", "data.train=x"],
         "stage=evaluate 'policies={sft: m, rl: rl}' reward=NAME data.test=FILE",
     ),
-    (["stage=evaluate", "run=a"], "stage=report run=a"),
+    (["stage=evaluate", "run=a", "task=assistant"], "stage=report run=a"),
     (["stage=sft", "recipe=demo", "run=b"], "stage=reward name=helpfulness run=b recipe=demo"),
     (["stage=reward", "recipe=demo", "name=helpfulness"], "stage=reward name=harmlessness recipe=demo"),
     (["stage=evaluate", "recipe=demo"], "stage=report recipe=demo"),

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config.resolve import resolve
 from pipeline.files import write_json, write_text
 from pipeline.report.headline import Headline, headline
 from pipeline.report.spec import FINE, LOOK, TROUBLE
 from pipeline.report.stages import stages_of
+from stages import report
 
 START = {"eval/reward": 1.08, "eval/reward_se": 0.05, "eval/rewards/x/mean": 1.08, "eval/loss": 2.0}
 ENDED = {"model_step": 300, "steps": 400, "seconds": 9.0}
@@ -122,6 +124,17 @@ def test_an_evaluation_says_whether_the_gain_is_sure_and_true(
 ) -> None:
     found = of(tmp_path, "evaluate", {"sft": policy(1.08, 1.0, 20.0), "rl": after})
     assert found.text.startswith(text) and found.level == level
+
+
+def test_the_report_prints_what_asks_for_a_look_and_then_the_page(tmp_path: Path, capsys) -> None:
+    of(tmp_path / "default", "rl", {**START, **ENDED, "eval/reward": 0.9, "model_step": 0}, START)
+    step = resolve(["stage=report", f"runs_dir={tmp_path}"])
+    report.main(step.settings, step.words)
+    *found, last = capsys.readouterr().out.splitlines()
+    assert found[0].startswith("Trouble: Reinforcement learning: Step of the best evaluation, 0 of 400: no later")
+    levels = [line.split(":")[0] for line in found]
+    assert 1 <= len(found) <= 9 and levels == sorted(levels, key=[TROUBLE, LOOK].index)
+    assert last.startswith(f"{tmp_path}/default/report.html: taught nothing: in 400 steps")
 
 
 def test_what_has_not_ended_is_not_judged(tmp_path: Path) -> None:

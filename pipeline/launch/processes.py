@@ -33,7 +33,8 @@ def run(argv: Sequence[str], env: Mapping[str, str], untold: Callable[[], None] 
     and `untold` is called if none of them said what that leaves. A second SIGINT kills all that still run.
     At a terminal the children get a session of their own, else Ctrl-C would reach the launchers too.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # until it can be handled, there as here
+    # until it can be handled, here as there: stages/__init__.py lets it through
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT] if _is_local(argv) else [])
     told = {**env, BEGUN: str(os.getpid())}
     process = subprocess.Popen(argv, env=told, start_new_session=sys.stdin.isatty())
     received: list[int] = []

@@ -56,8 +56,9 @@ def next_words(step: Resolved) -> list[str]:
 def _words(step: Resolved, head: list[str]) -> list[str]:
     """`head`, with what it needs of the words of `step`: which run, and which rows where nothing else says so."""
     given = parse_overrides(step.words)
-    carried = [as_word(".".join(path), given[path].value) for path in CARRIED if path in given]
     stage = head[0].partition("=")[2]
+    known = [path for path in CARRIED if path in given and (stage, path[0]) != ("report", "data")]  # it reads no rows
+    carried = [as_word(".".join(path), given[path].value) for path in known]
     scored = stage == "rl" and (len(head) > 1 or run_dir.finished(run_dir.run_dir(step.settings) / "score"))
     rows = [ROWS[stage]] if stage in ROWS and not scored and not {*SOURCES} & {*given} else []
     return [*head, *carried, *rows]

@@ -152,9 +152,8 @@ def _least(watched: Watched) -> str:
 
 def _untrained(results: Numbers) -> Headline:
     kept = "model/ holds the weights it began with (train.keep=last keeps the last)"
-    return Headline(
-        f"taught nothing: in {results['steps']:,} steps no evaluation was better than the start, {kept}", TROUBLE
-    )
+    length = f"in {results['steps']:,} step" + ("s" if results["steps"] != 1 else "")
+    return Headline(f"taught nothing: {length} no evaluation was better than the start, {kept}", TROUBLE)
 
 
 def _change(tag: str, base: Numbers, other: Numbers, larger_is_better: bool) -> tuple[str, str]:
