@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.algorithms import supervised
@@ -20,9 +21,10 @@ from pipeline.records import Example, Message, Response, Scores
 from pipeline.rewards import scoring
 from pipeline.rewards.rewards import Rewards, WeightedReward
 from pipeline.trainer import evaluation
+from pipeline.trainer.board import Board
 from pipeline.trainer.model import Model
 from pipeline.trainer.objective import Objective
-from stages.evaluate import distance, table
+from stages.evaluate import distance, show, table
 from tests import tiny
 
 
@@ -256,6 +258,28 @@ def test_each_policy_reads_prompts_as_its_template_writes_them(caplog) -> None:
     assert any(float((a - b).abs().max()) > 0.01 for a, b in zip(own, as_read, strict=True))  # the prompt counts
     assert distance(one, "a", "b", *sampled(other)) == pytest.approx(evaluation.sampled_kl(own, as_read))
     assert "policy b: its prompts are written otherwise than those of a" in caplog.text
+
+
+def test_policies_stand_side_by_side_in_tensorboard(tmp_path) -> None:
+    rows = [
+        {"policy": name, "id": i, "prompt": f"p{i}", "response": f"{name} {i}", "reward": 0.5, "rewards": {"x": 0.5}}
+        for name in ("sft", "rl")
+        for i in range(2)
+    ]
+    results = {"sft": {"reward": 0.5, "objective/kl": math.nan}, "rl": {"reward": 0.75}}
+    show(Board(tmp_path), results, rows, {"sft": [0.0, 1.0], "rl": [0.75]})
+    events = EventAccumulator(str(tmp_path)).Reload()
+    text = {
+        name: events.Tensors(f"{name}/text_summary")[0].tensor_proto.string_val[0].decode()
+        for name in ("policies", "samples")
+    }
+    assert text["policies"].splitlines()[0::2] == ["| tag | sft | rl |", "| reward | 0.5 | 0.75 |"]
+    assert text["policies"].splitlines()[3] == r"| objective/kl | - | - |"
+    first, second = (part.strip() for part in text["samples"].split("**prompt:** ")[1:])
+    assert first.splitlines()[0::2] == ["p0", "| policy | reward | response |", "| sft | 0.5 | sft 0 |"]
+    assert second.splitlines()[-1] == "| rl | 0.5 | rl 1 |"
+    found = {name: events.Histograms(f"policies/{name}/reward/histogram")[0].histogram_value for name in ("sft", "rl")}
+    assert (found["sft"].num, found["sft"].sum, found["rl"].num, found["rl"].max) == (2, 1.0, 1, 0.75)
 
 
 def test_the_table_has_a_dash_where_there_is_no_kl() -> None:

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from pipeline.errors import PreemptedError
-from tests import tiny
+from tests import logged, tiny
 from tests.test_stages import SHORT, SMALL_TRAIN, TINY, rows, run, train
 
 SHAPES = ("llama", "t5")
@@ -98,6 +98,7 @@ def test_semi_offline_rl(base: Path) -> None:
         assert len(rewards) <= 4 and rewards == sorted(rewards, reverse=True)
         assert row["greedy"]["text"] and isinstance(row["praised"], list) and isinstance(row["blamed"], list)
         assert any(there for _, there in row["static"]["parts"])
+    logged.check(base / "default" / "rl" / "plain")
     results = json.loads((base / "default" / "rl" / "plain" / "results.json").read_text())
     assert results["steps"] == 2 and "eval/reward" in results
 

@@ -151,8 +151,8 @@ def test_a_broken_line_in_the_middle_names_its_place(tmp_path):
 
 def test_tensorboard_holds_scalars_histograms_text_and_hyper_parameters(tmp_path):
     log = log_in(tmp_path, hparams={"optimizer": {"learning_rate": 1e-4}, "bf16": True, "names": ["a"], "no": None})
-    log.scalars(1, {"train/loss": 2.0})
-    log.scalars(2, {"train/loss": 1.0})
+    log.scalars(1, {"train/loss": 2.0, "eval/loss": 2.0})
+    log.scalars(2, {"train/loss": 1.0, "eval/loss": 2.5})
     log.histogram("ratio", torch.tensor([[1.0, 2.0], [math.nan, 3.0]]), 1)
     log.histogram("ratio", [math.inf], 2)
     log.samples(1, [{"prompt": "a | *<b>*", "response": "x\ny", "rewards": {"length": 0.5}}])
@@ -161,7 +161,7 @@ def test_tensorboard_holds_scalars_histograms_text_and_hyper_parameters(tmp_path
     events = board(tmp_path)
     assert events.Scalars("train/loss")[0].value == 2.0
     assert shown(events, "results/text_summary").splitlines()[2:] == ["| eval/loss | 1.5 |", "| best | - |"]
-    found = events.Histograms("ratio_histogram")
+    found = events.Histograms("ratio/histogram")
     assert [(event.step, event.histogram_value.num) for event in found] == [(1, 3.0)]
     text = shown(events, "samples/text_summary")
     assert text.splitlines()[0] == "| prompt | response | rewards/length |"
@@ -169,7 +169,7 @@ def test_tensorboard_holds_scalars_histograms_text_and_hyper_parameters(tmp_path
     session = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     assert b"optimizer/learning_rate" in session and b"names" in session
     layout = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
-    assert b"Ratio to the start model" in layout and b"^(train|eval)/loss$" in layout
+    assert b"^(train|eval)/loss$" in layout and b"Ratio to the start model" not in layout  # no empty charts
     assert json.loads((tmp_path / "results.json").read_text()) == {"eval/loss": 1.5, "best": None}
 
 
@@ -215,9 +215,9 @@ def test_the_layout_finds_the_tags_of_the_stages():
     tags += [f"esrl/{name}" for name in ("capability", "samples_per_prompt", "tokens_saved", "at_k_min", "known")]
     tags += ["rollout/queue_mean", "rollout/equal_groups", "rollout/logp_gap", "train/entropy"]
     tags += ["perf/sampling_seconds", "esrl/left_out", "rollout/generated_tokens"]
-    patterns = [one for charts in layout().values() for _, found in charts.values() for one in found]
+    patterns = [one for charts in layout(tags).values() for _, found in charts.values() for one in found]
     assert [tag for tag in [*tags, "my/own"] if not any(re.search(one, tag) for one in patterns)] == ["my/own"]
-    assert "Kept share: healthy from 0.2 to 0.8" in layout()["Advantage and value"]
+    assert "Effective share of samples: healthy from 0.3" in layout(tags)["Ratio to the start model"]
 
 
 def test_sampled_responses_are_grouped_by_prompt_the_best_first():
@@ -287,10 +287,10 @@ def test_a_disabled_log_writes_nothing(tmp_path):
 @pytest.mark.parametrize(
     "held_out, shown",
     [
-        ({"eval/loss": 2.0, "eval/reward": 1.5, "eval/logged/reward": 9.0}, ", held-out reward 1.5]"),
-        ({"eval/loss": 2.0, "eval/accuracy": 0.75}, ", held-out accuracy 0.75]"),
-        ({"eval/loss": 2.0, "eval/logged/reward": 9.0}, ", held-out loss 2]"),  # nothing judges the responses
-        ({}, "]"),
+        ({"eval/loss": 2.0, "eval/reward": 1.5, "eval/logged/reward": 9.0}, ", held-out reward 1.5"),
+        ({"eval/loss": 2.0, "eval/accuracy": 0.75}, ", held-out accuracy 0.75"),
+        ({"eval/loss": 2.0, "eval/logged/reward": 9.0}, ", held-out loss 2"),  # nothing judges the responses
+        ({}, ""),
     ],
 )
 def test_without_a_terminal_the_last_step_gets_one_plain_line(tmp_path, capsys, held_out, shown):
@@ -305,7 +305,7 @@ def test_without_a_terminal_the_last_step_gets_one_plain_line(tmp_path, capsys, 
     log.close()
     lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
     assert len(lines) == 1
-    assert lines[0].startswith("test: 100% 3/3") and lines[0].endswith("loss 2.5" + shown) and "\r" not in lines[0]
+    assert lines[0].startswith(f"test: 100% 3/3, loss 2.5{shown} [") and "\r" not in lines[0]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

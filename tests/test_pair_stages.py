@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from tests import tiny
+from tests import logged, tiny
 from tests.test_stages import SHORT, rows, train
 
 
@@ -37,6 +37,7 @@ def test_dpo_starts_at_its_reference_and_learns_the_pairs(runs: Path, tmp_path: 
     assert lines[-1]["train/rewards/margins"] > 0.1 and lines[-1]["eval/rewards/accuracies"] > 0.9
     assert all(line["train/grad_norm"] > 0 for line in lines[1:])
     assert "eval/completions/mean_words" in lines[-1]
+    logged.check(runs / "rl")
     before = [path.name for path in (runs / "cache").iterdir()]
     train("rl", runs.parent, *words, "name=again", "max_steps=1")
     assert [path.name for path in (runs / "cache").iterdir()] == before  # the reference is not asked twice

@@ -16,7 +16,7 @@ import torch
 from pipeline.config.resolve import resolve
 from pipeline.data import readers
 from pipeline.errors import UserError
-from tests import tiny
+from tests import logged, tiny
 
 TINY = [
     "runs_dir=RUNS",
@@ -65,7 +65,8 @@ def test_sft_leaves_what_the_design_lists(runs: Path) -> None:
     assert [path.name for path in (sft / "checkpoints").glob("*-*")] == ["step-000004"]  # to train longer from
     assert [row["step"] for row in rows(sft / "metrics.jsonl")] == [0, 1, 2, 3, 4]
     assert rows(sft / "samples" / "step-000004.jsonl")[0]["prompt"].startswith("\n\nHuman: ")
-    assert list((sft / "tensorboard").iterdir())
+    for stage in (sft, runs / "reward" / "helpfulness"):
+        logged.check(stage)
     results = json.loads((sft / "results.json").read_text())
     assert results["steps"] == 4 and results["eval/loss"] > 0
 
@@ -118,6 +119,7 @@ def test_every_algorithm_trains(runs: Path, algo: str) -> None:
     lines = rows(runs / "rl" / algo / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     assert all(line["train/grad_norm"] > 0 for line in lines[1:])
+    logged.check(runs / "rl" / algo)
     if algo in ("alol", "a_lol_seq", "r_lol"):
         assert lines[0]["eval/ratio/mean"] == unmoved(lines[0])  # the policy starts as its reference
         assert lines[0]["eval/ratio/clip_fraction_high"] == 0
@@ -152,6 +154,7 @@ def test_every_on_policy_algorithm_trains(runs: Path, algo: str, words: list[str
         assert line.keys() >= ON_POLICY_TAGS and line["train/grad_norm"] >= 0
         assert line["rollout/logp_gap"] < 16 * tiny.rounding(line["train/entropy"])  # both stages say the same
         assert ("objective/kl" in line) == (algo == "esrl") and ("loss/mle" in line) == (algo == "esrl")
+    logged.check(runs / "rl" / algo)
     table = rows(runs / "rl" / algo / "samples" / "step-000002.jsonl")
     groups = [row for row in table if row.get("kind") == "rollout"]
     assert groups and all(row["k"] >= 1 and row["tokens"] >= 1 for row in groups)

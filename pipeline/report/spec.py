@@ -6,7 +6,8 @@ needs an entry there and nothing else. A check whose reading takes more than a c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
@@ -142,13 +143,17 @@ def charts_for(stage: str, tags: Sequence[str]) -> list[tuple[Chart, list[str]]]
     return drawn + [(Chart(REST, tag, (tag,)), [tag]) for tag in sorted(left) if tag not in used_as_lines]
 
 
-def layout() -> dict[str, dict[str, list[Any]]]:
-    """TensorBoard's tab "Custom scalars": group -> chart, with its healthy range -> the tags as regular expressions."""
+def layout(tags: Collection[str]) -> dict[str, dict[str, list[Any]]]:
+    """TensorBoard's tab "Custom scalars": group -> chart, with its healthy range -> the tags as regular expressions.
+
+    Only the charts that show some of `tags`.
+    """
     board: dict[str, dict[str, list[Any]]] = {}
     for chart in charts():
         title = chart.title + (f": {wanted(chart.check)}" if chart.check and rules()[chart.check].drawn else "")
         patterns = [_regular_expression(tag) for tag in (*chart.tags, *chart.baselines, *chart.beside)]
-        board.setdefault(chart.group, {})[title] = ["Multiline", patterns]
+        if any(re.search(pattern, tag) for pattern in patterns[: len(chart.tags)] for tag in tags):
+            board.setdefault(chart.group, {})[title] = ["Multiline", patterns]
     return board
 
 

@@ -133,6 +133,6 @@ def evaluate(context: Context, policy: Model, watched: WatchedRows, step: int) -
 
 def number_histograms(items: Sequence[Item]) -> dict[str, torch.Tensor]:
     """Distributions of what is known of all rows: they do not change."""
-    tags = {"reward": "logged/reward", "value": "value", "advantage": "advantage"}
+    tags = {"reward": "logged/reward", "value": "logged/value", "advantage": "logged/advantage"}
     known = {tag: name for name, tag in tags.items() if name in items[0].numbers}
     return {tag: torch.tensor([item.numbers[name] for item in items]) for tag, name in known.items()}

@@ -103,7 +103,7 @@ def evaluate(context: Context, policy: Model, prompts: Sequence[Example], rollou
     if last:
         histograms["esrl/samples"] = torch.tensor([float(len(group.responses)) for group in last])
         histograms["train/reward"] = torch.tensor([reward for group in last for reward in group.raw])
-        histograms["advantage"] = torch.tensor([weight for group in last for weight in group.advantages])
+        histograms["train/advantage"] = torch.tensor([weight for group in last for weight in group.advantages])
     return Evaluation(judged.scalars, histograms, [*judged.samples, *table(last, context.settings.eval.num_samples)])
 
 

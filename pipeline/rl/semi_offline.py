@@ -127,7 +127,7 @@ def composed(
         rows += samples_of(policy.encoder, batch, drawn, texts, weights[-1])
     if not rows:
         return {}, []
-    return {"semi_offline/reward": torch.cat(rewards), "advantage": torch.cat(weights).flatten()}, rows
+    return {"semi_offline/reward": torch.cat(rewards), "semi_offline/advantage": torch.cat(weights).flatten()}, rows
 
 
 LIKELIHOOD = Objective(

@@ -1,6 +1,6 @@
 """TensorBoard: curves of what varies, distributions, tables of text. metrics.jsonl and results.json have every number.
 
-Of a tag TensorBoard keeps one kind of data, so that of a histogram ends in _histogram.
+Of a tag TensorBoard keeps one kind of data, so that of a histogram ends in /histogram.
 """
 
 from __future__ import annotations
@@ -17,7 +17,25 @@ from torch import Tensor
 from pipeline.files import flatten
 from pipeline.report import spec
 
-LEFT_OUT: tuple[str, ...] = ()  # shell patterns of tags that no curve is drawn of
+LEFT_OUT = (  # shell patterns of tags that no curve is drawn of
+    "*_se",  # standard errors and deviations move with one another: the total's is drawn
+    "*/se",
+    "*rewards/*/std",
+    "*scores/*/std",
+    "*rewards/*/length_correlation",  # nor the parts' correlation with length
+    "*/raw_mean",  # the mean before it is normalised
+    "eval/perplexity",  # the loss again
+    "eval/completions/mean_words",  # completions/mean_length again
+    "train/learned_tokens",  # the part of num_tokens that teaches
+    "train/logps/ref*",  # what is known of the rows drawn, and does not change with the policy
+    "logged/reward*",
+    "value/mean",
+    "value/std",
+    "advantage/*",
+    "eval/ratio/*",  # ratio/* and logged/kl of training say the same
+    "rollout/reward_per_prompt",  # train/reward again
+    "semi_offline/hidden_tokens",  # semi_offline/mask_rate again
+)
 
 Row = Mapping[str, float | None]  # of metrics.jsonl
 
@@ -50,31 +68,34 @@ class Board:
         self._writer = SummaryWriter(str(directory), purge_step=purge, flush_secs=30)
         self._drawn: set[str] = set()
         self._held: dict[str, list[Point]] = {}
+        self._laid_out = 0  # curves
         for row in rows if resume_step else ():
             for tag, value in row.items():
-                if tag not in ("step", "time") and value is not None:
+                if tag not in ("step", "time") and value is not None and _has_curve(tag):
                     self._due(tag, Point(row["step"], value, began + row["time"]))
         self._held = {tag: [one for one in held if one.step <= resume_step] for tag, held in self._held.items()}
 
     def scalar(self, tag: str, value: float, step: int) -> None:
         """A point of a curve; not of the tags LEFT_OUT."""
-        if not any(fnmatchcase(tag, pattern) for pattern in LEFT_OUT):
+        if _has_curve(tag):
             for one in self._due(tag, Point(step, value, time.time())):
                 self._writer.add_scalar(tag, one.value, one.step, walltime=one.time)
 
     def histogram(self, tag: str, values: Tensor | Sequence[float], step: int) -> None:
-        """The distribution of `values` (any shape) as <tag>_histogram; values that are not finite are left out."""
+        """The distribution of `values` (any shape) as <tag>/histogram; values that are not finite are left out."""
         flat = torch.as_tensor(values).detach().flatten().double().cpu()
         flat = flat[flat.isfinite()]
         if len(flat):
-            self._writer.add_histogram(f"{tag}_histogram", flat.numpy(), step)
+            self._writer.add_histogram(f"{tag}/histogram", flat.numpy(), step)
 
     def text(self, tag: str, markdown: str, step: int = 0) -> None:
         self._writer.add_text(tag, markdown, step)
 
-    def layout(self) -> None:
-        """The tab "Custom scalars": the report's charts, with their healthy ranges."""
-        self._writer.add_custom_scalars(spec.layout())
+    def lay_out(self) -> None:
+        """The tab "Custom scalars", where curves have begun: the report's charts of them, with their healthy ranges."""
+        if len(self._drawn) > self._laid_out:
+            self._writer.add_custom_scalars(spec.layout(self._drawn))  # TensorBoard takes the last one
+            self._laid_out = len(self._drawn)
 
     def hparams(self, settings: Mapping[str, object]) -> None:
         """The run's settings, for the tab "HParams"."""
@@ -102,3 +123,7 @@ class Board:
             return []
         self._drawn.add(tag)
         return self._held.pop(tag)
+
+
+def _has_curve(tag: str) -> bool:
+    return not any(fnmatchcase(tag, pattern) for pattern in LEFT_OUT)

@@ -61,7 +61,6 @@ class RunLog:
         self._rows = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         place = self._directory / "tensorboard"
         self._board = Board(place, resume_step=resume_step, rows=before, began=time.time() - spent)
-        self._board.layout()
         self._board.hparams(hparams)
         provenance.note(self._directory, resume_step)
         self._progress = _Progress(resume_step, total_steps, description)
@@ -78,6 +77,7 @@ class RunLog:
         for tag, value in row.items():
             if value is not None:
                 self._board.scalar(tag, value, step)
+        self._board.lay_out()
         self._progress.note(row)
         self._progress.show(step)
 
@@ -98,7 +98,7 @@ class RunLog:
         """results.json, after which the stage is done; before it, in TensorBoard, the same numbers as a table."""
         if not self.enabled:
             return
-        self._board.text("results", markdown.numbers({"": flatten(results)}), self._progress.bar.n)
+        self._board.text("results", markdown.numbers({"value": flatten(results)}), self._progress.bar.n)
         self._board.flush()
         write_json(self._directory / "results.json", results)
 
@@ -116,8 +116,11 @@ class _Progress:
 
     def __init__(self, first_step: int, total_steps: int, description: str) -> None:
         self._terminal, self._last_line = sys.stderr.isatty(), time.monotonic()
-        never = {"ncols": 0, "delay": math.inf, "mininterval": math.inf}  # tqdm formats the line, and draws nothing
-        style = {"dynamic_ncols": True} if self._terminal else never
+        never = {"delay": math.inf, "mininterval": math.inf}  # tqdm formats the line, and draws nothing
+        # times come last, for they are what a narrow window may cut off
+        line = "{n_fmt}/{total_fmt}{postfix} [{elapsed}<{remaining}, {rate_fmt}]"
+        drawn = {"dynamic_ncols": True, "bar_format": "{l_bar}{bar}| " + line}
+        style = drawn if self._terminal else never | {"bar_format": "{desc}: {percentage:3.0f}% " + line}
         self.bar = tqdm(desc=description, total=total_steps, initial=first_step, unit="step", **style)
         self._known: dict[str, float] = {}
 

@@ -55,7 +55,7 @@ def numbers(columns: Mapping[str, Mapping[str, Any]]) -> str:
     """{title: {name: number}} as one line per name and one column per title; what is missing, null or NaN is a dash."""
     names = dict.fromkeys(name for column in columns.values() for name in column)
     cells = [[_number(column.get(name)) for column in columns.values()] for name in names]
-    return lines(["", *columns], [[plain(name), *row] for name, row in zip(names, cells, strict=True)])
+    return lines(["tag", *columns], [[plain(name), *row] for name, row in zip(names, cells, strict=True)])
 
 
 def _number(value: float | None) -> str:
