@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pipeline.config.schema import ReportStage
 from pipeline.launch import run_dir
 from pipeline.launch.entry import run
-from pipeline.report import run_page
+from pipeline.report.findings import findings, judge_run
 from pipeline.report.headline import of_run
+from pipeline.report.run_page import build
 from pipeline.report.spec import FINE
 from pipeline.report.stages import stages_of
 
@@ -17,8 +18,8 @@ SHOWN = 8  # findings that are printed; the page has all
 
 def main(settings: ReportStage, words: Sequence[str]) -> None:
     directory = run_dir.run_dir(settings)
-    path, stages = run_page.build(directory), stages_of(directory)
-    found = [one for one in run_page.findings(stages) if one.verdict.level != FINE]
+    path, stages = build(directory), stages_of(directory)
+    found = [one for one in findings(stages, judge_run(stages)) if one.verdict.level != FINE]
     for place, _, verdict in found[:SHOWN]:
         print(f"{verdict.level}: {place}: {verdict.name}: {verdict.text}: {verdict.means}. {verdict.do}")
     if len(found) > SHOWN:

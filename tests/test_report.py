@@ -553,3 +553,14 @@ def test_the_next_command_follows_the_last_stage_that_ended(tmp_path):
     assert '<pre class="copy">bash run.sh stage=reward name=helpfulness run=mine recipe=demo</pre>' in html
     (tmp_path / "sft" / "command.txt").write_text("bash run.sh stage=sft gone=1\n")
     assert "bash run.sh stage=reward" not in build(tmp_path).read_text(encoding="utf-8")
+
+
+def test_every_evaluation_has_its_checks_and_the_last_one_opens_the_page(run_dir):
+    named = run_dir / "evaluate" / "again"
+    named.mkdir()
+    (named / "results.json").write_text(json.dumps({"sft": SFT, "rl": {**RL, "reward": 0.2}}))
+    html = build(run_dir).read_text(encoding="utf-8")
+    page = parsed(html)
+    assert {link.removeprefix("#") for link in page.links} <= page.anchors
+    assert "Reward 0.410 to 0.200" in html[: html.index("<nav>")] and "rl against sft, again" in html
+    assert html.index("0.200") < html.index('id="stages"') < html.index("+0.220 ▲ better")

@@ -1,6 +1,6 @@
 """How the rewards of the held-out responses are spread, policy by policy: who gained, and whether all did or a few.
 
-Read from evaluate/rewards.jsonl, which has every response's reward.
+Read from the rewards.jsonl of an evaluation, which has every response's reward.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Distribution(NamedTuple):
     words: list[str]
 
 
-def distribution(run_dir: Path, policies: Sequence[str]) -> Distribution | None:
+def distribution(folder: Path, policies: Sequence[str]) -> Distribution | None:
     """Of the policies in this order, the first of which the others are compared with; None where too few are known."""
-    rewards = _rewards(run_dir / "evaluate" / "rewards.jsonl")
+    rewards = _rewards(folder / "rewards.jsonl")
     known = {name: rewards[name] for name in policies if len(rewards.get(name, ())) >= FEWEST}
     if not known:
         return None

@@ -11,45 +11,27 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from pipeline.config.resolve import resolve
 from pipeline.errors import UserError
 from pipeline.files import flatten, write_text
-from pipeline.report.checks import Verdict, of_policies
+from pipeline.report.checks import Verdict
 from pipeline.report.closing import next_words
 from pipeline.report.curves import show_curves
 from pipeline.report.distribution import distribution
+from pipeline.report.findings import EVALUATE, Verdicts, evaluations, findings, judge_run
 from pipeline.report.headline import of_run
 from pipeline.report.html import render
 from pipeline.report.numbers import NOTHING, duration, number
 from pipeline.report.samples import show_samples, show_samples_of_rl
-from pipeline.report.spec import FINE, LEVELS
+from pipeline.report.spec import FINE
 from pipeline.report.stage_checks import spent
-from pipeline.report.stages import FILES, STAGES, Stage, stages_of, verdicts
-from pipeline.report.tables import (
-    EVALUATE,
-    Finals,
-    Table,
-    anchor,
-    columns_of,
-    final_numbers,
-    policies_table,
-    side_by_side,
-)
+from pipeline.report.stages import FILES, STAGES, Stage, stages_of
+from pipeline.report.tables import Finals, Table, columns_of, final_numbers, policies_table, side_by_side
 from pipeline.report.usage import model_of
 
 WHERE = ("run", "runs_dir", "name")  # which directory it is, not what was done
 LEARNING = ("sft", "reward", "rl")
-Compared = Mapping[str, Mapping[str, Verdict]]  # policy -> tag -> verdict
-
-
-class Found(NamedTuple):
-    """A verdict with where it was found, in words and for links."""
-
-    place: str
-    anchor: str
-    verdict: Verdict
 
 
 def build(run_dir: Path) -> Path:
@@ -61,12 +43,10 @@ def build(run_dir: Path) -> Path:
             f"{run_dir}: no stage has left anything to report, wanted at least one of {', '.join(STAGES)} with "
             f"{' or '.join(FILES)}; run a stage first, or name another run with run="
         )
-    evaluation = next((stage for stage in stages if stage.name == EVALUATE and columns_of(stage.results)), None)
+    judged = judge_run(stages)
+    ranked = findings(stages, judged)
+    evaluation = (evaluations(stages) or [None])[-1]
     policies = columns_of(evaluation.results) if evaluation else {}
-    evaluation = evaluation_of(stages)
-    policies = columns_of(evaluation.results) if evaluation else {}
-    compared, judged = judgements(stages)
-    ranked = findings(stages)
     name = run_dir.resolve().name
     context = {
         "title": f"Report: {name}",
@@ -74,16 +54,16 @@ def build(run_dir: Path) -> Path:
         "about": _about(stages),
         "wrong": [one for one in ranked if one.verdict.level != FINE],
         "fine": [one for one in ranked if one.verdict.level == FINE],
-        "policies": policies_table(policies, compared) if policies else None,
-        "samples": show_samples(run_dir, list(policies)),
-        "distribution": distribution(run_dir, list(policies)),
+        "evaluation": evaluation,
+        "samples": show_samples(run_dir, evaluation),
+        "distribution": distribution(evaluation.folder, list(policies)) if evaluation else None,
         "model": model_of(stages),
         "next": _next(stages),
         "headline": of_run(stages),
         "stages": stages,
-        "briefs": {stage.name: _brief(stage, judged[stage.name]) for stage in stages},
-        "finals": {stage.name: _finals(stage) for stage in stages},
-        "curves": {s.name: show_curves(s.kind, s.series, flatten(s.results), judged[s.name]) for s in stages},
+        "briefs": {stage.name: _brief(stage, judged.stages[stage.name]) for stage in stages},
+        "finals": {stage.name: _finals(stage, judged) for stage in stages},
+        "curves": {s.name: show_curves(s.kind, s.series, flatten(s.results), judged.stages[s.name]) for s in stages},
         "of_rl": {stage.name: show_samples_of_rl(stage.folder) for stage in stages if stage.kind == "rl"},
         "facts": [[stage.title, *_facts(stage)] for stage in stages],
         "changed": {stage.name: differences(stage) for stage in stages},
@@ -94,35 +74,6 @@ def build(run_dir: Path) -> Path:
     return path
 
 
-def evaluation_of(stages: Sequence[Stage]) -> Stage | None:
-    """The evaluation whose policies are compared, if there is one."""
-    return next((stage for stage in stages if stage.name == EVALUATE and columns_of(stage.results)), None)
-
-
-def judgements(stages: Sequence[Stage]) -> tuple[Compared, Mapping[str, Mapping[str, Verdict]]]:
-    """All verdicts of a page, which its tables, charts and checks share: of policies by tag, of stages by quantity."""
-    evaluation = evaluation_of(stages)
-    compared = _of_evaluation(evaluation) if evaluation else {}
-    return compared, {stage.name: _once(stage, evaluation, compared) for stage in stages}
-
-
-def findings(stages: Sequence[Stage]) -> list[Found]:
-    """All verdicts, the most serious first."""
-    compared, judged = judgements(stages)
-    first = next(iter(columns_of(evaluation.results))) if (evaluation := evaluation_of(stages)) else ""
-    every = [
-        Found(f"{other} against {first}", anchor(f"{EVALUATE}/{other}", tag), verdict)
-        for other, found in compared.items()
-        for tag, verdict in found.items()
-    ]
-    every += [
-        Found(stage.title, anchor(stage.name, quantity), verdict)
-        for stage in stages
-        for quantity, verdict in judged[stage.name].items()
-    ]
-    return sorted(every, key=lambda one: LEVELS.index(one.verdict.level))  # stable: within a level as above
-
-
 def differences(stage: Stage) -> list[tuple[str, str, str]]:
     """(key, value, default) of the settings that are not what ships for the stage and its algorithm."""
     defaults, now = _defaults(stage), flatten(stage.settings, ".")
@@ -131,25 +82,6 @@ def differences(stage: Stage) -> list[tuple[str, str, str]]:
         for key, value in now.items()
         if defaults and key not in WHERE and (key not in defaults or defaults[key] != value)
     ]
-
-
-def _of_evaluation(stage: Stage) -> Compared:
-    """The verdicts on every policy beside the first: policy -> tag -> verdict."""
-    policies = columns_of(stage.results)
-    monitors = list(stage.settings.get("monitors") or [])  # names, or the keys of a mapping
-    first, *others = policies
-    return {other: of_policies(policies[first], policies[other], monitors) for other in others}
-
-
-def _once(stage: Stage, evaluation: Stage | None, compared: Compared) -> dict[str, Verdict]:
-    """The verdicts on a stage, without what the evaluation judges of the same policy on more prompts."""
-    found = verdicts(stage)
-    if evaluation is None or stage.kind != "rl":
-        return found
-    places = evaluation.settings.get("policies") or {}
-    same = [compared[other].values() for other in compared if places.get(other, other) == stage.name]
-    names = {verdict.name for each in same for verdict in each}
-    return {quantity: verdict for quantity, verdict in found.items() if verdict.name not in names}
 
 
 def _brief(stage: Stage, found: Mapping[str, Verdict]) -> str:
@@ -183,10 +115,12 @@ def _about(stages: Sequence[Stage]) -> str:
     return f"{count}, {duration(sum(stage.seconds for stage in stages))} of training, last changed {when}"
 
 
-def _finals(stage: Stage) -> Table | Finals | None:
+def _finals(stage: Stage, judged: Verdicts) -> Table | Finals | None:
     columns = columns_of(stage.results)
+    if columns and stage.kind == EVALUATE:
+        return policies_table(stage.name, columns, judged.policies[stage.name])
     if columns:
-        return policies_table(columns, _of_evaluation(stage)) if stage.kind == "evaluate" else side_by_side(columns)
+        return side_by_side(columns)
     return final_numbers({**flatten(stage.results), **spent(stage.series)}) if stage.results else None
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from pipeline.errors import UserError
 from pipeline.report.html import render
 from pipeline.report.numbers import number, signed
-from pipeline.report.stages import json_object
+from pipeline.report.stages import Stage, json_object
 
 SAMPLES = 8  # prompts with responses side by side
 ROLLOUT, COMPOSITIONS, RESPONSE = KINDS = ("rollout", "compositions", "response")
@@ -52,9 +52,9 @@ class LastSamples(NamedTuple):
     shown: list[Shown]
 
 
-def show_samples(run_dir: Path, policies: Sequence[str]) -> str:
+def show_samples(run_dir: Path, evaluation: Stage | None) -> str:
     """Responses to a few prompts side by side; nothing where there are none."""
-    prompts, count, source = responses(run_dir, policies)
+    prompts, count, source = responses(run_dir, evaluation)
     return render("samples.html", {"prompts": prompts, "count": count, "source": source}).strip()
 
 
@@ -64,15 +64,16 @@ def show_samples_of_rl(folder: Path) -> str:
     return render("samples_of_rl.html", shown).strip()
 
 
-def responses(run_dir: Path, policies: Sequence[str]) -> tuple[list[tuple[str, list[Answer]]], int, str]:
+def responses(run_dir: Path, evaluation: Stage | None) -> tuple[list[tuple[str, list[Answer]]], int, str]:
     """A few prompts with their answers, evenly spaced from the largest gain in reward to the largest loss; these two
     and the one in the middle come before the others.
 
-    The evaluation's samples, in the order of `policies`; before there are any, the first and the last that RL took.
+    The evaluation's samples, in the order of its policies; before there are any, the first and the last that RL took.
     Second, of how many prompts; third, where they are from.
     """
-    names, source = list(policies), "held-out prompts of the evaluation"
-    rows = [row for path in sorted((run_dir / "evaluate" / "samples").glob("*.jsonl")) for row in _rows(path, RESPONSE)]
+    names, source = list(evaluation.results) if evaluation else [], "held-out prompts of the evaluation"
+    files = sorted((evaluation.folder / "samples").glob("*.jsonl")) if evaluation else []
+    rows = [row for path in files for row in _rows(path, RESPONSE)]
     if not rows:
         taken = {_step(path): path for path in sorted((run_dir / "rl" / "samples").glob("step-*.jsonl"))}
         names, source = list(taken), "held-out prompts, before RL and at its last evaluation"

@@ -11,7 +11,6 @@ from pipeline.report.numbers import NOTHING, fixed, number
 from pipeline.report.spec import FINAL, FINE, METRICS, match, metric_of
 
 Columns = Mapping[str, Mapping[str, float | None]]  # policy or split -> metric -> value
-EVALUATE = "evaluate"  # the stage whose policies are compared
 OF_SOURCES = ("eval/pairs", "eval/accuracy", "eval/length_accuracy")
 
 
@@ -47,19 +46,19 @@ def columns_of(results: Mapping[str, object]) -> dict[str, Mapping[str, float | 
     return {name: values for name, values in results.items() if isinstance(values, Mapping)}
 
 
-def anchor(place: str, name: str) -> str:
-    """Where the check of `name` stands on the page: a name for links."""
-    return "check-" + re.sub(r"\W+", "-", f"{place}-{name}")
+def anchor(*names: str) -> str:
+    """Where the check of what has these names stands on the page, for links."""
+    return "-".join(["check", *(re.sub(r"\W+", "-", name) for name in names)])
 
 
-def policies_table(policies: Columns, verdicts: Mapping[str, Mapping[str, Verdict]]) -> Table:
-    """The headline table, each policy against the first; `verdicts` are the checks': policy -> tag -> verdict."""
+def policies_table(evaluation: str, policies: Columns, verdicts: Mapping[str, Mapping[str, Verdict]]) -> Table:
+    """An evaluation's table, each policy against the first; `verdicts` are the checks': policy -> tag -> verdict."""
     first, *others = policies
     head = ["on held-out prompts", first, *(name for other in others for name in (other, "difference"))]
     known, more = _tags(policies)
     copies = [tag for tag in known if is_copy(tag, list(policies.values()))]
     known, more = [tag for tag in known if tag not in copies], [*copies, *more]
-    return Table(head, *([_compared(tag, policies, verdicts) for tag in tags] for tags in (known, more)))
+    return Table(head, *([_compared(evaluation, tag, policies, verdicts) for tag in tags] for tags in (known, more)))
 
 
 def side_by_side(columns: Columns) -> Table:
@@ -107,7 +106,9 @@ def _decimals(tag: str, columns: Columns) -> int:
     return 3 if largest < 10 else 1 if largest < 1000 else 0
 
 
-def _compared(tag: str, policies: Columns, verdicts: Mapping[str, Mapping[str, Verdict]]) -> list[Cell]:
+def _compared(
+    evaluation: str, tag: str, policies: Columns, verdicts: Mapping[str, Mapping[str, Verdict]]
+) -> list[Cell]:
     """A row: the label, then each policy's value and its change against the first."""
     metric, label = metric_of(tag)
     (_, base), *others = policies.items()
@@ -117,7 +118,7 @@ def _compared(tag: str, policies: Columns, verdicts: Mapping[str, Mapping[str, V
         cells += [_value(other, tag, decimals), _difference(metric.better, tag, (base, other), decimals)]
         verdict = verdicts.get(name, {}).get(tag)
         if verdict is not None:
-            cells[-1] = _judged(cells[-1], verdict)._replace(anchor=anchor(f"{EVALUATE}/{name}", tag))
+            cells[-1] = _judged(cells[-1], verdict)._replace(anchor=anchor(evaluation, name, tag))
     return cells
 
 
