@@ -91,7 +91,6 @@ def test(arguments: Sequence[str]) -> int:
         return subprocess.call([sys.executable, "-m", "pytest", *arguments], cwd=ROOT)
 
 
-
 def _dry_run(overrides: Layer) -> bool:
     value = overrides[("dry_run",)].value if ("dry_run",) in overrides else False
     if not isinstance(value, bool):

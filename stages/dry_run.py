@@ -33,7 +33,7 @@ def show(steps: Sequence[Resolved]) -> int:
         found += _shown(partial(algorithm, step))
         if before_are_done:  # else its inputs may still change
             found += _shown(partial(as_begun, step))
-        before_are_done &= run_dir.finished(run_dir.stage_dir(step.settings, step.stage))
+        before_are_done &= run_dir.ended(run_dir.stage_dir(step.settings, step.stage), step.settings)
     for line in faults.notes(steps, os.environ):
         logger.warning(f"note: {line}")
     for precision in dict.fromkeys(_precisions(steps)):
@@ -82,8 +82,7 @@ def as_begun(step: Resolved) -> None:
     directory = run_dir.stage_dir(step.settings, step.stage)
     if step.stage in inputs.OF and run_dir.begun(directory):
         run_dir.refuse_other_inputs(directory, inputs.OF[step.stage](step.settings))
-        if run_dir.finished(directory):
-            logger.warning(f"note: {directory} is done, a start leaves it as it is")
+        logger.warning(f"note: {directory} {run_dir.standing(directory, step.settings)}")
 
 
 def spoken(step: Resolved) -> str:

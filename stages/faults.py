@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from pipeline import errors, plugins
 from pipeline.config import together
@@ -106,8 +105,8 @@ def of_step(step: Resolved, ahead: Ahead) -> list[str]:
     if stage not in inputs.OF:
         return []
     directory = run_dir.stage_dir(settings, stage)
-    found = _told(lambda: run_dir.begun(directory) and run_dir.refuse_other(directory, settings))
-    if run_dir.finished(directory):
+    found = _told(partial(run_dir.standing, directory, settings))
+    if run_dir.finished(directory) and (found or run_dir.ended(directory, settings)):
         return found
     found += _told(partial(run_dir.refuse_taken, directory))
     checks = (of_launch(settings, stage, ahead.environ), of_models(settings, ahead), of_rewards(settings, ahead))
@@ -155,7 +154,7 @@ def can_offload(environ: Mapping[str, str]) -> bool:
 
 def of_models(settings: WithModel, ahead: Ahead) -> Iterator[str]:
     """Models that are not there; and settings of new ones that cannot be."""
-    for given in MODELS[type(settings)](settings, ahead) if type(settings) in MODELS else ():
+    for given in models_of(settings, ahead):
         try:
             model = given()
         except UserError as error:
@@ -192,13 +191,13 @@ def _policies(settings: GenerateStage | EvaluateStage, ahead: Ahead) -> list[Giv
     return [partial(run_dir.policy_model, settings, one) for one in places if not (made[one] or ahead.holds(one))]
 
 
-MODELS: dict[type, Callable[[Any, Ahead], list[Given]]] = {
-    SftStage: lambda settings, ahead: [lambda: settings.model],
-    RewardStage: _start,
-    **dict.fromkeys((*RlStage.__subclasses__(), *RlOffline.__subclasses__()), _start),
-    GenerateStage: _policies,
-    EvaluateStage: _policies,
-}
+def models_of(settings: WithModel, ahead: Ahead) -> list[Given]:
+    """What gives the models that a stage opens and no earlier step makes."""
+    if isinstance(settings, SftStage):
+        return [lambda: settings.model]
+    if isinstance(settings, RewardStage | RlStage):
+        return _start(settings, ahead)
+    return _policies(settings, ahead) if isinstance(settings, GenerateStage | EvaluateStage) else []
 
 
 def of_rewards(settings: WithModel, ahead: Ahead) -> Iterator[str]:

@@ -28,7 +28,7 @@ UNSAID = ("run", "name", "runs_dir", "algo", "scored", "launch.", "model.path", 
 PLACES = ("path", "train", "validation", "test")  # of data
 UNSAID += tuple(f"data.{name}" for name in PLACES)
 SHOWN = ("loss", "perplexity", "accuracy", "accuracies", "scores/mean", "scores/std")  # the ends of tags
-SHOWN += ("eval/reward", "reward/mean", "completions/eos_fraction")
+SHOWN += ("eval/reward", "completions/clipped_ratio")
 BASE = re.compile(r"^base_model: (\S+)$", re.MULTILINE)  # in a card
 SHARE = 12  # characters of a fingerprint that people compare
 
