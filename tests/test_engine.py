@@ -233,6 +233,29 @@ def test_checkpoints_are_exact(tmp_path: Path, zero: str, precision: str) -> Non
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.parametrize(
+    ("zero", "precision"), [("zero0", "fp32"), ("zero1", "bf16"), ("zero2", "fp32"), ("zero3", "fp32")]
+)
+def test_checkpoints_of_adapters_are_exact_without_what_is_below(tmp_path: Path, zero: str, precision: str) -> None:
+    start = tiny.language_model("llama", vocab_size=6400)
+    loading.save(tmp_path / "m", start, start.state_dict(), tiny.tokenizer())
+    chosen = tiny.settings("sft").model
+    chosen = chosen.model_copy(update={"path": str(tmp_path / "m"), "lora": chosen.lora.model_copy(update={"r": 4})})
+
+    def adapters() -> engine.Engine:
+        return tiny.trainer(Policy(loading.load_policy(chosen, tiny.tokenizer(), 0), 64), zero, precision)
+
+    one = adapters()
+    tiny.two_steps(one, ITEMS)
+    one.save(tmp_path / "step-2")
+    written = sum(file.stat().st_size for file in (tmp_path / "step-2").iterdir())
+    assert written < (tmp_path / "m" / "model.safetensors").stat().st_size / 2
+    other = adapters()
+    other.load(tmp_path / "step-2")
+    assert tiny.two_steps(one, ITEMS) == tiny.two_steps(other, ITEMS)
+    assert all(torch.equal(weight, other.state_dict()[name]) for name, weight in one.state_dict().items())
+
+
 def test_nothing_to_load(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no checkpoint to resume from"):
         tiny.trainer(policy()).load(tmp_path / "step-2")

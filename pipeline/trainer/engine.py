@@ -316,14 +316,34 @@ class Engine:
         return weights | {name: buffer for name, buffer in buffers.items() if name in saved}
 
     def save(self, directory: Path) -> None:
-        """Weights, optimizer and loss-scale state, each rank its part, into `directory`."""
-        self._engine.save_checkpoint(str(directory.parent), tag=directory.name, save_latest=False)
+        """Trained weights, optimizer and loss-scale state, each rank its part, into `directory`.
+
+        Frozen weights, as those below adapters, are where they were read from, and are read from there again.
+        """
+        place, frozen = str(directory.parent), self._frozen()
+
+        def leave_out(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object) -> None:
+            for name in frozen & state.keys():
+                del state[name]
+
+        # DeepSpeed's own way to leave them out keeps the second names of tied ones
+        hook = self.module.register_state_dict_post_hook(leave_out)
+        self._engine.save_checkpoint(
+            place, tag=directory.name, save_latest=False, exclude_frozen_parameters=bool(frozen)
+        )
+        hook.remove()
 
     def load(self, directory: Path) -> None:
         """What `save` wrote, bit for bit."""
         if not directory.is_dir():
             raise UserError(f"{directory}: no checkpoint to resume from, wanted one that this run saved")
-        self._engine.load_checkpoint(str(directory.parent), tag=directory.name)
+        whole = not self._frozen()
+        self._engine.load_checkpoint(str(directory.parent), tag=directory.name, load_module_strict=whole)
+
+    def _frozen(self) -> set[str]:
+        """The names of weights that are not trained, all names of tied ones."""
+        named = self.module.named_parameters(remove_duplicate=False)
+        return {name for name, parameter in named if not parameter.requires_grad}
 
 
 def hookless_twin(module: nn.Module) -> nn.Module:
