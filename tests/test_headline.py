@@ -131,7 +131,7 @@ def test_the_report_prints_what_asks_for_a_look_and_then_the_page(tmp_path: Path
     step = resolve(["stage=report", f"runs_dir={tmp_path}"])
     report.main(step.settings, step.words)
     *found, last = capsys.readouterr().out.splitlines()
-    assert found[0].startswith("Trouble: Reinforcement learning: Step of the best evaluation, 0 of 400: no later")
+    assert found[0].startswith("Trouble: Reinforcement learning: Step of the best evaluation: 0 of 400: nothing was")
     levels = [line.split(":")[0] for line in found]
     assert 1 <= len(found) <= 9 and levels == sorted(levels, key=[TROUBLE, LOOK].index)
     assert last.startswith(f"{tmp_path}/default/report.html: taught nothing: in 400 steps")
