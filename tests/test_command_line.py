@@ -125,7 +125,9 @@ def test_what_is_done_with_other_inputs_is_refused_without_starting_it(finished:
 
 def test_what_was_begun_with_other_settings_is_refused_without_starting_it(finished: list[str], tmp_path: Path):
     (tmp_path / "runs/default/rl/results.json").unlink()
-    (tmp_path / "runs/default/rl/metrics.jsonl").touch()
+    checkpoints = tmp_path / "runs/default/rl/checkpoints"
+    write_json(checkpoints / "step-000020/state.json", {"step": 20, "world": 1})
+    (checkpoints / "latest").write_text("step-000020\n")
     done = without_processes(*finished, "seed=2", cwd=tmp_path)
     assert done.returncode == 2 and "runs/default/rl: was started with seed=1, now it is 2" in done.stderr
 

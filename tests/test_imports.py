@@ -34,8 +34,8 @@ ONE_IMPORTER = {
     "yaml": "pipeline/config/yaml_text.py",
     "deepspeed": "pipeline/trainer/engine.py",
     "torch.distributed": "pipeline/trainer/engine.py",
-    "torch.utils.tensorboard": "pipeline/trainer/logger.py",
-    "tensorboard": "pipeline/trainer/logger.py",
+    "torch.utils.tensorboard": "pipeline/trainer/board.py",
+    "tensorboard": "pipeline/trainer/board.py",
     "nltk": "reward_models/_rouge.py",
 }
 DEVELOPMENT_ONLY = {"pytest", "ruff", "rouge_score", "psutil"}
