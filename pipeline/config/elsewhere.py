@@ -37,11 +37,18 @@ SAID: dict[str, str] = {  # names -> what to say of each
     "max_completion_length max_output_tokens generate_max_len response_length": (
         "max_new_tokens=128 for what the policy says, max_response_length=512 for rows that it learns from"
     ),
-    "bs batch effective_batch_size rollout_batch_size per_device_batch_size": BATCH,
-    "gradient_accumulation_steps grad_accum accumulate_grad_batches": (
-        "it is derived from other settings: set train.batch_size (rows per step over all ranks), and "
-        "train.micro_batch_size or train.max_tokens"
+    "bs batch effective_batch_size rollout_batch_size": BATCH,
+    # there the step is their product, and either alone would leave ours at its default
+    "per_device_train_batch_size per_device_batch_size gradient_accumulation_steps grad_accum "
+    "accumulate_grad_batches": (
+        "it is derived from other settings: set train.batch_size=32, rows per step (those of a device x accumulation x "
+        "devices), and micro_batch_size=4, those that one reads at once"
     ),
+    "label_smoothing_factor": "set label_smoothing=0.1: of tokens in stage=sft, of pairs in stage=rl algo=dpo",
+    "actor_learning_rate critic_lr": "set learning_rate=1e-5: there is one, for there is no critic",
+    "value_model value_pretrain": "leave it out: algo=alol learns what to expect of a prompt by itself, without one",
+    "streaming": "leave it out: rows are read and tokenised once, before the first step",
+    "pref_beta": "set beta=0.1 in stage=rl algo=dpo",
     "per_device_eval_batch_size eval_batch_size": (
         "what is evaluated is read in batches of max_tokens=4096 or micro_batch_size=4, as in training; "
         "generation.batch_size=64 is prompts per call"
@@ -93,7 +100,8 @@ SAID: dict[str, str] = {  # names -> what to say of each
     "eval_dataset eval_file eval_data validation_data test_path": (
         "set data.validation=FILE, which training watches; stage=evaluate reads data.test=FILE"
     ),
-    "input_key output_key prompt_key chosen_key text_field dataset_text_field column_mapping": (
+    "input_key output_key prompt_key chosen_key text_field dataset_text_field column_mapping "
+    "prompt_field prompt_column response_column columns": (
         "rename the columns: prompt, completion, reward, chosen, rejected, messages ... are known "
         "(pipeline/data/README.md)"
     ),
@@ -126,6 +134,7 @@ SAID: dict[str, str] = {  # names -> what to say of each
     ),
     "save_strategy saves_per_epoch": "set save_steps=200, or save_steps=null for none but when SIGTERM comes",
     "logging_strategy log_interval log_every": "set logging_steps=10",
+    "early_stopping": "training never stops early: set max_steps=500; generation.early_stopping=true is that of beams",
     "load_best_model_at_end metric_for_best_model early_stopping_patience": (
         "train.keep=best (the default) keeps the weights of the best evaluation, train.keep=last the last; "
         "nothing stops early: set max_steps=500"
