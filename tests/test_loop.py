@@ -114,7 +114,7 @@ def test_few_steps_are_said_with_the_cure(capfd: pytest.CaptureFixture) -> None:
     """Of 20 rows 8 are kept, batches of 64: 80 times 8 are ten batches. What was asked for is not spoken of."""
     assert steps(20, 0.4, num_train_epochs=1.0, batch_size=64) == 1
     said = capfd.readouterr().err
-    assert "only 1 optimizer step in all" in said and "(8 rows, 1 times, batch_size=64)" in said
+    assert "only 1 optimizer step in all" in said and "(8 rows, num_train_epochs=1, batch_size=64)" in said
     assert "num_train_epochs=80 makes 10 of them" in said and said.count("only") == 1
     assert steps(20, 0.4, num_train_epochs=80.0, batch_size=64) == 10
     assert steps(20, 0.4, max_steps=20) == 8

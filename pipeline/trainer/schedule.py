@@ -37,7 +37,7 @@ def few(settings: Training, rows: int, kept: float, steps: int) -> str:
     if train.max_steps is not None:
         return f"{found}: set max_steps={math.ceil(FEW / kept)}, or more"
     epochs = math.ceil(FEW * train.batch_size / (rows * kept))
-    of = f"{round(rows * kept):,} rows, {train.num_train_epochs:g} times, batch_size={train.batch_size}"
+    of = f"{round(rows * kept):,} rows, num_train_epochs={train.num_train_epochs:g}, batch_size={train.batch_size}"
     return f"{found} ({of}): num_train_epochs={epochs} makes {FEW} of them, a smaller batch_size= more"
 
 
