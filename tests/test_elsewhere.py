@@ -79,7 +79,7 @@ def test_what_means_the_same_is_accepted() -> None:
 def test_names_are_settings_or_answered() -> None:
     assert not {*ADVICE} & {*ALIASES, *SWITCHES, *CONTROL}
     assert {*ADVICE} & {*FIELDS} <= SECTIONS | {"rl"}  # a mapping goes through: `optimizer: {...}`
-    assert parse_overrides(["algorithm.settings.epsilon=1", "policies.metric=x"])  # names of a user's own
+    assert parse_overrides(["algorithm.settings.epsilon=1", "policies.metric=x", "rl.static=best"])  # no others' names
     assert parse_overrides(["optimizer={learning_rate: 0.1}"]) and parse_overrides(["rl={algo: dpo}"])
 
 

@@ -23,7 +23,9 @@ SWITCHED |= {name for name, target in ALIASES.items() if target in SWITCHED}
 def advice(name: str, value: Any) -> str | None:
     """What to say of a name that others have and we have not: `wandb`, `trainer.x`, `train.optim`, `optimizer=x`."""
     first, _, rest = name.partition(".")
-    key = rest if first in SECTIONS and name not in FIELDS else name if name in ADVICE or name in FIELDS else first
+    key = first if name not in ADVICE and first not in FIELDS else name
+    if first in SECTIONS and name not in FIELDS:
+        key = rest
     if key not in ADVICE or (key in FIELDS and not isinstance(value, str)):
         return None
     found = f"{value!r}" if key in FIELDS else "not a setting here"
