@@ -207,10 +207,10 @@ def test_the_plan_counts_what_is_meant(tmp_path: Path) -> None:
     plan = lambda *words: memory.estimate(resolve(["stage=plan", "parameters=8B", *words]).settings)  # noqa: E731
     many = plan("zero=zero3_offload", "bf16=true", "gpu_memory_gb=9", f"hostfile={tmp_path / 'hosts'}")
     assert "over 16 processes" in many and "the optimizer's 6.00 GB per process are in the host's memory" in many
-    assert "or set gradient_checkpointing=true, lora_r=16, more processes" in many
+    assert many.split("or set ")[1].startswith("gradient_checkpointing=true, lora_r=16\n")
     one = plan("zero=zero2_offload", "lora_r=16")
-    assert "host's memory" not in one if not torch.cuda.is_available() else True
-    assert "or set bf16=true, gradient_checkpointing=true, zero=zero3, zero=zero3_offload, more" in one
+    if not torch.cuda.is_available():
+        assert "host's memory" not in one and "or set bf16=true, gradient_checkpointing=true\n" in one
 
 
 def system(folder: Path, **files: str) -> Path:

@@ -138,7 +138,7 @@ def estimate(settings: Training) -> str:
         limit = 0.9 * available  # the rest is for what is not estimated
         fitting = [f"ZeRO-{one}" for one, row in parts.items() if row.needed <= limit]
         lines.append(f"fits in {available / GB:.1f} GB, with a tenth to spare: {', '.join(fitting) or 'none'}")
-    lines.append(str(Demand(parts[stage].needed, available, owner, cures(settings))))
+    lines.append(str(Demand(parts[stage].needed, available, owner, cures(settings, world))))
     if isinstance(settings, RlAdvantage) and settings.value.targets == "policy":
         lines.append(settings.value.spoken_cost(settings.value.max_prompts, settings.generation.max_new_tokens))
     lines.append("one model in memory: a reference is never kept beside the policy")
@@ -149,31 +149,35 @@ def warn_where_short(model: nn.Module, settings: Training, world: int) -> None:
     """Say so where the estimate for a model that was read is more than there is."""
     stage, offload = sharding_of(settings)
     needed = memory(shape_of(model, settings), settings.train, load_of(settings), world, stage, offload).needed
-    if not (demand := Demand(needed, *available_to(settings), cures(settings))).fits:
+    if not (demand := Demand(needed, *available_to(settings), cures(settings, world))).fits:
         logger.warning(f"memory: {demand}")
 
 
 def sharding_of(settings: Training) -> tuple[int, bool]:
-    """The ZeRO stage, and whether the optimizer is in another memory: without a GPU there is but one."""
+    """The ZeRO stage, and whether the optimizer is in another memory."""
+    zero = read_ds_config(settings.train.zero)["zero_optimization"]
+    return zero["stage"], "offload_optimizer" in zero and on_gpu(settings)
+
+
+def on_gpu(settings: Training) -> bool:
+    """Whether it is a GPU's memory that is meant; without one there is no other to offload to."""
     import torch
 
-    zero = read_ds_config(settings.train.zero)["zero_optimization"]
-    gpu = torch.cuda.is_available() or (isinstance(settings, PlanStage) and settings.gpu_memory_gb is not None)
-    return zero["stage"], gpu and "offload_optimizer" in zero
+    return torch.cuda.is_available() or (isinstance(settings, PlanStage) and settings.gpu_memory_gb is not None)
 
 
-def cures(settings: Training) -> str:
-    """What lowers the need and is not set yet."""
+def cures(settings: Training, world: int) -> str:
+    """What lowers the need of each of `world` processes and is not set yet."""
     train = settings.train
     further = {
         "bf16=true": train.precision == "fp32",
         "gradient_checkpointing=true": not train.gradient_checkpointing,
         "lora_r=16": settings.model.lora.r == 0,
-        "zero=zero3": not train.zero.startswith("zero3"),
-        "zero=zero3_offload": train.zero != "zero3_offload",
-        "more processes (gpus=)": True,
+        "zero=zero3": world > 1 and not train.zero.startswith("zero3"),
+        "zero=zero3_offload": train.zero != "zero3_offload" and on_gpu(settings),
     }
-    return "lower train.max_tokens (or micro_batch_size), or set " + ", ".join(one for one in further if further[one])
+    unset = [word for word, lowers in further.items() if lowers]
+    return "lower train.max_tokens (or micro_batch_size)" + (f", or set {', '.join(unset)}" if unset else "")
 
 
 def load_of(settings: Training) -> Load:
