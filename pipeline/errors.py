@@ -47,5 +47,6 @@ def as_user_error(error: OSError | RuntimeError) -> UserError | None:
 
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:
     """ "; did you mean 'x'?" for the known name nearest to `wrong`, or nothing where none is near."""
-    near = difflib.get_close_matches(wrong, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    names = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(wrong.lower(), names, n=1)
+    return f"; did you mean {names[near[0]]!r}?" if near else ""

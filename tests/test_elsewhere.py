@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.config.aliases import ALIASES, SWITCHES
 from pipeline.config.elsewhere import ADVICE, METHODS
-from pipeline.config.hints import FIELDS
+from pipeline.config.hints import FIELDS, SECTIONS
 from pipeline.config.resolve import CONTROL, resolve, resolve_steps
 from pipeline.config.schema import STAGES
 from pipeline.config.yaml_layers import parse_overrides
@@ -51,6 +51,17 @@ def answer(*words: str) -> str:
         ("stage=sft colour=red", "no such setting; see stage=help"),
         ("stage=compare recipe=demo algo=alol", "set algos="),
         ("stage=compare recipe=demo lerning_rate=1", "did you mean 'learning_rate'?"),
+        ("stage=sft per_device_train_batch_size=4", "set train.batch_size=32, rows per step"),  # alone: 64
+        ("stage=rl algo=dpo label_smoothing_factor=0.1", "of tokens in stage=sft, of pairs in stage=rl algo=dpo"),
+        ("stage=sft early_stopping=true", "training never stops early"),
+        ("stage=sft train.warmup_steps=100", "set warmup_ratio=0.05"),
+        ("stage=sft train.lr=0.1", "did you mean 'lr'?"),
+        ("stage=sft epochs=3 max_steps=10", "num_train_epochs and max_steps are both given, wanted one"),
+        ("stage=rl algo=A_LOL_KL", "did you mean 'a_lol_kl'?"),
+        ("stage=plan parameters=8", "parameters: 8, wanted the number of weights, a million or more: 8B"),
+        ("stage=plan parameters=7GB", "wanted the number of weights"),
+        ("train", "set stage=sft"),
+        ("grpo", "algo=reinforce"),
         ("stage=rl algo=nll ratio_tolerance.fp32=1", "it belongs to algo=a_lol_kl, a_lol_seq, alol, dpo, r_lol"),
     ],
 )
@@ -66,9 +77,9 @@ def test_what_means_the_same_is_accepted() -> None:
 
 
 def test_names_are_settings_or_answered() -> None:
-    sections = {name.partition(".")[0] for name in FIELDS if "." in name}
     assert not {*ADVICE} & {*ALIASES, *SWITCHES, *CONTROL}
-    assert {*ADVICE} & {*FIELDS} <= sections | {"rl"}  # a mapping goes through: `optimizer: {...}`
+    assert {*ADVICE} & {*FIELDS} <= SECTIONS | {"rl"}  # a mapping goes through: `optimizer: {...}`
+    assert parse_overrides(["algorithm.settings.epsilon=1", "policies.metric=x", "rl.static=best"])  # no others' names
     assert parse_overrides(["optimizer={learning_rate: 0.1}"]) and parse_overrides(["rl={algo: dpo}"])
 
 

@@ -96,16 +96,31 @@ def test_best_metric() -> None:
     assert not up.better(math.nan, None) and not down.better(math.nan, 3.0)
 
 
-def test_steps_for() -> None:
-    def steps(rows: int, **train) -> int:
-        settings = tiny.settings("sft")
-        update = {"max_steps": None, "num_train_epochs": None, "batch_size": 8, **train}
-        return schedule.steps_for(settings.model_copy(update={"train": settings.train.model_copy(update=update)}), rows)
+def steps(rows: int, kept: float = 1.0, **train) -> int:
+    settings = tiny.settings("sft")
+    update = {"max_steps": None, "num_train_epochs": None, "batch_size": 8, **train}
+    changed = settings.model_copy(update={"train": settings.train.model_copy(update=update)})
+    return schedule.steps_for(changed, rows, kept)
 
+
+def test_steps_for() -> None:
     assert steps(100, max_steps=7) == 7
     assert steps(100, num_train_epochs=2.0) == 25  # 200 / 8
     assert steps(101, num_train_epochs=1.0) == 13  # 12.6, rounded up
     assert steps(3, num_train_epochs=0.1) == 1
+
+
+def test_few_steps_are_said_with_the_cure(capfd: pytest.CaptureFixture) -> None:
+    """Of 20 rows 8 are kept, batches of 64: 80 times 8 are ten batches. What was asked for is not spoken of."""
+    assert steps(20, 0.4, num_train_epochs=1.0, batch_size=64) == 1
+    said = capfd.readouterr().err
+    assert "only 1 optimizer step in all" in said and "(8 rows, num_train_epochs=1, batch_size=64)" in said
+    assert "num_train_epochs=80 makes 10 of them" in said and said.count("only") == 1
+    assert steps(20, 0.4, num_train_epochs=80.0, batch_size=64) == 10
+    assert steps(20, 0.4, max_steps=20) == 8
+    assert "set max_steps=25, or more" in capfd.readouterr().err
+    assert (steps(20, 0.4, max_steps=25), steps(20, max_steps=2)) == (10, 2)
+    assert "only" not in capfd.readouterr().err
 
 
 # a whole training

@@ -184,7 +184,8 @@ def test_experts_count_where_a_token_is_read() -> None:
 def test_the_plan_compares_with_what_there_is(capfd: pytest.CaptureFixture) -> None:
     words = ["model.scratch.hidden_size=96", "model.scratch.vocab_size=1000", "max_tokens=1024"]
     gpu, here = (memory.estimate(tiny.settings("plan", *words, *more)) for more in (["gpu_memory_gb=0.5"], []))
-    assert "fits in 0.5 GB: none" in gpu and "a GPU has 0.5 GB for it: too little; lower train.max_tokens" in gpu
+    assert "fits in 0.5 GB, with a tenth to spare: none" in gpu
+    assert "a GPU has 0.5 GB for it: too little; lower train.max_tokens" in gpu
     assert f"this machine (no GPU) has {machine.ram() / 1e9:.1f} GB for it" in here and "too little" not in here
     two = memory.estimate(tiny.settings("plan", *words, "gpus=2"))
     assert f"has {machine.ram() / 2e9:.1f} GB for it" in two
@@ -198,6 +199,18 @@ def test_the_plan_compares_with_what_there_is(capfd: pytest.CaptureFixture) -> N
     memory.warn_where_short(tiny.language_model("llama"), training(max_tokens=10**9), 1)
     said = capfd.readouterr().err
     assert said.startswith("tiffin: memory: needs about ") and said.count("\n") == 1 and "too little" in said
+
+
+def test_the_plan_counts_what_is_meant(tmp_path: Path) -> None:
+    """Ranks of all machines; offload only where there are two memories; as cures, settings that are not set yet."""
+    (tmp_path / "hosts").write_text("a slots=8\nb slots=8\n")
+    plan = lambda *words: memory.estimate(resolve(["stage=plan", "parameters=8B", *words]).settings)  # noqa: E731
+    many = plan("zero=zero3_offload", "bf16=true", "gpu_memory_gb=9", f"hostfile={tmp_path / 'hosts'}")
+    assert "over 16 processes" in many and "the optimizer's 6.00 GB per process are in the host's memory" in many
+    assert many.split("or set ")[1].startswith("gradient_checkpointing=true, lora_r=16\n")
+    one = plan("zero=zero2_offload", "lora_r=16")
+    if not torch.cuda.is_available():
+        assert "host's memory" not in one and "or set bf16=true, gradient_checkpointing=true\n" in one
 
 
 def system(folder: Path, **files: str) -> Path:

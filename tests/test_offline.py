@@ -14,7 +14,7 @@ from pipeline.records import Batch, Needs
 from pipeline.rewards.rewards import Rewards, WeightedReward
 from pipeline.rl import rows
 from pipeline.rl.context import Context
-from pipeline.rl.offline import best_metric
+from pipeline.rl.offline import best_metric, spoken
 from pipeline.trainer import loop
 from pipeline.trainer.objective import objective_of
 from tests import tiny
@@ -355,6 +355,12 @@ def test_p20_extreme_log_ratios_reach_the_bounds(dtype):
         assert all(stat.sums.isfinite().all() for stat in stats.values())
     for settings in (A_LOL, SEQ):
         close(offline.weights(logp, batch, settings) / 0.3, [[1.9], [0.1]], atol=1e-6)
+
+
+def test_a_fit_without_r2_is_said_in_words():
+    facts = {"value/mse": 0.25, "value/r2": math.nan, "advantage/kept_fraction": 0.5}
+    words = "value/mse 0.25, R2 unknown (all held-out prompts expect the same reward), advantage/kept_fraction 0.5"
+    assert spoken(facts) == words and spoken(facts | {"value/r2": 0.5}).split(", ")[1] == "value/r2 0.5"
 
 
 def test_a_row_without_weight_has_none_whatever_its_ratio():

@@ -9,7 +9,7 @@ SECTION_OF = {  # settings that may be given without their section
     "optimizer": "learning_rate lr_scheduler_type warmup_ratio weight_decay adam_beta1 adam_beta2 adam_epsilon "
     "max_grad_norm",
     "generation": "max_new_tokens min_new_tokens do_sample temperature temperatures top_p top_k num_beams "
-    "length_penalty early_stopping no_repeat_ngram_size repetition_penalty num_return_sequences",
+    "length_penalty no_repeat_ngram_size repetition_penalty num_return_sequences",
     "algorithm.settings": "clip kl_beta kl_form beta objective label_smoothing missing_eos_penalty",
 }
 ALIASES: dict[str, str] = {
@@ -33,7 +33,7 @@ ALIASES: dict[str, str] = {
     "prompt_max_len": "data.max_prompt_length",
     "data.static": "static",
     "train_batch_size": "train.batch_size",
-    **dict.fromkeys(("per_device_train_batch_size", "micro_train_batch_size"), "train.micro_batch_size"),
+    "micro_train_batch_size": "train.micro_batch_size",
     **dict.fromkeys(("epochs", "num_epochs", "max_epochs"), "train.num_train_epochs"),
     "max_train_steps": "train.max_steps",
     **dict.fromkeys(("deepspeed", "deepspeed_config", "zero_stage"), "train.zero"),
@@ -42,7 +42,6 @@ ALIASES: dict[str, str] = {
     "lr_scheduler": "optimizer.lr_scheduler_type",
     "lr_warmup_ratio": "optimizer.warmup_ratio",
     **dict.fromkeys(("gradient_clipping", "max_norm"), "optimizer.max_grad_norm"),
-    "label_smoothing_factor": "algorithm.settings.label_smoothing",
     "mask_rate": "masking.rate",
     **dict.fromkeys(("kl_coef", "init_kl_coef"), "algorithm.settings.kl_beta"),
     **dict.fromkeys(("reward_model", "reward_model_path", "reward_pretrain", "reward_fn", "reward_function"), "reward"),

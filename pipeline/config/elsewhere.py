@@ -14,7 +14,10 @@ PAIRS = "not offered; of preference pairs learns stage=rl algo=dpo"
 
 SAID: dict[str, str] = {  # names -> what to say of each
     "max_input_length max_target_length context_length ctx_len seq_len": LENGTHS,
-    "num_steps total_steps train_steps iterations num_iterations": "set max_steps=500, or num_train_epochs=3",
+    "num_steps total_steps train_steps iterations num_iterations num_episodes total_episodes": (
+        "set max_steps=500, or num_train_epochs=3"
+    ),
+    "data_seed": "set seed=1",
     "precompute_ref_log_probs reference_free sync_ref_model": (
         "leave it out: what the reference says of each row is computed once, before the first step"
     ),
@@ -27,7 +30,7 @@ SAID: dict[str, str] = {  # names -> what to say of each
     "overlap_comm reduce_bucket_size stage3_max_live_parameters contiguous_gradients": (
         "DeepSpeed's own: copy a file of ds_configs/, change it there and give it as zero=FILE.json"
     ),
-    "special_tokens bos_token eos_token pad_token stop_token": (
+    "special_tokens bos_token eos_token pad_token stop_token pad_token_id": (
         "leave it out: they are those of the model's tokenizer and of its generation_config.json"
     ),
     "cache_dir hf_token token offline": "it is the hub's: set HF_HOME, HF_TOKEN or HF_HUB_OFFLINE=1 in the environment",
@@ -37,11 +40,18 @@ SAID: dict[str, str] = {  # names -> what to say of each
     "max_completion_length max_output_tokens generate_max_len response_length": (
         "max_new_tokens=128 for what the policy says, max_response_length=512 for rows that it learns from"
     ),
-    "bs batch effective_batch_size rollout_batch_size per_device_batch_size": BATCH,
-    "gradient_accumulation_steps grad_accum accumulate_grad_batches": (
-        "it is derived from other settings: set train.batch_size (rows per step over all ranks), and "
-        "train.micro_batch_size or train.max_tokens"
+    "bs batch effective_batch_size rollout_batch_size": BATCH,
+    # there the step is their product, and either alone would leave ours at its default
+    "per_device_train_batch_size per_device_batch_size gradient_accumulation_steps grad_accum "
+    "accumulate_grad_batches": (
+        "it is derived from other settings: set train.batch_size=32, rows per step (those of a device x accumulation x "
+        "devices), and micro_batch_size=4, those that one reads at once"
     ),
+    "label_smoothing_factor": "set label_smoothing=0.1: of tokens in stage=sft, of pairs in stage=rl algo=dpo",
+    "actor_learning_rate critic_lr": "set learning_rate=1e-5: there is one, for there is no critic",
+    "value_model value_pretrain": "leave it out: algo=alol learns what to expect of a prompt by itself, without one",
+    "streaming": "leave it out: rows are read and tokenised once, before the first step",
+    "pref_beta": "set beta=0.1 in stage=rl algo=dpo",
     "per_device_eval_batch_size eval_batch_size": (
         "what is evaluated is read in batches of max_tokens=4096 or micro_batch_size=4, as in training; "
         "generation.batch_size=64 is prompts per call"
@@ -80,7 +90,7 @@ SAID: dict[str, str] = {  # names -> what to say of each
     "max_samples max_rows_train num_train_samples": (
         "data.max_rows=1000 of the training rows, eval.max_rows=400 of the held-out ones"
     ),
-    "datasets train_path train_dataset train_files train_datasets": (
+    "datasets train_path train_dataset train_files train_datasets prompt_data": (
         "one file or data set: data.train=rows.jsonl, or data.path=OWNER/NAME of the hub"
     ),
     "dataset_config dataset_config_name dataset_dir subset": (
@@ -93,7 +103,8 @@ SAID: dict[str, str] = {  # names -> what to say of each
     "eval_dataset eval_file eval_data validation_data test_path": (
         "set data.validation=FILE, which training watches; stage=evaluate reads data.test=FILE"
     ),
-    "input_key output_key prompt_key chosen_key text_field dataset_text_field column_mapping": (
+    "input_key output_key prompt_key chosen_key text_field dataset_text_field column_mapping "
+    "prompt_field prompt_column response_column columns": (
         "rename the columns: prompt, completion, reward, chosen, rejected, messages ... are known "
         "(pipeline/data/README.md)"
     ),
@@ -126,6 +137,7 @@ SAID: dict[str, str] = {  # names -> what to say of each
     ),
     "save_strategy saves_per_epoch": "set save_steps=200, or save_steps=null for none but when SIGTERM comes",
     "logging_strategy log_interval log_every": "set logging_steps=10",
+    "early_stopping": "training never stops early: set max_steps=500; generation.early_stopping=true is that of beams",
     "load_best_model_at_end metric_for_best_model early_stopping_patience": (
         "train.keep=best (the default) keeps the weights of the best evaluation, train.keep=last the last; "
         "nothing stops early: set max_steps=500"
@@ -142,15 +154,17 @@ SAID: dict[str, str] = {  # names -> what to say of each
         "transformers samples here, with generation.engine=continuous as continuously as vLLM; vLLM opens the "
         "model/ that a stage leaves"
     ),
-    "torch_compile compile use_liger_kernel liger_kernel use_unsloth neftune_noise_alpha tf32": (
-        "not offered; leave it out"
-    ),
+    "torch_compile compile use_liger_kernel liger_kernel use_unsloth neftune_noise_alpha tf32 rpo_alpha use_rslora "
+    "modules_to_save lora_modules_to_save lora_bias": "not offered; leave it out",
+    "num_ppo_epochs num_mini_batches ppo_epochs": "leave it out: what is sampled is learned from once",
+    "disable_tqdm remove_unused_columns gradient_checkpointing_kwargs logging_first_step "
+    "overwrite_cache": "leave it out: nothing here depends on it",
     "flash_attn flash_attention use_flash_attention_2 use_flash_attn": "set attn_implementation=flash_attention_2",
     "device device_map cuda cpu use_cpu no_cuda local_rank": (
         "GPUs are used where there are any: gpus=8, or fewer by CUDA_VISIBLE_DEVICES"
     ),
     "num_processes world_size": "gpus=8 is processes per machine; hostfile=hosts names several machines",
-    "nnodes num_nodes node_rank master_addr num_machines": (
+    "nnodes num_nodes node_rank master_addr num_machines nodes": (
         "several machines: hostfile=hosts with lines `host slots=8`, or srun inside a Slurm allocation"
     ),
     "num_workers dataloader_num_workers preprocessing_num_workers dataset_num_proc": (
@@ -163,7 +177,7 @@ SAID: dict[str, str] = {  # names -> what to say of each
     "prompt prompts": "prompts are rows of a file, one JSON object with the key prompt per line: data.train=FILE",
     "gamma lam lambd gae_lambda": "leave it out: a response has one reward, and no token a value of its own",
     "kl kl_penalty target_kl kl_target": "kl_coef=0.05 in stage=rl algo=a_lol_kl, esrl, reinforce and mrt",
-    "model_size num_parameters": "in stage=plan it is parameters=8B",
+    "model_size num_parameters num_params": "in stage=plan it is parameters=8B",
     "config_file yaml": "set config=FILE.yaml, whose keys are those of stages/*.yaml",
     "trainer actor_rollout_ref critic": (
         "a section of verl's; here it is model=, data.train=, gpus=8, learning_rate=1e-5 ... (stage=help lists them)"

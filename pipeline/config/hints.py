@@ -14,15 +14,18 @@ from pipeline.errors import did_you_mean
 
 FOLDER = Path(__file__).resolve().parents[2] / "stages"
 FIELDS = {".".join(path): kind for records in STAGES.values() for one in records for path, kind in known_fields(one)}
+SECTIONS = {name.partition(".")[0] for name in FIELDS if "." in name}
 OTHERS = ("stage", "recipe", "config")  # words that choose layers
 SWITCHED = {*SWITCHES, "dry_run", *(name for name, kind in FIELDS.items() if kind is bool)}
 SWITCHED |= {name for name, target in ALIASES.items() if target in SWITCHED}
 
 
 def advice(name: str, value: Any) -> str | None:
-    """What to say of a name that other tools have and we have not: `wandb`, `trainer.x`, `optimizer` with a text."""
-    first = name.partition(".")[0]
+    """What to say of a name that others have and we have not: `wandb`, `trainer.x`, `train.optim`, `optimizer=x`."""
+    first, _, rest = name.partition(".")
     key = first if name not in ADVICE and first not in FIELDS else name
+    if first in SECTIONS and name not in FIELDS:
+        key = rest
     if key not in ADVICE or (key in FIELDS and not isinstance(value, str)):
         return None
     found = f"{value!r}" if key in FIELDS else "not a setting here"
@@ -51,7 +54,8 @@ def cure(words: Sequence[str]) -> str:
         return f"; did you mean 'stage={word}'?"
     name = word.lstrip("-").partition("=")[0].strip().replace("-", "_")
     dashes = "; write settings without dashes" if word.startswith("-") else ""
-    if said := advice(name, value):
+    command = METHODS.get(word) if name not in SWITCHED else None  # elsewhere: `grpo`, `train`, `eval`
+    if said := command or advice(name, value):
         return f"; {said}"
     if name not in (*ALIASES, *FIELDS, *SWITCHED, *OTHERS):
         return f"{dashes and dashes + ', as learning_rate=1e-5'}{did_you_mean(name, ALIASES)}; see stage=help"

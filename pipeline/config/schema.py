@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -198,9 +199,12 @@ class ReportStage(Common):
 
 
 def number_of_weights(value: object) -> object:
-    """8e9 for "8B", 135e6 for "135M"; anything else as it is."""
-    matched = re.fullmatch(r"([0-9.]+) ?([MBmb])", value) if isinstance(value, str) else None
-    return value if matched is None else float(matched[1]) * {"m": 1e6, "b": 1e9}[matched[2].lower()]
+    """8e9 for "8B", 135e6 for "135M"; another number as it is. Raises ValueError where it is of no model's size."""
+    matched = re.fullmatch(r"([0-9]+\.?[0-9]*) ?([MBT])", value.upper()) if isinstance(value, str) else None
+    found = value if matched is None else float(matched[1]) * {"M": 1e6, "B": 1e9, "T": 1e12}[matched[2]]
+    if found is not None and not (isinstance(found, int | float) and 1e6 <= found < math.inf):
+        raise ValueError(f"{value!r}, wanted the number of weights, a million or more: 8B, 135M or 8e9")
+    return found
 
 
 class PlanStage(Training):

@@ -141,10 +141,10 @@ class TrainSettings(Section):
 
     @model_validator(mode="after")
     def one_owner_each(self) -> TrainSettings:
-        if (self.micro_batch_size is None) == (self.max_tokens is None):
-            raise ValueError("wanted one of micro_batch_size and max_tokens, the other null")
-        if (self.num_train_epochs is None) == (self.max_steps is None):
-            raise ValueError("wanted one of num_train_epochs and max_steps, the other null")
+        for one, other in (("micro_batch_size", "max_tokens"), ("num_train_epochs", "max_steps")):
+            if (getattr(self, one) is None) == (getattr(self, other) is None):
+                found = f"{one} and {other} are both " + ("null" if getattr(self, one) is None else "given")
+                raise ValueError(f"{found}, wanted one of {one} and {other}, the other null or left out")
         return self
 
 

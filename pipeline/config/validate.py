@@ -112,7 +112,8 @@ def nearest_path(wrong: SettingPath, known: Iterable[SettingPath]) -> str:
 def _nearest_name(wrong: SettingPath, known: Sequence[SettingPath]) -> str:
     """As `nearest_path`, but a short name comes first."""
     short = [name for name, target in ALIASES.items() if tuple(target.split(".")) in known]
-    return did_you_mean(".".join(wrong), short) or nearest_path(wrong, known)
+    exact = wrong[-1] if wrong[-1] in short else ".".join(wrong)  # `train.lr`
+    return did_you_mean(exact, short) or nearest_path(wrong, known)
 
 
 def describe(value: Any) -> str:

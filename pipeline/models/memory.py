@@ -9,12 +9,14 @@ keys and values of every token, and under stage 3 all weights, in the place of a
 from __future__ import annotations
 
 import logging
+import os
+import warnings
 from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.config.deepspeed import read_ds_config
 from pipeline.config.schema import PlanStage, RewardStage, RlAdvantage, RlPolicy, RlStage, SftStage, Training
 from pipeline.config.sections import ModelSettings, TrainSettings
-from pipeline.launch import machine
+from pipeline.launch import launcher, machine
 
 if TYPE_CHECKING:
     from torch import nn
@@ -71,6 +73,7 @@ class Demand(NamedTuple):
     needed: float
     available: float
     owner: str
+    cures: str  # settings that lower it
 
     @property
     def fits(self) -> bool:
@@ -78,8 +81,7 @@ class Demand(NamedTuple):
 
     def __str__(self) -> str:
         found = f"needs about {self.needed / GB:.1f} GB per process, {self.owner} {self.available / GB:.1f} GB for it"
-        cure = "lower train.max_tokens (or micro_batch_size), or set gradient_checkpointing=true, lora_r=16 or zero="
-        return found if self.fits else f"{found}: too little; {cure}"
+        return found if self.fits else f"{found}: too little; {self.cures}"
 
 
 def memory(shape: Shape, train: TrainSettings, load: Load, world: int, stage: int, offload: bool) -> Memory:
@@ -112,11 +114,11 @@ def estimate(settings: Training) -> str:
 
     Raises UserError where the model's configuration or the ZeRO file cannot be read.
     """
-    shape, train, world = planned_shape(settings), settings.train, settings.launch.processes
-    zero = read_ds_config(train.zero)["zero_optimization"]
+    shape, train = planned_shape(settings), settings.train
+    world = launcher.world(settings.launch, "sft", os.environ)  # as any stage that trains
+    stage, offload = sharding_of(settings)
     load = load_of(settings)
-    parts = {stage: memory(shape, train, load, world, stage, offload=False) for stage in range(4)}
-    parts[zero["stage"]] = memory(shape, train, load, world, zero["stage"], "offload_optimizer" in zero)
+    parts = {one: memory(shape, train, load, world, one, offload and one == stage) for one in range(4)}
     by_size = isinstance(settings, PlanStage) and settings.parameters is not None
     lines = [
         f"model: {shape.parameters / 1e6:,.1f} M weights, {shape.trained / 1e6:,.1f} M trained, {train.precision}",
@@ -125,16 +127,18 @@ def estimate(settings: Training) -> str:
         f"batch: {train.batch_size} rows per step over {world} processes, {load.tokens:,} padded tokens per forward",
         f"{'GB per process':16}" + "".join(f"{title:>12}" for title in (*Memory._fields, "all")),
     ]
-    for stage, row in parts.items():
+    for one, row in parts.items():
         numbers = "".join(f"{part / GB:12.2f}" for part in (*row, row.needed))
-        lines.append(f"{f'ZeRO-{stage}':16}{numbers}" + (" <- train.zero" if stage == zero["stage"] else ""))
+        lines.append(f"{f'ZeRO-{one}':16}{numbers}" + (" <- train.zero" if one == stage else ""))
+    if offload:
+        kept = memory(shape, train, load, world, stage, offload=False).optimizer
+        lines.append(f"{train.zero}: the optimizer's {kept / GB:.2f} GB per process are in the host's memory")
     available, owner = available_to(settings)
     if isinstance(settings, PlanStage):
         limit = 0.9 * available  # the rest is for what is not estimated
-        fitting = [f"ZeRO-{stage}" for stage, row in parts.items() if row.needed <= limit]
-        cure = "none: more processes, LoRA, offload, gradient_checkpointing or a lower max_tokens"
-        lines.append(f"fits in {available / GB:.1f} GB: {', '.join(fitting) or cure}")
-    lines.append(str(Demand(parts[zero["stage"]].needed, available, owner)))
+        fitting = [f"ZeRO-{one}" for one, row in parts.items() if row.needed <= limit]
+        lines.append(f"fits in {available / GB:.1f} GB, with a tenth to spare: {', '.join(fitting) or 'none'}")
+    lines.append(str(Demand(parts[stage].needed, available, owner, cures(settings, world))))
     if isinstance(settings, RlAdvantage) and settings.value.targets == "policy":
         lines.append(settings.value.spoken_cost(settings.value.max_prompts, settings.generation.max_new_tokens))
     lines.append("one model in memory: a reference is never kept beside the policy")
@@ -143,11 +147,37 @@ def estimate(settings: Training) -> str:
 
 def warn_where_short(model: nn.Module, settings: Training, world: int) -> None:
     """Say so where the estimate for a model that was read is more than there is."""
-    zero = read_ds_config(settings.train.zero)["zero_optimization"]
-    shape, offload = shape_of(model, settings), "offload_optimizer" in zero
-    needed = memory(shape, settings.train, load_of(settings), world, zero["stage"], offload).needed
-    if not (demand := Demand(needed, *available_to(settings))).fits:
+    stage, offload = sharding_of(settings)
+    needed = memory(shape_of(model, settings), settings.train, load_of(settings), world, stage, offload).needed
+    if not (demand := Demand(needed, *available_to(settings), cures(settings, world))).fits:
         logger.warning(f"memory: {demand}")
+
+
+def sharding_of(settings: Training) -> tuple[int, bool]:
+    """The ZeRO stage, and whether the optimizer is in another memory."""
+    zero = read_ds_config(settings.train.zero)["zero_optimization"]
+    return zero["stage"], "offload_optimizer" in zero and on_gpu(settings)
+
+
+def on_gpu(settings: Training) -> bool:
+    """Whether it is a GPU's memory that is meant; without one there is no other to offload to."""
+    import torch
+
+    return torch.cuda.is_available() or (isinstance(settings, PlanStage) and settings.gpu_memory_gb is not None)
+
+
+def cures(settings: Training, world: int) -> str:
+    """What lowers the need of each of `world` processes and is not set yet."""
+    train = settings.train
+    further = {
+        "bf16=true": train.precision == "fp32",
+        "gradient_checkpointing=true": not train.gradient_checkpointing,
+        "lora_r=16": settings.model.lora.r == 0,
+        "zero=zero3": world > 1 and not train.zero.startswith("zero3"),
+        "zero=zero3_offload": train.zero != "zero3_offload" and on_gpu(settings),
+    }
+    unset = [word for word, lowers in further.items() if lowers]
+    return "lower train.max_tokens (or micro_batch_size)" + (f", or set {', '.join(unset)}" if unset else "")
 
 
 def load_of(settings: Training) -> Load:
@@ -199,6 +229,7 @@ def planned_shape(settings: Training) -> Shape:
     # weights without memory: only their shapes count
     with torch.device("meta"):
         model = auto.from_config(config, trust_remote_code=settings.model.trust_remote_code)
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # in peft's calls
     base = Base(settings.model.path or "")
     shape = shape_of(with_lora(model, base, settings.model.lora, "CAUSAL_LM"), settings)
     if weights is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,6 @@ import torch
 
 from pipeline.data import convert, dataset
 from pipeline.data.batching import Windows
-from pipeline.data.sampling import step_budget
 from pipeline.files import fingerprint
 from pipeline.records import Example, Item, Needs
 from pipeline.rl import rows
@@ -43,11 +43,8 @@ def trainer(context: Context) -> Trainer:
 
     # which rows, for how long
     draw, facts["advantage/kept_fraction"] = rows.population(items, context.algorithm.weight, settings)
-    logger.info(", ".join(f"{name} {value:.3g}" for name, value in facts.items()))
+    logger.info(spoken(facts))
     kept = facts["advantage/kept_fraction"] if settings.scale_steps else 1.0
-    given = steps_for(settings, len(items))
-    if (steps := step_budget(given, kept)) < given:
-        logger.info(f"{steps:,} of {given:,} steps, for the rows that are kept (scale_steps=false takes all)")
     watched = WatchedRows(held_out, prompts[: settings.eval.max_rows], items, facts)
     return Trainer(
         model=policy,
@@ -55,12 +52,20 @@ def trainer(context: Context) -> Trainer:
         directory=context.directory,
         windows=Windows(items, draw, policy.packing, ranks.rank, ranks.world),
         objective=context.objective,
-        max_steps=steps,
+        max_steps=steps_for(settings, len(items), kept),
         evaluate=partial(evaluate, context, policy, watched),
         best_metric=best_metric(context, held_out),
         prepare=partial(check_start, context, policy, items, draw(0)),
         kept_fraction=kept,
     )
+
+
+def spoken(facts: Mapping[str, float]) -> str:
+    """What is known before the first step, in one line. R2 is NaN where nothing varies that could be explained."""
+    said = {name: f"{name} {value:.3g}" for name, value in facts.items()}
+    if math.isnan(facts.get("value/r2", 0.0)):
+        said["value/r2"] = "R2 unknown (all held-out prompts expect the same reward)"
+    return ", ".join(said.values())
 
 
 def rewarded_rows(context: Context, needs: Needs) -> tuple[list[Example], list[Example], list[Example]]:

@@ -2,19 +2,43 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 from pipeline.config.schema import Training
 from pipeline.config.sections import OptimizerSettings
 from pipeline.data.batching import Draw
-from pipeline.data.sampling import epoch_rows
+from pipeline.data.sampling import epoch_rows, step_budget
+
+FEW = 10  # optimizer steps that are too few to teach much
+
+logger = logging.getLogger("tiffin")
 
 
-def steps_for(settings: Training, rows: int) -> int:
-    """Optimizer steps of the run: max_steps, or as many as num_train_epochs of `rows` need, at least 1."""
-    if settings.train.max_steps is not None:
-        return settings.train.max_steps
-    return max(1, math.ceil(rows * settings.train.num_train_epochs / settings.train.batch_size))
+def steps_for(settings: Training, rows: int, kept: float = 1.0) -> int:
+    """Optimizer steps of the run: max_steps, or as many as num_train_epochs of `rows` need, at least 1.
+
+    Of these the share `kept`, in (0, 1], and a word where that leaves few of them.
+    """
+    train = settings.train
+    given = train.max_steps or max(1, math.ceil(rows * train.num_train_epochs / train.batch_size))
+    steps = step_budget(given, kept)
+    if steps < given:
+        logger.info(f"{steps:,} of {given:,} steps, for the rows that are kept (scale_steps=false takes all)")
+    if steps < FEW and steps != train.max_steps:
+        logger.warning(few(settings, rows, kept, steps))
+    return steps
+
+
+def few(settings: Training, rows: int, kept: float, steps: int) -> str:
+    """Of a training of less than FEW `steps`, which nobody asked for: how few they are, and what makes FEW of them."""
+    train = settings.train
+    found = f"only {steps} optimizer step{'s' * (steps > 1)} in all, which will teach little"
+    if train.max_steps is not None:
+        return f"{found}: set max_steps={math.ceil(FEW / kept)}, or more"
+    epochs = math.ceil(FEW * train.batch_size / (rows * kept))
+    of = f"{round(rows * kept):,} rows, num_train_epochs={train.num_train_epochs:g}, batch_size={train.batch_size}"
+    return f"{found} ({of}): num_train_epochs={epochs} makes {FEW} of them, a smaller batch_size= more"
 
 
 def epochs(rows: int, batch_size: int, seed: int) -> Draw:
