@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import stat
 import warnings
 from collections.abc import Iterator
@@ -19,10 +20,12 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaConfi
 from transformers import logging as hf_logging
 
 from pipeline.config.sections import TemplateSettings
+from pipeline.config.yaml_layers import ROOT
 from pipeline.data.tokenization import Encoder
 from pipeline.files import CARD, fingerprint, write_json
 from pipeline.models import card, loading
 from pipeline.models.trained_input import save_input
+from pipeline.trainer import facts
 from pipeline.trainer.checkpoint import Checkpoints, State
 from pipeline.trainer.metrics import Interval, Metrics
 from reward_models import learned
@@ -117,6 +120,30 @@ def test_what_the_card_says_to_call_works_as_pasted(runs: Path, kind: str) -> No
     assert str(runs) not in rest and "More Information Needed" not in rest
     assert "the built-in task assistant" in rest or (kind == "text" and "- data: texts.jsonl" in rest)
     assert "`train.max_steps=2`" in rest and "| `eval/loss` |" in rest
+
+
+def test_a_card_names_no_folder_and_no_host_and_leaves_the_template_as_it_is() -> None:
+    rewards = "reward={http://gpu7.corp:8000/v1: 1.0, /home/ann lee/good: 0.5, owner/name: 2.0}"
+    template = ["template.system=Say yes/no", "template.human=\n\nand/or: "]
+    words = ["algo=reinforce", "lora_r=4", f"zero={ROOT}/ds_configs/zero1.json", "data.exclude=[/home/ann/no]", rewards, *template]
+    given = facts.changed(tiny.settings("rl", *words), "rl", "reinforce")
+    assert given == {
+        "reward.a server": 1.0,
+        "reward.good": 0.5,
+        "reward.owner/name": 2.0,
+        "template.system": "Say yes/no",
+        "template.human": "\n\nand/or: ",
+        "model.lora.r": 4,
+        "train.zero": "zero1.json",
+        "data.exclude": ["no"],
+    }
+    assert [*map(facts.nameless, ("reward /home/ann/it", "~/my rows/"))] == ["reward it", "my rows"]
+
+
+def test_a_card_names_the_start_by_its_run_or_by_its_last_folder(runs: Path, tmp_path: Path) -> None:
+    assert facts.began(runs / "llama/sft/model") == ("llama/sft/model", None)
+    shutil.copytree(runs / "llama/sft/model", tmp_path / "model")  # above it are folders of anybody
+    assert facts.began(tmp_path / "model") == ("model", None)
 
 
 def test_a_card_changes_no_fingerprint(runs: Path, tmp_path: Path) -> None:
