@@ -69,7 +69,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with masking(0o027):
         train("sft", folder, "run=llama", *FEW, "learning_rate=1e-2", "do_sample=true", "temperature=0.7")
         train("reward", folder, "run=llama", "name=helpfulness", *FEW)
-        train("sft", folder, "run=lora", *FEW, start, "lora_r=2")
+        train("sft", folder, "run=lora", *FEW[:-1], "data.max_response_length=9", start, "lora_r=2")
         train("reward", folder, "run=lora", "name=helpfulness", *FEW, start, "start_from=model", "lora_r=2")
     with masking(0o022):
         train("sft", folder, "run=t5", *FEW, "model.scratch.shape=t5")
@@ -110,10 +110,13 @@ def test_what_the_card_says_to_call_works_as_pasted(runs: Path, kind: str) -> No
     directory = runs / MODELS[kind] / "model"
     front, rest = said(directory)
     (code,) = re.findall(r"```python\n(.*?)```", rest, re.DOTALL)
-    printed = io.StringIO()
+    printed, scope = io.StringIO(), {}
     with contextlib.redirect_stdout(printed):
-        exec(code.replace("DIRECTORY", str(directory)), {})
+        exec(code.replace("DIRECTORY", str(directory)), scope)
     assert printed.getvalue().strip()
+    if kind in ("chat", "adapters"):  # as many tokens as the stage: of adapters, not as the model below them
+        wanted = 9 if kind == "adapters" else 12
+        assert len(scope["written"]) - scope["prompt"]["input_ids"].shape[1] == wanted
     assert front["library_name"] == ("peft" if "adapters" in kind else "transformers")
     assert front["pipeline_tag"] == card.PIPELINES["chat" if kind == "adapters" else kind.split(maxsplit=1)[0]]
     assert "tiffin" in front["tags"] and "base_model" not in front  # of new models and of places on this machine
@@ -125,8 +128,8 @@ def test_what_the_card_says_to_call_works_as_pasted(runs: Path, kind: str) -> No
 def test_a_card_names_no_folder_and_no_host_and_leaves_the_template_as_it_is() -> None:
     rewards = "reward={http://gpu7.corp:8000/v1: 1.0, /home/ann lee/good: 0.5, owner/name: 2.0}"
     template = ["template.system=Say yes/no", "template.human=\n\nand/or: "]
-    words = ["algo=reinforce", "lora_r=4", f"zero={ROOT}/ds_configs/zero1.json", "data.exclude=[/home/ann/no]", rewards, *template]
-    given = facts.changed(tiny.settings("rl", *words), "rl", "reinforce")
+    places = [f"zero={ROOT}/ds_configs/zero1.json", "data.exclude=[/home/ann/no]", rewards]
+    given = facts.changed(tiny.settings("rl", "algo=reinforce", "lora_r=4", *places, *template), "rl", "reinforce")
     assert given == {
         "reward.a server": 1.0,
         "reward.good": 0.5,
