@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import stat
 import warnings
 from collections.abc import Iterator
@@ -19,10 +20,12 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaConfi
 from transformers import logging as hf_logging
 
 from pipeline.config.sections import TemplateSettings
+from pipeline.config.yaml_layers import ROOT
 from pipeline.data.tokenization import Encoder
 from pipeline.files import CARD, fingerprint, write_json
 from pipeline.models import card, loading
 from pipeline.models.trained_input import save_input
+from pipeline.trainer import facts
 from pipeline.trainer.checkpoint import Checkpoints, State
 from pipeline.trainer.metrics import Interval, Metrics
 from reward_models import learned
@@ -66,7 +69,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with masking(0o027):
         train("sft", folder, "run=llama", *FEW, "learning_rate=1e-2", "do_sample=true", "temperature=0.7")
         train("reward", folder, "run=llama", "name=helpfulness", *FEW)
-        train("sft", folder, "run=lora", *FEW, start, "lora_r=2")
+        train("sft", folder, "run=lora", *FEW[:-1], "data.max_response_length=9", start, "lora_r=2")
         train("reward", folder, "run=lora", "name=helpfulness", *FEW, start, "start_from=model", "lora_r=2")
     with masking(0o022):
         train("sft", folder, "run=t5", *FEW, "model.scratch.shape=t5")
@@ -107,16 +110,43 @@ def test_what_the_card_says_to_call_works_as_pasted(runs: Path, kind: str) -> No
     directory = runs / MODELS[kind] / "model"
     front, rest = said(directory)
     (code,) = re.findall(r"```python\n(.*?)```", rest, re.DOTALL)
-    printed = io.StringIO()
+    printed, scope = io.StringIO(), {}
     with contextlib.redirect_stdout(printed):
-        exec(code.replace("DIRECTORY", str(directory)), {})
+        exec(code.replace("DIRECTORY", str(directory)), scope)
     assert printed.getvalue().strip()
+    if kind in ("chat", "adapters"):  # as many tokens as the stage: of adapters, not as the model below them
+        wanted = 9 if kind == "adapters" else 12
+        assert len(scope["written"]) - scope["prompt"]["input_ids"].shape[1] == wanted
     assert front["library_name"] == ("peft" if "adapters" in kind else "transformers")
     assert front["pipeline_tag"] == card.PIPELINES["chat" if kind == "adapters" else kind.split(maxsplit=1)[0]]
     assert "tiffin" in front["tags"] and "base_model" not in front  # of new models and of places on this machine
     assert str(runs) not in rest and "More Information Needed" not in rest
     assert "the built-in task assistant" in rest or (kind == "text" and "- data: texts.jsonl" in rest)
     assert "`train.max_steps=2`" in rest and "| `eval/loss` |" in rest
+
+
+def test_a_card_names_no_folder_and_no_host_and_leaves_the_template_as_it_is() -> None:
+    rewards = "reward={http://gpu7.corp:8000/v1: 1.0, /home/ann lee/good: 0.5, owner/name: 2.0}"
+    template = ["template.system=Say yes/no", "template.human=\n\nand/or: "]
+    places = [f"zero={ROOT}/ds_configs/zero1.json", "data.exclude=[/home/ann/no]", rewards]
+    given = facts.changed(tiny.settings("rl", "algo=reinforce", "lora_r=4", *places, *template), "rl", "reinforce")
+    assert given == {
+        "reward.a server": 1.0,
+        "reward.good": 0.5,
+        "reward.owner/name": 2.0,
+        "template.system": "Say yes/no",
+        "template.human": "\n\nand/or: ",
+        "model.lora.r": 4,
+        "train.zero": "zero1.json",
+        "data.exclude": ["no"],
+    }
+    assert [*map(facts.nameless, ("reward /home/ann/it", "~/my rows/"))] == ["reward it", "my rows"]
+
+
+def test_a_card_names_the_start_by_its_run_or_by_its_last_folder(runs: Path, tmp_path: Path) -> None:
+    assert facts.began(runs / "llama/sft/model") == ("llama/sft/model", None)
+    shutil.copytree(runs / "llama/sft/model", tmp_path / "model")  # above it are folders of anybody
+    assert facts.began(tmp_path / "model") == ("model", None)
 
 
 def test_a_card_changes_no_fingerprint(runs: Path, tmp_path: Path) -> None:

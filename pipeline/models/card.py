@@ -77,6 +77,10 @@ def call(kind: str, adapters: bool) -> str:
     code = re.sub(
         r"from transformers import (Auto)(Model\w+), ", r"from peft import \1Peft\2\nfrom transformers import ", code
     )
+    if ".generate(" in code:  # peft reads how its base generates
+        code = code.replace("import AutoTokenizer\n", "import AutoTokenizer, GenerationConfig\n")
+        own = "model.generation_config = GenerationConfig.from_pretrained(directory)\n"
+        code = re.sub(r"(\nmodel = .*\n)", rf"\1{own}", code)
     return code.replace(" AutoModelFor", " AutoPeftModelFor")
 
 

@@ -12,13 +12,14 @@ from typing import Any
 from peft import PeftModel
 
 from pipeline.config.resolve import resolve
+from pipeline.config.reward_spec import is_address
 from pipeline.config.schema import STAGES, RewardStage, RlStage, Training
 from pipeline.config.sections import DataSettings
 from pipeline.config.yaml_layers import ROOT, first_comment
 from pipeline.data import hub
 from pipeline.files import CARD, flatten, read_metrics
 from pipeline.launch.provenance import PACKAGES
-from pipeline.launch.run_dir import INPUTS
+from pipeline.launch.run_dir import CONFIG, INPUTS
 from pipeline.models.card import Facts
 from pipeline.models.loading import hugging_face
 from pipeline.models.trained_input import INPUT_FILE
@@ -40,7 +41,7 @@ def facts_of(settings: Training, model: Model, directory: Path, results: Mapping
     method = settings.algo if isinstance(settings, RlStage) else stage
     file = ROOT / "stages" / ("algo" if stage == "rl" else "") / f"{method}.yaml"
     kind = "encoder_decoder" if encoder.encoder_decoder else "chat" if asked else "text"
-    start, base = _began(Path(hugging_face(lm).name_or_path or "."))
+    start, base = began(Path(hugging_face(lm).name_or_path or "."))
     end = encoder.tokenizer.convert_ids_to_tokens(encoder.eos_id)
     return Facts(
         name="/".join(directory.parts[-2 if settings.name is None else -3 :]),
@@ -48,13 +49,13 @@ def facts_of(settings: Training, model: Model, directory: Path, results: Mapping
         adapters=isinstance(lm, PeftModel),
         start=start,
         base=base,
-        method=_nameless(method),
+        method=nameless(method),
         described=first_comment(file) if file.is_file() else "",
         datasets=tuple(
             dict.fromkeys(hub.parse(one).repository for one in _places(settings.data) if hub.is_hub_name(one))
         ),
         data=_data(settings, directory),
-        settings=_changed(settings, stage, method),
+        settings=changed(settings, stage, method),
         results=_numbers(directory, results),
         step=results["model_step"],
         steps=results["steps"],
@@ -65,7 +66,7 @@ def facts_of(settings: Training, model: Model, directory: Path, results: Mapping
     )
 
 
-def _began(start: Path) -> tuple[str, str | None]:
+def began(start: Path) -> tuple[str, str | None]:
     """What training began with, in words; and the hub name of that, or of what it was made of by stages of ours."""
     if start == Path():
         return "a small new model, made for these rows", None
@@ -74,7 +75,8 @@ def _began(start: Path) -> tuple[str, str | None]:
     if not (start / INPUT_FILE).is_file():
         return start.name, None
     found = BASE.search((start / CARD).read_text("utf-8")) if (start / CARD).is_file() else None
-    return "/".join(start.parts[-3:]), found and found.group(1)
+    ours = (start.parent / CONFIG).is_file()  # else it was moved, and the folders above are somebody's own
+    return "/".join(start.parts[-3:]) if ours else start.name, found and found.group(1)
 
 
 def _places(data: DataSettings) -> list[str]:
@@ -83,32 +85,41 @@ def _places(data: DataSettings) -> list[str]:
 
 def _data(settings: Training, directory: Path) -> dict[str, str]:
     """The rows by the names of their files, how many, and the beginnings of the fingerprints of what went in."""
-    rows = settings.data.task and f"the built-in task {_nameless(settings.data.task)}"
+    rows = settings.data.task and f"the built-in task {nameless(settings.data.task)}"
     if isinstance(settings, RlStage) and settings.scored is not None:
-        rows = _nameless(settings.scored)
-    said = {"data": rows or ", ".join(map(_nameless, _places(settings.data))) or "rows of the run's earlier stages"}
+        rows = nameless(settings.scored)
+    named = dict.fromkeys(map(nameless, _places(settings.data)))
+    said = {"data": rows or ", ".join(named) or "rows of the run's earlier stages"}
     if (counted := directory / "data.json").is_file():
         counts = json.loads(counted.read_text("utf-8"))
         said["rows"] = ", ".join(f"{split} {one['rows']:,} ({one['tokens']:,} tokens)" for split, one in counts.items())
     noted = directory / INPUTS
     marks = json.loads(noted.read_text("utf-8")) if noted.is_file() else {}
-    sha = {_nameless(name): mark for name, mark in marks.items() if re.fullmatch("[0-9a-f]{64}", mark)}
+    sha = {nameless(name): mark for name, mark in marks.items() if re.fullmatch("[0-9a-f]{64}", mark)}
     return said | ({"sha256": ", ".join(f"{name} `{mark[:SHARE]}`" for name, mark in sha.items())} if sha else {})
 
 
-def _changed(settings: Training, stage: str, method: str) -> dict[str, object]:
+def changed(settings: Training, stage: str, method: str) -> dict[str, object]:
     """The settings that are not what ships for the stage and its algorithm."""
     words = [f"stage={stage}", *([f"algo={method}"] if stage == "rl" else []), f"lora_r={settings.model.lora.r}"]
     shipped = flatten(resolve(words).settings.model_dump(), ".")
+    shipped["model.lora.r"] = 0  # what ships depends on it
     given = {name: value for name, value in flatten(settings.model_dump(), ".").items() if value != shipped.get(name)}
-    return {_nameless(name): _nameless(value) for name, value in given.items() if not name.startswith(UNSAID)}
+    given = {name: value for name, value in given.items() if not name.startswith(UNSAID)}
+    # the template is text, in which a / is no folder's
+    return {nameless(name): value if name.startswith("template.") else nameless(value) for name, value in given.items()}
 
 
-def _nameless(value: Any) -> Any:
-    """Without the folders of this machine where it is a path, or a reward's name with one."""
-    if not isinstance(value, str) or hub.is_hub_name(value):
+def nameless(value: Any) -> Any:
+    """Without folders and hosts of this machine where it is a path or an address, or a reward's name with one."""
+    if isinstance(value, list):
+        return [nameless(one) for one in value]
+    if not isinstance(value, str):
         return value
-    return re.sub(r"(?:[\w.~-]*/)+(?=[\w.-]+$)", "", value)
+    before, place = re.fullmatch(r"(reward[. ])?(.*)", value, re.DOTALL).groups("")
+    if is_address(place):
+        place = "a server"
+    return before + (place if hub.is_hub_name(place) else place.rstrip("/").rpartition("/")[2])
 
 
 def _numbers(directory: Path, results: Mapping[str, Any]) -> dict[str, tuple[float | None, float | None]]:
