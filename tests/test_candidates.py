@@ -169,15 +169,11 @@ def test_rows_that_static_rl_cannot_start_from(row: Example, which: str, found: 
         semi_offline.static_rows(row, tiny.encoder(), which)
 
 
-def test_splits_that_are_not_there_are_passed_by(tmp_path) -> None:
-    data = resolve(["stage=score"]).settings.data
-    three = ["train", "validation", "test"]
-    (tmp_path / "t.jsonl").write_text('{"prompt": "p", "candidates": ["a"]}\n')
-    only_test = splits.read_from(data, test=str(tmp_path / "t.jsonl"))
-    assert score.splits_of(three, only_test) == ["test"]
-    assert score.splits_of(three, splits.read_from(data, train="t.jsonl")) == ["train", "validation"]
-    with pytest.raises(UserError, match=r"no validation split, only test: give data\.validation="):
-        next(dataset.splits(only_test, 0, ["validation"]))
+def test_splits_that_are_not_there_are_passed_by() -> None:
+    settings = resolve(["stage=score", "splits=[train,validation,test]"]).settings
+    only_test = splits.read_from(settings.data, test="t.jsonl")
+    assert inputs.score_splits(settings, only_test) == ["test"]
+    assert inputs.score_splits(settings, splits.read_from(settings.data, train="t.jsonl")) == ["train", "validation"]
 
 
 def test_rows_of_a_stage_need_no_filter() -> None:

@@ -122,10 +122,9 @@ def test_in_a_folder_that_others_use_too_only_what_is_old_goes(tmp_path: Path, c
     assert capsys.readouterr().out == f"waiting for another process that compiles in {tmp_path}\n"
     held = os.open(tmp_path / "lock", os.O_CREAT | os.O_EXCL)  # as torch holds it
     assert not extensions.at_work(tmp_path)  # this process is no other one
-    child = FORK.Process(target=time.sleep, args=(60,))
-    child.start()
-    assert extensions.at_work(tmp_path) == [child.pid]
-    child.kill()
+    with subprocess.Popen(["sleep", "60"], pass_fds=[held]) as child:
+        assert extensions.at_work(tmp_path) == [child.pid]
+        child.kill()
     os.close(held)
 
 
