@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 
 from pipeline.config.resolve import Resolved, resolve
@@ -65,7 +66,8 @@ def memory(step: Resolved) -> None:
     from pipeline.models.memory import estimate
 
     if isinstance(settings, RewardStage | RlStage):
-        settings = settings.model_copy(update={"model": run_dir.start_model(settings)})
+        with suppress(UserError):  # faults.py has told of it, or an earlier step makes the model
+            settings = settings.model_copy(update={"model": run_dir.start_model(settings)})
     print(f"{estimate(settings)}\n", flush=True)
 
 

@@ -185,7 +185,9 @@ def test_gpus_are_those_that_may_be_taken(tmp_path: Path) -> None:
     assert machine.gpus({}, tmp_path) == 0
     for number in range(4):
         (tmp_path / f"dev/nvidia{number}").touch()
-    assert machine.gpus({}, tmp_path) == 4 and machine.gpus({"CUDA_VISIBLE_DEVICES": "0,2"}, tmp_path) == 2
+    assert machine.gpus({}, tmp_path) == 4
+    for named, count in (("0,2", 2), ("", 0), ("-1", 0), ("1,-1,2", 1)):
+        assert machine.gpus({"CUDA_VISIBLE_DEVICES": named}, tmp_path) == count
 
 
 # The environment that run.sh makes.
