@@ -166,6 +166,12 @@ def test_a_dry_run_of_what_may_start_ends_with_the_command(here: Path) -> None:
     assert re.search(r"^#   train\.batch_size=8 +default: 64$", done.stdout, re.MULTILINE)
 
 
+def test_a_dry_run_finds_no_fault_in_an_algorithm_that_a_stage_does_not_train_by(here: Path) -> None:
+    done = stages("stage=plan", "parameters=8e9", "dry_run=true", cwd=here)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert done.stdout.splitlines()[-1].endswith("-m stages.plan stage=plan parameters=8e9")
+
+
 def test_a_directory_of_another_start_is_a_fault(here: Path) -> None:
     words = ["stage=sft", "data.train=answers.jsonl"]
     (step,) = resolve_steps(words)
