@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 
 from pipeline.config.resolve import Resolved, resolve
@@ -25,7 +26,8 @@ from stages import faults, inputs
 
 def show(steps: Sequence[Resolved]) -> int:
     """Print it all; faults and notes on stderr. Exit code 2 where a start would be refused."""
-    found = faults.of(steps, os.environ)
+    environ = dict(os.environ)  # before torch and DeepSpeed add to it
+    found = faults.of(steps, environ)
     before_are_done = True
     for step in steps:
         print(f"# {step.title}", *changed(step), dump_yaml(step.settings.model_dump()), sep="\n", flush=True)
@@ -34,14 +36,14 @@ def show(steps: Sequence[Resolved]) -> int:
         if before_are_done:  # else its inputs may still change
             found += _shown(partial(as_begun, step))
         before_are_done &= run_dir.ended(run_dir.stage_dir(step.settings, step.stage), step.settings)
-    for line in faults.notes(steps, os.environ):
+    for line in faults.notes(steps, environ):
         logger.warning(f"note: {line}")
     for precision in dict.fromkeys(_precisions(steps)):
         warn_of_slow_bf16(precision)
     found = [*dict.fromkeys(found)]
     for number, line in enumerate(found, 1):
         complain(UserError(f"fault {number} of {len(found)}: {line}"))
-    print("\n".join(spoken(step) for step in steps), flush=True)
+    print("\n".join(spoken(step, environ) for step in steps), flush=True)
     return USER_ERROR if found else 0
 
 
@@ -65,13 +67,14 @@ def memory(step: Resolved) -> None:
     from pipeline.models.memory import estimate
 
     if isinstance(settings, RewardStage | RlStage):
-        settings = settings.model_copy(update={"model": run_dir.start_model(settings)})
+        with suppress(UserError):  # faults.py has told of it, or an earlier step makes the model
+            settings = settings.model_copy(update={"model": run_dir.start_model(settings)})
     print(f"{estimate(settings)}\n", flush=True)
 
 
 def algorithm(step: Resolved) -> None:
-    """Raises UserError where the algorithm's own settings are not what its file wants."""
-    if isinstance(step.settings, Training):
+    """Raises UserError where the settings of the algorithm that a stage trains by are not what its file wants."""
+    if step.stage in inputs.OF and isinstance(step.settings, Training):
         from pipeline.trainer.objective import objective_of
 
         objective_of(step.settings.algorithm)
@@ -85,15 +88,15 @@ def as_begun(step: Resolved) -> None:
         logger.warning(f"note: {directory} {run_dir.standing(directory, step.settings)}")
 
 
-def spoken(step: Resolved) -> str:
+def spoken(step: Resolved, environ: Mapping[str, str]) -> str:
     """The command with the environment that it adds; where there can be none, the user's."""
     words = [word for word in step.words if not word.startswith("dry_run=")]
     try:
-        argv = command(step.settings.launch, step.stage, words, os.environ)
-        env = environment(step.settings.launch, step.stage, os.environ)
+        argv = command(step.settings.launch, step.stage, words, environ)
+        env = environment(step.settings.launch, step.stage, environ)
     except UserError:
         return f"bash run.sh {shlex.join(words)}"
-    return shlex.join([*(f"{name}={value}" for name, value in env.items() if name not in os.environ), *argv])
+    return shlex.join([*(f"{name}={value}" for name, value in env.items() if name not in environ), *argv])
 
 
 def _shown(show: Callable[[], None]) -> list[str]:

@@ -109,6 +109,9 @@ def of_step(step: Resolved, ahead: Ahead) -> list[str]:
     if run_dir.finished(directory) and (found or run_dir.ended(directory, settings)):
         return found
     found += _told(partial(run_dir.refuse_taken, directory))
+    if not found and run_dir.begun(directory):
+        ranks = partial(launcher.world, settings.launch, stage, ahead.environ)
+        found += _told(lambda: run_dir.refuse_other_ranks(directory, ranks()))
     checks = (of_launch(settings, stage, ahead.environ), of_models(settings, ahead), of_rewards(settings, ahead))
     return [*found, *(line for lines in checks for line in lines), *of_rows(settings, ahead)]
 
@@ -123,21 +126,23 @@ def of_comparison(settings: CompareStage, words: Sequence[str], environ: Mapping
 
 
 def of_launch(settings: WithModel, stage: str, environ: Mapping[str, str]) -> Iterator[str]:
-    """What the machine lacks, or the settings do not agree about."""
+    """What the machine lacks, if it is this one that computes, or the settings do not agree about."""
     yield from _told(lambda: launcher.command(settings.launch, stage, (), environ))
+    unknown = _told(partial(launcher.choose, settings.launch, stage, environ))
+    here = bool(unknown) or launcher.is_here(settings.launch, stage, environ)
     if isinstance(settings, SftStage | RewardStage | RlStage):
         yield from _told(
             lambda: together.whole_batches(settings.train, launcher.world(settings.launch, stage, environ))
         )
     gpus, wanted = machine.gpus(environ), settings.launch.processes
-    if gpus and wanted > gpus and settings.launch.hostfile is None and stage in launcher.DISTRIBUTED:
+    if here and gpus and wanted > gpus and stage in launcher.DISTRIBUTED:
         yield f"launch.processes: gpus={wanted}, but this machine has {gpus} for it: wanted gpus={gpus} at most"
-    if isinstance(settings, Training | GenerateStage | EvaluateStage):
+    if here and isinstance(settings, Training | GenerateStage | EvaluateStage):
         yield from _told(lambda: together.fp16_on_gpu(settings.train, machine.has_gpu()))
     if isinstance(settings, Training):
         zero = read_ds_config(settings.train.zero)["zero_optimization"]
         yield from _told(lambda: together.fp16_scaled(settings.train, zero["stage"]))
-        if "offload_optimizer" in zero and not can_offload(environ):
+        if here and "offload_optimizer" in zero and not can_offload(environ):
             yield (
                 f"train.zero: {settings.train.zero} offloads the optimizer, for which DeepSpeed compiles code, and "
                 f"there is no C++ compiler ({environ.get('CXX', 'c++')}): install one, or wanted a file without offload"

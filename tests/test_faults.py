@@ -166,6 +166,12 @@ def test_a_dry_run_of_what_may_start_ends_with_the_command(here: Path) -> None:
     assert re.search(r"^#   train\.batch_size=8 +default: 64$", done.stdout, re.MULTILINE)
 
 
+def test_a_dry_run_finds_no_fault_in_an_algorithm_that_a_stage_does_not_train_by(here: Path) -> None:
+    done = stages("stage=plan", "parameters=8e9", "dry_run=true", cwd=here)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert done.stdout.splitlines()[-1].endswith("-m stages.plan stage=plan parameters=8e9")
+
+
 def test_a_directory_of_another_start_is_a_fault(here: Path) -> None:
     words = ["stage=sft", "data.train=answers.jsonl"]
     (step,) = resolve_steps(words)
@@ -185,7 +191,9 @@ def test_gpus_are_those_that_may_be_taken(tmp_path: Path) -> None:
     assert machine.gpus({}, tmp_path) == 0
     for number in range(4):
         (tmp_path / f"dev/nvidia{number}").touch()
-    assert machine.gpus({}, tmp_path) == 4 and machine.gpus({"CUDA_VISIBLE_DEVICES": "0,2"}, tmp_path) == 2
+    assert machine.gpus({}, tmp_path) == 4
+    for named, count in (("0,2", 2), ("", 0), ("-1", 0), ("1,-1,2", 1)):
+        assert machine.gpus({"CUDA_VISIBLE_DEVICES": named}, tmp_path) == count
 
 
 # The environment that run.sh makes.

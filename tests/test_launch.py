@@ -14,12 +14,15 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pipeline.config.resolve import resolve_steps
 from pipeline.config.sections import LaunchSettings
 from pipeline.config.yaml_layers import ROOT
 from pipeline.errors import UserError
+from pipeline.launch import launcher
 from pipeline.launch.launcher import command, environment, first_host, hosts, rank_environment
 from pipeline.launch.processes import run
 from stages import STARTING
+from stages.faults import of_launch
 
 PYTHON = sys.executable
 DEEPSPEED = [PYTHON, "-m", "deepspeed.launcher.runner"]
@@ -122,6 +125,17 @@ def test_environment_keeps_what_is_set_and_shares_the_cores(monkeypatch: pytest.
     assert environment(settings(processes=16), "sft", {})["OMP_NUM_THREADS"] == "1"
     assert environment(settings(processes=3), "report", {})["OMP_NUM_THREADS"] == "8"
     assert environment(settings(), "sft", {"OMP_NUM_THREADS": "5", "HOME": "/h"})["OMP_NUM_THREADS"] == "5"
+
+
+def test_what_this_machine_has_binds_no_ranks_elsewhere(monkeypatch: pytest.MonkeyPatch):
+    """A login node without a GPU starts them on machines that have some."""
+    monkeypatch.setattr(launcher, "has_gpu", lambda: False)
+    slurm = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}
+    assert environment(settings(), "sft", {})["DS_ACCELERATOR"] == "cpu"
+    assert "DS_ACCELERATOR" not in environment(settings(), "sft", slurm)
+    assert environment(settings(), "report", slurm)["DS_ACCELERATOR"] == "cpu"
+    (step,) = resolve_steps(["stage=generate", "splits=[test]", "train.precision=fp16"])
+    assert [*of_launch(step.settings, "generate", slurm)] == []
 
 
 def test_slurm_tasks_become_ranks():

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -304,6 +305,16 @@ def test_keep_chooses_the_weights(tmp_path: Path) -> None:
         found[kept] = json.loads((toy.directory / "results.json").read_text())
     assert found["best"]["model_step"] == 0 and found["last"]["model_step"] == 6
     assert found["best"]["eval/loss"] > found["last"]["eval/loss"]
+
+
+def test_the_best_weights_that_were_removed_are_missed_before_more_steps_are_taken(tmp_path: Path, whole: Toy) -> None:
+    toy = Toy(tmp_path / "sft", steps=8)
+    shutil.copytree(whole.directory, toy.directory)
+    shutil.rmtree(toy.directory / "best")
+    with pytest.raises(UserError, match="best: is gone, and the weights of step 6 in it are the best so far"):
+        toy.run()
+    shutil.copytree(toy.directory / "model", toy.directory / "best")
+    toy.run()
 
 
 def test_where_nothing_chooses_the_last_weights_are_kept(tmp_path: Path) -> None:

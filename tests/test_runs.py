@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -111,13 +112,41 @@ def test_a_start_that_saved_nothing_may_be_made_otherwise(tmp_path: Path) -> Non
     stage = tmp_path / "sft"
     for left in ("metrics.jsonl", "train.jsonl", "best/x", "tensorboard/x", "checkpoints/part-step-000001/x"):
         files.write_text(stage / left, "x")
-    for stays in ("starts.jsonl", "notes.txt", "best.txt", "samples/config.yaml"):  # samples: a stage of that name
-        files.write_text(stage / stays, "x")
+    stay = ("starts.jsonl", "notes.txt", "best.txt", "mine.jsonl", "samples/config.yaml")  # samples: a stage so called
+    for left in stay:
+        files.write_text(stage / left, "x")
     assert opened(tmp_path, "seed=2", inputs={"model": "other"})
     assert load_yaml(stage / "config.yaml")["seed"] == 2
     assert json.loads((stage / "inputs.json").read_text()) == {"model": "other"}
     there = {path.name for path in stage.iterdir()} - {"config.yaml", "inputs.json", "command.txt", ".lock"}
-    assert there == {"starts.jsonl", "notes.txt", "best.txt", "samples"}
+    assert there == {Path(left).parts[0] for left in stay}
+
+
+def test_a_finished_model_outlives_the_checkpoints_it_was_to_train_longer_from(tmp_path: Path, capsys) -> None:
+    opened(tmp_path, "max_steps=20")
+    begun(tmp_path / "other")
+    stage = tmp_path / "sft"
+    (tmp_path / "other" / "sft" / "checkpoints").rename(stage / "checkpoints")
+    files.write_text(stage / "model" / "config.json", "weights")
+    write_json(stage / "results.json", {"steps": 20})
+    assert opened(tmp_path, "max_steps=40")  # and stopped, and then tidied up by hand
+    shutil.rmtree(stage / "checkpoints")
+    assert opened(tmp_path, "max_steps=40")
+    assert (stage / "model" / "config.json").read_text() == "weights"
+    assert "model is of an earlier start, which left no checkpoint: it stays" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("named", [None, "elsewhere"])
+def test_what_starts_from_an_sft_model_waits_for_its_end(tmp_path: Path, named: str | None) -> None:
+    """Not from the model that is named, as where there is no sft."""
+    rl = tiny.settings("rl", "algo=nll", "runs_dir=.", *([f"model={named}"] if named else []))
+    run_dir.run_dir(rl).mkdir()
+    begun(run_dir.run_dir(rl))
+    with pytest.raises(UserError, match="sft: has not ended, wanted its model to start from"):
+        run_dir.start_model(rl)
+    assert run_dir.start_model(rl.model_copy(update={"start_from": "model"})).path == named
+    shutil.rmtree(run_dir.run_dir(rl) / "sft" / "checkpoints")  # it never got so far
+    assert run_dir.start_model(rl).path == named
 
 
 @pytest.mark.parametrize("finished", [False, True])

@@ -72,6 +72,11 @@ def choose(settings: LaunchSettings, stage: str, environ: Mapping[str, str]) -> 
     return "deepspeed" if settings.hostfile or settings.processes > 1 else "single"
 
 
+def is_here(settings: LaunchSettings, stage: str, environ: Mapping[str, str]) -> bool:
+    """Whether the ranks run on this machine, for all that can be known. Raises UserError as `command` does."""
+    return settings.hostfile is None and choose(settings, stage, environ) != "srun"
+
+
 def is_rank(environ: Mapping[str, str]) -> bool:
     """Whether someone's launcher (torchrun, mpirun with RANK, srun with several tasks) already started this process."""
     return {"RANK", "WORLD_SIZE"} <= set(environ) or int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
@@ -82,7 +87,7 @@ def environment(settings: LaunchSettings, stage: str, environ: Mapping[str, str]
     launcher = choose(settings, stage, environ)
     processes = 1 if launcher == "single" else settings.processes
     added = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // processes))}
-    if not has_gpu():
+    if is_here(settings, stage, environ) and not has_gpu():
         added["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed warns that it found no GPU
     return {**added, **environ}
 

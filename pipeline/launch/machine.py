@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import takewhile
 from pathlib import Path
 
 SYSTEM = Path("/")
@@ -24,7 +25,9 @@ def gpus(environ: Mapping[str, str], system: Path = SYSTEM) -> int | None:
     if not count:
         return None if has_gpu(system) else 0
     named = environ.get("CUDA_VISIBLE_DEVICES")
-    return count if named is None else len([one for one in named.split(",") if one.strip()])
+    if named is None:
+        return count
+    return len([*takewhile(lambda one: one.strip() and not one.strip().startswith("-"), named.split(","))])  # as CUDA
 
 
 def ram(system: Path = SYSTEM) -> int:

@@ -10,8 +10,8 @@ from importlib import metadata
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.launch.run_dir import STARTS as NAME
 
+NAME = "starts.jsonl"
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "peft")
 
 

@@ -42,8 +42,8 @@ FREE = (
 LENGTHS = ("train.max_steps", "train.num_train_epochs")  # these may be raised, to train longer
 CONFIG, INPUTS, RESULTS = "config.yaml", "inputs.json", "results.json"
 CHECKPOINTS, STATE = "checkpoints", "state.json"  # the folder of a stage's checkpoints; the last file of each
-STARTS = "starts.jsonl"  # the list of starts: it outlives those that saved nothing
-UNSAVED = ("best", "last", "model", "non_finite", "samples", "tensorboard", "checkpoints", "data.json")
+UNSAVED = ("best", "last", "non_finite", "samples", "tensorboard", "checkpoints", "data.json")  # model/ is no draft
+UNSAVED += ("metrics.jsonl", "rewards.jsonl", "train.jsonl", "validation.jsonl", "test.jsonl")
 DAY = "first_day.txt"  # of a run: the date that chat templates write which write today's
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # a file system that knows none
 
@@ -155,7 +155,7 @@ def open_stage(directory: Path, settings: Common, words: Sequence[str], inputs: 
     goes_on = begun(directory)
     if goes_on:
         refuse_other_inputs(directory, inputs)
-        refuse_other_ranks(directory)
+        refuse_other_ranks(directory, int(os.environ.get("WORLD_SIZE", "1")))
         if not longer(directory, settings):
             return True
         (directory / RESULTS).unlink(missing_ok=True)  # first: what is noted below is not what these are of
@@ -213,16 +213,18 @@ def begun(directory: Path) -> bool:
 def remove_unsaved(directory: Path) -> None:
     """Remove what a start left that noted its settings and saved nothing to go on from; stages within are none of it.
 
-    Otherwise another start would show its curves, samples and weights as its own.
+    Otherwise another start would show its curves, samples and weights as its own. A model/ stays until the new one is
+    whole: it is of a stage that had ended, and was to train longer when its checkpoints were removed by hand.
     """
     if not (directory / CONFIG).is_file():
         return
     for path in directory.iterdir():
-        rows = path.suffix == ".jsonl" and path.name != STARTS
         if path.is_dir() and (path.name in UNSAVED or path.suffix == ".part") and not (path / CONFIG).is_file():
             shutil.rmtree(path)
-        elif path.is_file() and (path.name in UNSAVED or rows):
+        elif path.is_file() and path.name in UNSAVED:
             path.unlink()
+    if (model := directory / "model").is_dir() and not (model / CONFIG).is_file():
+        logger.warning(f"{model} is of an earlier start, which left no checkpoint: it stays until this one ends")
 
 
 def checkpoint(directory: Path) -> Path | None:
@@ -297,9 +299,9 @@ def refuse_other(directory: Path, settings: Common) -> None:
             )
 
 
-def refuse_other_ranks(directory: Path) -> None:
-    """Raises UserError where the checkpoint to go on from was written by another number of ranks."""
-    newest, ranks = checkpoint(directory), int(os.environ.get("WORLD_SIZE", "1"))
+def refuse_other_ranks(directory: Path, ranks: int) -> None:
+    """Raises UserError where the checkpoint to go on from was not written by so many ranks."""
+    newest = checkpoint(directory)
     world = ranks if newest is None else state_of(newest)["world"]
     if world != ranks:
         raise UserError(f"{newest}: was written by {world} processes, now there are {ranks}: resume with gpus={world}")
@@ -319,10 +321,16 @@ def refuse_other_inputs(directory: Path, inputs: Mapping[str, str]) -> None:
 def start_model(settings: RewardStage | RlStage) -> ModelSettings:
     """The run's SFT model if start_from says so and it is there, else the model that is named, else a new one.
 
-    Raises UserError where a model is named, and the SFT model was made of another.
+    Raises UserError where a model is named, and the SFT model was made of another; and where the SFT model is not
+    there yet, though it was begun.
     """
     trained = model_of(settings, "sft") if settings.start_from == "sft" else None
     if trained is None:
+        if settings.start_from == "sft" and begun(sft := run_dir(settings) / "sft") and not finished(sft):
+            raise UserError(
+                f"{sft}: has not ended, wanted its model to start from: start it again to its end, "
+                "or set start_from=model to start from another"
+            )
         return settings.model
     made_of, named = load_yaml(trained.parent / CONFIG)["model"]["path"], settings.model.path
     if named not in (None, made_of, str(trained)):

@@ -108,6 +108,7 @@ def fit(trainer: Trainer) -> None:
     if resumed is None:
         trainer.prepare()
     else:
+        ranks.on_main(lambda: refuse_lost_best(trainer, resumed[0]))
         say_resumed(trainer, resumed[0])
     state, interval, memory = resumed or (State(step=0, world=ranks.world), Interval(Metrics()), {})
     state = replace(state, of=trainer.max_steps)
@@ -128,6 +129,16 @@ def fit(trainer: Trainer) -> None:
     log.close()
     ranks.barrier()
     checkpoints.drop(keep_last=train.keep_checkpoint)
+
+
+def refuse_lost_best(trainer: Trainer, state: State) -> None:
+    """Raises UserError where the best weights so far, which may be those to keep, were removed by hand."""
+    best = trainer.directory / "best"
+    if trainer.settings.train.keep == "best" and state.best_step is not None and not best.is_dir():
+        raise UserError(
+            f"{best}: is gone, and the weights of step {state.best_step} in it are the best so far: put it back "
+            "(model/ is a copy of it where the stage had ended), or choose another run= or name="
+        )
 
 
 def say_resumed(trainer: Trainer, state: State) -> None:
