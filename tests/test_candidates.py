@@ -169,11 +169,14 @@ def test_rows_that_static_rl_cannot_start_from(row: Example, which: str, found: 
         semi_offline.static_rows(row, tiny.encoder(), which)
 
 
-def test_splits_that_are_not_there_are_passed_by() -> None:
+def test_splits_that_are_not_there_are_passed_by(tmp_path) -> None:
     settings = resolve(["stage=score", "splits=[train,validation,test]"]).settings
-    only_test = splits.read_from(settings.data, test="t.jsonl")
+    (tmp_path / "t.jsonl").write_text('{"prompt": "p", "candidates": ["a"]}\n')
+    only_test = splits.read_from(settings.data, test=str(tmp_path / "t.jsonl"))
     assert inputs.score_splits(settings, only_test) == ["test"]
     assert inputs.score_splits(settings, splits.read_from(settings.data, train="t.jsonl")) == ["train", "validation"]
+    with pytest.raises(UserError, match=r"no validation split, only test: give data\.validation="):
+        next(dataset.splits(only_test, 0, ["validation"]))
 
 
 def test_rows_of_a_stage_need_no_filter() -> None:
@@ -235,7 +238,7 @@ def test_each_row_of_ranked_candidates_has_its_own_wrappers(tmp_path) -> None:
         (["temperatures=[0.0]", "do_sample=true"], "temperatures.0: 0.0, wanted more than 0"),
         (["min_new_tokens=9", "max_new_tokens=8"], "min_new_tokens is 9, wanted at most max_new_tokens, 8"),
         (["no_repeat_ngram_size=-1"], "no_repeat_ngram_size: -1, wanted at least 0"),
-        (["early_stopping=never"], "early_stopping: 'never' is text, wanted true or false"),
+        (["generation.early_stopping=never"], "early_stopping: 'never' is text, wanted true or false"),
         (["splits=[]"], r"splits: \[\], wanted at least 1"),
     ],
 )

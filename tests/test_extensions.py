@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import sysconfig
 import time
@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from deepspeed.ops.op_builder.builder import OpBuilder
 
+from pipeline.config.yaml_layers import ROOT
 from pipeline.errors import UserError
 from pipeline.launch import entry, extensions
 from pipeline.trainer import engine
@@ -25,7 +26,7 @@ SOURCE = """
 static PyModuleDef module = {PyModuleDef_HEAD_INIT, "NAME"};
 PyMODINIT_FUNC PyInit_NAME(void) { return PyModule_Create(&module); }
 """
-FORK = multiprocessing.get_context("fork")
+LOAD = "import sys; from tests import test_extensions; test_extensions.load(*sys.argv[1:])"
 SECONDS = 120
 
 
@@ -65,6 +66,19 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TinyBuilder:
     return TinyBuilder(source)
 
 
+def another(tiny: TinyBuilder) -> subprocess.Popen[bytes]:
+    """A process of the same environment that loads it."""
+    return subprocess.Popen([sys.executable, "-c", LOAD, sys.prefix, str(tiny.source)], cwd=ROOT)
+
+
+def load(prefix: str, source: str) -> None:
+    """What `another` does."""
+    sys.prefix = prefix
+    OpBuilder.jit_load = engine.compile_in_turn
+    entry.set_up_logging()
+    TinyBuilder(Path(source)).load()
+
+
 def until(what: Callable[[], object]) -> None:
     end = time.monotonic() + SECONDS
     while not what():
@@ -96,21 +110,19 @@ def test_a_compile_under_way_is_waited_for_and_a_real_kill_costs_nothing(
 ) -> None:
     """The compiler that a killed process leaves is at work for a while: nobody writes beside it."""
     monkeypatch.setenv("CXX", slow_compiler(tmp_path))
-    first = FORK.Process(target=tiny.load)
-    first.start()
+    first = another(tiny)
     until((tmp_path / "at-work").exists)
-    second = FORK.Process(target=tiny.load)
-    second.start()
+    second = another(tiny)
     said = []
     until(lambda: "waiting" in "".join([*said, said.append(capfd.readouterr().out) or said[-1]]))
     os.kill(first.pid, signal.SIGKILL)
-    first.join()
+    first.wait()
     time.sleep(5 * extensions.POLL_SECONDS)  # now it has our lock, and torch's is still that of a compiler at work
-    assert second.is_alive() and (tiny.folder / "lock").exists()
+    assert second.poll() is None and (tiny.folder / "lock").exists()
     (tmp_path / "go").touch()
-    second.join(SECONDS)
+    assert second.wait(SECONDS) == 0
     out, err = capfd.readouterr()
-    assert second.exitcode == 0 and err.count("removed") == 1
+    assert err.count("removed") == 1
     assert "".join([*said, out]).count(f"waiting for another process that compiles in {tiny.folder}") == 1
 
 
