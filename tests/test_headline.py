@@ -50,6 +50,11 @@ def test_weights_it_began_with_are_no_success(tmp_path: Path) -> None:
     assert found.text.startswith("taught nothing: in 400 steps no evaluation was better than the start, model/ holds")
 
 
+def test_a_loss_whose_weights_follow_the_policy_is_no_verdict(tmp_path: Path) -> None:
+    found = of(tmp_path, "rl", {"eval/loss": 10.5, **ENDED, "chosen_by": None}, {"eval/loss": 6.03})
+    assert found.level == LOOK and found.text.startswith("nothing tells whether it helped")
+
+
 def test_the_reward_of_logged_rows_is_not_called_the_policys(tmp_path: Path) -> None:
     """It is the same whatever was learned; the weighted loss falls, and does not tell what the policy says."""
     logged = {"eval/logged/reward": 0.25, "eval/loss": 2.0}

@@ -12,10 +12,12 @@ from pipeline.config.definitions import Definitions
 from pipeline.config.resolve import Resolved
 from pipeline.config.schema import GenerateStage, RlStage
 from pipeline.config.yaml_layers import Layer, as_word, parse_overrides
+from pipeline.files import CARD
 from pipeline.launch import run_dir
 from pipeline.report.headline import OF_KIND, headline
 from pipeline.report.spec import TROUBLE
-from pipeline.report.stages import folders_of, read_stage
+from pipeline.report.stages import read_stage, stages_of
+from pipeline.report.usage import model_of
 
 SOURCES = (("recipe",), ("data", "task"), ("data", "path"))  # settings that say where the rows of all stages come from
 CARRIED = (("run",), ("runs_dir",), *SOURCES)  # from a stage's words to those of the next
@@ -78,16 +80,9 @@ def _kept(directory: Path) -> str:
 
 
 def _use(run: Path) -> str:
-    """How to call the policy that a run left last; empty where it left none."""
-    left = [folder for kind in ("sft", "rl") for folder in folders_of(run, kind) if run_dir.finished(folder)]
-    models = [str(folder / "model") for folder in left if (folder / "model").is_dir()]
-    if not models:
-        return ""
-    config = Path(models[-1]) / "config.json"
-    if config.is_file() and json.loads(config.read_text("utf-8")).get("is_encoder_decoder"):
-        return f"use it: transformers.AutoModelForSeq2SeqLM.from_pretrained({models[-1]!r})"
-    code = f"from transformers import pipeline; print(pipeline('text-generation', {models[-1]!r})('Hello'))"
-    return f"use it: python -c {shlex.quote(code)}" if "'" in models[-1] else f'use it: python -c "{code}"'
+    """Where it is said how to call the policy that a run left last; empty where it left none with a card."""
+    left = model_of(stages_of(run))
+    return f"how to call the model: {left.path / CARD}" if left and (left.path / CARD).is_file() else ""
 
 
 def _next_in_recipe(step: Resolved, given: Layer) -> list[str]:

@@ -18,6 +18,9 @@ from pipeline.report.tables import columns_of
 
 REWARD, LOSS, WORDS = "reward", "eval/loss", "completions/mean_words"
 LOGGED = ": of logged responses, as nothing judged its own (reward=NAME would)"
+NO_VERDICT = (
+    "nothing tells whether it helped: its held-out loss follows the policy, and no reward judged (reward=NAME would)"
+)
 UNKNOWN = "no held-out rows: nothing tells whether it helped"
 NOT_FINITE = "its held-out numbers are not finite"
 
@@ -67,6 +70,8 @@ def of_training(stage: Stage) -> Headline:
     if results.get("model_step") == 0:
         return _untrained(results)
     where = f" at step {results['model_step']:,} of {results['steps']:,}"
+    if not stage.ranked:
+        return Headline(f"{NO_VERDICT} ({where.strip()})", LOOK)
     if watched is None:
         known = any(tag.startswith("eval/") for tag in results)
         return Headline(f"{NOT_FINITE if known else UNKNOWN} ({where.strip()})", LOOK)

@@ -54,6 +54,11 @@ class Stage(NamedTuple):
         return self.name.replace("/", "-")
 
     @property
+    def ranked(self) -> bool:
+        """Whether a number tells which evaluation was the best; a loss whose weights follow the policy does not."""
+        return self.results.get("chosen_by", "") is not None
+
+    @property
     def settings(self) -> Mapping[str, Any]:
         return (load_yaml(self.folder / "config.yaml") or {}) if self.config else {}
 
@@ -77,7 +82,7 @@ def verdicts(stage: Stage) -> dict[str, Verdict]:
     if not stage.series:
         return {}
     lost = {path.name.split("-rank-")[0] for path in (stage.folder / "non_finite").glob("step-*.jsonl")}
-    facts = {**stage.data.get("train", {}), "non_finite": len(lost)}
+    facts = {**stage.data.get("train", {}), "non_finite": len(lost), "ranked": stage.ranked}
     results = {tag: value for tag, value in flatten(stage.results).items() if isinstance(value, (int, float))}
     readings = of_stage(stage.kind, stage.series, results, facts)
     return {quantity: judge(quantity, reading) for quantity, reading in readings.items()}

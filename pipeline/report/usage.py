@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from pipeline.files import CARD
 from pipeline.report.stages import Stage
 
 PLACE = re.compile(r'"DIRECTORY".*')  # in a card's code: where the model lies, with a comment on it
@@ -35,6 +36,6 @@ def model_of(stages: Sequence[Stage]) -> ModelLeft | None:
 
 def _code(model: Path) -> str:
     """The first block of Python in a model's card, which calls it, with the model's directory filled in."""
-    card = model / "README.md"
+    card = model / CARD
     found = CODE.search(card.read_text(encoding="utf-8")) if card.is_file() else None
     return PLACE.sub(lambda _: json.dumps(str(model), ensure_ascii=False), found.group(1)).strip() if found else ""
