@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 
-from pipeline.config.resolve import Resolved, resolve
+from pipeline.config.resolve import Resolved
 from pipeline.config.schema import EvaluateStage, GenerateStage, RewardStage, RlStage, Training
+from pipeline.config.shipped import shipped
 from pipeline.config.yaml_layers import as_word
 from pipeline.config.yaml_text import dump_yaml
 from pipeline.errors import UserError
@@ -49,10 +50,8 @@ def show(steps: Sequence[Resolved]) -> int:
 
 def changed(step: Resolved) -> Iterator[str]:
     """The settings that are not as by default, as words, each with its default."""
-    algo = [as_word("algo", step.settings.algo)] if isinstance(step.settings, RlStage) else []
-    name = [as_word("name", step.settings.name)] if step.settings.name else []
-    usual = flatten(resolve([f"stage={step.stage}", *algo, *name]).settings.model_dump(), ".")
     now = flatten(step.settings.model_dump(), ".")
+    usual = shipped(step.stage, now)
     words = {as_word(key, value): usual.get(key) for key, value in now.items() if value != usual.get(key)}
     yield "# not as by default:" if words else "# all as by default"
     width = max(map(len, words), default=0)

@@ -129,7 +129,7 @@ def test_a_card_names_no_folder_and_no_host_and_leaves_the_template_as_it_is() -
     rewards = "reward={http://gpu7.corp:8000/v1: 1.0, /home/ann lee/good: 0.5, owner/name: 2.0}"
     template = ["template.system=Say yes/no", "template.human=\n\nand/or: "]
     places = [f"zero={ROOT}/ds_configs/zero1.json", "data.exclude=[/home/ann/no]", rewards]
-    given = facts.changed(tiny.settings("rl", "algo=reinforce", "lora_r=4", *places, *template), "rl", "reinforce")
+    given = facts.changed(tiny.settings("rl", "algo=reinforce", "lora_r=4", *places, *template), "rl")
     assert given == {
         "reward.a server": 1.0,
         "reward.good": 0.5,

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.config.resolve import resolve
+from pipeline.config.shipped import shipped
 from pipeline.errors import UserError
 from pipeline.files import flatten, write_text
 from pipeline.report.checks import Verdict
@@ -151,9 +152,9 @@ def _defaults(stage: Stage) -> Mapping[str, object]:
     """What ships for the stage; without its algorithm's part where that is a file of the user's that is gone."""
     algo = stage.settings.get("algo")
     gone = isinstance(algo, str) and algo.endswith((".yaml", ".yml")) and not Path(algo).is_file()
-    words = [f"stage={stage.kind}", *([f"algo={algo}"] if algo and not gone else [])]
+    now = flatten(stage.settings, ".")
     try:
-        return flatten(resolve(words).settings.model_dump(), ".")
+        return shipped(stage.kind, {key: value for key, value in now.items() if not (gone and key == "algo")})
     except UserError:  # an algorithm that this version does not know: the whole configuration is shown all the same
         return {}
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from peft import PeftModel
 
-from pipeline.config.resolve import resolve
 from pipeline.config.reward_spec import is_address
 from pipeline.config.schema import STAGES, RewardStage, RlStage, Training
 from pipeline.config.sections import DataSettings
+from pipeline.config.shipped import shipped
 from pipeline.config.yaml_layers import ROOT, first_comment
 from pipeline.data import hub
 from pipeline.files import CARD, flatten, read_metrics
@@ -55,7 +55,7 @@ def facts_of(settings: Training, model: Model, directory: Path, results: Mapping
             dict.fromkeys(hub.parse(one).repository for one in _places(settings.data) if hub.is_hub_name(one))
         ),
         data=_data(settings, directory),
-        settings=changed(settings, stage, method),
+        settings=changed(settings, stage),
         results=_numbers(directory, results),
         step=results["model_step"],
         steps=results["steps"],
@@ -99,12 +99,11 @@ def _data(settings: Training, directory: Path) -> dict[str, str]:
     return said | ({"sha256": ", ".join(f"{name} `{mark[:SHARE]}`" for name, mark in sha.items())} if sha else {})
 
 
-def changed(settings: Training, stage: str, method: str) -> dict[str, object]:
+def changed(settings: Training, stage: str) -> dict[str, object]:
     """The settings that are not what ships for the stage and its algorithm."""
-    words = [f"stage={stage}", *([f"algo={method}"] if stage == "rl" else []), f"lora_r={settings.model.lora.r}"]
-    shipped = flatten(resolve(words).settings.model_dump(), ".")
-    shipped["model.lora.r"] = 0  # what ships depends on it
-    given = {name: value for name, value in flatten(settings.model_dump(), ".").items() if value != shipped.get(name)}
+    now = flatten(settings.model_dump(), ".")
+    defaults = shipped(stage, now)
+    given = {name: value for name, value in now.items() if value != defaults.get(name)}
     given = {name: value for name, value in given.items() if not name.startswith(UNSAID)}
     # the template is text, in which a / is no folder's
     return {nameless(name): value if name.startswith("template.") else nameless(value) for name, value in given.items()}
