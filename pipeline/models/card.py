@@ -25,7 +25,6 @@ PAPERS = {  # by what algo= and the stages are called
     "esrl": "Wang et al., AAAI 2024, arXiv 2308.02223",
     "reinforce": "Williams, Machine Learning 1992",
     "mrt": "Shen et al., ACL 2016, arXiv 1512.02433",
-    "reward": "Bradley and Terry, 1952; Ouyang et al., 2022, arXiv 2203.02155",
 }
 PAPERS |= dict.fromkeys(("a_lol_ref_free", "a_lol_seq", "a_lol_kl", "r_lol"), PAPERS["alol"])
 
