@@ -106,7 +106,8 @@ def test_reward_models_are_judged_against_length(
 ) -> None:
     numbers = {"eval/accuracy": accuracy, "eval/length_accuracy": 0.60, "eval/pairs": float(pairs), **ENDED}
     found = of(tmp_path, "reward", numbers, {"eval/accuracy": 0.5})
-    right = f"{accuracy:.3f} of {pairs:,} held-out pairs in the right order, by length alone 0.600: {words}"
+    right = f"{accuracy:.3f} of {pairs:,} held-out pairs in the right order at step 300 of 400, "
+    right += f"by length alone 0.600: {words}"
     assert found == Headline(right, level)
 
 

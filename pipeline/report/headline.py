@@ -73,7 +73,7 @@ def of_training(stage: Stage) -> Headline:
     watched = next((one for one in _watched(results) if results.get(one.tag) is not None), None)
     if results.get("model_step") == 0:
         return _untrained(results)
-    where = f" at step {results['model_step']:,} of {results['steps']:,}"
+    where = _where(results)
     if watched is None:
         known = any(tag.startswith("eval/") for tag in results)
         return Headline(f"{NOT_FINITE if known else UNKNOWN} ({where.strip()})", LOOK)
@@ -99,7 +99,7 @@ def of_reward(stage: Stage) -> Headline:
     accuracy, alone = results.get("eval/accuracy"), results.get("eval/length_accuracy")
     if accuracy is None:
         return _of_correlation(stage, results.get("eval/correlation"))
-    right = f"{number(accuracy)} of {results['eval/pairs']:,.0f} held-out pairs in the right order"
+    right = f"{number(accuracy)} of {results['eval/pairs']:,.0f} held-out pairs in the right order{_where(results)}"
     judged = verdicts(stage)
     levels = [judged[name].level for name in ("pair_accuracy", "pair_lead") if name in judged]
     level = worst(*levels) if levels else LOOK
@@ -116,7 +116,7 @@ def _of_correlation(stage: Stage, follows: float | None) -> Headline:
     rows = stage.data.get("validation", {}).get("rows", 0)
     if follows is None:
         return Headline(UNKNOWN, LOOK)
-    said = f"correlation of scores and held-out rewards {number(follows)}"
+    said = f"correlation of scores and held-out rewards {number(follows)}{_where(_plain(stage))}"
     if follows <= 0:
         return Headline(said, TROUBLE)
     return Headline(said, FINE) if follows > 2 / math.sqrt(max(rows, 1)) else Headline(f"{said}{CHANCE}", LOOK)
@@ -221,6 +221,11 @@ def _start(stage: Stage) -> dict[str, float]:
 def _plain(stage: Stage) -> dict[str, float | None]:
     """The final numbers of a training."""
     return {tag: value for tag, value in flatten(stage.results).items() if not isinstance(value, str)}
+
+
+def _where(results: Numbers) -> str:
+    """Of which step the weights are that were kept."""
+    return f" at step {results['model_step']:,} of {results['steps']:,}"
 
 
 def _shown(policy: Numbers) -> str:
