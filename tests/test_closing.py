@@ -21,7 +21,8 @@ RESULTS = {
     "sft": (TRAINED, "/model: held-out loss 1.23 at step 150 of 200"),
     "reward": (
         RANKED,
-        "/model: 0.650 of 1,000 held-out pairs in the right order, by length alone 0.500: more than length",
+        "/model: 0.650 of 1,000 held-out pairs in the right order at step 150 of 200, by length alone 0.500: more than "
+        "length",
     ),
     "rl": (JUDGED, "/model: held-out reward 1.50 at step 150 of 200"),
     "score": ({"train": {"rows": 5700}, "test": {"rows": 3}}, ": train 5,700 rows, test 3 rows"),

@@ -66,8 +66,8 @@ def test_sampled_kl_by_hand() -> None:
     found = evaluation.sampled_kl(policy, reference)
     assert found["objective/kl"] == pytest.approx(0.8248125 / 2, abs=1e-6)
     assert found["objective/kl_k1"] == pytest.approx(-0.25)
-    # population std of (.8248125, 0) is half of it; over sqrt 2
-    assert found["objective/kl_se"] == pytest.approx(0.8248125 / 2 / math.sqrt(2), abs=1e-6)
+    # the variance of (.8248125, 0) about its mean, of one degree of freedom, is .8248125^2 / 2; its root over sqrt 2
+    assert found["objective/kl_se"] == pytest.approx(0.8248125 / 2, abs=1e-6)
     assert evaluation.sampled_kl(reference, reference)["objective/kl"] == 0.0
 
 
@@ -160,7 +160,7 @@ def test_reward_statistics_by_hand() -> None:
     scores = Scores({"n": [4.0, 8.0]}, {"n": [0.0, 1.0]}, [1.0, 3.0])
     found = evaluation.reward_statistics(scores, ["a", "a b c"])
     assert found["reward"] == 2.0 and found["reward_std"] == 1.0
-    assert found["reward_se"] == pytest.approx(1 / math.sqrt(2))
+    assert found["reward_se"] == pytest.approx(1.0)  # sqrt((1 + 1) / (2 - 1)) / sqrt(2)
     assert found["reward_length_correlation"] == pytest.approx(1.0)
     assert found["rewards/n/mean"] == 0.5 and found["rewards/n/std"] == 0.5 and found["rewards/n/raw_mean"] == 6.0
 
@@ -169,7 +169,7 @@ def test_statistics_count_only_what_a_reward_judges() -> None:
     scores = Scores({"n": [4.0, None, 8.0], "m": [None] * 3}, {"n": [0.0, None, 1.0], "m": [None] * 3}, [1.0, 3.0, 2.0])
     found = evaluation.reward_statistics(scores, ["a", "long " * 9, "a b c"])
     assert (found["rewards/n/mean"], found["rewards/n/std"], found["rewards/n/raw_mean"]) == (0.5, 0.5, 6.0)
-    assert found["rewards/n/se"] == pytest.approx(0.5 / math.sqrt(2))
+    assert found["rewards/n/se"] == pytest.approx(0.5)
     assert found["rewards/n/length_correlation"] == pytest.approx(1.0)
     assert found["rewards/n/judged"] == pytest.approx(2 / 3)
     assert found["rewards/m/judged"] == 0.0 and math.isnan(found["rewards/m/mean"])

@@ -9,18 +9,25 @@ import pytest
 
 from pipeline.config.resolve import resolve
 from pipeline.files import write_json, write_text
+from pipeline.report.findings import judge_run
 from pipeline.report.headline import Headline, headline
 from pipeline.report.spec import FINE, LOOK, TROUBLE
-from pipeline.report.stages import stages_of
+from pipeline.report.stages import stages_of, verdicts
+from pipeline.report.tables import policies_table
 from stages import report
 
 START = {"eval/reward": 1.08, "eval/reward_se": 0.05, "eval/rewards/x/mean": 1.08, "eval/loss": 2.0}
 ENDED = {"model_step": 300, "steps": 400, "seconds": 9.0}
 
 
-def of(folder: Path, kind: str, results: dict, start: dict | None = None) -> Headline:
-    """The sentence on a stage that left these results and evaluated `start` before its first step."""
+def of(folder: Path, kind: str, results: dict, start: dict | None = None, **files: object) -> Headline:
+    """The sentence on a stage that left these results and evaluated `start` before its first step.
+
+    `files`: config, data, as JSON, which YAML reads too.
+    """
     name = f"{kind}/x" if kind == "reward" else kind
+    for file, content in files.items():
+        write_json(folder / name / f"{file}.{'yaml' if file == 'config' else 'json'}", content)
     rows = [{"step": 0, "time": 0.0, **start}, {"step": 400, "time": 9.0, **results}] if start else []
     write_text(folder / name / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     if results:
@@ -50,11 +57,6 @@ def test_weights_it_began_with_are_no_success(tmp_path: Path) -> None:
     assert found.text.startswith("taught nothing: in 400 steps no evaluation was better than the start, model/ holds")
 
 
-def test_a_loss_whose_weights_follow_the_policy_is_no_verdict(tmp_path: Path) -> None:
-    found = of(tmp_path, "rl", {"eval/loss": 10.5, **ENDED, "chosen_by": None}, {"eval/loss": 6.03})
-    assert found.level == LOOK and found.text.startswith("nothing tells whether it helped")
-
-
 def test_the_reward_of_logged_rows_is_not_called_the_policys(tmp_path: Path) -> None:
     """It is the same whatever was learned; the weighted loss falls, and does not tell what the policy says."""
     logged = {"eval/logged/reward": 0.25, "eval/loss": 2.0}
@@ -64,6 +66,20 @@ def test_the_reward_of_logged_rows_is_not_called_the_policys(tmp_path: Path) -> 
         "(reward=NAME would)"
     )
     assert found.level == LOOK
+
+
+@pytest.mark.parametrize(
+    ("ratio", "start", "end"), [("sequence", 2.0, 2.5), ("sequence", 2.0, 1.5), ("none", 0.0, 0.0)]
+)
+def test_a_loss_that_compares_nothing_is_neither_success_nor_failure(
+    tmp_path: Path, ratio: str, start: float, end: float
+) -> None:
+    """Weights that follow the policy, or no held-out row with a weight: the last weights are kept then."""
+    method = {"algorithm": {"file": "offline", "settings": {"ratio": ratio}}}
+    found = of(tmp_path, "rl", {"eval/loss": end, **ENDED}, {"eval/loss": start}, config=method)
+    assert ": it says nothing under this method, and nothing judged the policy's own responses" in found.text
+    assert found.level == LOOK
+    assert "best_step" not in verdicts(stages_of(tmp_path)[0])
 
 
 def test_sft_is_judged_by_its_held_out_loss(tmp_path: Path) -> None:
@@ -90,8 +106,23 @@ def test_reward_models_are_judged_against_length(
 ) -> None:
     numbers = {"eval/accuracy": accuracy, "eval/length_accuracy": 0.60, "eval/pairs": float(pairs), **ENDED}
     found = of(tmp_path, "reward", numbers, {"eval/accuracy": 0.5})
-    right = f"{accuracy:.3f} of {pairs:,} held-out pairs in the right order, by length alone 0.600: {words}"
+    right = f"{accuracy:.3f} of {pairs:,} held-out pairs in the right order at step 300 of 400, "
+    right += f"by length alone 0.600: {words}"
     assert found == Headline(right, level)
+
+
+@pytest.mark.parametrize(("follows", "level"), [(0.15, LOOK), (0.25, FINE), (-0.1, TROUBLE)])
+def test_a_correlation_that_chance_reaches_is_no_success(tmp_path: Path, follows: float, level: str) -> None:
+    """Two standard errors of none are 2 / sqrt(100) = 0.2."""
+    results = {"eval/correlation": follows, **ENDED}
+    found = of(tmp_path, "reward", results, {"eval/correlation": 0.0}, data={"validation": {"rows": 100}})
+    assert found.level == level and ("chance alone" in found.text) == (level == LOOK)
+
+
+@pytest.mark.parametrize(("pairs", "level"), [(3.0, LOOK), (100.0, FINE)])  # 2/3 - 1/2 against 1 / sqrt(pairs)
+def test_a_few_pairs_prove_nothing(tmp_path: Path, pairs: float, level: str) -> None:
+    results = {"eval/accuracy": 2 / 3, "eval/pairs": pairs, **ENDED}
+    assert of(tmp_path, "reward", results, {"eval/accuracy": 0.5}).level == level
 
 
 def policy(reward: float, oracle: float, words: float) -> dict[str, float]:
@@ -129,6 +160,28 @@ def test_an_evaluation_says_whether_the_gain_is_sure_and_true(
 ) -> None:
     found = of(tmp_path, "evaluate", {"sft": policy(1.08, 1.0, 20.0), "rl": after})
     assert found.text.startswith(text) and found.level == level
+
+
+@pytest.mark.parametrize(
+    ("error", "text", "level"),
+    [
+        (0.0, "reward 0.200 to 0.900 (+0.700, sure)", FINE),  # each policy earns one reward for all that it says
+        (None, "reward 0.200 to 0.900 (+0.700, the same within noise)", LOOK),  # a single response
+    ],
+)
+def test_rewards_without_a_spread(tmp_path: Path, error: float | None, text: str, level: str) -> None:
+    results = {name: {"reward": reward, "reward_se": error} for name, reward in (("sft", 0.2), ("rl", 0.9))}
+    assert of(tmp_path, "evaluate", results) == Headline(text, level)
+    (stage,) = stages_of(tmp_path)
+    table = policies_table(stage.name, results, judge_run([stage]).policies[stage.name])
+    assert ("same" in table.rows[0][-1].text) == (level == LOOK)
+
+
+def test_two_oracles_that_differ_and_one_that_judged_nothing(tmp_path: Path) -> None:
+    sft = {**policy(1.08, 1.0, 20.0), "rewards/oracle:b/mean": 1.0, "rewards/oracle:c/mean": 1.0}
+    rl = {**policy(1.45, 1.4, 20.0), "rewards/oracle:b/mean": 1.0, "rewards/oracle:c/mean": None}
+    found = of(tmp_path, "evaluate", {"sft": sft, "rl": rl}).text
+    assert "agrees" not in found and "(oracle) 1.00 to 1.40 (rose), True b (oracle) 1.00 to 1.00 (the same" in found
 
 
 def test_the_report_prints_what_asks_for_a_look_and_then_the_page(tmp_path: Path, capsys) -> None:

@@ -562,5 +562,5 @@ def test_every_evaluation_has_its_checks_and_the_last_one_opens_the_page(run_dir
     html = build(run_dir).read_text(encoding="utf-8")
     page = parsed(html)
     assert {link.removeprefix("#") for link in page.links} <= page.anchors
-    assert "Reward 0.410 to 0.200" in html[: html.index("<nav>")] and "rl against sft, again" in html
+    assert "Evaluation: again: reward 0.410 to 0.200" in html[: html.index("<nav>")] and "rl against sft, again" in html
     assert html.index("0.200") < html.index('id="stages"') < html.index("+0.220 ▲ better")

@@ -83,14 +83,21 @@ def is_copy(tag: str, policies: Sequence[Numbers]) -> bool:
 
 
 def noise(tag: str, base: Numbers, other: Numbers) -> float:
-    """The change that says nothing: two standard errors of a difference, or MINOR where no error is known."""
+    """The change that says nothing: two standard errors of a difference, or MINOR where no error is measured.
+
+    Where one is and is not finite, as of a single response, every change says nothing.
+    """
     errors = [error_of(values, tag) for values in (base, other)]
-    return max(MINOR[0] * abs(base[tag]), MINOR[1]) if None in errors else 2 * math.hypot(*errors)
+    if None not in errors:
+        return 2 * math.hypot(*errors)
+    measured = any(name in values for name in error_names(tag) for values in (base, other))
+    return math.inf if measured else max(MINOR[0] * abs(base[tag]), MINOR[1])
 
 
 def in_errors(tag: str, base: Numbers, other: Numbers) -> float:
-    """The change in standard errors."""
-    return (other[tag] - base[tag]) / (noise(tag, base, other) / 2 or 1.0)
+    """The change in standard errors; infinite where there is one and no noise, as between two constants."""
+    change, one = other[tag] - base[tag], noise(tag, base, other) / 2
+    return change / one if one else math.copysign(math.inf, change) if change else 0.0
 
 
 def error_names(tag: str) -> list[str]:
@@ -109,7 +116,7 @@ def _change(base: Numbers, other: Numbers, tag: str) -> Reading | None:
     change = in_errors(tag, base, other)
     label = "" if tag == REWARD else f"{metric_of(tag)[1]} "
     unknown = None in [error_of(values, tag) for values in (base, other)]
-    behind = "" if unknown else f", {number(change)} standard errors"
+    behind = "" if unknown or math.isinf(change) else f", {number(change)} standard errors"
     return Reading(change, f"{label}{number(base[tag])} to {number(other[tag])}{behind}")
 
 

@@ -5,6 +5,7 @@ The verdicts are those of checks.py and measures/*.yaml: what lies within two st
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -18,10 +19,9 @@ from pipeline.report.tables import columns_of
 
 REWARD, LOSS, WORDS = "reward", "eval/loss", "completions/mean_words"
 LOGGED = ": of logged responses, as nothing judged its own (reward=NAME would)"
-NO_VERDICT = (
-    "nothing tells whether it helped: its held-out loss follows the policy, and no reward judged (reward=NAME would)"
-)
+TELLS_NOTHING = "it says nothing under this method, and nothing judged the policy's own responses (reward=NAME would)"
 UNKNOWN = "no held-out rows: nothing tells whether it helped"
+CHANCE = ", which chance alone could reach"
 NOT_FINITE = "its held-out numbers are not finite"
 
 
@@ -53,9 +53,13 @@ def headline(stage: Stage) -> Headline:
 
 
 def of_run(stages: Sequence[Stage]) -> Headline | None:
-    """The sentence on a whole run, that of its last stage that has results; None where none has."""
+    """The sentence on a whole run, that of the last stage of the recipe's order that has results, by its title where
+    others are of its kind; None where none has."""
     ended = [stage for stage in stages if stage.results]
-    return headline(ended[-1]) if ended else None
+    if not ended:
+        return None
+    said, others = headline(ended[-1]), [stage for stage in ended[:-1] if stage.kind == ended[-1].kind]
+    return said._replace(text=f"{ended[-1].title}: {said.text}") if others else said
 
 
 def worst(*levels: str) -> str:
@@ -69,20 +73,22 @@ def of_training(stage: Stage) -> Headline:
     watched = next((one for one in _watched(results) if results.get(one.tag) is not None), None)
     if results.get("model_step") == 0:
         return _untrained(results)
-    where = f" at step {results['model_step']:,} of {results['steps']:,}"
-    if not stage.ranked:
-        return Headline(f"{NO_VERDICT} ({where.strip()})", LOOK)
+    where = _where(results)
     if watched is None:
         known = any(tag.startswith("eval/") for tag in results)
         return Headline(f"{NOT_FINITE if known else UNKNOWN} ({where.strip()})", LOOK)
     first = _start(stage)
     if first.get(watched.tag) is None:
         return Headline(f"{watched.words} {number(results[watched.tag])}{where}{watched.remark}", LOOK)
+    from_to = f"{watched.words} {number(first[watched.tag])} to {number(results[watched.tag])}{where}"
+    if watched.tag == LOSS and not stage.loss_compares:
+        return Headline(f"{from_to}: {TELLS_NOTHING}", LOOK)
     verdict, level = _change(watched.tag, first, results, watched.larger_is_better)
     if "best_step" in (judged := verdicts(stage)) and judged["best_step"].level == TROUBLE:
-        verdict, level = f"{verdict}, no evaluation was better than the start", TROUBLE
-    from_to = f"{watched.words} {number(first[watched.tag])} to {number(results[watched.tag])}"
-    return Headline(f"{from_to}{where}: {verdict}{watched.remark}", worst(level, _least(watched)))
+        chosen_by = watched.tag in (f"eval/{REWARD}", LOSS)
+        none = "no evaluation was better than the start" if chosen_by else "but the held-out loss was never lower"
+        verdict, level = f"{verdict}, {none}", TROUBLE
+    return Headline(f"{from_to}: {verdict}{watched.remark}", worst(level, _least(watched)))
 
 
 def of_reward(stage: Stage) -> Headline:
@@ -92,21 +98,28 @@ def of_reward(stage: Stage) -> Headline:
         return _untrained(results)
     accuracy, alone = results.get("eval/accuracy"), results.get("eval/length_accuracy")
     if accuracy is None:
-        follows = results.get("eval/correlation")
-        if follows is None:
-            return Headline(UNKNOWN, LOOK)
-        return Headline(
-            f"correlation of scores and held-out rewards {number(follows)}", FINE if follows > 0 else TROUBLE
-        )
-    right = f"{number(accuracy)} of {results['eval/pairs']:,.0f} held-out pairs in the right order"
+        return _of_correlation(stage, results.get("eval/correlation"))
+    right = f"{number(accuracy)} of {results['eval/pairs']:,.0f} held-out pairs in the right order{_where(results)}"
     judged = verdicts(stage)
     levels = [judged[name].level for name in ("pair_accuracy", "pair_lead") if name in judged]
     level = worst(*levels) if levels else LOOK
     if "pair_lead" not in judged:
-        return Headline(right, level)
+        sure = accuracy - 0.5 > 1 / math.sqrt(results["eval/pairs"])  # two standard errors of tosses of a coin
+        return Headline(right, level) if sure else Headline(f"{right}{CHANCE}", worst(level, LOOK))
     lead = {TROUBLE: "no more than length", LOOK: "hardly more than length", FINE: "more than length"}
     weak = ", but a weak judge" if judged["pair_lead"].level == FINE and level != FINE else ""
     return Headline(f"{right}, by length alone {number(alone)}: {lead[judged['pair_lead'].level]}{weak}", level)
+
+
+def _of_correlation(stage: Stage, follows: float | None) -> Headline:
+    """Of a reward model whose rows make no pairs: 1 / sqrt(rows) is the standard error of no correlation at all."""
+    rows = stage.data.get("validation", {}).get("rows", 0)
+    if follows is None:
+        return Headline(UNKNOWN, LOOK)
+    said = f"correlation of scores and held-out rewards {number(follows)}{_where(_plain(stage))}"
+    if follows <= 0:
+        return Headline(said, TROUBLE)
+    return Headline(said, FINE) if follows > 2 / math.sqrt(max(rows, 1)) else Headline(f"{said}{CHANCE}", LOOK)
 
 
 def of_rows(stage: Stage) -> Headline:
@@ -176,21 +189,22 @@ def _compared(base: Numbers, other: Numbers, monitors: Sequence[str]) -> Headlin
     level = found[REWARD].level
     sure = {FINE: "sure", LOOK: "the same within noise", TROUBLE: "worse"}[level]
     parts = [f"reward {_shown(base)} to {_shown(other)} ({signed(other[REWARD] - base[REWARD])}, {sure})"]
-    parts += [_agrees(tag, base, other) for tag in other if fnmatchcase(tag, ORACLE) and base.get(tag) is not None]
+    parts += _oracles(base, other)
     if None not in (base.get(WORDS), other.get(WORDS)):
         parts.append(f"{other[WORDS]:.0f} words (was {base[WORDS]:.0f})")
     fell = [one for one in found.values() if one.name == rules()["unseen"].name and one.level != FINE]
     if fell:
         parts.append(f"but what it was never trained on fell ({'; '.join(one.text for one in fell)})")
-    return Headline(", ".join(dict.fromkeys(parts)), worst(level, *(one.level for one in fell)))
+    return Headline(", ".join(parts), worst(level, *(one.level for one in fell)))
 
 
-def _agrees(tag: str, base: Numbers, other: Numbers) -> str:
-    """Whether an oracle moved as the reward did: up, down or not at all."""
-    moves = [_move(one, base, other) for one in (tag, REWARD)]
-    if moves[0] == moves[1]:
-        return "the oracle agrees"
-    return f"{metric_of(tag)[1]} {number(base[tag])} to {number(other[tag])} ({moves[0]})"
+def _oracles(base: Numbers, other: Numbers) -> list[str]:
+    """Whether the oracles moved as the reward did, up, down or not at all; those that did not, one by one."""
+    known = [tag for tag in other if fnmatchcase(tag, ORACLE) and None not in (base.get(tag), other[tag])]
+    moves = {tag: _move(tag, base, other) for tag in known}
+    if known and {*moves.values()} == {_move(REWARD, base, other)}:
+        return ["the oracle agrees"]
+    return [f"{metric_of(tag)[1]} {number(base[tag])} to {number(other[tag])} ({move})" for tag, move in moves.items()]
 
 
 def _move(tag: str, base: Numbers, other: Numbers) -> str:
@@ -207,6 +221,11 @@ def _start(stage: Stage) -> dict[str, float]:
 def _plain(stage: Stage) -> dict[str, float | None]:
     """The final numbers of a training."""
     return {tag: value for tag, value in flatten(stage.results).items() if not isinstance(value, str)}
+
+
+def _where(results: Numbers) -> str:
+    """Of which step the weights are that were kept."""
+    return f" at step {results['model_step']:,} of {results['steps']:,}"
 
 
 def _shown(policy: Numbers) -> str:

@@ -120,7 +120,7 @@ def _best_step(left: Left) -> Reading | None:
     """The first of the best evaluations: of highest reward where responses were judged, else of lowest loss."""
     judged = DECODED[0] in left.series
     points = left.series.get(DECODED[0] if judged else "eval/loss", ())
-    if len(points) < 2 or not left.facts.get("ranked", True):
+    if len(points) < 2:
         return None
     step, _ = (max if judged else min)(points, key=itemgetter(1))
     return Reading(step, f"{step:,} of {points[-1][0]:,}")

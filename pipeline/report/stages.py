@@ -54,13 +54,18 @@ class Stage(NamedTuple):
         return self.name.replace("/", "-")
 
     @property
-    def ranked(self) -> bool:
-        """Whether a number tells which evaluation was the best; a loss whose weights follow the policy does not."""
-        return self.results.get("chosen_by", "") is not None
-
-    @property
     def settings(self) -> Mapping[str, Any]:
         return (load_yaml(self.folder / "config.yaml") or {}) if self.config else {}
+
+    @property
+    def loss_compares(self) -> bool:
+        """Whether its held-out loss tells one step from another, as where it chooses the best weights.
+
+        Not under weights that follow the policy (a ratio), and not where no held-out row has a weight: it is 0 then.
+        """
+        method = self.settings.get("algorithm") or {}
+        idle = self.kind == "rl" and not any(value for _, value in self.series.get("eval/loss", ()))
+        return (method.get("settings") or {}).get("ratio", "none") == "none" and not idle
 
 
 def stages_of(run_dir: Path) -> list[Stage]:
@@ -82,9 +87,11 @@ def verdicts(stage: Stage) -> dict[str, Verdict]:
     if not stage.series:
         return {}
     lost = {path.name.split("-rank-")[0] for path in (stage.folder / "non_finite").glob("step-*.jsonl")}
-    facts = {**stage.data.get("train", {}), "non_finite": len(lost), "ranked": stage.ranked}
+    facts = {**stage.data.get("train", {}), "non_finite": len(lost)}
     results = {tag: value for tag, value in flatten(stage.results).items() if isinstance(value, (int, float))}
     readings = of_stage(stage.kind, stage.series, results, facts)
+    if "eval/reward" not in stage.series and not stage.loss_compares:
+        readings.pop("best_step", None)
     return {quantity: judge(quantity, reading) for quantity, reading in readings.items()}
 
 

@@ -36,23 +36,28 @@ def reward_statistics(scores: Scores, texts: Sequence[str]) -> dict[str, float]:
     rewards/<name>/raw_mean where that is another number.
 
     A reward's numbers are those of the responses that it judges; of fewer than all, rewards/<name>/judged is the share.
-    They are NaN where it judges none.
+    They are NaN where it judges none; so is a standard error of a single response.
     """
     result = {"reward": statistics.fmean(scores.total), "reward_std": statistics.pstdev(scores.total)}
-    result["reward_se"] = result["reward_std"] / math.sqrt(len(texts))
+    result["reward_se"] = standard_error(scores.total)
     result["reward_length_correlation"] = length_correlation(scores.total, texts)
     for name in scores.normalised:
         judged = [i for i, value in enumerate(scores.normalised[name]) if value is not None]
         raw, values = ([each[name][i] for i in judged] or [math.nan] for each in (scores.raw, scores.normalised))
         result[f"rewards/{name}/mean"] = statistics.fmean(values)
-        result[f"rewards/{name}/std"] = spread = statistics.pstdev(values) if judged else math.nan
-        result[f"rewards/{name}/se"] = spread / math.sqrt(len(values))
+        result[f"rewards/{name}/std"] = statistics.pstdev(values) if judged else math.nan
+        result[f"rewards/{name}/se"] = standard_error(values)
         if scores.raw[name] != scores.normalised[name]:
             result[f"rewards/{name}/raw_mean"] = statistics.fmean(raw)
         result[f"rewards/{name}/length_correlation"] = length_correlation(values, [texts[i] for i in judged])
         if len(judged) < len(texts):
             result[f"rewards/{name}/judged"] = len(judged) / len(texts)
     return result
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of their mean; NaN where one value tells of no spread."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 def completion_statistics(responses: Sequence[Response]) -> dict[str, float]:
@@ -128,7 +133,7 @@ def sampled_kl(policy: Sequence[Tensor], reference: Sequence[Tensor]) -> dict[st
     return {
         "objective/kl": statistics.fmean(k3),
         "objective/kl_k1": statistics.fmean(k1),
-        "objective/kl_se": statistics.pstdev(k3) / math.sqrt(len(k3)),
+        "objective/kl_se": standard_error(k3),
     }
 
 

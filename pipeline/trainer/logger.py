@@ -26,6 +26,7 @@ PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal to
 HELD_OUT = {  # of these the first that is known stands beside the progress bar: what the policy itself earns, if judged
     "eval/reward": "held-out reward",
     "eval/accuracy": "held-out accuracy",
+    "eval/rewards/accuracies": "held-out pairs in order",
     "eval/loss": "held-out loss",
 }
 
@@ -94,6 +95,11 @@ class RunLog:
         for name, text in markdown.pages([flatten(row) for row in rows]).items():
             self._board.text(name, text, step)
 
+    def flush(self) -> None:
+        """Have TensorBoard's points on the disk, as before a checkpoint: whoever goes on from it draws none again."""
+        if self.enabled:
+            self._board.flush()
+
     def finish(self, results: Mapping[str, object]) -> None:
         """results.json, after which the stage is done; before it, in TensorBoard, the same numbers as a table."""
         if not self.enabled:
@@ -122,14 +128,15 @@ class _Progress:
         drawn = {"dynamic_ncols": True, "bar_format": "{l_bar}{bar}| " + line}
         style = drawn if self._terminal else never | {"bar_format": "{desc}: {percentage:3.0f}% " + line}
         self.bar = tqdm(desc=description, total=total_steps, initial=first_step, unit="step", **style)
-        self._known: dict[str, float] = {}
+        self._known: dict[str, float | None] = {}
 
     def note(self, row: Mapping[str, float | None]) -> None:
         """Numbers of the log; each stands beside the bar until the next one."""
-        self._known |= {tag: row[tag] for tag in ("train/loss", *HELD_OUT) if row.get(tag) is not None}
+        self._known |= {tag: row[tag] for tag in ("train/loss", *HELD_OUT) if tag in row}
         held_out = [tag for tag in HELD_OUT if tag in self._known][:1]
         names = {"train/loss": "loss"} | {tag: HELD_OUT[tag] for tag in held_out}
-        shown = [f"{name} {self._known[tag]:.4g}" for tag, name in names.items() if tag in self._known]
+        known = {name: self._known[tag] for tag, name in names.items() if tag in self._known}
+        shown = [f"{name} {'not finite' if value is None else f'{value:.4g}'}" for name, value in known.items()]
         self.bar.set_postfix_str(", ".join(shown), refresh=False)
 
     def show(self, step: int) -> None:

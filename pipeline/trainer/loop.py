@@ -123,7 +123,7 @@ def fit(trainer: Trainer) -> None:
     )
     # results.json comes last: a stage with one is done, and its checkpoints may go
     state = take_steps(trainer, state, interval, log, checkpoints)
-    numbers = results(trainer, state)
+    numbers = results(state, train.keep, trainer.max_steps)
     keep(trainer, state, numbers)
     log.finish(numbers)
     log.close()
@@ -160,6 +160,7 @@ def take_steps(trainer: Trainer, state: State, interval: Interval, log: RunLog, 
     def save() -> None:
         seconds = before + time.monotonic() - began
         memory = trainer.windows.state_dict(state.step)
+        log.flush()
         checkpoints.save(trainer.engine, replace(state, seconds=seconds), interval, memory)
 
     received: list[int] = []  # SIGTERMs, which then end nothing
@@ -309,10 +310,9 @@ def link_or_copy(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def results(trainer: Trainer, state: State) -> dict[str, Any]:
-    """The stage's final numbers: those of the weights that became model/, and which number chose among weights."""
-    best = trainer.settings.train.keep == "best" and state.best_step is not None
+def results(state: State, kept: str, steps: int) -> dict[str, Any]:
+    """The stage's final numbers: those of the weights that became model/."""
+    best = kept == "best" and state.best_step is not None
     seen: Mapping[str, float] = state.best_seen if best else state.last_seen
-    steps = {"model_step": state.best_step if best else state.step, "steps": trainer.max_steps}
-    chosen_by = None if trainer.best_metric is None else trainer.best_metric.tag
-    return {**seen, **steps, "chosen_by": chosen_by, "seconds": round(state.seconds, 1)}
+    step = state.best_step if best else state.step
+    return {**seen, "model_step": step, "steps": steps, "seconds": round(state.seconds, 1)}

@@ -58,9 +58,7 @@ def numbers(columns: Mapping[str, Mapping[str, Any]]) -> str:
     return lines(["tag", *columns], [[plain(name), *row] for name, row in zip(names, cells, strict=True)])
 
 
-def _number(value: float | str | None) -> str:
-    if isinstance(value, str):
-        return value
+def _number(value: float | None) -> str:
     return "-" if value is None or math.isnan(value) else plain(value)
 
 
