@@ -21,7 +21,7 @@ def main(settings: ReportStage, words: Sequence[str]) -> None:
     path, stages = build(directory), stages_of(directory)
     found = [one for one in findings(stages, judge_run(stages)) if one.verdict.level != FINE]
     for place, _, verdict in found[:SHOWN]:
-        print(f"{verdict.level}: {place}: {verdict.name}: {verdict.text}: {verdict.means}. {verdict.do}")
+        print(f"{verdict.level}: {place}: {verdict.name}: {verdict.text}: {verdict.means}. What to do: {verdict.do}")
     if len(found) > SHOWN:
         print(f"... and {len(found) - SHOWN} more on the page")
     said = of_run(stages)

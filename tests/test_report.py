@@ -472,7 +472,9 @@ def test_ticks_of_a_scatter_plot_differ() -> None:
 
 def test_the_rewards_of_all_responses_are_drawn_as_distributions(run_dir):
     rows = [{"policy": "sft", "id": f"q{i}", "reward": 0.25 * (i % 4)} for i in range(8)]  # 0, 0.25, 0.5, 0.75 twice
-    rows += [{**row, "policy": "rl", "reward": min(1.0, row["reward"] + 0.5 * (i < 6))} for i, row in enumerate(rows)]
+    rows += [
+        {**row, "policy": "rl", "reward": min(1.0, row["reward"] + 0.5 * (i < 6) + 1e-9)} for i, row in enumerate(rows)
+    ]
     write_rows(run_dir / "evaluate" / "rewards.jsonl", rows)
     html = build(run_dir).read_text(encoding="utf-8")
     parsed(html)
@@ -493,6 +495,14 @@ def test_equal_rewards_draw_one_bar(run_dir):
     html = build(run_dir).read_text(encoding="utf-8")
     parsed(html)
     assert html.count(": 100.0%</title>") == 1 and "nan" not in html
+
+
+def test_words_are_counted_as_in_the_table_and_rounding_is_no_change(run_dir):
+    text = {"id": "1", "prompt": "?", "response": "\u628a\u571f\u88c5\u8fdb"}
+    rows = [{**text, "policy": "sft", "reward": 0.5}, {**text, "policy": "rl", "reward": 0.5 + 1e-8}]
+    write_rows(run_dir / "evaluate" / "samples" / "policies.jsonl", rows)
+    html = build(run_dir).read_text(encoding="utf-8")
+    assert html.count("4 words") == 2 and "<b>rl reward 0.500</b>" in html
 
 
 def test_long_texts_are_cut_and_whole_after_a_click_whatever_their_script(run_dir):

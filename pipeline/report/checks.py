@@ -38,7 +38,7 @@ class Verdict(NamedTuple):
     @property
     def warning(self) -> str:
         """For below a chart; empty where all is fine."""
-        return "" if self.level == FINE else f"{self.level}. {self.text}: {self.means}. {self.do}."
+        return "" if self.level == FINE else f"{self.level}. {self.text}: {self.means}. What to do: {self.do}."
 
 
 def judge(quantity: str, reading: Reading) -> Verdict:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from pipeline.report.checks import Verdict
 from pipeline.report.html import render
 from pipeline.report.numbers import number
-from pipeline.report.spec import FINE, REST, START, Chart, Rule, band, charts_for, rules, wanted
+from pipeline.report.spec import REST, START, Chart, Rule, band, charts_for, rules, wanted
 from pipeline.report.stage_checks import Series, head
 from pipeline.report.svg import COLOURS, Curve, Plot, line_chart, thin
 from pipeline.report.tables import Cell
@@ -67,8 +67,8 @@ def _once(chart: Chart, tag: str, value: float, verdict: Verdict | None) -> list
     """A table row for what was measured a single time and so has no curve: its meaning, value and healthy range."""
     name = tag if chart.group == REST else f"{chart.title}, {tag}"
     healthy = wanted(chart.check).removeprefix("healthy ") if chart.check and rules()[chart.check].drawn else ""
-    warning = "" if verdict is None or verdict.level == FINE else f" {verdict.level}: {verdict.means}. {verdict.do}."
-    return [Cell(name, chart.caption + warning), number(value), healthy]
+    warning = "" if verdict is None else verdict.warning
+    return [Cell(name, f"{chart.caption} {warning}".strip()), number(value), healthy]
 
 
 def _levels(chart: Chart, series: Series, results: Mapping[str, object]) -> list[tuple[float, str]]:

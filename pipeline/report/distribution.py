@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from pipeline.errors import UserError
-from pipeline.report.numbers import number
+from pipeline.report.numbers import alike, number
 from pipeline.report.stages import json_object
 from pipeline.report.svg import Ridge, ridges, ticks
 
@@ -52,10 +52,10 @@ def _rewards(path: Path) -> dict[str, dict[str, float]]:
 
 def _prompt_by_prompt(known: Rewards, other: str) -> str:
     first = next(iter(known))
-    changes = [value - known[first][name] for name, value in known[other].items() if name in known[first]]
-    up, down = sum(change > 0 for change in changes), sum(change < 0 for change in changes)
-    same = len(changes) - up - down
-    parts = [f"{up:,} of {len(changes):,} prompts are answered better by {other} than by {first}", f"{down:,} worse"]
+    pairs = [(known[first][name], value) for name, value in known[other].items() if name in known[first]]
+    moved = [after > before for before, after in pairs if not alike(before, after)]
+    up, down, same = sum(moved), len(moved) - sum(moved), len(pairs) - len(moved)
+    parts = [f"{up:,} of {len(pairs):,} prompts are answered better by {other} than by {first}", f"{down:,} worse"]
     return ", ".join([*parts, *([f"{same:,} the same"] if same else [])]) + "."
 
 

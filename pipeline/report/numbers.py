@@ -24,6 +24,11 @@ def signed(value: float) -> str:
     return ("+" if value > 0 else "") + number(value)
 
 
+def alike(one: float, other: float) -> bool:
+    """Whether two rewards are the same but for rounding: of equal texts in other batches the last digits may differ."""
+    return math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-6)
+
+
 def fixed(value: float, decimals: int, sign: str = "") -> str:
     return f"{value:{sign},.{decimals}f}".replace("-", MINUS)
 

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 from pipeline.errors import UserError
 from pipeline.report.html import render
-from pipeline.report.numbers import number, signed
+from pipeline.report.numbers import alike, number, signed
 from pipeline.report.stages import Stage, json_object
+from pipeline.words import between_blanks
 
 SAMPLES = 8  # prompts with responses side by side
 ROLLOUT, COMPOSITIONS, RESPONSE = KINDS = ("rollout", "compositions", "response")
@@ -130,11 +131,12 @@ def _answers(rows: Sequence[Row]) -> tuple[str, list[Answer]]:
 def _answer(row: Row, first: float | None) -> Answer:
     reward, text = row.get("reward"), ""
     if reward is not None:
-        change = "" if first is None or reward == first else f" ({signed(reward - first)})"
+        change = "" if first is None or alike(reward, first) else f" ({signed(reward - first)})"
         text = f"reward {number(reward)}{change}"
     parts = [f"{name} {number(value)}" for name, value in (row.get("rewards") or {}).items() if value is not None]
     response = str(row["response"])
-    return Answer(row["policy"], text, ", ".join([*parts, f"{len(response.split())} words"]), response)
+    count = len(between_blanks(response))  # as the evaluation counts
+    return Answer(row["policy"], text, ", ".join([*parts, f"{count} word{'s' * (count != 1)}"]), response)
 
 
 # samples of RL
