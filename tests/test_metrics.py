@@ -207,15 +207,6 @@ def test_a_resumed_curve_has_every_point_once(tmp_path):
     assert points(tmp_path, "drawn") == [(1, 0.0), (2, 0.0), (3, 0.0), (4, 0.0)]
 
 
-def test_a_kill_behind_a_checkpoint_loses_no_point_before_it(tmp_path):
-    """What the checkpoint waited for is on the disk though the log was never closed."""
-    log = log_in(tmp_path)
-    for step in (1, 2):
-        log.scalars(step, {"a": float(step)})
-    log.flush()
-    assert points(tmp_path, "a") == [(1, 1.0), (2, 2.0)]
-
-
 def test_the_layout_finds_the_tags_of_the_stages():
     tags = ["train/reward", "eval/reward", "eval/rewards/oracle:helpfulness/mean", "train/loss", "eval/accuracy"]
     tags += ["ratio/clip_fraction_low", "ratio/ess", "logged/kl", "value/r2", "eval/completions/clipped_ratio"]

@@ -498,11 +498,11 @@ def test_equal_rewards_draw_one_bar(run_dir):
 
 
 def test_words_are_counted_as_in_the_table_and_rounding_is_no_change(run_dir):
-    text = {"id": "1", "prompt": "?", "response": "\u628a\u571f\u88c5\u8fdb"}
+    text = {"id": "1", "prompt": "?", "response": "\u628a\u571f\u88c5\u8fdb\u82b1"}
     rows = [{**text, "policy": "sft", "reward": 0.5}, {**text, "policy": "rl", "reward": 0.5 + 1e-8}]
     write_rows(run_dir / "evaluate" / "samples" / "policies.jsonl", rows)
     html = build(run_dir).read_text(encoding="utf-8")
-    assert html.count("4 words") == 2 and "<b>rl reward 0.500</b>" in html
+    assert html.count("5 words") == 2 and "<b>rl reward 0.500</b>" in html
 
 
 def test_long_texts_are_cut_and_whole_after_a_click_whatever_their_script(run_dir):

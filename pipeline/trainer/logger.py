@@ -95,11 +95,6 @@ class RunLog:
         for name, text in markdown.pages([flatten(row) for row in rows]).items():
             self._board.text(name, text, step)
 
-    def flush(self) -> None:
-        """Have TensorBoard's points on the disk, as before a checkpoint: whoever goes on from it draws none again."""
-        if self.enabled:
-            self._board.flush()
-
     def finish(self, results: Mapping[str, object]) -> None:
         """results.json, after which the stage is done; before it, in TensorBoard, the same numbers as a table."""
         if not self.enabled:

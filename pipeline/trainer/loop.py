@@ -160,7 +160,6 @@ def take_steps(trainer: Trainer, state: State, interval: Interval, log: RunLog, 
     def save() -> None:
         seconds = before + time.monotonic() - began
         memory = trainer.windows.state_dict(state.step)
-        log.flush()
         checkpoints.save(trainer.engine, replace(state, seconds=seconds), interval, memory)
 
     received: list[int] = []  # SIGTERMs, which then end nothing
