@@ -90,8 +90,7 @@ def evaluate(settings: SftStage, policy: Model, watched: WatchedAnswers, step: i
         scalars["eval/masked_loss"] = masked["eval/loss"]
     shown = watched.rows[: settings.eval.num_samples]
     answers = generate(policy.engine, policy.encoder, shown, policy.generation, settings.seed) if shown else []
-    samples = [{"id": a.example.id, "prompt": a.prompt_text, "response": a.text} for a in answers]
-    return Evaluation(scalars, samples=samples)
+    return Evaluation(scalars, samples=evaluation.sample_rows(answers, None, len(answers)))
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ def test_score_rows_are_what_rl_reads(runs: Path, tmp_path: Path) -> None:
     assert results["train"]["rows"] == 20
 
 
-def test_rl_from_scored_rows_alone(runs: Path, tmp_path: Path) -> None:
+def test_rl_from_scored_rows_alone(runs: Path, tmp_path: Path, capsys) -> None:
     """Rows with a reward column, no reward model; values are learned from the logged rewards."""
     lines = [
         {"prompt": f"How do I boil egg {i % 10}?", "completion": "Put it in water." * (1 + i % 3), "reward": i % 4 / 4}
@@ -189,6 +189,13 @@ def test_rl_from_scored_rows_alone(runs: Path, tmp_path: Path) -> None:
     words += [f"data.train={tmp_path / 'logs.jsonl'}", "data.validation_fraction=0.3"]
     train("rl", tmp_path, *words, "value.targets=data", "max_steps=2", "value.epochs=2", *SHORT)
     assert (tmp_path / "default" / "rl" / "model" / "config.json").is_file()
+    (row, *_) = rows(tmp_path / "default" / "rl" / "samples" / "step-000001.jsonl")
+    assert set(row) == {"id", "prompt", "response"}  # to be read, though nothing judges them
+    replaced = "those that the rows bring are not used"
+    assert replaced not in capsys.readouterr().out
+    judged = ["name=judged", "reward=length", "rewards.normalise=none"]
+    train("rl", tmp_path, *words, *judged, "value.targets=data", "max_steps=1", "value.epochs=1", *SHORT)
+    assert replaced in capsys.readouterr().out
     with pytest.raises(UserError, match="nothing can score new responses"):
         train("rl", tmp_path, *words, "name=two", "value.targets=policy", "max_steps=2", *SHORT)
 

@@ -75,7 +75,7 @@ class Metric(NamedTuple):
 
 ORACLE = "rewards/oracle:*/mean"  # the tag of the true quality, known in the built-in task only
 METRICS = (
-    Metric("reward", "Reward", +1, "gain", "what the policy was trained to raise"),
+    Metric("reward", "Reward", +1, "gain", "all rewards that judged here, by weight"),
     Metric(ORACLE, "True {} (oracle)", +1, "unseen", "known by construction, never trained on"),
     Metric("rewards/*/mean", "Reward: {}", +1, "parts", "one reward, before weights"),
     Metric(

@@ -62,13 +62,13 @@ def required_rewards(context: Context) -> Rewards:
 
 
 def fresh_responses(context: Context, model: Model, prompts: Sequence[Example]) -> Evaluation:
-    """eval/... of responses that the policy gives now; judged, where rewards are, with a few samples."""
+    """eval/... of responses that the policy gives now, judged where rewards are; with a few samples."""
     settings = context.settings
     responses = generate(model.engine, model.encoder, prompts, settings.generation, settings.seed)
-    statistics, histograms, samples = evaluation.completion_statistics(responses), {}, []
+    statistics, histograms, scores = evaluation.completion_statistics(responses), {}, None
     if context.rewards is not None:
         scores = scoring.score_responses(model.ranks, context.rewards, responses)
         statistics |= evaluation.reward_statistics(scores, [response.text for response in responses])
-        samples = evaluation.sample_rows(responses, scores, settings.eval.num_samples)
         histograms["eval/reward"] = torch.tensor(scores.total)
+    samples = evaluation.sample_rows(responses, scores, settings.eval.num_samples)
     return Evaluation({f"eval/{name}": value for name, value in statistics.items()}, histograms, samples)

@@ -101,7 +101,7 @@ def best_metric(context: Context, held_out: Sequence[Item]) -> BestMetric | None
         why = f"has no row of positive {weight}" if idle else f"has weights that follow the policy (ratio: {ratio})"
         logger.warning(
             f"train.keep: best, but nothing judges new responses, and the held-out loss {why}, so that it cannot say "
-            "which step was best: the last weights are kept (reward=NAME would choose)"
+            "which step was best: the last weights are kept (reward=NAME would choose, and score the rows)"
         )
     return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +18,8 @@ from pipeline.records import Example, Item
 from pipeline.rewards import scoring
 from pipeline.rewards.rewards import Rewards
 from pipeline.trainer.engine import Ranks
+
+logger = logging.getLogger("tiffin")
 
 NOTHING_POSITIVE = {  # the cure, by what weighs a row
     "reward": "raise the rewards above 0, or set algo=alol, which subtracts what was to be expected",
@@ -35,6 +38,8 @@ def with_rewards(ranks: Ranks, rows: list[Example], rewards: Rewards | None, set
         return rows
     if rewards is None:
         return [*convert.judged(rows, settings.run)]
+    if any(row.reward is not None for row in rows):
+        logger.info("rewards: those that the rows bring are not used: reward= scores them anew")
     scoring.warn_of_equals(rewards, rows)
     scores = scoring.score_texts(ranks, rewards, rows, [row.completion for row in rows])
     return [replace(row, reward=total) for row, total in zip(rows, scores.total, strict=True)]

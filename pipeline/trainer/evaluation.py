@@ -137,19 +137,13 @@ def sampled_kl(policy: Sequence[Tensor], reference: Sequence[Tensor]) -> dict[st
     }
 
 
-def sample_rows(responses: Sequence[Response], scores: Scores, count: int, **more: Any) -> list[dict[str, Any]]:
-    """The first `count` responses as rows of a sample table."""
-    return [
-        {
-            **more,
-            "id": responses[i].example.id,
-            "prompt": responses[i].prompt_text,
-            "response": responses[i].text,
-            "reward": scores.total[i],
-            "rewards": {name: values[i] for name, values in scores.normalised.items()},
-        }
-        for i in range(min(count, len(responses)))
-    ]
+def sample_rows(responses: Sequence[Response], scores: Scores | None, count: int, **more: Any) -> list[dict[str, Any]]:
+    """The first `count` responses as rows of a sample table, with their rewards where they were judged."""
+    rows = [{**more, "id": r.example.id, "prompt": r.prompt_text, "response": r.text} for r in responses[:count]]
+    for i, row in enumerate(rows if scores is not None else ()):
+        row["reward"] = scores.total[i]
+        row["rewards"] = {name: values[i] for name, values in scores.normalised.items()}
+    return rows
 
 
 def pair_accuracy(chosen: Sequence[float], rejected: Sequence[float]) -> float:
