@@ -93,9 +93,8 @@ def memory(shape: Shape, train: TrainSettings, load: Load, world: int, stage: in
     kept = KEPT * shape.outputs
     if train.gradient_checkpointing:  # what every layer reads, and one layer as it is made again
         kept = kept / shape.layers + shape.hidden_size * shape.layers
-    slice_of_head = (
-        4 * 4 * min(load.tokens * shape.vocab_size, CHUNK_ELEMENTS)
-    )  # logits, log-probabilities, two gradients
+    chunk = min(load.tokens * shape.vocab_size, CHUNK_ELEMENTS)
+    slice_of_head = 4 * 4 * chunk  # logits, log-probabilities, two gradients
     weights = shape.parameters * element / (world if stage == 3 else 1)
     gathered = shape.parameters * element - weights
     return Memory(

@@ -74,7 +74,7 @@ def write_adapters(directory: Path, model: PeftModel, weights: dict[str, Tensor]
     options = {"selected_adapters": [lora.TRAINED], "save_embedding_layers": False}
     model.save_pretrained(directory, state_dict=dict(weights), **options)
     model.peft_config[lora.TRAINED] = own
-    (directory / CARD).unlink()  # a form to be filled in
+    (directory / CARD).unlink(missing_ok=True)  # a form to be filled in
     return weights
 
 

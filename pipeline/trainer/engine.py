@@ -337,8 +337,14 @@ class Engine:
         """What `save` wrote, bit for bit."""
         if not directory.is_dir():
             raise UserError(f"{directory}: no checkpoint to resume from, wanted one that this run saved")
-        whole = not self._frozen()
-        self._engine.load_checkpoint(str(directory.parent), tag=directory.name, load_module_strict=whole)
+        frozen = self._frozen()
+
+        def need_not(module: nn.Module, found: Any) -> None:
+            found.missing_keys[:] = [name for name in found.missing_keys if name not in frozen]
+
+        hook = self.module.register_load_state_dict_post_hook(need_not)  # what is trained must all be there
+        self._engine.load_checkpoint(str(directory.parent), tag=directory.name)
+        hook.remove()
 
     def _frozen(self) -> set[str]:
         """The names of weights that are not trained, all names of tied ones."""
