@@ -31,10 +31,6 @@ class Headline(NamedTuple):
     text: str
     level: str  # one of spec.LEVELS: Fine only where it is sure that the stage did what it is for
 
-    @property
-    def success(self) -> bool:
-        return self.level == FINE
-
 
 class Watched(NamedTuple):
     """A number of a training by which it is judged."""
