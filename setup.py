@@ -24,6 +24,7 @@ REQUIREMENTS = [
     "sacrebleu>=2.4",
     "nltk>=3.10.3",  # before it, the stemmer took quadratic time for a long run of y
     "rapidfuzz>=3.0",
+    "scikit-learn>=1.5",
 ]
 DEV = ["pytest>=8.0", "ruff>=0.9", "rouge-score>=0.1.2", "psutil>=5.9"]
 
