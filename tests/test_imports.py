@@ -39,7 +39,10 @@ ONE_IMPORTER = {
     "nltk": "reward_models/_rouge.py",
 }
 DEVELOPMENT_ONLY = {"pytest", "ruff", "rouge_score", "psutil"}
-PACKAGE_OF = {"yaml": "pyyaml", "sklearn": "scikit-learn"}  # module -> package, where the names differ by more than case and "_"
+PACKAGE_OF = {
+    "yaml": "pyyaml",
+    "sklearn": "scikit-learn",
+}  # module -> package, where the names differ by more than case and "_"
 NOT_INSTALLED = {
     "comet": "asks for versions that clash with training's: served from an environment of its own",
     "trl": "the peer that speed is compared with, in an environment of its own",

@@ -28,7 +28,7 @@ from pipeline.rl import reference
 from pipeline.rollout.generate import generate
 from pipeline.trainer import engine, evaluation
 from pipeline.trainer.model import Model
-from pipeline.trainer.objective import objective_of
+from pipeline.trainer.objective import Objective, objective_of
 from reward_models import learned
 from stages.reward import scores_of
 from tests import same_step, tiny
@@ -110,7 +110,8 @@ def test_the_divergence_of_two_policies() -> None:
 
 def test_log_ratios() -> None:
     speaking, items = speaker("llama"), list(same_step.rows())
-    found = [evaluation.log_ratios(speaking, items, packing).sort().values for packing in packings(False)]
+    objective = Objective(lambda logp, batch: (logp.sum(), {}), "tokens")
+    found = [evaluation.held_out_ratios(speaking, objective, items, packing)[1] for packing in packings(False)]
     sums = [item.ref_logp[0].sum() for item in items]
     for ratios in found[1:]:
         tiny.close(ratios, found[0], of=sums)  # differences of sums

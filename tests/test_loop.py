@@ -144,7 +144,9 @@ class Toy:
     seed: int = 0  # of the first weights
     at_evaluation: Callable[[int], None] = lambda step: None
     objective: Objective = TOKENS
-    larger_is_better: bool | None = False  # None: nothing chooses the best weights
+    larger_is_better: bool = False
+    tag: str = "eval/loss"  # what chooses the best weights
+    known: dict[int, float] = field(default_factory=dict)  # its value at some steps, where the evaluation has none
 
     def engine(self) -> Engine:
         lm = tiny.language_model("gpt2", self.seed, resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1)
@@ -162,6 +164,7 @@ class Toy:
         def evaluate(step: int) -> Evaluation:
             self.at_evaluation(step)
             found = evaluation.held_out_loss(engine, self.objective, items, PACKING)
+            found |= {self.tag: self.known[step]} if step in self.known else {}
             return Evaluation(found, {"lengths": torch.arange(3.0)}, [{"id": "a", "response": f"at {step}"}])
 
         draw = schedule.epochs(len(items), settings.train.batch_size, settings.seed)
@@ -173,7 +176,7 @@ class Toy:
             objective=self.objective,
             max_steps=self.steps,
             evaluate=evaluate,
-            best_metric=None if self.larger_is_better is None else BestMetric("eval/loss", self.larger_is_better),
+            best_metric=BestMetric(self.tag, self.larger_is_better),
             prepare=prepare,
         )
         loop.fit(trainer)
@@ -317,11 +320,14 @@ def test_the_best_weights_that_were_removed_are_missed_before_more_steps_are_tak
     toy.run()
 
 
-def test_where_nothing_chooses_the_last_weights_are_kept(tmp_path: Path) -> None:
-    toy = Toy(tmp_path, larger_is_better=None)
+def test_where_the_last_weights_are_of_unknown_worth_they_are_kept(tmp_path: Path, caplog) -> None:
+    """Those of step 0, which were the best of those known, are not: nothing says that they are better."""
+    toy = Toy(tmp_path, tag="eval/gain/estimate", larger_is_better=True, words={"eval_steps": 3})
+    toy.known = {0: 0.0, 3: -0.1}
     toy.run()
-    assert same(toy.weights(), toy.weights("last")) and not (tmp_path / "best").exists()
+    assert same(toy.weights(), toy.weights("last")) and not same(toy.weights(), toy.weights("best"))
     assert json.loads((tmp_path / "results.json").read_text())["model_step"] == 6
+    assert ["eval/gain/estimate of the last weights is not known" in r.message for r in caplog.records].count(True) == 1
 
 
 @pytest.mark.parametrize("limit", [1, 2])

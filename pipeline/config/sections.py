@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-STAGE_FILES = ("model", "best", "last", "checkpoints", "tensorboard", "samples", "non_finite")  # in a stage directory
+# in a stage directory
+STAGE_FILES = ("model", "best", "last", "checkpoints", "tensorboard", "samples", "held_out", "non_finite")
 
 
 def folder_name(value: str) -> str:

@@ -7,23 +7,23 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
+from pipeline.algorithms import estimates
 from pipeline.data import convert, dataset
 from pipeline.data.batching import Windows
 from pipeline.files import fingerprint
 from pipeline.records import Example, Item, Needs
 from pipeline.rl import rows
 from pipeline.rl.context import Context, fresh_responses, splits
-from pipeline.rl.reference import ReferencePolicy, annotate, check_ratio
+from pipeline.rl.reference import ReferencePolicy, annotate, check_ratio, with_ref_logps
 from pipeline.rl.values import ValueData
 from pipeline.trainer import evaluation
-from pipeline.trainer.loop import HELD_OUT_LOSS, REWARD, BestMetric, Evaluation, Trainer
+from pipeline.trainer.loop import GAIN, HELD_OUT_LOSS, REWARD, BestMetric, Evaluation, Trainer
 from pipeline.trainer.model import Model, build_policy, encode
 from pipeline.trainer.schedule import steps_for
-
-HISTOGRAM_ROWS = 128  # held-out rows whose ratio to the reference is drawn at each evaluation
 
 logger = logging.getLogger("tiffin")
 
@@ -40,6 +40,8 @@ def trainer(context: Context) -> Trainer:
     value_data = ValueData(prompts, items, context.rewards, context.rewards_key)
     annotated, facts = annotate(reference, [*items, *held_out], needs, value_data)
     items, held_out = annotated[: len(items)], annotated[len(items) :]
+    if "reward" in held_out[0].numbers and not needs.ref_logp:
+        held_out = with_ref_logps(reference, held_out)  # what was gained is told by ratios to it
 
     # which rows, for how long
     draw, facts["advantage/kept_fraction"] = rows.population(items, context.algorithm.weight, settings)
@@ -84,26 +86,15 @@ def rewarded_rows(context: Context, needs: Needs) -> tuple[list[Example], list[E
     return train, held_out, prompts
 
 
-def best_metric(context: Context, held_out: Sequence[Item]) -> BestMetric | None:
-    """What chooses the weights: the reward of fresh responses; where nothing judges them the held-out loss.
+def best_metric(context: Context, held_out: Sequence[Item]) -> BestMetric:
+    """What chooses the weights: the reward of fresh responses; where nothing judges them, what held-out rows say was
+    gained; where these bring no rewards, the likelihood of all of them alike.
 
-    None, and a word about it, where that loss cannot compare one step with another: a ratio, or the policy's own
-    probability, in its weights makes it fall when the policy merely forgets the rows; and where no row has a positive
-    weight it is 0 throughout.
+    A loss that weighs rows chooses nothing: it falls when the rows of much weight are merely forgotten.
     """
     if context.rewards is not None:
         return REWARD
-    ratio, weight = context.algorithm.ratio, context.algorithm.weight
-    idle = weight != "one" and not any(item.numbers[weight] > 0 for item in held_out)
-    if ratio == "none" and not idle:
-        return HELD_OUT_LOSS
-    if context.settings.train.keep == "best":
-        why = f"has no row of positive {weight}" if idle else f"has weights that follow the policy (ratio: {ratio})"
-        logger.warning(
-            f"train.keep: best, but nothing judges new responses, and the held-out loss {why}, so that it cannot say "
-            "which step was best: the last weights are kept (reward=NAME would choose, and score the rows)"
-        )
-    return None
+    return GAIN if "reward" in held_out[0].numbers else HELD_OUT_LOSS
 
 
 def check_start(context: Context, policy: Model, items: Sequence[Item], indices: Sequence[int]) -> None:
@@ -124,16 +115,51 @@ class WatchedRows:
 
 
 def evaluate(context: Context, policy: Model, watched: WatchedRows, step: int) -> Evaluation:
-    """The loss's statistics on held-out rows, and fresh responses to held-out prompts, judged."""
-    engine, packing = policy.engine, policy.packing
-    scalars = evaluation.held_out_loss(engine, context.objective, watched.held_out, packing)
+    """The loss's statistics on held-out rows, what they say was gained, and fresh responses, judged."""
+    engine, packing, items = policy.engine, policy.packing, watched.held_out
+    known: list[dict[str, Any]] = []
+    if not items[0].ref_logp:
+        scalars, ratios = evaluation.held_out_loss(engine, context.objective, items, packing), None
+    else:
+        scalars, ratios = evaluation.held_out_ratios(engine, context.objective, items, packing)
     judged = fresh_responses(context, policy, watched.prompts)
     scalars, histograms = scalars | judged.scalars, dict(judged.histograms)
-    if watched.held_out[0].ref_logp:
-        histograms["ratio/log"] = evaluation.log_ratios(engine, watched.held_out[:HISTOGRAM_ROWS], packing)
+    if ratios is not None:
+        histograms["ratio/log"] = ratios
+    if ratios is not None and "reward" in items[0].numbers:
+        rows = estimated(items, ratios)
+        scalars |= gained(rows, step)
+        columns = (rows.reward.tolist(), rows.value.tolist(), ratios.tolist())
+        known = [
+            {"id": item.example.id, "reward": reward, "value": value, "log_ratio": ratio}
+            for item, reward, value, ratio in zip(items, *columns, strict=True)
+        ]
     if step == 0:
         scalars, histograms = scalars | watched.facts, histograms | number_histograms(watched.learned)
-    return Evaluation(scalars, histograms, judged.samples)
+    return Evaluation(scalars, histograms, judged.samples, known)
+
+
+def estimated(items: Sequence[Item], log_ratios: torch.Tensor) -> estimates.HeldOut:
+    """What a gain is estimated from. V is that of the method; the rows' mean reward where it has none."""
+    rewards = torch.tensor([item.numbers["reward"] for item in items], dtype=torch.float64)
+    mean = float(rewards.mean())
+    values = torch.tensor([item.numbers.get("value", mean) for item in items], dtype=torch.float64)
+    places: dict[object, int] = {}
+    prompts = torch.tensor([places.setdefault(item.example.prompt, len(places)) for item in items])
+    return estimates.HeldOut(log_ratios, rewards, values, prompts)
+
+
+def gained(rows: estimates.HeldOut, step: int) -> dict[str, float]:
+    """eval/gain/...: how much more reward the policy earns than its start, as held-out rows say.
+
+    Without the estimate and its interval, and a word, where they are not to be believed.
+    """
+    gain = estimates.gain(rows)
+    carried = {"eval/gain/ess": gain.ess, "eval/gain/power": gain.power}
+    if not gain.known:
+        logger.warning(f"eval/gain: not known at step {step}: {gain.unknown}")
+        return carried
+    return {"eval/gain/estimate": gain.value, "eval/gain/low": gain.low, "eval/gain/high": gain.high, **carried}
 
 
 def number_histograms(items: Sequence[Item]) -> dict[str, torch.Tensor]:

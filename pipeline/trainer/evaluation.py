@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,22 +13,51 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.data.batching import Packing, once
-from pipeline.records import Example, Item, Response, Row, Scores
+from pipeline.records import Batch, Example, Item, Response, Row, Scores
 from pipeline.trainer.engine import Engine
 from pipeline.trainer.metrics import Metrics
-from pipeline.trainer.objective import Objective
+from pipeline.trainer.objective import Objective, Output
 from pipeline.words import between_blanks
 
 
 @torch.no_grad()
-def held_out_loss(engine: Engine, objective: Objective, items: Sequence[Item], packing: Packing) -> dict[str, float]:
-    """The objective's statistics over all items, as eval/...; the same on every rank."""
+def held_out_loss(
+    engine: Engine,
+    objective: Objective,
+    items: Sequence[Item],
+    packing: Packing,
+    seen: Callable[[Batch, Output], None] = lambda batch, output: None,
+) -> dict[str, float]:
+    """The objective's statistics over all items, as eval/...; the same on every rank.
+
+    `seen` is called with each micro-batch of this rank and what the module says of it.
+    """
     engine.train(False)
     metrics = Metrics()
     for batch in once(items, packing, engine.ranks.rank, engine.ranks.world):
-        _, stats = objective.loss(objective.ask(engine, batch), batch.to(engine.ranks.device))
+        output = objective.ask(engine, batch)
+        _, stats = objective.loss(output, batch.to(engine.ranks.device))
         metrics.add({f"eval/{name}": stat for name, stat in stats.items()})
+        seen(batch, output)
     return metrics.reduce(engine.ranks.all_sum)
+
+
+def held_out_ratios(
+    engine: Engine, objective: Objective, items: Sequence[Item], packing: Packing
+) -> tuple[dict[str, float], Tensor]:
+    """As `held_out_loss`; and, of the same forwards, (rows,) float64 ln(policy / reference) of each whole response.
+
+    In nats, the rows of an item one after another; the items carry the reference's ref_logp.
+    """
+    mine: dict[int, list[float]] = {}
+
+    def note(batch: Batch, logp: Tensor) -> None:
+        gaps = torch.where(batch.response_mask, logp.double().cpu() - batch.ref_logp, 0.0).sum(1)  # (B,)
+        mine.update({index: gaps[place :: len(batch.items)].tolist() for place, index in enumerate(batch.items)})
+
+    scalars = held_out_loss(engine, objective, items, packing, note)
+    merged = {index: gaps for part in engine.ranks.gather(mine) for index, gaps in part.items()}
+    return scalars, torch.tensor([gap for i in range(len(items)) for gap in merged[i]], dtype=torch.float64)
 
 
 def reward_statistics(scores: Scores, texts: Sequence[str]) -> dict[str, float]:
@@ -95,17 +124,6 @@ def response_logps(engine: Engine, responses: Sequence[Response], packing: Packi
         mine |= {index: logp[place][batch.response_mask[place]] for place, index in enumerate(batch.items)}
     merged = {index: row for part in engine.ranks.gather(mine) for index, row in part.items()}
     return [merged[i] for i in range(len(responses))]
-
-
-@torch.no_grad()
-def log_ratios(engine: Engine, items: Sequence[Item], packing: Packing) -> Tensor:
-    """(rows,) ln(policy / reference) of each whole response, in nats; the items carry the reference's ref_logp."""
-    engine.train(False)
-    ratios: list[float] = []
-    for batch in once(items, packing, engine.ranks.rank, engine.ranks.world):
-        gap = torch.where(batch.response_mask, engine(batch).float().cpu() - batch.ref_logp, 0.0)
-        ratios += gap.sum(1)[batch.sequence_mask].tolist()
-    return torch.tensor([ratio for part in engine.ranks.gather(ratios) for ratio in part])
 
 
 def same_tokens(

@@ -32,7 +32,7 @@ HELD_OUT = {  # of these the first that is known stands beside the progress bar:
 
 
 class RunLog:
-    """Everything a stage writes while it runs: metrics.jsonl, tensorboard/, samples/, results.json, a progress bar.
+    """All that a stage writes while it runs: metrics.jsonl, tensorboard/, samples/, held_out/, results.json, a bar.
 
     `resume_step` is the step of the checkpoint the run goes on from: what was logged later is removed. 0 is a start
     from nothing and removes whatever an earlier start logged. With `enabled` False every method does nothing.
@@ -56,7 +56,8 @@ class RunLog:
         before = read_metrics(path)
         kept = [row for row in before if resume_step and row["step"] <= resume_step]
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-        _drop_samples(self._directory / "samples", resume_step)
+        for folder in ("samples", "held_out"):
+            _drop_later(self._directory / folder, resume_step)
         spent = kept[-1]["time"] if kept else 0.0
         self._start = time.monotonic() - spent
         self._rows = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
@@ -94,6 +95,11 @@ class RunLog:
         write_jsonl(self._directory / "samples" / f"step-{step:06d}.jsonl", rows)
         for name, text in markdown.pages([flatten(row) for row in rows]).items():
             self._board.text(name, text, step)
+
+    def held_out(self, step: int, rows: Sequence[Mapping[str, object]]) -> None:
+        """held_out/step-N.jsonl: what an evaluation knows of each held-out row."""
+        if self.enabled and rows:
+            write_jsonl(self._directory / "held_out" / f"step-{step:06d}.jsonl", rows)
 
     def finish(self, results: Mapping[str, object]) -> None:
         """results.json, after which the stage is done; before it, in TensorBoard, the same numbers as a table."""
@@ -144,7 +150,7 @@ class _Progress:
             print(self.bar, file=sys.stderr, flush=True)
 
 
-def _drop_samples(folder: Path, resume_step: int) -> None:
+def _drop_later(folder: Path, resume_step: int) -> None:
     for path in folder.glob("step-*.jsonl"):
         step = path.stem.removeprefix("step-")
         if step.isdigit() and (not resume_step or int(step) > resume_step):

@@ -46,11 +46,12 @@ class Evaluation:
     scalars: Mapping[str, float]
     histograms: Mapping[str, Tensor] = field(default_factory=dict)
     samples: Sequence[Mapping[str, Any]] = ()
+    held_out: Sequence[Mapping[str, Any]] = ()  # what is known of each held-out row
 
 
 @dataclass(frozen=True)
 class BestMetric:
-    """The evaluation scalar that chooses the best weights."""
+    """The evaluation scalar that chooses the best weights; an evaluation without it does not know their worth."""
 
     tag: str
     larger_is_better: bool
@@ -63,6 +64,7 @@ class BestMetric:
 
 HELD_OUT_LOSS = BestMetric("eval/loss", larger_is_better=False)
 REWARD = BestMetric("eval/reward", larger_is_better=True)
+GAIN = BestMetric("eval/gain/estimate", larger_is_better=True)
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Trainer:
     objective: Objective
     max_steps: int
     evaluate: Callable[[int], Evaluation]
-    best_metric: BestMetric | None  # None: no number compares one step with another, so the last weights are kept
+    best_metric: BestMetric
     prepare: Callable[[], None] = lambda: None
     kept_fraction: float = 1.0  # of rows, where fewer steps are taken for those that are left out
 
@@ -123,8 +125,9 @@ def fit(trainer: Trainer) -> None:
     )
     # results.json comes last: a stage with one is done, and its checkpoints may go
     state = take_steps(trainer, state, interval, log, checkpoints)
-    numbers = results(state, train.keep, trainer.max_steps)
-    keep(trainer, state, numbers)
+    best = keeps_best(trainer, state)
+    numbers = results(state, best, trainer.max_steps)
+    keep(trainer, best, numbers)
     log.finish(numbers)
     log.close()
     ranks.barrier()
@@ -272,25 +275,34 @@ def evaluate(trainer: Trainer, state: State, log: RunLog) -> tuple[State, dict[s
     for tag, values in evaluation.histograms.items():
         log.histogram(tag, values, state.step)
     log.samples(state.step, list(evaluation.samples))
+    log.held_out(state.step, evaluation.held_out)
     scalars = dict(evaluation.scalars)
     state = replace(state, last_seen=scalars)
-    if trainer.best_metric is None:
-        return state, scalars
-    value = scalars[trainer.best_metric.tag]
+    value = scalars.get(trainer.best_metric.tag, math.nan)
     if trainer.best_metric.better(value, state.best):
         trainer.model.export(trainer.directory / "best", trainer.asked)
         state = replace(state, best=value, best_step=state.step, best_seen=scalars)
     return state, scalars
 
 
-def keep(trainer: Trainer, state: State, numbers: Mapping[str, Any]) -> None:
-    """Export the last weights to last/, and let model/ be best/ or last/ as train.keep says, with a card.
+def keeps_best(trainer: Trainer, state: State) -> bool:
+    """Whether model/ becomes the best weights, not the last: never where it is not known what the last are worth."""
+    if trainer.settings.train.keep == "last":
+        return False
+    known = trainer.best_metric.tag in state.last_seen
+    if not known:
+        logger.warning(
+            f"train.keep: best, but {trainer.best_metric.tag} of the last weights is not known, so that no others can "
+            "be called better: the last are kept"
+        )
+    return known and state.best_step is not None
 
-    `numbers`: see `results`.
-    """
+
+def keep(trainer: Trainer, best: bool, numbers: Mapping[str, Any]) -> None:
+    """Export the last weights to last/, and let model/ be best/ or last/, with a card. `numbers`: see `results`."""
     trainer.model.export(trainer.directory / "last", trainer.asked)
     if trainer.engine.ranks.main:
-        chosen = trainer.directory / (trainer.settings.train.keep if state.best_step is not None else "last")
+        chosen = trainer.directory / ("best" if best else "last")
         part = trainer.directory / "model.part"
         shutil.rmtree(part, ignore_errors=True)
         shutil.copytree(chosen, part, copy_function=link_or_copy)
@@ -309,9 +321,8 @@ def link_or_copy(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def results(state: State, kept: str, steps: int) -> dict[str, Any]:
+def results(state: State, best: bool, steps: int) -> dict[str, Any]:
     """The stage's final numbers: those of the weights that became model/."""
-    best = kept == "best" and state.best_step is not None
     seen: Mapping[str, float] = state.best_seen if best else state.last_seen
     step = state.best_step if best else state.step
     return {**seen, "model_step": step, "steps": steps, "seconds": round(state.seconds, 1)}
