@@ -60,7 +60,7 @@ def test_sampling_for_values_is_announced_with_its_price(capfd: pytest.CaptureFi
     asked = model()
     rewards = build_rewards(settings, settings.reward, settings.rewards, asked.ranks.device)
     prompts = [Example(str(i), f"the {word} sat") for i, word in enumerate(tiny.WORDS[:5])]
-    found = value_targets(asked, settings, ValueData(prompts, [], rewards, None))
+    found = value_targets(asked, settings, ValueData(prompts, [], rewards, None), "policy")
     said = capfd.readouterr()
     price = "values: 4 prompts x 2 responses x at most 6 tokens = 48 tokens to sample before the first step"
     assert price in said.out and len(found.items) == 4

@@ -285,7 +285,7 @@ def live(folder: Path, name: str, rows: list[Item]) -> list[Item]:
     """The same, by a reference in memory, one row at a time."""
     ref = reference_of(folder, name)
     source = ValueData([], rows, None, None)
-    targets, settings = values.value_targets(ref.model, ref.settings, source), ref.settings
+    targets, settings = values.value_targets(ref.model, ref.settings, source, "data"), ref.settings
     head, _ = values.fit_value(ref.model.engine, targets, ref.model.packing, settings.value, settings.seed)
     model, head, found = tiny.language_model("llama"), head.eval(), []
     for row in rows:

@@ -231,9 +231,9 @@ class RewardSettings(Section):
 
 
 class ValueSettings(Section):
-    targets: Literal["policy", "data"]
+    targets: Literal["auto", "policy", "data"]
     samples_per_prompt: Count
-    max_prompts: Count
+    max_prompts: Count | None
     held_out_fraction: Annotated[float, Field(gt=0, lt=1)]
     learning_rate: Positive
     epochs: Count
@@ -242,9 +242,13 @@ class ValueSettings(Section):
     num_heads: Count
     dropout: Dropped
 
+    def most_prompts(self, targets: Literal["policy", "data"]) -> int:
+        """From how many prompts V is learned at most: those to sample for cost more."""
+        return self.max_prompts or {"policy": 100, "data": 400}[targets]
+
     def spoken_cost(self, prompts: int, max_new_tokens: int) -> str:
-        """What is sampled from the policy before the first step, in words; `prompts` that there are."""
-        taken, each = min(prompts, self.max_prompts), self.samples_per_prompt
+        """What is sampled from the policy before the first step, in words; `prompts` that are taken."""
+        taken, each = prompts, self.samples_per_prompt
         return (
             f"values: {taken:,} prompts x {each} responses x at most {max_new_tokens} tokens = "
             f"{taken * each * max_new_tokens:,} tokens to sample before the first step (value.targets=data: none)"

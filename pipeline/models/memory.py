@@ -138,8 +138,9 @@ def estimate(settings: Training) -> str:
         fitting = [f"ZeRO-{one}" for one, row in parts.items() if row.needed <= limit]
         lines.append(f"fits in {available / GB:.1f} GB, with a tenth to spare: {', '.join(fitting) or 'none'}")
     lines.append(str(Demand(parts[stage].needed, available, owner, cures(settings, world))))
-    if isinstance(settings, RlAdvantage) and settings.value.targets == "policy":
-        lines.append(settings.value.spoken_cost(settings.value.max_prompts, settings.generation.max_new_tokens))
+    if isinstance(settings, RlAdvantage) and settings.value.targets != "data":
+        most = settings.value.most_prompts("policy")
+        lines.append(settings.value.spoken_cost(most, settings.generation.max_new_tokens))
     lines.append("one model in memory: a reference is never kept beside the policy")
     return "\n".join(lines)
 
@@ -193,8 +194,8 @@ def load_of(settings: Training) -> Load:
     if isinstance(settings, RlPolicy):
         sampler = settings.sampler
         calls.append((train.batch_size, sampler.k_max if sampler.mode == "dynamic" else sampler.k))
-    if isinstance(settings, RlAdvantage) and settings.value.targets == "policy":
-        calls.append((settings.value.max_prompts, settings.value.samples_per_prompt))
+    if isinstance(settings, RlAdvantage) and settings.value.targets != "data":
+        calls.append((settings.value.most_prompts("policy"), settings.value.samples_per_prompt))
     rows = max(min(prompts, generation.batch_size) * each for prompts, each in calls)
     return Load(tokens, rows * (data.max_prompt_length + new))
 

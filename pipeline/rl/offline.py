@@ -129,10 +129,10 @@ def evaluate(context: Context, policy: Model, watched: WatchedRows, step: int) -
     if ratios is not None and "reward" in items[0].numbers:
         rows = estimated(items, ratios)
         scalars |= gained(rows, step)
-        columns = (rows.reward.tolist(), rows.value.tolist(), ratios.tolist())
+        numbers = {name: column.tolist() for name, column in rows._asdict().items()}
         known = [
-            {"id": item.example.id, "reward": reward, "value": value, "log_ratio": ratio}
-            for item, reward, value, ratio in zip(items, *columns, strict=True)
+            {"id": item.example.id, **{name: column[i] for name, column in numbers.items()}}
+            for i, item in enumerate(items)
         ]
     if step == 0:
         scalars, histograms = scalars | watched.facts, histograms | number_histograms(watched.learned)

@@ -90,29 +90,26 @@ def attached(items: Sequence[Item], saved: dict[str, Tensor]) -> list[Item]:
 def with_values(policy: ReferencePolicy, items: list[Item], data: ValueData) -> tuple[list[Item], dict[str, float]]:
     """The items with `value` and `advantage`, and how well the value head predicts on prompts it did not see.
 
-    Raises UserError where targets are to come from the policy, but nothing can judge its responses.
+    Raises UserError as `values.source_of`.
     """
     settings, model = policy.settings, policy.model
-    if settings.value.targets == "policy" and data.rewards is None:
-        raise UserError(
-            "value.targets: policy, but nothing can score new responses: give reward=, or value.targets=data"
-        )
+    source = values.source_of(settings.value, data.rewards)
     judges = data.rewards.rewards if data.rewards is not None else ()
     # all that the values depend on: another judge, seed or number of ranks gives others
     parts = {
         "rows": rows_digest(items),
-        "logged": [item.numbers["reward"] for item in data.logged] if settings.value.targets == "data" else None,
+        "logged": [item.numbers["reward"] for item in data.logged] if source == "data" else None,
         "prompts": [[str(example.prompt), example.references] for example in data.prompts],
-        "columns": [example.columns for example in data.prompts] if settings.value.targets == "policy" else None,
+        "columns": [example.columns for example in data.prompts] if source == "policy" else None,
         "judge": [data.rewards_key, [[one.name, one.weight, one.normalise] for one in judges]],
-        "value": settings.value.model_dump(),
+        "value": [source, settings.value.model_dump()],
         "generation": settings.generation.model_dump(),
         "seed": settings.seed,
         "world": model.ranks.world,
     }
 
     def compute() -> dict[str, Tensor | dict[str, float]]:
-        targets = values.value_targets(model, settings, data)
+        targets = values.value_targets(model, settings, data, source)
         head, report = values.fit_value(model.engine, targets, model.packing, settings.value, settings.seed)
         prompts = [Item(item.example, (replace(item.rows[0], response_ids=()),)) for item in items]
         predicted = values.values_of(model.engine, head, prompts, model.packing)

@@ -6,6 +6,7 @@ import logging
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from pipeline.config.schema import RlStage
 from pipeline.config.sections import ValueSettings
 from pipeline.data import dataset, sampling
 from pipeline.data.batching import Packing, collate, once, window
+from pipeline.errors import UserError
 from pipeline.models import value_head
 from pipeline.records import Example, Item
 from pipeline.rewards import rewards as reward_functions
@@ -47,11 +49,28 @@ class Targets:
     high: float
 
 
-def value_targets(model: Model, rl: RlStage, data: ValueData) -> Targets:
+def source_of(settings: ValueSettings, rewards: Rewards | None) -> Literal["policy", "data"]:
+    """Which responses V learns from: fresh ones where `rewards` can judge them, else logged ones, which is said.
+
+    Raises UserError where fresh ones are wanted, but nothing can judge them.
+    """
+    if settings.targets == "policy" and rewards is None:
+        raise UserError(
+            "value.targets: policy, but nothing can score new responses: give reward=, or value.targets=data"
+        )
+    if settings.targets == "auto" and rewards is None:
+        logger.info("values: V is learned from the logged rewards, as nothing judges new responses (value.targets)")
+    if settings.targets == "auto":
+        return "data" if rewards is None else "policy"
+    return settings.targets
+
+
+def value_targets(model: Model, rl: RlStage, data: ValueData, source: Literal["policy", "data"]) -> Targets:
     """Prompts with the reward to expect: of fresh responses of the reference, or of the logged ones."""
     settings = rl.value
-    if settings.targets == "policy":
-        prompts = dataset.unique_prompts(data.prompts)[: settings.max_prompts]
+    most = settings.most_prompts(source)
+    if source == "policy":
+        prompts = dataset.unique_prompts(data.prompts)[:most]
         generation = rl.generation.model_copy(
             update={"do_sample": True, "num_beams": 1, "num_return_sequences": settings.samples_per_prompt}
         )
@@ -67,7 +86,7 @@ def value_targets(model: Model, rl: RlStage, data: ValueData) -> Targets:
         logged: dict[object, list[float]] = {}
         for item in data.logged:
             logged.setdefault(item.example.prompt, []).append(item.numbers["reward"])
-        prompts = dataset.unique_prompts([item.example for item in data.logged])[: settings.max_prompts]
+        prompts = dataset.unique_prompts([item.example for item in data.logged])[:most]
         expected = [statistics.fmean(logged[example.prompt]) for example in prompts]
     # a share of the prompts chooses the best epoch and is never fitted
     encoded = dataset.encode(prompts, model.encoder, dataset.prompt_rows)
