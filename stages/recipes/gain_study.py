@@ -29,7 +29,7 @@ from pipeline.files import read_metrics
 LOSS = "lowest eval/loss"  # what must not choose
 
 
-class Seen(NamedTuple):
+class TrueGain(NamedTuple):
     """One evaluation: the true gain over the start, its standard error, and what is estimated."""
 
     truth: float
@@ -57,19 +57,19 @@ def main(runs: Sequence[str]) -> None:
     print(f"mean estimate {told:.3f}, mean true gain {true:.3f}")
 
 
-def of_run(run: Path) -> list[list[Seen]]:
+def of_run(run: Path) -> list[list[TrueGain]]:
     """The evaluations of each training of a run, but for those of which nothing is known of held-out rows."""
     return [read(stage) for stage in sorted(run.glob("rl/*")) if (stage / "held_out").is_dir()]
 
 
-def read(stage: Path) -> list[Seen]:
+def read(stage: Path) -> list[TrueGain]:
     """The evaluations of one training behind the first."""
     rows = {row["step"]: row for row in read_metrics(stage / "metrics.jsonl") if "eval/reward" in row}
     first = rows[0]
     return [seen(stage, row, first) for step, row in rows.items() if step]
 
 
-def seen(stage: Path, row: Mapping[str, float], first: Mapping[str, float]) -> Seen:
+def seen(stage: Path, row: Mapping[str, float], first: Mapping[str, float]) -> TrueGain:
     lines = (stage / "held_out" / f"step-{row['step']:06d}.jsonl").read_text("utf-8").splitlines()
     table = [json.loads(line) for line in lines]
     numbers = {name: torch.tensor([one[name] for one in table]) for name in HeldOut._fields}
@@ -78,15 +78,15 @@ def seen(stage: Path, row: Mapping[str, float], first: Mapping[str, float]) -> S
     estimated = {name: float(estimate(held_out, once)) for name, estimate in ESTIMATES.items()}
     error = math.hypot(row["eval/reward_se"], first["eval/reward_se"])
     truth = row["eval/reward"] - first["eval/reward"]
-    return Seen(truth, error, estimated | {LOSS: -row["eval/loss"]}, estimates.gain(held_out))
+    return TrueGain(truth, error, estimated | {LOSS: -row["eval/loss"]}, estimates.gain(held_out))
 
 
-def chosen(seen: Sequence[Seen], name: str) -> Seen:
+def chosen(seen: Sequence[TrueGain], name: str) -> TrueGain:
     """The evaluation that the estimate likes best."""
     return max(seen, key=lambda one: one.estimated[name])
 
 
-def columns(seen: Sequence[Seen], name: str) -> tuple[list[float], list[float]]:
+def columns(seen: Sequence[TrueGain], name: str) -> tuple[list[float], list[float]]:
     return [one.truth for one in seen], [one.estimated[name] for one in seen]
 
 
