@@ -5,7 +5,7 @@ A stage's own process asks, and the command line before it starts one: both see 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,14 @@ def no_judge(stage: str, settings: Common) -> UserError:
     return UserError(
         f"stage={stage}: nothing to {does} with: give reward=NAME (length, rouge, your/file.py ...), "
         f"or train one with bash run.sh stage=reward run={settings.run}"
+    )
+
+
+def train_first(splits: Sequence[str]) -> UserError:
+    """Of stage=score, where other rows come before those that say what rewards are standardised by."""
+    return UserError(
+        f"splits: [{', '.join(splits)}], but rewards.normalise: standardise takes mean and spread from training rows, "
+        "wanted train first among the splits, or both as numbers in rewards.normalise"
     )
 
 

@@ -18,6 +18,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from pipeline.config.reward_spec import no_targets_of_policy
 from pipeline.config.schema import RlStage
 from pipeline.data import dataset
 from pipeline.data.batching import Packing, collate, once, window
@@ -94,9 +95,7 @@ def with_values(policy: ReferencePolicy, items: list[Item], data: ValueData) -> 
     """
     settings, model = policy.settings, policy.model
     if settings.value.targets == "policy" and data.rewards is None:
-        raise UserError(
-            "value.targets: policy, but nothing can score new responses: give reward=, or value.targets=data"
-        )
+        raise no_targets_of_policy()
     judges = data.rewards.rewards if data.rewards is not None else ()
     # all that the values depend on: another judge, seed or number of ranks gives others
     parts = {
