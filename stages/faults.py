@@ -225,8 +225,11 @@ def of_rewards(settings: WithModel, ahead: Ahead) -> Iterator[str]:
         return
     known = ahead.reward_models(settings)
     names = [name for name, _ in parse(settings.reward)]
-    if not names and not known and isinstance(settings, ScoreStage | EvaluateStage):
-        yield str(inputs.no_judge("score" if isinstance(settings, ScoreStage) else "evaluate", settings))
+    if not names and not known and isinstance(settings, EvaluateStage):
+        yield str(inputs.no_judge("evaluate", settings))
+    if not names and not known and isinstance(settings, ScoreStage):
+        brought = dict.fromkeys(name for row in first_rows(settings, ahead)[0] for name in row.rewards)
+        yield str(inputs.no_judge("score", settings, [*brought]))
     watched = labelled(settings.monitors) if isinstance(settings, EvaluateStage) else {}
     if used := names or ([] if isinstance(settings, GenerateStage) else known):
         yield from _told(lambda: check_normalise(settings.rewards.normalise, [*used, *watched]))
@@ -253,8 +256,7 @@ def scores_logged(settings: WithModel) -> bool:
 def of_own_reward(name: str, settings: WithModel, ahead: Ahead) -> list[str]:
     """What is wrong with the name of a reward that can only be one that rows bring, as far as the first rows tell."""
     logged, known = scores_logged(settings), ahead.reward_models(settings)
-    rows: list[Example] = []
-    unread = [*of_rows(settings, ahead, rows.extend)]
+    rows, unread = first_rows(settings, ahead)
     if rows and logged:
         single = [row for row in rows if not row.candidates]
         return _told(lambda: own_rewards.values(name, convert.to_scored(single, settings.data.responses), known))
@@ -263,6 +265,12 @@ def of_own_reward(name: str, settings: WithModel, ahead: Ahead) -> list[str]:
     if logged and (unread or may_bring_rewards(settings, ahead)):
         return []
     return _told(partial(rewards.check, name, known))
+
+
+def first_rows(settings: WithModel, ahead: Ahead) -> tuple[list[Example], list[str]]:
+    """The first rows of each file that a stage reads, as far as there are some; and why there are no more."""
+    rows: list[Example] = []
+    return rows, [*of_rows(settings, ahead, rows.extend)]
 
 
 def may_bring_rewards(settings: WithModel, ahead: Ahead) -> bool:

@@ -96,7 +96,7 @@ def settle(ranks: Ranks, rewards: Rewards, raw: Mapping[str, Sequence[float | No
 
     found = {name: Scale(**numbers) for name, numbers in ranks.on_main(scales).items()}
     rewards.settle(found)
-    words = ", ".join(f"{name}: {{mean: {one.mean:.6g}, std: {one.std:.6g}}}" for name, one in found.items())
+    words = ", ".join(f"{name}: {{mean: {one.mean!r}, std: {one.std!r}}}" for name, one in found.items())
     logger.info(f"rewards: standardised by the training rows; elsewhere the same is rewards.normalise='{{{words}}}'")
 
 
@@ -117,9 +117,7 @@ def say_what_is_meant(rewards: Rewards, rows: Sequence[Example]) -> None:
     """One line for each reward whose name a reward of the rows has too."""
     for name in own_rewards.names(rows):
         if any(one.name == name and one.weight for one in rewards.functions):
-            logger.info(
-                f"reward {name}: scored anew; the one of that name that the rows bring is reward='{ROWS}{name}'"
-            )
+            logger.info(f"reward {name}: scored anew; reward={ROWS}{name} would be that of the rows")
 
 
 def reward_columns(examples: Sequence[Example], ids: Sequence[Sequence[int]] | None = None) -> dict[str, list[Any]]:
