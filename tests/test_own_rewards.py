@@ -89,6 +89,14 @@ def test_what_standardises_is_fixed_before_and_kept_for_the_next_start(tmp_path:
     assert there.score(["p"], ["a b c"], {}).total == pytest.approx([1 / ROOT_2_3])
 
 
+def test_rows_that_are_unlearned_are_counted(caplog) -> None:
+    items = tiny.items(4, reward=lambda i: i - 2)  # -2, -1, 0, 1
+    for sampling, told in (("all", True), ("positive", False)):
+        caplog.clear()
+        rows.population(items, "reward", tiny.settings("rl", "algo=wbc", f"sampling={sampling}"))
+        assert ("2 of 4 rows have a reward below 0: they are made less likely" in caplog.text) is told
+
+
 def test_the_single_reward_of_rows_can_be_mixed_too(tmp_path: Path) -> None:
     train = [replace(row, reward=float(i)) for i, row in enumerate(TRAIN)]
     given = context(tmp_path, "reward={reward: 10.0, brief: 1.0}")

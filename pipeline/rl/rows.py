@@ -101,6 +101,11 @@ def population(items: Sequence[Item], weight: str, settings: RlStage) -> tuple[D
             f"sampling: all, but none of {n} rows has a positive {weight} (largest {max(weights):.4g}), wanted one to "
             f"learn from: {NOTHING_POSITIVE[weight]}"
         )
+    if settings.sampling == "all" and weight == "reward" and (below := sum(one < 0 for one in weights)):
+        logger.warning(
+            f"sampling: all, and {below:,} of {n:,} rows have a reward below 0: they are made less likely, the more the "
+            "lower it is (sampling=positive leaves them out, an algorithm with weight: advantage compares instead)"
+        )
     # in proportion to the weight; otherwise every row that is kept once per epoch
     if settings.sampling == "priority":
         return lambda step: sampling.priority_rows(weights, size, step, seed), len(kept) / n
