@@ -11,7 +11,7 @@ import importlib.util
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from pipeline import errors, plugins
@@ -55,6 +55,7 @@ from pipeline.rewards import own_rewards, rewards
 from stages import inputs
 
 Rows = tuple[DataSettings, Sequence[str]]  # where they lie, and the splits that a stage reads
+FirstRows = tuple[list[Example], list[str]]  # and why there are no more
 WHOLE_MB = 20  # files that can only be read whole, and are larger, are left to the stage
 READ_WHOLE = (".json", ".parquet")
 
@@ -223,12 +224,12 @@ def of_rewards(settings: WithModel, ahead: Ahead) -> Iterator[str]:
     """Rewards that are not there, or lack what they import; and where there is none and one is needed."""
     if isinstance(settings, SftStage | RewardStage):
         return
-    known = ahead.reward_models(settings)
+    known, first = ahead.reward_models(settings), cache(partial(first_rows, settings, ahead))
     names = [name for name, _ in parse(settings.reward)]
     if not names and not known and isinstance(settings, EvaluateStage):
         yield str(inputs.no_judge("evaluate", settings))
     if not names and not known and isinstance(settings, ScoreStage):
-        brought = dict.fromkeys(name for row in first_rows(settings, ahead)[0] for name in row.rewards)
+        brought = dict.fromkeys(name for row in first()[0] for name in row.rewards)
         yield str(inputs.no_judge("score", settings, [*brought]))
     watched = labelled(settings.monitors) if isinstance(settings, EvaluateStage) else {}
     if used := names or ([] if isinstance(settings, GenerateStage) else known):
@@ -242,7 +243,7 @@ def of_rewards(settings: WithModel, ahead: Ahead) -> Iterator[str]:
             continue
         if not rewards.is_own(name, known):
             yield from _told(partial(rewards.check, name, known))
-        elif found := of_own_reward(name, settings, ahead):
+        elif found := of_own_reward(name, settings, ahead, first):
             yield from found
         elif isinstance(settings, RlAdvantage) and settings.value.targets == "policy":
             yield str(no_targets_of_policy())
@@ -253,10 +254,10 @@ def scores_logged(settings: WithModel) -> bool:
     return isinstance(settings, ScoreStage | RlOffline)
 
 
-def of_own_reward(name: str, settings: WithModel, ahead: Ahead) -> list[str]:
+def of_own_reward(name: str, settings: WithModel, ahead: Ahead, first: Callable[[], FirstRows]) -> list[str]:
     """What is wrong with the name of a reward that can only be one that rows bring, as far as the first rows tell."""
     logged, known = scores_logged(settings), ahead.reward_models(settings)
-    rows, unread = first_rows(settings, ahead)
+    rows, unread = first()
     if rows and logged:
         single = [row for row in rows if not row.candidates]
         return _told(lambda: own_rewards.values(name, convert.to_scored(single, settings.data.responses), known))
@@ -267,7 +268,7 @@ def of_own_reward(name: str, settings: WithModel, ahead: Ahead) -> list[str]:
     return _told(partial(rewards.check, name, known))
 
 
-def first_rows(settings: WithModel, ahead: Ahead) -> tuple[list[Example], list[str]]:
+def first_rows(settings: WithModel, ahead: Ahead) -> FirstRows:
     """The first rows of each file that a stage reads, as far as there are some; and why there are no more."""
     rows: list[Example] = []
     return rows, [*of_rows(settings, ahead, rows.extend)]

@@ -103,8 +103,8 @@ def population(items: Sequence[Item], weight: str, settings: RlStage) -> tuple[D
         )
     if settings.sampling == "all" and weight == "reward" and (below := sum(one < 0 for one in weights)):
         logger.warning(
-            f"sampling: all, and {below:,} of {n:,} rows have a reward below 0: they are made less likely, the more the "
-            "lower it is (sampling=positive leaves them out, an algorithm with weight: advantage compares instead)"
+            f"sampling: all, and {below:,} of {n:,} rows have a reward below 0: they are made less likely, the "
+            "lower the more (sampling=positive leaves them out; an algorithm with weight: advantage compares instead)"
         )
     # in proportion to the weight; otherwise every row that is kept once per epoch
     if settings.sampling == "priority":
