@@ -58,7 +58,7 @@ def build_rewards(
         if logged and is_own(name, trained):
             return WeightedReward(label, weight, None, way, reads_columns=False, own=name.removeprefix(ROWS))
         function = resolve(name, load_learned, lambda address: http.connect(address, read.http), trained)
-        return WeightedReward(label, weight, function, way, reads_columns=not model)
+        return WeightedReward(label, weight, function, way, reads_columns=not model, given=name)
 
     if named and not logged:
         refuse_standardise(read.normalise)

@@ -52,6 +52,12 @@ class WeightedReward:
     normalise: Literal["none", "sigmoid", "standardise"] | Scale = "none"  # a Scale once it is known
     reads_columns: bool = True  # whether it may use further columns of the data
     own: str | None = None  # the name of a reward that the rows bring; then there is no function
+    given: str = ""  # what `reward=` says, where `name` is short for it
+
+    @property
+    def whole_name(self) -> str:
+        """The one that says where it is, for messages of failures."""
+        return self.given or self.name
 
 
 @dataclass
@@ -196,8 +202,8 @@ def call(
         return []
     lists = {name: list(values) for name, values in columns.items()}  # its own: it may change them
     run = partial(reward.function, prompts=list(prompts), completions=list(completions), **lists)
-    place = f"reward {reward.name}, called with the columns {', '.join(columns) or '(none)'}"
-    return checked(reward.name, plugins.guarded(place, run), completions, first, columns.get("id"))
+    place = f"reward {reward.whole_name}, called with the columns {', '.join(columns) or '(none)'}"
+    return checked(reward.whole_name, plugins.guarded(place, run), completions, first, columns.get("id"))
 
 
 def bounds(rewards: Sequence[WeightedReward]) -> tuple[float, float] | None:
