@@ -67,7 +67,7 @@ def splits(context: Context) -> tuple[list[Example], list[Example]]:
 def say_what_is_judged(rewards: Rewards) -> None:
     """One line of what is known of new responses, where a part of the sum is a reward that the rows bring."""
     brought, watched = (", ".join(one.name for one in part) for part in (rewards.own, rewards.functions))
-    shown = f"; {watched} judge them each by itself (eval/rewards/NAME/...)" if watched else ""
+    shown = f"; logged of them, each by itself: {watched} (eval/rewards/NAME/...)" if watched else ""
     logger.info(f"rewards: the rows bring {brought}, so that nothing judges new responses by the whole sum{shown}")
 
 
