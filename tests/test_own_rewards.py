@@ -242,7 +242,7 @@ def test_labels_are_the_last_part_that_means_something() -> None:
         "my/brief.py:other": "brief:other",
         "./mine.py:fn": "mine:fn",
         "http://127.0.0.1:8000/score": "score",
-        "http://127.0.0.1:8000/": "127.0.0.1:8000",
+        "https://127.0.0.1:8000/v1": "127.0.0.1:8000",
         "owner/reward-model": "reward-model",
         "oracle:harmless": "oracle:harmless",
         "rouge": "rouge",

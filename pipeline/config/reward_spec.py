@@ -119,10 +119,10 @@ def possible_labels(name: str) -> list[str]:
 
 
 def _parts(name: str) -> list[str]:
-    """The parts of a path or an address, without what says nothing: /model, .py, http://."""
+    """The parts of a path or an address, without what says nothing: /model, /v1, .py, http://."""
     if is_address(name):
-        address = urlsplit(name)
-        return [address.netloc, *filter(None, address.path.split("/"))]
+        host, *below = filter(None, name.partition("://")[2].split("/"))
+        return [host, *(part for part in below if part != "v1")]
     if name.startswith(ROWS):
         return [ROWS.rstrip(":"), name.removeprefix(ROWS)]
     if "/" not in name and ".py" not in name:
