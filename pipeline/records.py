@@ -194,7 +194,7 @@ class Scores:
 
     raw: Mapping[str, Sequence[float | None]]  # by reward name, before normalisation
     normalised: Mapping[str, Sequence[float | None]]
-    total: Sequence[float]  # the weighted sum: the reward
+    total: Sequence[float] | None  # the weighted sum: the reward; None where a part of it judges no new text
 
 
 # reward(prompts, completions, **columns) -> for each completion a float, or None where it does not judge the row

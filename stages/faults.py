@@ -11,19 +11,29 @@ import importlib.util
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from pipeline import errors, plugins
 from pipeline.config import together
 from pipeline.config.deepspeed import read_ds_config
 from pipeline.config.resolve import Resolved
-from pipeline.config.reward_spec import labelled, no_judge_of_new_texts, parse
+from pipeline.config.reward_spec import (
+    ROWS,
+    check_normalise,
+    labelled,
+    labels,
+    no_judge_of_new_texts,
+    no_targets_of_policy,
+    parse,
+    refuse_standardise,
+)
 from pipeline.config.schema import (
     CompareStage,
     EvaluateStage,
     GenerateStage,
     RewardStage,
+    RlAdvantage,
     RlMasked,
     RlOffline,
     RlPairs,
@@ -41,10 +51,11 @@ from pipeline.errors import UserError
 from pipeline.launch import comparison_plan, extensions, launcher, machine, run_dir
 from pipeline.models import place
 from pipeline.records import Example
-from pipeline.rewards import rewards
+from pipeline.rewards import own_rewards, rewards
 from stages import inputs
 
 Rows = tuple[DataSettings, Sequence[str]]  # where they lie, and the splits that a stage reads
+FirstRows = tuple[list[Example], list[str]]  # and why there are no more
 WHOLE_MB = 20  # files that can only be read whole, and are larger, are left to the stage
 READ_WHOLE = (".json", ".parquet")
 
@@ -55,6 +66,7 @@ class Ahead:
 
     made: Collection[Path]  # the directories of the steps before it
     environ: Mapping[str, str]
+    scored: Collection[str] = ()  # the rewards that rows bring which the steps before it score
 
     def makes(self, settings: WithModel, stage: str) -> bool:
         """Whether an earlier step is the run's `stage`, or stage/name."""
@@ -76,9 +88,11 @@ def of(steps: Sequence[Resolved], environ: Mapping[str, str]) -> list[str]:
         return []
     made: list[Path] = []
     lines: list[str] = []
+    scored: list[str] = []
     for step in steps:
-        lines += of_step(step, Ahead(made, environ))
+        lines += of_step(step, Ahead(made, environ, scored))
         made.append(run_dir.stage_dir(step.settings, step.stage))
+        scored += labels(name for name, _ in parse(step.settings.reward)).values() if step.stage == "score" else []
     return [*dict.fromkeys(lines)]
 
 
@@ -113,7 +127,8 @@ def of_step(step: Resolved, ahead: Ahead) -> list[str]:
         ranks = partial(launcher.world, settings.launch, stage, ahead.environ)
         found += _told(lambda: run_dir.refuse_other_ranks(directory, ranks()))
     checks = (of_launch(settings, stage, ahead.environ), of_models(settings, ahead), of_rewards(settings, ahead))
-    return [*found, *(line for lines in checks for line in lines), *of_rows(settings, ahead)]
+    rows = of_rows(settings, ahead, partial(suits, settings=settings, ahead=ahead))
+    return [*found, *(line for lines in checks for line in lines), *rows]
 
 
 def of_comparison(settings: CompareStage, words: Sequence[str], environ: Mapping[str, str]) -> list[str]:
@@ -209,20 +224,64 @@ def of_rewards(settings: WithModel, ahead: Ahead) -> Iterator[str]:
     """Rewards that are not there, or lack what they import; and where there is none and one is needed."""
     if isinstance(settings, SftStage | RewardStage):
         return
-    known = ahead.reward_models(settings)
+    known, first = ahead.reward_models(settings), cache(partial(first_rows, settings, ahead))
     names = [name for name, _ in parse(settings.reward)]
-    if not names and not known and isinstance(settings, ScoreStage | EvaluateStage):
-        yield str(inputs.no_judge("score" if isinstance(settings, ScoreStage) else "evaluate", settings))
+    if not names and not known and isinstance(settings, EvaluateStage):
+        yield str(inputs.no_judge("evaluate", settings))
+    if not names and not known and isinstance(settings, ScoreStage):
+        brought = dict.fromkeys(name for row in first()[0] for name in row.rewards)
+        yield str(inputs.no_judge("score", settings, [*brought]))
+    watched = labelled(settings.monitors) if isinstance(settings, EvaluateStage) else {}
+    if used := names or ([] if isinstance(settings, GenerateStage) else known):
+        yield from _told(lambda: check_normalise(settings.rewards.normalise, [*used, *watched]))
+        if not scores_logged(settings):
+            yield from _told(partial(refuse_standardise, settings.rewards.normalise))
     if not names and not known and isinstance(settings, RlMasked | RlPolicy):
         yield str(no_judge_of_new_texts(settings.algo, settings.run))
-    names += labelled(settings.monitors).values() if isinstance(settings, EvaluateStage) else []
-    for name in names:
-        if not ahead.holds(name):
+    for name in [*names, *watched.values()]:
+        if ahead.holds(name):
+            continue
+        if not rewards.is_own(name, known):
             yield from _told(partial(rewards.check, name, known))
+        elif found := of_own_reward(name, settings, ahead, first):
+            yield from found
+        elif isinstance(settings, RlAdvantage) and settings.value.targets == "policy":
+            yield str(no_targets_of_policy())
 
 
-def of_rows(settings: WithModel, ahead: Ahead) -> Iterator[str]:
-    """Files and splits that are not there; rows, of each file the first, that are none or not of the wanted kind."""
+def scores_logged(settings: WithModel) -> bool:
+    """Whether a stage scores responses that rows hold, so that these may bring a part of the reward."""
+    return isinstance(settings, ScoreStage | RlOffline)
+
+
+def of_own_reward(name: str, settings: WithModel, ahead: Ahead, first: Callable[[], FirstRows]) -> list[str]:
+    """What is wrong with the name of a reward that can only be one that rows bring, as far as the first rows tell."""
+    logged, known = scores_logged(settings), ahead.reward_models(settings)
+    rows, unread = first()
+    if rows and logged:
+        single = [row for row in rows if not row.candidates]
+        return _told(lambda: own_rewards.values(name, convert.to_scored(single, settings.data.responses), known))
+    if name.removeprefix(ROWS) in (own_rewards.names(rows) if rows else ahead.scored):
+        return [] if logged else [str(own_rewards.no_judge_of_new_texts(name))]
+    if logged and (unread or may_bring_rewards(settings, ahead)):
+        return []
+    return _told(partial(rewards.check, name, known))
+
+
+def first_rows(settings: WithModel, ahead: Ahead) -> FirstRows:
+    """The first rows of each file that a stage reads, as far as there are some; and why there are no more."""
+    rows: list[Example] = []
+    return rows, [*of_rows(settings, ahead, rows.extend)]
+
+
+def may_bring_rewards(settings: WithModel, ahead: Ahead) -> bool:
+    """Whether rows that cannot be seen yet may bring rewards: those of the hub, of large files, of a user's task."""
+    found = rows_of(settings, ahead)
+    return found is not None and (found[0].task is None or ".py" in found[0].task)
+
+
+def of_rows(settings: WithModel, ahead: Ahead, use: Callable[[list[Example]], object]) -> Iterator[str]:
+    """Files and splits that are not there; rows, of each file the first, that are none or that `use` refuses."""
     try:
         found = rows_of(settings, ahead)
         if found is None:  # an earlier step makes them
@@ -244,7 +303,7 @@ def of_rows(settings: WithModel, ahead: Ahead) -> Iterator[str]:
         if hub.is_hub_name(file) or (whole and path.is_file() and path.stat().st_size > WHOLE_MB * 1e6):
             continue
         try:
-            suits(readers.head(file, data.format, filters, data.max_bad_rows), settings, ahead)
+            use(readers.head(file, data.format, filters, data.max_bad_rows))
         except UserError as error:
             yield str(error)
 

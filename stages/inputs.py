@@ -5,12 +5,12 @@ A stage's own process asks, and the command line before it starts one: both see 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline import plugins
-from pipeline.config.reward_spec import labelled, parse
+from pipeline.config.reward_spec import labelled, parse, words_for
 from pipeline.config.schema import Common, EvaluateStage, GenerateStage, RewardStage, RlStage, ScoreStage, SftStage
 from pipeline.config.sections import DataSettings, ModelSettings
 from pipeline.data.splits import SPLITS, read_from, split_places
@@ -73,12 +73,21 @@ def of_rewards(settings: Common, spec: str | Mapping[str, float] | None, own: bo
     return {f"reward {name}": fingerprint(place) for name, place in places.items()}
 
 
-def no_judge(stage: str, settings: Common) -> UserError:
-    """Of a stage without a reward, in a run that has trained none."""
+def no_judge(stage: str, settings: Common, brought: Sequence[str] = ()) -> UserError:
+    """Of a stage without a reward, in a run that has trained none; `brought` are those that rows to score bring."""
     does = "score" if stage == "score" else "judge"
+    own = f" or {words_for(brought)}, which the rows bring," if brought else ""
     return UserError(
-        f"stage={stage}: nothing to {does} with: give reward=NAME (length, rouge, your/file.py ...), "
+        f"stage={stage}: nothing to {does} with: give reward=NAME (length, rouge, your/file.py ...),{own} "
         f"or train one with bash run.sh stage=reward run={settings.run}"
+    )
+
+
+def train_first(splits: Sequence[str]) -> UserError:
+    """Of stage=score, where other rows come before those that say what rewards are standardised by."""
+    return UserError(
+        f"splits: [{', '.join(splits)}], but rewards.normalise: standardise takes mean and spread from training rows, "
+        "wanted train first among the splits, or both as numbers in rewards.normalise"
     )
 
 

@@ -32,7 +32,8 @@ def main(settings: RlStage, words: Sequence[str]) -> None:
         return
     rewards_key = {name: mark for name, mark in started.items() if name.startswith("reward ")}
     module, algorithm, objective = objective_of(settings.algorithm)
-    rewards = build_rewards(settings, settings.reward, settings.rewards, ranks.device)
+    logged = module.RESPONSES == "data"
+    rewards = build_rewards(settings, settings.reward, settings.rewards, ranks.device, logged=logged)
     context = Context(settings, ranks, directory, start, data, rewards, rewards_key, module, algorithm, objective)
     fit(TRAINERS[module.RESPONSES](context))
 

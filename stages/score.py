@@ -31,18 +31,20 @@ def main(settings: ScoreStage, words: Sequence[str]) -> None:
     data = inputs.score_data(settings)
     if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs.of_score(settings))):
         return
-    rewards = build.build_rewards(settings, settings.reward, settings.rewards, ranks.device)
+    rewards = build.build_rewards(settings, settings.reward, settings.rewards, ranks.device, logged=True)
     if rewards is None:
         raise inputs.no_judge("score", settings)
     results: dict[str, object] = {}
     wanted = inputs.score_splits(settings, data)
+    if rewards.unsettled and wanted[0] != "train":
+        raise inputs.train_first(wanted)
     for split, examples in zip(wanted, dataset.splits(data, settings.seed, wanted, carry=True), strict=True):
         rows = dataset.judgeable(examples, data)
         if split == wanted[0]:
             # candidates are compared with what new responses to the prompt are
             first = dataset.unique_prompts(rows[:1])[0] if rows[0].candidates else rows[0]
             scoring.try_rewards(ranks, rewards, first, written=False)
-        judged = candidates.judged(ranks, rewards, rows)
+        judged = candidates.judged(ranks, rewards, rows, directory)
         if ranks.main:
             write_rows(directory / f"{split}.jsonl", judged.rows)
         measured = evaluation.reward_statistics(judged.scores, judged.texts) | by_source(judged.of, judged.scores)

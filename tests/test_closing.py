@@ -131,6 +131,14 @@ def test_what_follows_depends_on_what_there_is(tmp_path: Path) -> None:
     assert resolve(next_words(second)).settings.policies == {"sft": "sft", "rl": "rl/b"}
 
 
+def test_what_rows_bring_judges_no_evaluation(tmp_path: Path) -> None:
+    finished(tmp_path, "sft", model=True)
+    rl = finished(tmp_path, "rl", "reward={kind: 1.0, length: 0.1}", model=True)
+    assert next_words(rl)[1] == "reward={kind: 1.0, length: 0.1}"
+    write_json(run_dir.stage_dir(rl.settings, "rl") / "results.json", TRAINED)  # nothing judged its responses
+    assert next_words(rl)[1] == "reward=NAME"
+
+
 def test_a_recipe_that_only_does_with_further_words(tmp_path: Path) -> None:
     """task_size without a task is refused; the words that were given name one."""
     recipe = tmp_path / "own.yaml"

@@ -38,6 +38,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with rows of each kind, and a model's directory as far as it is looked at."""
     monkeypatch.chdir(tmp_path)
     rows = {"answers": answers(), "scored": scored(), "pairs": pairs(), "prompts": [{"prompt": "Why?"}] * 3}
+    rows["rated"] = [{**row, "rewards": {"kind": i, "brief": -i}} for i, row in enumerate(answers())]
     for name, content in rows.items():
         Path(f"{name}.jsonl").write_text(lines(content))
     Path("MODEL").mkdir()
@@ -77,6 +78,17 @@ def test_a_mistake_costs_little_processor_time(here: Path, words: list[str], mes
         ["stage=rl", "model=MODEL", "data.train=scored.jsonl"],
         ["stage=rl", "model=MODEL", "data.train=answers.jsonl", "reward=rouge:rougeL"],
         ["stage=rl", "model=MODEL", "data.train=answers.jsonl", "algo=nll"],
+        ["stage=rl", "model=MODEL", "data.train=rated.jsonl", "reward={kind: 1.0, length: 0.1}", "value.targets=data"],
+        [
+            "stage=rl",
+            "model=MODEL",
+            "data.train=scored.jsonl",
+            "algo=wbc",
+            "reward=reward",
+            "rewards.normalise=standardise",
+        ],
+        ["stage=rl", "model=MODEL", "data.train=owner/name", "algo=wbc", "reward=whatever"],
+        ["stage=score", "data.train=rated.jsonl", "reward=rows:kind"],
         ["stage=rl", "model=MODEL", "data.train=pairs.jsonl", "algo=dpo"],
         ["stage=rl", "model=MODEL", "data.train=prompts.jsonl", "algo=esrl", "reward=length"],
         ["stage=score", "data.train=pairs.jsonl", "reward=http://localhost:1/score"],
@@ -100,6 +112,30 @@ def test_what_is_right_has_no_fault(words: list[str]) -> None:
         (["stage=rl", "model=MODEL", "data.train=answers.jsonl"], "no reward, and nothing to score it with"),
         (["stage=rl", "model=MODEL", "data.train=prompts.jsonl", "algo=esrl"], "nothing to judge new texts with"),
         (["stage=evaluate", "policies={a: MODEL}", "data.train=answers.jsonl", "reward=length"], "no test split"),
+        (["stage=rl", "model=MODEL", "data.train=rated.jsonl"], "rewards by name (kind, brief) and no `reward`"),
+        (["stage=rl", "model=MODEL", "data.train=rated.jsonl"], "reward='{kind: 1.0, brief: 1.0}'"),
+        (["stage=score", "data.train=rated.jsonl"], "or reward='{kind: 1.0, brief: 1.0}', which the rows bring"),
+        (["stage=rl", "model=MODEL", "data.train=rated.jsonl", "reward=kin"], "(kind, brief) nor a reward model"),
+        (["stage=rl", "model=MODEL", "data.train=rated.jsonl", "reward=kind"], "nothing can score new responses"),
+        (["stage=rl", "model=MODEL", "data.train=prompts.jsonl", "algo=wbc", "reward=kind"], "neither a completion"),
+        (["stage=rl", "model=MODEL", "data.train=rated.jsonl", "algo=esrl", "reward=kind"], "it judges no new text"),
+        (["stage=rl", "model=MODEL", "data.train=rated.jsonl", "algo=reinforce", "reward=rows:x"], "judges no new"),
+        (
+            ["stage=evaluate", "policies={a: MODEL}", "data.test=rated.jsonl", "reward=length", "monitors=[kind]"],
+            "reward 'kind': the rows bring it, so that it judges no new text",
+        ),
+        (
+            [
+                "stage=rl",
+                "model=MODEL",
+                "data.train=prompts.jsonl",
+                "algo=esrl",
+                "reward=length",
+                "rewards.normalise=standardise",
+            ],
+            "this stage scores no logged rows",
+        ),
+        (["stage=score", "data.train=answers.jsonl", "reward=length", "rewards.normalise={lenght: none}"], "'length'?"),
         (["stage=sft", "data.train=answers.jsonl", "model=./nowhere"], "./nowhere does not exist"),
         (["stage=compare", "recipe=demo", "algos=alol", "seeds=1", "rl={reward: lenght}"], "did you mean 'length'?"),
         (["stage=sft", "data.train=answers.jsonl", "attn_implementation=flash_attention_2"], "set sdpa"),

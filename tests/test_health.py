@@ -114,7 +114,8 @@ def test_what_was_never_trained_on_is_judged_apart_and_only_where_the_reward_ros
         "rewards/oracle:a/mean": "unseen",
     }
     assert found["rewards/b/mean"][1].value == pytest.approx(-40.0)  # -0.2 / 0.005
-    assert readings_of(sft, rl, monitors=["b"])["rewards/b/mean"][0] == "unseen"
+    for monitor in ("b", "runs/other/reward/b/model"):
+        assert readings_of(sft, rl, monitors=[monitor])["rewards/b/mean"][0] == "unseen"
     judged = of_policies(sft, rl)
     assert (judged["rewards/b/mean"].level, judged["rewards/oracle:a/mean"].level) == (LOOK, TROUBLE)
     assert readings_of(sft, {**rl, "reward": 0.4}).keys() == {"reward"}

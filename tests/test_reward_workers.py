@@ -85,7 +85,8 @@ def workers(file: Path) -> RewardWorkers:
 
 
 def rewards(file: Path, names: list[str], workers: RewardWorkers | None) -> Rewards:
-    return Rewards([WeightedReward(name, 2.0, loaded(f"{file}:{name}")) for name in names], workers)
+    places = {name: f"{file}:{name}" for name in names}
+    return Rewards([WeightedReward(name, 2.0, loaded(place), given=place) for name, place in places.items()], workers)
 
 
 def score(scorer: Rewards, texts: list[str]):

@@ -218,7 +218,7 @@ def test_length_correlation():
 def test_learned_scores_alone_are_normalised_by_default(setting, found):
     read = resolve_words(["stage=rl", f"rewards.normalise={setting}"]).settings.rewards
     given = [(1.0, True), (1.0, False), (0.0, True), (0.0, False)]
-    assert [normalisation(read, weight, model) for weight, model in given] == found
+    assert [normalisation(read, ("a", "a"), weight, model) for weight, model in given] == found
 
 
 @pytest.mark.parametrize("stage", ["rl", "score", "evaluate", "generate"])

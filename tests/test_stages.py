@@ -182,6 +182,7 @@ def test_rl_from_scored_rows_alone(runs: Path, tmp_path: Path, capsys) -> None:
     """Rows with a reward column, no reward model; values are learned from the logged rewards."""
     lines = [
         {"prompt": f"How do I boil egg {i % 10}?", "completion": "Put it in water." * (1 + i % 3), "reward": i % 4 / 4}
+        | {"rewards": {"brief": -float(i % 3)}}
         for i in range(40)
     ]
     (tmp_path / "logs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -193,9 +194,16 @@ def test_rl_from_scored_rows_alone(runs: Path, tmp_path: Path, capsys) -> None:
     assert set(row) == {"id", "prompt", "response"}  # to be read, though nothing judges them
     replaced = "those that the rows bring are not used"
     assert replaced not in capsys.readouterr().out
-    judged = ["name=judged", "reward=length", "rewards.normalise=none"]
+    # half of it is what the rows bring: the other half alone judges new responses, and neither chooses a step
+    judged = ["name=judged", "reward={length: 0.1, brief: 1.0}", "rewards.normalise={brief: standardise}"]
     train("rl", tmp_path, *words, *judged, "value.targets=data", "max_steps=1", "value.epochs=1", *SHORT)
-    assert replaced in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{replaced} (reward)" in said and "the rows bring brief, so that nothing judges new responses" in said
+    left = tmp_path / "default" / "rl" / "judged"
+    (scale,) = json.loads((left / "normalise.json").read_text()).values()
+    assert 0.7 < scale["std"] < 0.9  # 0, -1 and -2, about as often: sqrt(2/3)
+    assert "eval/rewards/length/mean" in (last := rows(left / "metrics.jsonl")[-1]) and "eval/reward" not in last
+    assert set(rows(left / "samples" / "step-000001.jsonl")[0]) == {"id", "prompt", "response", "rewards"}
     with pytest.raises(UserError, match="nothing can score new responses"):
         train("rl", tmp_path, *words, "name=two", "value.targets=policy", "max_steps=2", *SHORT)
 
@@ -212,7 +220,7 @@ def test_a_reward_of_ones_own(runs: Path, tmp_path: Path) -> None:
     ]
     train("rl", runs.parent, *words, "value.targets=data", "value.epochs=2", *SHORT)
     row = rows(runs / "rl" / "brief" / "samples" / "step-000002.jsonl")[0]
-    assert set(row["rewards"]) == {"helpfulness", str(file)}
+    assert set(row["rewards"]) == {"helpfulness", "brief"}
 
 
 def test_generate_ranks_candidates(runs: Path) -> None:

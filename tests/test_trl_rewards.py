@@ -254,7 +254,7 @@ def test_the_score_stage_keeps_the_columns(file: Path, tmp_path: Path, capsys: p
     written = [json.loads(line) for line in (left / "train.jsonl").read_text().splitlines()]
     # [2] is right: 1 + .5; [x] is wrong: 0 - .25
     assert [one["reward"] for one in written] == [1.5, -0.25]
-    assert written[1]["rewards"] == {f"{file}:boxed": 0.0, f"{file}:code": -1.0}  # the other did not judge it
+    assert written[1]["rewards"] == {"mine:boxed": 0.0, "mine:code": -1.0}  # the other did not judge it
     assert written[0]["other_columns"] == {"score": 9} and written[0]["level"] == 3 and written[0]["tests"] is None
     again = readers.read(str(left / "train.jsonl"), carry=True).examples
     assert [one.columns for one in again] == [
@@ -262,7 +262,7 @@ def test_the_score_stage_keeps_the_columns(file: Path, tmp_path: Path, capsys: p
         {"ground_truth": "y", "task": "code", "score": None, "level": None, "tests": ["a", {"b": None}]},
     ]
     results = json.loads((left / "results.json").read_text())["train"]
-    assert results[f"rewards/{file}:maths/judged"] == 0.5 and results[f"rewards/{file}:maths/mean"] == 1.0
+    assert results["rewards/mine:maths/judged"] == 0.5 and results["rewards/mine:maths/mean"] == 1.0
 
 
 def test_candidates_are_tried_with_the_answer_that_they_are_compared_with(tmp_path: Path) -> None:

@@ -11,16 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.config.sections import Scale
 from pipeline.data.batching import Packing
 from pipeline.errors import UserError
 from pipeline.models import loading
 from pipeline.models.policy import Policy
 from pipeline.records import Example
+from pipeline.rewards import scoring
+from pipeline.rewards.rewards import Rewards, WeightedReward
 from pipeline.rl import reference
 from pipeline.rollout.generate import generate
 from pipeline.trainer import engine
 from pipeline.trainer.checkpoint import Checkpoints, State
 from pipeline.trainer.metrics import Interval, Metrics
+from reward_models import length
 from tests import tiny
 
 PROMPTS = [Example(str(i), " ".join(tiny.WORDS[i : 2 * i + 1])) for i in range(5)]
@@ -48,6 +52,17 @@ def talk(ranks: engine.Ranks) -> None:
         ranks.agreed(fails_on_the_second)
     assert ranks.agreed(lambda: ranks.rank) == ranks.rank
     ranks.barrier()
+
+
+def standardise(ranks: engine.Ranks, folder: Path) -> None:
+    """What rewards are standardised by is that of all training rows, of whichever rank: as of one."""
+    rewards = Rewards([WeightedReward("length", 1.0, length.reward, "standardise")])
+    texts = ["a", "a b", "a b c", "a b c d"]  # the last is held out: mean 2, variance 2 / 3
+    rows = [Example(str(i), "p", text) for i, text in enumerate(texts)]
+    totals = scoring.score_logged(ranks, rewards, rows, texts, 3, folder).total
+    unit = (2 / 3) ** 0.5
+    assert totals == pytest.approx([-1 / unit, 0.0, 1 / unit, 2 / unit])
+    assert ranks.gather(rewards.rewards[0].normalise) == [Scale(mean=2.0, std=unit)] * 2
 
 
 def train(zero: str, precision: str) -> tuple[engine.Engine, dict]:
@@ -96,6 +111,7 @@ def start_a_reward_model(ranks: engine.Ranks, folder: Path) -> None:
 def main(folder: Path) -> None:
     ranks = tiny.ranks()
     talk(ranks)
+    standardise(ranks, folder)
     start_a_reward_model(ranks, folder)
     seen = {}
     for stage in range(4):

@@ -39,7 +39,7 @@ def help_text() -> str:
         names.setdefault(target, []).append(name)
     short = [f"{', '.join(others)} = {target}" for target, others in names.items()]
     short += [f"{name}=true is {setting}={value}" for name, (setting, value) in SWITCHES.items()]
-    rewards = [*plugins.available("reward_models", "reward"), "your/file.py", "http://HOST:PORT/PATH"]
+    rewards = [*plugins.available("reward_models", "reward"), "your/file.py", "http://HOST:PORT/PATH", "rows:NAME"]
     parts = [
         USAGE,
         _table("Stages (stage=)", stages),

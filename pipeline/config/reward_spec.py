@@ -1,16 +1,17 @@
-"""What names rewards: a name, a path, an address or a mapping with weights; and the access key for servers."""
+"""What names rewards: a name, a path, an address or a mapping with weights; how tags call them; the key for servers."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from urllib.parse import SplitResult, urlsplit
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, did_you_mean
 
 TOKEN = "TIFFIN_REWARD_TOKEN"  # the environment variable with the key
+ROWS = "rows:"  # before the name of a reward that the rows bring, where a model or a file may be meant
 
 
 def is_address(name: str) -> bool:
@@ -81,6 +82,74 @@ def no_judge_of_new_texts(algo: str, run: str) -> UserError:
         f"algo={algo}: nothing to judge new texts with, wanted a reward: give reward=NAME, "
         f"or train one with bash run.sh stage=reward run={run}"
     )
+
+
+def no_targets_of_policy() -> UserError:
+    """Of values that are to be learned from new responses, without a reward that judges them."""
+    return UserError(
+        "value.targets: policy, but nothing can score new responses: give a reward= that judges any text, "
+        "or value.targets=data"
+    )
+
+
+def words_for(names: Iterable[str]) -> str:
+    """What to add to a command to add these rewards up."""
+    return f"reward='{{{', '.join(f'{name}: 1.0' for name in names)}}}'"
+
+
+def labels(names: Iterable[str]) -> dict[str, str]:
+    """name -> what tags, tables and rows call the reward, whatever order the names come in.
+
+    That is the last part of a path or an address that means something, and more parts where two would be called alike:
+    runs/x/reward/helpful/model is helpful, my/brief.py:other is brief:other. Other names stay as they are.
+    """
+    parts = {name: _parts(name) for name in names}
+    chosen = {}
+    for name, own in parts.items():
+        others = [parts[other] for other in parts if other != name]
+        lengths = (n for n in range(1, len(own) + 1) if all(other[-n:] != own[-n:] for other in others))
+        chosen[name] = ".".join(own[-n:]) if (n := next(lengths, 0)) else name
+    return chosen
+
+
+def possible_labels(name: str) -> list[str]:
+    """What `labels` may call a reward, whatever others there are, the longest first."""
+    parts = _parts(name)
+    return [name, *(".".join(parts[-n:]) for n in range(len(parts), 0, -1))]
+
+
+def _parts(name: str) -> list[str]:
+    """The parts of a path or an address, without what says nothing: /model, /v1, .py, http://."""
+    if is_address(name):
+        host, *below = filter(None, name.partition("://")[2].split("/"))
+        return [host, *(part for part in below if part != "v1")]
+    if name.startswith(ROWS):
+        return [ROWS.rstrip(":"), name.removeprefix(ROWS)]
+    if "/" not in name and ".py" not in name:
+        return [name]
+    source, _, function = name.partition(":")
+    *above, last = [part for part in source.split("/") if part not in ("", ".", "..")] or [source]
+    if last == "model" and above:
+        *above, last = above
+    return [*above, last.removesuffix(".py") + (f":{function}" if function else "")]
+
+
+def check_normalise(normalise: object, names: Iterable[str]) -> None:
+    """Raises UserError where `rewards.normalise` is a mapping with a key that is none of the rewards that are named."""
+    known = dict.fromkeys(one for pair in labels(names).items() for one in pair)
+    for key in normalise if isinstance(normalise, Mapping) else ():
+        if key not in known:
+            there = f"{', '.join(known) or 'none'}){did_you_mean(key, known)}"
+            raise UserError(f"rewards.normalise: {key!r}, wanted a reward that is named ({there}")
+
+
+def refuse_standardise(normalise: object) -> None:
+    """Raises UserError where a stage without logged training rows would have to find out what to standardise by."""
+    if normalise == "standardise" or (isinstance(normalise, Mapping) and "standardise" in normalise.values()):
+        raise UserError(
+            "rewards.normalise: standardise, but this stage scores no logged rows to take mean and spread from, wanted "
+            "both as numbers, as a stage that does logs them: rewards.normalise='{NAME: {mean: M, std: S}}'"
+        )
 
 
 def labelled(monitors: Sequence[str] | Mapping[str, str]) -> dict[str, str]:

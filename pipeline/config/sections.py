@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 # in a stage directory
 STAGE_FILES = ("model", "best", "last", "checkpoints", "tensorboard", "samples", "held_out", "non_finite")
@@ -220,14 +220,32 @@ class HttpSettings(Section):
     max_answer_mb: Positive
 
 
+class Scale(Section):
+    """What a reward's values are standardised by: (x - mean) / std."""
+
+    mean: float
+    std: Positive
+
+
+Normalisation = Literal["auto", "none", "sigmoid", "standardise"]
+
+
 class RewardSettings(Section):
     """How rewards given in `reward` are read; `reward` itself is a name, a path, or a mapping to weights."""
 
-    normalise: Literal["auto", "none", "sigmoid"]
+    normalise: Normalisation | dict[str, Normalisation | Scale]
     batch_size: Count
     max_length: Count
     workers: Whole
     http: HttpSettings
+
+    @field_validator("normalise", mode="before")
+    @classmethod
+    def whole_scales(cls, value: object) -> object:
+        for name, one in value.items() if isinstance(value, dict) else ():
+            if isinstance(one, dict) and {*one} != {"mean", "std"}:
+                raise ValueError(f"{name}: {one}, wanted a word or both numbers, as in {{mean: 0.31, std: 0.08}}")
+        return value
 
 
 class ValueSettings(Section):

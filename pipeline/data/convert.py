@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
+from pipeline.config.reward_spec import words_for
 from pipeline.errors import UserError
 from pipeline.records import Example
 
@@ -68,6 +69,11 @@ def with_score(row: Example) -> Example:
 def judged(rows: Sequence[Example], run: str) -> Sequence[Example]:
     """Rows that all bring a reward. Raises UserError, for where there is nothing to score the others with."""
     missing = next((row for row in rows if row.reward is None), None)
+    if missing is not None and missing.rewards:
+        raise UserError(
+            f"{missing.id}: rewards by name ({', '.join(missing.rewards)}) and no `reward`, wanted one number to learn "
+            f"from: say what each counts, {words_for(missing.rewards)}"
+        )
     if missing is not None:
         raise UserError(
             f"{missing.id}: no reward, and nothing to score it with: add a `reward` column, give reward=, "

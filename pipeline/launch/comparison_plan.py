@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.config.resolve import Resolved, reaching, resolve, resolve_steps, unread
-from pipeline.config.reward_spec import labelled, parse
+from pipeline.config.reward_spec import labelled, labels, parse
 from pipeline.config.schema import CompareStage
 from pipeline.config.yaml_layers import WHOLE, Layer, Leaf, as_word, merge, parse_overrides
 from pipeline.errors import UserError
@@ -92,7 +92,8 @@ def plan(settings: CompareStage, words: Sequence[str]) -> Study:
         last = Task(judged, waits | _names([*made.values(), *judges]), seed)
         tasks += [*made.values(), last]
         results[seed] = Results(last.directory, {name: task.directory for name, task in made.items()})
-        weights = dict(parse(judged.settings.reward))
+        weighed = dict(parse(judged.settings.reward))
+        weights = {label: weighed[name] for name, label in labels(weighed).items()}
     return Study(tasks, results, weights)
 
 

@@ -44,7 +44,7 @@ CONFIG, INPUTS, RESULTS = "config.yaml", "inputs.json", "results.json"
 CHECKPOINTS, STATE = "checkpoints", "state.json"  # the folder of a stage's checkpoints; the last file of each
 # model/ is no draft
 UNSAVED = ("best", "last", "non_finite", "samples", "held_out", "tensorboard", "checkpoints", "data.json")
-UNSAVED += ("metrics.jsonl", "rewards.jsonl", "train.jsonl", "validation.jsonl", "test.jsonl")
+UNSAVED += ("normalise.json", "metrics.jsonl", "rewards.jsonl", "train.jsonl", "validation.jsonl", "test.jsonl")
 DAY = "first_day.txt"  # of a run: the date that chat templates write which write today's
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # a file system that knows none
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+from pipeline.config.reward_spec import possible_labels
 from pipeline.report.numbers import number
 from pipeline.report.spec import FINE, metric_of, rules, wanted
 
@@ -59,10 +60,16 @@ def of_policies(base: Numbers, other: Numbers, monitors: Sequence[str] = ()) -> 
     return {tag: judge(quantity, reading) for tag, (quantity, reading) in readings.items()}
 
 
+def _tag_of(name: str, numbers: Numbers) -> str:
+    """The tag of a reward's mean, whatever it is called for short."""
+    tags = [f"rewards/{label}/mean" for label in possible_labels(name)]
+    return next((tag for tag in tags if tag in numbers), tags[0])
+
+
 def readings_of(base: Numbers, other: Numbers, monitors: Sequence[str] = ()) -> dict[str, tuple[str, Reading]]:
     """By tag: under which rule it falls, and what is read. Parts of the reward are read where the reward itself rose,
     and are more than its copy."""
-    watched = {f"rewards/{name}/mean" for name in monitors}
+    watched = {_tag_of(name, other) for name in monitors}
     rose = None not in (base.get(REWARD), other.get(REWARD)) and other[REWARD] > base[REWARD]
     readings = {}
     for tag, value in other.items():

@@ -109,9 +109,15 @@ def _after_rl(settings: RlStage) -> list[str]:
     policies = {"sft": "sft"} if own else {"start": settings.model.path}
     policies["rl"] = "rl" if settings.name is None else f"rl/{settings.name}"
     words = [] if policies == {"sft": "sft", "rl": "rl"} else [as_word("policies", policies)]
-    if settings.reward is not None:
+    if settings.reward is not None and not _unjudged(run_dir.stage_dir(settings, "rl") / run_dir.RESULTS):
         return ["stage=evaluate", *words, as_word("reward", settings.reward)]
     return ["stage=evaluate", *words, *([] if run_dir.reward_models(settings) else ["reward=NAME"])]
+
+
+def _unjudged(results: Path) -> bool:
+    """Whether nothing judged the model's responses, as where rows bring a part of its reward."""
+    left = json.loads(results.read_text("utf-8")) if results.is_file() else {}
+    return "eval/loss" in left and "eval/reward" not in left
 
 
 FOLLOWS: dict[str, Callable[[Any], list[str]]] = {

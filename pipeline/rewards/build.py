@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from pipeline.config.reward_spec import is_address, parse
+from pipeline.config.reward_spec import ROWS, check_normalise, is_address, labels, parse, refuse_standardise
 from pipeline.config.schema import WithModel
-from pipeline.config.sections import RewardSettings
+from pipeline.config.sections import RewardSettings, Scale
 from pipeline.launch import run_dir
 from pipeline.records import RewardFunction
 from pipeline.rewards import http
-from pipeline.rewards.rewards import Rewards, WeightedReward, is_learned, resolve
+from pipeline.rewards.rewards import Rewards, WeightedReward, is_learned, is_own, resolve
 from pipeline.rewards.workers import RewardWorkers
 from reward_models import learned
+
+logger = logging.getLogger("tiffin")
 
 
 def build_rewards(
@@ -24,16 +27,24 @@ def build_rewards(
     read: RewardSettings,
     device: torch.device,
     monitors: Mapping[str, str] | None = None,
+    logged: bool = False,
 ) -> Rewards | None:
     """The rewards that `spec` names; without a spec the run's own reward models, equal weights; None without any.
 
     Models and servers are called from this process; with `read.workers` all others in worker processes.
     `monitors`, label -> reward, are only watched (weight 0): functions and servers raw, whatever the others are.
+    `logged`: rows with their responses are scored, so that their own rewards may be named, and say what to standardise
+    by. Raises UserError for a name or a way to normalise that is not there.
     """
     trained = run_dir.reward_models(settings)
     weights = parse(spec) or [(name, 1.0) for name in trained]
-    named = [(name, name, weight) for name, weight in weights]
-    named += [(label, name, 0.0) for label, name in (monitors or {}).items()]
+    watched = dict(monitors or {})
+    short = labels([*(name for name, _ in weights), *(name for label, name in watched.items() if label == name)])
+    named = [(short[name], name, weight) for name, weight in weights]
+    named += [(short[name] if label == name else label, name, 0.0) for label, name in watched.items()]
+    if named:
+        check_normalise(read.normalise, [*short, *watched])
+        say_labels(short)
 
     dated = {"date": settings.template.date or run_dir.first_day(settings)}
     template = settings.template.model_copy(update=dated)
@@ -42,18 +53,38 @@ def build_rewards(
         return learned.load(directory, settings.model, template, read.max_length, read.batch_size, device)
 
     def build(label: str, name: str, weight: float) -> WeightedReward:
-        function = resolve(name, load_learned, lambda address: http.connect(address, read.http), trained)
         model = is_learned(name, trained)
-        return WeightedReward(label, weight, function, normalisation(read, weight, model), reads_columns=not model)
+        way = normalisation(read, (label, name), weight, model)
+        if logged and is_own(name, trained):
+            return WeightedReward(label, weight, None, way, reads_columns=False, own=name.removeprefix(ROWS))
+        function = resolve(name, load_learned, lambda address: http.connect(address, read.http), trained)
+        return WeightedReward(label, weight, function, way, reads_columns=not model, given=name)
 
+    if named and not logged:
+        refuse_standardise(read.normalise)
     built = [build(*one) for one in named]
-    apart = {label: name for label, name, _ in named if not (is_address(name) or is_learned(name, trained))}
+    apart = {one.name: name for one, (_, name, _) in zip(built, named, strict=True) if in_workers(one, name, trained)}
     workers = RewardWorkers(apart, read.workers) if apart and read.workers else None
-    return Rewards(built, workers) if built else None
+    return Rewards(built, workers, trained) if built else None
 
 
-def normalisation(read: RewardSettings, weight: float, model: bool) -> Literal["none", "sigmoid"]:
-    """What is done to the values of a reward; `model`: it is a learned one."""
-    if read.normalise == "auto":
-        return "sigmoid" if model else "none"
-    return read.normalise if weight or model else "none"
+def in_workers(reward: WeightedReward, name: str, trained: Mapping[str, str]) -> bool:
+    """Whether worker processes may call a reward: a function that is neither a model nor a server."""
+    return reward.own is None and not (is_address(name) or is_learned(name, trained))
+
+
+def normalisation(read: RewardSettings, names: tuple[str, str], weight: float, model: bool) -> str | Scale:
+    """What is done to the values of a reward, by its label or name; `model`: it is a learned one."""
+    if isinstance(read.normalise, Mapping):
+        way = next((read.normalise[name] for name in names if name in read.normalise), "auto")
+    else:
+        way = read.normalise if weight or model else "none"
+    if way != "auto":
+        return way
+    return "sigmoid" if model else "none"
+
+
+def say_labels(short: Mapping[str, str]) -> None:
+    """One line of what rewards are called for short, by name."""
+    if told := [f"{label} is {name}" for name, label in short.items() if label != name]:
+        logger.info(f"rewards: {', '.join(told)}")

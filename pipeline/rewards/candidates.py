@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
+from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.data.columns import ranked
 from pipeline.data.dataset import gold
+from pipeline.errors import UserError
 from pipeline.records import Example, Response, Scores
 from pipeline.rewards import scoring
 from pipeline.rewards.rewards import Rewards
@@ -56,20 +58,26 @@ def _row(example: Example, texts: tuple[str, ...], n: int) -> Example:
     return Example(example.id, example.prompt, example.completion, candidates=texts, **kept)
 
 
-def judged(ranks: Ranks, rewards: Rewards, rows: Sequence[Example]) -> Judged:
-    """The rows with what `rewards` give them.
+def judged(ranks: Ranks, rewards: Rewards, rows: Sequence[Example], directory: Path | None = None) -> Judged:
+    """The rows with what `rewards` give them. A stage's first ones say what is standardised by; `directory` keeps it.
 
     A row with candidates: each is judged, and they are put best first (equal ones keep their order) with their
     `candidate_rewards`; a completion beside them is what they are compared with, and is not judged. A row with a
     completion alone: the weighted sum becomes its `reward`, each normalised score one of its `rewards`; it is compared
-    with the references given alone.
+    with the references given alone. Raises UserError for candidates where rewards that rows bring are named.
     """
+    several = next((row for row in rows if row.candidates), None)
+    if several is not None and rewards.own:
+        raise UserError(
+            f"reward {rewards.own[0].own!r}: row {several.id} has candidates, which bring no rewards by name, wanted "
+            "one response in each row, or a reward that judges any text"
+        )
     scoring.warn_of_equals(rewards, [row for row in rows if not row.candidates])
     counts = [len(row.candidates) or 1 for row in rows]
     judged = [replace(row, references=gold(row)) if row.candidates else row for row in rows]
     of = [row for row, count in zip(judged, counts, strict=True) for _ in range(count)]
     texts = [text for row in rows for text in row.candidates or (row.completion,)]
-    scores = scoring.score_texts(ranks, rewards, of, texts)
+    scores = scoring.score_logged(ranks, rewards, of, texts, len(texts), directory)
     starts = accumulate(counts, initial=0)
     scored = [_with_scores(row, scores, start) for row, start in zip(rows, starts, strict=False)]
     return Judged(scored, of, texts, scores)

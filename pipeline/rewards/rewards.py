@@ -3,11 +3,14 @@
 A reward is a function `reward(prompts, completions, **columns) -> list[float]`, called with keywords, as TRL does.
 What it returns is checked, normalised, and added up with its weight. Normalisation:
 
-    none       the raw value
-    sigmoid    1 / (1 + e^-x), in (0, 1)
+    none           the raw value
+    sigmoid        1 / (1 + e^-x), in (0, 1)
+    standardise    (x - mean) / std, both of the logged training rows and fixed before anything is added up
 
-Neither knows of other responses, so that a response has one reward, whatever it is scored with. A response that a
-reward does not judge (None) is left out of that reward's part of the sum.
+None knows of the responses that it is scored with, so that a response has one reward, whatever they are. A response
+that a reward does not judge (None) is left out of that reward's part of the sum.
+
+A reward may also be one that the logged rows bring by name (`own_rewards.py`): it says nothing of new texts.
 """
 
 from __future__ import annotations
@@ -16,16 +19,18 @@ import logging
 import math
 import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
 from pipeline import plugins
-from pipeline.config.reward_spec import is_address, token
+from pipeline.config.reward_spec import ROWS, is_address, token
+from pipeline.config.sections import Scale
 from pipeline.errors import UserError, did_you_mean
 from pipeline.records import RewardFunction, Scores
+from pipeline.rewards import own_rewards
 from pipeline.rewards.workers import RewardWorkers
 from reward_models import _trl
 from reward_models._trl import FOLDER, TrlFunction
@@ -39,13 +44,20 @@ EQUAL = 1e-4  # a standard deviation that is none, as a share of the values' siz
 
 @dataclass(frozen=True)
 class WeightedReward:
-    """One reward model, its weight in the sum, and what is done to its values before."""
+    """One reward, its weight in the sum, and what is done to its values before."""
 
-    name: str
+    name: str  # as tags and tables call it
     weight: float
-    function: RewardFunction
-    normalise: Literal["none", "sigmoid"] = "none"
+    function: RewardFunction | None
+    normalise: Literal["none", "sigmoid", "standardise"] | Scale = "none"  # a Scale once it is known
     reads_columns: bool = True  # whether it may use further columns of the data
+    own: str | None = None  # the name of a reward that the rows bring; then there is no function
+    given: str = ""  # what `reward=` says, where `name` is short for it
+
+    @property
+    def whole_name(self) -> str:
+        """The one that says where it is, for messages of failures."""
+        return self.given or self.name
 
 
 @dataclass
@@ -60,13 +72,16 @@ class Seen:
 class Rewards:
     """The rewards of a run; those that `workers` know are called in worker processes."""
 
-    def __init__(self, rewards: Sequence[WeightedReward], workers: RewardWorkers | None = None) -> None:
+    def __init__(
+        self, rewards: Sequence[WeightedReward], workers: RewardWorkers | None = None, models: Collection[str] = ()
+    ) -> None:
+        """`models`: the names of the run's reward models, used or not, which messages offer."""
         assert rewards, "a run that scores has at least one reward"
         names = [reward.name for reward in rewards]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise UserError(f"reward: {twice} is named twice, wanted once: a reward needs no monitor of the same name")
-        self.rewards, self._workers = tuple(rewards), workers
+        self.rewards, self._workers, self.models = tuple(rewards), workers, models
         self._seen = {name: Seen() for name in names}
 
     @property
@@ -79,28 +94,65 @@ class Rewards:
         """Whether some reward may use further columns of the data."""
         return any(reward.reads_columns for reward in self.rewards)
 
+    @property
+    def own(self) -> list[WeightedReward]:
+        """Those that the rows bring: no new text has them."""
+        return [reward for reward in self.rewards if reward.own is not None]
+
+    @property
+    def functions(self) -> list[WeightedReward]:
+        """Those that judge any text."""
+        return [reward for reward in self.rewards if reward.own is None]
+
+    @property
+    def unsettled(self) -> list[str]:
+        """The names of those whose mean and standard deviation are not known yet."""
+        return [reward.name for reward in self.rewards if reward.normalise == "standardise"]
+
+    def settle(self, scales: Mapping[str, Scale]) -> None:
+        """Fix what the `unsettled` ones are standardised by, before anything is added up."""
+        known = (replace(one, normalise=scales.get(one.name, one.normalise)) for one in self.rewards)
+        self.rewards = tuple(known)
+
     def score(self, prompts: list[str], completions: list[str], columns: Mapping[str, list]) -> Scores:
         """Raw and normalised values by reward, and their weighted sum, one per completion. Raises UserError."""
         return self.begin(prompts, completions, columns)()
 
     def begin(self, prompts: list[str], completions: list[str], columns: Mapping[str, list]) -> Callable[[], Scores]:
         """Have worker processes begin; what is returned calls the other rewards and gives, or raises, as `score`."""
+        values = self.begin_raw(prompts, completions, columns)
+        return lambda: self.weighed(values(), completions, columns.get("id"))
+
+    def begin_raw(
+        self, prompts: list[str], completions: list[str], columns: Mapping[str, list]
+    ) -> Callable[[], dict[str, list[float | None]]]:
+        """As `begin`, for what each function says, before it is normalised and added up."""
         given, known = (prompts, completions, columns), () if self._workers is None else self._workers.names
-        apart = [reward.name for reward in self.rewards if reward.name in known]
+        apart = [reward.name for reward in self.functions if reward.name in known]
         waiting = self._workers.ask(apart, *given) if apart else dict
 
-        def scores() -> Scores:
-            here = {reward.name: call(reward, *given) for reward in self.rewards if reward.name not in apart}
-            values = here | waiting()
-            raw = {reward.name: values[reward.name] for reward in self.rewards}
-            normalised = {reward.name: _normalised(reward, raw[reward.name]) for reward in self.rewards}
-            self._watch(normalised, completions)
-            return Scores(raw, normalised, self._totals(normalised, completions, columns))
+        def values() -> dict[str, list[float | None]]:
+            return {one.name: call(one, *given) for one in self.functions if one.name not in apart} | waiting()
 
-        return scores
+        return values
+
+    def weighed(
+        self, raw: Mapping[str, list[float | None]], completions: Sequence[str], ids: Sequence[str] | None = None
+    ) -> Scores:
+        """The scores of `raw` values by reward; no sum where a part is missing, as what rows bring is of new texts.
+
+        Raises UserError for a response that none judges.
+        """
+        assert not self.unsettled, f"standardised by what? {self.unsettled}"
+        present = [reward for reward in self.rewards if reward.name in raw]
+        normalised = {reward.name: _normalised(reward, raw[reward.name]) for reward in present}
+        self._watch(normalised, completions)
+        whole = all(reward.name in raw for reward in self.rewards if reward.weight)
+        totals = self._totals(normalised, completions, ids) if whole else None
+        return Scores({reward.name: raw[reward.name] for reward in present}, normalised, totals)
 
     def _totals(
-        self, normalised: Mapping[str, list[float | None]], completions: Sequence[str], columns: Mapping[str, list]
+        self, normalised: Mapping[str, list[float | None]], completions: Sequence[str], ids: Sequence[str] | None
     ) -> list[float]:
         """The weighted sum of those that judge each response. Raises UserError for one that none judges."""
         parts = [(reward.weight, normalised[reward.name]) for reward in self.rewards if reward.weight]
@@ -108,7 +160,7 @@ class Rewards:
         for i, text in enumerate(completions):
             given = [weight * values[i] for weight, values in parts if values[i] is not None]
             if parts and not given:
-                row = f"row {columns['id'][i]}" if "id" in columns else f"completion {i}"
+                row = f"completion {i}" if ids is None else f"row {ids[i]}"
                 names = ", ".join(reward.name for reward in self.rewards if reward.weight)
                 raise UserError(
                     f"reward: {row}: none of {names} judges '{shortened(text)}' (all returned None), wanted a number "
@@ -119,7 +171,7 @@ class Rewards:
 
     def _watch(self, normalised: Mapping[str, list[float | None]], completions: Sequence[str]) -> None:
         """Say once of each reward that gives (nearly) the same, or nothing, to many different texts."""
-        for name in [*self._seen]:
+        for name in [name for name in self._seen if name in normalised]:
             seen = self._seen[name]
             values = normalised[name]
             seen.texts.update(text for text, value in zip(completions, values, strict=True) if value is not None)
@@ -150,12 +202,12 @@ def call(
         return []
     lists = {name: list(values) for name, values in columns.items()}  # its own: it may change them
     run = partial(reward.function, prompts=list(prompts), completions=list(completions), **lists)
-    place = f"reward {reward.name}, called with the columns {', '.join(columns) or '(none)'}"
-    return checked(reward.name, plugins.guarded(place, run), completions, first, columns.get("id"))
+    place = f"reward {reward.whole_name}, called with the columns {', '.join(columns) or '(none)'}"
+    return checked(reward.whole_name, plugins.guarded(place, run), completions, first, columns.get("id"))
 
 
 def bounds(rewards: Sequence[WeightedReward]) -> tuple[float, float] | None:
-    """The least and the greatest total, if every reward goes through the sigmoid; None if the total has no bounds."""
+    """The least and the greatest total, if every reward goes through the sigmoid; None if one has no bounds."""
     if any(reward.normalise != "sigmoid" for reward in rewards):
         return None
     weights = [reward.weight for reward in rewards]
@@ -173,11 +225,22 @@ def resolve(
     `trained` are the directories of this run's reward models by name; `learned(directory)` makes a function of one,
     `served(address)` of a server. Raises UserError for a name that is none of these, or what cannot be called.
     """
+    if name.startswith(ROWS):
+        raise own_rewards.no_judge_of_new_texts(name)
     if is_address(name):
         return served(name)
     if is_learned(name, trained):
         return learned(trained.get(name, name))
     return loaded(name, trained)
+
+
+def is_own(name: str, trained: Collection[str]) -> bool:
+    """Whether a reward is one that the rows bring: what is nothing of what `resolve` looks for before, and no path."""
+    if name.startswith(ROWS):
+        return True
+    source, _ = plugins.split(name)
+    other = is_address(name) or is_learned(name, trained) or source.endswith(".py") or "/" in name
+    return not other and source not in plugins.available(FOLDER)
 
 
 def is_learned(name: str, trained: Collection[str]) -> bool:
@@ -193,6 +256,8 @@ def loaded(name: str, trained: Mapping[str, str] = MappingProxyType({})) -> TrlF
 
 def check(name: str, trained: Collection[str]) -> None:
     """What can be told of a reward without running it; `trained` are names of models. Raises UserError as `resolve`."""
+    if name.startswith(ROWS):
+        raise own_rewards.no_judge_of_new_texts(name)
     if is_address(name):
         token()
     elif not is_learned(name, trained):
@@ -218,6 +283,8 @@ def _unknown(name: str, trained: Collection[str]) -> str:
 
 
 def _normalised(reward: WeightedReward, values: list[float | None]) -> list[float | None]:
+    if isinstance(scale := reward.normalise, Scale):
+        return [None if x is None else (x - scale.mean) / scale.std for x in values]
     return [None if x is None else _sigmoid(x) for x in values] if reward.normalise == "sigmoid" else values
 
 

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
+from pipeline.config.reward_spec import ROWS
+from pipeline.config.sections import Scale
 from pipeline.errors import UserError
+from pipeline.files import write_json
 from pipeline.records import Example, Response, Scores
+from pipeline.rewards import own_rewards
 from pipeline.rewards.rewards import Rewards
 from pipeline.trainer.engine import Ranks
 from reward_models._trl import TrlFunction
+
+SCALES = "normalise.json"  # of a stage's directory: what its rewards are standardised by
+NO_SPREAD = 1e-9  # a standard deviation that is rounding alone, as a share of the values' size
 
 logger = logging.getLogger("tiffin")
 
@@ -23,26 +33,91 @@ def score_texts(
     completions: Sequence[str],
     ids: Sequence[Sequence[int]] | None = None,
 ) -> Scores:
-    """Score one completion per example; ranks share the work and all get the whole result.
+    """Score one new completion per example; ranks share the work and all get the whole result.
 
     `ids` are the completions' own, where a policy wrote them. Raises UserError where a reward fails, by the checks of
     `rewards`; on every rank, wherever it failed.
     """
+    raw = raw_scores(ranks, rewards, examples, completions, ids)
+    return rewards.weighed(raw, completions, [example.id for example in examples])
+
+
+def score_logged(
+    ranks: Ranks,
+    rewards: Rewards,
+    rows: Sequence[Example],
+    completions: Sequence[str],
+    train: int,
+    directory: Path | None,
+) -> Scores:
+    """Score the responses that rows hold, as `score_texts`, with the rewards that the rows bring where these are named.
+
+    The first `train` of them say what is standardised by, if nothing did so far. Raises UserError for rows that lack a
+    reward which is named.
+    """
+    raw = raw_scores(ranks, rewards, rows, completions)
+    raw |= {one.name: own_rewards.values(one.own, rows, rewards.models) for one in rewards.own}
+    say_what_is_meant(rewards, rows)
+    settle(ranks, rewards, {name: values[:train] for name, values in raw.items()}, directory)
+    return rewards.weighed(raw, completions, [row.id for row in rows])
+
+
+def raw_scores(
+    ranks: Ranks,
+    rewards: Rewards,
+    examples: Sequence[Example],
+    completions: Sequence[str],
+    ids: Sequence[Sequence[int]] | None = None,
+) -> dict[str, list[float | None]]:
+    """As `score_texts`, what each function says, by reward."""
     mine = range(ranks.rank, len(examples), ranks.world)
     own = [examples[i] for i in mine]
     prompts = [plain_prompt(example) for example in own]
     texts = [completions[i] for i in mine]
     columns = reward_columns(own, None if ids is None else [ids[i] for i in mine])
-    part = ranks.agreed(lambda: rewards.score(prompts, texts, columns))
+    part = ranks.agreed(rewards.begin_raw(prompts, texts, columns))
     parts = ranks.gather(part)
+    return {name: [parts[i % ranks.world][name][i // ranks.world] for i in range(len(examples))] for name in part}
 
-    def merged(shares: Sequence[Sequence[Any]]) -> list[Any]:
-        return [shares[i % ranks.world][i // ranks.world] for i in range(len(examples))]
 
-    def by_name(field: str) -> dict[str, list[float | None]]:
-        return {name: merged([getattr(one, field)[name] for one in parts]) for name in getattr(part, field)}
+def settle(ranks: Ranks, rewards: Rewards, raw: Mapping[str, Sequence[float | None]], directory: Path | None) -> None:
+    """Fix what rewards are standardised by, once: of `raw`, the values of training rows, or as noted in `directory`.
 
-    return Scores(by_name("raw"), by_name("normalised"), merged([one.total for one in parts]))
+    The same on every rank, and in one that goes on from a checkpoint. Raises UserError where all values are equal.
+    """
+    if not (names := rewards.unsettled):
+        return
+
+    def scales() -> dict[str, dict[str, float]]:
+        file = directory / SCALES
+        if not file.is_file():
+            write_json(file, {name: scale_of(name, raw[name]).model_dump() for name in names})
+        return json.loads(file.read_text("utf-8"))
+
+    found = {name: Scale(**numbers) for name, numbers in ranks.on_main(scales).items()}
+    rewards.settle(found)
+    words = ", ".join(f"{name}: {{mean: {one.mean!r}, std: {one.std!r}}}" for name, one in found.items())
+    logger.info(f"rewards: standardised by the training rows; elsewhere the same is rewards.normalise='{{{words}}}'")
+
+
+def scale_of(name: str, values: Sequence[float | None]) -> Scale:
+    """Mean and standard deviation (of the population) of those judged. Raises UserError where there is no spread."""
+    judged = [value for value in values if value is not None]
+    spread = statistics.pstdev(judged) if judged else 0.0
+    if spread <= NO_SPREAD * max(map(abs, judged), default=0.0):
+        found = f"{judged[0]:.6g} on each of {len(judged):,} training rows" if judged else "no training row is judged"
+        raise UserError(
+            f"rewards.normalise: standardise, but {name}: {found}, wanted values that differ: leave this reward out, "
+            f"or set rewards.normalise='{{{name}: none}}'"
+        )
+    return Scale(mean=statistics.fmean(judged), std=spread)
+
+
+def say_what_is_meant(rewards: Rewards, rows: Sequence[Example]) -> None:
+    """One line for each reward whose name a reward of the rows has too."""
+    for name in own_rewards.names(rows):
+        if any(one.name == name and one.weight for one in rewards.functions):
+            logger.info(f"reward {name}: scored anew; reward={ROWS}{name} would be that of the rows")
 
 
 def reward_columns(examples: Sequence[Example], ids: Sequence[Sequence[int]] | None = None) -> dict[str, list[Any]]:
@@ -92,9 +167,11 @@ def try_rewards(ranks: Ranks, rewards: Rewards, row: Example, written: bool) -> 
     text = next(filter(None, texts), "")
     columns = reward_columns([row], [[0]] if written else None)
 
-    def tried() -> Scores:
+    def tried() -> None:
         try:
-            return rewards.score([plain_prompt(row)], [text], columns)
+            values = rewards.begin_raw([plain_prompt(row)], [text], columns)()
+            if not rewards.unsettled:
+                rewards.weighed(values, [text], [row.id])
         except UserError as error:
             raise UserError(f"{error} (tried on row {row.id} before anything else)") from error
 

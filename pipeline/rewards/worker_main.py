@@ -37,7 +37,7 @@ def main(pipe: Connection) -> None:
 def known(names: Mapping[str, str]) -> dict[str, WeightedReward] | UserError:
     """The rewards by name, or why they cannot be had, which is the answer to every question."""
     try:
-        return {name: WeightedReward(name, 1.0, loaded(source)) for name, source in names.items()}
+        return {name: WeightedReward(name, 1.0, loaded(source), given=source) for name, source in names.items()}
     except UserError as error:
         return error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from pipeline.trainer.loop import Evaluation
 from pipeline.trainer.model import Model
 from pipeline.trainer.objective import Objective, RlModule
 
+logger = logging.getLogger("tiffin")
+
 
 @dataclass(frozen=True)
 class Context:
@@ -33,11 +36,16 @@ class Context:
     directory: Path
     start: ModelSettings  # the model to start from
     data: DataSettings  # where the rows come from
-    rewards: Rewards | None
+    rewards: Rewards | None  # what scores logged rows
     rewards_key: object  # names the rewards where results are cached
     module: RlModule
     algorithm: Any  # its settings
     objective: Objective
+
+    @property
+    def judge(self) -> Rewards | None:
+        """What judges any text by the very sum that is trained on; None where rows bring a part of it."""
+        return None if self.rewards is None or self.rewards.own else self.rewards
 
 
 def splits(context: Context) -> tuple[list[Example], list[Example]]:
@@ -48,27 +56,37 @@ def splits(context: Context) -> tuple[list[Example], list[Example]]:
     rewards = context.rewards
     carry = rewards is not None and rewards.reads_columns
     train, held_out = dataset.splits(context.data, context.settings.seed, carry=carry)
+    if rewards is not None and rewards.own:
+        say_what_is_judged(rewards)
     if rewards is not None:
         (row,) = dataset.unique_prompts(train[:1])
         scoring.try_rewards(context.ranks, rewards, row, written=True)
     return train, held_out
 
 
+def say_what_is_judged(rewards: Rewards) -> None:
+    """One line of what is known of new responses, where a part of the sum is a reward that the rows bring."""
+    brought, watched = (", ".join(one.name for one in part) for part in (rewards.own, rewards.functions))
+    shown = f"; logged of them, each by itself: {watched} (eval/rewards/NAME/...)" if watched else ""
+    logger.info(f"rewards: the rows bring {brought}, so that nothing judges new responses by the whole sum{shown}")
+
+
 def required_rewards(context: Context) -> Rewards:
-    """The rewards of the stage. Raises UserError where there are none."""
-    if context.rewards is None:
+    """The rewards of the stage. Raises UserError where there are none that judge new texts."""
+    if context.judge is None:
         raise no_judge_of_new_texts(context.settings.algo, context.settings.run)
-    return context.rewards
+    return context.judge
 
 
 def fresh_responses(context: Context, model: Model, prompts: Sequence[Example]) -> Evaluation:
-    """eval/... of responses that the policy gives now, judged where rewards are; with a few samples."""
+    """eval/... of responses that the policy gives now, judged where something does that; with a few samples."""
     settings = context.settings
     responses = generate(model.engine, model.encoder, prompts, settings.generation, settings.seed)
     statistics, histograms, scores = evaluation.completion_statistics(responses), {}, None
-    if context.rewards is not None:
+    if context.rewards is not None and context.rewards.functions:
         scores = scoring.score_responses(model.ranks, context.rewards, responses)
         statistics |= evaluation.reward_statistics(scores, [response.text for response in responses])
-        histograms["eval/reward"] = torch.tensor(scores.total)
+        if scores.total is not None:
+            histograms["eval/reward"] = torch.tensor(scores.total)
     samples = evaluation.sample_rows(responses, scores, settings.eval.num_samples)
     return Evaluation({f"eval/{name}": value for name, value in statistics.items()}, histograms, samples)

@@ -37,7 +37,7 @@ def trainer(context: Context) -> Trainer:
 
     # what the reference says, before the first step changes it
     reference = ReferencePolicy(policy, settings, fingerprint(context.start.path))
-    value_data = ValueData(prompts, items, context.rewards, context.rewards_key)
+    value_data = ValueData(prompts, items, context.judge, context.rewards_key)
     annotated, facts = annotate(reference, [*items, *held_out], needs, value_data)
     items, held_out = annotated[: len(items)], annotated[len(items) :]
     if "reward" in held_out[0].numbers and not needs.ref_logp:
@@ -77,9 +77,9 @@ def rewarded_rows(context: Context, needs: Needs) -> tuple[list[Example], list[E
     train, held_out = (convert.to_scored(examples, data.responses) for examples in splits(context))
     prompts = dataset.unique_prompts(held_out)
     held_out = held_out[: settings.eval.max_rows]
-    if needs.rewards or settings.rows != "all" or settings.shuffle_rewards:
-        both = rows.with_rewards(context.ranks, [*train, *held_out], context.rewards, settings)
-        train, held_out = both[: len(train)], both[len(train) :]
+    wanted = needs.rewards or settings.rows != "all" or settings.shuffle_rewards
+    if wanted or (context.rewards is not None and (context.rewards.own or context.rewards.unsettled)):
+        train, held_out = rows.with_rewards(context, train, held_out)
     train = rows.chosen_rows(train, settings.rows)
     if settings.shuffle_rewards:
         train = rows.with_shuffled_rewards(train, settings.seed)
@@ -92,7 +92,7 @@ def best_metric(context: Context, held_out: Sequence[Item]) -> BestMetric:
 
     A loss that weighs rows chooses nothing: it falls when the rows of much weight are merely forgotten.
     """
-    if context.rewards is not None:
+    if context.judge is not None:
         return REWARD
     return GAIN if "reward" in held_out[0].numbers else HELD_OUT_LOSS
 

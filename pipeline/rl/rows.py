@@ -15,9 +15,9 @@ from pipeline.data.batching import Draw
 from pipeline.data.convert import CHOSEN, REJECTED
 from pipeline.errors import UserError
 from pipeline.records import Example, Item
-from pipeline.rewards import scoring
+from pipeline.rewards import own_rewards, scoring
 from pipeline.rewards.rewards import Rewards
-from pipeline.trainer.engine import Ranks
+from pipeline.rl.context import Context
 
 logger = logging.getLogger("tiffin")
 
@@ -28,21 +28,36 @@ NOTHING_POSITIVE = {  # the cure, by what weighs a row
 }
 
 
-def with_rewards(ranks: Ranks, rows: list[Example], rewards: Rewards | None, settings: RlStage) -> list[Example]:
-    """The rows with their reward: judged if `reward` is set or they bring none, else their own.
+def with_rewards(
+    context: Context, train: list[Example], held_out: list[Example]
+) -> tuple[list[Example], list[Example]]:
+    """Both with their rewards: what `reward` names, or judges where they bring none; else their own `reward`.
 
-    Raises UserError where there is neither a reward column nor anything to judge with.
+    Raises UserError where there is neither, or rows lack a reward of their own that is named.
     """
-    own = all(row.reward is not None for row in rows)
-    if own and settings.reward is None:
-        return rows
-    if rewards is None:
-        return [*convert.judged(rows, settings.run)]
-    if any(row.reward is not None for row in rows):
-        logger.info("rewards: those that the rows bring are not used: reward= scores them anew")
+    rows, rewards, settings = [*train, *held_out], context.rewards, context.settings
+    if settings.reward is None and (rewards is None or all(row.reward is not None for row in rows)):
+        convert.judged(rows, settings.run)
+        if settings.rewards.normalise not in ("auto", "none"):
+            logger.info("rewards.normalise: the rows' own `reward` stays as it is (reward=reward would change it too)")
+        if rewards is not None and rewards.unsettled:  # of new responses
+            raw = scoring.raw_scores(context.ranks, rewards, train, [row.completion for row in train])
+            scoring.settle(context.ranks, rewards, raw, context.directory)
+        return train, held_out
+    say_what_is_left(rewards, rows)
     scoring.warn_of_equals(rewards, rows)
-    scores = scoring.score_texts(ranks, rewards, rows, [row.completion for row in rows])
-    return [replace(row, reward=total) for row, total in zip(rows, scores.total, strict=True)]
+    texts = [row.completion for row in rows]
+    totals = scoring.score_logged(context.ranks, rewards, rows, texts, len(train), context.directory).total
+    scored = [replace(row, reward=total) for row, total in zip(rows, totals, strict=True)]
+    return scored[: len(train)], scored[len(train) :]
+
+
+def say_what_is_left(rewards: Rewards, rows: Sequence[Example]) -> None:
+    """One line where rows bring rewards that nothing reads."""
+    used = {one.own for one in rewards.own}
+    if left := [name for name in own_rewards.names(rows) if name not in used]:
+        anew = "" if used else ": reward= scores them anew"
+        logger.info(f"rewards: those that the rows bring are not used ({', '.join(left)}){anew}")
 
 
 def chosen_rows(rows: list[Example], which: str) -> list[Example]:
@@ -85,6 +100,11 @@ def population(items: Sequence[Item], weight: str, settings: RlStage) -> tuple[D
         raise UserError(
             f"sampling: all, but none of {n} rows has a positive {weight} (largest {max(weights):.4g}), wanted one to "
             f"learn from: {NOTHING_POSITIVE[weight]}"
+        )
+    if settings.sampling == "all" and weight == "reward" and (below := sum(one < 0 for one in weights)):
+        logger.warning(
+            f"sampling: all, and {below:,} of {n:,} rows have a reward below 0: they are made less likely, the "
+            "lower the more (sampling=positive leaves them out; an algorithm with weight: advantage compares instead)"
         )
     # in proportion to the weight; otherwise every row that is kept once per epoch
     if settings.sampling == "priority":

@@ -11,11 +11,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pipeline.config.reward_spec import no_targets_of_policy
 from pipeline.config.schema import RlStage
 from pipeline.config.sections import ValueSettings
 from pipeline.data import dataset, sampling
 from pipeline.data.batching import Packing, collate, once, window
-from pipeline.errors import UserError
 from pipeline.models import value_head
 from pipeline.records import Example, Item
 from pipeline.rewards import rewards as reward_functions
@@ -55,9 +55,7 @@ def source_of(settings: ValueSettings, rewards: Rewards | None) -> Literal["poli
     Raises UserError where fresh ones are wanted, but nothing can judge them.
     """
     if settings.targets == "policy" and rewards is None:
-        raise UserError(
-            "value.targets: policy, but nothing can score new responses: give reward=, or value.targets=data"
-        )
+        raise no_targets_of_policy()
     if settings.targets == "auto" and rewards is None:
         logger.info("values: V is learned from the logged rewards, as nothing judges new responses (value.targets)")
     if settings.targets == "auto":

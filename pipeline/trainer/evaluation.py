@@ -65,11 +65,13 @@ def reward_statistics(scores: Scores, texts: Sequence[str]) -> dict[str, float]:
     rewards/<name>/raw_mean where that is another number.
 
     A reward's numbers are those of the responses that it judges; of fewer than all, rewards/<name>/judged is the share.
-    They are NaN where it judges none; so is a standard error of a single response.
+    They are NaN where it judges none; so is a standard error of a single response. There is no reward/* without a sum.
     """
-    result = {"reward": statistics.fmean(scores.total), "reward_std": statistics.pstdev(scores.total)}
-    result["reward_se"] = standard_error(scores.total)
-    result["reward_length_correlation"] = length_correlation(scores.total, texts)
+    result = {}
+    if scores.total is not None:
+        result = {"reward": statistics.fmean(scores.total), "reward_std": statistics.pstdev(scores.total)}
+        result["reward_se"] = standard_error(scores.total)
+        result["reward_length_correlation"] = length_correlation(scores.total, texts)
     for name in scores.normalised:
         judged = [i for i, value in enumerate(scores.normalised[name]) if value is not None]
         raw, values = ([each[name][i] for i in judged] or [math.nan] for each in (scores.raw, scores.normalised))
@@ -159,7 +161,8 @@ def sample_rows(responses: Sequence[Response], scores: Scores | None, count: int
     """The first `count` responses as rows of a sample table, with their rewards where they were judged."""
     rows = [{**more, "id": r.example.id, "prompt": r.prompt_text, "response": r.text} for r in responses[:count]]
     for i, row in enumerate(rows if scores is not None else ()):
-        row["reward"] = scores.total[i]
+        if scores.total is not None:
+            row["reward"] = scores.total[i]
         row["rewards"] = {name: values[i] for name, values in scores.normalised.items()}
     return rows
 
