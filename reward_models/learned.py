@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from pipeline.config.sections import ModelSettings, TemplateSettings
+from pipeline.data import messages
 from pipeline.data.tokenization import Encoder, pad
 from pipeline.errors import UserError
 from pipeline.models.checks import positions
@@ -63,7 +64,8 @@ def load(
     def reward(prompts: Sequence[str], completions: Sequence[str], **columns: Sequence) -> list[float]:
         # `raw_prompt`, which may be chat messages, goes before `prompts`, which is always text
         raw = columns.get("raw_prompt", prompts)
-        asked = [one if isinstance(one, str) else tuple(Message(**turn) for turn in one) for one in raw]
+        beside = [columns.get(name, [None] * len(raw)) for name in messages.COLUMNS]
+        asked = [messages.given_back(*one) for one in zip(raw, *beside, strict=True)]
         rows = [read(encoder, prompt, text, max_length) for prompt, text in zip(asked, completions, strict=True)]
         longest = max(map(len, rows), default=0)
         if limit is not None and longest > limit:

@@ -31,13 +31,12 @@ def main(settings: SftStage, words: Sequence[str]) -> None:
     if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs.of_sft(settings))):
         return
     _, _, objective = objective_of(settings.algorithm)
-    train, held_out = rows_of(settings)
+    train, held_out, watched = rows_of(settings)
     masks = settings.masking.rate > 0
 
     policy = build_policy(
         settings, ranks, settings.model, texts=partial(dataset.texts, train, settings.template), mask=masks
     )
-    watched = held_out if settings.train_on == "last" else [t for row in held_out for t in conversations.turns_of(row)]
     items, tested = encode(policy, directory, train, watched, dataset.completion_rows)
     packing = masked_packing(policy, settings.masking, settings.seed, spans=True) if masks else policy.packing
     items = in_fewer_rows(items, policy, settings)
@@ -56,18 +55,20 @@ def main(settings: SftStage, words: Sequence[str]) -> None:
     )
 
 
-def rows_of(settings: SftStage) -> tuple[list[Example], list[Example]]:
-    """The rows to learn from, a row a turn if all are learned; and those held out."""
+def rows_of(settings: SftStage) -> tuple[list[Example], list[Example], list[Example]]:
+    """The rows to learn from, a row a turn if all are learned; those held out; and these again as they are learned."""
     train, held_out = (convert.to_supervised(rows) for rows in dataset.splits(settings.data, settings.seed))
-    return conversations.learned(train, settings.train_on), held_out[: settings.eval.max_rows]
+    which, held_out = conversations.resolved(settings.train_on, train), held_out[: settings.eval.max_rows]
+    return conversations.learned(train, which), held_out, conversations.watched(held_out, which)
 
 
 def in_fewer_rows(items: list[Item], policy: Model, settings: SftStage) -> list[Item]:
     """Each conversation in one row where that changes nothing, after a word about it."""
-    if settings.train_on != "all" or settings.masking.rate > 0 or policy.packing.encoder_decoder:
+    if settings.train_on == "last" or settings.masking.rate > 0 or policy.packing.encoder_decoder:
         return items
     joined = conversations.joined(items)
-    logger.info(f"train: {len(items):,} turns read in {len(joined):,} rows")
+    if len(joined) < len(items):
+        logger.info(f"train: {len(items):,} turns read in {len(joined):,} rows")
     return joined
 
 

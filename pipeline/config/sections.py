@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 STAGE_FILES = ("model", "best", "last", "checkpoints", "tensorboard", "samples", "non_finite")  # in a stage directory
 
@@ -90,6 +90,7 @@ class TemplateSettings(Section):
     system: str | None
     special_tokens: Literal["text", "token"]
     date: Annotated[str, AfterValidator(day)] | None
+    arguments: dict[str, JsonValue] = Field(default_factory=dict)  # a model trained before there were any has none
 
 
 class DataSettings(Section):

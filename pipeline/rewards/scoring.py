@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.records import Example, Response, Scores
+from pipeline.records import Chat, Example, Response, Scores, text_of
 from pipeline.rewards.rewards import Rewards
 from pipeline.trainer.engine import Ranks
 from reward_models._trl import TrlFunction
@@ -58,6 +59,10 @@ def reward_columns(examples: Sequence[Example], ids: Sequence[Sequence[int]] | N
         "references": [list(example.references) for example in examples],
         "raw_prompt": [raw_prompt(example) for example in examples],
     }
+    chats = [example.prompt if isinstance(example.prompt, Chat) else Chat(()) for example in examples]
+    if any(chats):  # as TRL names them
+        columns["tools"] = [json.loads(one.tools) if one.tools else None for one in chats]
+        columns["chat_template_kwargs"] = [json.loads(one.arguments) if one.arguments else None for one in chats]
     return columns if ids is None else columns | {"completion_ids": [list(one) for one in ids]}
 
 
@@ -67,7 +72,7 @@ def _own(value: Any) -> Any:
 
 def warn_of_equals(rewards: Rewards, rows: Sequence[Example]) -> None:
     """One line where a reward compares, and rows whose completions are to be scored hold them as references."""
-    equal = sum(row.completion in row.references for row in rows)
+    equal = sum(text_of(row.completion) in row.references for row in rows)
     compares = [isinstance(one.function, TrlFunction) and "references" in one.function.named for one in rewards.rewards]
     if equal and any(compares):
         logger.warning(
@@ -89,7 +94,7 @@ def try_rewards(ranks: Ranks, rewards: Rewards, row: Example, written: bool) -> 
     ids; one is made up. Raises UserError, with the row's id, where a reward fails.
     """
     texts = (row.completion, *row.references, *row.candidates, row.chosen, plain_prompt(row))
-    text = next(filter(None, texts), "")
+    text = text_of(next(filter(None, texts), ""))
     columns = reward_columns([row], [[0]] if written else None)
 
     def tried() -> Scores:
@@ -105,9 +110,9 @@ def try_rewards(ranks: Ranks, rewards: Rewards, row: Example, written: bool) -> 
         logger.info(f'reward {", ".join(asked)}: given {how} (CHATS = "text" in the file makes them text)')
 
 
-def raw_prompt(example: Example) -> str | list[dict[str, str]]:
+def raw_prompt(example: Example) -> str | list[dict[str, Any]]:
     """The prompt as JSON has it: the row's own text, or a chat's messages."""
-    return example.prompt if isinstance(example.prompt, str) else [turn._asdict() for turn in example.prompt]
+    return example.prompt if isinstance(example.prompt, str) else [turn.given() for turn in example.prompt]
 
 
 def plain_prompt(example: Example) -> str:
