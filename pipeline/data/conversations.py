@@ -47,7 +47,7 @@ def learned(examples: Sequence[Example], which: str) -> list[Example]:
     kept = [row for row in rows if row.turn_weight != 0]
     if rows and not kept:
         raise UserError(
-            f"{rows[0].id}: weight 0, as all {len(rows):,} turns to learn from have (train_on={which}), wanted 1 for some"
+            f"{rows[0].id}: weight 0, as all {len(rows):,} turns have that train_on={which} learns, wanted 1 for some"
         )
     if len(kept) < len(rows):
         logger.info(f"train_on={which}: {len(rows) - len(kept):,} of {len(rows):,} turns have weight 0: not learned")

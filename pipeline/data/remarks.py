@@ -41,8 +41,8 @@ def of_turns(split: str, rows: Sequence[Example]) -> Iterator[str]:
         unrated = sum(row.reward is None for row in rewarded)
         last = f"; the last answer of {unrated:,} has none and is left out there" if unrated else ""
         yield (
-            f"{split}: {len(rewarded):,} of {len(rows):,} rows have rewards of earlier turns: in stage=rl and score each "
-            f"such turn is a row of its own{last}"
+            f"{split}: {len(rewarded):,} of {len(rows):,} rows have rewards of earlier turns: each such turn is a row "
+            f"of its own in stage=rl and score{last}"
         )
 
 
