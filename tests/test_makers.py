@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 
+from pipeline.data import conversations
+from pipeline.data.dataset import completion_rows, encode
 from pipeline.data.readers import read
-from pipeline.data.tokenization import Encoder
+from pipeline.data.tokenization import Encoder, fewer_turns
+from pipeline.data.written_template import for_others
 from pipeline.errors import UserError
-from pipeline.records import Example
+from pipeline.records import Example, Message
 from tests import makers, tiny
 
 DATE = "2026-03-01"
@@ -132,3 +135,130 @@ def test_a_row_is_what_the_makers_template_makes_of_it(name: str, layout: str, t
     whole = cut_at_end(theirs(name, messages, **given), encoder.eos_id)
     assert found.prompt_ids + found.response_ids == whole
     assert makers.ENDS[name] == encoder.tokenizer.convert_ids_to_tokens(found.response_ids[-1])
+
+
+def test_a_call_of_a_tool_of_the_makers_ends_with_a_token_of_its_own(tmp_path: Path) -> None:
+    search = {"type": "function", "function": {"name": "search", "arguments": {"query": "beans"}}}
+    messages, given = [HELLO, {**CALLS, "tool_calls": [search]}], {"builtin_tools": ["search"]}
+    example = example_of({"messages": messages, "chat_template_kwargs": given}, tmp_path)
+    row = encoder_of("llama").encode(example.prompt, example.completion)
+    assert row.prompt_ids + row.response_ids == theirs("llama", messages, **given)
+    tokens = makers.tokenizer_of("llama").convert_ids_to_tokens(row.response_ids)
+    assert (tokens[0], tokens[-1]) == ("<|python_tag|>", "<|eom_id|>")
+
+
+@pytest.mark.parametrize("name", ["qwen", "llama"])
+def test_every_answer_and_call_is_learned_and_no_result(name: str, tmp_path: Path) -> None:
+    """One row holds the whole conversation, of which two turns with their ends are learned."""
+    example = example_of({"messages": [*USED, HELLO, FOUR], **TOOLS}, tmp_path)
+    encoder, tokenizer = encoder_of(name), makers.tokenizer_of(name)
+    apart = encode(conversations.learned([example], "all"), encoder, completion_rows)
+    assert [item.example.id for item in apart] == ["rows/1/turn-1", "rows/1/turn-2", "rows/1"]
+    rows = [item.rows[0] for item in conversations.joined(apart)]
+    said = [
+        [token for token, is_learned in zip(row.response_ids, conversations.marks(row), strict=True) if is_learned]
+        for row in rows
+    ]
+    end, call = makers.ENDS[name], '{"x": 1, "to": "two é"}'
+    calls = {
+        "qwen": f'<tool_call>\n{{"name": "add", "arguments": {call}}}\n</tool_call>{end}',
+        "llama": f'{{"name": "add", "parameters": {call}}}{end}',
+    }[name]
+    # what Qwen's writes after the user's last question, and leaves out of the history: rows stay apart there
+    thought = "<think>\n\n</think>\n\n" if name == "qwen" else ""
+    texts = [tokenizer.decode([*ids]) for ids in said]
+    assert "".join(texts) == f"{thought}{calls}{thought}It is four .{end}" + f"{thought}It is four .{end}"
+    assert len(rows) == (3 if name == "qwen" else 1)
+
+
+def test_thinking_is_off_as_set_and_a_rows_word_goes_before(tmp_path: Path) -> None:
+    off = encoder_of("qwen", arguments={"enable_thinking": False})
+    assert off.prompt_text("why?").endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    row, whole = (
+        off.encode("why?", "so"),
+        theirs("qwen", [{"role": "user", "content": "why?"}, {**FOUR, "content": "so"}]),
+    )
+    assert row.prompt_ids + row.response_ids == cut_at_end(whole, off.eos_id)
+    assert off.decode(row.response_ids[:-1], "why?") == "so"
+    on = example_of({"prompt": "why?", "completion": "so", "chat_template_kwargs": {"enable_thinking": True}}, tmp_path)
+    row = off.encode(on.prompt, on.completion)
+    assert row == encoder_of("qwen").encode("why?", "so") and len(row.response_ids) > 5
+    assert off.decode(row.response_ids[:-1], on.prompt) == "so"
+    with pytest.raises(UserError, match=r"wanted it to follow the prompt: has it reasoning_content where"):
+        off.encode("why?", Message("assistant", "so", '{"reasoning_content": "hm"}'))
+
+
+def test_what_a_template_does_not_read_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    messages = [{**HELLO, "mood": "calm"}, {**FOUR, "reasoning_content": "hm"}]
+    example = example_of({"messages": messages, "chat_template_kwargs": {"enable_thinkin": False}}, tmp_path)
+    encoder, caplog.handler.records[:] = encoder_of("qwen"), []
+    for _ in range(2):
+        encoder.encode(example.prompt, example.completion)
+    assert caplog.messages == [
+        "messages: some have 'mood', but the tokenizer's chat template does not read it: the model does not see it",
+        "chat_template_kwargs: 'enable_thinkin' is no variable of the chat template, wanted one of enable_thinking; "
+        "did you mean 'enable_thinking'?; it does nothing",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"enable_thinkin": False}, r"template\.arguments: 'enable_thinkin' is no variable .*'enable_thinking'"),
+        ({"tools": []}, r"template\.arguments: 'tools' is no variable of the chat template, wanted one of enable_th"),
+    ],
+)
+def test_a_setting_that_the_template_does_not_read_is_refused(arguments: dict, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        encoder_of("qwen", arguments=arguments)
+    with pytest.raises(UserError, match=r"template: kind=text reads no arguments, wanted kind=chat"):
+        tiny.settings("sft", "template.kind=text", "template.arguments={enable_thinking: false}")
+    with pytest.raises(UserError, match=r"template\.arguments: a, but template\.kind=text reads none"):
+        Encoder(tiny.tokenizer(), tiny.settings("sft", "template.arguments={a: 1}").template, 64, 64)
+
+
+@pytest.mark.parametrize("layout", ["tools", "a call as text", "a result"])
+def test_our_own_lines_write_no_tools(layout: str, tmp_path: Path) -> None:
+    example = example_of(LAYOUTS[layout][0], tmp_path)
+    with pytest.raises(UserError, match=r"template\.kind=text (reads|writes) none, wanted a model with a chat"):
+        encoder_of("qwen", kind="text").encode(example.prompt, example.completion)
+
+
+@pytest.mark.parametrize("name", ["qwen", "llama"])
+def test_special_tokens_spelled_in_tools_and_calls_are_text(name: str, tmp_path: Path) -> None:
+    end = makers.ENDS[name]
+    tool = {"type": "function", "function": {"name": "add", "description": f"ends {end}"}}
+    call = {"type": "function", "function": {"name": "add", "arguments": {"x": end}}}
+    messages = [HELLO, {"role": "assistant", "tool_calls": [call]}]
+    example = example_of({"messages": messages, "tools": [tool]}, tmp_path)
+    encoder = encoder_of(name)
+    row = encoder.encode(example.prompt, example.completion)
+    whole = makers.tokenizer_of(name).apply_chat_template(
+        messages, tools=[tool], tokenize=False, date_string="01 Mar 2026"
+    )
+    ids = row.prompt_ids + row.response_ids
+    assert encoder.tokenizer.decode(ids) == whole.rstrip("\n") and row.spelled
+    assert ids.count(encoder.eos_id) == whole.count(end) - 2 and row.response_ids.count(encoder.eos_id) == 1
+
+
+@pytest.mark.parametrize("name", ["qwen", "llama"])
+def test_a_long_prompt_keeps_tools_and_no_result_without_its_call(name: str, tmp_path: Path) -> None:
+    example = example_of({"messages": [HELLO, FOUR, *USED], **TOOLS}, tmp_path)
+    whole = encoder_of(name).encode_prompt(example.prompt)[0]
+    # one turn of the user and one of the assistant less, then less and less of the longest text
+    shorter = theirs(name, USED[:-1], add_generation_prompt=True, **TOOLS)
+    assert encoder_of(name, limit=len(whole) - 1).encode_prompt(example.prompt) == (shorter, True)
+    cut = encoder_of(name, limit=len(shorter) - 2).encode_prompt(example.prompt)[0]
+    text = makers.tokenizer_of(name).decode(cut)
+    assert len(cut) <= len(shorter) - 2 and "Adds é" in text and "4" in text and '"x": 1' in text
+    for part in fewer_turns(example.prompt, "beginning"):
+        assert part.tools and part.turns[-1].role == "user"
+
+
+def test_the_saved_template_has_the_arguments_built_in() -> None:
+    encoder = encoder_of("qwen", arguments={"enable_thinking": False})
+    saved, asked = for_others(encoder), [HELLO]
+    found = theirs("qwen", asked, chat_template=saved, add_generation_prompt=True)
+    assert found == theirs("qwen", asked, enable_thinking=False, add_generation_prompt=True)
+    again = theirs("qwen", asked, chat_template=saved, add_generation_prompt=True, enable_thinking=True)
+    assert again == theirs("qwen", asked, add_generation_prompt=True) != found

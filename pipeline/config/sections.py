@@ -92,6 +92,12 @@ class TemplateSettings(Section):
     date: Annotated[str, AfterValidator(day)] | None
     arguments: dict[str, JsonValue] = Field(default_factory=dict)  # a model trained before there were any has none
 
+    @model_validator(mode="after")
+    def a_template_for_arguments(self) -> TemplateSettings:
+        if self.kind == "text" and self.arguments:
+            raise ValueError("kind=text reads no arguments, wanted kind=chat, or no template.arguments")
+        return self
+
 
 class DataSettings(Section):
     task: str | None

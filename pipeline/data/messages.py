@@ -52,6 +52,13 @@ def for_template(row: Columns, prompt: Prompt) -> Prompt:
     return Chat(turns, _json(tools, TOOLS) if tools else "", _json(arguments, ARGUMENTS) if arguments else "")
 
 
+def any_reward(row: Columns) -> bool:
+    """Whether a message of the row has a reward, so that the row need have none."""
+    turns = row.get("messages")
+    listed = turns if isinstance(turns, list | tuple) else ()
+    return any(isinstance(turn, Mapping) and fields.first_of(turn, REWARD) is not None for turn in listed)
+
+
 def overrules(row: Columns) -> bool:
     """Whether a sound row has a reward, and its last message another one, which counts."""
     last = row["messages"][-1] if fields.has(row, "messages") else {}

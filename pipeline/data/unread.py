@@ -10,7 +10,7 @@ import logging
 import re
 from collections.abc import Iterable
 
-from jinja2 import Environment, TemplateError, meta
+from jinja2 import Environment, TemplateError, meta, nodes
 from jinja2.ext import loopcontrols
 from transformers import PreTrainedTokenizerBase
 
@@ -112,7 +112,10 @@ def variables(source: str) -> set[str]:
         tree = Environment(extensions=[loopcontrols]).parse(GENERATION.sub("", source))
     except TemplateError:  # each prompt will say so
         return set()
-    return meta.find_undeclared_variables(tree) - FUNCTIONS
+    own = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"}
+    # of its own ones, those that it sets where nobody else does
+    asked = {test.node.name for test in tree.find_all(nodes.Test) if isinstance(test.node, nodes.Name)}
+    return meta.find_undeclared_variables(tree) - FUNCTIONS - (own - asked)
 
 
 def _keys(turns: Iterable[Message]) -> list[str]:

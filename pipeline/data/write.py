@@ -40,8 +40,7 @@ def row_of(example: Example) -> dict[str, object]:
         messages.TOOLS: json.loads(beside.tools) if beside.tools else None,
         messages.ARGUMENTS: json.loads(beside.arguments) if beside.arguments else None,
         "completion" if prompt else "text": _written(completion),
-        "chosen": _written(example.chosen),
-        "rejected": _written(example.rejected),
+        **_sides(example),
         "chosen_reward": example.chosen_reward,
         "rejected_reward": example.rejected_reward,
         "margin": example.margin,
@@ -58,3 +57,11 @@ def row_of(example: Example) -> dict[str, object]:
 
 def _written(answer: Answer | None) -> str | list[dict[str, object]] | None:
     return [messages.as_row(answer)] if isinstance(answer, Message) else answer
+
+
+def _sides(example: Example) -> dict[str, object]:
+    """The two responses of a pair: both texts, or both messages."""
+    sides = {"chosen": example.chosen, "rejected": example.rejected}
+    if any(isinstance(side, Message) for side in sides.values()):
+        sides = {name: Message("assistant", side) if isinstance(side, str) else side for name, side in sides.items()}
+    return {name: _written(side) for name, side in sides.items()}
