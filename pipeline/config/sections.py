@@ -95,7 +95,7 @@ class TemplateSettings(Section):
     @model_validator(mode="after")
     def a_template_for_arguments(self) -> TemplateSettings:
         if self.kind == "text" and self.arguments:
-            raise ValueError("kind=text reads no arguments, wanted kind=chat, or no template.arguments")
+            raise ValueError("template.kind=text reads none of template.arguments, wanted template.kind=chat")
         return self
 
 

@@ -48,7 +48,8 @@ def splits(
         if not rows[name]:
             raise UserError(f"data: the {name} split has no rows, wanted at least one: {_cure(data)}")
         if data.task is None:
-            for line in (*remarks.of_rows(name, rows[name]), *remarks.of_turns(name, rows[name])):
+            turns = remarks.of_turns(name, rows[name]) if name == names[0] else ()
+            for line in (*remarks.of_rows(name, rows[name]), *turns):
                 logger.info(line)
         yield rows[name]
 
