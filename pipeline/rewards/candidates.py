@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from pipeline.data.columns import ranked
 from pipeline.data.dataset import gold
-from pipeline.records import Example, Response, Scores, text_of
+from pipeline.records import Example, Response, Scores
 from pipeline.rewards import scoring
 from pipeline.rewards.rewards import Rewards
 from pipeline.trainer.engine import Ranks
@@ -68,7 +68,7 @@ def judged(ranks: Ranks, rewards: Rewards, rows: Sequence[Example]) -> Judged:
     counts = [len(row.candidates) or 1 for row in rows]
     judged = [replace(row, references=gold(row)) if row.candidates else row for row in rows]
     of = [row for row, count in zip(judged, counts, strict=True) for _ in range(count)]
-    texts = [text_of(text) for row in rows for text in row.candidates or (row.completion,)]
+    texts = scoring.as_texts([text for row in rows for text in row.candidates or (row.completion,)])
     scores = scoring.score_texts(ranks, rewards, of, texts)
     starts = accumulate(counts, initial=0)
     scored = [_with_scores(row, scores, start) for row, start in zip(rows, starts, strict=False)]

@@ -9,7 +9,7 @@ from copy import deepcopy
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.records import Chat, Example, Response, Scores, text_of
+from pipeline.records import Answer, Chat, Example, Message, Response, Scores, text_of
 from pipeline.rewards.rewards import Rewards
 from pipeline.trainer.engine import Ranks
 from reward_models._trl import TrlFunction
@@ -68,6 +68,16 @@ def reward_columns(examples: Sequence[Example], ids: Sequence[Sequence[int]] | N
 
 def _own(value: Any) -> Any:
     return deepcopy(value) if isinstance(value, list | dict) else value
+
+
+def as_texts(answers: Sequence[Answer]) -> list[str]:
+    """Logged answers as rewards read them, after a word where some are more than a text."""
+    if calling := sum(isinstance(answer, Message) for answer in answers):
+        logger.info(
+            f"rewards: {calling:,} of {len(answers):,} answers call tools or think: read as their text and the calls "
+            "as JSON, not as a chat template writes them"
+        )
+    return [text_of(answer) for answer in answers]
 
 
 def warn_of_equals(rewards: Rewards, rows: Sequence[Example]) -> None:

@@ -14,7 +14,7 @@ from pipeline.data import convert, sampling
 from pipeline.data.batching import Draw
 from pipeline.data.convert import CHOSEN, REJECTED
 from pipeline.errors import UserError
-from pipeline.records import Example, Item, text_of
+from pipeline.records import Example, Item
 from pipeline.rewards import scoring
 from pipeline.rewards.rewards import Rewards
 from pipeline.trainer.engine import Ranks
@@ -41,7 +41,7 @@ def with_rewards(ranks: Ranks, rows: list[Example], rewards: Rewards | None, set
     if any(row.reward is not None for row in rows):
         logger.info("rewards: those that the rows bring are not used: reward= scores them anew")
     scoring.warn_of_equals(rewards, rows)
-    scores = scoring.score_texts(ranks, rewards, rows, [text_of(row.completion) for row in rows])
+    scores = scoring.score_texts(ranks, rewards, rows, scoring.as_texts([row.completion for row in rows]))
     return [replace(row, reward=total) for row, total in zip(rows, scores.total, strict=True)]
 
 
