@@ -126,8 +126,9 @@ def test_a_row_is_what_the_makers_template_makes_of_it(name: str, layout: str, t
     encoder, example = encoder_of(name), example_of(row, tmp_path)
     answer = example.chosen if example.completion is None else example.completion
     if layout in REFUSED.get(name, {}):
-        with pytest.raises(UserError, match=REFUSED[name][layout]):
-            encoder.encode(example.prompt, answer)
+        for _ in range(2):  # not the first time alone
+            with pytest.raises(UserError, match=REFUSED[name][layout]):
+                encoder.encode(example.prompt, answer)
         return
     found = encoder.encode(example.prompt, answer)
     prompt = theirs(name, messages[:-1], add_generation_prompt=True, **given)

@@ -45,19 +45,20 @@ class Unread:
         tools = isinstance(prompt, Chat) and prompt.tools != ""
         source = chat.source_of(self.tokenizer, tools) if self.is_chat else ""
         if tools and self._new("tools") and "tools" not in variables(source):
-            raise UserError(f"tools: rows have them, {self._but} reads none, {CURE}")
+            raise self._refused("tools", "tools: rows have them", "reads")
         for key in _keys(turns):
             names = THOUGHTS if key in THOUGHTS else (key,)
             if self._new(f"key {key}") and not any(re.search(rf"\b{name}\b", source) for name in names):
                 self._say_key(key)
         if any(turn.role == "tool" for turn in turns) and self._new("tool") and not self._writes_results(source):
-            raise UserError(f"messages: some are of role 'tool', {self._but} writes none, {CURE}")
+            raise self._refused("tool", "messages: some are of role 'tool'", "writes")
         told = any(turn.role == "developer" for turn in turns) and not chat.knows_developer(source)
         if told and self._new("developer"):
             logger.info(f"messages of the developer: read as the system's, {self._but} does not know the role")
         for name in arguments_of(prompt):
             if self._new(f"argument {name}") and (found := problem_of(name, source)):
                 if name in TAKEN:
+                    self._known.remove(f"argument {name}")
                     raise UserError(f"chat_template_kwargs: {found}: rename it, or leave it out")
                 logger.warning(f"chat_template_kwargs: {found}; it does nothing")
 
@@ -67,13 +68,18 @@ class Unread:
         self._known.add(thing)
         return not known
 
+    def _refused(self, thing: str, found: str, verb: str) -> UserError:
+        """The error about `thing`, which the next row is refused for too."""
+        self._known.remove(thing)
+        return UserError(f"{found}, {self._but} {verb} none, {CURE}")
+
     @property
     def _but(self) -> str:
         return "but the tokenizer's chat template" if self.is_chat else "but template.kind=text"
 
     def _say_key(self, key: str) -> None:
         if key == "tool_calls":
-            raise UserError(f"messages: some have tool_calls, {self._but} writes none, {CURE}")
+            raise self._refused(f"key {key}", "messages: some have tool_calls", "writes")
         logger.warning(f"messages: some have '{key}', {self._but} does not read it: the model does not see it")
 
     def _writes_results(self, source: str) -> bool:
