@@ -17,7 +17,10 @@ if TYPE_CHECKING:  # shapes and types only: the command line answers without loa
 
 
 class Message(NamedTuple):
-    """One turn of a chat; `role` is system, developer, user, assistant or tool."""
+    """One turn of a chat; `role` is system, developer, user, assistant or tool.
+
+    Messages that differ in weight and reward alone are equal: a model reads the same.
+    """
 
     role: str
     content: str
@@ -29,14 +32,19 @@ class Message(NamedTuple):
         """The message as a chat template is given it, and as files have it, weight and reward aside."""
         return {"role": self.role, "content": self.content} | (json.loads(self.more) if self.more else {})
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Message) and self[:3] == other[:3]
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(self[:3])
+
     def __repr__(self) -> str:
-        """Of what is there alone: splits and caches go by it."""
-        further = {name: value for name, value in self._asdict().items() if name in FURTHER and value not in ("", None)}
-        shown = {"role": self.role, "content": self.content} | further
-        return f"Message({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
-
-
-FURTHER = ("more", "weight", "reward")  # what few messages have
+        """Of what is read alone, as splits and caches go by it."""
+        more = f", more={self.more!r}" if self.more else ""
+        return f"Message(role={self.role!r}, content={self.content!r}{more})"
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from pipeline.data.written_template import for_others
 from pipeline.errors import UserError
 from pipeline.records import Example, Message
 from tests import makers, tiny
+from tests.chats import byte_pairs
 
 DATE = "2026-03-01"
 HELLO = {"role": "user", "content": "hello , tell me more"}
@@ -146,6 +147,23 @@ def test_a_call_of_a_tool_of_the_makers_ends_with_a_token_of_its_own(tmp_path: P
     assert row.prompt_ids + row.response_ids == theirs("llama", messages, **given)
     tokens = makers.tokenizer_of("llama").convert_ids_to_tokens(row.response_ids)
     assert (tokens[0], tokens[-1]) == ("<|python_tag|>", "<|eom_id|>")
+
+
+def test_a_call_may_end_with_a_token_of_its_own_which_sampling_stops_at() -> None:
+    """As gpt-oss has <|call|>."""
+    calling = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role }}"
+        "{% if m.tool_calls %}{{ m.tool_calls | tojson + '<|eom|>' }}{% else %}{{ m.content + '<|im_end|>' }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
+    )
+    tokenizer = byte_pairs(calling)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|eom|>"]})
+    encoder = Encoder(tokenizer, tiny.settings("sft").template, 64, 200)
+    assert tokenizer.convert_ids_to_tokens(list(encoder.stop_ids)) == ["<|im_end|>", "</s>", "<|eom|>"]
+    row = encoder.encode("why?", Message("assistant", "", json.dumps({"tool_calls": [CALL]})))
+    assert (
+        row.response_ids[-1] == encoder.stop_ids[2] and encoder.encode("why?", "so").response_ids[-1] == encoder.eos_id
+    )
 
 
 @pytest.mark.parametrize("name", ["qwen", "llama"])

@@ -24,6 +24,8 @@ MARK = "\ufdd2"  # stands for a text, to see where a template puts it; Unicode k
 TAG = re.compile(r"[<\[][^<>\[\]\s]+[>\]]")  # of markup, as <think>, <|assistant|>, [/INST]
 LAST_TAG = re.compile(rf"(?:<(?P<name>[^<>\s]+)>\s*</(?P=name)>|{TAG.pattern})\s*\Z")  # or <think></think>, empty
 BLANKS = " \n\t"  # those that templates leave out around an answer
+CALL = '{"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]}'
+TOOL = '[{"type": "function", "function": {"name": "f", "description": "f", "parameters": {"type": "object"}}}]'
 CLOCK = "strftime_now"
 STRFTIME = re.compile(r"%-?[A-Za-z]")  # a directive of strftime, as %d or %-d
 
@@ -126,6 +128,17 @@ def written(tokenizer: PreTrainedTokenizerBase, turns: Turns, open_turn: bool = 
             f"template.kind: the tokenizer's chat template cannot write the roles {roles} ({error}), "
             "wanted one that can: change template.system, the prompts or the template, or set template.kind=text"
         ) from None
+
+
+def end_of_calls(tokenizer: PreTrainedTokenizerBase, frame: ChatFrame) -> str | None:
+    """The special token that ends a call of a tool, as <|call|>; None where the template writes none, or no calls."""
+    if "tool_calls" not in source_of(tokenizer, tools=True):
+        return None
+    asked = Chat((Message("user", ASKED),), tools=TOOL)
+    try:
+        return message_text(tokenizer, asked, Message("assistant", "", CALL), frame)[1]
+    except UserError:
+        return None
 
 
 def source_of(tokenizer: PreTrainedTokenizerBase, tools: bool = False) -> str:

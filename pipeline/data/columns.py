@@ -54,7 +54,7 @@ def last_answer(value: object, place: str) -> tuple[tuple[Message, ...], str | M
         if before[-1].more or answer.more:
             raise RowError(f"{place}: the last two are the assistant's, wanted a tool's result or a user between them")
         before[-1] = Message("assistant", f"{before[-1].content}\n\n")
-    return tuple(before), answer.content if answer == Message("assistant", answer.content) else answer
+    return tuple(before), answer if answer.more or (answer.weight, answer.reward) != (None, None) else answer.content
 
 
 def example_of(row: Columns, given: Fields, id: str, carried: Columns | None = None) -> Example:

@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from pipeline.data.messages import answer_of
-from pipeline.data.template import like
 from pipeline.errors import UserError
-from pipeline.records import Chat, Example, Item, Message, Row
+from pipeline.records import Example, Item, Row
 
 logger = logging.getLogger("tiffin")
 
@@ -75,7 +74,7 @@ def turns_of(example: Example) -> list[Example]:
     earlier = [
         Example(
             f"{example.id}/turn-{number}",
-            _bare(example.prompt[:place]),
+            example.prompt[:place],
             completion=answer_of(example.prompt[place]),
             source=example.source,
             reward=example.prompt[place].reward,
@@ -83,7 +82,7 @@ def turns_of(example: Example) -> list[Example]:
         )
         for number, place in enumerate(places, start=1)
     ]
-    return [*earlier, replace(example, prompt=_bare(example.prompt))]
+    return [*earlier, example]
 
 
 def rewarded_turns(example: Example) -> list[Example]:
@@ -94,13 +93,6 @@ def rewarded_turns(example: Example) -> list[Example]:
     *earlier, last = turns_of(example)
     scored = [replace(row, columns=example.columns) for row in earlier if row.reward is not None]
     return scored if scored and last.reward is None else [*scored, last]
-
-
-def _bare(prompt: Sequence[Message] | Chat) -> tuple[Message, ...] | Chat:
-    """The prompt without weights and rewards of its turns, which are none of what is read."""
-    if all(turn.weight is None and turn.reward is None for turn in prompt):
-        return prompt
-    return like(prompt, (turn._replace(weight=None, reward=None) for turn in prompt))
 
 
 def _is_weighted(example: Example) -> bool:

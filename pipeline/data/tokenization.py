@@ -61,13 +61,15 @@ class Encoder:
         self.frame = self._frame_of(ASKED)
         own = tokenizer.eos_token_id
         self.eos_id: int = own if self.frame.end is None else tokenizer.convert_tokens_to_ids(self.frame.end)
-        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys((self.eos_id, own)))  # each of them ends a response
+        call = chat.end_of_calls(tokenizer, self.frame) if template.kind == "chat" else None
+        ends = (self.eos_id, own, *([] if call is None else [tokenizer.convert_tokens_to_ids(call)]))
+        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(ends))  # each of them ends a response
         self.pad_id: int = tokenizer.pad_token_id
         self._ids = TextIds(tokenizer)
         chat_writes_all = template.kind == "chat"  # else ids before and after a prompt, as BOS and EOS:
         self.around = ([], []) if chat_writes_all else (self._ids.before, self._ids.after if encoder_decoder else [])
-        ends = "|".join(map(re.escape, tokenizer.convert_ids_to_tokens(list(self.stop_ids))))
-        self._own_end = re.compile(rf"(?:(?:{ends})\s*)+\Z")
+        spelled = "|".join(map(re.escape, tokenizer.convert_ids_to_tokens(list(self.stop_ids))))
+        self._own_end = re.compile(rf"(?:(?:{spelled})\s*)+\Z")
 
     def described(self) -> str:
         """One line for people: which template is in use, and how a response ends."""

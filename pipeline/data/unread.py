@@ -27,7 +27,6 @@ THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # transformers gives 
 # what the template is given anyway, or the call of transformers takes for its own
 TAKEN = ("messages", "tools", "add_generation_prompt", "chat_template", "tokenize", "continue_final_message")
 FUNCTIONS = {"raise_exception", "strftime_now", "namespace", "range", "dict", "lipsum", "cycler", "joiner"}
-CALL = '{"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]}'
 
 
 class Unread:
@@ -86,7 +85,7 @@ class Unread:
         """Whether the chat template writes what a tool answers; tried, as some leave roles out unasked."""
         if not self.is_chat:
             return False
-        call, result = Message("assistant", "", CALL), Message("tool", chat.MARK, '{"name": "f"}')
+        call, result = Message("assistant", "", chat.CALL), Message("tool", chat.MARK, '{"name": "f"}')
         try:
             return chat.MARK in chat.written(self.tokenizer, (Message("user", chat.ASKED), call, result), False)
         except UserError:  # as where it refuses the role, or one of these three for another reason: rows will tell
