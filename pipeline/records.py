@@ -43,8 +43,8 @@ class Message(NamedTuple):
 
     def __repr__(self) -> str:
         """Of what is read alone, as splits and caches go by it."""
-        more = f", more={self.more!r}" if self.more else ""
-        return f"Message(role={self.role!r}, content={self.content!r}{more})"
+        read = {"role": self.role, "content": self.content} | ({"more": self.more} if self.more else {})
+        return f"Message({', '.join(f'{name}={value!r}' for name, value in read.items())})"
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from pipeline.data import conversations
+from pipeline.data.cuts import fewer_turns
 from pipeline.data.dataset import completion_rows, encode
 from pipeline.data.readers import read
-from pipeline.data.tokenization import Encoder, fewer_turns
+from pipeline.data.tokenization import Encoder
 from pipeline.data.written_template import for_others
 from pipeline.errors import UserError
 from pipeline.records import Example, Message
@@ -241,6 +242,13 @@ def test_our_own_lines_write_no_tools(layout: str, tmp_path: Path) -> None:
     example = example_of(LAYOUTS[layout][0], tmp_path)
     with pytest.raises(UserError, match=r"template\.kind=text (reads|writes) none, wanted a model with a chat"):
         encoder_of("qwen", kind="text").encode(example.prompt, example.completion)
+
+
+def test_our_own_lines_leave_thoughts_out_and_say_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    example, encoder = example_of({"messages": THOUGHT}, tmp_path), encoder_of("qwen", kind="text")
+    row = encoder.encode(example.prompt, example.completion)
+    assert row == encoder.encode(HELLO["content"], FOUR["content"])
+    assert "messages: some have 'reasoning_content', but template.kind=text does not read it" in caplog.messages[-1]
 
 
 @pytest.mark.parametrize("name", ["qwen", "llama"])

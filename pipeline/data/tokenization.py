@@ -23,6 +23,7 @@ from pipeline.config.sections import TemplateSettings
 from pipeline.data import chat
 from pipeline.data import template as plain
 from pipeline.data.chat import ASKED, MARK, ChatFrame
+from pipeline.data.cuts import fewer_turns, with_mark
 from pipeline.data.template import SYSTEM, Prompt, goes_on, like
 from pipeline.data.text_ids import TextIds
 from pipeline.data.unread import Unread, check_arguments
@@ -126,7 +127,7 @@ class Encoder:
         if completion is None:
             return Row(prompt_ids, (), cut_prompt, spelled=spelled)
         (answer,) = self._without_ends((_message_of(completion),))
-        text = answer.content if isinstance(completion, str) or not answer.more else answer
+        text = answer if answer.more and self.template.kind == "chat" else answer.content
         ids = self._response_ids(text, prompt)
         limit = self.max_response_length
         return Row(
@@ -140,6 +141,7 @@ class Encoder:
 
     def encode_conversation(self, prompt: Prompt, completion: str) -> tuple[int, ...]:
         """Ids of all that the chat template writes for the conversation with this answer, uncut."""
+        self._unread.check(prompt)
         turns, answer = plain.turns_of(self._marked(prompt), self.template), self._own_end.sub("", completion)
         answer = self._marked(answer)
         if goes_on(prompt):
@@ -305,7 +307,7 @@ class Encoder:
         if len(whole := self._prompt_ids(prompt)) <= limit:  # as where the system's turn went
             return whole
         text = self.prompt_text(prompt)
-        content, marked = (prompt, MARK) if isinstance(prompt, str) else _with_mark(prompt)
+        content, marked = (prompt, MARK) if isinstance(prompt, str) else with_mark(prompt)
         head, found, tail = self.prompt_text(marked).partition(MARK)
         if not found:
             return None
@@ -328,35 +330,6 @@ def _message_of(answer: Answer) -> Message:
 
 def _arguments(prompt: Prompt) -> str:
     return prompt.arguments if isinstance(prompt, Chat) else ""
-
-
-def _with_mark(prompt: Sequence[Message] | Chat) -> tuple[str, tuple[Message, ...] | Chat]:
-    """The text that is cut, of the last turn that is gone on with, else of the longest, and the turns with MARK there.
-
-    Behind the user's turn there may be calls of tools and their results.
-    """
-    first = 1 if prompt[0].role in SYSTEM and len(prompt) > 1 else 0
-    longest = max(range(first, len(prompt)), key=lambda i: len(prompt[i].content))
-    place = len(prompt) - 1 if goes_on(prompt) else longest
-    turns = [turn._replace(content=MARK) if i == place else turn for i, turn in enumerate(prompt)]
-    return prompt[place].content, like(prompt, turns)
-
-
-def fewer_turns(turns: Sequence[Message] | Chat, keep: str) -> list[tuple[Message, ...] | Chat]:
-    """`turns` without the first ones, always fewer, or without the last ones where keep is "beginning".
-
-    The first message stays where it is the system's; what follows begins, or ends, with a turn of the user, as
-    templates want it, and so a tool's result is never without its call. Where nothing less is left, these are the turns
-    as they are.
-    """
-    system = tuple(turns[:1]) if turns[0].role in SYSTEM else ()
-    rest = tuple(turns)[len(system) :]
-    users = [i for i, turn in enumerate(rest) if turn.role == "user"]
-    if keep == "end":
-        parts = [rest[i:] for i in users if i > 0]
-    else:
-        parts = [rest[: i + 1] for i in reversed(users) if i + 1 < len(rest)]
-    return [like(turns, (*system, *part)) for part in parts or [rest]]
 
 
 def resolved(template: TemplateSettings, tokenizer: PreTrainedTokenizerBase) -> TemplateSettings:
