@@ -16,6 +16,7 @@ from pipeline.data.tokenization import Encoder
 from pipeline.data.written_template import for_others
 from pipeline.errors import UserError
 from pipeline.records import Example, Message
+from reward_models import learned
 from tests import makers, tiny
 from tests.chats import byte_pairs
 
@@ -249,6 +250,16 @@ def test_our_own_lines_leave_thoughts_out_and_say_so(tmp_path: Path, caplog: pyt
     row = encoder.encode(example.prompt, example.completion)
     assert row == encoder.encode(HELLO["content"], FOUR["content"])
     assert "messages: some have 'reasoning_content', but template.kind=text does not read it" in caplog.messages[-1]
+
+
+@pytest.mark.parametrize("name", ["qwen", "llama"])
+def test_reward_models_read_a_call_as_the_template_writes_it(name: str, tmp_path: Path) -> None:
+    row, messages, given = LAYOUTS["a second call"]
+    example, encoder = example_of(row, tmp_path), encoder_of(name)
+    whole = learned.read_conversation(encoder, example.prompt, example.completion, 1000)
+    assert whole == theirs(name, messages, **given)
+    trained = learned.read_as_trained(encoder, example.prompt, example.completion, 1000)
+    assert trained == cut_at_end(whole, encoder.eos_id)
 
 
 @pytest.mark.parametrize("name", ["qwen", "llama"])

@@ -14,7 +14,7 @@ from pipeline.data.readers import read
 from pipeline.data.write import row_of
 from pipeline.errors import UserError
 from pipeline.records import Chat, Example, Message, text_of
-from pipeline.rewards.scoring import as_texts, raw_prompt, reward_columns
+from pipeline.rewards.scoring import raw_prompt, reward_columns
 
 USER, SO = {"role": "user", "content": "why?"}, {"role": "assistant", "content": "so"}
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
@@ -130,7 +130,7 @@ def test_rewards_are_given_what_a_model_reads_its_prompt_from(tmp_path: Path) ->
     assert found == [row.prompt for row in rows] and raw_prompt(Example("a", "why?")) == "why?"
     assert "tools" not in reward_columns(rows[1:])
     called = Message("assistant", "Wait .", json.dumps({"tool_calls": [CALL], "thinking": "hm"}))
-    assert as_texts(["so", called]) == ["so", f"Wait .\n{json.dumps(CALL)}"]
+    assert text_of(called) == f"Wait .\n{json.dumps(CALL)}" and messages.given_back([called.given()]) == (called,)
 
 
 # weights

@@ -139,15 +139,14 @@ class Encoder:
             own_end=(answer, asked) != (_message_of(completion), prompt),
         )
 
-    def encode_conversation(self, prompt: Prompt, completion: str) -> tuple[int, ...]:
+    def encode_conversation(self, prompt: Prompt, completion: Answer) -> tuple[int, ...]:
         """Ids of all that the chat template writes for the conversation with this answer, uncut."""
-        self._unread.check(prompt)
-        turns, answer = plain.turns_of(self._marked(prompt), self.template), self._own_end.sub("", completion)
-        answer = self._marked(answer)
+        self._unread.check(prompt, completion)
+        chat_of = plain.turns_of(self._marked(prompt), self.template)
+        turns, (answer,) = [*chat_of], self._marked(self._without_ends((_message_of(completion),)))
         if goes_on(prompt):
-            *turns, begun = turns
-            answer = begun.content + answer
-        said = like(plain.turns_of(prompt, self.template), [*turns, Message("assistant", answer)])
+            answer = answer._replace(content=turns.pop().content + answer.content)
+        said = like(chat_of, [*turns, answer])
         return tuple(self._ids.whole(chat.written(self.tokenizer, said, False, self.template.date)))
 
     def decode(self, ids: Sequence[int], prompt: Prompt = ASKED) -> str:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from pipeline.data.columns import ranked
 from pipeline.data.dataset import gold
-from pipeline.records import Example, Response, Scores
+from pipeline.records import Example, Response, Scores, text_of
 from pipeline.rewards import scoring
 from pipeline.rewards.rewards import Rewards
 from pipeline.trainer.engine import Ranks
@@ -68,8 +68,9 @@ def judged(ranks: Ranks, rewards: Rewards, rows: Sequence[Example]) -> Judged:
     counts = [len(row.candidates) or 1 for row in rows]
     judged = [replace(row, references=gold(row)) if row.candidates else row for row in rows]
     of = [row for row, count in zip(judged, counts, strict=True) for _ in range(count)]
-    texts = scoring.as_texts([text for row in rows for text in row.candidates or (row.completion,)])
-    scores = scoring.score_texts(ranks, rewards, of, texts)
+    answers = [text for row in rows for text in row.candidates or (row.completion,)]
+    scoring.tell_of_calls(answers)
+    scores, texts = scoring.score_texts(ranks, rewards, of, answers), [text_of(answer) for answer in answers]
     starts = accumulate(counts, initial=0)
     scored = [_with_scores(row, scores, start) for row, start in zip(rows, starts, strict=False)]
     return Judged(scored, of, texts, scores)

@@ -21,7 +21,7 @@ def score_texts(
     ranks: Ranks,
     rewards: Rewards,
     examples: Sequence[Example],
-    completions: Sequence[str],
+    completions: Sequence[Answer],
     ids: Sequence[Sequence[int]] | None = None,
 ) -> Scores:
     """Score one completion per example; ranks share the work and all get the whole result.
@@ -32,8 +32,11 @@ def score_texts(
     mine = range(ranks.rank, len(examples), ranks.world)
     own = [examples[i] for i in mine]
     prompts = [plain_prompt(example) for example in own]
-    texts = [completions[i] for i in mine]
+    answers = [completions[i] for i in mine]
+    texts = [text_of(answer) for answer in answers]
     columns = reward_columns(own, None if ids is None else [ids[i] for i in mine])
+    if any(isinstance(answer, Message) for answer in answers):
+        columns["raw_completion"] = [[one.given()] if isinstance(one, Message) else None for one in answers]
     part = ranks.agreed(lambda: rewards.score(prompts, texts, columns))
     parts = ranks.gather(part)
 
@@ -70,14 +73,13 @@ def _own(value: Any) -> Any:
     return deepcopy(value) if isinstance(value, list | dict) else value
 
 
-def as_texts(answers: Sequence[Answer]) -> list[str]:
-    """Logged answers as rewards read them, after a word where some are more than a text."""
+def tell_of_calls(answers: Sequence[Answer]) -> None:
+    """One line where logged answers are more than a text."""
     if calling := sum(isinstance(answer, Message) for answer in answers):
         logger.info(
-            f"rewards: {calling:,} of {len(answers):,} answers call tools or think: read as their text and the calls "
-            "as JSON, not as a chat template writes them"
+            f"rewards: {calling:,} of {len(answers):,} answers call tools or think: functions read their text and the "
+            "calls as JSON, reward models what the chat template writes"
         )
-    return [text_of(answer) for answer in answers]
 
 
 def warn_of_equals(rewards: Rewards, rows: Sequence[Example]) -> None:

@@ -41,7 +41,9 @@ def with_rewards(ranks: Ranks, rows: list[Example], rewards: Rewards | None, set
     if any(row.reward is not None for row in rows):
         logger.info("rewards: those that the rows bring are not used: reward= scores them anew")
     scoring.warn_of_equals(rewards, rows)
-    scores = scoring.score_texts(ranks, rewards, rows, scoring.as_texts([row.completion for row in rows]))
+    answers = [row.completion for row in rows]
+    scoring.tell_of_calls(answers)
+    scores = scoring.score_texts(ranks, rewards, rows, answers)
     return [replace(row, reward=total) for row, total in zip(rows, scores.total, strict=True)]
 
 
