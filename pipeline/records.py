@@ -6,7 +6,8 @@ responses, M masked ones among them in all, n tokens drawn for each, V the vocab
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,10 +17,65 @@ if TYPE_CHECKING:  # shapes and types only: the command line answers without loa
 
 
 class Message(NamedTuple):
-    """One turn of a chat prompt; `role` is system, user or assistant."""
+    """One turn of a chat; `role` is system, developer, user, assistant or tool.
+
+    Messages that differ in weight and reward alone are equal: a model reads the same.
+    """
 
     role: str
     content: str
+    more: str = ""  # JSON text of a mapping: what a chat template is given beside these two, as tool_calls; "": nothing
+    weight: float | None = None  # of a turn of the assistant: 0 is not learned, 1 is
+    reward: float | None = None  # of a turn of the assistant by itself
+
+    def given(self) -> dict[str, Any]:
+        """The message as a chat template is given it, and as files have it, weight and reward aside."""
+        return {"role": self.role, "content": self.content} | (json.loads(self.more) if self.more else {})
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Message) and self[:3] == other[:3]
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(self[:3])
+
+    def __repr__(self) -> str:
+        """Of what is read alone, as splits and caches go by it."""
+        read = {"role": self.role, "content": self.content} | ({"more": self.more} if self.more else {})
+        return f"Message({', '.join(f'{name}={value!r}' for name, value in read.items())})"
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Turns, with what their chat template is given beside them; a prompt without that is the turns alone."""
+
+    turns: tuple[Message, ...]
+    tools: str = ""  # JSON text of a list
+    arguments: str = ""  # JSON text of a mapping: variables of the template, as enable_thinking
+
+    def __len__(self) -> int:
+        return len(self.turns)
+
+    def __iter__(self) -> Iterator[Message]:
+        return iter(self.turns)
+
+    def __getitem__(self, place: Any) -> Any:
+        """One turn; of a slice the Chat of these turns."""
+        found = self.turns[place]
+        return replace(self, turns=found) if isinstance(place, slice) else found
+
+
+Answer = str | Message  # a response: its text, or, where that is not all, as of a call of tools, the message
+
+
+def text_of(answer: Answer) -> str:
+    """An answer as text for whoever reads no messages: the content, then a line of JSON for each call of a tool."""
+    if isinstance(answer, str):
+        return answer
+    calls = [json.dumps(call, ensure_ascii=False) for call in answer.given().get("tool_calls", ())]
+    return "\n".join([answer.content, *calls] if answer.content else calls)
 
 
 @dataclass(frozen=True)
@@ -27,13 +83,13 @@ class Example:
     """One row of data, whatever the stage. Absent columns are None or empty."""
 
     id: str
-    prompt: str | tuple[Message, ...]
-    completion: str | None = None
+    prompt: str | tuple[Message, ...] | Chat
+    completion: Answer | None = None
     references: tuple[str, ...] = ()
     candidates: tuple[str, ...] = ()  # best first
     candidate_rewards: tuple[float, ...] = ()
-    chosen: str | None = None
-    rejected: str | None = None
+    chosen: Answer | None = None
+    rejected: Answer | None = None
     chosen_reward: float | None = None
     rejected_reward: float | None = None
     margin: float | None = None
@@ -41,6 +97,7 @@ class Example:
     rewards: Mapping[str, float] = field(default_factory=dict)
     source: str = ""
     correctness: float | None = None  # of a pair: 1 where its two rewards can be trusted, else only its order
+    turn_weight: float | None = None  # of the completion's message, as `Message.weight`
     columns: Mapping[str, Any] = field(default_factory=dict)  # the row's further columns, which rewards are given
 
 

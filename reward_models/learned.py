@@ -13,13 +13,14 @@ from collections.abc import Sequence
 import torch
 
 from pipeline.config.sections import ModelSettings, TemplateSettings
+from pipeline.data import messages
 from pipeline.data.tokenization import Encoder, pad
 from pipeline.errors import UserError
 from pipeline.models.checks import positions
 from pipeline.models.loading import hugging_face, load_scalar, load_tokenizer
 from pipeline.models.policy import RewardModel
 from pipeline.models.trained_input import saved_input
-from pipeline.records import Message, RewardFunction
+from pipeline.records import Answer, Message, RewardFunction
 
 logger = logging.getLogger("tiffin")
 
@@ -63,8 +64,12 @@ def load(
     def reward(prompts: Sequence[str], completions: Sequence[str], **columns: Sequence) -> list[float]:
         # `raw_prompt`, which may be chat messages, goes before `prompts`, which is always text
         raw = columns.get("raw_prompt", prompts)
-        asked = [one if isinstance(one, str) else tuple(Message(**turn) for turn in one) for one in raw]
-        rows = [read(encoder, prompt, text, max_length) for prompt, text in zip(asked, completions, strict=True)]
+        beside = [columns.get(name, [None] * len(raw)) for name in messages.COLUMNS]
+        asked = [messages.given_back(*one) for one in zip(raw, *beside, strict=True)]
+        calls = columns.get("raw_completion", [None] * len(raw))  # of answers that are more than a text
+        given = zip(completions, calls, strict=True)
+        answers = [text if call is None else messages.given_back(call)[0] for text, call in given]
+        rows = [read(encoder, prompt, answer, max_length) for prompt, answer in zip(asked, answers, strict=True)]
         longest = max(map(len, rows), default=0)
         if limit is not None and longest > limit:
             problem = f"{max_length} lets {longest} tokens through, but {directory} has {limit} positions"
@@ -77,7 +82,7 @@ def load(
 
 
 def read_as_trained(
-    encoder: Encoder, prompt: str | Sequence[Message], completion: str, max_length: int
+    encoder: Encoder, prompt: str | Sequence[Message], completion: Answer, max_length: int
 ) -> tuple[int, ...]:
     """The ids that are scored: the response, and as much of the prompt's end as `max_length` leaves room for."""
     row = encoder.encode(prompt, completion)
@@ -88,7 +93,7 @@ def read_as_trained(
 
 
 def read_conversation(
-    encoder: Encoder, prompt: str | Sequence[Message], completion: str, max_length: int
+    encoder: Encoder, prompt: str | Sequence[Message], completion: Answer, max_length: int
 ) -> tuple[int, ...]:
     """The ids that are scored: the conversation as the chat template writes it, to its last token; its end if cut."""
     ids = encoder.encode_conversation(prompt, completion)

@@ -31,16 +31,17 @@ def main(settings: SftStage, words: Sequence[str]) -> None:
     if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs.of_sft(settings))):
         return
     _, _, objective = objective_of(settings.algorithm)
-    train, held_out = rows_of(settings)
+    train, held_out, train_on = rows_of(settings)
     masks = settings.masking.rate > 0
 
     policy = build_policy(
         settings, ranks, settings.model, texts=partial(dataset.texts, train, settings.template), mask=masks
     )
-    watched = held_out if settings.train_on == "last" else [t for row in held_out for t in conversations.turns_of(row)]
+    watched = conversations.watched(held_out, train_on)
     items, tested = encode(policy, directory, train, watched, dataset.completion_rows)
     packing = masked_packing(policy, settings.masking, settings.seed, spans=True) if masks else policy.packing
-    items = in_fewer_rows(items, policy, settings)
+    if train_on == "all":
+        items = in_fewer_rows(items, policy, settings)
     draw = epochs(len(items), settings.train.batch_size, settings.seed)
     fit(
         Trainer(
@@ -56,15 +57,16 @@ def main(settings: SftStage, words: Sequence[str]) -> None:
     )
 
 
-def rows_of(settings: SftStage) -> tuple[list[Example], list[Example]]:
-    """The rows to learn from, a row a turn if all are learned; and those held out."""
+def rows_of(settings: SftStage) -> tuple[list[Example], list[Example], str]:
+    """The rows to learn from, a row a turn if all are learned; those held out; and which turns are learned."""
     train, held_out = (convert.to_supervised(rows) for rows in dataset.splits(settings.data, settings.seed))
-    return conversations.learned(train, settings.train_on), held_out[: settings.eval.max_rows]
+    train_on = conversations.resolved(settings.train_on, train)
+    return conversations.learned(train, train_on), held_out[: settings.eval.max_rows], train_on
 
 
 def in_fewer_rows(items: list[Item], policy: Model, settings: SftStage) -> list[Item]:
     """Each conversation in one row where that changes nothing, after a word about it."""
-    if settings.train_on != "all" or settings.masking.rate > 0 or policy.packing.encoder_decoder:
+    if settings.masking.rate > 0 or policy.packing.encoder_decoder:
         return items
     joined = conversations.joined(items)
     logger.info(f"train: {len(items):,} turns read in {len(joined):,} rows")

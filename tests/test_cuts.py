@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.data.tokenization import fewer_turns
+from pipeline.data.cuts import fewer_turns
 from pipeline.errors import UserError
 from pipeline.records import Message
 from tests import chats

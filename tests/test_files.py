@@ -59,6 +59,16 @@ def test_json_arrays_give_the_line_of_each_element(tmp_path, content, expected):
     assert rows_of(write(tmp_path, "a.json", content)) == expected
 
 
+def test_what_arrow_fills_calls_of_tools_up_with_is_not_there(tmp_path):
+    """Two calls of different arguments: a table has both in both rows."""
+    calls = [[{"role": "assistant", "arguments": {name: 1}}] for name in ("x", "y")]
+    table = pyarrow.Table.from_pylist([{"messages": call, "seen": call} for call in calls])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    rows = [row.columns for row in raw_rows(str(tmp_path / "a.parquet"))]
+    assert [row["messages"] for row in rows] == calls
+    assert rows[0]["seen"] == [{"role": "assistant", "arguments": {"x": 1, "y": None}}]  # of other columns nobody knows
+
+
 @pytest.mark.parametrize("name", ["a.parquet", "a.parquet.gz"])
 def test_parquet_rows_are_counted_from_one(tmp_path, name):
     plain = tmp_path / "plain"

@@ -39,10 +39,6 @@ def test_repeated_rows_empty_cells_and_shared_prompts_are_said(tmp_path, capsys)
         ({**ROW, "label": False}, "label (rows are learned from whatever it says"),
         ({"instruction": "p", "context": "about", "response": "c"}, "context (prompts are without it"),
         ({**ROW, "correctness": 4}, "correctness (it is read of pairs alone)"),
-        (
-            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]},
-            "the weights of messages",
-        ),
         ({**ROW, "id": "x", "topic": "t"}, ""),
         ({"prompt": "p", "chosen": "c", "rejected": "r", "correctness": 1}, ""),
     ],

@@ -147,6 +147,20 @@ def test_what_a_former_version_left_is_not_read_otherwise_in_silence(tmp_path: P
         learned.load(place, settings.model, settings.template, 64, 2, torch.device("cpu"))
 
 
+def test_the_arguments_of_training_stay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    switched = CHATML + "{% if enable_thinking is defined and not enable_thinking %}at once: {% endif %}"
+    place = policy_at(tmp_path / "m", chat_tokenizer(switched))
+    save_input(Path(place), encoder_at("sft", place, "template.arguments={enable_thinking: false}"))
+    assert encoder_at("rl", place).prompt_text("a").endswith("assistant\nat once: ")
+    with caplog.at_level("WARNING", "tiffin"):
+        assert (
+            encoder_at("rl", place, "template.arguments.enable_thinking=true").prompt_text("a").endswith("assistant\n")
+        )
+    (line,) = caplog.messages
+    found, given = "arguments={'enable_thinking': False}", "arguments={'enable_thinking': True}"
+    assert line == f"{place}: trained under template {found}, read under {given} as given"
+
+
 class Clock(datetime.datetime):
     """A clock that stands at `day`."""
 

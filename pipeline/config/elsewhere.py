@@ -111,9 +111,12 @@ SAID: dict[str, str] = {  # names -> what to say of each
     "chat_template apply_chat_template template_name prompt_template": (
         "template.kind=chat is the tokenizer's own, template.kind=text the lines under template: in stages/common.yaml"
     ),
+    "enable_thinking chat_template_kwargs template_kwargs reasoning_effort thinking": (
+        "set template.arguments='{NAME: VALUE}', or give rows a column chat_template_kwargs"
+    ),
     "multiturn completion_only_loss assistant_only_loss train_on_inputs train_on_prompt mask_prompt": (
-        "prompts are never learned; in stage=sft train_on=all learns every assistant turn, train_on=last (the "
-        "default) the last one"
+        "prompts are never learned; in stage=sft train_on=all learns every assistant turn, train_on=last the last one "
+        "(the default, but where messages have weights)"
     ),
     "packing sample_packing packing_samples neat_packing group_by_length pad_to_sequence_len": (
         "leave it out: rows of like length are read together, up to max_tokens=4096 padded tokens"

@@ -56,7 +56,7 @@ class Masking(Section):
 
 
 class SftStage(Training):
-    train_on: Literal["last", "all"]
+    train_on: Literal["auto", "last", "all"]
     masking: Masking
     generation: sections.GenerationSettings
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 # in a stage directory
 STAGE_FILES = ("model", "best", "last", "checkpoints", "tensorboard", "samples", "held_out", "non_finite")
@@ -91,6 +91,13 @@ class TemplateSettings(Section):
     system: str | None
     special_tokens: Literal["text", "token"]
     date: Annotated[str, AfterValidator(day)] | None
+    arguments: dict[str, JsonValue] = Field(default_factory=dict)  # a model trained before there were any has none
+
+    @model_validator(mode="after")
+    def a_template_for_arguments(self) -> TemplateSettings:
+        if self.kind == "text" and self.arguments:
+            raise ValueError("template.kind=text reads none of template.arguments, wanted template.kind=chat")
+        return self
 
 
 class DataSettings(Section):

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-from pipeline.data import fields
+from pipeline.data import fields, messages
 from pipeline.data.fields import Columns, RowError
 from pipeline.data.transcripts import turns_of
 from pipeline.errors import UserError
@@ -17,18 +17,18 @@ CHOSEN_REWARD = ("chosen_reward", "chosen_score", "score_chosen", "chosen_gpt_sc
 REJECTED_REWARD = ("rejected_reward", "rejected_score", "score_rejected", "rejected_gpt_score")
 
 Fields = dict[str, object]  # some of an Example's, by name
-Prompt = str | tuple[Message, ...]
+Prompt = str | tuple[Message, ...]  # as formats read it; see `messages.for_template`
 
 
 def prompt_of(row: Columns) -> Prompt:
     """The `prompt` column, text or chat messages; else `instruction`, with `input` and `history`, as a chat."""
     if not fields.has(row, "prompt") and fields.has(row, "instruction"):
         return _instruction(row)
-    return fields.text(row, "prompt") if not _is_list(row, "prompt") else fields.messages(row["prompt"], "prompt")
+    return fields.text(row, "prompt") if not _is_list(row, "prompt") else messages.read(row["prompt"], "prompt")
 
 
-def response_of(row: Columns, *names: str) -> str:
-    """The first of `names` that has a value: text, or a list of one assistant message."""
+def response_of(row: Columns, *names: str) -> str | Message:
+    """The first of `names` that has a value: text, or a list of one assistant message, see `last_answer`."""
     for name in names:
         if _is_list(row, name):
             before, answer = last_answer(row[name], name)
@@ -40,18 +40,21 @@ def response_of(row: Columns, *names: str) -> str:
     return fields.text(row, *names)
 
 
-def last_answer(value: object, place: str) -> tuple[tuple[Message, ...], str]:
+def last_answer(value: object, place: str) -> tuple[tuple[Message, ...], str | Message]:
     """Chat messages as (all but the last, the last one's text); the last must be the assistant's.
 
-    One of the assistant before it is the beginning of what it says, an empty line between them.
+    It stays a message where its text is not all: where it calls tools, thinks, or has a weight or a reward. One of the
+    assistant before it is the beginning of what it says, an empty line between them.
     """
-    turns = fields.messages(value, place)
+    turns = messages.read(value, place)
     if turns[-1].role != "assistant":
         raise RowError(f"{place}: the last message is from '{turns[-1].role}', wanted one from 'assistant'")
     *before, answer = turns
     if before and before[-1].role == "assistant":
+        if before[-1].more or answer.more:
+            raise RowError(f"{place}: the last two are the assistant's, wanted a tool's result or a user between them")
         before[-1] = Message("assistant", f"{before[-1].content}\n\n")
-    return tuple(before), answer.content
+    return tuple(before), answer if answer.more or (answer.weight, answer.reward) != (None, None) else answer.content
 
 
 def example_of(row: Columns, given: Fields, id: str, carried: Columns | None = None) -> Example:
@@ -66,7 +69,24 @@ def example_of(row: Columns, given: Fields, id: str, carried: Columns | None = N
         whole["candidates"], whole["candidate_rewards"] = candidate_list(row)
     kept = {sys.intern(name): value for name, value in (carried or {}).items()}  # every row has the same few names
     named = {"id": whole["id"] or id, "source": whole["source"] or "", "references": whole["references"] or ()}
-    return Example(**_in_turns(whole | named), columns=kept)
+    return Example(**_of_chat(row, _in_turns(whole | named)), columns=kept)
+
+
+def _of_chat(row: Columns, whole: Fields) -> Fields:
+    """The fields of a row, the prompt with what its template is given, weight and reward of answers by themselves.
+
+    The reward of an answer counts before the row's; of the two of a pair only where the row has none.
+    """
+    found = {"prompt": messages.for_template(row, whole["prompt"])}
+    for name in ("completion", "chosen", "rejected"):
+        if isinstance(answer := whole[name], Message):
+            found[name] = messages.answer_of(answer)
+            if name == "completion":
+                found["turn_weight"] = answer.weight
+                found["reward"] = whole["reward"] if answer.reward is None else answer.reward
+            elif whole[f"{name}_reward"] is None:
+                found[f"{name}_reward"] = answer.reward
+    return whole | found
 
 
 def _in_turns(whole: Fields) -> Fields:
@@ -74,7 +94,8 @@ def _in_turns(whole: Fields) -> Fields:
     turns = turns_of(whole["prompt"]) if isinstance(whole["prompt"], str) else None
     if turns is None:
         return whole
-    answers = {name: whole[name].removeprefix(" ") for name in ("completion", "chosen", "rejected") if whole[name]}
+    texts = [name for name in ("completion", "chosen", "rejected") if isinstance(whole[name], str)]
+    answers = {name: whole[name].removeprefix(" ") for name in texts}
     several = {name: tuple(one.removeprefix(" ") for one in whole[name]) for name in ("references", "candidates")}
     return {**whole, "prompt": turns, **answers, **several}
 
@@ -163,7 +184,7 @@ def _instruction(row: Columns) -> tuple[Message, ...]:
     return (*turns, Message("user", request))
 
 
-def _optional_response(row: Columns, name: str) -> str | None:
+def _optional_response(row: Columns, name: str) -> str | Message | None:
     return None if row.get(name) in (None, "") else response_of(row, name)
 
 
@@ -193,4 +214,10 @@ CARRIERS: Mapping[str, tuple] = {
     "rewards": (fields.named_numbers, "rewards"),
 }
 OTHER = "other_columns"  # holds, in files of ours, the further columns that have the name of a format's column
-CARRIED = {OTHER, "candidates", "candidate_rewards", *(name for _, *names in CARRIERS.values() for name in names)}
+CARRIED = {
+    OTHER,
+    "candidates",
+    "candidate_rewards",
+    *messages.COLUMNS,
+    *(name for _, *names in CARRIERS.values() for name in names),
+}

@@ -1,4 +1,4 @@
-"""Conversations of which every assistant turn is learned, not only the last one.
+"""Conversations of which every assistant turn is learned, not only the last one, or scored by itself.
 
 Each turn becomes a row: what stands before it as prompt, in the very ids that generation reads, and the turn as
 completion. Rows are then joined where that changes nothing: where one row's ids, the end of its turn included, begin
@@ -8,34 +8,65 @@ which has no EOS in the history, does not, nor does a prompt that lost its begin
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
+from pipeline.data.messages import answer_of
 from pipeline.errors import UserError
 from pipeline.records import Example, Item, Row
+
+logger = logging.getLogger("tiffin")
+
+
+def resolved(which: str, examples: Sequence[Example]) -> str:
+    """`train_on`, auto decided: all where messages have weights, as OpenAI's files are read, else last."""
+    if which != "auto":
+        return which
+    weighted = sum(_is_weighted(example) for example in examples)
+    if weighted:
+        logger.info(
+            f"train_on: {weighted:,} of {len(examples):,} rows have messages with weights: all turns are learned"
+        )
+    return "all" if weighted else "last"
 
 
 def learned(examples: Sequence[Example], which: str) -> list[Example]:
     """The rows to learn from by `train_on`: as they are for last, one for every assistant turn for all.
 
-    Raises UserError where all turns are requested, but no row has an assistant turn before its completion.
+    Turns of weight 0 are left out, which is said. Raises UserError where all turns are requested, but no row has an
+    assistant turn before its completion or a weight, and where all turns have weight 0.
     """
-    if which == "last":
-        return list(examples)
-    rows = [row for example in examples for row in turns_of(example)]
-    if len(rows) == len(examples):
+    rows = _by(examples, which)
+    if which == "all" and len(rows) == len(examples) and not any(map(_is_weighted, rows)):
         raise UserError(
             f"train_on: all, but none of {len(rows)} rows has an assistant turn before its last, wanted conversations: "
             "give `messages` or `history`, or set train_on=last"
         )
-    return rows
+    kept = [row for row in rows if row.turn_weight != 0]
+    if rows and not kept:
+        raise UserError(
+            f"{rows[0].id}: weight 0, as all {len(rows):,} turns have that train_on={which} learns, wanted 1 for some"
+        )
+    if len(kept) < len(rows):
+        logger.info(f"train_on={which}: {len(rows) - len(kept):,} of {len(rows):,} turns have weight 0: not learned")
+    return kept
+
+
+def watched(examples: Sequence[Example], which: str) -> list[Example]:
+    """The rows of which the held-out loss is taken: those that would be learned."""
+    return [row for row in _by(examples, which) if row.turn_weight != 0]
+
+
+def _by(examples: Sequence[Example], which: str) -> list[Example]:
+    return list(examples) if which == "last" else [row for example in examples for row in turns_of(example)]
 
 
 def turns_of(example: Example) -> list[Example]:
     """A row for each assistant turn of the prompt, its id with "/turn-1" ..., and the example itself, in their order.
 
-    The first message of a prompt is never a completion: nothing stands before it. Nor is a last one of the assistant,
-    with which the example's completion goes on.
+    Each has the weight and the reward of its turn. The first message of a prompt is never a completion: nothing stands
+    before it. Nor is a last one of the assistant, with which the example's completion goes on.
     """
     if isinstance(example.prompt, str):
         return [example]
@@ -44,12 +75,29 @@ def turns_of(example: Example) -> list[Example]:
         Example(
             f"{example.id}/turn-{number}",
             example.prompt[:place],
-            completion=example.prompt[place].content,
+            completion=answer_of(example.prompt[place]),
             source=example.source,
+            reward=example.prompt[place].reward,
+            turn_weight=example.prompt[place].weight,
         )
         for number, place in enumerate(places, start=1)
     ]
     return [*earlier, example]
+
+
+def rewarded_turns(example: Example) -> list[Example]:
+    """A scored row for each turn of the assistant that has a reward; the example itself where no earlier one has.
+
+    Each keeps the columns. The last answer is not among them where it alone has no reward.
+    """
+    *earlier, last = turns_of(example)
+    scored = [replace(row, columns=example.columns) for row in earlier if row.reward is not None]
+    return scored if scored and last.reward is None else [*scored, last]
+
+
+def _is_weighted(example: Example) -> bool:
+    turns = () if isinstance(example.prompt, str) else example.prompt
+    return example.turn_weight is not None or any(turn.weight is not None for turn in turns)
 
 
 def joined(items: Sequence[Item]) -> list[Item]:

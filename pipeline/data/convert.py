@@ -1,4 +1,5 @@
-"""Preference rows -> rows of one response each, for the stages that do not compare; `pairs.py` is the way back.
+"""Preference rows, and conversations of which several turns have rewards -> rows of one response each, for the stages
+that do not compare; `pairs.py` is the way back.
 
 `pairs.of_scored(to_scored(pairs, "both"))` gives back ids, prompts, responses, rewards and sources of scored pairs that
 stand alone with their prompt, each with margin = chosen_reward - rejected_reward, and turned round where the rejected
@@ -12,6 +13,7 @@ from dataclasses import replace
 from typing import Literal
 
 from pipeline.config.reward_spec import words_for
+from pipeline.data import conversations
 from pipeline.errors import UserError
 from pipeline.records import Example
 
@@ -32,7 +34,8 @@ def to_supervised(examples: Sequence[Example]) -> list[Example]:
 
 
 def to_scored(examples: Sequence[Example], which: Literal["chosen", "both"]) -> list[Example]:
-    """Each pair as one row (its chosen response) or two (chosen, then rejected); others without what they hold of one.
+    """Each pair as one row (its chosen response) or two (chosen, then rejected); others without what they hold of one,
+    and a row for each of their turns that has a reward.
 
     A new row has the pair's prompt, references, candidates, source and further columns; the response as completion;
     chosen_reward or rejected_reward as its reward (None if the pair has none: to be scored); and the pair's id with
@@ -44,7 +47,7 @@ def to_scored(examples: Sequence[Example], which: Literal["chosen", "both"]) -> 
     for example in examples:
         if example.completion is not None:
             held = [name for name in PAIRED if getattr(example, name) is not None]
-            rows.append(replace(example, **dict.fromkeys(held)) if held else example)
+            rows += conversations.rewarded_turns(replace(example, **dict.fromkeys(held)) if held else example)
             continue
         chosen = _chosen(example, example.id + CHOSEN)
         rows.append(chosen)

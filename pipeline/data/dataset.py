@@ -15,7 +15,7 @@ from pipeline.data.splits import origins, split_places
 from pipeline.data.template import prompt_text, response_text
 from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
-from pipeline.records import Example, Item, Row
+from pipeline.records import Answer, Example, Item, Row, text_of
 
 logger = logging.getLogger("tiffin")
 
@@ -48,7 +48,8 @@ def splits(
         if not rows[name]:
             raise UserError(f"data: the {name} split has no rows, wanted at least one: {_cure(data)}")
         if data.task is None:
-            for line in remarks.of_rows(name, rows[name]):
+            turns = remarks.of_turns(name, rows[name]) if name == names[0] else ()
+            for line in (*remarks.of_rows(name, rows[name]), *turns):
                 logger.info(line)
         yield rows[name]
 
@@ -144,7 +145,7 @@ def texts(examples: Sequence[Example], template: TemplateSettings) -> list[str]:
     for example in examples:
         shown.append(prompt_text(example.prompt, template))
         answers = (example.completion, example.chosen, example.rejected)
-        shown += [response_text(text, template, example.prompt) for text in answers if text]
+        shown += [response_text(text_of(answer), template, example.prompt) for answer in answers if answer]
     return shown
 
 
@@ -207,11 +208,12 @@ def gold(example: Example) -> tuple[str, ...]:
     """What a new response to the prompt is compared with: the references given, else the answer that the row holds.
 
     That is its completion or the chosen side of its pair. A completion with a reward, or of a pair's rejected side, is
-    a response of any quality, and so none.
+    a response of any quality, and so none; nor is one of weight 0.
     """
     judged = example.reward is not None or example.rewards or example.id.endswith(convert.REJECTED)
+    judged = judged or example.turn_weight == 0
     answer = example.chosen if example.completion is None else None if judged else example.completion
-    return example.references or (() if answer is None else (answer,))
+    return example.references or (() if answer is None else (text_of(answer),))
 
 
 def with_gold(examples: Sequence[Example]) -> list[Example]:
@@ -236,7 +238,7 @@ def unique_prompts(examples: Sequence[Example]) -> list[Example]:
     ]
 
 
-def reference_text(example: Example) -> str:
+def reference_text(example: Example) -> Answer:
     """The first reference, else the completion. Raises UserError where there is neither."""
     text = example.references[0] if example.references else example.completion
     if not text:

@@ -6,11 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 
 from pipeline.errors import did_you_mean
-from pipeline.records import Message
 
 Columns = Mapping[str, object]
 
-ROLES = ("system", "user", "assistant")
 LARGEST = 3.4e38  # of a float32, in which models are trained
 SHOWN_CHARACTERS = 40  # of a wrong value in a message: enough to find it, not enough to fill a log with it
 
@@ -124,14 +122,6 @@ def checked_list(value: object, place: str, wanted: str, length: int | None = No
     return value
 
 
-def messages(value: object, place: str) -> tuple[Message, ...]:
-    """Chat messages from a list of {"role": ..., "content": ...}; at least one."""
-    turns = checked_list(value, place, 'a list of {"role": ..., "content": ...}')
-    if not turns:
-        raise RowError(f"{place}: empty, wanted at least one message")
-    return tuple(_message(turn, f"{place}[{i}]") for i, turn in enumerate(turns))
-
-
 def fits_json(value: object) -> bool:
     """Whether JSON gives `value` back: text, a finite number, a truth value, null, or a list or mapping of these."""
     if isinstance(value, str):
@@ -166,13 +156,3 @@ def _required(row: Columns, names: Sequence[str], wanted: str) -> str:
     called = names[0] if len(names) == 1 else f"{names[0]} (or {', '.join(names[1:])})"
     hint = next(filter(None, (did_you_mean(known, list(row)) for known in names)), "")
     raise RowError(f"{called}: missing, wanted {wanted}{hint}")
-
-
-def _message(turn: object, place: str) -> Message:
-    if not isinstance(turn, Mapping):
-        raise RowError(f'{place}: {described(turn)}, wanted {{"role": ..., "content": ...}}')
-    role = turn.get("role")
-    if role not in ROLES:
-        hint = did_you_mean(role, ROLES) if isinstance(role, str) else ""
-        raise RowError(f"{place}.role: {described(role)}, wanted one of {', '.join(ROLES)}{hint}")
-    return Message(role, checked_text(turn.get("content"), f"{place}.content"))

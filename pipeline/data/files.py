@@ -25,6 +25,11 @@ CANDIDATE_COLUMNS = ("data_src", "data_gt", "data_kd")  # of the headerless rank
 BAR, BARRED_COLUMNS = " ||| ", ("prompt", "completion", "score")  # of the text files that came with ESRL
 GZIP_MARK = b"\x1f\x8b"
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+# columns of chats, whose mappings Arrow fills up
+NESTED = (
+    *("messages", "conversations", "conversation", "prompt", "completion", "chosen", "rejected"),
+    *("tools", "chat_template_kwargs"),
+)
 SCORE_MARK = "<#SCORE#>"  # stands in every ranked-candidates cell and in no header
 ARRAY = 'wanted an array of objects, {"data": [...]} or one object per line'
 DECODER = json.JSONDecoder()
@@ -235,12 +240,19 @@ def _parquet(path: str) -> Iterator[RawRow]:
             for batch in table.iter_batches():
                 for row in batch.to_pylist():
                     number += 1
-                    yield RawRow(number, row)
+                    yield RawRow(number, {name: _unfilled(row[name]) if name in NESTED else row[name] for name in row})
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise _damaged_gzip(path, error) from error
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}:{number + 1}: no whole parquet file ({reason}); fetch or write it again") from error
+
+
+def _unfilled(value: object) -> object:
+    """`value` without what is null in its mappings: Arrow gives each of a column every key that one of them has."""
+    if isinstance(value, dict):
+        return {key: _unfilled(one) for key, one in value.items() if one is not None}
+    return [_unfilled(one) for one in value] if isinstance(value, list) else value
 
 
 def array_entries(path: str, text: str) -> Iterator[tuple[int, object]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from pipeline.data import fields
+from pipeline.data import fields, messages
 from pipeline.data.columns import CARRIED, COMPLETION, Fields, Prompt, last_answer, prompt_of, response_of
 from pipeline.data.fields import Columns, RowError
 from pipeline.data.released import candidates_tsv, gen_task, hh, prefix_suffix
@@ -56,7 +56,8 @@ def used_columns(name: str) -> set[str]:
 def scored(row: Columns) -> Fields:
     """A prompt, the response that was given, and what it was worth: `reward`, or `rewards` by name, or both."""
     rewards = fields.named_numbers(row, "rewards")
-    reward = fields.optional_number(row, *REWARD) if rewards else fields.number(row, *REWARD)
+    optional = rewards or messages.any_reward(row)
+    reward = fields.optional_number(row, *REWARD) if optional else fields.number(row, *REWARD)
     return supervised(row) | {"reward": reward, "rewards": rewards}
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 
-from pipeline.data import remarks
+from pipeline.data import messages, remarks
 from pipeline.data.columns import example_of, further, refused
 from pipeline.data.fields import Columns, RowError, described, has
 from pipeline.data.files import RawRow, raw_rows, stem
@@ -55,6 +55,7 @@ class ReadResult:
     sources: Counter[str] = field(default_factory=Counter)  # number of rows, also of sources that are not wanted
     further: dict[str, str] = field(default_factory=dict)  # columns that no field is made of: why not carried, or ""
     shortened: int = 0  # number of transcripts that go on with the human behind the answer that is read
+    overruled: int = 0  # number of rows whose reward is not read, as their last message has one of its own
 
     @property
     def rows_read(self) -> int:
@@ -175,6 +176,7 @@ def _read_rows(path: str, rows: Iterable[RawRow], format: str, filters: Filters,
         else:
             result.examples.append(example)
             result.shortened += format == "hh" and parts_early(row.columns)
+            result.overruled += messages.overrules(row.columns)
             for column, value in more.items():
                 if not result.further.get(column):
                     result.further[column] = refused(column, value) if carry else ""
@@ -239,6 +241,8 @@ def _summary(path: str, result: ReadResult, filters: Filters, carry: bool) -> st
         parts.append(f"bad {_first_bad(path, result.bad_rows, result.rows_read)}")
     if result.shortened:
         parts.append(f"transcripts that part before their last turn {result.shortened}, read up to the human's next")
+    if result.overruled:
+        parts.append(f"rows with a reward beside that of their last message {result.overruled}: the message's counts")
     if filters.sources is not None:
         parts.append(f"sources there are: {_counts(result.sources)}")
     carried = [name for name, why in result.further.items() if carry and not why]

@@ -26,6 +26,26 @@ def of_rows(split: str, rows: Sequence[Example]) -> Iterator[str]:
         yield f"{split}: {len(empty):,} texts are {empty[0]!r} and nothing else: were they empty cells of a table?"
 
 
+def of_turns(split: str, rows: Sequence[Example]) -> Iterator[str]:
+    """Lines about weights and rewards that single turns bring: what counts where."""
+    chats = [row for row in rows if row.completion is not None and not isinstance(row.prompt, str)]
+    if weighted := sum(
+        any(turn.weight is not None for turn in row.prompt) or row.turn_weight is not None for row in chats
+    ):
+        yield (
+            f"{split}: {weighted:,} of {len(rows):,} rows have messages with weights: stage=sft leaves out those of 0, "
+            "other stages go by rewards alone"
+        )
+    rewarded = [row for row in chats if any(turn.reward is not None for turn in row.prompt)]
+    if rewarded:
+        unrated = sum(row.reward is None for row in rewarded)
+        last = f"; the last answer of {unrated:,} has none and is left out there" if unrated else ""
+        yield (
+            f"{split}: {len(rewarded):,} of {len(rows):,} rows have rewards of earlier turns: each such turn is a row "
+            f"of its own in stage=rl and score{last}"
+        )
+
+
 def of_splits(train: Sequence[Example], validation: Sequence[Example]) -> Iterator[str]:
     """A line about prompts that are learned and held out."""
     learned, held_out = ({row.prompt for row in rows} for rows in (train, validation))
@@ -45,11 +65,8 @@ def of_counts(counts: Mapping[str, int]) -> Iterator[str]:
 
 
 def of_columns(row: Columns, unused: Sequence[str]) -> list[str]:
-    """What `row` says of learning that is not read: columns among `unused`, or keys of messages."""
+    """What `row` says of learning that is not read: columns among `unused`."""
     found = [f"{name} ({what})" for name, what in BEARING.items() if name in unused and row.get(name) is not None]
-    turns = row.get("messages")
-    if isinstance(turns, list) and any(isinstance(turn, Mapping) and "weight" in turn for turn in turns):
-        found.append("the weights of messages (turns of weight 0 are learned like others)")
     if row.get("correctness") is not None and "chosen" not in row:
         found.append("correctness (it is read of pairs alone)")
     return found

@@ -5,13 +5,17 @@ A prompt that is one text is one turn of the user; "" is the prompt of plain tex
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from pipeline.config.sections import TemplateSettings
 from pipeline.errors import UserError
-from pipeline.records import Message
+from pipeline.records import Chat, Message
 
-Prompt = str | Sequence[Message]
+Prompt = str | Sequence[Message] | Chat
+SYSTEM = ("system", "developer")  # under a template that does not know the developer, what it says is the system's
+CURE = "wanted a model with a chat template that does (template.kind=chat), or rows without"
 
 
 def check(template: TemplateSettings) -> None:
@@ -21,12 +25,30 @@ def check(template: TemplateSettings) -> None:
             raise UserError(f"template.{name}: {value!r} lacks {{{name}}}, wanted it where the text goes")
 
 
-def turns_of(prompt: Prompt, template: TemplateSettings) -> tuple[Message, ...]:
-    """`prompt` as turns, the system's first where there is one; what `template` says is in them."""
+def turns_of(prompt: Prompt, template: TemplateSettings) -> tuple[Message, ...] | Chat:
+    """`prompt` as turns, the system's first where there is one; what `template` says is in them.
+
+    Arguments of the row go before those of `template.arguments`.
+    """
     if isinstance(prompt, str):
         filled = prompt if template.prompt is None else template.prompt.replace("{prompt}", prompt)
         prompt = (Message("user", filled),)
-    return tuple(prompt) if template.system is None else (Message("system", template.system), *prompt)
+    turns = like(prompt, prompt if template.system is None else (Message("system", template.system), *prompt))
+    if not template.arguments:
+        return turns
+    arguments = template.arguments | arguments_of(prompt)
+    chat = turns if isinstance(turns, Chat) else Chat(turns)
+    return replace(chat, arguments=json.dumps(arguments, ensure_ascii=False))
+
+
+def like(prompt: Sequence[Message] | Chat, turns: Iterable[Message]) -> tuple[Message, ...] | Chat:
+    """`turns`, with what `prompt` gives its template beside its own."""
+    return replace(prompt, turns=tuple(turns)) if isinstance(prompt, Chat) else tuple(turns)
+
+
+def arguments_of(prompt: Prompt) -> dict[str, object]:
+    """The template's variables that a prompt brings."""
+    return json.loads(prompt.arguments) if isinstance(prompt, Chat) and prompt.arguments else {}
 
 
 def goes_on(prompt: Prompt) -> bool:
@@ -41,7 +63,9 @@ def prompt_text(prompt: Prompt, template: TemplateSettings) -> str:
     turns = turns_of(prompt, template)
     if isinstance(prompt, str) and template.prompt is not None:
         return "".join(turn.content for turn in turns)
-    heads = {"user": template.human, "assistant": template.assistant.rstrip(), "system": ""}
+    heads = {"user": template.human, "assistant": template.assistant.rstrip(), **dict.fromkeys(SYSTEM, "")}
+    if unknown := next((turn.role for turn in turns if turn.role not in heads), None):
+        raise UserError(f"template.kind: text, which writes no message of '{unknown}', {CURE}")
     said = [_after_blank(turn.content, template) if turn.role == "assistant" else turn.content for turn in turns]
     text = "".join(heads[turn.role] + words for turn, words in zip(turns, said, strict=True))
     return text if goes_on(prompt) else text + heads["assistant"]

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -21,11 +22,13 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.config.sections import TemplateSettings
 from pipeline.data import chat
 from pipeline.data import template as plain
-from pipeline.data.chat import ASKED, MARK
-from pipeline.data.template import Prompt, goes_on
+from pipeline.data.chat import ASKED, MARK, ChatFrame
+from pipeline.data.cuts import fewer_turns, with_mark
+from pipeline.data.template import SYSTEM, Prompt, goes_on, like
 from pipeline.data.text_ids import TextIds
+from pipeline.data.unread import Unread, check_arguments
 from pipeline.errors import UserError
-from pipeline.records import Message, Row
+from pipeline.records import Answer, Chat, Message, Row
 
 PROBE = "a"  # a response of which nobody makes anything else
 
@@ -52,16 +55,22 @@ class Encoder:
         self.max_prompt_length, self.max_response_length = max_prompt_length, max_response_length
         self.keep = keep  # the end or the beginning of a long prompt
         self.encoder_decoder = encoder_decoder
-        self.frame = chat.frame_of(tokenizer) if template.kind == "chat" else chat.ChatFrame()
+        check_arguments(template, tokenizer)
+        self._unread = Unread(tokenizer, template)
+        self._frames: dict[str, ChatFrame] = {}  # by the arguments of the template
+        self._around_answers: dict[str, tuple[str, str]] = {}  # the same
+        self.frame = self._frame_of(ASKED)
         own = tokenizer.eos_token_id
         self.eos_id: int = own if self.frame.end is None else tokenizer.convert_tokens_to_ids(self.frame.end)
-        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys((self.eos_id, own)))  # each of them ends a response
+        call = chat.end_of_calls(tokenizer, self.frame) if template.kind == "chat" else None
+        ends = (self.eos_id, own, *([] if call is None else [tokenizer.convert_tokens_to_ids(call)]))
+        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(ends))  # each of them ends a response
         self.pad_id: int = tokenizer.pad_token_id
         self._ids = TextIds(tokenizer)
         chat_writes_all = template.kind == "chat"  # else ids before and after a prompt, as BOS and EOS:
         self.around = ([], []) if chat_writes_all else (self._ids.before, self._ids.after if encoder_decoder else [])
-        ends = "|".join(map(re.escape, tokenizer.convert_ids_to_tokens(list(self.stop_ids))))
-        self._own_end = re.compile(rf"(?:(?:{ends})\s*)+\Z")
+        spelled = "|".join(map(re.escape, tokenizer.convert_ids_to_tokens(list(self.stop_ids))))
+        self._own_end = re.compile(rf"(?:(?:{spelled})\s*)+\Z")
 
     def described(self) -> str:
         """One line for people: which template is in use, and how a response ends."""
@@ -81,7 +90,8 @@ class Encoder:
         """What the model reads for `prompt`, as text; nothing before plain text, whose prompt is ""."""
         if self.template.kind == "text" or not prompt:
             return plain.prompt_text(prompt, self.template)
-        return chat.prompt_text(self.tokenizer, plain.turns_of(prompt, self.template), self.frame, self.template.date)
+        turns = plain.turns_of(prompt, self.template)
+        return chat.prompt_text(self.tokenizer, turns, self._frame_of(prompt), self.template.date)
 
     def response_text(self, completion: str, prompt: Prompt = ASKED) -> str:
         """`completion` as it follows `prompt`, without the token that ends it."""
@@ -89,47 +99,55 @@ class Encoder:
             return plain.response_text(completion, self.template, prompt)
         if self.template.response is not None and isinstance(prompt, str):
             completion = plain.response_text(completion, self.template, prompt)
-        return chat.answer_text(completion, self.frame)
+        return chat.answer_text(completion, self._frame_of(prompt))
 
     def encode_prompt(self, prompt: Prompt, limit: int | None = None) -> tuple[tuple[int, ...], bool]:
         """Ids of a prompt, cut to `limit` (by default the Encoder's own), and whether it was cut.
 
         Turns go first, then the text of the one that is left; what the template and the tokenizer put around it stays.
-        Raises UserError where nothing else fits.
+        Raises UserError where nothing else fits, or the template cannot write what the prompt holds.
         """
+        self._unread.check(prompt)
         limit = self.max_prompt_length if limit is None else limit
         prompt = self._marked(self._without_ends(prompt))
         ids = self._prompt_ids(prompt)
         return (tuple(ids), False) if len(ids) <= limit else (tuple(self._cut(prompt, limit)), True)
 
-    def encode(self, prompt: Prompt, completion: str | None) -> Row:
-        """A prompt with its response and the token that ends it, cut on the right; no response at all where None."""
+    def encode(self, prompt: Prompt, completion: Answer | None) -> Row:
+        """A prompt with its response and the token that ends it, cut on the right; no response at all where None.
+
+        A response that is a message, as a call of tools, is what the chat template writes of it. Raises UserError where
+        the template cannot write what the row holds.
+        """
+        if isinstance(completion, Message):
+            self._unread.check(prompt, completion)
         prompt_ids, cut_prompt = self.encode_prompt(prompt)
         asked = self._without_ends(prompt)
         spelled = self._spells(asked)
         if completion is None:
             return Row(prompt_ids, (), cut_prompt, spelled=spelled)
-        answer = self._own_end.sub("", completion)
-        ids = self._response_ids(answer, prompt)
+        (answer,) = self._without_ends((_message_of(completion),))
+        text = answer if answer.more and self.template.kind == "chat" else answer.content
+        ids = self._response_ids(text, prompt)
         limit = self.max_response_length
         return Row(
             prompt_ids,
             tuple(ids[:limit]),
             cut_prompt,
             cut_response=len(ids) > limit,
-            spelled=spelled or self._spells(answer),
-            own_end=(answer, asked) != (completion, prompt),
+            spelled=spelled or self._spells((answer,)),
+            own_end=(answer, asked) != (_message_of(completion), prompt),
         )
 
-    def encode_conversation(self, prompt: Prompt, completion: str) -> tuple[int, ...]:
+    def encode_conversation(self, prompt: Prompt, completion: Answer) -> tuple[int, ...]:
         """Ids of all that the chat template writes for the conversation with this answer, uncut."""
-        turns, answer = plain.turns_of(self._marked(prompt), self.template), self._own_end.sub("", completion)
-        answer = self._marked(answer)
+        self._unread.check(prompt, completion)
+        chat_of = plain.turns_of(self._marked(prompt), self.template)
+        turns, (answer,) = [*chat_of], self._marked(self._without_ends((_message_of(completion),)))
         if goes_on(prompt):
-            *turns, begun = turns
-            answer = begun.content + answer
-        text = chat.written(self.tokenizer, [*turns, Message("assistant", answer)], False, self.template.date)
-        return tuple(self._ids.whole(text))
+            answer = answer._replace(content=turns.pop().content + answer.content)
+        said = like(chat_of, [*turns, answer])
+        return tuple(self._ids.whole(chat.written(self.tokenizer, said, False, self.template.date)))
 
     def decode(self, ids: Sequence[int], prompt: Prompt = ASKED) -> str:
         """The text of response ids, as the one who gave it wrote it: see `decode_all`."""
@@ -141,13 +159,15 @@ class Encoder:
         Left off is what spells nothing (what ends, begins, pads or masks a text, and the sign for unknown pieces) and
         what the template puts around a response.
         """
-        before, after = self._frame_text
-        texts = self._texts(rows, prompts)
-        framed = [bool(prompt) and not goes_on(prompt) for prompt in prompts]
         return [
-            text.removeprefix(before).removesuffix(after) if own else text
-            for text, own in zip(texts, framed, strict=True)
+            self._unframed(text, prompt) if prompt and not goes_on(prompt) else text
+            for text, prompt in zip(self._texts(rows, prompts), prompts, strict=True)
         ]
+
+    def _unframed(self, text: str, prompt: Prompt) -> str:
+        """`text` without what the template puts before and after a response."""
+        before, after = self._frame_text(prompt)
+        return text.removeprefix(before).removesuffix(after)
 
     def _texts(self, rows: Sequence[Sequence[int]], prompts: Sequence[Prompt]) -> list[str]:
         """What stands in each row, blanks at its beginning too: decoders drop these unless something goes before."""
@@ -171,26 +191,42 @@ class Encoder:
         named = (known.bos_token_id, known.unk_token_id, known.sep_token_id, known.cls_token_id, known.mask_token_id)
         return frozenset({*named, self.pad_id, *self.stop_ids})
 
-    @cached_property
-    def _frame_text(self) -> tuple[str, str]:
+    def _frame_of(self, prompt: Prompt) -> ChatFrame:
+        """What stands around the answer to `prompt`, which hangs on the arguments of the chat template."""
+        if self.template.kind != "chat":
+            return ChatFrame()
+        arguments = _arguments(plain.turns_of(prompt, self.template))
+        if arguments not in self._frames:
+            self._frames[arguments] = chat.frame_of(self.tokenizer, arguments)
+        return self._frames[arguments]
+
+    def _frame_text(self, prompt: Prompt) -> tuple[str, str]:
         """What the template puts before and after a response, as it comes out of the tokenizer again.
 
         A decoder may drop the blank at the beginning of a text, and then it is not there to take off.
         """
-        before, _, after = self.response_text(MARK).partition(MARK)
-        written = self._texts([self._response_ids(PROBE, ASKED)], [ASKED])[0]
-        return (written.removesuffix(PROBE + after) if written.endswith(PROBE + after) else before), after
+        own = _arguments(prompt)
+        if own not in self._around_answers:
+            asked = Chat((Message("user", ASKED),), arguments=own) if own else ASKED
+            before, _, after = self.response_text(MARK, asked).partition(MARK)
+            written = self._texts([self._response_ids(PROBE, asked)], [asked])[0]
+            whole = written.endswith(PROBE + after)
+            self._around_answers[own] = written.removesuffix(PROBE + after) if whole else before, after
+        return self._around_answers[own]
 
     def _without_ends(self, prompt: Prompt) -> Prompt:
         """`prompt` without ends of the assistant's turns that its texts bring along."""
         if isinstance(prompt, str):
             return prompt
-        assistants = [turn.role == "assistant" and self._own_end.search(turn.content) for turn in prompt]
-        if not any(assistants):
+        answers = [turn.role == "assistant" and self._own_end.search(turn.content) is not None for turn in prompt]
+        if not any(answers):
             return prompt
-        return tuple(
-            Message(turn.role, self._own_end.sub("", turn.content)) if ends else turn
-            for turn, ends in zip(prompt, assistants, strict=True)
+        return like(
+            prompt,
+            (
+                turn._replace(content=self._own_end.sub("", turn.content)) if ends else turn
+                for turn, ends in zip(prompt, answers, strict=True)
+            ),
         )
 
     def _marked(self, prompt: Prompt) -> Prompt:
@@ -199,11 +235,15 @@ class Encoder:
             return prompt
         if isinstance(prompt, str):
             return self._ids.marked(prompt)
-        return tuple(Message(turn.role, self._ids.marked(turn.content)) for turn in prompt)
+        marked = self._ids.marked  # in JSON text too, where a token is spelled as anywhere
+        turns = (turn._replace(content=marked(turn.content), more=marked(turn.more)) for turn in prompt)
+        chat_of = like(prompt, turns)
+        return replace(chat_of, tools=marked(chat_of.tools)) if isinstance(chat_of, Chat) else chat_of
 
     def _spells(self, prompt: Prompt) -> bool:
         """Whether a special token is spelled in `prompt`, and read as plain text."""
-        texts = [prompt] if isinstance(prompt, str) else [turn.content for turn in prompt]
+        texts = [prompt] if isinstance(prompt, str) else [text for turn in prompt for text in (turn.content, turn.more)]
+        texts += [prompt.tools] if isinstance(prompt, Chat) else []
         return self.template.special_tokens == "text" and any(map(self._ids.special.search, texts))
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
@@ -216,14 +256,27 @@ class Encoder:
         ids, before = self._ids.whole(text), self.around[0]
         return [*before, *(ids[len(before) :] if ids[: len(before)] == before else ids)]
 
-    def _response_ids(self, answer: str, prompt: Prompt) -> list[int]:
+    def _response_ids(self, answer: Answer, prompt: Prompt) -> list[int]:
         """Ids of a response, and the token that ends it."""
+        if isinstance(answer, Message):
+            return self._message_ids(answer, prompt)
         text = self.response_text(self._marked(answer), prompt)
         if self.encoder_decoder:
             return [*self._ids.first(text), self.eos_id]
         if prompt:
-            return [*self._ids.inner(text, after="" if goes_on(prompt) else self.frame.opened), self.eos_id]
+            return [*self._ids.inner(text, after="" if goes_on(prompt) else self._frame_of(prompt).opened), self.eos_id]
         return [*self._ids.whole(text), self.tokenizer.eos_token_id]
+
+    def _message_ids(self, answer: Message, prompt: Prompt) -> list[int]:
+        """Ids of what the chat template writes of a message of the assistant, and of the token that ends it."""
+        if not prompt or goes_on(prompt):
+            raise UserError("messages: the assistant speaks twice running, wanted a tool's result or the user between")
+        (answer,), turns = self._marked((answer,)), plain.turns_of(self._marked(prompt), self.template)
+        frame = self._frame_of(prompt)
+        text, end = chat.message_text(self.tokenizer, turns, answer, frame, self.template.date)
+        last = self.eos_id if end is None else self.tokenizer.convert_tokens_to_ids(end)
+        whole = self._ids.first(text) if self.encoder_decoder else self._ids.inner(text, after=frame.opened)
+        return [*whole, last]
 
     def _cut(self, prompt: Prompt, limit: int) -> list[int]:
         """Ids of a marked prompt that is too long: fewer turns, else a part of one."""
@@ -234,7 +287,7 @@ class Encoder:
             if place < len(shorter):
                 return self._prompt_ids(shorter[place])
             last = shorter[-1:]
-            if last[0][0].role == "system" and len(last[0]) > 1:  # goes too where it leaves no room
+            if last[0][0].role in SYSTEM and len(last[0]) > 1:  # goes too where it leaves no room
                 last.append(last[0][1:])
         parts = [self._part_of(one, limit) for one in last]
         found = next(filter(None, parts), None)
@@ -246,11 +299,14 @@ class Encoder:
         return found
 
     def _part_of(self, prompt: Prompt, limit: int) -> list[int] | None:
-        """As many ids of the text of the only turn (the system's aside) as fit in, or all; None where none does."""
+        """As many ids of the text of the only turn of the user, or what follows it, as fit in, or all.
+
+        None where none of it does.
+        """
         if len(whole := self._prompt_ids(prompt)) <= limit:  # as where the system's turn went
             return whole
-        text, content = self.prompt_text(prompt), prompt if isinstance(prompt, str) else prompt[-1].content
-        marked = MARK if isinstance(prompt, str) else (*prompt[:-1], Message(prompt[-1].role, MARK))
+        text = self.prompt_text(prompt)
+        content, marked = (prompt, MARK) if isinstance(prompt, str) else with_mark(prompt)
         head, found, tail = self.prompt_text(marked).partition(MARK)
         if not found:
             return None
@@ -267,20 +323,12 @@ class Encoder:
         return [*start, *rest[len(rest) - (limit - len(start)) :]] if limit - len(start) > least else None
 
 
-def fewer_turns(turns: Sequence[Message], keep: str) -> list[tuple[Message, ...]]:
-    """`turns` without the first ones, always fewer, or without the last ones where keep is "beginning".
+def _message_of(answer: Answer) -> Message:
+    return Message("assistant", answer) if isinstance(answer, str) else answer
 
-    The first message stays where it is the system's; what follows begins, or ends, with a turn of the user, as
-    templates want it. Where nothing less is left, these are the turns as they are.
-    """
-    system = tuple(turns[:1]) if turns[0].role == "system" else ()
-    rest = tuple(turns[len(system) :])
-    users = [i for i, turn in enumerate(rest) if turn.role == "user"]
-    if keep == "end":
-        parts = [rest[i:] for i in users if i > 0]
-    else:
-        parts = [rest[: i + 1] for i in reversed(users) if i + 1 < len(rest)]
-    return [(*system, *part) for part in parts or [rest]]
+
+def _arguments(prompt: Prompt) -> str:
+    return prompt.arguments if isinstance(prompt, Chat) else ""
 
 
 def resolved(template: TemplateSettings, tokenizer: PreTrainedTokenizerBase) -> TemplateSettings:

@@ -6,10 +6,11 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from pipeline.data import messages
 from pipeline.data.columns import OTHER
 from pipeline.data.formats import READ_SOMEWHERE
 from pipeline.files import write_text
-from pipeline.records import Example
+from pipeline.records import Answer, Chat, Example, Message
 
 
 def write_rows(path: Path, examples: Iterable[Example]) -> None:
@@ -26,14 +27,20 @@ def row_of(example: Example) -> dict[str, object]:
     """
     further = {name: value for name, value in example.columns.items() if name not in READ_SOMEWHERE}
     hidden = {name: value for name, value in example.columns.items() if name in READ_SOMEWHERE}
-    prompt = example.prompt if isinstance(example.prompt, str) else [turn._asdict() for turn in example.prompt]
+    prompt = example.prompt if isinstance(example.prompt, str) else [messages.as_row(turn) for turn in example.prompt]
+    beside = example.prompt if isinstance(example.prompt, Chat) else Chat(())
+    completion = example.completion
+    if example.turn_weight is not None:
+        message = completion if isinstance(completion, Message) else Message("assistant", completion)
+        completion = message._replace(weight=example.turn_weight)
     columns = {
         "id": example.id,
         "source": example.source or None,
         "prompt": prompt or None,
-        "completion" if prompt else "text": example.completion,
-        "chosen": example.chosen,
-        "rejected": example.rejected,
+        messages.TOOLS: json.loads(beside.tools) if beside.tools else None,
+        messages.ARGUMENTS: json.loads(beside.arguments) if beside.arguments else None,
+        "completion" if prompt else "text": _written(completion),
+        **_sides(example),
         "chosen_reward": example.chosen_reward,
         "rejected_reward": example.rejected_reward,
         "margin": example.margin,
@@ -46,3 +53,15 @@ def row_of(example: Example) -> dict[str, object]:
         OTHER: hidden or None,
     }
     return {name: value for name, value in columns.items() if value is not None} | further
+
+
+def _written(answer: Answer | None) -> str | list[dict[str, object]] | None:
+    return [messages.as_row(answer)] if isinstance(answer, Message) else answer
+
+
+def _sides(example: Example) -> dict[str, object]:
+    """The two responses of a pair: both texts, or both messages."""
+    sides = {"chosen": example.chosen, "rejected": example.rejected}
+    if any(isinstance(side, Message) for side in sides.values()):
+        sides = {name: Message("assistant", side) if isinstance(side, str) else side for name, side in sides.items()}
+    return {name: _written(side) for name, side in sides.items()}

@@ -1,7 +1,8 @@
 """The chat template that a model directory gives to other tools, so that they read chats as it was trained.
 
 Under our own template (`template.kind=text`) it is written anew, in Jinja. A tokenizer's own is kept, with what was set
-around it: the system's words, `template.prompt` and `template.response`, the date. What a tool makes of a chat are the
+around it: the system's words, `template.prompt` and `template.response`, `template.arguments` where none are given, the
+date. What a tool makes of a chat are the
 ids that `Encoder` makes of the same turns, but for one thing: special tokens that a message spells are those tokens.
 """
 
@@ -107,6 +108,10 @@ def _around_own(encoder: Encoder, scalar: bool) -> str | None:
         first = f"{told(both, 'messages[1:]')} if messages[0].role == 'system'"
         sets.append(f"messages = {first} else {told(_text(template.system), 'messages')}")
     before = "".join(f"{{%- set {one} %}}\n" for one in sets)
+    before += "".join(
+        f"{{%- if {name} is not defined %}}{{%- set {name} = {value!r} %}}{{%- endif %}}\n"
+        for name, value in template.arguments.items()
+    )
     if date is not None and chat.writes_date(encoder.tokenizer):
         before += chat.clock(own, date) + "\n"
     after = f"{{% if add_generation_prompt %}}{{{{ {_text(frame.header)} }}}}{{% endif %}}" if frame.header else ""
@@ -137,7 +142,7 @@ def _reads_alike(written: str, encoder: Encoder) -> bool:
     """Whether a tool that has this template reads chats as `encoder` does, as far as two of them tell."""
     return all(
         encoder.tokenizer.apply_chat_template(
-            [turn._asdict() for turn in turns], chat_template=written, add_generation_prompt=True, return_dict=False
+            [turn.given() for turn in turns], chat_template=written, add_generation_prompt=True, return_dict=False
         )
         == list(encoder.encode_prompt(turns[0].content if len(turns) == 1 else turns, ANY_LENGTH)[0])
         for turns in PROBES

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from pipeline.data.columns import ranked
 from pipeline.data.dataset import gold
 from pipeline.errors import UserError
-from pipeline.records import Example, Response, Scores
+from pipeline.records import Example, Response, Scores, text_of
 from pipeline.rewards import scoring
 from pipeline.rewards.rewards import Rewards
 from pipeline.trainer.engine import Ranks
@@ -76,8 +76,10 @@ def judged(ranks: Ranks, rewards: Rewards, rows: Sequence[Example], directory: P
     counts = [len(row.candidates) or 1 for row in rows]
     judged = [replace(row, references=gold(row)) if row.candidates else row for row in rows]
     of = [row for row, count in zip(judged, counts, strict=True) for _ in range(count)]
-    texts = [text for row in rows for text in row.candidates or (row.completion,)]
-    scores = scoring.score_logged(ranks, rewards, of, texts, len(texts), directory)
+    answers = [text for row in rows for text in row.candidates or (row.completion,)]
+    scoring.tell_of_calls(answers)
+    scores = scoring.score_logged(ranks, rewards, of, answers, len(answers), directory)
+    texts = [text_of(answer) for answer in answers]
     starts = accumulate(counts, initial=0)
     scored = [_with_scores(row, scores, start) for row, start in zip(rows, starts, strict=False)]
     return Judged(scored, of, texts, scores)

@@ -14,7 +14,7 @@ from pipeline.config.reward_spec import ROWS
 from pipeline.config.sections import Scale
 from pipeline.errors import UserError
 from pipeline.files import write_json
-from pipeline.records import Example, Response, Scores
+from pipeline.records import Answer, Chat, Example, Message, Response, Scores, text_of
 from pipeline.rewards import own_rewards
 from pipeline.rewards.rewards import Rewards
 from pipeline.trainer.engine import Ranks
@@ -30,7 +30,7 @@ def score_texts(
     ranks: Ranks,
     rewards: Rewards,
     examples: Sequence[Example],
-    completions: Sequence[str],
+    completions: Sequence[Answer],
     ids: Sequence[Sequence[int]] | None = None,
 ) -> Scores:
     """Score one new completion per example; ranks share the work and all get the whole result.
@@ -39,14 +39,14 @@ def score_texts(
     `rewards`; on every rank, wherever it failed.
     """
     raw = raw_scores(ranks, rewards, examples, completions, ids)
-    return rewards.weighed(raw, completions, [example.id for example in examples])
+    return rewards.weighed(raw, [text_of(one) for one in completions], [example.id for example in examples])
 
 
 def score_logged(
     ranks: Ranks,
     rewards: Rewards,
     rows: Sequence[Example],
-    completions: Sequence[str],
+    completions: Sequence[Answer],
     train: int,
     directory: Path | None,
 ) -> Scores:
@@ -59,22 +59,25 @@ def score_logged(
     raw |= {one.name: own_rewards.values(one.own, rows, rewards.models) for one in rewards.own}
     say_what_is_meant(rewards, rows)
     settle(ranks, rewards, {name: values[:train] for name, values in raw.items()}, directory)
-    return rewards.weighed(raw, completions, [row.id for row in rows])
+    return rewards.weighed(raw, [text_of(one) for one in completions], [row.id for row in rows])
 
 
 def raw_scores(
     ranks: Ranks,
     rewards: Rewards,
     examples: Sequence[Example],
-    completions: Sequence[str],
+    completions: Sequence[Answer],
     ids: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, list[float | None]]:
     """As `score_texts`, what each function says, by reward."""
     mine = range(ranks.rank, len(examples), ranks.world)
     own = [examples[i] for i in mine]
     prompts = [plain_prompt(example) for example in own]
-    texts = [completions[i] for i in mine]
+    answers = [completions[i] for i in mine]
+    texts = [text_of(answer) for answer in answers]
     columns = reward_columns(own, None if ids is None else [ids[i] for i in mine])
+    if any(isinstance(answer, Message) for answer in answers):
+        columns["raw_completion"] = [[one.given()] if isinstance(one, Message) else None for one in answers]
     part = ranks.agreed(rewards.begin_raw(prompts, texts, columns))
     parts = ranks.gather(part)
     return {name: [parts[i % ranks.world][name][i // ranks.world] for i in range(len(examples))] for name in part}
@@ -133,6 +136,10 @@ def reward_columns(examples: Sequence[Example], ids: Sequence[Sequence[int]] | N
         "references": [list(example.references) for example in examples],
         "raw_prompt": [raw_prompt(example) for example in examples],
     }
+    chats = [example.prompt if isinstance(example.prompt, Chat) else Chat(()) for example in examples]
+    if any(chats):  # as TRL names them
+        columns["tools"] = [json.loads(one.tools) if one.tools else None for one in chats]
+        columns["chat_template_kwargs"] = [json.loads(one.arguments) if one.arguments else None for one in chats]
     return columns if ids is None else columns | {"completion_ids": [list(one) for one in ids]}
 
 
@@ -140,9 +147,18 @@ def _own(value: Any) -> Any:
     return deepcopy(value) if isinstance(value, list | dict) else value
 
 
+def tell_of_calls(answers: Sequence[Answer]) -> None:
+    """One line where logged answers are more than a text."""
+    if calling := sum(isinstance(answer, Message) for answer in answers):
+        logger.info(
+            f"rewards: {calling:,} of {len(answers):,} answers call tools or think: functions read their text and the "
+            "calls as JSON, reward models what the chat template writes"
+        )
+
+
 def warn_of_equals(rewards: Rewards, rows: Sequence[Example]) -> None:
     """One line where a reward compares, and rows whose completions are to be scored hold them as references."""
-    equal = sum(row.completion in row.references for row in rows)
+    equal = sum(text_of(row.completion) in row.references for row in rows)
     compares = [isinstance(one.function, TrlFunction) and "references" in one.function.named for one in rewards.rewards]
     if equal and any(compares):
         logger.warning(
@@ -164,7 +180,7 @@ def try_rewards(ranks: Ranks, rewards: Rewards, row: Example, written: bool) -> 
     ids; one is made up. Raises UserError, with the row's id, where a reward fails.
     """
     texts = (row.completion, *row.references, *row.candidates, row.chosen, plain_prompt(row))
-    text = next(filter(None, texts), "")
+    text = text_of(next(filter(None, texts), ""))
     columns = reward_columns([row], [[0]] if written else None)
 
     def tried() -> None:
@@ -182,9 +198,9 @@ def try_rewards(ranks: Ranks, rewards: Rewards, row: Example, written: bool) -> 
         logger.info(f'reward {", ".join(asked)}: given {how} (CHATS = "text" in the file makes them text)')
 
 
-def raw_prompt(example: Example) -> str | list[dict[str, str]]:
+def raw_prompt(example: Example) -> str | list[dict[str, Any]]:
     """The prompt as JSON has it: the row's own text, or a chat's messages."""
-    return example.prompt if isinstance(example.prompt, str) else [turn._asdict() for turn in example.prompt]
+    return example.prompt if isinstance(example.prompt, str) else [turn.given() for turn in example.prompt]
 
 
 def plain_prompt(example: Example) -> str:

@@ -18,7 +18,7 @@ from pipeline.algorithms.functional import Drawn
 from pipeline.data import dataset, vocabulary
 from pipeline.data.template import Prompt
 from pipeline.data.tokenization import Encoder
-from pipeline.records import Batch
+from pipeline.records import Batch, text_of
 from pipeline.rewards import scoring
 from pipeline.rl.compositions import Compositions, token_credit
 
@@ -41,7 +41,7 @@ def samples_of(
             {
                 "id": example.id,
                 "prompt": scoring.plain_prompt(example),
-                "reference": dataset.reference_text(example),
+                "reference": text_of(dataset.reference_text(example)),
                 "static": {
                     "text": encoder.decode(ids.tolist(), example.prompt),
                     "parts": parts(encoder, ids, masked, example.prompt),

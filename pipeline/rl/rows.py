@@ -46,8 +46,9 @@ def with_rewards(
         return train, held_out
     say_what_is_left(rewards, rows)
     scoring.warn_of_equals(rewards, rows)
-    texts = [row.completion for row in rows]
-    totals = scoring.score_logged(context.ranks, rewards, rows, texts, len(train), context.directory).total
+    answers = [row.completion for row in rows]
+    scoring.tell_of_calls(answers)
+    totals = scoring.score_logged(context.ranks, rewards, rows, answers, len(train), context.directory).total
     scored = [replace(row, reward=total) for row, total in zip(rows, totals, strict=True)]
     return scored[: len(train)], scored[len(train) :]
 

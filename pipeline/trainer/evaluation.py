@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.data.batching import Packing, once
-from pipeline.records import Batch, Example, Item, Response, Row, Scores
+from pipeline.records import Batch, Example, Item, Response, Row, Scores, text_of
 from pipeline.trainer.engine import Engine
 from pipeline.trainer.metrics import Metrics
 from pipeline.trainer.objective import Objective, Output
@@ -196,7 +196,7 @@ def accuracy_by_source(
     examples: Sequence[Example], chosen: Sequence[float], rejected: Sequence[float]
 ) -> dict[str, float]:
     """Pair accuracy overall and by source, beside the better of "the longer wins" and "the shorter wins"."""
-    words = [(len(between_blanks(e.chosen)), len(between_blanks(e.rejected))) for e in examples]
+    words = [tuple(len(between_blanks(text_of(one))) for one in (e.chosen, e.rejected)) for e in examples]
     groups: defaultdict[str, list[int]] = defaultdict(list, {"": list(range(len(examples)))})
     for i, example in enumerate(examples):
         if example.source:
