@@ -42,6 +42,7 @@ class Example:
     source: str = ""
     correctness: float | None = None  # of a pair: 1 where its two rewards can be trusted, else only its order
     columns: Mapping[str, Any] = field(default_factory=dict)  # the row's further columns, which rewards are given
+    candidate_scores: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)  # by name, one per candidate
 
 
 @dataclass(frozen=True)

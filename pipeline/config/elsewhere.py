@@ -105,8 +105,8 @@ SAID: dict[str, str] = {  # names -> what to say of each
     ),
     "input_key output_key prompt_key chosen_key text_field dataset_text_field column_mapping "
     "prompt_field prompt_column response_column columns": (
-        "rename the columns: prompt, completion, reward, chosen, rejected, messages ... are known "
-        "(pipeline/data/README.md)"
+        "say which column is which: data.columns='{prompt: question, completion: answer, reward: helpfulness}'; many "
+        "are known by themselves (pipeline/data/README.md)"
     ),
     "chat_template apply_chat_template template_name prompt_template": (
         "template.kind=chat is the tokenizer's own, template.kind=text the lines under template: in stages/common.yaml"

@@ -101,6 +101,7 @@ class DataSettings(Section):
     validation: str | None
     test: str | None
     format: str | None
+    columns: dict[str, str | list[str]]
     responses: Literal["chosen", "both"]
     sources: list[str] | None
     exclude: list[str]

@@ -19,6 +19,10 @@ class RowError(Exception):
     """One row that cannot become an Example; the reader adds file and line."""
 
 
+class TeachesNothingError(Exception):
+    """A sound row that says nothing, as a tie of two responses; its text is the reason under which it is counted."""
+
+
 def has(row: Columns, name: str) -> bool:
     """True if the column is there and not null."""
     return row.get(name) is not None

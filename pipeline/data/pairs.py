@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from itertools import chain
 
 from pipeline.data import convert, dataset
 from pipeline.errors import UserError
@@ -48,7 +49,7 @@ def of_scored(rows: Sequence[Example]) -> list[Example]:
     """
     given: list[Example] = []
     groups: dict[object, list[Example]] = {}
-    for row in rows:
+    for row in chain.from_iterable(map(convert.each_candidate, rows)):
         if convert.is_pair(row) and row.completion is None:
             given.append(row)
         else:
