@@ -253,7 +253,11 @@ BAD = [
     ("preference", {**PAIR, "chosen": [ASK, SAY], "rejected": [SAY]}, "chosen, rejected: differ before their last"),
     ("hh", {"chosen": HH + "a", "rejected": "\n\nHuman: Bye\n\nAssistant: b"}, "chosen, rejected: share no beginning"),
     ("hh", {"chosen": HH + " a", "rejected": HH}, "rejected, its last answer: empty"),
-    ("implicit_prompt", {"chosen": "Yes sir", "rejected": "No sir"}, "chosen, rejected: share no beginning, wanted two"),
+    (
+        "implicit_prompt",
+        {"chosen": "Yes sir", "rejected": "No sir"},
+        "chosen, rejected: share no beginning, wanted two",
+    ),
     ("implicit_prompt", {"chosen": "A: so", "rejected": "A:"}, "rejected, its answer: empty, wanted text"),
     ("supervised", {"messages": [ASK]}, "messages: the last message is from 'user', wanted one from 'assistant'"),
     ("supervised", {"messages": [SAY]}, "messages: one message, wanted a prompt"),

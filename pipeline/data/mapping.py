@@ -58,11 +58,13 @@ def check(file: str, given: Given, rows: Sequence[Columns]) -> None:
 def mapped(row: Columns, given: Given) -> Columns:
     """The row with the columns that `given` names under our names.
 
-    A column that has gone under another name is gone; an attribute that became the reward stays one of the `rewards`.
+    A column that has gone under another name is gone; of several attributes the one that became the reward stays one
+    of the `rewards`.
     """
     if not given:
         return row
-    gone = {name for names in given.values() for name in _listed(names) if name not in ATTRIBUTES}
+    aspects = {name for name in ATTRIBUTES if name in row}
+    gone = {name for names in given.values() for name in _listed(names) if len(aspects) < 2 or name not in aspects}
     kept = {name: value for name, value in row.items() if name not in gone}
     return kept | {target: _taken(row, target, names) for target, names in given.items()}
 

@@ -56,7 +56,7 @@ def decide(file: str, rows: Sequence[RawRow], format: str | None, given: mapping
                 f"{file}:{rows[0].line}: {error}; say which is which with data.columns='{{prompt: ..., completion: "
                 "..., reward: ...}', or name the format with data.format="
             ) from error
-    notes = _notes(filled([mapping.mapped(rows[0].columns, given)]), given, layout, judged, format)
+    notes = _notes(rows[0].columns, given, layout, judged, format)
     scaled = bool(judged.kinds) or "reward" in given or "candidate_rewards" in first or "candidates" in first
     return RowReading(format, given, layout, judged, notes, scaled or layout is not None)
 
@@ -96,10 +96,11 @@ def _judged(rows: Sequence[Columns], given: mapping.Given) -> Judging:
 
 
 def _notes(row: Columns, given: mapping.Given, layout: str | None, judged: Judging, format: str) -> tuple[str, ...]:
+    """What was chosen for a file that begins with `row`, in words."""
     notes = [mapping.spoken(given)] if given else []
     notes += [f"own {name} not read" for name in given if name in row and name not in given.values()]
     if layout is not None:
-        said = layouts.LAYOUTS[layout].says(row)
+        said = layouts.LAYOUTS[layout].says(mapping.mapped(row, given))
         notes.append(f"layout {layout}" + (f": {said}" if said else ""))
     if len(judged.kinds) == 1 and not judged.attributes:
         ((name, kind),) = judged.kinds.items()
