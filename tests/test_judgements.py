@@ -227,7 +227,7 @@ def test_what_was_mapped_is_said(tmp_path, capsys) -> None:
             {"reward": ["good", "rated"]},
             "data.columns: reward: ['good', 'rated'], wanted one name: only `rewards` takes",
         ),
-        ({"completion": "reply"}, "no known format.*say which is which with data.columns="),
+        ({"source": "reply"}, "no known format.*say which is which with data.columns="),
         (
             {"prompt": "question", "completion": "reply", "margin": "reply"},
             "train.jsonl:1: margin: 'r' is text, wanted a finite number (data.columns: margin is reply)",
