@@ -105,6 +105,11 @@ def test_rows_without_a_judgement_and_of_another_kind_are_bad(tmp_path) -> None:
         read(late)
 
 
+def test_a_format_without_rewards_reads_no_judgement(tmp_path) -> None:
+    found = read(write(tmp_path, {**ROW, "label": True}, {**ROW, "label": None}), "supervised").examples
+    assert [(one.reward, one.rewards) for one in found] == [(None, {}), (None, {})]
+
+
 def test_several_columns_that_judge_are_named_and_none_is_guessed(tmp_path, capsys) -> None:
     (found,) = read(write(tmp_path, {**ROW, "rating": 4, "thumbs": "up"})).examples
     assert (found.reward, found.rewards) == (None, {"rating": 4.0, "thumbs": 1.0})

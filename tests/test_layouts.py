@@ -147,6 +147,12 @@ READ = [
         "rewards 3..8, levels 2",
     ),
     (
+        {"prompt": "Hi", "responses": ["a", "b"], "scores": [0.5, 2]},
+        "candidates",
+        Example(ID, "Hi", candidates=("b", "a"), candidate_rewards=(2.0, 0.5)),
+        "layout responses + scores: each response has the reward in its place of the other list; rewards 0.5..2",
+    ),
+    (
         GRADED,
         "scored",
         Example(ID, POST, "short", reward=6.0, rewards={"overall": 6.0, "accuracy": 5.0}),
@@ -291,6 +297,11 @@ def test_equal_ranks_share_the_middle_of_their_places(tmp_path) -> None:
             {"completions": [{"response": "a", "overall_score": 1, "annotations": {"honesty": {"Rating": "good"}}}]},
             "candidates[0].rewards.honesty: 'good' is text, wanted a finite number",
         ),
+        (
+            {"prompt": "Hi", "responses": ["a", "b"], "scores": [1, 2]},
+            {"scores": [1]},
+            "candidates: 1 scores for 2 candidates, wanted one each, or none (read as responses + scores)",
+        ),
         (GRADED, {"summary": {"text": "s", "axes": {}}}, "summary.axes: no overall, wanted {"),
         (COMPARED, {"choice": 2}, "choice: 2 is a number, wanted 0 or 1"),
         (COMPARED, {"summaries": [{"text": "s"}]}, "summaries: 1 entries, wanted two summaries"),
@@ -328,6 +339,8 @@ def test_a_layout_without_one_sound_row_says_why(tmp_path) -> None:
         ({"prompt": "p", "completion": "c", "question": "q", "answer": "a"}, "supervised"),
         ({"sentence": "s", "question": "q", "answer": "a"}, "published"),
         ({"prompt": "p", "answer": "a"}, "prompts"),
+        ({"question": "q", "chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}, "hh"),
+        ({"question": "q", "source": "s", "candidates": ["a"]}, "candidates"),
         ({"prompt": "p", "context": "about", "completion": "c"}, "supervised"),
         ({"prompt": "p", "chosen": "c", "rejected": "r", "label": 1}, "preference"),
         ({"text": "t", "label": 1}, "text"),

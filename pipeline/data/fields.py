@@ -33,6 +33,15 @@ def first_of(row: Columns, names: Sequence[str]) -> str | None:
     return next((name for name in names if has(row, name)), None)
 
 
+def named(row: Columns, names: Sequence[str]) -> str:
+    """The first of `names` that has a value, else that is there, else the first."""
+    return first_of(row, names) or next((name for name in names if name in row), names[0])
+
+
+def without(row: Columns, *names: str) -> dict[str, object]:
+    return {name: value for name, value in row.items() if name not in names}
+
+
 def text(row: Columns, *names: str) -> str:
     """The text of the first column there is of `names`; empty or blank text is refused."""
     name = _required(row, names, "text")

@@ -46,7 +46,7 @@ def decide(file: str, rows: Sequence[RawRow], format: str | None, given: mapping
     layout = layouts.of(filled(renamed))
     if layout is not None:
         renamed = _rewritten(file, rows, renamed, layout)
-    judged = _judged(renamed, given)
+    judged = _judged(renamed, given) if format in (None, "scored") else NO_JUDGEMENT
     first = judgements.named(filled(renamed), judged)
     if format is None:
         try:
