@@ -204,6 +204,12 @@ READ = [
         Example(ID, (USER,), chosen="Hello", rejected="No"),
         "",
     ),
+    (
+        {"conversations": [{**one, "input": None, "weight": None} for one in (ASK, SAY)]},  # as tables give them
+        "supervised",
+        Example(ID, (USER,), "Hello"),
+        "",
+    ),
     ({"conversation": CHAT, "language": "English"}, "supervised", Example(ID, (USER,), "Hello"), ""),
     (
         {"source": "x", "conversation": [{"input": "Hi", "output": "Hello"}, {"input": "Hi", "output": "Again"}]},

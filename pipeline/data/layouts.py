@@ -71,9 +71,10 @@ def _turns(turn: object, place: str) -> list[Columns]:
     """The messages of one turn, with whatever else it holds."""
     if not isinstance(turn, Mapping):
         raise RowError(f'{place}: {fields.described(turn)}, wanted {{"from": ..., "value": ...}}')
-    if "input" in turn and "output" in turn:
-        pair = ({"role": "user", "content": turn["input"]}, {"role": "assistant", "content": turn["output"]})
-        return [one for one in pair if one["content"] not in (None, "")]
+    turn = {name: value for name, value in turn.items() if value is not None}  # tables give every turn all keys
+    if "input" in turn or "output" in turn:
+        sides = (("user", turn.get("input")), ("assistant", turn.get("output")))
+        return [{"role": role, "content": content} for role, content in sides if content not in (None, "")]
     if "from" not in turn:
         return [turn]
     role, content = SPEAKERS.get(str(turn["from"]).lower(), turn["from"]), turn.get("value")

@@ -44,6 +44,8 @@ def check(file: str, given: Given, rows: Sequence[Columns]) -> None:
                 f"data.columns: '{target}' is no column that is read here, wanted one of {', '.join(TARGETS)}"
                 f"{did_you_mean(target, TARGETS)}"
             )
+        if not names:
+            raise UserError(f"data.columns: {target}: {names!r}, wanted the name of a column")
         if not isinstance(names, str) and target != "rewards":
             raise UserError(f"data.columns: {target}: {list(names)}, wanted one name: only `rewards` takes several")
         for name in _listed(names):

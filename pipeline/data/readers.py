@@ -265,6 +265,11 @@ def _rewards(result: ReadResult, scaled: bool) -> list[str]:
     values += [value for one in result.examples for value in one.candidate_rewards]
     if (scaled or result.rewarded) and values:
         parts.append(f"rewards {min(values):g}..{max(values):g}, levels {len({*values})}")
+    beside = sum(bool(one.candidate_rewards) and one.reward is None for one in result.examples if one.completion)
+    if any(one.candidate_rewards for one in result.examples):
+        parts.append("RL from scores learns from each candidate, fine-tuning from the best")
+    if beside:
+        parts.append(f"{beside:,} completions beside scored candidates are references to RL from scores")
     if names and not values:
         first = next(iter(names))
         parts.append(
