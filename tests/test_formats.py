@@ -101,6 +101,11 @@ ACCEPTED = [
     ),
     (
         "implicit_prompt",
+        {"chosen": "[INST] 1+1? [/INST] It is 2", "rejected": "[INST] 1+1? [/INST] It is 3"},
+        Example(ID, "[INST] 1+1? [/INST]", chosen=" It is 2", rejected=" It is 3"),
+    ),
+    (
+        "implicit_prompt",
         {"chosen": "Q: 1+1?\nAnswer: It is 2", "rejected": "Q: 1+1?\nAnswer: It is 3"},
         Example(ID, "Q: 1+1?\nAnswer:", chosen=" It is 2", rejected=" It is 3"),
     ),

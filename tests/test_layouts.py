@@ -224,6 +224,14 @@ READ = [
         Example(ID, (SYSTEM, USER), chosen="Hello", rejected="No"),
         "",
     ),
+    ({"input": "Hi", "output": "Hello"}, "supervised", Example(ID, "Hi", "Hello"), "layout question"),
+    ({"query": "Hi", "response": "Hello", "score": 2}, "scored", Example(ID, "Hi", "Hello", reward=2.0), ""),
+    (
+        {"prompt": "Hi", "chosen": CHAT, "rejected": CHAT, "chosen-rating": 4.5, "rejected-rating": 2},
+        "preference",
+        Example(ID, (USER,), chosen="Hello", rejected="Hello", chosen_reward=4.5, rejected_reward=2.0),
+        "",
+    ),
     (
         {"system_prompt": "", "question": "Hi", "response": "Hello", "rating": "👎"},
         "scored",
@@ -345,6 +353,7 @@ def test_a_layout_without_one_sound_row_says_why(tmp_path) -> None:
         ({"prompt": "p", "completion": "c", "question": "q", "answer": "a"}, "supervised"),
         ({"sentence": "s", "question": "q", "answer": "a"}, "published"),
         ({"prompt": "p", "answer": "a"}, "prompts"),
+        ({"instruction": "i", "input": "about", "output": "o"}, "supervised"),
         ({"question": "q", "chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}, "hh"),
         ({"question": "q", "source": "s", "candidates": ["a"]}, "candidates"),
         ({"prompt": "p", "context": "about", "completion": "c"}, "supervised"),

@@ -13,8 +13,8 @@ from pipeline.errors import UserError
 from pipeline.records import REWARD_ARGUMENTS, Example, Message
 
 COMPLETION = ("completion", "response")
-CHOSEN_REWARD = ("chosen_reward", "chosen_score", "score_chosen", "chosen_gpt_score")
-REJECTED_REWARD = ("rejected_reward", "rejected_score", "score_rejected", "rejected_gpt_score")
+CHOSEN_REWARD = ("chosen_reward", "chosen_score", "score_chosen", "chosen_gpt_score", "chosen-rating")
+REJECTED_REWARD = ("rejected_reward", "rejected_score", "score_rejected", "rejected_gpt_score", "rejected-rating")
 
 Fields = dict[str, object]  # some of an Example's, by name
 Prompt = str | tuple[Message, ...]

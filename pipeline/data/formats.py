@@ -144,8 +144,12 @@ def _is_pair(row: Columns) -> bool:
     return "chosen" in row and "rejected" in row
 
 
-# what comes before an answer in one text: "Assistant:", "### Response:", "TL;DR:"
-TURN = re.compile(r"^[#<|\s]*(?:assistant|ai|bot|answer|a|response|output|summary|tl;dr)[|>]*:", re.I | re.M)
+# what comes before an answer in one text: "Assistant:", "### Response:", "TL;DR:", or the marks of chat templates
+TURN = re.compile(
+    r"^[#\s]*(?:assistant|ai|bot|answer|a|response|output|summary|tl;dr):"
+    r"|<\|assistant\|>|<\|im_start\|>assistant\n|<start_of_turn>model\n|\[/INST\]",
+    re.I | re.M,
+)
 DIALOGUE = (*PROMPT, "messages", *COMPLETION, "output")
 
 # In the order in which they are tried: the special before the general.

@@ -19,6 +19,7 @@ SPEAKERS = {  # of ShareGPT's turns; other names are roles as they are
 }
 RESPONSES = ("completion", "response", "output", "chosen", "candidates")
 ASKED = ("prompt", "instruction", "messages", "text", "sentence", "article", "document", "dialogue")
+QUESTION = ("question", "query", "input")  # what is asked, where there is no `prompt` and no `instruction`
 ABOUT = ("choices", "options", "passage", "paragraph")  # what a question is not complete without
 HIDDEN = {  # columns that must not be read anew where they travel with rows of ours
     *("response_0", "response_1", "response_2", "response1", "response2"),
@@ -58,12 +59,14 @@ def conversations(row: Columns) -> Columns:
 
 def question(row: Columns) -> Columns:
     """A question, perhaps with a system's message or a text that it is about; an `answer` also stays what it is."""
-    asked = without(row, "question", "system", "system_prompt", "context")
-    system = fields.optional_text(row, named(row, ("system", "system_prompt")) or "system")
-    text, about = fields.text(row, "question"), fields.optional_text(row, "context")
+    name = named(row, QUESTION)
+    asked = without(row, name, "system", "system_prompt", "context", "output")
+    system = fields.optional_text(row, named(row, ("system", "system_prompt")))
+    text, about = fields.text(row, name), fields.optional_text(row, "context")
     text = f"{text}\n{about}" if about else text
     messages = [{"role": "system", "content": system}, {"role": "user", "content": text}]
-    answer = {} if fields.first_of(row, RESPONSES) else {"completion": row.get("answer")}
+    given = fields.first_of(row, RESPONSES)
+    answer = {"completion": row.get(given or "answer")} if given in (None, "output") else {}
     return {**asked, "prompt": messages if system else text, **answer}
 
 
@@ -109,7 +112,7 @@ def _is_question(row: Columns) -> bool:
     answered = isinstance(row.get("answer"), str) or fields.first_of(row, RESPONSES) is not None
     own = isinstance(row.get("chosen"), list) or ASSISTANT in str(row.get("chosen"))
     others = (*ASKED, *ABOUT, "candidates")
-    return answered and not own and isinstance(row.get("question"), str) and _bare(row, beside=others)
+    return answered and not own and isinstance(row.get(named(row, QUESTION)), str) and _bare(row, beside=others)
 
 
 def _other_of(row: Columns) -> str:

@@ -43,9 +43,9 @@ def paired(rows: Sequence[Example]) -> list[Example]:
 def of_scored(rows: Sequence[Example]) -> list[Example]:
     """Of each prompt the row of highest reward is chosen, that of lowest is rejected; one line counts all rows.
 
-    Of equal rewards the first row counts. margin = chosen_reward - rejected_reward > 0. Source, references, columns and
-    id are the chosen row's; where the two rows came from one pair, its id comes back. `rewards` are not kept. Rows that
-    are pairs already, without a completion, come first, unchanged.
+    Scored candidates are such rows. Of equal rewards the first row counts. margin = chosen_reward - rejected_reward
+    > 0. Source, references, columns and id are the chosen row's; where the two rows came from one pair, its id comes
+    back. `rewards` are not kept. Rows that are pairs already, without a completion, come first, unchanged.
     """
     given: list[Example] = []
     groups: dict[object, list[Example]] = {}
