@@ -132,10 +132,7 @@ def test_one_name_among_rewards_is_the_reward_and_two_are_not(tmp_path, capsys) 
     assert "the reward is good, the only one of `rewards`; rewards 1..3, levels 2" in capsys.readouterr().out
     several = read(write(tmp_path, rows[0], {**ROW, "rewards": {"good": 3, "safe": 1}})).examples
     assert [one.reward for one in several] == [None, None]
-    said = "no reward, but scores by name (good): say which counts, as with reward='{good: 1.0}' or data.columns="
-    with pytest.raises(UserError) as caught:
-        convert.judged(several, "demo")
-    assert said in str(caught.value)
+    assert "no reward, but scores by name (good, safe): choose with reward='{good: 1.0}'" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"choose one of its `rewards` with data.columns='\{reward: good\}'"):
         convert.with_score(several[0])
 

@@ -92,16 +92,9 @@ def with_score(row: Example) -> Example:
 def judged(rows: Sequence[Example], run: str) -> Sequence[Example]:
     """Rows that all bring a reward. Raises UserError, for where there is nothing to score the others with."""
     missing = next((row for row in rows if row.reward is None), None)
-    if missing is not None and missing.rewards:
-        name = next(iter(missing.rewards))
-        raise UserError(
-            f"{missing.id}: no reward, but scores by name ({', '.join(missing.rewards)}): say which counts, as with "
-            f"reward='{{{name}: 1.0}}' or data.columns='{{reward: {name}}}'"
-        )
     if missing is not None:
         raise UserError(
-            f"{missing.id}: no reward, and nothing to score it with: add a `reward` column or name the one that is "
-            "with data.columns='{reward: ...}', give reward=, "
+            f"{missing.id}: no reward, and nothing to score it with: add a `reward` column, give reward=, "
             f"or train one with bash run.sh stage=reward run={run}"
         )
     return rows
