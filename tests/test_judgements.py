@@ -94,6 +94,14 @@ def test_another_column_of_such_a_name_is_none(tmp_path, capsys, name, values, w
     assert why in capsys.readouterr().out
 
 
+def test_columns_without_values_and_rewards_of_another_kind(tmp_path) -> None:
+    (found,) = read(write(tmp_path, {**ROW, "label": True, "chosen": None, "reward": None})).examples
+    assert found.reward == 1.0
+    path = write(tmp_path, {**ROW, "helpfulness": 1, "coherence": 2, "rewards": [1]})
+    with pytest.raises(UserError, match=r"train.jsonl:1: rewards: \[1\] is a list, wanted a mapping"):
+        read(path)
+
+
 def test_rows_without_a_judgement_and_of_another_kind_are_bad(tmp_path) -> None:
     rows = [{**ROW, "label": True}, {**ROW, "label": None}, ROW]
     path = write(tmp_path, *rows)

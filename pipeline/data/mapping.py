@@ -77,7 +77,10 @@ def spoken(given: Given) -> str:
 
 
 def value_at(holder: object, path: str) -> object:
-    """What lies at a dotted path, MISSING where nothing does. A list gives a list: what lies there in each entry."""
+    """What lies at a dotted path, else under that name in `rewards`; MISSING where nothing does.
+
+    A list gives a list: what lies there in each entry.
+    """
     if isinstance(holder, list | tuple):
         found = [value_at(entry, path) for entry in holder]
         nowhere = all(value is MISSING for value in found)

@@ -47,15 +47,14 @@ def decide(file: str, rows: Sequence[RawRow], format: str | None, given: mapping
     if layout is not None:
         renamed = _rewritten(file, rows, renamed, layout)
     judged = _judged(renamed, given) if format in (None, "scored") else NO_JUDGEMENT
-    first = judgements.named(filled(renamed), judged)
-    if format is None:
-        try:
-            format = formats.detect(first)
-        except RowError as error:
-            raise UserError(
-                f"{file}:{rows[0].line}: {error}; say which is which with data.columns='{{prompt: ..., completion: "
-                "..., reward: ...}', or name the format with data.format="
-            ) from error
+    try:
+        first = judgements.named(filled(renamed), judged)
+        format = format or formats.detect(first)
+    except RowError as error:
+        raise UserError(
+            f"{file}:{rows[0].line}: {error}; say which is which with data.columns='{{prompt: ..., completion: ..., "
+            "reward: ...}', or name the format with data.format="
+        ) from error
     notes = _notes(rows[0].columns, given, layout, judged, format)
     scaled = bool(judged.kinds) or "reward" in given or "candidate_rewards" in first or "candidates" in first
     return RowReading(format, given, layout, judged, notes, scaled or layout is not None)
@@ -85,7 +84,7 @@ def _rewritten(file: str, rows: Sequence[RawRow], renamed: Sequence[Columns], la
 def _judged(rows: Sequence[Columns], given: mapping.Given) -> Judging:
     """The columns that judge the response of each row; none where it has a reward, or no response."""
     first = filled(rows)
-    if "chosen" in first or has(first, "candidates") or not formats.has_completion(first):
+    if has(first, "chosen") or has(first, "candidates") or not formats.has_completion(first):
         return NO_JUDGEMENT
     attributes = judgements.attributes(rows)
     if "reward" in given:  # it may be a label, thumbs or stars
