@@ -99,6 +99,7 @@ class Example:
     correctness: float | None = None  # of a pair: 1 where its two rewards can be trusted, else only its order
     turn_weight: float | None = None  # of the completion's message, as `Message.weight`
     columns: Mapping[str, Any] = field(default_factory=dict)  # the row's further columns, which rewards are given
+    candidate_scores: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)  # by name, one per candidate
 
 
 @dataclass(frozen=True)

@@ -303,7 +303,7 @@ def of_rows(settings: WithModel, ahead: Ahead, use: Callable[[list[Example]], ob
         if hub.is_hub_name(file) or (whole and path.is_file() and path.stat().st_size > WHOLE_MB * 1e6):
             continue
         try:
-            use(readers.head(file, data.format, filters, data.max_bad_rows))
+            use(readers.head(file, data.format, filters, data.max_bad_rows, data.columns))
         except UserError as error:
             yield str(error)
 
@@ -330,8 +330,8 @@ def suits(examples: Sequence[Example], settings: WithModel, ahead: Ahead) -> Non
         convert.to_supervised(examples)
     elif isinstance(settings, RewardStage | RlPairs):
         for one in [] if all(map(convert.is_pair, examples)) else examples:
-            if not convert.is_pair(one):
-                convert.with_score(one)
+            for row in [] if convert.is_pair(one) else convert.each_candidate(one):
+                convert.with_score(row)
     elif isinstance(settings, ScoreStage | RlOffline):
         rows = [one for one in examples if isinstance(settings, RlOffline) or not one.candidates]
         rows = convert.to_scored(rows, settings.data.responses)

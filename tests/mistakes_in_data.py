@@ -82,7 +82,13 @@ DATA = [
         ("rows.jsonl:8", "prompt: empty", "wanted text"),
         rows(changed(answers(), 7, prompt="")),
     ),
-    Mistake("unknown columns", "sft", ROWS, ("rows.jsonl:1", "foo", "rename the columns"), rows('{"foo": 1}\n' * 9)),
+    Mistake(
+        "unknown columns",
+        "sft",
+        ROWS,
+        ("rows.jsonl:1", "foo", "say which is which with data.columns="),
+        rows('{"foo": 1}\n' * 9),
+    ),
     Mistake("no rewards", "rl", FROM, ("rows/1", "no reward", "add a `reward` column"), rows(lines(answers()))),
     Mistake("no pairs", "reward", ROWS, ("rows/1", "no reward", "add the column"), rows(lines(answers()))),
     Mistake(

@@ -46,7 +46,10 @@ def test_candidates_are_ranked_and_equal_ones_keep_their_order() -> None:
     judged = candidates.judged(tiny.ranks(), judge, [alone, pick, alone])
     # half of 3, 2, 1 and 1 words; the completion beside candidates gets no reward
     assert judged.rows[1] == replace(
-        pick, candidates=("one two three", "one two", "b", "a"), candidate_rewards=(1.5, 1.0, 0.5, 0.5)
+        pick,
+        candidates=("one two three", "one two", "b", "a"),
+        candidate_rewards=(1.5, 1.0, 0.5, 0.5),
+        candidate_scores={"length": (3.0, 2.0, 1.0, 1.0)},
     )
     assert judged.rows[0] == judged.rows[2] == replace(alone, reward=1.0, rewards={"length": 2.0})
     assert judged.texts == ["one two", "b", "one two three", "a", "one two", "one two"]

@@ -111,7 +111,7 @@ FULL = Example(
 )
 WRITTEN = [
     [GOOD, BAD, replace(PLAIN, references=("Hello",))],
-    [replace(GOOD, reward=None, rewards={"safe": 0.1})],
+    [replace(GOOD, reward=None, rewards={"safe": 0.1, "brief": 0.2})],  # of one alone the reader makes the reward
     [replace(GOOD, references=())],
     [replace(GOOD, reward=None)],
     [PAIR],
@@ -119,6 +119,7 @@ WRITTEN = [
     [replace(FULL, candidates=(), candidate_rewards=())],
     [Example("t", "", "Once upon a time", ("Once upon a time",), reward=1.0)],
     [Example("n", "p", references=("r",), candidates=("a", "b"))],
+    [Example("n", "p", candidates=("a", "b"), candidate_rewards=(1.0, 0.0), candidate_scores={"safe": (0.5, None)})],
     [Example("n", (Message("system", "Be kind"), Message("user", "Hi")))],
 ]
 

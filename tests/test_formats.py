@@ -95,6 +95,21 @@ ACCEPTED = [
         Example(ID, HH_TURNS, chosen="Knock", rejected=" Know"),
     ),
     (
+        "implicit_prompt",
+        {"chosen": "The sky is blue.", "rejected": "The sky is black."},  # they part within a word
+        Example(ID, "The sky is", chosen=" blue.", rejected=" black."),
+    ),
+    (
+        "implicit_prompt",
+        {"chosen": "[INST] 1+1? [/INST] It is 2", "rejected": "[INST] 1+1? [/INST] It is 3"},
+        Example(ID, "[INST] 1+1? [/INST]", chosen=" It is 2", rejected=" It is 3"),
+    ),
+    (
+        "implicit_prompt",
+        {"chosen": "Q: 1+1?\nAnswer: It is 2", "rejected": "Q: 1+1?\nAnswer: It is 3"},
+        Example(ID, "Q: 1+1?\nAnswer:", chosen=" It is 2", rejected=" It is 3"),
+    ),
+    (
         "preference",
         {"prompt": "Be kind." + HH, "chosen": " Knock", "rejected": "No", "references": [" Knock"]},
         Example(ID, (Message("system", "Be kind."), *HH_TURNS), references=("Knock",), chosen="Knock", rejected="No"),
@@ -243,6 +258,12 @@ BAD = [
     ("preference", {**PAIR, "chosen": [ASK, SAY], "rejected": [SAY]}, "chosen, rejected: differ before their last"),
     ("hh", {"chosen": HH + "a", "rejected": "\n\nHuman: Bye\n\nAssistant: b"}, "chosen, rejected: share no beginning"),
     ("hh", {"chosen": HH + " a", "rejected": HH}, "rejected, its last answer: empty"),
+    (
+        "implicit_prompt",
+        {"chosen": "Yes sir", "rejected": "No sir"},
+        "chosen, rejected: share no beginning, wanted two",
+    ),
+    ("implicit_prompt", {"chosen": "A: so", "rejected": "A:"}, "rejected, its answer: empty, wanted text"),
     ("supervised", {"messages": [ASK]}, "messages: the last message is from 'user', wanted one from 'assistant'"),
     ("supervised", {"messages": [SAY]}, "messages: one message, wanted a prompt"),
     ("supervised", {"messages": []}, "messages: empty, wanted at least one message"),

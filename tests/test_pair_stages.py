@@ -22,8 +22,10 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_dpo_starts_at_its_reference_and_learns_the_pairs(runs: Path, tmp_path: Path) -> None:
+    answers = ("Put {} in hot water.", "Do not ask {} of me.")
     pairs = [
-        {"prompt": f"How do I boil egg {i}?", "chosen": f"Put {i} in hot water.", "rejected": f"Do not ask {i} of me."}
+        {"prompt": f"How do I boil egg {i}?", "better_response_id": i % 2}
+        | {f"response_{side}": answers[side != i % 2].format(i) for side in (0, 1)}
         for i in range(48)
     ]
     words = [*written(tmp_path, pairs), "algo=dpo", "beta=0.5", *SHORT]
@@ -64,7 +66,13 @@ def annotated(count: int) -> list[dict]:
 
 
 def test_a_reward_model_from_responses_by_themselves(tmp_path: Path) -> None:
-    given = written(tmp_path, annotated(48))
+    completions = [{"response": row["completion"], "overall_score": row["reward"]} for row in annotated(48)]
+    rows_of_two = [
+        {"instruction": row["prompt"], "completions": completions[i : i + 2]}
+        for i, row in enumerate(annotated(48))
+        if i % 2 == 0
+    ]
+    given = written(tmp_path, rows_of_two)
     train("reward", tmp_path, *given, "name=scores", "objective=regression", "max_steps=12", "learning_rate=1e-2")
     lines = rows(tmp_path / "default" / "reward" / "scores" / "metrics.jsonl")
     assert lines[-1]["eval/mse"] < lines[0]["eval/mse"]

@@ -36,8 +36,9 @@ def test_repeated_rows_empty_cells_and_shared_prompts_are_said(tmp_path, capsys)
 @pytest.mark.parametrize(
     ("row", "found"),
     [
-        ({**ROW, "label": False}, "label (rows are learned from whatever it says"),
-        ({"instruction": "p", "context": "about", "response": "c"}, "context (prompts are without it"),
+        ({**ROW, "label": False}, ""),
+        ({**ROW, "context": "about"}, "context (prompts are without it"),
+        ({"instruction": "p", "context": "about", "response": "c"}, ""),
         ({**ROW, "correctness": 4}, "correctness (it is read of pairs alone)"),
         ({**ROW, "id": "x", "topic": "t"}, ""),
         ({"prompt": "p", "chosen": "c", "rejected": "r", "correctness": 1}, ""),

@@ -104,9 +104,9 @@ SAID: dict[str, str] = {  # names -> what to say of each
         "set data.validation=FILE, which training watches; stage=evaluate reads data.test=FILE"
     ),
     "input_key output_key prompt_key chosen_key text_field dataset_text_field column_mapping "
-    "prompt_field prompt_column response_column columns": (
-        "rename the columns: prompt, completion, reward, chosen, rejected, messages ... are known "
-        "(pipeline/data/README.md)"
+    "prompt_field prompt_column response_column reward_key reward_column label_key label_column columns": (
+        "say which column is which: data.columns='{prompt: question, completion: answer, reward: helpfulness}'; many "
+        "are known by themselves (pipeline/data/README.md)"
     ),
     "chat_template apply_chat_template template_name prompt_template": (
         "template.kind=chat is the tokenizer's own, template.kind=text the lines under template: in stages/common.yaml"

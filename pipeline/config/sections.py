@@ -109,6 +109,7 @@ class DataSettings(Section):
     validation: str | None
     test: str | None
     format: str | None
+    columns: dict[str, str | list[str]]
     responses: Literal["chosen", "both"]
     sources: list[str] | None
     exclude: list[str]
@@ -125,6 +126,8 @@ class DataSettings(Section):
         files = [name for name in ("path", "train", "validation", "test") if getattr(self, name) is not None]
         if self.task is not None and files:
             raise ValueError(f"both task and {files[0]} are given, wanted one source of rows: set data.task=null")
+        if self.task is not None and self.columns:
+            raise ValueError(f"columns are given, but task {self.task} makes rows of its own: set data.columns={{}}")
         if self.task is None and self.task_size is not None:
             raise ValueError(f"task_size is {self.task_size}, wanted null without a task: set data.max_rows")
         return self

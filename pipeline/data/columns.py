@@ -8,13 +8,13 @@ from dataclasses import replace
 
 from pipeline.data import fields, messages
 from pipeline.data.fields import Columns, RowError
-from pipeline.data.transcripts import turns_of
+from pipeline.data.transcripts import marked_turns, turns_of
 from pipeline.errors import UserError
 from pipeline.records import REWARD_ARGUMENTS, Example, Message
 
 COMPLETION = ("completion", "response")
-CHOSEN_REWARD = ("chosen_reward", "chosen_score", "score_chosen", "chosen_gpt_score")
-REJECTED_REWARD = ("rejected_reward", "rejected_score", "score_rejected", "rejected_gpt_score")
+CHOSEN_REWARD = ("chosen_reward", "chosen_score", "score_chosen", "chosen_gpt_score", "chosen-rating")
+REJECTED_REWARD = ("rejected_reward", "rejected_score", "score_rejected", "rejected_gpt_score", "rejected-rating")
 
 Fields = dict[str, object]  # some of an Example's, by name
 Prompt = str | tuple[Message, ...]  # as formats read it; see `messages.for_template`
@@ -24,7 +24,10 @@ def prompt_of(row: Columns) -> Prompt:
     """The `prompt` column, text or chat messages; else `instruction`, with `input` and `history`, as a chat."""
     if not fields.has(row, "prompt") and fields.has(row, "instruction"):
         return _instruction(row)
-    return fields.text(row, "prompt") if not _is_list(row, "prompt") else messages.read(row["prompt"], "prompt")
+    if _is_list(row, "prompt"):
+        return messages.read(row["prompt"], "prompt")
+    text = fields.text(row, "prompt")
+    return marked_turns(text) or text
 
 
 def response_of(row: Columns, *names: str) -> str | Message:
@@ -66,7 +69,7 @@ def example_of(row: Columns, given: Fields, id: str, carried: Columns | None = N
     """
     whole = {name: read(row, *names) for name, (read, *names) in CARRIERS.items() if name not in given} | given
     if "candidates" not in given:
-        whole["candidates"], whole["candidate_rewards"] = candidate_list(row)
+        whole |= candidate_list(row)
     kept = {sys.intern(name): value for name, value in (carried or {}).items()}  # every row has the same few names
     named = {"id": whole["id"] or id, "source": whole["source"] or "", "references": whole["references"] or ()}
     return Example(**_of_chat(row, _in_turns(whole | named)), columns=kept)
@@ -134,38 +137,60 @@ def _filled(row: Example, nothing: Mapping[str, None]) -> Example:
     return replace(row, columns={**nothing, **row.columns})
 
 
-def candidate_list(row: Columns) -> tuple[tuple[str, ...], tuple[float, ...]]:
-    """(candidates, their rewards), best first; empty where there is no such column.
+def candidate_list(row: Columns) -> Fields:
+    """`candidates`, `candidate_rewards` and `candidate_scores`, best first; empty where there is no such column.
 
-    The column is a list of {"text", "score"}, or of text, with or without `candidate_rewards`. With rewards, the
-    candidates are put in the order of their rewards, and equal ones keep theirs; without, the order given counts.
+    The column is a list of {"text", "score", "rewards": {name: number}}, of which the text alone must be there, or of
+    text; the other two columns may stand beside it. With rewards, the candidates are put in their order, and equal
+    ones keep theirs; without, the order given counts.
     """
     if not fields.has(row, "candidates"):
-        return (), ()
+        return ranked((), ())
     values = fields.checked_list(row["candidates"], "candidates", "a list")
     if not values:
         raise RowError("candidates: empty, wanted at least one")
+    rewards, scores = fields.numbers(row, "candidate_rewards"), _candidate_scores(row, len(values))
     if not isinstance(values[0], Mapping):
-        return ranked(fields.texts(row, "candidates"), fields.numbers(row, "candidate_rewards"))
-    pairs = [_candidate(value, f"candidates[{i}]") for i, value in enumerate(values)]
-    return ranked(tuple(one for one, _ in pairs), tuple(score for _, score in pairs if score is not None))
+        return ranked(fields.texts(row, "candidates"), rewards, scores)
+    found = [_candidate(value, f"candidates[{i}]") for i, value in enumerate(values)]
+    texts, own, named = zip(*found, strict=True)
+    names = dict.fromkeys(name for one in named for name in one)
+    scores |= {name: tuple(one.get(name) for one in named) for name in names}
+    return ranked(texts, rewards or tuple(score for score in own if score is not None), scores)
 
 
-def ranked(candidates: tuple[str, ...], rewards: tuple[float, ...]) -> tuple[tuple[str, ...], tuple[float, ...]]:
-    """Both, ordered by falling reward (stable); as they are where there are no rewards."""
-    if not rewards:
-        return candidates, ()
-    if len(rewards) != len(candidates):
+def ranked(
+    candidates: tuple[str, ...], rewards: tuple[float, ...], scores: Mapping[str, Sequence[float | None]] | None = None
+) -> Fields:
+    """All three fields, ordered by falling reward (stable); as they are where there are no rewards."""
+    if rewards and len(rewards) != len(candidates):
         raise RowError(f"candidates: {len(rewards)} scores for {len(candidates)} candidates, wanted one each, or none")
-    order = sorted(range(len(rewards)), key=lambda i: -rewards[i])
-    return tuple(candidates[i] for i in order), tuple(rewards[i] for i in order)
+    order = sorted(range(len(candidates)), key=lambda i: -rewards[i] if rewards else 0)
+    return {
+        "candidates": tuple(candidates[i] for i in order),
+        "candidate_rewards": tuple(rewards[i] for i in order) if rewards else (),
+        "candidate_scores": {name: tuple(values[i] for i in order) for name, values in (scores or {}).items()},
+    }
 
 
-def _candidate(value: object, place: str) -> tuple[str, float | None]:
+def _candidate(value: object, place: str) -> tuple[str, float | None, dict[str, float]]:
     if not isinstance(value, Mapping):
         raise RowError(f'{place}: {fields.described(value)}, wanted {{"text": ..., "score": ...}}')
+    try:
+        named = fields.named_numbers(value, "rewards")
+    except RowError as error:
+        raise RowError(f"{place}.{error}") from error
     candidate, score = fields.checked_text(value.get("text"), f"{place}.text"), value.get("score")
-    return candidate, None if score is None else fields.checked_number(score, f"{place}.score")
+    return candidate, None if score is None else fields.checked_number(score, f"{place}.score"), named
+
+
+def _candidate_scores(row: Columns, count: int) -> dict[str, tuple[float | None, ...]]:
+    found: dict[str, tuple[float | None, ...]] = {}
+    for name, values in fields.mapping(row, "candidate_scores", "a mapping of names to lists of numbers").items():
+        place = f"candidate_scores.{name}"
+        listed = fields.checked_list(values, place, f"a list of {count} numbers or nulls", count)
+        found[str(name)] = tuple(None if one is None else fields.checked_number(one, place) for one in listed)
+    return found
 
 
 def _instruction(row: Columns) -> tuple[Message, ...]:
@@ -218,6 +243,7 @@ CARRIED = {
     OTHER,
     "candidates",
     "candidate_rewards",
+    "candidate_scores",
     *messages.COLUMNS,
     *(name for _, *names in CARRIERS.values() for name in names),
 }

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Literal
 
 from pipeline.config.reward_spec import words_for
 from pipeline.data import conversations
 from pipeline.errors import UserError
-from pipeline.records import Example
+from pipeline.records import Example, text_of
 
 CHOSEN, REJECTED = "/chosen", "/rejected"  # what the ids of the two rows of a pair end with
+CANDIDATE = "/candidate-"  # and those of rows of candidates, before their number
 PAIRED = ("chosen", "rejected", "chosen_reward", "rejected_reward", "margin", "correctness")  # fields of a pair
 
 
@@ -25,17 +27,36 @@ def is_pair(example: Example) -> bool:
     return example.chosen is not None and example.rejected is not None
 
 
+def each_candidate(example: Example) -> list[Example]:
+    """A row for each of its scored candidates, with its reward and its scores by name; any other row as it is.
+
+    A completion beside candidates, which has no reward, is what they are compared with: a reference. One that has a
+    reward is a row of its own.
+    """
+    if not example.candidate_rewards or is_pair(example):
+        return [example]
+    bare = replace(example, candidates=(), candidate_rewards=(), candidate_scores={})
+    gold = () if example.completion is None or example.reward is not None else (text_of(example.completion),)
+    rows = [bare] if example.reward is not None and example.completion is not None else []
+    for i, (text, reward) in enumerate(zip(example.candidates, example.candidate_rewards, strict=True)):
+        named = {name: values[i] for name, values in example.candidate_scores.items() if values[i] is not None}
+        given = {"completion": text, "reward": reward, "rewards": named, "references": example.references or gold}
+        rows.append(replace(bare, id=f"{example.id}{CANDIDATE}{i + 1}", **given))
+    return rows
+
+
 def to_supervised(examples: Sequence[Example]) -> list[Example]:
     """Each pair with its chosen response as completion and chosen_reward as reward, id unchanged; others pass.
 
-    Raises UserError for a row with neither completion nor pair.
+    Of scored candidates the best is the completion, where there is no other. Raises UserError for a row with neither
+    completion nor pair nor scored candidates.
     """
-    return [one if one.completion is not None else _chosen(one, one.id) for one in examples]
+    return [one if one.completion is not None else _best(one) for one in examples]
 
 
 def to_scored(examples: Sequence[Example], which: Literal["chosen", "both"]) -> list[Example]:
-    """Each pair as one row (its chosen response) or two (chosen, then rejected); others without what they hold of one,
-    and a row for each of their turns that has a reward.
+    """Each pair as one row (its chosen response) or two (chosen, then rejected); scored candidates as one row each;
+    others without what they hold of a pair, and a row for each of their turns that has a reward.
 
     A new row has the pair's prompt, references, candidates, source and further columns; the response as completion;
     chosen_reward or rejected_reward as its reward (None if the pair has none: to be scored); and the pair's id with
@@ -44,7 +65,7 @@ def to_scored(examples: Sequence[Example], which: Literal["chosen", "both"]) -> 
     """
     assert which in ("chosen", "both"), which
     rows = []
-    for example in examples:
+    for example in chain.from_iterable(map(each_candidate, examples)):
         if example.completion is not None:
             held = [name for name in PAIRED if getattr(example, name) is not None]
             rows += conversations.rewarded_turns(replace(example, **dict.fromkeys(held)) if held else example)
@@ -62,9 +83,11 @@ def with_score(row: Example) -> Example:
     if row.completion is None:
         raise UserError(f"{row.id}: no completion, wanted a scored row; add the column 'completion'")
     if row.reward is None:
+        named = next(iter(row.rewards), None)
+        cure = "add the column 'reward' (or chosen and rejected), or run stage=score"
         raise UserError(
-            f"{row.id}: no reward, wanted a scored row; add the column 'reward' (or chosen and rejected), or run "
-            "stage=score"
+            f"{row.id}: no reward, wanted a scored row; "
+            + (f"choose one of its `rewards` with data.columns='{{reward: {named}}}'" if named else cure)
         )
     return row
 
@@ -83,6 +106,12 @@ def judged(rows: Sequence[Example], run: str) -> Sequence[Example]:
             f"or train one with bash run.sh stage=reward run={run}"
         )
     return rows
+
+
+def _best(row: Example) -> Example:
+    if is_pair(row) or not row.candidate_rewards:
+        return _chosen(row, row.id)
+    return replace(each_candidate(row)[0], id=row.id)
 
 
 def _chosen(pair: Example, id: str) -> Example:

@@ -120,7 +120,7 @@ def _read(place: str, data: DataSettings, carry: bool) -> list[Example]:
         whole = data.model_copy(update={"sources": None})
         return [replace(e, source=s) for s, folder in folders.items() for e in _read(folder, whole, carry)]
     filters = readers.Filters(data.exclude, data.drop_abrupt, data.sources)
-    return readers.read(place, data.format, filters, data.max_bad_rows, carry).examples
+    return readers.read(place, data.format, filters, data.max_bad_rows, carry, data.columns).examples
 
 
 def judgeable(examples: Sequence[Example], data: DataSettings) -> list[Example]:

@@ -17,6 +17,10 @@ class RowError(Exception):
     """One row that cannot become an Example; the reader adds file and line."""
 
 
+class TeachesNothingError(Exception):
+    """A sound row that says nothing, as a tie of two responses; its text is the reason under which it is counted."""
+
+
 def has(row: Columns, name: str) -> bool:
     """True if the column is there and not null."""
     return row.get(name) is not None
@@ -25,6 +29,15 @@ def has(row: Columns, name: str) -> bool:
 def first_of(row: Columns, names: Sequence[str]) -> str | None:
     """The first of several names for one thing that the row has a value for."""
     return next((name for name in names if has(row, name)), None)
+
+
+def named(row: Columns, names: Sequence[str]) -> str:
+    """The first of `names` that has a value, else that is there, else the first."""
+    return first_of(row, names) or next((name for name in names if name in row), names[0])
+
+
+def without(row: Columns, *names: str) -> dict[str, object]:
+    return {name: value for name, value in row.items() if name not in names}
 
 
 def text(row: Columns, *names: str) -> str:

@@ -7,13 +7,15 @@ name.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from pipeline.data import fields, messages
+from pipeline.data import fields, judgements, layouts, messages
 from pipeline.data.columns import CARRIED, COMPLETION, Fields, Prompt, last_answer, prompt_of, response_of
 from pipeline.data.fields import Columns, RowError
 from pipeline.data.released import candidates_tsv, gen_task, hh, prefix_suffix
+from pipeline.data.transcripts import ASSISTANT
 from pipeline.errors import did_you_mean
 from pipeline.records import Message
 
@@ -29,6 +31,7 @@ class Format(NamedTuple):
     fits: Callable[[Columns], bool]  # of the columns that have a value
     read: Callable[[Columns], Fields]
     reads: tuple[str, ...]  # the columns it uses beside CARRIED
+    says: str = ""  # what it chooses, for the log
 
 
 def detect(row: Columns) -> str:
@@ -83,6 +86,25 @@ def preference(row: Columns) -> Fields:
     return {"prompt": _chat_prompt(row, before), "chosen": chosen, "rejected": rejected}
 
 
+def implicit_prompt(row: Columns) -> Fields:
+    """Two texts that begin alike: the prompt is what they share, up to the mark of the last turn, else the last word.
+
+    It ends before the blank, with which the responses begin.
+    """
+    chosen, rejected = fields.text(row, "chosen"), fields.text(row, "rejected")
+    parted = (i for i, (one, other) in enumerate(zip(chosen, rejected, strict=False)) if one != other)
+    shared = chosen[: next(parted, min(len(chosen), len(rejected)))]
+    marks = [mark.end() for mark in TURN.finditer(shared)]
+    words = [blank.start() for blank in re.finditer(r"(?<=\S)\s+(?=\S|\Z)", shared)]
+    if not marks and not words:
+        raise RowError("chosen, rejected: share no beginning, wanted two answers behind one prompt, or a `prompt`")
+    cut = marks[-1] if marks else words[-1]
+    sides = {"chosen": chosen[cut:], "rejected": rejected[cut:]}
+    return {"prompt": chosen[:cut]} | {
+        name: fields.checked_text(text, f"{name}, its answer") for name, text in sides.items()
+    }
+
+
 def candidates(row: Columns) -> Fields:
     """A prompt with responses to learn from; without `prompt`, the `source` column is the prompt, and no label.
 
@@ -110,7 +132,8 @@ def _chat_prompt(row: Columns, before: tuple[Message, ...]) -> Prompt:
     return before if before[: len(given)] == given else (*given, *before)
 
 
-def _has_completion(row: Columns) -> bool:
+def has_completion(row: Columns) -> bool:
+    """Whether a row has a response to its prompt."""
     return "messages" in row or (_has_prompt(row) and fields.first_of(row, (*COMPLETION, "output")) is not None)
 
 
@@ -122,6 +145,12 @@ def _is_pair(row: Columns) -> bool:
     return "chosen" in row and "rejected" in row
 
 
+# what comes before an answer in one text: "Assistant:", "### Response:", "TL;DR:", or the marks of chat templates
+TURN = re.compile(
+    r"^[#\s]*(?:assistant|ai|bot|answer|a|response|output|summary|tl;dr):"
+    r"|<\|assistant\|>|<\|im_start\|>assistant\n|<start_of_turn>model\n|\[/INST\]",
+    re.I | re.M,
+)
 DIALOGUE = (*PROMPT, "messages", *COMPLETION, "output")
 
 # In the order in which they are tried: the special before the general.
@@ -151,15 +180,27 @@ FORMATS = {
         preference,
         PROMPT,
     ),
-    "hh": Format("chosen + rejected as whole transcripts", _is_pair, hh, ()),
+    "hh": Format(
+        "chosen + rejected as whole transcripts",
+        lambda row: _is_pair(row) and ASSISTANT in str(row["chosen"]),
+        hh,
+        (),
+    ),
+    "implicit_prompt": Format(
+        "chosen + rejected that begin alike",
+        _is_pair,
+        implicit_prompt,
+        (),
+        "the prompt is what both texts share, up to the mark of the last turn, else the last whole word",
+    ),
     "scored": Format(
         "prompt + completion + reward",
-        lambda row: _has_completion(row) and fields.first_of(row, (*REWARD, "rewards")) is not None,
+        lambda row: has_completion(row) and fields.first_of(row, (*REWARD, "rewards")) is not None,
         scored,
         (*DIALOGUE, *REWARD),
     ),
     "supervised": Format(
-        "prompt + completion, messages, or instruction + output", _has_completion, supervised, DIALOGUE
+        "prompt + completion, messages, or instruction + output", has_completion, supervised, DIALOGUE
     ),
     "published": Format(
         " | ".join(f"{source} + {wanted}" for source, wanted in PUBLISHED.items()),
@@ -172,4 +213,9 @@ FORMATS = {
     ),
     "prompts": Format("prompt", _has_prompt, lambda row: {"prompt": prompt_of(row)}, PROMPT),
 }
-READ_SOMEWHERE = {name for form in FORMATS.values() for name in form.reads} | CARRIED
+READ_SOMEWHERE = (
+    {name for form in FORMATS.values() for name in form.reads}
+    | CARRIED
+    | layouts.HIDDEN
+    | {*judgements.NAMES, *judgements.ATTRIBUTES}
+)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from itertools import chain
 
 from pipeline.data import convert, dataset
 from pipeline.errors import UserError
@@ -42,13 +43,13 @@ def paired(rows: Sequence[Example]) -> list[Example]:
 def of_scored(rows: Sequence[Example]) -> list[Example]:
     """Of each prompt the row of highest reward is chosen, that of lowest is rejected; one line counts all rows.
 
-    Of equal rewards the first row counts. margin = chosen_reward - rejected_reward > 0. Source, references, columns and
-    id are the chosen row's; where the two rows came from one pair, its id comes back. `rewards` are not kept. Rows that
-    are pairs already, without a completion, come first, unchanged.
+    Scored candidates are such rows. Of equal rewards the first row counts. margin = chosen_reward - rejected_reward
+    > 0. Source, references, columns and id are the chosen row's; where the two rows came from one pair, its id comes
+    back. `rewards` are not kept. Rows that are pairs already, without a completion, come first, unchanged.
     """
     given: list[Example] = []
     groups: dict[object, list[Example]] = {}
-    for row in rows:
+    for row in chain.from_iterable(map(convert.each_candidate, rows)):
         if convert.is_pair(row) and row.completion is None:
             given.append(row)
         else:

@@ -11,11 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 
-from pipeline.data import messages, remarks
+from pipeline.data import mapping, messages, reading, remarks
 from pipeline.data.columns import example_of, further, refused
-from pipeline.data.fields import Columns, RowError, described, has
+from pipeline.data.fields import Columns, RowError, TeachesNothingError, described
 from pipeline.data.files import RawRow, raw_rows, stem
-from pipeline.data.formats import FORMATS, detect, used_columns
+from pipeline.data.formats import FORMATS, used_columns
+from pipeline.data.reading import RowReading
 from pipeline.data.released import parts_early
 from pipeline.errors import UserError, did_you_mean
 from pipeline.records import Example
@@ -56,6 +57,7 @@ class ReadResult:
     further: dict[str, str] = field(default_factory=dict)  # columns that no field is made of: why not carried, or ""
     shortened: int = 0  # number of transcripts that go on with the human behind the answer that is read
     overruled: int = 0  # number of rows whose reward is not read, as their last message has one of its own
+    rewarded: str = ""  # the only one of `rewards`, which became the reward
 
     @property
     def rows_read(self) -> int:
@@ -68,38 +70,43 @@ def read(
     filters: Filters | None = None,
     max_bad_rows: int = 0,
     carry: bool = False,
+    columns: mapping.Given | None = None,
 ) -> ReadResult:
     """The Examples of a local file, or of a hub data set `owner/name[/folder][@revision][:split]`, in their order.
 
-    Without `format` the first row's columns decide, those that have a value in one of the first HEAD rows. Ids default
-    to "<file stem>/<line>". With `carry` Examples keep the columns that the format does not use, for rewards. One line
-    is logged.
+    `columns` says which of the file's columns are ours: {our name: theirs}. Without `format` the first row's columns
+    decide, those that have a value in one of the first HEAD rows. Ids default to "<file stem>/<line>". With `carry`
+    Examples keep the columns that the format does not use, for rewards. One line is logged.
 
-    Raises UserError for an unreadable or empty file, an unknown format, more than `max_bad_rows` bad rows, a filter
-    that names what is not there, and when no row is left.
+    Raises UserError for an unreadable or empty file, an unknown format, more than `max_bad_rows` bad rows, a filter or
+    `columns` that name what is not there, and when no row is left.
     """
     filters = filters or Filters()
-    rows, first = _peek(path, format)
-    format = format or _detected(path, first)
+    rows, sound = _peek(path, format)
+    first = RawRow(sound[0].line, reading.filled([row.columns for row in sound]))
+    how = reading.decide(path, sound, format, columns or {})
     _check_flags(path, first, filters.exclude)
-    result = _read_rows(path, rows, format, filters, carry)
+    result = _read_rows(path, rows, how, filters, carry)
     _refuse_bad(path, result, max_bad_rows)
     if not result.examples:
         raise _nothing_left(path, result, filters)
-    logger.info(_summary(path, result, filters, carry))
+    logger.info(_summary(path, result, how, filters, carry))
     unread = [name for name, why in result.further.items() if why or not carry]
-    if lost := remarks.of_columns(first.columns, [name for name in unread if name not in filters.exclude]):
+    others = {name: value for name, value in first.columns.items() if name not in how.judged.attributes}
+    if lost := remarks.of_columns(others, [name for name in unread if name not in filters.exclude]):
         logger.warning(f"{path}: not read, though it bears on what is learned: {'; '.join(lost)}")
     return result
 
 
-def head(path: str, format: str | None, filters: Filters, max_bad_rows: int) -> list[Example]:
+def head(
+    path: str, format: str | None, filters: Filters, max_bad_rows: int, columns: mapping.Given | None = None
+) -> list[Example]:
     """The Examples among the first rows of a local file: what `read` refuses of them is refused, and nothing logged."""
-    rows, first = _peek(path, format)
-    format = format or _detected(path, first)
-    _check_flags(path, first, filters.exclude)
+    rows, sound = _peek(path, format)
+    how = reading.decide(path, sound, format, columns or {})
+    _check_flags(path, sound[0], filters.exclude)
     rows = iter(rows)
-    result = _read_rows(path, islice(rows, HEAD), format, filters, carry=False)
+    result = _read_rows(path, islice(rows, HEAD), how, filters, carry=False)
     _refuse_bad(path, result, max_bad_rows, more=next(rows, None) is not None)
     return result.examples
 
@@ -112,11 +119,8 @@ def _refuse_bad(path: str, result: ReadResult, most: int, more: bool = False) ->
         raise UserError(f"{found}; fix the data, or allow them with data.max_bad_rows={number}")
 
 
-def _peek(path: str, format: str | None) -> tuple[Iterable[RawRow], RawRow]:
-    """(all rows, the first sound one), most of the file's rows still being read one by one.
-
-    Columns of that row that have no value have the first one of the next rows: a format does not hang on a gap.
-    """
+def _peek(path: str, format: str | None) -> tuple[Iterable[RawRow], list[RawRow]]:
+    """(all rows, the sound ones among the first), most of the file's rows still being read one by one."""
     if format is not None and format not in FORMATS:
         known = ", ".join(FORMATS)
         raise UserError(f"data.format: '{format}' is no format, wanted one of {known}{did_you_mean(format, FORMATS)}")
@@ -130,19 +134,7 @@ def _peek(path: str, format: str | None) -> tuple[Iterable[RawRow], RawRow]:
     if not sound:
         errors = [f"{path}:{row.line}: {row.error}" for row in head]
         raise UserError(f"{_first_bad(path, errors, len(head))}; no line is a row: check how the file was made")
-    columns = dict(sound[0].columns)
-    for name in [name for name, value in columns.items() if value is None]:
-        columns[name] = next((row.columns[name] for row in sound if has(row.columns, name)), None)
-    return chain(head, rows), RawRow(sound[0].line, columns)
-
-
-def _detected(path: str, row: RawRow) -> str:
-    try:
-        return detect(row.columns)
-    except RowError as error:
-        raise UserError(
-            f"{path}:{row.line}: {error}; rename the columns or name the format with data.format="
-        ) from error
+    return chain(head, rows), sound
 
 
 def _check_flags(path: str, row: RawRow, names: Sequence[str]) -> None:
@@ -153,20 +145,26 @@ def _check_flags(path: str, row: RawRow, names: Sequence[str]) -> None:
             raise UserError(f"{path}:{row.line}: exclude: no column '{name}', wanted one of {', '.join(columns)}{cure}")
 
 
-def _read_rows(path: str, rows: Iterable[RawRow], format: str, filters: Filters, carry: bool) -> ReadResult:
+def _read_rows(path: str, rows: Iterable[RawRow], how: RowReading, filters: Filters, carry: bool) -> ReadResult:
     """Every row once, from its columns to an Example or to the reason why it is none."""
-    result, read, name, used = ReadResult(format), FORMATS[format].read, stem(path), used_columns(format)
+    result, form, used = ReadResult(how.format), FORMATS[how.format], used_columns(how.format)
     for row in rows:
+        example, more = None, {}
         try:
             if row.error:
                 raise RowError(row.error)
-            reason = _reason_to_drop(row.columns, filters)
-            more = further(row.columns, used)
-            id, carried = f"{name}/{row.line}", more if carry else None
-            example = None if reason else example_of(row.columns, read(row.columns), id, carried)
+            reason = _flag(row.columns, filters)
+            if not reason:
+                columns = how.of(row.columns)
+                reason = ABRUPT if filters.drop_abrupt and _ends_abruptly(columns) else ""
+            if not reason:
+                more = further(columns, used)
+                example = example_of(columns, form.read(columns), f"{stem(path)}/{row.line}", more if carry else None)
         except RowError as error:
-            result.bad_rows.append(f"{path}:{row.line}: {error}")
+            result.bad_rows.append(f"{path}:{row.line}: {row.error or how.spoken(error)}")
             continue
+        except TeachesNothingError as error:
+            reason = str(error)
         if example is not None:
             result.sources[example.source] += 1
             # only now: some formats keep the source in a column of another name
@@ -175,14 +173,24 @@ def _read_rows(path: str, rows: Iterable[RawRow], format: str, filters: Filters,
             result.dropped[reason] += 1
         else:
             result.examples.append(example)
-            result.shortened += format == "hh" and parts_early(row.columns)
-            result.overruled += messages.overrules(row.columns)
+            result.shortened += how.format == "hh" and parts_early(columns)
+            result.overruled += messages.overrules(columns)
             for column, value in more.items():
                 if not result.further.get(column):
                     result.further[column] = refused(column, value) if carry else ""
     if any(result.further.values()):
         result.examples = [_without(example, result.further) for example in result.examples]
+    _name_the_reward(result)
     return result
+
+
+def _name_the_reward(result: ReadResult) -> None:
+    """Where no row has a reward, and all have `rewards` of one and the same name alone, that is the reward."""
+    names = {name for example in result.examples for name in example.rewards}
+    unrewarded = all(example.reward is None and example.completion is not None for example in result.examples)
+    if unrewarded and len(names) == 1 and all(example.rewards for example in result.examples):
+        (result.rewarded,) = names
+        result.examples = [replace(one, reward=one.rewards[result.rewarded]) for one in result.examples]
 
 
 def _without(example: Example, further: Mapping[str, str]) -> Example:
@@ -190,11 +198,8 @@ def _without(example: Example, further: Mapping[str, str]) -> Example:
     return replace(example, columns={name: value for name, value in example.columns.items() if not further[name]})
 
 
-def _reason_to_drop(row: Columns, filters: Filters) -> str:
-    flagged = next((name for name in filters.exclude if _truth(row, name)), "")
-    if flagged:
-        return flagged
-    return ABRUPT if filters.drop_abrupt and _ends_abruptly(row) else ""
+def _flag(row: Columns, filters: Filters) -> str:
+    return next((name for name in filters.exclude if _truth(row, name)), "")
 
 
 def _truth(row: Columns, name: str) -> bool:
@@ -233,8 +238,9 @@ def _nothing_left(path: str, result: ReadResult, filters: Filters) -> UserError:
     )
 
 
-def _summary(path: str, result: ReadResult, filters: Filters, carry: bool) -> str:
+def _summary(path: str, result: ReadResult, how: RowReading, filters: Filters, carry: bool) -> str:
     parts = [f"{path}: {len(result.examples)} of {result.rows_read} rows, format {result.format}"]
+    parts += [*how.notes, *_rewards(result, how.scaled)]
     if result.dropped:
         parts.append(f"dropped {_counts(result.dropped)}")
     if result.bad_rows:
@@ -253,6 +259,28 @@ def _summary(path: str, result: ReadResult, filters: Filters, carry: bool) -> st
         reasons = {name: f" ({why})" if (why := result.further[name]) else "" for name in unread}
         parts.append(f"columns not used: {', '.join(name + why for name, why in reasons.items())}")
     return "; ".join(parts)
+
+
+def _rewards(result: ReadResult, scaled: bool) -> list[str]:
+    """What is the reward, on which scale; or what may be named as one."""
+    names = dict.fromkeys(name for one in result.examples for name in (*one.rewards, *one.candidate_scores))
+    parts = [f"the reward is {result.rewarded}, the only one of `rewards`"] if result.rewarded else []
+    values = [one.reward for one in result.examples if one.reward is not None]
+    values += [value for one in result.examples for value in one.candidate_rewards]
+    if (scaled or result.rewarded) and values:
+        parts.append(f"rewards {min(values):g}..{max(values):g}, levels {len({*values})}")
+    beside = sum(bool(one.candidate_rewards) and one.reward is None for one in result.examples if one.completion)
+    if any(one.candidate_rewards for one in result.examples):
+        parts.append("RL from scores learns from each candidate, fine-tuning from the best")
+    if beside:
+        parts.append(f"{beside:,} completions beside scored candidates are references to RL from scores")
+    if names and not values:
+        first = next(iter(names))
+        parts.append(
+            f"no reward, but scores by name ({', '.join(names)}): choose with reward='{{{first}: 1.0}}' or "
+            f"data.columns='{{reward: {first}}}'"
+        )
+    return parts
 
 
 def _counts(counter: Counter[str]) -> str:

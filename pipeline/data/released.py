@@ -87,12 +87,8 @@ def candidates_tsv(row: Columns) -> Fields:
     before, after = _split_once(rest, QUERY_MARK)
     pieces = (before if after is None else after).split(CANDIDATE_MARK)
     scored = [_candidate(piece, f"data_kd, candidate {i}") for i, piece in enumerate(pieces, start=1)]
-    candidates, rewards = ranked(*zip(*scored, strict=True))
-    return given | {
-        "references": tuple(dict.fromkeys(fields.checked_text(one, "data_kd, references") for one in references)),
-        "candidates": candidates,
-        "candidate_rewards": rewards,
-    }
+    checked = tuple(dict.fromkeys(fields.checked_text(one, "data_kd, references") for one in references))
+    return given | ranked(*zip(*scored, strict=True)) | {"references": checked}
 
 
 def _shared_length(chosen: str, rejected: str) -> int:

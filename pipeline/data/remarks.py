@@ -10,7 +10,6 @@ from pipeline.records import Example
 EMPTY = {"nan", "none", "null", "<na>", "#n/a"}  # what programs write into the cells of texts that are not there
 # columns of public data sets that no format reads -> what happens without them
 BEARING = {
-    "label": "rows are learned from whatever it says: make it a `reward`, or drop those it calls bad",
     "context": "prompts are without it: put it into them",
     "weight": "all rows count alike",
 }

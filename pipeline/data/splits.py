@@ -48,7 +48,15 @@ def read_from(data: DataSettings, **places: str) -> DataSettings:
     """`data` with rows that an earlier stage left at `places` (path, or splits): they need no filter any more."""
     nowhere = {"path": None, "files": None, "task": None, "task_size": None, **dict.fromkeys(SPLITS)}
     return data.model_copy(
-        update={**nowhere, "format": None, "exclude": [], "drop_abrupt": False, "sources": None, **places}
+        update={
+            **nowhere,
+            "format": None,
+            "columns": {},
+            "exclude": [],
+            "drop_abrupt": False,
+            "sources": None,
+            **places,
+        }
     )
 
 

@@ -7,8 +7,9 @@ import re
 from pipeline.records import Message
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-ROLES = {"Human": "user", "Assistant": "assistant"}
+ROLES = {"Human": "user", "User": "user", "Assistant": "assistant"}
 HEAD = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
+MARKED = re.compile(r"(?:\A|\n)<extra_id_1>(User|Assistant)\n")  # source: the card of nvidia/HelpSteer2
 
 
 def turns_of(text: str) -> tuple[Message, ...] | None:
@@ -29,6 +30,18 @@ def turns_of(text: str) -> tuple[Message, ...] | None:
             turns.append(Message(ROLES[name], content))
     goes_on = parts[-4] == "Assistant"
     return tuple(turns) if goes_on else tuple(turns[:-1])
+
+
+def marked_turns(text: str) -> tuple[Message, ...] | None:
+    """The turns of a prompt as HelpSteer writes those of several turns; None of any other text.
+
+    "Hi\\n<extra_id_1>Assistant\\nHello\\n<extra_id_1>User\\nA joke"
+    """
+    first, *parts = MARKED.split(text)
+    if len(parts) < 2:
+        return None
+    turns = [Message("user", first)] if first.strip() else []
+    return (*turns, *(Message(ROLES[name], said) for name, said in zip(parts[::2], parts[1::2], strict=True)))
 
 
 def answer_of(text: str) -> str:

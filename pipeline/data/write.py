@@ -50,6 +50,7 @@ def row_of(example: Example) -> dict[str, object]:
         "references": list(example.references) or None,
         "candidates": list(example.candidates) or None,
         "candidate_rewards": list(example.candidate_rewards) or None,
+        "candidate_scores": {name: list(values) for name, values in example.candidate_scores.items()} or None,
         OTHER: hidden or None,
     }
     return {name: value for name, value in columns.items() if value is not None} | further

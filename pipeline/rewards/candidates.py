@@ -91,5 +91,6 @@ def _with_scores(row: Example, scores: Scores, start: int) -> Example:
         found = {name: values[start] for name, values in scores.normalised.items()}
         rewards = {name: value for name, value in found.items() if value is not None}
         return replace(row, reward=scores.total[start], rewards=rewards)
-    texts, rewards = ranked(row.candidates, tuple(scores.total[start : start + len(row.candidates)]))
-    return replace(row, candidates=texts, candidate_rewards=rewards)
+    own = slice(start, start + len(row.candidates))
+    named = {name: values[own] for name, values in scores.normalised.items()}
+    return replace(row, **ranked(row.candidates, tuple(scores.total[own]), named))
