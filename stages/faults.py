@@ -211,8 +211,8 @@ def of_rewards(settings: WithModel, ahead: Ahead) -> Iterator[str]:
         return
     known = ahead.reward_models(settings)
     names = [name for name, _ in parse(settings.reward)]
-    if not names and not known and isinstance(settings, ScoreStage | EvaluateStage):
-        yield str(inputs.no_judge("score" if isinstance(settings, ScoreStage) else "evaluate", settings))
+    if not names and not known and isinstance(settings, ScoreStage):
+        yield str(inputs.no_judge(settings))
     if not names and not known and isinstance(settings, RlMasked | RlPolicy):
         yield str(no_judge_of_new_texts(settings.algo, settings.run))
     names += labelled(settings.monitors).values() if isinstance(settings, EvaluateStage) else []
@@ -262,7 +262,9 @@ def rows_of(settings: WithModel, ahead: Ahead) -> Rows | None:
         return None if made else (inputs.rl_data(settings), ("train", "validation"))
     if isinstance(settings, GenerateStage):
         return settings.data, settings.splits
-    return settings.data, [settings.split] if isinstance(settings, EvaluateStage) else ("train", "validation")
+    if isinstance(settings, EvaluateStage):
+        return settings.data, [inputs.evaluate_split(settings)]
+    return settings.data, ("train", "validation")
 
 
 def suits(examples: Sequence[Example], settings: WithModel, ahead: Ahead) -> None:

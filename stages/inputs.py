@@ -5,14 +5,14 @@ A stage's own process asks, and the command line before it starts one: both see 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline import plugins
 from pipeline.config.reward_spec import labelled, parse
 from pipeline.config.schema import Common, EvaluateStage, GenerateStage, RewardStage, RlStage, ScoreStage, SftStage
-from pipeline.config.sections import DataSettings, ModelSettings
+from pipeline.config.sections import DataSettings, ModelSettings, Split
 from pipeline.data.splits import SPLITS, read_from, split_places
 from pipeline.errors import UserError
 from pipeline.files import fingerprint
@@ -73,13 +73,32 @@ def of_rewards(settings: Common, spec: str | Mapping[str, float] | None, own: bo
     return {f"reward {name}": fingerprint(place) for name, place in places.items()}
 
 
-def no_judge(stage: str, settings: Common) -> UserError:
-    """Of a stage without a reward, in a run that has trained none."""
-    does = "score" if stage == "score" else "judge"
+def no_judge(settings: ScoreStage) -> UserError:
+    """Of stage=score without a reward, in a run that has trained none."""
     return UserError(
-        f"stage={stage}: nothing to {does} with: give reward=NAME (length, rouge, your/file.py ...), "
+        "stage=score: nothing to score with: give reward=NAME (length, rouge, your/file.py ...), "
         f"or train one with bash run.sh stage=reward run={settings.run}"
     )
+
+
+def evaluate_split(settings: EvaluateStage) -> Split:
+    """`split`; validation where that is test, and the data have none, but rows that training watched."""
+    if settings.data.task is not None or settings.split != "test":
+        return settings.split
+    there = split_places(settings.data)
+    watched = "validation" in there or ("train" in there and settings.data.validation_fraction > 0)
+    return "validation" if "test" not in there and watched else "test"
+
+
+def not_held_out(settings: EvaluateStage, split: Split) -> Iterator[str]:
+    """Why the numbers of an evaluation on `split` may be better than those of new rows."""
+    if split == "train":
+        yield "split=train: policies may have learned from these rows: their numbers tell little of new ones"
+    if split == "validation" and settings.split == "test":
+        yield (
+            "there is no test split: evaluated on validation, by which training chose its weights (and which it held "
+            "out only if its data.* were the same): data.test=FILE is better"
+        )
 
 
 def rl_model(settings: RlStage) -> ModelSettings:

@@ -33,7 +33,7 @@ def main(settings: ScoreStage, words: Sequence[str]) -> None:
         return
     rewards = build.build_rewards(settings, settings.reward, settings.rewards, ranks.device)
     if rewards is None:
-        raise inputs.no_judge("score", settings)
+        raise inputs.no_judge(settings)
     results: dict[str, object] = {}
     wanted = inputs.score_splits(settings, data)
     for split, examples in zip(wanted, dataset.splits(data, settings.seed, wanted, carry=True), strict=True):

@@ -3,15 +3,22 @@
 The rows (x, y, r) are taken to follow the reference, which was fitted to such rows. With lr = ln pi(y|x) - ln ref(y|x)
 of the whole response, rho = exp(lr) and A = r - V(x), V the reward to expect of the prompt:
 
-    snips    sum rho r / sum rho - mean r      self-normalised importance sampling (Swaminathan and Joachims 2015)
-    dr       sum rho A / sum rho - mean A      the same, V as control variate (Dudik et al. 2011)
-    clipped  dr with lr - mean lr held to [-CLIP, CLIP], so that no row outweighs the others (Ionides 2008)
-    slope    covariance of A and lr            first order in lr: what a small step in this direction gains
-    pairs    mean over pairs of rows of (A_i - A_j) tanh((lr_i - lr_j) / 2): what is gained by choosing one of two
-             responses of the reference by its ratio
+    snips     sum rho r / sum rho - mean r      self-normalised importance sampling (Swaminathan and Joachims 2015)
+    dr        sum rho A / sum rho - mean A      the same, V as control variate (Dudik et al. 2011)
+    tempered  dr with rho^g, g <= 1 the largest for which the effective sample size is at least SHARE of the rows
+    clipped   dr with lr - mean lr held to [-CLIP, CLIP], so that no row outweighs the others (Ionides 2008)
+    slope     covariance of A and lr            first order in lr: what a small step in this direction gains
+    pairs     mean over pairs of rows of (A_i - A_j) tanh((lr_i - lr_j) / 2): what is gained by choosing one of two
+              responses of the reference by its ratio
 
 All are 0 where pi = ref, and where every row became less likely by the same factor: forgetting is no gain. The weighted
 loss of training is no such estimate: A+ clip(rho) nll falls when rows are merely forgotten.
+
+`tempered` is what `gain` gives. rho of whole responses soon rests on a handful of rows; rho^g is the ratio of a policy
+on the way from the reference to pi (flattened weights, Shimodaira 2000). How far to look is a choice between what few
+rows say and what is only half the way, and logged rows never follow the reference quite: so the interval reaches from
+the least to the greatest of what a bootstrap over prompts gives for the shares of SPAN, the whole ratio among
+them. Both were chosen by measurement: stages/recipes/RESULTS.md.
 """
 
 from __future__ import annotations
@@ -22,9 +29,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+SHARE = 1 / 4  # of the rows, that `tempered` rests on at least
+SPAN = (1 / 2, SHARE, 0.0)  # such shares between which the interval reaches; 0: the ratio as it is
+FLOOR = 16.0  # rows: an estimate that rests on fewer is not known
 CLIP = 3.0  # nats
 LEVEL = 0.9  # of the intervals
 DRAWS = 500  # of the bootstrap
+HALVINGS = 40  # of the interval in which g lies
 
 
 class HeldOut(NamedTuple):
@@ -42,7 +53,19 @@ class Gain(NamedTuple):
     value: float
     low: float
     high: float
-    ess: float  # effective sample size of the weights, in rows
+    ess: float  # effective sample size, in rows, that it rests on
+    power: float  # in [0, 1], how far on the way from the reference to the policy it looks
+    rows: int
+
+    @property
+    def known(self) -> bool:
+        """Whether it rests on enough rows to be believed."""
+        return self.ess >= FLOOR
+
+    @property
+    def unknown(self) -> str:
+        """Why it is not known, in words."""
+        return f"{self.ess:.0f} of {self.rows:,} rows carry the weight, wanted {FLOOR:.0f}: give more held-out rows"
 
 
 def ess(weights: Tensor) -> float:
@@ -59,8 +82,13 @@ def dr(rows: HeldOut, times: Tensor) -> Tensor:
     return _shift(_ratios(rows.log_ratio), rows.reward - rows.value, times)
 
 
+def tempered(rows: HeldOut, times: Tensor, share: float = SHARE) -> Tensor:
+    return dr(rows._replace(log_ratio=power(rows.log_ratio, share) * rows.log_ratio), times)
+
+
 def clipped(rows: HeldOut, times: Tensor) -> Tensor:
-    return _shift(clipped_ratios(rows.log_ratio), rows.reward - rows.value, times)
+    held = (rows.log_ratio - rows.log_ratio.mean()).clamp(-CLIP, CLIP)
+    return dr(rows._replace(log_ratio=held), times)
 
 
 def slope(rows: HeldOut, times: Tensor) -> Tensor:
@@ -79,19 +107,43 @@ def pairs(rows: HeldOut, times: Tensor) -> Tensor:
 ESTIMATES: dict[str, Callable[[HeldOut, Tensor], Tensor]] = {
     "snips": snips,
     "dr": dr,
+    "tempered": tempered,
     "clipped": clipped,
     "slope": slope,
     "pairs": pairs,
 }
 
 
-def gain(rows: HeldOut, by: str = "clipped", seed: int = 0) -> Gain:
-    """The estimate called `by`, with the middle LEVEL of a bootstrap over prompts as interval."""
+def gain(rows: HeldOut, seed: int = 0) -> Gain:
+    """The tempered estimate, with an interval that covers the bootstrap's middle LEVEL for all shares of SPAN."""
+    times = resampled(rows.prompt, seed)
     once = torch.ones(1, len(rows.reward), dtype=torch.float64)
-    drawn = ESTIMATES[by](rows, resampled(rows.prompt, seed))
     ends = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
-    low, high = torch.quantile(drawn, ends).tolist()
-    return Gain(float(ESTIMATES[by](rows, once)), low, high, ess(clipped_ratios(rows.log_ratio)))
+    reached = torch.stack([torch.quantile(tempered(rows, times, share), ends) for share in SPAN])  # (shares, 2)
+    g = power(rows.log_ratio, SHARE)
+    return Gain(
+        value=float(tempered(rows, once)),
+        low=float(reached[:, 0].min()),
+        high=float(reached[:, 1].max()),
+        ess=ess(_ratios(g * rows.log_ratio)),
+        power=g,
+        rows=len(rows.reward),
+    )
+
+
+def power(log_ratio: Tensor, share: float) -> float:
+    """The largest g in [0, 1] for which exp(g lr) has an effective sample size of at least `share` of the rows.
+
+    That size never rises with g: its slope is 2 (mean of lr under exp(g lr) - mean of lr under exp(2 g lr)).
+    """
+    if ess(_ratios(log_ratio)) >= share * len(log_ratio):
+        return 1.0
+    low, high = 0.0, 1.0
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        enough = ess(_ratios(middle * log_ratio)) >= share * len(log_ratio)
+        low, high = (middle, high) if enough else (low, middle)
+    return low
 
 
 def resampled(prompt: Tensor, seed: int) -> Tensor:
@@ -100,11 +152,6 @@ def resampled(prompt: Tensor, seed: int) -> Tensor:
     drawn = torch.randint(count, (DRAWS, count), generator=torch.Generator().manual_seed(seed))
     times = torch.zeros(DRAWS, count, dtype=torch.float64)
     return times.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))[:, prompt]
-
-
-def clipped_ratios(log_ratio: Tensor) -> Tensor:
-    """(n,) exp(lr - mean lr), held to exp(-CLIP) .. exp(CLIP)."""
-    return torch.exp((log_ratio - log_ratio.mean()).clamp(-CLIP, CLIP))
 
 
 def _ratios(log_ratio: Tensor) -> Tensor:
