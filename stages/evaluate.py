@@ -90,7 +90,7 @@ def answered(
     rows: dict[str, list[dict]] = {}
     # the first policy comes last: by then it can say how likely it finds the others' responses
     for name in [*names[1:], names[0]]:
-        policy = build_inference(settings, ranks, models[name])
+        policy = build_inference(settings, ranks, models[name], logged=bool(logged))
         answers = generate(policy.engine, policy.encoder, prompts, settings.generation, settings.seed)
         free = plain_sampling(settings.generation)
         same = free == settings.generation

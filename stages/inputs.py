@@ -13,7 +13,8 @@ from pipeline import plugins
 from pipeline.config.reward_spec import labelled, parse
 from pipeline.config.schema import Common, EvaluateStage, GenerateStage, RewardStage, RlStage, ScoreStage, SftStage
 from pipeline.config.sections import DataSettings, ModelSettings, Split
-from pipeline.data.splits import SPLITS, read_from, split_places
+from pipeline.config.yaml_layers import load_yaml
+from pipeline.data.splits import SPLITS, origins, read_from, split_places
 from pipeline.errors import UserError
 from pipeline.files import fingerprint
 from pipeline.launch import run_dir
@@ -99,6 +100,20 @@ def not_held_out(settings: EvaluateStage, split: Split) -> Iterator[str]:
             "there is no test split: evaluated on validation, by which training chose its weights (and which it held "
             "out only if its data.* were the same): data.test=FILE is better"
         )
+    for name, place in settings.policies.items():
+        if learned := _learned_from(run_dir.run_dir(settings) / place / "config.yaml", settings.data, split):
+            yield f"policy {name} learned from rows of {learned}: its numbers tell little of new rows"
+
+
+def _learned_from(config: Path, data: DataSettings, split: Split) -> str | None:
+    """The file of `split`, where a stage of this configuration was trained on it, and did not hold these rows out."""
+    if data.task is not None or not config.is_file():
+        return None
+    theirs = load_yaml(config).get("data") or {}
+    source, trained = origins(data, [split])[split], theirs.get("train")
+    cut_alike = all(theirs.get(key) == getattr(data, key) for key in ("validation", "validation_fraction", "max_rows"))
+    held_out = split == "validation" and data.validation is None and cut_alike
+    return source if source in (trained if isinstance(trained, list) else [trained]) and not held_out else None
 
 
 def rl_model(settings: RlStage) -> ModelSettings:
