@@ -74,9 +74,9 @@ def test_named_rewards_are_of_the_rows_that_have_them_and_a_copy_is_left_out() -
     assert gains.rewarded([Example("a", "p", "x")]) == {}
 
 
-def rewarded(rewards: list[float], prompts: list[int]) -> gains.Rewarded:
+def rewarded(rewards: list[float], prompts: list[int], length: float = 0.1) -> gains.Rewarded:
     wanted = torch.tensor(rewards, dtype=torch.float64)
-    return gains.Rewarded(list(range(len(rewards))), wanted, torch.zeros_like(wanted), torch.tensor(prompts))
+    return gains.Rewarded(list(range(len(rewards))), wanted, torch.zeros_like(wanted), torch.tensor(prompts), length)
 
 
 def test_a_gain_by_hand() -> None:
@@ -89,15 +89,26 @@ def test_a_gain_by_hand() -> None:
     assert 0.1 < found["gain/low"] < 0.25 < found["gain/high"] < 0.4
 
 
+TOLD = ("known", "ess", "rows", "prompts", "length_correlation")
+
+
 @pytest.mark.parametrize(("rows", "prompts"), [(6, 6), (100, 1)])  # too few rows; all of one prompt
 def test_what_is_not_to_be_believed_has_no_number(rows: int, prompts: int) -> None:
     ratios = torch.linspace(0.0, 1.0, rows, dtype=torch.float64)
     found = gains.gained(
         ratios, {"brief": rewarded([float(i % 2) for i in range(rows)], [i % prompts for i in range(rows)])}
     )
-    assert found.keys() == {f"gain/brief/{name}" for name in ("known", "ess", "rows", "prompts")}
+    assert found.keys() == {f"gain/brief/{name}" for name in TOLD}
     assert found["gain/brief/known"] == 0.0
     assert words.said(found, "gain/brief/known").startswith("not known (ESS ")
+
+
+def test_a_reward_that_counts_words_is_not_estimated() -> None:
+    """Ratios say next to nothing of length, which the policy's own responses show."""
+    rows = [Example(str(i), str(i), "w " * i, reward=-float(i)) for i in range(1, 41)]
+    found = gains.gained(torch.zeros(40, dtype=torch.float64), gains.rewarded(rows))
+    assert found["gain/length_correlation"] == pytest.approx(-1.0) and "gain/estimate" not in found
+    assert words.said(found) == f"not known (it follows length, correlation {MINUS}1.00)"
 
 
 @pytest.mark.parametrize(

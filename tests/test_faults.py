@@ -99,7 +99,10 @@ def test_what_is_right_has_no_fault(words: list[str]) -> None:
         (["stage=reward", "name=x", "data.train=answers.jsonl"], "no reward, wanted a scored row"),
         (["stage=rl", "model=MODEL", "data.train=answers.jsonl"], "no reward, and nothing to score it with"),
         (["stage=rl", "model=MODEL", "data.train=prompts.jsonl", "algo=esrl"], "nothing to judge new texts with"),
-        (["stage=evaluate", "policies={a: MODEL}", "data.train=answers.jsonl", "reward=length"], "no test split"),
+        (
+            ["stage=evaluate", "policies={a: MODEL}", "data.train=answers.jsonl", "data.validation_fraction=0"],
+            "no test split",
+        ),
         (["stage=sft", "data.train=answers.jsonl", "model=./nowhere"], "./nowhere does not exist"),
         (["stage=compare", "recipe=demo", "algos=alol", "seeds=1", "rl={reward: lenght}"], "did you mean 'length'?"),
         (["stage=sft", "data.train=answers.jsonl", "attn_implementation=flash_attention_2"], "set sdpa"),

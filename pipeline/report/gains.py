@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
-from pipeline.report.numbers import signed
+from pipeline.report.numbers import number, signed
 
 KNOWN = "gain/known"  # 1 or 0
 PATTERNS = (KNOWN, "gain/*/known")  # by the rows' reward; by one of their named rewards
 JUDGED = {1: "better", 0: "the same within noise", -1: "worse"}
+COUNTS_WORDS = 0.7  # beyond such a correlation with their number no estimate is made: ratios hardly tell of length
 Values = Mapping[str, float | None]
 
 
@@ -42,6 +43,8 @@ def said(values: Values, tag: str = KNOWN) -> str:
     head = tag.removesuffix("known")
     size, rows, prompts = (values.get(f"{head}{name}") for name in ("ess", "rows", "prompts"))
     ess = "" if size is None else f"ESS {size:,.0f}"
+    if not values.get(tag) and abs(values.get(f"{head}length_correlation") or 0.0) > COUNTS_WORDS:
+        return f"not known (it follows length, correlation {number(values[f'{head}length_correlation'])})"
     if not values.get(tag):
         of = f"{ess} of {rows:,.0f}" if rows is not None else ess
         of += f", {prompts:,.0f} prompt{'s' * (prompts != 1)}" if prompts is not None and prompts != rows else ""

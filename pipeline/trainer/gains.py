@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.algorithms import estimates
 from pipeline.models import text_regression
 from pipeline.records import Example, Response
+from pipeline.report.gains import COUNTS_WORDS
 from pipeline.trainer import evaluation
 from pipeline.trainer.model import Model, spoken_packing
 
@@ -41,6 +42,7 @@ class Rewarded(NamedTuple):
     reward: Tensor  # float64
     value: Tensor  # float64, the reward to expect of the prompt, by rows of other prompts
     prompt: Tensor  # int64
+    length: float  # correlation of the reward with the number of words; NaN where one does not vary
 
 
 def logged(rows: Sequence[Example]) -> list[Example]:
@@ -116,6 +118,7 @@ def _rewarded(rows: Sequence[Example], values: Sequence[float | None]) -> Reward
         torch.tensor(rewards, dtype=torch.float64),
         torch.from_numpy(expected),
         torch.tensor([known[prompt] for prompt in prompts]),
+        evaluation.length_correlation(rewards, [rows[i].completion for i in places]),
     )
 
 
@@ -130,9 +133,9 @@ def gained(log_ratio: Tensor, rewards: Mapping[str, Rewarded]) -> dict[str, floa
         head = f"gain/{name}/" if name else "gain/"
         held_out = estimates.HeldOut(log_ratio[rows.places], rows.reward, rows.value, rows.prompt)
         gain, prompts = estimates.gain(held_out), int(rows.prompt.max()) + 1
-        known = gain.known and prompts >= FEWEST_PROMPTS
+        known = gain.known and prompts >= FEWEST_PROMPTS and not abs(rows.length) > COUNTS_WORDS
         found |= {f"{head}known": float(known), f"{head}ess": gain.ess, f"{head}rows": float(len(rows.places))}
-        found[f"{head}prompts"] = float(prompts)
+        found |= {f"{head}prompts": float(prompts), f"{head}length_correlation": rows.length}
         if known:
             found |= {f"{head}estimate": gain.value, f"{head}low": gain.low, f"{head}high": gain.high}
     return found
