@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
@@ -19,10 +19,11 @@ from pipeline.files import flatten, write_json, write_jsonl
 from pipeline.launch import run_dir
 from pipeline.launch.entry import run
 from pipeline.records import Example, Response
+from pipeline.report import gains as report_gains
 from pipeline.rewards import build, scoring
 from pipeline.rewards.rewards import Rewards
 from pipeline.rollout.generate import generate, plain_sampling
-from pipeline.trainer import engine, evaluation, markdown
+from pipeline.trainer import engine, evaluation, gains, markdown
 from pipeline.trainer.board import Board
 from pipeline.trainer.engine import Ranks
 from pipeline.trainer.model import Model, build_inference, spoken_packing
@@ -34,6 +35,7 @@ SHOWN = {
     "reward": "reward",
     "completions/mean_words": "words",
     "completions/distinct_2": "distinct-2",
+    "logged/nll": "nll",
     "objective/kl": "KL",
 }
 
@@ -46,54 +48,86 @@ def main(settings: EvaluateStage, words: Sequence[str]) -> None:
         return
     monitors = labelled(settings.monitors)
     rewards = build.build_rewards(settings, settings.reward, settings.rewards, ranks.device, monitors)
-    if rewards is None:
-        raise inputs.no_judge("evaluate", settings)
-    (rows,) = dataset.splits(settings.data, settings.seed, [settings.split], carry=rewards.reads_columns)
+    split = inputs.evaluate_split(settings)
+    for line in inputs.not_held_out(settings, split):
+        logger.warning(line)
+    (rows,) = dataset.splits(settings.data, settings.seed, [split], carry=rewards is not None and rewards.reads_columns)
     prompts = dataset.unique_prompts(rows)[: settings.max_rows]
-    scoring.try_rewards(ranks, rewards, prompts[0], written=True)
+    if rewards is not None:
+        scoring.try_rewards(ranks, rewards, prompts[0], written=True)
+    logged = gains.logged(rows)[: settings.max_logged]
 
-    results, answers = judged(settings, models, prompts, rewards, ranks)
+    results, answers = answered(settings, models, prompts, rewards, ranks, logged)
     if ranks.main:
         samples = [row for rows in answers.values() for row in rows[: settings.num_samples]]
-        earned = {name: [row["reward"] for row in rows] for name, rows in answers.items()}
+        every = [row for rows in answers.values() for row in rows] if rewards is not None else []
+        earned = {name: [row["reward"] for row in rows] for name, rows in answers.items() if rewards is not None}
         write_jsonl(directory / "samples" / "policies.jsonl", samples)
-        write_jsonl(directory / "rewards.jsonl", [_rewards_of(row) for rows in answers.values() for row in rows])
+        write_jsonl(directory / "rewards.jsonl", [_rewards_of(row) for row in every])
         show(Board(directory / "tensorboard"), results, samples, earned)
         write_json(directory / "results.json", results)
         print(table(results))
     ranks.barrier()
 
 
-def judged(
-    settings: EvaluateStage, models: dict[str, ModelSettings], prompts: list[Example], rewards: Rewards, ranks: Ranks
+def answered(
+    settings: EvaluateStage,
+    models: dict[str, ModelSettings],
+    prompts: list[Example],
+    rewards: Rewards | None,
+    ranks: Ranks,
+    logged: list[Example],
 ) -> tuple[dict[str, dict[str, float]], dict[str, list[dict]]]:
-    """What each policy scores, with its distance to the first one; and its responses as rows. In the policies' order.
+    """What is known of each policy and, against the first one, its distance and gain; and its responses as rows.
 
-    The first policy, the reference, is opened last, so that one model is in memory at a time.
+    In the policies' order. The first policy, the reference, is opened last, so that one model is in memory at a time.
     """
     names = list(models)
     sampled: dict[str, tuple[list[Response], list, PreTrainedTokenizerBase]] = {}
+    known = gains.rewarded(logged)
+    found: dict[str, gains.Read] = {}
     results: dict[str, dict[str, float]] = {}
     rows: dict[str, list[dict]] = {}
     # the first policy comes last: by then it can say how likely it finds the others' responses
     for name in [*names[1:], names[0]]:
-        policy = build_inference(settings, ranks, models[name])
+        policy = build_inference(settings, ranks, models[name], logged=bool(logged))
         answers = generate(policy.engine, policy.encoder, prompts, settings.generation, settings.seed)
         free = plain_sampling(settings.generation)
         same = free == settings.generation
         drawn = answers if same else generate(policy.engine, policy.encoder, prompts, free, settings.seed)
         logps = evaluation.response_logps(policy.engine, drawn, spoken_packing(policy))
         sampled[name] = drawn, logps, policy.encoder.tokenizer
-        scores = scoring.score_responses(ranks, rewards, answers)
-        results[name] = evaluation.reward_statistics(scores, [answer.text for answer in answers])
+        scores = None if rewards is None else scoring.score_responses(ranks, rewards, answers)
+        texts = [answer.text for answer in answers]
+        results[name] = {} if scores is None else evaluation.reward_statistics(scores, texts)
         results[name] |= evaluation.completion_statistics(answers)
         rows[name] = evaluation.sample_rows(answers, scores, len(answers), policy=name)
+        if logged:
+            found[name] = gains.read(policy, logged)
+            results[name]["logged/nll"] = gains.nll(found[name])
         if name == names[0]:
             for other, theirs in sampled.items():
                 results[other] |= distance(policy, name, other, *theirs)
         del policy
         gc.collect()
+    gains.say_of_rows(logged, found, known)
+    for other in names[1:] if known else []:
+        results[other] |= gained(found, names[0], other, known)
     return {name: results[name] for name in names}, {name: rows[name] for name in names}
+
+
+def gained(
+    found: Mapping[str, gains.Read], first: str, other: str, known: Mapping[str, gains.Rewarded]
+) -> dict[str, float]:
+    """gain/... of policy `other` over `first`; nothing, and a word, where there is no ratio of the two."""
+    ratios = gains.log_ratios(found[other], found[first])
+    if ratios is None:
+        logger.warning(
+            f"policy {other}: it does not write the logged responses in the tokens of {first}, or one of the two holds "
+            "some for impossible: no gain over it is estimated"
+        )
+        return {}
+    return gains.gained(ratios, known)
 
 
 def _rewards_of(row: dict) -> dict:
@@ -138,16 +172,22 @@ def distance(
 
 def table(results: dict[str, dict[str, float]]) -> str:
     """The headline numbers, one line per policy."""
-    first = next(iter(results.values()))
-    means = [name for name in first if fnmatchcase(name, "rewards/*/mean")]
-    columns = {name: name.removeprefix("rewards/").removesuffix("/mean") for name in means}
-    columns |= SHOWN
-    width = max(len(title) for title in columns.values()) + 2
-    lines = ["".join([f"{'policy':10}", *(f"{title:>{width}}" for title in columns.values())])]
+    held = dict.fromkeys(name for values in results.values() for name in values)
+    judged = [name for name in held if fnmatchcase(name, "rewards/*/mean")]
+    columns = {name: name.removeprefix("rewards/").removesuffix("/mean") for name in judged}
+    columns |= {name: title for name, title in SHOWN.items() if name in held}
+    estimates = report_gains.known_tags(held)
+    lines = [["policy", *columns.values(), *(report_gains.title(tag, "reward" in held) for tag in estimates)]]
     for policy, values in results.items():
-        cells = (f"{values[name]:>{width}.4f}" if name in values else f"{'-':>{width}}" for name in columns)
-        lines.append("".join([f"{policy:10}", *cells]))
-    return "\n".join(lines)
+        cells = [f"{values[name]:.4f}" if name in values else "-" for name in columns]
+        lines.append([policy, *cells, *(report_gains.short(values, tag) for tag in estimates)])
+    widths = [max(10, *(len(line[i]) for line in lines)) for i in range(len(lines[0]))]
+    return "\n".join(_line(line, widths) for line in lines)
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    first, *others = (f"{cell:{'<' if i == 0 else '>'}{widths[i]}}" for i, cell in enumerate(cells))
+    return "  ".join([first, *others])
 
 
 if __name__ == "__main__":

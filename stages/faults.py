@@ -226,11 +226,9 @@ def of_rewards(settings: WithModel, ahead: Ahead) -> Iterator[str]:
         return
     known, first = ahead.reward_models(settings), cache(partial(first_rows, settings, ahead))
     names = [name for name, _ in parse(settings.reward)]
-    if not names and not known and isinstance(settings, EvaluateStage):
-        yield str(inputs.no_judge("evaluate", settings))
     if not names and not known and isinstance(settings, ScoreStage):
         brought = dict.fromkeys(name for row in first()[0] for name in row.rewards)
-        yield str(inputs.no_judge("score", settings, [*brought]))
+        yield str(inputs.no_judge(settings, [*brought]))
     watched = labelled(settings.monitors) if isinstance(settings, EvaluateStage) else {}
     if used := names or ([] if isinstance(settings, GenerateStage) else known):
         yield from _told(lambda: check_normalise(settings.rewards.normalise, [*used, *watched]))
@@ -321,7 +319,9 @@ def rows_of(settings: WithModel, ahead: Ahead) -> Rows | None:
         return None if made else (inputs.rl_data(settings), ("train", "validation"))
     if isinstance(settings, GenerateStage):
         return settings.data, settings.splits
-    return settings.data, [settings.split] if isinstance(settings, EvaluateStage) else ("train", "validation")
+    if isinstance(settings, EvaluateStage):
+        return settings.data, [inputs.evaluate_split(settings)]
+    return settings.data, ("train", "validation")
 
 
 def suits(examples: Sequence[Example], settings: WithModel, ahead: Ahead) -> None:

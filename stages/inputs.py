@@ -5,15 +5,16 @@ A stage's own process asks, and the command line before it starts one: both see 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline import plugins
 from pipeline.config.reward_spec import labelled, parse, words_for
 from pipeline.config.schema import Common, EvaluateStage, GenerateStage, RewardStage, RlStage, ScoreStage, SftStage
-from pipeline.config.sections import DataSettings, ModelSettings
-from pipeline.data.splits import SPLITS, read_from, split_places
+from pipeline.config.sections import DataSettings, ModelSettings, Split
+from pipeline.config.yaml_layers import load_yaml
+from pipeline.data.splits import SPLITS, origins, read_from, split_places
 from pipeline.errors import UserError
 from pipeline.files import fingerprint
 from pipeline.launch import run_dir
@@ -73,12 +74,11 @@ def of_rewards(settings: Common, spec: str | Mapping[str, float] | None, own: bo
     return {f"reward {name}": fingerprint(place) for name, place in places.items()}
 
 
-def no_judge(stage: str, settings: Common, brought: Sequence[str] = ()) -> UserError:
-    """Of a stage without a reward, in a run that has trained none; `brought` are those that rows to score bring."""
-    does = "score" if stage == "score" else "judge"
+def no_judge(settings: ScoreStage, brought: Sequence[str] = ()) -> UserError:
+    """Of stage=score without a reward, in a run that has trained none; `brought` are those that the rows bring."""
     own = f" or {words_for(brought)}, which the rows bring," if brought else ""
     return UserError(
-        f"stage={stage}: nothing to {does} with: give reward=NAME (length, rouge, your/file.py ...),{own} "
+        f"stage=score: nothing to score with: give reward=NAME (length, rouge, your/file.py ...),{own} "
         f"or train one with bash run.sh stage=reward run={settings.run}"
     )
 
@@ -89,6 +89,40 @@ def train_first(splits: Sequence[str]) -> UserError:
         f"splits: [{', '.join(splits)}], but rewards.normalise: standardise takes mean and spread from training rows, "
         "wanted train first among the splits, or both as numbers in rewards.normalise"
     )
+
+
+def evaluate_split(settings: EvaluateStage) -> Split:
+    """`split`; validation where that is test, and the data have none, but rows that training watched."""
+    if settings.data.task is not None or settings.split != "test":
+        return settings.split
+    there = split_places(settings.data)
+    watched = "validation" in there or ("train" in there and settings.data.validation_fraction > 0)
+    return "validation" if "test" not in there and watched else "test"
+
+
+def not_held_out(settings: EvaluateStage, split: Split) -> Iterator[str]:
+    """Why the numbers of an evaluation on `split` may be better than those of new rows."""
+    if split == "train":
+        yield "split=train: policies may have learned from these rows: their numbers tell little of new ones"
+    if split == "validation" and settings.split == "test":
+        yield (
+            "there is no test split: evaluated on validation, by which training chose its weights (and which it held "
+            "out only if its data.* were the same): data.test=FILE is better"
+        )
+    for name, place in settings.policies.items():
+        if learned := _learned_from(run_dir.run_dir(settings) / place / "config.yaml", settings.data, split):
+            yield f"policy {name} learned from rows of {learned}: its numbers tell little of new rows"
+
+
+def _learned_from(config: Path, data: DataSettings, split: Split) -> str | None:
+    """The file of `split`, where a stage of this configuration was trained on it, and did not hold these rows out."""
+    if data.task is not None or not config.is_file():
+        return None
+    theirs = load_yaml(config).get("data") or {}
+    source, trained = origins(data, [split])[split], theirs.get("train")
+    cut_alike = all(theirs.get(key) == getattr(data, key) for key in ("validation", "validation_fraction", "max_rows"))
+    held_out = split == "validation" and data.validation is None and cut_alike
+    return source if source in (trained if isinstance(trained, list) else [trained]) and not held_out else None
 
 
 def rl_model(settings: RlStage) -> ModelSettings:

@@ -33,7 +33,7 @@ def main(settings: ScoreStage, words: Sequence[str]) -> None:
         return
     rewards = build.build_rewards(settings, settings.reward, settings.rewards, ranks.device, logged=True)
     if rewards is None:
-        raise inputs.no_judge("score", settings)
+        raise inputs.no_judge(settings)
     results: dict[str, object] = {}
     wanted = inputs.score_splits(settings, data)
     if rewards.unsettled and wanted[0] != "train":

@@ -99,7 +99,7 @@ NEXT = [
     (["stage=generate", "data.train=x", "reward=rouge"], "stage=rl scored=runs/default/generate"),
     (
         ["stage=rl", "model=m", "data.train=x"],
-        "stage=evaluate 'policies={start: m, rl: rl}' reward=NAME data.test=FILE",
+        "stage=evaluate 'policies={start: m, rl: rl}' data.test=FILE",
     ),
     (["stage=evaluate", "run=a", "task=assistant"], "stage=report run=a"),
     (["stage=sft", "recipe=demo", "run=b"], "stage=reward name=helpfulness run=b recipe=demo"),

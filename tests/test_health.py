@@ -15,6 +15,7 @@ def level(quantity: str, value: float) -> str:
 
 # quantity -> values with their verdicts, in rising order; a limit itself is healthy
 THRESHOLDS = {
+    "estimated_gain": [(0.0, TROUBLE), (0.5, LOOK), (1.0, FINE)],
     "gain": [(-2.1, TROUBLE), (-2.0, LOOK), (1.9, LOOK), (2.0, FINE)],
     "unseen": [(-2.1, TROUBLE), (-2.0, FINE)],
     "parts": [(-2.1, LOOK), (-2.0, FINE)],

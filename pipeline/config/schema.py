@@ -174,6 +174,7 @@ class EvaluateStage(WithModel):
     policies: Annotated[dict[str, str], Field(min_length=1)]
     split: Split
     max_rows: Count
+    max_logged: Count
     num_samples: Whole
     train: sections.TrainSettings
     reward: RewardSpec

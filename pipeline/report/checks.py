@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from pipeline.config.reward_spec import possible_labels
+from pipeline.report import gains
 from pipeline.report.numbers import number
 from pipeline.report.spec import FINE, metric_of, rules, wanted
 
@@ -156,4 +157,5 @@ TAKES: Mapping[str, Callable[[Numbers, Numbers, str], Reading | None]] = {
     "cut": _share,
     "length_correlation": _plain,
     "kl": lambda base, other, tag: _plain({}, other, tag, " nats per response"),
+    "estimated_gain": lambda base, other, tag: Reading(gains.above(other, tag), gains.said(other, tag)),
 }

@@ -104,14 +104,14 @@ def _after_generate(settings: GenerateStage) -> list[str]:
 
 
 def _after_rl(settings: RlStage) -> list[str]:
-    """An evaluation of this model beside the one that it was made of, by the same reward."""
+    """An evaluation of this model beside the one that it was made of, by the same reward, if there was one."""
     own = run_dir.model_of(settings, "sft") and settings.start_from == "sft"
     policies = {"sft": "sft"} if own else {"start": settings.model.path}
     policies["rl"] = "rl" if settings.name is None else f"rl/{settings.name}"
     words = [] if policies == {"sft": "sft", "rl": "rl"} else [as_word("policies", policies)]
     if settings.reward is not None and not _unjudged(run_dir.stage_dir(settings, "rl") / run_dir.RESULTS):
         return ["stage=evaluate", *words, as_word("reward", settings.reward)]
-    return ["stage=evaluate", *words, *([] if run_dir.reward_models(settings) else ["reward=NAME"])]
+    return ["stage=evaluate", *words]
 
 
 def _unjudged(results: Path) -> bool:

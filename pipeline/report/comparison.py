@@ -44,6 +44,7 @@ COLUMNS = (
     Column("second/mean", "second", 3, True),
     Column("oracle/mean", "oracle", 3, True),
     Column("rewards/*/mean", "{}", 3, True),
+    Column("gain/estimate", "estimated gain", 3),
     Column("completions/mean_words", "words", 1, True),
     Column("completions/distinct_2", "distinct-2", 3, True),
     Column("completions/repetition", "repetition", 3, True),

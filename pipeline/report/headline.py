@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from pipeline.files import flatten
+from pipeline.report import gains
 from pipeline.report.checks import Numbers, in_errors, noise, of_policies
 from pipeline.report.numbers import number, signed
 from pipeline.report.spec import FINE, LEVELS, LOOK, ORACLE, TROUBLE, metric_of, rules
@@ -18,6 +19,10 @@ from pipeline.report.stages import Stage, verdicts
 from pipeline.report.tables import columns_of
 
 REWARD, LOSS, WORDS = "reward", "eval/loss", "completions/mean_words"
+KL = "objective/kl"
+WANTED = (
+    "nothing judged, and no logged responses with rewards to estimate by (data.test=FILE with rewards, or reward=NAME)"
+)
 LOGGED = ": of logged responses, as nothing judged its own (reward=NAME would)"
 TELLS_NOTHING = "it says nothing under this method, and nothing judged the policy's own responses (reward=NAME would)"
 UNKNOWN = "no held-out rows: nothing tells whether it helped"
@@ -70,6 +75,8 @@ def of_training(stage: Stage) -> Headline:
     if results.get("model_step") == 0:
         return _untrained(results)
     where = _where(results)
+    if f"eval/{REWARD}" not in results and (gain := gains.of_training(results)):
+        return Headline(f"estimated gain over the start model{where} {_verdict(gain)}", _level(gain))
     if watched is None:
         known = any(tag.startswith("eval/") for tag in results)
         return Headline(f"{NOT_FINITE if known else UNKNOWN} ({where.strip()})", LOOK)
@@ -133,9 +140,15 @@ def of_evaluation(stage: Stage) -> Headline:
     policies = columns_of(stage.results)
     first, *others = policies
     if not others:
-        return Headline(f"reward of {first} {_shown(policies[first])}, and no policy beside it", LOOK)
+        judged = f"reward of {first} {_shown(policies[first])}" if REWARD in policies[first] else f"{first} alone"
+        return Headline(f"{judged}, and no policy beside it", LOOK)
     monitors = list(stage.settings.get("monitors") or [])
-    told = [_compared(policies[first], policies[other], monitors) for other in others]
+    told = [
+        _compared(policies[first], policies[other], monitors)
+        if REWARD in policies[first]
+        else _estimated(first, policies[first], policies[other])
+        for other in others
+    ]
     names = [f"{other}: " if len(others) > 1 else "" for other in others]
     text = "; ".join(name + one.text for name, one in zip(names, told, strict=True))
     return Headline(text, worst(*(one.level for one in told)))
@@ -188,10 +201,35 @@ def _compared(base: Numbers, other: Numbers, monitors: Sequence[str]) -> Headlin
     parts += _oracles(base, other)
     if None not in (base.get(WORDS), other.get(WORDS)):
         parts.append(f"{other[WORDS]:.0f} words (was {base[WORDS]:.0f})")
+    parts += [f"estimated gain by the rows' own rewards {_verdict(other)}"] if gains.KNOWN in other else []
     fell = [one for one in found.values() if one.name == rules()["unseen"].name and one.level != FINE]
     if fell:
         parts.append(f"but what it was never trained on fell ({'; '.join(one.text for one in fell)})")
     return Headline(", ".join(parts), worst(level, *(one.level for one in fell)))
+
+
+def _estimated(first: str, base: Numbers, other: Numbers) -> Headline:
+    """One policy of an evaluation that nothing judged against the first."""
+    moved = [f"KL {number(other[KL])}"] if other.get(KL) is not None else []
+    moved += (
+        [f"{other[WORDS]:.0f} words (was {base[WORDS]:.0f})"] if None not in (base.get(WORDS), other.get(WORDS)) else []
+    )
+    tags = gains.known_tags(other)
+    if not tags:
+        return Headline(", ".join([f"nothing tells whether it is better than {first}: {WANTED}", *moved]), LOOK)
+    names = [f" in {name}" if name else "" for name in (gains.name_of(tag) for tag in tags)]
+    told = [f"estimated gain over {first}{name} {_verdict(other, tag)}" for tag, name in zip(tags, names, strict=True)]
+    return Headline(", ".join([*told, *moved]), _level(other, tags[0]))
+
+
+def _verdict(gain: Numbers, tag: str = gains.KNOWN) -> str:
+    """An estimate in words, with what is sure of it; never better or worse where its interval holds 0."""
+    sign = gains.sign(gain, tag)
+    return gains.said(gain, tag) + ("" if sign is None else f": {gains.JUDGED[sign]}")
+
+
+def _level(gain: Numbers, tag: str = gains.KNOWN) -> str:
+    return {1: FINE, -1: TROUBLE}.get(gains.sign(gain, tag), LOOK)
 
 
 def _oracles(base: Numbers, other: Numbers) -> list[str]:

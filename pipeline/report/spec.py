@@ -79,6 +79,12 @@ METRICS = (
     Metric(ORACLE, "True {} (oracle)", +1, "unseen", "known by construction, never trained on"),
     Metric("rewards/*/mean", "Reward: {}", +1, "parts", "one reward, before weights"),
     Metric(
+        *("gain/known", "Estimated gain over the first", 0, "estimated_gain"),
+        "by the rows' own rewards: from how likely their responses are, sampled at temperature 1",
+    ),
+    Metric("gain/*/known", "Estimated gain in {}", 0, "estimated_gain", "by one of the rows' named rewards"),
+    Metric("logged/nll", "Logged responses (nats per token)", 0, "", "how likely they are; no measure of quality"),
+    Metric(
         "completions/mean_words", "Length (words)", 0, "length", "neither good nor bad; a large change asks for a look"
     ),
     Metric(
@@ -101,6 +107,9 @@ METRICS = (
 FINAL = {
     "eval/reward": "held-out reward",
     "eval/rewards/*/mean": "held-out {}",
+    "eval/gain/estimate": "estimated gain in reward",
+    "eval/gain/low": "its interval from",
+    "eval/gain/high": "to",
     "eval/loss": "held-out loss",
     "eval/perplexity": "held-out perplexity",
     "eval/masked_loss": "held-out loss, inputs masked",

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from typing import NamedTuple
 
+from pipeline.report import gains
 from pipeline.report.checks import Numbers, Reading, in_errors
 from pipeline.report.numbers import number
 from pipeline.report.spec import Rule, rules
@@ -18,6 +19,10 @@ SMALL_SOURCE = 30  # held-out pairs below which the accuracy on a source says no
 GENERATED, SAVED = "rollout/generated_tokens", "esrl/tokens_saved"
 ROUNDING = 1e-4  # of a mean that is 0 by construction, in standard deviations
 DECODED = ("eval/reward", "eval/reward_se")
+CHOOSERS = {
+    "eval/reward": "eval/reward",
+    "eval/gain/estimate": "eval/gain/ess",
+}  # what to raise: logged where it counts
 
 Series = Mapping[str, Sequence[Point]]  # tag -> points in step order
 
@@ -117,9 +122,10 @@ def _overfit(left: Left) -> Reading | None:
 
 
 def _best_step(left: Left) -> Reading | None:
-    """The first of the best evaluations: of highest reward where responses were judged, else of lowest loss."""
-    judged = DECODED[0] in left.series
-    points = left.series.get(DECODED[0] if judged else "eval/loss", ())
+    """The first of the best evaluations: of highest reward where responses were judged, of highest estimated gain where
+    logged ones told of one, else of lowest loss."""
+    judged = next((tag for tag, marks in CHOOSERS.items() if marks in left.series), None)
+    points = left.series.get(judged or "eval/loss", ())
     if len(points) < 2:
         return None
     step, _ = (max if judged else min)(points, key=itemgetter(1))
@@ -217,6 +223,12 @@ def _carried_over(left: Left) -> Reading | None:
     return Reading(in_errors(DECODED[0], first, last), text)
 
 
+def _estimated_gain(left: Left) -> Reading | None:
+    """That of the weights kept, where nothing judged the policy's own responses."""
+    found = {} if DECODED[0] in left.results else gains.of_training(left.results)
+    return Reading(gains.above(found), gains.said(found)) if found else None
+
+
 def _sampling_time(left: Left) -> Reading | None:
     made, whole = (left.series.get(f"perf/{name}_seconds", []) for name in ("sampling", "step"))
     if GENERATED not in left.series or not made or not total(whole):
@@ -263,6 +275,7 @@ OF_KIND: Mapping[str, Mapping[str, Take]] = {
         "clip": _clip,
         "masked_start": _masked_gap(0),
         "carried_over": _carried_over,
+        "estimated_gain": _estimated_gain,
         "baseline": _baseline,
         "tokens_saved": _tokens_saved,
         "sampling_time": _sampling_time,

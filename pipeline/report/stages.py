@@ -12,7 +12,7 @@ from pipeline.errors import UserError
 from pipeline.files import flatten, read_metrics
 from pipeline.launch import provenance
 from pipeline.report.checks import Verdict, judge
-from pipeline.report.stage_checks import Series, of_stage, series_of
+from pipeline.report.stage_checks import CHOOSERS, Series, of_stage, series_of
 
 FILES = ("config.yaml", "metrics.jsonl", "results.json")  # a directory with one of these is a stage's
 STAGES = {
@@ -90,7 +90,7 @@ def verdicts(stage: Stage) -> dict[str, Verdict]:
     facts = {**stage.data.get("train", {}), "non_finite": len(lost)}
     results = {tag: value for tag, value in flatten(stage.results).items() if isinstance(value, (int, float))}
     readings = of_stage(stage.kind, stage.series, results, facts)
-    if "eval/reward" not in stage.series and not stage.loss_compares:
+    if not {*CHOOSERS.values()} & {*stage.series} and not stage.loss_compares:
         readings.pop("best_step", None)
     return {quantity: judge(quantity, reading) for quantity, reading in readings.items()}
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from pipeline.report import gains
 from pipeline.report.checks import Verdict, error_names, error_of, is_copy, noise
 from pipeline.report.numbers import NOTHING, fixed, number
 from pipeline.report.spec import FINAL, FINE, METRICS, match, metric_of
@@ -115,7 +116,10 @@ def _compared(
     decimals = _decimals(tag, policies)
     cells = [Cell(label, metric.note), _value(base, tag, decimals)]
     for name, other in others:
-        cells += [_value(other, tag, decimals), _difference(metric.better, tag, (base, other), decimals)]
+        if metric.check == "estimated_gain":  # of each policy over the first: a difference by itself
+            cells += [Cell(""), Cell(gains.short(other, tag))]
+        else:
+            cells += [_value(other, tag, decimals), _difference(metric.better, tag, (base, other), decimals)]
         verdict = verdicts.get(name, {}).get(tag)
         if verdict is not None:
             cells[-1] = _judged(cells[-1], verdict)._replace(anchor=anchor(evaluation, name, tag))

@@ -43,7 +43,7 @@ def side_by_side(rows: Sequence[Row]) -> str:
     by_prompt: dict[Any, list[Row]] = {}
     for row in rows:
         by_prompt.setdefault(row["id"], []).append(row)
-    names = ("policy", "reward", "response")
+    names = [name for name in ("policy", "reward", "response") if all(name in row for row in rows)]
     return "\n\n".join(
         f"**prompt:** {plain(group[0]['prompt'])}\n\n"
         + lines(names, [[plain(row[name]) for name in names] for row in group])

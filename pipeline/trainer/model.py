@@ -109,11 +109,14 @@ def build_reward_model(
     return Model(Engine(scorer, ranks, settings.train, settings.optimizer), encoder, packing, saved)
 
 
-def build_inference(settings: EvaluateStage | GenerateStage, ranks: Ranks, policy: ModelSettings) -> Model:
-    """A policy that only generates and is read; sharded where train.zero says stage 3."""
+def build_inference(
+    settings: EvaluateStage | GenerateStage, ranks: Ranks, policy: ModelSettings, logged: bool = False
+) -> Model:
+    """A policy that only generates and is read, with `logged` also logged responses; sharded where train.zero says
+    stage 3."""
     encoder = build.encoder_of(settings, policy, list)
     say(policy, encoder)
-    longest = settings.generation.max_new_tokens
+    longest = max(settings.generation.max_new_tokens, settings.data.max_response_length if logged else 0)
     module = build.policy_module(policy, encoder, settings.train, longest, settings.seed, frozen=True)
     train = settings.train.model_copy(update={"batch_size": ranks.world * (settings.train.micro_batch_size or 1)})
     packing = packing_of(train, ranks.world, module.encoder_decoder, encoder.pad_id)

@@ -1,0 +1,161 @@
+"""What policies gain over a first one by the logged responses of held-out rows: nothing is sampled, nothing judged.
+
+The estimates are those of pipeline/algorithms/estimates.py. They are of policies sampled at temperature 1, whatever
+`generation` says. Tags: gain/known, gain/ess, gain/rows; where it is known gain/estimate, gain/low, gain/high; and
+gain/<name>/... by each of the rows' named rewards.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.algorithms import estimates
+from pipeline.models import text_regression
+from pipeline.records import Example, Response
+from pipeline.report.gains import COUNTS_WORDS
+from pipeline.trainer import evaluation
+from pipeline.trainer.model import Model, spoken_packing
+
+logger = logging.getLogger("tiffin")
+
+FEWEST_PROMPTS = 8  # a bootstrap over fewer draws intervals that are far too narrow
+
+
+class Read(NamedTuple):
+    """Logged responses as a policy reads them."""
+
+    responses: list[Response]
+    logps: list[Tensor]  # (T,) float32 each
+    tokenizer: PreTrainedTokenizerBase
+
+
+class Rewarded(NamedTuple):
+    """The rows that have one of the rewards, (n,) each."""
+
+    places: list[int]  # among all logged rows
+    reward: Tensor  # float64
+    value: Tensor  # float64, the reward to expect of the prompt, by rows of other prompts
+    prompt: Tensor  # int64
+    length: float  # correlation of the reward with the number of words; NaN where one does not vary
+
+
+def logged(rows: Sequence[Example]) -> list[Example]:
+    """One row for each response that the rows hold: scored candidates, both sides of pairs, completions.
+
+    A completion beside scored candidates is what these are compared with, and no logged response.
+    """
+    return [one for row in rows for one in _responses_of(row)]
+
+
+def _responses_of(row: Example) -> list[Example]:
+    if row.candidate_rewards:
+        texts = zip(row.candidates, row.candidate_rewards, strict=True)
+        return [_alone(row, f"{row.id}/{i}", text, reward) for i, (text, reward) in enumerate(texts)]
+    if row.completion is not None:
+        return [row]
+    if row.chosen is None or row.rejected is None:
+        return []
+    sides = (("chosen", row.chosen, row.chosen_reward), ("rejected", row.rejected, row.rejected_reward))
+    return [_alone(row, f"{row.id}/{side}", text, reward) for side, text, reward in sides]
+
+
+def _alone(row: Example, name: str, text: str, reward: float | None) -> Example:
+    return Example(name, row.prompt, text, reward=reward, source=row.source, columns=row.columns)
+
+
+def read(policy: Model, rows: Sequence[Example]) -> Read:
+    """What a policy finds of logged responses; prompts and responses are written as its own template does."""
+    encoded = [policy.encoder.encode(row.prompt, row.completion) for row in rows]
+    responses = [
+        Response(example, "", example.completion, row.prompt_ids, row.response_ids, not row.cut_response)
+        for example, row in zip(rows, encoded, strict=True)
+    ]
+    logps = evaluation.response_logps(policy.engine, responses, spoken_packing(policy))
+    return Read(responses, logps, policy.encoder.tokenizer)
+
+
+def nll(found: Read) -> float:
+    """Nats per token of all logged responses."""
+    return -float(torch.cat(found.logps).double().mean())
+
+
+def log_ratios(other: Read, reference: Read) -> Tensor | None:
+    """(rows,) float64 ln(policy / reference) of each whole response; None where the two do not write it in equal tokens
+    or one of them holds a response for impossible."""
+    pairs = zip(other.responses, reference.responses, strict=True)
+    if any(ours.response_ids != theirs.response_ids for ours, theirs in pairs):
+        return None
+    if not evaluation.same_tokens(other.tokenizer, reference.tokenizer, other.responses):
+        return None
+    sums = [torch.stack([logp.double().sum() for logp in one.logps]) for one in (other, reference)]
+    return sums[0] - sums[1] if all(bool(one.isfinite().all()) for one in sums) else None
+
+
+def rewarded(rows: Sequence[Example]) -> dict[str, Rewarded]:
+    """By the name of the reward, "" for `reward` itself, the rows that have it; none that only repeats `reward`."""
+    names = dict.fromkeys(name for row in rows for name in row.rewards)
+    own = {"": [row.reward for row in rows]} | {name: [row.rewards.get(name) for row in rows] for name in names}
+    return {
+        name: _rewarded(rows, values)
+        for name, values in own.items()
+        if any(value is not None for value in values) and (not name or values != own[""])
+    }
+
+
+def _rewarded(rows: Sequence[Example], values: Sequence[float | None]) -> Rewarded:
+    places = [i for i, value in enumerate(values) if value is not None]
+    rewards, prompts = [values[i] for i in places], [rows[i].prompt for i in places]
+    known = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
+    expected = text_regression.out_of_fold([_text(prompt) for prompt in prompts], rewards, prompts)
+    return Rewarded(
+        places,
+        torch.tensor(rewards, dtype=torch.float64),
+        torch.from_numpy(expected),
+        torch.tensor([known[prompt] for prompt in prompts]),
+        evaluation.length_correlation(rewards, [rows[i].completion for i in places]),
+    )
+
+
+def _text(prompt: object) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(turn.content for turn in prompt)
+
+
+def gained(log_ratio: Tensor, rewards: Mapping[str, Rewarded]) -> dict[str, float]:
+    """gain/... by every reward; an estimate that is not to be believed has no number, and gain/known is 0."""
+    found: dict[str, float] = {}
+    for name, rows in rewards.items():
+        head = f"gain/{name}/" if name else "gain/"
+        held_out = estimates.HeldOut(log_ratio[rows.places], rows.reward, rows.value, rows.prompt)
+        gain, prompts = estimates.gain(held_out), int(rows.prompt.max()) + 1
+        known = gain.known and prompts >= FEWEST_PROMPTS and not abs(rows.length) > COUNTS_WORDS
+        found |= {f"{head}known": float(known), f"{head}ess": gain.ess, f"{head}rows": float(len(rows.places))}
+        found |= {f"{head}prompts": float(prompts), f"{head}length_correlation": rows.length}
+        if known:
+            found |= {f"{head}estimate": gain.value, f"{head}low": gain.low, f"{head}high": gain.high}
+    return found
+
+
+def say_of_rows(rows: Sequence[Example], found: Mapping[str, Read], known: Mapping[str, Rewarded]) -> None:
+    """What of the logged rows is not as a user may think: none, without rewards, cut."""
+    needed = "an estimate of what was gained wants held-out rows with responses and their rewards: data.test=FILE"
+    if not known:
+        logger.info(f"rows: {len(rows):,} logged responses, none with a reward: {needed}")
+    for name, one in known.items():
+        if len(one.places) < len(rows):
+            which = name or "reward"
+            logger.info(
+                f"{which}: {len(one.places):,} of {len(rows):,} logged responses have it, and are counted by it"
+            )
+    for name, one in found.items():
+        cut = sum(not response.finished for response in one.responses)
+        if cut:
+            logger.warning(
+                f"policy {name}: {cut:,} of {len(rows):,} logged responses are cut at data.max_response_length: their "
+                "rewards are of the whole, the estimates of what is left: raise it"
+            )
