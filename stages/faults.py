@@ -18,7 +18,7 @@ from pipeline import errors, plugins
 from pipeline.config import together
 from pipeline.config.deepspeed import read_ds_config
 from pipeline.config.resolve import Resolved
-from pipeline.config.reward_spec import labelled, no_judge_of_new_texts, parse
+from pipeline.config.reward_spec import is_judge, labelled, no_judge_of_new_texts, parse
 from pipeline.config.schema import (
     CompareStage,
     EvaluateStage,
@@ -41,7 +41,7 @@ from pipeline.errors import UserError
 from pipeline.launch import comparison_plan, extensions, launcher, machine, run_dir
 from pipeline.models import place
 from pipeline.records import Example
-from pipeline.rewards import rewards
+from pipeline.rewards import llm_judge, rewards
 from stages import inputs
 
 Rows = tuple[DataSettings, Sequence[str]]  # where they lie, and the splits that a stage reads
@@ -219,6 +219,8 @@ def of_rewards(settings: WithModel, ahead: Ahead) -> Iterator[str]:
     for name in names:
         if not ahead.holds(name):
             yield from _told(partial(rewards.check, name, known))
+        if is_judge(name):
+            yield from _told(partial(llm_judge.check, name, settings.rewards.judge, ahead.environ))
 
 
 def of_rows(settings: WithModel, ahead: Ahead) -> Iterator[str]:

@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 import torch
 
-from pipeline.config.reward_spec import is_address, parse
+from pipeline.config.reward_spec import is_address, is_judge, parse
 from pipeline.config.schema import WithModel
 from pipeline.config.sections import RewardSettings
 from pipeline.launch import run_dir
 from pipeline.records import RewardFunction
-from pipeline.rewards import http
+from pipeline.rewards import http, llm_judge
 from pipeline.rewards.rewards import Rewards, WeightedReward, is_learned, resolve
 from pipeline.rewards.workers import RewardWorkers
 from reward_models import learned
@@ -41,8 +41,16 @@ def build_rewards(
     def load_learned(directory: str) -> RewardFunction:
         return learned.load(directory, settings.model, template, read.max_length, read.batch_size, device)
 
+    def served(address: str) -> RewardFunction:
+        cache = run_dir.run_dir(settings) / "cache" / "judge"
+        return (
+            llm_judge.connect(address, read.judge, read.http, cache)
+            if is_judge(address)
+            else http.connect(address, read.http)
+        )
+
     def build(label: str, name: str, weight: float) -> WeightedReward:
-        function = resolve(name, load_learned, lambda address: http.connect(address, read.http), trained)
+        function = resolve(name, load_learned, served, trained)
         model = is_learned(name, trained)
         return WeightedReward(label, weight, function, normalisation(read, weight, model), reads_columns=not model)
 
