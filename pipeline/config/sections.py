@@ -57,6 +57,7 @@ Seed = Annotated[int, Field(ge=0, le=10**9)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 FolderName = Annotated[str, AfterValidator(folder_name)]
 ResultName = Annotated[str, AfterValidator(result_name)]
+Reads = Literal["auto", "conversation", "pair", "completion"]
 Split = Literal["train", "validation", "test"]
 
 
@@ -279,6 +280,7 @@ class RewardSettings(Section):
     batch_size: Count
     max_length: Count
     workers: Whole
+    reads: Reads | dict[str, Reads]
     http: HttpSettings
     judge: JudgeSettings
 

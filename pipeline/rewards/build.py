@@ -15,7 +15,7 @@ from pipeline.records import RewardFunction
 from pipeline.rewards import http, llm_judge
 from pipeline.rewards.rewards import Rewards, WeightedReward, is_learned, resolve
 from pipeline.rewards.workers import RewardWorkers
-from reward_models import learned
+from reward_models import _named, learned
 
 
 def build_rewards(
@@ -38,8 +38,9 @@ def build_rewards(
     dated = {"date": settings.template.date or run_dir.first_day(settings)}
     template = settings.template.model_copy(update=dated)
 
-    def load_learned(directory: str) -> RewardFunction:
-        return learned.load(directory, settings.model, template, read.max_length, read.batch_size, device)
+    def load_learned(name: str) -> RewardFunction:
+        how = read.reads if isinstance(read.reads, str) else read.reads.get(name, "auto")
+        return learned.load(name, settings.model, template, read.max_length, read.batch_size, device, how)
 
     def served(address: str) -> RewardFunction:
         cache = run_dir.run_dir(settings) / "cache" / "judge"
@@ -52,7 +53,8 @@ def build_rewards(
     def build(label: str, name: str, weight: float) -> WeightedReward:
         function = resolve(name, load_learned, served, trained)
         model = is_learned(name, trained)
-        return WeightedReward(label, weight, function, normalisation(read, weight, model), reads_columns=not model)
+        score = model and (name in trained or _named.label_of(name) is None)  # a label's is a probability
+        return WeightedReward(label, weight, function, normalisation(read, weight, score), reads_columns=not model)
 
     built = [build(*one) for one in named]
     apart = {label: name for label, name, _ in named if not (is_address(name) or is_learned(name, trained))}
@@ -61,7 +63,7 @@ def build_rewards(
 
 
 def normalisation(read: RewardSettings, weight: float, model: bool) -> Literal["none", "sigmoid"]:
-    """What is done to the values of a reward; `model`: it is a learned one."""
+    """What is done to the values of a reward; `model`: it is a learned score."""
     if read.normalise == "auto":
         return "sigmoid" if model else "none"
     return read.normalise if weight or model else "none"
