@@ -14,6 +14,7 @@ from pipeline.files import fingerprint
 from pipeline.models.place import read_object
 
 _HUB = re.compile(r"(?P<path>(?P<owner>[\w-][\w.-]*)/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?::(?P<label>.+))?")
+_WRITERS = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel", "ForMaskedLM")
 Means = Literal["score", "probability of all", "probability of each"]
 
 
@@ -120,9 +121,12 @@ def output(model: NamedModel) -> Output:
 
 def _labels(found: dict[str, Any]) -> list[str]:
     """The names of the outputs, in their order; a single one where nothing is said of a head."""
+    written = [str(one) for one in found.get("architectures") or ()]
+    if any(one.endswith(_WRITERS) for one in written):  # without a head, whatever labels it was saved with
+        return ["LABEL_0"]
     if isinstance(named := found.get("id2label"), dict) and named:
         return [str(named[number]) for number in sorted(named, key=int)]
-    heads = any(str(one).endswith("ForSequenceClassification") for one in found.get("architectures") or ())
+    heads = any(one.endswith("ForSequenceClassification") for one in written)
     return [f"LABEL_{i}" for i in range(found.get("num_labels") or (2 if heads else 1))]
 
 
