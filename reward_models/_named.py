@@ -6,6 +6,7 @@ transformers gives a classifier without labels in its config.json two, LABEL_0 a
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -106,6 +107,18 @@ def check(name: str) -> None:
     model = parts(name)
     if model is not None and Path(model.path).is_dir():
         output(model)
+
+
+def check_reads(reads: str | Mapping[str, str], names: Collection[str], trained: Collection[str]) -> None:
+    """Raises UserError where `rewards.reads` names what is none of the rewards `names`, or no classifier."""
+    for name in () if isinstance(reads, str) else reads:
+        if name not in names:
+            found = ", ".join(names) or "none"
+            raise UserError(f"rewards.reads.{name}: no such reward, wanted one of {found}{did_you_mean(name, names)}")
+        if name in trained or parts(name) is None:
+            raise UserError(
+                f"rewards.reads.{name}: no classifier from elsewhere, wanted it left out: its input is fixed"
+            )
 
 
 def output(model: NamedModel) -> Output:

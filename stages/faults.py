@@ -42,6 +42,7 @@ from pipeline.launch import comparison_plan, extensions, launcher, machine, run_
 from pipeline.models import place
 from pipeline.records import Example
 from pipeline.rewards import llm_judge, rewards
+from reward_models import _named
 from stages import inputs
 
 Rows = tuple[DataSettings, Sequence[str]]  # where they lie, and the splits that a stage reads
@@ -216,6 +217,7 @@ def of_rewards(settings: WithModel, ahead: Ahead) -> Iterator[str]:
     if not names and not known and isinstance(settings, RlMasked | RlPolicy):
         yield str(no_judge_of_new_texts(settings.algo, settings.run))
     names += labelled(settings.monitors).values() if isinstance(settings, EvaluateStage) else []
+    yield from _told(partial(_named.check_reads, settings.rewards.reads, names, known))
     for name in names:
         if not ahead.holds(name):
             yield from _told(partial(rewards.check, name, known))

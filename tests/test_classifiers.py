@@ -101,6 +101,9 @@ def test_labels_are_told_where_none_or_another_is_named(tmp_path: Path) -> None:
     words = ["stage=score", f"data.train={rows}", f"runs_dir={tmp_path}", "splits=[train]"]
     told = faults.of([resolve([*words, f"reward={{'{tmp_path}:toxik': -1.0}}"])], {})
     assert len(told) == 1 and "toxik: no such label" in told[0]
+    for reads, said in (("toxik", "no such reward, wanted one of length"), ("length", "no classifier from elsewhere")):
+        told = faults.of([resolve([*words, "reward=length", f"rewards.reads={{{reads}: pair}}"])], {})
+        assert len(told) == 1 and said in told[0]
     assert faults.of([resolve([*words, f"reward={{'{tmp_path}:toxic': -1.0}}"])], {}) == []
 
 

@@ -38,6 +38,8 @@ def build_rewards(
     dated = {"date": settings.template.date or run_dir.first_day(settings)}
     template = settings.template.model_copy(update=dated)
 
+    _named.check_reads(read.reads, [name for _, name, _ in named], trained)
+
     def load_learned(name: str) -> RewardFunction:
         how = read.reads if isinstance(read.reads, str) else read.reads.get(name, "auto")
         return learned.load(name, settings.model, template, read.max_length, read.batch_size, device, how)
