@@ -10,6 +10,7 @@ REQUIREMENTS = [
     "safetensors>=0.4.3",
     "peft>=0.17",
     "datasets>=4.0",
+    "huggingface_hub>=1.0",
     "sentencepiece>=0.2",
     "tensorboard>=2.16",
     "pyyaml>=6.0",

@@ -1,18 +1,22 @@
-"""A trained reward model as a reward: what `stage=reward` leaves, or any Hugging Face classifier with one label.
+"""A trained reward model as a reward: what `stage=reward` leaves, or any Hugging Face classifier, here or on the hub.
 
 The score is read at the last token, found by length, so it depends neither on the batch, nor on the padding, nor on the
 rest of the batch. What `stage=reward` left reads prompt + response as it was trained to. A classifier from elsewhere
 that has a chat template reads what that writes for the whole conversation, which often goes on after the end of turn.
+Of a classifier with several labels the one that is named gives a probability, or its output if it learned scores.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from pipeline.config.sections import ModelSettings, TemplateSettings
+from pipeline.config.sections import ModelSettings, Reads, TemplateSettings
 from pipeline.data import messages
 from pipeline.data.tokenization import Encoder, pad
 from pipeline.errors import UserError
@@ -21,44 +25,52 @@ from pipeline.models.loading import hugging_face, load_scalar, load_tokenizer
 from pipeline.models.policy import RewardModel
 from pipeline.models.trained_input import saved_input
 from pipeline.records import Answer, Message, RewardFunction
+from reward_models import _named
+from reward_models._apart import Ids, completion_ids, pair_ids, refuse_no_pairs
 
 logger = logging.getLogger("tiffin")
 
 
 def load(
-    directory: str,
+    name: str,
     model: ModelSettings,
     template: TemplateSettings,
     max_length: int,
     batch_size: int,
     device: torch.device,
+    reads: Reads = "auto",
 ) -> RewardFunction:
-    """A function with the rewards' calling convention that runs the model in `directory`.
+    """A function with the rewards' calling convention that runs the model `name`: see `_named`.
 
     Args:
         model: how to load it (attention kernel, trust_remote_code); its path and LoRA are not used.
         template, max_length: for classifiers that did not come from `stage=reward`; those that did read rows as they
             were trained to. The others read under their own chat template where they have one, unless kind is text.
             max_length is in tokens of prompt + response; the prompt loses its beginning first.
+        reads: what those others read.
 
-    Raises UserError where there is no such model, or it has no scalar head.
+    Raises UserError where there is no such model, or it has no such output.
     """
-    adapters = model.lora.model_copy(update={"r": 0})
-    settings = model.model_copy(update={"path": directory, "revision": None, "dropout": 0.0, "lora": adapters})
+    named = _named.located(_named.parts(name) or _named.NamedModel(name))
+    output = _named.output(named)
+    settings = model.model_copy(
+        update={
+            "path": named.path,
+            "revision": named.revision,
+            "dropout": 0.0,
+            "lora": model.lora.model_copy(update={"r": 0}),
+        }
+    )
     tokenizer = load_tokenizer(settings, [])
     if tokenizer.eos_token is None:
         tokenizer.eos_token = tokenizer.sep_token  # BERT and its kin end a text with [SEP]
-    scorer = RewardModel(load_scalar(settings, tokenizer, seed=0, new_head=False, dtype="auto")).eval()
-    trained = saved_input(settings)
-    if trained is None:
-        kind = template.model_copy(update={"kind": "text" if template.kind == "text" else "auto"})
-        lengths = max_length, max_length, "end"
-        encoder = Encoder(tokenizer, kind, *lengths, encoder_decoder=scorer.encoder_decoder)
-    else:
-        lengths = trained.max_prompt_length, trained.max_response_length, trained.keep_of_prompt
-        encoder, max_length = Encoder(tokenizer, trained.template, *lengths, scorer.encoder_decoder), sum(lengths[:2])
-    read = read_as_trained if trained or encoder.template.kind == "text" else read_conversation
-    logger.info(f"reward {directory}: {encoder.described()}")
+    weights = load_scalar(settings, tokenizer, seed=0, new_head=False, dtype="auto", outputs=output.count)
+    scorer = RewardModel(weights).eval()
+    reader = _reader(name, settings, tokenizer, template, max_length, scorer.encoder_decoder, reads)
+    means = {"score": "", "probability of all": ", the probability among all labels"}.get(
+        output.means, ", the probability of this label"
+    )
+    logger.info(f"reward {name}: {reader.described}{means}")
     limit = positions(hugging_face(scorer.model))
 
     def reward(prompts: Sequence[str], completions: Sequence[str], **columns: Sequence) -> list[float]:
@@ -69,16 +81,56 @@ def load(
         calls = columns.get("raw_completion", [None] * len(raw))  # of answers that are more than a text
         given = zip(completions, calls, strict=True)
         answers = [text if call is None else messages.given_back(call)[0] for text, call in given]
-        rows = [read(encoder, prompt, answer, max_length) for prompt, answer in zip(asked, answers, strict=True)]
-        longest = max(map(len, rows), default=0)
+        rows = [reader.read(prompt, answer) for prompt, answer in zip(asked, answers, strict=True)]
+        longest = max((len(row.ids) for row in rows), default=0)
         if limit is not None and longest > limit:
-            problem = f"{max_length} lets {longest} tokens through, but {directory} has {limit} positions"
+            problem = f"{reader.max_length} lets {longest} tokens through, but {name} has {limit} positions"
             raise UserError(f"rewards.max_length: {problem}, wanted no more: set rewards.max_length={limit}")
-        scores = score(scorer.to(device), rows, encoder.pad_id, batch_size, device)
+        scores = score(scorer.to(device), rows, tokenizer.pad_token_id, batch_size, device, output)
         scorer.cpu()  # between two scorings the device belongs to the policy
         return scores
 
     return reward
+
+
+class _Reader(NamedTuple):
+    """How a model reads a prompt and a completion, in words too, and its longest row in tokens."""
+
+    read: Callable[[str | Sequence[Message], Answer], Ids]
+    max_length: int
+    described: str
+
+
+def _reader(
+    name: str,
+    settings: ModelSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    template: TemplateSettings,
+    max_length: int,
+    encoder_decoder: bool,
+    reads: Reads,
+) -> _Reader:
+    """How the model `name` reads. Raises UserError where it cannot read as it should."""
+    trained = saved_input(settings)
+    if trained is not None:
+        if reads != "auto":
+            raise UserError(f"rewards.reads: {reads} for {name}, which reads as it was trained to: wanted auto for it")
+        lengths = trained.max_prompt_length, trained.max_response_length, trained.keep_of_prompt
+        encoder, limit = Encoder(tokenizer, trained.template, *lengths, encoder_decoder), sum(lengths[:2])
+        return _Reader(lambda *row: Ids(read_as_trained(encoder, *row, limit)), limit, encoder.described())
+    alone = _named.label_of(name) is not None and tokenizer.chat_template is None and not encoder_decoder
+    if reads == "completion" or (reads == "auto" and alone):
+        told = "reads the completion alone"
+        return _Reader(lambda _, text: completion_ids(tokenizer, text, max_length), max_length, told)
+    if reads == "pair":
+        refuse_no_pairs(name, tokenizer)
+        told = "reads prompt and completion as a pair"
+        return _Reader(lambda prompt, text: pair_ids(tokenizer, prompt, text, max_length), max_length, told)
+    kind = template.model_copy(update={"kind": "text" if template.kind == "text" else "auto"})
+    encoder = Encoder(tokenizer, kind, max_length, max_length, "end", encoder_decoder=encoder_decoder)
+    read = read_as_trained if encoder.template.kind == "text" else read_conversation
+    told = f"reads prompt and completion as one text, {encoder.described()}"
+    return _Reader(lambda *row: Ids(read(encoder, *row, max_length)), max_length, told)
 
 
 def read_as_trained(
@@ -105,14 +157,29 @@ def read_conversation(
 
 @torch.no_grad()
 def score(
-    scorer: RewardModel, rows: Sequence[Sequence[int]], pad_id: int, batch_size: int, device: torch.device
+    scorer: RewardModel,
+    rows: Sequence[Ids],
+    pad_id: int,
+    batch_size: int,
+    device: torch.device,
+    output: _named.Output,
 ) -> list[float]:
     """One float per row, in the order given; rows of like length run together."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
     scores = [0.0] * len(rows)
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        ids, mask = pad([rows[i] for i in batch], pad_id)
-        for i, value in zip(batch, scorer.score(ids.to(device), mask.to(device)).tolist(), strict=True):
+        ids, mask = pad([rows[i].ids for i in batch], pad_id)
+        types = pad([rows[i].types for i in batch], 0)[0].to(device) if rows[batch[0]].types else None
+        outputs = scorer.outputs(ids.to(device), mask.to(device), types)  # (B, N)
+        for i, value in zip(batch, meant(outputs, output).tolist(), strict=True):
             scores[i] = value
     return scores
+
+
+def meant(outputs: Tensor, output: _named.Output) -> Tensor:
+    """(B,) what is meant by one of a classifier's `outputs` (B, N): itself or a probability."""
+    if output.means == "probability of all":
+        return outputs.softmax(1)[:, output.index]
+    column = outputs[:, output.index]
+    return column.sigmoid() if output.means == "probability of each" else column

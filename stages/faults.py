@@ -21,6 +21,7 @@ from pipeline.config.resolve import Resolved
 from pipeline.config.reward_spec import (
     ROWS,
     check_normalise,
+    is_judge,
     labelled,
     labels,
     no_judge_of_new_texts,
@@ -51,7 +52,8 @@ from pipeline.errors import UserError
 from pipeline.launch import comparison_plan, extensions, launcher, machine, run_dir
 from pipeline.models import place
 from pipeline.records import Example
-from pipeline.rewards import own_rewards, rewards
+from pipeline.rewards import llm_judge, own_rewards, rewards
+from reward_models import _named
 from stages import inputs
 
 Rows = tuple[DataSettings, Sequence[str]]  # where they lie, and the splits that a stage reads
@@ -236,7 +238,10 @@ def of_rewards(settings: WithModel, ahead: Ahead) -> Iterator[str]:
             yield from _told(partial(refuse_standardise, settings.rewards.normalise))
     if not names and not known and isinstance(settings, RlMasked | RlPolicy):
         yield str(no_judge_of_new_texts(settings.algo, settings.run))
+    yield from _told(partial(_named.check_reads, settings.rewards.reads, [*names, *watched.values()], known))
     for name in [*names, *watched.values()]:
+        if is_judge(name):
+            yield from _told(partial(llm_judge.check, name, settings.rewards.judge, ahead.environ))
         if ahead.holds(name):
             continue
         if not rewards.is_own(name, known):

@@ -18,6 +18,7 @@ from pipeline.data.splits import SPLITS, origins, read_from, split_places
 from pipeline.errors import UserError
 from pipeline.files import fingerprint
 from pipeline.launch import run_dir
+from reward_models import _named
 
 Inputs = dict[str, str]  # name -> fingerprint
 
@@ -45,10 +46,10 @@ def of_generate(settings: GenerateStage) -> Inputs:
 
 def of_evaluate(settings: EvaluateStage) -> Inputs:
     policies = {name: run_dir.policy_model(settings, place).path for name, place in settings.policies.items()}
-    monitors = {label: place for label, place in labelled(settings.monitors).items() if Path(place).is_dir()}
+    judges = {label: _named.mark(place) for label, place in labelled(settings.monitors).items()}
     marks = _model(settings.model) | _data(settings.data) | of_rewards(settings, settings.reward)
     marks |= {f"policy {name}": fingerprint(path) for name, path in policies.items()}
-    return marks | {f"monitor {label}": fingerprint(place) for label, place in monitors.items()}
+    return marks | {f"monitor {label}": found for label, found in judges.items() if found is not None}
 
 
 OF: dict[str, Callable[[Any], Inputs]] = {
@@ -71,7 +72,7 @@ def of_rewards(settings: Common, spec: str | Mapping[str, float] | None, own: bo
     trained = run_dir.reward_models(settings)
     names = [name for name, _ in parse(spec)] or (list(trained) if own else [])
     places = {name: trained.get(name, name.split(".py:")[0] + (".py" if ".py:" in name else "")) for name in names}
-    return {f"reward {name}": fingerprint(place) for name, place in places.items()}
+    return {f"reward {name}": _named.mark(place) or fingerprint(place) for name, place in places.items()}
 
 
 def no_judge(settings: ScoreStage, brought: Sequence[str] = ()) -> UserError:

@@ -146,7 +146,7 @@ def test_the_key(monkeypatch):
         assert connect(at(port), HOW)(prompts=["p"], completions=["a b"]) == [2.0]
         assert ask(port, body, Authorization="Bearer s3cret") == (200, {"rewards": []})
         assert ask(port, body)[0] == 401
-        monkeypatch.setenv(TOKEN, "another")
+        monkeypatch.setenv(TOKEN, "0ther")
         with pytest.raises(
             UserError, match=rf"it answered 401 \(the key is missing or another.*: give the right key in {TOKEN}"
         ):

@@ -12,11 +12,22 @@ from pipeline.errors import UserError, did_you_mean
 
 TOKEN = "TIFFIN_REWARD_TOKEN"  # the environment variable with the key
 ROWS = "rows:"  # before the name of a reward that the rows bring, where a model or a file may be meant
+JUDGE = "judge:"
 
 
 def is_address(name: str) -> bool:
     """Whether the name of a reward is meant as a web address."""
     return "://" in name
+
+
+def is_judge(name: str) -> bool:
+    """Whether an address is that of a language model to ask, judge:http://HOST:PORT/v1."""
+    return name.startswith(JUDGE)
+
+
+def judge_address(name: str) -> str:
+    """The web address of a judge."""
+    return name.removeprefix(JUDGE).rstrip("/")
 
 
 def web_address(text: str) -> SplitResult:
@@ -47,15 +58,20 @@ def sound_addresses(value: object) -> object:
         named += value.values()
     for name in named:
         if isinstance(name, str) and is_address(name):
-            web_address(name)
+            web_address(name.removeprefix(JUDGE))
     return value
 
 
 def token() -> str:
     """The key, empty where there is none. Raises UserError, without the key, where it cannot be sent as a header."""
-    found = os.environ.get(TOKEN, "").strip()
+    return key_in(TOKEN, os.environ)
+
+
+def key_in(variable: str, environ: Mapping[str, str]) -> str:
+    """The key that an environment variable holds, as `token`."""
+    found = environ.get(variable, "").strip()
     if not found.isascii() or any(sign.isspace() or not sign.isprintable() for sign in found):
-        raise UserError(f"{TOKEN}: it holds spaces or characters that are not ASCII, wanted the key alone")
+        raise UserError(f"{variable}: it holds spaces or characters that are not ASCII, wanted the key alone")
     return found
 
 

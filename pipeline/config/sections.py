@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import datetime
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
@@ -34,6 +35,19 @@ def day(value: str) -> str:
     return value
 
 
+def verdict_pattern(value: str) -> str:
+    """`value`, which must be json:KEY or a regular expression with one group. Raises ValueError."""
+    if value.startswith("json:") and value != "json:":
+        return value
+    try:
+        groups = re.compile(value).groups
+    except re.error as error:
+        raise ValueError(f"{value!r} is no regular expression ({error}), wanted one with one group") from None
+    if groups != 1:
+        raise ValueError(f"{value!r} has {groups} groups, wanted one, around the verdict: make others (?:...)")
+    return value
+
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Dropped = Annotated[float, Field(ge=0, lt=1)]  # a share of which something must remain
 Positive = Annotated[float, Field(gt=0)]
@@ -44,6 +58,7 @@ Seed = Annotated[int, Field(ge=0, le=10**9)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 FolderName = Annotated[str, AfterValidator(folder_name)]
 ResultName = Annotated[str, AfterValidator(result_name)]
+Reads = Literal["auto", "conversation", "pair", "completion"]
 Split = Literal["train", "validation", "test"]
 
 
@@ -230,6 +245,45 @@ class HttpSettings(Section):
     max_answer_mb: Positive
 
 
+class Turn(Section):
+    """A message of a judge's prompt."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str
+
+
+class BudgetSettings(Section):
+    """The most that a stage may spend on a judge, over all ranks; None: no limit."""
+
+    requests: Count | None
+    tokens: Count | None
+
+
+class JudgeSettings(Section):
+    """How a language model behind an OpenAI-compatible address is asked for a verdict, and how that is read."""
+
+    model: str | None
+    prompt: str | Annotated[list[Turn], Field(min_length=1)]
+    parse: Annotated[str, AfterValidator(verdict_pattern)]
+    scale: Annotated[list[float], Field(min_length=2, max_length=2)] | Annotated[dict[str, float], Field(min_length=1)]
+    temperature: NotNegative | None
+    max_tokens: Count
+    max_tokens_name: Literal["max_tokens", "max_completion_tokens"]
+    attempts: Count
+    on_failure: Literal["error", "skip"]
+    key_variable: str | None
+    budget: BudgetSettings
+
+    @model_validator(mode="after")
+    def sound(self) -> Self:
+        texts = [self.prompt] if isinstance(self.prompt, str) else [turn.content for turn in self.prompt]
+        if not any("{completion}" in text for text in texts):
+            raise ValueError("prompt: no {completion} in it, wanted the text that is judged: put {completion} in it")
+        if isinstance(self.scale, list) and self.scale[0] == self.scale[1]:
+            raise ValueError(f"scale: {self.scale}, wanted two different numbers, the worst verdict and the best")
+        return self
+
+
 class Scale(Section):
     """What a reward's values are standardised by: (x - mean) / std."""
 
@@ -247,7 +301,9 @@ class RewardSettings(Section):
     batch_size: Count
     max_length: Count
     workers: Whole
+    reads: Reads | dict[str, Reads]
     http: HttpSettings
+    judge: JudgeSettings
 
     @field_validator("normalise", mode="before")
     @classmethod

@@ -38,6 +38,7 @@ FREE = (
     "train.non_finite",
     "eval.num_samples",
     "rewards.workers",
+    "rewards.judge.budget",
 )
 LENGTHS = ("train.max_steps", "train.num_train_epochs")  # these may be raised, to train longer
 CONFIG, INPUTS, RESULTS = "config.yaml", "inputs.json", "results.json"

@@ -141,15 +141,16 @@ def load_scalar(
     seed: int,
     new_head: bool,
     dtype: torch.dtype | str = torch.float32,
+    outputs: int = 1,
 ) -> PreTrainedModel | PeftModel:
-    """A model with one output per sequence, weights in `dtype` ("auto": as they were saved).
+    """A model with one output per sequence, or `outputs`, weights in `dtype` ("auto": as they were saved).
 
     `new_head`: it is to be trained, and a checkpoint without a scalar head (an SFT model) is welcome; its head starts
     at zero, so that every first score is 0. Otherwise it is only read, and such a checkpoint is an error, never a
     random head.
     """
     config, pad_id = load_config(settings, tokenizer), tokenizer.pad_token_id
-    config.num_labels = 1
+    config.num_labels = outputs
     if lacking := new_head and pad_id == config.get_text_config().vocab_size:  # see `with_pad_apart`
         config.pad_token_id = None
     torch.manual_seed(seed)

@@ -255,6 +255,10 @@ class RewardModel(nn.Module):
 
     def score(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(B,) float32 scores of right-padded `ids` (B, L) with `mask` (B, L) bool."""
+        return self.outputs(ids, mask)[:, 0]
+
+    def outputs(self, ids: Tensor, mask: Tensor, token_types: Tensor | None = None) -> Tensor:
+        """(B, N) float32, all outputs of the head; `token_types` (B, L) are of encoders that are told pairs by them."""
         model = hugging_face(self.model)
         heads = dict(model.named_children())
         if "score" in heads:
@@ -262,9 +266,10 @@ class RewardModel(nn.Module):
         elif self.encoder_decoder:
             head, hidden = heads["classification_head"], self._decoder_states(ids, mask)
         else:  # encoders read their first token
-            return model(input_ids=ids, attention_mask=mask.long()).logits[:, 0].float()
+            told = {} if token_types is None else {"token_type_ids": token_types}
+            return model(input_ids=ids, attention_mask=mask.long(), **told).logits.float()
         last = mask.sum(1) - 1
-        return head(hidden[torch.arange(len(last), device=last.device), last])[:, 0].float()
+        return head(hidden[torch.arange(len(last), device=last.device), last]).float()
 
     def _decoder_states(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(B, L, H) of a decoder that reads `ids` one place later, as BART and T5 classifiers do.

@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from pipeline.config.reward_spec import ROWS, check_normalise, is_address, labels, parse, refuse_standardise
+from pipeline.config.reward_spec import ROWS, check_normalise, is_address, is_judge, labels, parse, refuse_standardise
 from pipeline.config.schema import WithModel
 from pipeline.config.sections import RewardSettings, Scale
 from pipeline.launch import run_dir
 from pipeline.records import RewardFunction
-from pipeline.rewards import http
+from pipeline.rewards import http, llm_judge
 from pipeline.rewards.rewards import Rewards, WeightedReward, is_learned, is_own, resolve
 from pipeline.rewards.workers import RewardWorkers
-from reward_models import learned
+from reward_models import _named, learned
 
 logger = logging.getLogger("tiffin")
 
@@ -49,15 +49,27 @@ def build_rewards(
     dated = {"date": settings.template.date or run_dir.first_day(settings)}
     template = settings.template.model_copy(update=dated)
 
-    def load_learned(directory: str) -> RewardFunction:
-        return learned.load(directory, settings.model, template, read.max_length, read.batch_size, device)
+    _named.check_reads(read.reads, [name for _, name, _ in named], trained)
+
+    def load_learned(name: str) -> RewardFunction:
+        how = read.reads if isinstance(read.reads, str) else read.reads.get(name, "auto")
+        return learned.load(name, settings.model, template, read.max_length, read.batch_size, device, how)
+
+    def served(address: str) -> RewardFunction:
+        cache = run_dir.run_dir(settings) / "cache" / "judge"
+        return (
+            llm_judge.connect(address, read.judge, read.http, cache)
+            if is_judge(address)
+            else http.connect(address, read.http)
+        )
 
     def build(label: str, name: str, weight: float) -> WeightedReward:
         model = is_learned(name, trained)
-        way = normalisation(read, (label, name), weight, model)
+        score = model and (name in trained or _named.label_of(name) is None)  # a label's is a probability
+        way = normalisation(read, (label, name), weight, score)
         if logged and is_own(name, trained):
             return WeightedReward(label, weight, None, way, reads_columns=False, own=name.removeprefix(ROWS))
-        function = resolve(name, load_learned, lambda address: http.connect(address, read.http), trained)
+        function = resolve(name, load_learned, served, trained)
         return WeightedReward(label, weight, function, way, reads_columns=not model, given=name)
 
     if named and not logged:

@@ -11,11 +11,11 @@ import json
 import socket
 import ssl
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException, IncompleteRead
 from threading import Event
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 from urllib.parse import urljoin, urlsplit
 
 import urllib3
@@ -31,20 +31,25 @@ LONGEST_WAIT = 60.0  # seconds between two tries
 MEGABYTE = 10**6
 CHUNK = 2**16  # bytes read at a time
 
+One = TypeVar("One")
+Got = TypeVar("Got")
 
-class _PassingError(Exception):
+
+class PassingError(Exception):
     """What came instead of an answer, and the seconds that the server asks for before another try, if it does."""
 
 
-class _Server(NamedTuple):
+class Address(NamedTuple):
     """Whom to ask, and how patiently."""
 
     address: str
     pool: urllib3.PoolManager
     settings: HttpSettings
+    key_name: str = TOKEN  # the environment variable with its key
 
     def error(self, complaint: str) -> UserError:
-        return UserError(f"reward {self.address}: {complaint}")
+        key = self.pool.headers.get("Authorization", "").removeprefix("Bearer ")
+        return UserError(f"reward {self.address}: {complaint.replace(key, '***') if key else complaint}")
 
 
 def connect(name: str, settings: HttpSettings) -> RewardFunction:
@@ -52,15 +57,10 @@ def connect(name: str, settings: HttpSettings) -> RewardFunction:
 
     Raises UserError where it is not there, or does not answer a request without rows as a reward does.
     """
-    web_address(name)
-    headers = {"Content-Type": "application/json", "Accept": "application/json", "Connection": "close"}
-    headers |= {"Authorization": f"Bearer {key}"} if (key := token()) else {}
-    tls = ssl.create_default_context()  # the system's authorities, and those of SSL_CERT_FILE
-    pool = urllib3.PoolManager(headers=headers, maxsize=settings.concurrency, retries=False, ssl_context=tls)
-    server = _Server(name, pool, settings)
+    server = opened(name, settings, token(), TOKEN)
     try:
         answer = _once(server, b'{"prompts": [], "completions": []}')
-    except _PassingError as error:
+    except PassingError as error:
         cure = "start it first (python -m reward_models.serve reward=NAME serves one of ours), or correct the address"
         raise server.error(f"{error.args[0]}, wanted a server that answers: {cure}") from None
     _values(server, answer, 0)
@@ -75,7 +75,17 @@ def connect(name: str, settings: HttpSettings) -> RewardFunction:
     return reward
 
 
-def _requests(server: _Server, columns: Mapping[str, list], start: int, stop: int) -> list[tuple[int, bytes]]:
+def opened(address: str, settings: HttpSettings, key: str, key_name: str) -> Address:
+    """Whom to ask at `address`; `key`, "" for none, goes out with each request. Nothing is sent yet."""
+    web_address(address)
+    headers = {"Content-Type": "application/json", "Accept": "application/json", "Connection": "close"}
+    headers |= {"Authorization": f"Bearer {key}"} if key else {}
+    tls = ssl.create_default_context()  # the system's authorities, and those of SSL_CERT_FILE
+    pool = urllib3.PoolManager(headers=headers, maxsize=settings.concurrency, retries=False, ssl_context=tls)
+    return Address(address, pool, settings, key_name)
+
+
+def _requests(server: Address, columns: Mapping[str, list], start: int, stop: int) -> list[tuple[int, bytes]]:
     """(rows, body) of the rows from `start` to `stop`, halved until none is too large. Raises UserError for one row."""
     body = json.dumps({name: values[start:stop] for name, values in columns.items()}).encode("ascii")
     limit = server.settings.max_request_mb
@@ -90,25 +100,48 @@ def _requests(server: _Server, columns: Mapping[str, list], start: int, stop: in
     return _requests(server, columns, start, middle) + _requests(server, columns, middle, stop)
 
 
-def _ask(server: _Server, requests: Sequence[tuple[int, bytes]]) -> list[float | None]:
-    """The values of all requests in their order, some requests under way at once; after a failure none goes on."""
+def _ask(server: Address, requests: Sequence[tuple[int, bytes]]) -> list[float | None]:
+    """The values of all requests in their order."""
+    answers = at_once(server, lambda one, over: _values(server, patiently(server, one[1], over), one[0]), requests)
+    return [value for values in answers for value in values]
+
+
+def at_once(server: Address, ask: Callable[[One, Event], Got], requests: Sequence[One]) -> list[Got]:
+    """What `ask` makes of each request, in their order, some under way at once; after a failure none goes on.
+
+    `ask` is given the event of such a failure.
+    """
     over = Event()
     threads = ThreadPoolExecutor(server.settings.concurrency, thread_name_prefix="reward")
     try:
-        answers = threads.map(lambda one: _values(server, _patiently(server, one[1], over), one[0]), requests)
-        return [value for values in answers for value in values]
+        return list(threads.map(lambda one: ask(one, over), requests))
     finally:
         over.set()
         threads.shutdown(wait=False, cancel_futures=True)
 
 
-def _patiently(server: _Server, body: bytes, over: Event) -> bytes:
+def listens(server: Address, address: str) -> None:
+    """Raises UserError where nobody answers a GET of `address`, or the key is refused; any other answer will do."""
+    server = server._replace(address=address)
+    try:
+        status, _, answer = _exchange(server, None)
+    except HTTPError as error:
+        problem = _unanswered(server, error)
+        if isinstance(problem, PassingError):
+            problem = server.error(f"{problem.args[0]}, wanted a server that answers: start it, or correct the address")
+        raise problem from None
+    if status in (401, 403):
+        said = f" ({line})" if (line := first_line(answer)) else ""
+        raise server.error(f"it answered {status}{said}, wanted 200: give the right key in {server.key_name}")
+
+
+def patiently(server: Address, body: bytes, over: Event) -> bytes:
     """The answer's body, tried for again after failures that may pass, unless `over`. Raises UserError."""
     since, wait = time.monotonic(), server.settings.backoff
     for tries in range(1, server.settings.retries + 2):
         try:
             return _once(server, body)
-        except _PassingError as error:
+        except PassingError as error:
             problem, *asked = error.args
         if tries <= server.settings.retries and over.wait(min(max([wait, *asked]), LONGEST_WAIT)):
             break
@@ -118,8 +151,8 @@ def _patiently(server: _Server, body: bytes, over: Event) -> bytes:
     raise server.error(f"{problem}, wanted an answer: {cure}; the same command goes on from the last checkpoint")
 
 
-def _once(server: _Server, body: bytes) -> bytes:
-    """The body of the answer to one request. Raises _PassingError, and UserError for what does not pass."""
+def _once(server: Address, body: bytes) -> bytes:
+    """The body of the answer to one request. Raises PassingError, and UserError for what does not pass."""
     try:
         status, headers, answer = _exchange(server, body)
     except HTTPError as error:
@@ -131,21 +164,24 @@ def _once(server: _Server, body: bytes) -> bytes:
         place = urlsplit(urljoin(server.address, headers.get("Location", "")))
         shown = shortened(f"{place.scheme}://{place.netloc.rpartition('@')[2]}{place.path}")
         raise server.error(f"{problem}, a redirect to {shown}, wanted the address itself: give that, if it is right")
-    problem += f" ({line})" if (line := _first_line(answer)) else ""
+    problem += f" ({line})" if (line := first_line(answer)) else ""
     # these pass: the request is sent again, after what the server asks for
     if status == 429 or status >= 500:
         wait = headers.get("Retry-After", "")
-        raise _PassingError(problem, float(wait) if wait.isdecimal() else 0.0)
-    cure = f"give the right key in {TOKEN}" if status in (401, 403) else "correct the address or the data"
+        raise PassingError(problem, float(wait) if wait.isdecimal() else 0.0)
+    cure = f"give the right key in {server.key_name}" if status in (401, 403) else "correct the address or the data"
     raise server.error(f"{problem}, wanted 200: {cure}")
 
 
-def _exchange(server: _Server, body: bytes) -> tuple[int, Mapping[str, str], bytes]:
-    """Status, headers and body of an answer, read in pieces: neither an endless nor a trickling one is waited for."""
+def _exchange(server: Address, body: bytes | None) -> tuple[int, Mapping[str, str], bytes]:
+    """Status, headers and body of an answer, read in pieces: neither an endless nor a trickling one is waited for.
+
+    With a `body` it is a POST, without a GET.
+    """
     seconds, limit = server.settings.timeout, server.settings.max_answer_mb
     deadline, answer = time.monotonic() + seconds, bytearray()
     options = {"body": body, "timeout": seconds, "redirect": False, "preload_content": False}
-    with server.pool.request("POST", server.address, **options) as response:
+    with server.pool.request("GET" if body is None else "POST", server.address, **options) as response:
         while piece := response.read1(CHUNK):
             answer += piece
             if len(answer) > limit * MEGABYTE:
@@ -156,8 +192,8 @@ def _exchange(server: _Server, body: bytes) -> tuple[int, Mapping[str, str], byt
     return response.status, response.headers, bytes(answer)
 
 
-def _unanswered(server: _Server, error: HTTPError) -> Exception:
-    """What to raise where no answer came: _PassingError, or UserError for what does not pass."""
+def _unanswered(server: Address, error: HTTPError) -> Exception:
+    """What to raise where no answer came: PassingError, or UserError for what does not pass."""
     cause: BaseException = error
     while below := cause.__cause__ or cause.__context__:  # down to the error of the socket, TLS or the parser
         cause = below
@@ -179,28 +215,29 @@ def _unanswered(server: _Server, error: HTTPError) -> Exception:
             cure = "an http server: correct the address, or use https://"
         case _:
             problem = f"the connection broke ({shortened(str(cause))})"
-    return _PassingError(problem) if cure is None else server.error(f"{problem}, wanted {cure}")
+    return PassingError(problem) if cure is None else server.error(f"{problem}, wanted {cure}")
 
 
-def _values(server: _Server, body: bytes, count: int) -> list[float | None]:
+def _values(server: Address, body: bytes, count: int) -> list[float | None]:
     """The `count` rewards of an answer; whether they are finite numbers is checked where all rewards are."""
     wanted = 'wanted {"rewards": [one number or null per completion]}'
     try:
         answer = json.loads(body)
     except (ValueError, RecursionError):
-        raise server.error(f"its answer is no JSON ({_first_line(body) or 'empty'}), {wanted}") from None
+        raise server.error(f"its answer is no JSON ({first_line(body) or 'empty'}), {wanted}") from None
     values = answer.get("rewards") if isinstance(answer, dict) else None
     if not isinstance(values, list):
-        raise server.error(f"its answer has no list of rewards ({_first_line(body)}), {wanted}")
+        raise server.error(f"its answer has no list of rewards ({first_line(body)}), {wanted}")
     if len(values) != count:
         raise server.error(f"it returned {len(values)} values for {count} completions, {wanted}")
     return values
 
 
-def _first_line(body: bytes) -> str:
-    """An answer in one line: its `error`, as servers of this protocol send it, or its first line."""
+def first_line(body: bytes) -> str:
+    """An answer in one line: its `error`, a text or (of OpenAI's manner) an object with one; or its first line."""
     text = body[:CHUNK].decode("utf-8", "replace").strip()
     try:
-        return " ".join(json.loads(text)["error"].split())[:300]
+        error = json.loads(text)["error"]
+        return " ".join((error["message"] if isinstance(error, dict) else error).split())[:300]
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):  # it is no object with a text `error`
         return shortened(text.splitlines()[0]) if text else ""

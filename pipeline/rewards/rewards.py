@@ -32,7 +32,7 @@ from pipeline.errors import UserError, did_you_mean
 from pipeline.records import RewardFunction, Scores
 from pipeline.rewards import own_rewards
 from pipeline.rewards.workers import RewardWorkers
-from reward_models import _trl
+from reward_models import _named, _trl
 from reward_models._trl import FOLDER, TrlFunction
 from reward_models._values import checked, shortened
 
@@ -244,8 +244,8 @@ def is_own(name: str, trained: Collection[str]) -> bool:
 
 
 def is_learned(name: str, trained: Collection[str]) -> bool:
-    """Whether a reward is a model: one trained in this run, or a classifier's directory."""
-    return name in trained or (Path(name) / "config.json").is_file()
+    """Whether a reward is a model: one trained in this run, a classifier's directory, or one on the hub."""
+    return name in trained or _named.parts(name) is not None
 
 
 def loaded(name: str, trained: Mapping[str, str] = MappingProxyType({})) -> TrlFunction:
@@ -263,6 +263,8 @@ def check(name: str, trained: Collection[str]) -> None:
     elif not is_learned(name, trained):
         _refuse_unknown(name, trained)
         plugins.check(name, FOLDER, "reward", "reward", any_name=True)
+    elif name not in trained:
+        _named.check(name)
 
 
 def _refuse_unknown(name: str, trained: Collection[str]) -> None:
