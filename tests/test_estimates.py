@@ -9,6 +9,7 @@ import torch
 
 from pipeline.algorithms import estimates
 from pipeline.algorithms.estimates import HeldOut
+from pipeline.report import gains
 
 F64 = torch.float64
 ONCE = torch.ones(1, 3, dtype=F64)
@@ -21,6 +22,7 @@ def rows(log_ratio, reward, value=None, prompt=None) -> HeldOut:
         torch.tensor(reward, dtype=F64),
         torch.tensor([0.0] * n if value is None else value, dtype=F64),
         torch.arange(n) if prompt is None else torch.tensor(prompt),
+        torch.full((n,), 5),
     )
 
 
@@ -88,7 +90,7 @@ def bandit(policy: torch.Tensor, n: int, seed: int) -> tuple[HeldOut, float]:
     reference, reward = torch.tensor([0.5, 0.3, 0.2], dtype=F64), torch.tensor([0.2, 0.5, 0.9], dtype=F64)
     drawn = torch.multinomial(reference, n, replacement=True, generator=torch.Generator().manual_seed(seed))
     ratio = (policy / reference).log()[drawn]
-    of = HeldOut(ratio, reward[drawn], torch.full((n,), 0.43, dtype=F64), torch.arange(n))
+    of = HeldOut(ratio, reward[drawn], torch.full((n,), 0.43, dtype=F64), torch.arange(n), torch.full((n,), 5))
     return of, float((policy - reference) @ reward)
 
 
@@ -103,6 +105,12 @@ def test_rows_that_follow_the_reference_give_the_true_gain():
 
 
 def test_what_rests_on_few_rows_is_not_known():
-    of, _ = bandit(torch.tensor([0.2, 0.3, 0.5], dtype=F64), 12, 0)
-    gain = estimates.gain(of)
-    assert not gain.known and "of 12 rows carry the weight, wanted 16" in gain.unknown
+    policy = torch.tensor([0.2, 0.3, 0.5], dtype=F64)
+    gain = estimates.gain(bandit(policy, 12, 0)[0])
+    assert not gain.known and "of 12 held-out rows carry the weight, wanted 16" in gain.unknown
+    of, _ = bandit(policy, 300, 0)
+    few = estimates.gain(of._replace(prompt=of.prompt % 7))
+    assert not few.known and few.unknown == "7 held-out prompts, wanted 8 or more"
+    long = estimates.gain(of._replace(words=(of.reward * 100).long()))
+    assert not long.known and "rewards follow the length (correlation 1.00)" in long.unknown
+    assert gains.COUNTS_WORDS == estimates.LENGTH  # the report, which needs no torch, says the same

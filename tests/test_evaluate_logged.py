@@ -40,8 +40,8 @@ def test_every_response_that_a_row_holds_is_one_logged_row() -> None:
     found = [(row.id, row.prompt, row.completion, row.reward) for row in gains.logged(rows)]
     assert found == [
         ("a", "p", "x", 1.0),
-        ("b/0", "p", "y", 2.0),
-        ("b/1", "p", "z", 0.0),
+        ("b/candidate-1", "p", "y", 2.0),
+        ("b/candidate-2", "p", "z", 0.0),
         ("c/chosen", "q", "good", 3.0),
         ("c/rejected", "q", "bad", -1.0),
     ]
@@ -74,9 +74,9 @@ def test_named_rewards_are_of_the_rows_that_have_them_and_a_copy_is_left_out() -
     assert gains.rewarded([Example("a", "p", "x")]) == {}
 
 
-def rewarded(rewards: list[float], prompts: list[int], length: float = 0.1) -> gains.Rewarded:
-    wanted = torch.tensor(rewards, dtype=torch.float64)
-    return gains.Rewarded(list(range(len(rewards))), wanted, torch.zeros_like(wanted), torch.tensor(prompts), length)
+def rewarded(rewards: list[float], prompts: list[int]) -> gains.Rewarded:
+    wanted, words = torch.tensor(rewards, dtype=torch.float64), torch.full((len(rewards),), 5)
+    return gains.Rewarded(list(range(len(rewards))), wanted, torch.zeros_like(wanted), torch.tensor(prompts), words)
 
 
 def test_a_gain_by_hand() -> None:

@@ -32,6 +32,8 @@ from torch import Tensor
 SHARE = 1 / 4  # of the rows, that `tempered` rests on at least
 SPAN = (1 / 2, SHARE, 0.0)  # such shares between which the interval reaches; 0: the ratio as it is
 FLOOR = 16.0  # rows: an estimate that rests on fewer is not known
+FEWEST_PROMPTS = 8  # a bootstrap over fewer draws intervals that are far too narrow
+LENGTH = 0.7  # a correlation of rewards with words above which ratios of whole responses, sums over tokens, mislead
 CLIP = 3.0  # nats
 LEVEL = 0.9  # of the intervals
 DRAWS = 500  # of the bootstrap
@@ -45,6 +47,7 @@ class HeldOut(NamedTuple):
     reward: Tensor  # float64
     value: Tensor  # float64, the reward to expect of the prompt
     prompt: Tensor  # int64 in [0, prompts): which rows have one prompt
+    words: Tensor  # int64, of the responses
 
 
 class Gain(NamedTuple):
@@ -56,16 +59,24 @@ class Gain(NamedTuple):
     ess: float  # effective sample size, in rows, that it rests on
     power: float  # in [0, 1], how far on the way from the reference to the policy it looks
     rows: int
+    prompts: int
+    length_correlation: float  # of rewards and words; 0 where one of the two does not vary
 
     @property
     def known(self) -> bool:
-        """Whether it rests on enough rows to be believed."""
-        return self.ess >= FLOOR
+        """Whether it is to be believed."""
+        return not self.unknown
 
     @property
     def unknown(self) -> str:
-        """Why it is not known, in words."""
-        return f"{self.ess:.0f} of {self.rows:,} rows carry the weight, wanted {FLOOR:.0f}: give more held-out rows"
+        """Why it is not known, in words; "" where it is."""
+        if self.prompts < FEWEST_PROMPTS:
+            return f"{self.prompts} held-out prompts, wanted {FEWEST_PROMPTS} or more"
+        if self.ess < FLOOR:
+            return f"{self.ess:.0f} of {self.rows:,} held-out rows carry the weight, wanted {FLOOR:.0f} or more"
+        if abs(self.length_correlation) > LENGTH:
+            return f"rewards follow the length (correlation {self.length_correlation:.2f}), and so do ratios"
+        return ""
 
 
 def ess(weights: Tensor) -> float:
@@ -128,6 +139,8 @@ def gain(rows: HeldOut, seed: int = 0) -> Gain:
         ess=ess(_ratios(g * rows.log_ratio)),
         power=g,
         rows=len(rows.reward),
+        prompts=int(rows.prompt.max()) + 1,
+        length_correlation=_correlation(rows.reward, rows.words.double()),
     )
 
 
@@ -162,3 +175,10 @@ def _shift(weights: Tensor, numbers: Tensor, times: Tensor) -> Tensor:
     """(D,) the weighted mean of `numbers` less their plain mean."""
     weighted = times * weights
     return (weighted @ numbers) / weighted.sum(1) - (times @ numbers) / times.sum(1)
+
+
+def _correlation(one: Tensor, other: Tensor) -> float:
+    """Pearson's; 0 where one of the two does not vary."""
+    a, b = one - one.mean(), other - other.mean()
+    size = float(a.norm() * b.norm())
+    return float(a @ b) / size if size > 0 else 0.0

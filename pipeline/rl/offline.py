@@ -15,7 +15,7 @@ from pipeline.algorithms import estimates
 from pipeline.data import convert, dataset
 from pipeline.data.batching import Windows
 from pipeline.files import fingerprint
-from pipeline.records import Example, Item, Needs
+from pipeline.records import Example, Item, Needs, text_of
 from pipeline.rl import rows
 from pipeline.rl.context import Context, fresh_responses, splits
 from pipeline.rl.reference import ReferencePolicy, annotate, check_ratio, with_ref_logps
@@ -24,6 +24,7 @@ from pipeline.trainer import evaluation
 from pipeline.trainer.loop import GAIN, HELD_OUT_LOSS, REWARD, BestMetric, Evaluation, Trainer
 from pipeline.trainer.model import Model, build_policy, encode
 from pipeline.trainer.schedule import steps_for
+from pipeline.words import between_blanks
 
 logger = logging.getLogger("tiffin")
 
@@ -146,7 +147,8 @@ def estimated(items: Sequence[Item], log_ratios: torch.Tensor) -> estimates.Held
     values = torch.tensor([item.numbers.get("value", mean) for item in items], dtype=torch.float64)
     places: dict[object, int] = {}
     prompts = torch.tensor([places.setdefault(item.example.prompt, len(places)) for item in items])
-    return estimates.HeldOut(log_ratios, rewards, values, prompts)
+    words = torch.tensor([len(between_blanks(text_of(item.example.completion))) for item in items])
+    return estimates.HeldOut(log_ratios, rewards, values, prompts, words)
 
 
 def gained(rows: estimates.HeldOut, step: int) -> dict[str, float]:
@@ -155,7 +157,8 @@ def gained(rows: estimates.HeldOut, step: int) -> dict[str, float]:
     Without the estimate and its interval, and a word, where they are not to be believed.
     """
     gain = estimates.gain(rows)
-    carried = {"eval/gain/ess": gain.ess, "eval/gain/power": gain.power}
+    carried = {"eval/gain/ess": gain.ess, "eval/gain/rows": float(gain.rows), "eval/gain/prompts": float(gain.prompts)}
+    carried |= {"eval/gain/length_correlation": gain.length_correlation, "eval/gain/power": gain.power}
     if not gain.known:
         logger.warning(f"eval/gain: not known at step {step}: {gain.unknown}")
         return carried

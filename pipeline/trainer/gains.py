@@ -16,15 +16,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.algorithms import estimates
+from pipeline.data import convert
 from pipeline.models import text_regression
-from pipeline.records import Example, Response
-from pipeline.report.gains import COUNTS_WORDS
+from pipeline.records import Example, Response, text_of
 from pipeline.trainer import evaluation
 from pipeline.trainer.model import Model, spoken_packing
+from pipeline.words import between_blanks
 
 logger = logging.getLogger("tiffin")
-
-FEWEST_PROMPTS = 8  # a bootstrap over fewer draws intervals that are far too narrow
 
 
 class Read(NamedTuple):
@@ -42,38 +41,20 @@ class Rewarded(NamedTuple):
     reward: Tensor  # float64
     value: Tensor  # float64, the reward to expect of the prompt, by rows of other prompts
     prompt: Tensor  # int64
-    length: float  # correlation of the reward with the number of words; NaN where one does not vary
+    words: Tensor  # int64, of the responses
 
 
 def logged(rows: Sequence[Example]) -> list[Example]:
-    """One row for each response that the rows hold: scored candidates, both sides of pairs, completions.
-
-    A completion beside scored candidates is what these are compared with, and no logged response.
-    """
-    return [one for row in rows for one in _responses_of(row)]
-
-
-def _responses_of(row: Example) -> list[Example]:
-    if row.candidate_rewards:
-        texts = zip(row.candidates, row.candidate_rewards, strict=True)
-        return [_alone(row, f"{row.id}/{i}", text, reward) for i, (text, reward) in enumerate(texts)]
-    if row.completion is not None:
-        return [row]
-    if row.chosen is None or row.rejected is None:
-        return []
-    sides = (("chosen", row.chosen, row.chosen_reward), ("rejected", row.rejected, row.rejected_reward))
-    return [_alone(row, f"{row.id}/{side}", text, reward) for side, text, reward in sides]
-
-
-def _alone(row: Example, name: str, text: str, reward: float | None) -> Example:
-    return Example(name, row.prompt, text, reward=reward, source=row.source, columns=row.columns)
+    """One row for each response that the rows hold, with its reward: see `convert.to_scored`."""
+    held = [row for row in rows if row.completion is not None or convert.is_pair(row) or row.candidate_rewards]
+    return convert.to_scored(held, "both")
 
 
 def read(policy: Model, rows: Sequence[Example]) -> Read:
     """What a policy finds of logged responses; prompts and responses are written as its own template does."""
     encoded = [policy.encoder.encode(row.prompt, row.completion) for row in rows]
     responses = [
-        Response(example, "", example.completion, row.prompt_ids, row.response_ids, not row.cut_response)
+        Response(example, "", text_of(example.completion), row.prompt_ids, row.response_ids, not row.cut_response)
         for example, row in zip(rows, encoded, strict=True)
     ]
     logps = evaluation.response_logps(policy.engine, responses, spoken_packing(policy))
@@ -118,7 +99,7 @@ def _rewarded(rows: Sequence[Example], values: Sequence[float | None]) -> Reward
         torch.tensor(rewards, dtype=torch.float64),
         torch.from_numpy(expected),
         torch.tensor([known[prompt] for prompt in prompts]),
-        evaluation.length_correlation(rewards, [rows[i].completion for i in places]),
+        torch.tensor([len(between_blanks(text_of(rows[i].completion))) for i in places]),
     )
 
 
@@ -131,12 +112,11 @@ def gained(log_ratio: Tensor, rewards: Mapping[str, Rewarded]) -> dict[str, floa
     found: dict[str, float] = {}
     for name, rows in rewards.items():
         head = f"gain/{name}/" if name else "gain/"
-        held_out = estimates.HeldOut(log_ratio[rows.places], rows.reward, rows.value, rows.prompt)
-        gain, prompts = estimates.gain(held_out), int(rows.prompt.max()) + 1
-        known = gain.known and prompts >= FEWEST_PROMPTS and not abs(rows.length) > COUNTS_WORDS
-        found |= {f"{head}known": float(known), f"{head}ess": gain.ess, f"{head}rows": float(len(rows.places))}
-        found |= {f"{head}prompts": float(prompts), f"{head}length_correlation": rows.length}
-        if known:
+        held_out = estimates.HeldOut(log_ratio[rows.places], rows.reward, rows.value, rows.prompt, rows.words)
+        gain = estimates.gain(held_out)
+        found |= {f"{head}known": float(gain.known), f"{head}ess": gain.ess, f"{head}rows": float(gain.rows)}
+        found |= {f"{head}prompts": float(gain.prompts), f"{head}length_correlation": gain.length_correlation}
+        if gain.known:
             found |= {f"{head}estimate": gain.value, f"{head}low": gain.low, f"{head}high": gain.high}
     return found
 
