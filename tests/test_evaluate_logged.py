@@ -144,9 +144,7 @@ def test_the_sentence_never_calls_better_what_holds_0(tmp_path: Path, values: di
 def test_the_best_step_is_that_of_the_highest_estimate_where_nothing_judges(tmp_path: Path) -> None:
     """The loss, which falls to the end, chooses nothing; at step 20 nothing is known."""
     known = {0: 0.0, 10: 0.2, 20: None, 30: 0.1}
-    rows = [
-        {"step": s, "eval/loss": 2.0 - s / 100, "eval/gain/ess": 9.0, "eval/gain/estimate": g} for s, g in known.items()
-    ]
+    rows = [{"step": s, "eval/loss": 2.0 - s / 100, "eval/gain/ess": 9.0, "eval/gain/dr": g} for s, g in known.items()]
     write_jsonl(tmp_path / "rl" / "metrics.jsonl", rows)
     (stage,) = stages_of(tmp_path)
     assert verdicts(stage)["best_step"].text == "10 of 30"

@@ -14,11 +14,12 @@ of the whole response, rho = exp(lr) and A = r - V(x), V the reward to expect of
 All are 0 where pi = ref, and where every row became less likely by the same factor: forgetting is no gain. The weighted
 loss of training is no such estimate: A+ clip(rho) nll falls when rows are merely forgotten.
 
-`tempered` is what `gain` gives. rho of whole responses soon rests on a handful of rows; rho^g is the ratio of a policy
-on the way from the reference to pi (flattened weights, Shimodaira 2000). How far to look is a choice between what few
-rows say and what is only half the way, and logged rows never follow the reference quite: so the interval reaches from
-the least to the greatest of what a bootstrap over prompts gives for the shares of SPAN, the whole ratio among
-them. Both were chosen by measurement: stages/recipes/RESULTS.md.
+`gain` gives two of them, both chosen by measurement (stages/recipes/RESULTS.md). How much was gained: `tempered`. rho
+of whole responses soon rests on a handful of rows; rho^g is the ratio of a policy on the way from the reference to pi
+(flattened weights, Shimodaira 2000). How far to look is a choice between what few rows say and what is only half the
+way, and logged rows never follow the reference quite: so the interval reaches from the least to the greatest of what a
+bootstrap over prompts gives for the shares of SPAN, the whole ratio among them. Which of several policies gained more:
+`dr`, of which the level is too high and the order the best.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class Gain(NamedTuple):
     value: float
     low: float
     high: float
+    dr: float  # with the whole ratio: it says too much, and tells better which of several policies gained more
     ess: float  # effective sample size, in rows, that it rests on
     power: float  # in [0, 1], how far on the way from the reference to the policy it looks
     rows: int
@@ -136,6 +138,7 @@ def gain(rows: HeldOut, seed: int = 0) -> Gain:
         value=float(tempered(rows, once)),
         low=float(reached[:, 0].min()),
         high=float(reached[:, 1].max()),
+        dr=float(dr(rows, once)),
         ess=ess(_ratios(g * rows.log_ratio)),
         power=g,
         rows=len(rows.reward),

@@ -21,7 +21,7 @@ ROUNDING = 1e-4  # of a mean that is 0 by construction, in standard deviations
 DECODED = ("eval/reward", "eval/reward_se")
 CHOOSERS = {
     "eval/reward": "eval/reward",
-    "eval/gain/estimate": "eval/gain/ess",
+    "eval/gain/dr": "eval/gain/ess",
 }  # what to raise: logged where it counts
 
 Series = Mapping[str, Sequence[Point]]  # tag -> points in step order

@@ -162,7 +162,8 @@ def gained(rows: estimates.HeldOut, step: int) -> dict[str, float]:
     if not gain.known:
         logger.warning(f"eval/gain: not known at step {step}: {gain.unknown}")
         return carried
-    return {"eval/gain/estimate": gain.value, "eval/gain/low": gain.low, "eval/gain/high": gain.high, **carried}
+    found = {"eval/gain/estimate": gain.value, "eval/gain/low": gain.low, "eval/gain/high": gain.high}
+    return found | {"eval/gain/dr": gain.dr} | carried
 
 
 def number_histograms(items: Sequence[Item]) -> dict[str, torch.Tensor]:

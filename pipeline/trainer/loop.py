@@ -64,7 +64,7 @@ class BestMetric:
 
 HELD_OUT_LOSS = BestMetric("eval/loss", larger_is_better=False)
 REWARD = BestMetric("eval/reward", larger_is_better=True)
-GAIN = BestMetric("eval/gain/estimate", larger_is_better=True)
+GAIN = BestMetric("eval/gain/dr", larger_is_better=True)
 
 
 @dataclass(frozen=True)
