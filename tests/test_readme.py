@@ -16,7 +16,7 @@ COMMAND = re.compile(r"bash run\.sh[^\n`#]*")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 OURS = re.compile(rf"`((?:{'|'.join(FOLDERS)})/[\w./-]*)`")
 YOURS = "mine"  # what a reader is asked to write
-MOST_BYTES = 15_000  # what is read in one sitting; the rest stands beside what it describes
+MOST_BYTES = 16_000  # what is read in one sitting, twenty rows of data in it; the rest stands beside what it describes
 
 
 def commands() -> Iterator[str]:
