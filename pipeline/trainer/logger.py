@@ -27,6 +27,7 @@ HELD_OUT = {  # of these the first that is known stands beside the progress bar:
     "eval/reward": "held-out reward",
     "eval/accuracy": "held-out accuracy",
     "eval/rewards/accuracies": "held-out pairs in order",
+    "eval/gain/estimate": "estimated gain",
     "eval/loss": "held-out loss",
 }
 
