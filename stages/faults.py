@@ -30,6 +30,7 @@ from pipeline.config.reward_spec import (
     refuse_standardise,
 )
 from pipeline.config.schema import (
+    AuditStage,
     CompareStage,
     EvaluateStage,
     GenerateStage,
@@ -128,6 +129,8 @@ def of_step(step: Resolved, ahead: Ahead) -> list[str]:
     if not found and run_dir.begun(directory):
         ranks = partial(launcher.world, settings.launch, stage, ahead.environ)
         found += _told(lambda: run_dir.refuse_other_ranks(directory, ranks()))
+    if isinstance(settings, AuditStage):  # it opens no model, and judges nothing
+        return [*found, *of_rows(settings, ahead, lambda rows: None)]
     checks = (of_launch(settings, stage, ahead.environ), of_models(settings, ahead), of_rewards(settings, ahead))
     rows = of_rows(settings, ahead, partial(suits, settings=settings, ahead=ahead))
     return [*found, *(line for lines in checks for line in lines), *rows]
@@ -326,7 +329,7 @@ def rows_of(settings: WithModel, ahead: Ahead) -> Rows | None:
         return settings.data, settings.splits
     if isinstance(settings, EvaluateStage):
         return settings.data, [inputs.evaluate_split(settings)]
-    return settings.data, ("train", "validation")
+    return settings.data, ("train",) if isinstance(settings, AuditStage) else ("train", "validation")
 
 
 def suits(examples: Sequence[Example], settings: WithModel, ahead: Ahead) -> None:

@@ -11,7 +11,16 @@ from typing import Any
 
 from pipeline import plugins
 from pipeline.config.reward_spec import labelled, parse, words_for
-from pipeline.config.schema import Common, EvaluateStage, GenerateStage, RewardStage, RlStage, ScoreStage, SftStage
+from pipeline.config.schema import (
+    AuditStage,
+    Common,
+    EvaluateStage,
+    GenerateStage,
+    RewardStage,
+    RlStage,
+    ScoreStage,
+    SftStage,
+)
 from pipeline.config.sections import DataSettings, ModelSettings, Split
 from pipeline.config.yaml_layers import load_yaml
 from pipeline.data.splits import SPLITS, origins, read_from, split_places
@@ -39,6 +48,10 @@ def of_score(settings: ScoreStage) -> Inputs:
     return _model(settings.model) | _data(score_data(settings)) | of_rewards(settings, settings.reward)
 
 
+def of_audit(settings: AuditStage) -> Inputs:
+    return _data(settings.data)
+
+
 def of_generate(settings: GenerateStage) -> Inputs:
     model = run_dir.policy_model(settings, settings.policy)
     return _model(model) | _data(settings.data) | of_rewards(settings, settings.reward, own=False)
@@ -56,6 +69,7 @@ OF: dict[str, Callable[[Any], Inputs]] = {
     "sft": of_sft,
     "reward": of_reward,
     "rl": of_rl,
+    "audit": of_audit,
     "score": of_score,
     "generate": of_generate,
     "evaluate": of_evaluate,

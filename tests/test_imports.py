@@ -21,7 +21,7 @@ LEVELS = [
     ["pipeline/config"],
     ["pipeline/launch", "pipeline/data"],
     ["pipeline/models", "pipeline/report"],
-    ["pipeline/trainer", "reward_models"],
+    ["pipeline/trainer", "pipeline/audit", "reward_models"],
     ["pipeline/rewards", "pipeline/rollout"],
     ["pipeline/rl"],
     ["pipeline/bench"],

@@ -160,6 +160,11 @@ class ScoreStage(WithModel):
     rewards: sections.RewardSettings
 
 
+class AuditStage(Common):
+    data: sections.DataSettings
+    reward: RewardSpec
+
+
 class GenerateStage(WithModel):
     policy: str | None
     splits: Annotated[list[Split], Field(min_length=1)]
@@ -244,6 +249,7 @@ STAGES: dict[str, tuple[type[Common], ...]] = {  # several records where the alg
     "reward": (RewardStage,),
     "rl": (RlOffline, RlRatio, RlAdvantage, RlAdvantageRatio, RlPairs, RlMasked, RlPolicy),
     "score": (ScoreStage,),
+    "audit": (AuditStage,),
     "generate": (GenerateStage,),
     "evaluate": (EvaluateStage,),
     "compare": (CompareStage,),

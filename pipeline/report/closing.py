@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.config.definitions import Definitions
 from pipeline.config.resolve import Resolved
-from pipeline.config.schema import GenerateStage, RlStage
+from pipeline.config.schema import AuditStage, GenerateStage, RlStage
 from pipeline.config.yaml_layers import Layer, as_word, parse_overrides
 from pipeline.files import CARD
 from pipeline.launch import run_dir
@@ -39,6 +39,10 @@ def closing(step: Resolved, last: bool) -> list[str]:
     if step.stage == "bench":
         results = json.loads((directory / "results.json").read_text("utf-8"))
         return [f"{directory}/results.json: {len(results['results'])} results"]
+    if step.stage == "audit":
+        said = json.loads((directory / "results.json").read_text("utf-8"))["headline"]
+        first = f"{directory}/audit.html: {said['text']}"
+        return [first, _next(next_words(step))] if last and said["level"] != TROUBLE else [first]
     if step.stage not in OF_KIND:
         return []
     said = headline(read_stage(run_dir.run_dir(settings), directory, step.stage))
@@ -103,6 +107,16 @@ def _after_generate(settings: GenerateStage) -> list[str]:
     return ["stage=rl", f"scored={run_dir.stage_dir(settings, 'generate')}"]
 
 
+def _after_audit(settings: AuditStage) -> list[str]:
+    """Training on the rows that were looked at; from a model that only the user knows, where the run has none."""
+    model = [] if run_dir.model_of(settings, "sft") else ["model=MODEL"]
+    rows = [
+        as_word(f"data.{name}", given) for name in ("train", "validation") if (given := getattr(settings.data, name))
+    ]
+    reward = [] if settings.reward is None else [as_word("reward", settings.reward)]
+    return ["stage=rl", "algo=alol", *model, *rows, *reward]
+
+
 def _after_rl(settings: RlStage) -> list[str]:
     """An evaluation of this model beside the one that it was made of, by the same reward, if there was one."""
     own = run_dir.model_of(settings, "sft") and settings.start_from == "sft"
@@ -125,6 +139,7 @@ FOLLOWS: dict[str, Callable[[Any], list[str]]] = {
     "reward": lambda settings: ["stage=rl"] if run_dir.model_of(settings, "sft") else ["stage=sft"],
     "generate": _after_generate,
     "score": lambda settings: ["stage=rl"],
+    "audit": _after_audit,
     "rl": _after_rl,
     "evaluate": lambda settings: ["stage=report"],
     "report": lambda settings: ["stage=rl"] if run_dir.reward_models(settings) else ["stage=sft"],

@@ -60,7 +60,7 @@ def _prompt_by_prompt(known: Rewards, other: str) -> str:
 
 
 def _picture(known: Rewards) -> str:
-    edges = _edges([value for rewards in known.values() for value in rewards.values()])
+    edges = edges_of([value for rewards in known.values() for value in rewards.values()])
     rows = [
         Ridge(f"{name}, mean {number(fmean(rewards.values()))}", fmean(rewards.values()), _shares(rewards, edges))
         for name, rewards in known.items()
@@ -69,7 +69,7 @@ def _picture(known: Rewards) -> str:
     return ridges(rows, edges, "reward of a response", f"Distribution of rewards: {words}")
 
 
-def _edges(values: Sequence[float]) -> list[float]:
+def edges_of(values: Sequence[float]) -> list[float]:
     """The borders of the bins, equally wide and at round numbers, with all values between the first and the last."""
     low, high = min(values), max(values)
     room = (high - low) or abs(high) or 1.0
