@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 
 from pipeline import errors, plugins
@@ -292,7 +293,7 @@ def of_rows(settings: WithModel, ahead: Ahead, use: Callable[[list[Example]], ob
             return
         if data.path is not None and hub.is_hub_name(data.path):  # the stage asks the hub
             return
-        files = dict.fromkeys(origins(data, names).values())
+        files = dict.fromkeys(chain.from_iterable(origins(data, names).values()))
     except UserError as error:
         yield str(error)
         return
