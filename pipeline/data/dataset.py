@@ -93,7 +93,7 @@ def _of_task(data: DataSettings, split: str, seed: int) -> list[Example]:
 def _of_files(
     data: DataSettings, places: Places, names: Sequence[str], carry: bool
 ) -> dict[str, list[tuple[Example, str]]]:
-    """Of each split the rows, each with its file, before any weight; what is held out is cut from the union of files."""
+    """Of each split the rows, each with its file, before any weight; what is held out is cut from the union."""
     fraction, ids, origin = data.validation_fraction, id_names_of(places), origins(data, names)
     cut = "train" in places and "validation" not in places  # validation is a part of train
     files = dict.fromkeys(chain.from_iterable(origin.values()))
