@@ -79,6 +79,7 @@ def test_what_names_no_file_or_one_twice(given, message: str) -> None:
     ("words", "message"),
     [
         (["data.train=[]"], r"data.train: \[\] names no file"),
+        (["data.train=[*.csv]"], r"is not YAML: .*; put quotes around a name that begins with \*"),
         (["data.train={}"], r"data.train: {} names no file"),
         (["data.train=3"], r"data.train: 3, wanted text or a list or a mapping"),
         (["data.train={a.jsonl: -1}"], r"data.train.a.jsonl: -1, wanted more than 0"),
@@ -95,7 +96,7 @@ def test_a_later_layer_replaces_the_files_of_an_earlier_one_and_words_come_back(
     assert settings("config=mine.yaml").settings.data.train == {"a.jsonl": 1.0, "b.jsonl": 0.5}
     step = settings("config=mine.yaml", "data.train={c.jsonl: 2}")
     assert step.settings.data.train == {"c.jsonl": 2}
-    assert settings("train_files=[o/n:train, '*.jsonl']").settings.data.train == ["o/n:train", "*.jsonl"]
+    assert settings("data.train_files=[o/n:train, '*.jsonl']").settings.data.train == ["o/n:train", "*.jsonl"]
     (shown,) = [line.split("  ")[1].strip("# ") for line in dry_run.changed(step) if "data.train" in line]
     assert settings(shown).settings.data == step.settings.data
 

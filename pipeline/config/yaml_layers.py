@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -206,7 +207,8 @@ def _value(name: str, text: str) -> Any:
         try:
             return value_of(text) if first and first in "[{'\"" else scalar(text)
         except MALFORMED as error:
-            raise UserError(f"{COMMAND_LINE}: {name}: {text!r} is not YAML: {complaint(error)[1]}") from None
+            quote = "; put quotes around a name that begins with *" if re.search(r"[\[{,]\s*\*", text) else ""
+            raise UserError(f"{COMMAND_LINE}: {name}: {text!r} is not YAML: {complaint(error)[1]}{quote}") from None
     if text in NULLS or (text == "" and TEXTS[path]):
         return None
     try:
