@@ -136,6 +136,17 @@ def test_rows_of_two_files_are_cut_over_the_union_and_only_train_is_weighed(caps
     assert same == held and ids(short) == [one for one in ids(train) if one in {f"a/day/{i}" for i in range(1, 101)}]
 
 
+def test_a_prompt_that_is_text_in_one_file_and_a_message_in_another_is_cut_once(caplog) -> None:
+    write("texts.jsonl", [f"p{i}" for i in range(40)])
+    turns = [[{"role": "user", "content": f"p{i}"}, {"role": "assistant", "content": "a"}] for i in range(40)]
+    Path("chats.jsonl").write_text("".join(json.dumps({"messages": one}) + "\n" for one in turns))
+    train, held = rows("data.train=[texts.jsonl, chats.jsonl]", "data.validation_fraction=0.3")
+    learned, tested = ({row.id.partition("/")[2] for row in some} for some in (train, held))  # line i + 1 asks p{i}
+    assert len(train) + len(held) == 80 and len(learned) + len(tested) == 40 and tested
+    rows("data.train=texts.jsonl", "data.validation=chats.jsonl")
+    assert "validation: 40 of 40 prompts stand in train too" in caplog.text
+
+
 def test_a_part_of_a_weight_keeps_rows_of_a_prompt_together() -> None:
     some = [Example(f"f/{i}", f"p{i // 4}", "c") for i in range(400)]
     numbers = mixing.weighed(some, ["f"] * 400, {"f": 1.5}, 0)

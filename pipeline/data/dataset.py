@@ -117,7 +117,9 @@ def held_out(rows: Sequence[Example], fraction: float, most: int | None) -> Call
     All rows of one prompt stay together; only where all have the same, or none, their texts decide, or ids. Of two or
     more at least one is held out, and of the first `most` rows at least one is not.
     """
-    key = next((key for key in KEYS if len({*map(key, rows)}) > 1), KEYS[-1])
+    of_both_kinds = len({isinstance(row.prompt, str) for row in rows}) > 1
+    keys = (mixing.asked, *KEYS[1:]) if of_both_kinds else KEYS
+    key = next((key for key in keys if len({*map(key, rows)}) > 1), keys[-1])
     counts = Counter(map(key, rows))
     places = {one: mixing.place_of(one) for one in counts}
     # where chance leaves nothing to learn, what has most rows stays; where it holds nothing out, what has fewest goes
@@ -129,7 +131,7 @@ def held_out(rows: Sequence[Example], fraction: float, most: int | None) -> Call
         by_row = f"all {len(rows):,} rows have one prompt, or none: cut by row, not by prompt; {held}"
         by_prompt = f"{held} ({len(apart):,} of {len(counts):,} prompts)"
         logger.info(
-            f"validation: {by_prompt if key is KEYS[0] else by_row} are held out of train by "
+            f"validation: {by_prompt if key is keys[0] else by_row} are held out of train by "
             f"data.validation_fraction={fraction:g}, at least one is; data.validation=FILE names others"
         )
     return lambda row: key(row) in apart

@@ -27,6 +27,12 @@ def place_of(key: object) -> float:
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") / 2**64
 
 
+def asked(row: Example) -> object:
+    """The prompt, the same for a text and for a user's message of that text alone: files may have either."""
+    alone = not isinstance(row.prompt, str) and len(row.prompt) == 1 and type(row.prompt) is tuple
+    return row.prompt[0].content if alone and row.prompt[0].role == "user" and not row.prompt[0].more else row.prompt
+
+
 def times(weight: float, prompt: object, seed: int) -> int:
     """How often a row of this prompt counts in a file of this weight."""
     part = weight % 1

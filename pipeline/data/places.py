@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.data import hub
@@ -80,13 +80,10 @@ def id_names(files: Sequence[str]) -> dict[str, str]:
 
 def _apart(files: Sequence[str]) -> Sequence[str]:
     """The shortest ends of the paths of files of one stem that differ; with endings where only these differ."""
-    for last in (stem, _name):
+    for last in (stem, os.path.basename):
         paths = [(*Path(file).parts[:-1], last(file)) for file in files]
         for count in range(1, max(map(len, paths)) + 1):
             ends = ["/".join(path[-count:]) for path in paths]
             if len({*ends}) == len(ends):
                 return ends
     return files
-
-
-_name: Callable[[str], str] = os.path.basename
