@@ -13,16 +13,20 @@ from contextlib import suppress
 from functools import partial
 
 from pipeline.config.resolve import Resolved
-from pipeline.config.schema import EvaluateStage, GenerateStage, RewardStage, RlStage, Training
+from pipeline.config.schema import EvaluateStage, GenerateStage, RewardStage, RlStage, Training, WithModel
 from pipeline.config.shipped import shipped
 from pipeline.config.yaml_layers import as_word
 from pipeline.config.yaml_text import dump_yaml
+from pipeline.data import hub
+from pipeline.data.splits import split_places
 from pipeline.errors import UserError
 from pipeline.files import flatten
 from pipeline.launch import run_dir
 from pipeline.launch.entry import USER_ERROR, complain, logger, warn_of_slow_bf16
 from pipeline.launch.launcher import command, environment
 from stages import faults, inputs
+
+WEIGHTS = "data.train."
 
 
 def show(steps: Sequence[Resolved]) -> int:
@@ -31,7 +35,14 @@ def show(steps: Sequence[Resolved]) -> int:
     found = faults.of(steps, environ)
     before_are_done = True
     for step in steps:
-        print(f"# {step.title}", *changed(step), dump_yaml(step.settings.model_dump()), sep="\n", flush=True)
+        print(
+            f"# {step.title}",
+            *changed(step),
+            *chosen(step),
+            dump_yaml(step.settings.model_dump()),
+            sep="\n",
+            flush=True,
+        )
         found += _shown(partial(memory, step))
         found += _shown(partial(algorithm, step))
         if before_are_done:  # else its inputs may still change
@@ -51,11 +62,28 @@ def show(steps: Sequence[Resolved]) -> int:
 def changed(step: Resolved) -> Iterator[str]:
     """The settings that are not as by default, as words, each with its default."""
     now = flatten(step.settings.model_dump(), ".")
+    if weights := {key: value for key, value in now.items() if key.startswith(WEIGHTS)}:  # names of files have dots
+        now = {key: value for key, value in now.items() if key not in weights}
+        now[WEIGHTS[:-1]] = {key.removeprefix(WEIGHTS): value for key, value in weights.items()}
     usual = shipped(step.stage, now)
     words = {as_word(key, value): usual.get(key) for key, value in now.items() if value != usual.get(key)}
     yield "# not as by default:" if words else "# all as by default"
     width = max(map(len, words), default=0)
     yield from (f"#   {word:{width}}   default: {as_word('', default)[1:]}" for word, default in words.items())
+
+
+def chosen(step: Resolved) -> Iterator[str]:
+    """A line for each split whose files are found by a pattern, in a list or as shards; none where they are not."""
+    settings = step.settings
+    if not isinstance(settings, WithModel) or settings.data.task is not None:
+        return
+    if settings.data.path is not None and hub.is_hub_name(settings.data.path):
+        return
+    with suppress(UserError):  # faults.py tells of it
+        for split, files in split_places(settings.data).items():
+            if len(files) > 1 or (settings.data.path is None and [*files] != [getattr(settings.data, split)]):
+                count = f"{len(files):,} file" + "s" * (len(files) > 1)
+                yield f"# data.{split}: {count}: {', '.join(files)}"
 
 
 def memory(step: Resolved) -> None:

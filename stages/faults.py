@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 
 from pipeline import errors, plugins
@@ -48,6 +49,7 @@ from pipeline.config.schema import (
 )
 from pipeline.config.sections import DataSettings, ModelSettings
 from pipeline.data import convert, hub, readers
+from pipeline.data.files import raw_rows
 from pipeline.data.splits import origins
 from pipeline.errors import UserError
 from pipeline.launch import comparison_plan, extensions, launcher, machine, run_dir
@@ -61,6 +63,7 @@ Rows = tuple[DataSettings, Sequence[str]]  # where they lie, and the splits that
 FirstRows = tuple[list[Example], list[str]]  # and why there are no more
 WHOLE_MB = 20  # files that can only be read whole, and are larger, are left to the stage
 READ_WHOLE = (".json", ".parquet")
+MOST_HEADS = 20  # of more files than these only the first are looked into
 
 
 @dataclass(frozen=True)
@@ -298,18 +301,21 @@ def of_rows(settings: WithModel, ahead: Ahead, use: Callable[[list[Example]], ob
             return
         if data.path is not None and hub.is_hub_name(data.path):  # the stage asks the hub
             return
-        files = dict.fromkeys(origins(data, names).values())
+        files = dict.fromkeys(chain.from_iterable(origins(data, names).values()))
     except UserError as error:
         yield str(error)
         return
     filters = readers.Filters(data.exclude, data.drop_abrupt, data.sources)
-    for file in files:
+    for number, file in enumerate(files):
         path = Path(file)
         whole = path.name.removesuffix(".gz").endswith(READ_WHOLE)
         if hub.is_hub_name(file) or (whole and path.is_file() and path.stat().st_size > WHOLE_MB * 1e6):
             continue
         try:
-            use(readers.head(file, data.format, filters, data.max_bad_rows, data.columns))
+            if number < MOST_HEADS:
+                use(readers.head(file, data.format, filters, data.max_bad_rows, data.columns))
+            else:
+                raw_rows(file)
         except UserError as error:
             yield str(error)
 

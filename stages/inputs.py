@@ -185,8 +185,12 @@ def _model(model: ModelSettings) -> Inputs:
 
 
 def _data(data: DataSettings) -> Inputs:
-    """The files of the rows, or the task: its name, or the file that makes it."""
+    """The files of the rows, each by its name where it is not the one that is given; or the task: its name, or file."""
     if data.task is None:
-        return {f"data.{split}": fingerprint(place) for split, place in split_places(data).items()}
+        marks: Inputs = {}
+        for split, files in split_places(data).items():
+            alone = [*files] == [getattr(data, split)] or (getattr(data, split) is None and len(files) == 1)
+            marks |= {f"data.{split}" + ("" if alone else f" {file}"): fingerprint(file) for file in files}
+        return marks
     source, _ = plugins.split(data.task)
     return {"data": fingerprint(source) if source.endswith(".py") else f"task {data.task}"}

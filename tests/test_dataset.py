@@ -34,7 +34,8 @@ def ids(rows) -> list[str]:
 def test_validation_is_cut_from_train_by_the_prompt_and_the_file_is_read_once(tmp_path, capsys) -> None:
     settings = data(tmp_path, "data.validation_fraction=0.25", "data.max_bad_rows=1", train=[*ROWS, {"prompt": ""}])
     train, validation = splits(settings, 0)
-    assert len(capsys.readouterr().out.splitlines()) == 1  # the bad row is logged once, too
+    read, cut = capsys.readouterr().out.splitlines()  # the bad row is logged once, too
+    assert "400 of 401 rows" in read and f"{len(validation)} of 400 rows ({len(validation) // 2} of 200 prompts)" in cut
     assert sorted(ids(train + validation), key=int) == [row["id"] for row in ROWS]
     assert not {row.prompt for row in train} & {row.prompt for row in validation}
     assert 60 < len(validation) < 140  # 100 wanted, +-4 standard deviations of 2 sqrt(200 * 0.25 * 0.75) = 12

@@ -247,26 +247,37 @@ def test_split_files_finds_the_words_people_use(tmp_path):
     for name in ("pairs_train.jsonl.gz", "train_notes.md", "dev.csv", "test-00000-of-00001.parquet", "latest.jsonl"):
         (tmp_path / name).touch()
     assert split_files(str(tmp_path)) == {
-        "train": str(tmp_path / "pairs_train.jsonl.gz"),
-        "validation": str(tmp_path / "dev.csv"),
-        "test": str(tmp_path / "test-00000-of-00001.parquet"),
+        "train": (str(tmp_path / "pairs_train.jsonl.gz"),),
+        "validation": (str(tmp_path / "dev.csv"),),
+        "test": (str(tmp_path / "test-00000-of-00001.parquet"),),
     }
-    assert split_files(str(tmp_path / "dev.csv")) == {"train": str(tmp_path / "dev.csv")}
+    assert split_files(str(tmp_path / "dev.csv")) == {"train": (str(tmp_path / "dev.csv"),)}
 
 
 def test_an_exact_name_goes_before_longer_ones(tmp_path):
     for name in ("train.jsonl", "test.jsonl", "test_2017.jsonl"):
         (tmp_path / name).touch()
     assert split_files(str(tmp_path)) == {
-        "train": str(tmp_path / "train.jsonl"),
-        "test": str(tmp_path / "test.jsonl"),
+        "train": (str(tmp_path / "train.jsonl"),),
+        "test": (str(tmp_path / "test.jsonl"),),
     }
 
 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["a_train.jsonl", "b_train.jsonl"], r"2 files for train \(a_train.jsonl, b_train.jsonl\) among.*data.train="),
+        (
+            ["a_train.jsonl", "b_train.jsonl"],
+            r"2 files for train \(a_train.jsonl, b_train.jsonl\) among.*'\[.*/a_train",
+        ),
+        (
+            ["train-00000-of-00002.csv", "train-1-of-3.csv"],
+            r"2 files for train \(train-00000-of-00002.csv, train-1-of-3",
+        ),
+        (
+            ["train-0-of-3.csv", "train-2-of-3.csv"],
+            r"2 of the 3 shards of train \(.*\), number 1 is missing, wanted all",
+        ),
         (
             ["train.jsonl", "val_a.csv", "b_dev.csv"],
             r"2 files for validation \(b_dev.csv, val_a.csv\).*data.validation=",

@@ -102,8 +102,8 @@ def test_what_changes_no_number_may_change(tmp_path: Path, word: str) -> None:
 def test_changed_inputs_are_named(tmp_path: Path) -> None:
     begun(tmp_path)
     assert "its data.train has changed" in refused(tmp_path, inputs={**INPUTS, "data.train": "f2"})
-    assert "its reward x has changed" in refused(tmp_path, inputs={**INPUTS, "reward x": "f"})
-    assert "its data.train has changed" in refused(tmp_path, inputs={"model": "new"})
+    assert "its reward x is new" in refused(tmp_path, inputs={**INPUTS, "reward x": "f"})
+    assert "its data.train is gone" in refused(tmp_path, inputs={"model": "new"})
 
 
 def test_a_start_that_saved_nothing_may_be_made_otherwise(tmp_path: Path) -> None:

@@ -90,8 +90,13 @@ SAID: dict[str, str] = {  # names -> what to say of each
     "max_samples max_rows_train num_train_samples": (
         "data.max_rows=1000 of the training rows, eval.max_rows=400 of the held-out ones"
     ),
-    "datasets train_path train_dataset train_files train_datasets prompt_data": (
-        "one file or data set: data.train=rows.jsonl, or data.path=OWNER/NAME of the hub"
+    "datasets train_path train_dataset train_datasets prompt_data data_files": (
+        "one file or data set: data.train=rows.jsonl, or data.path=OWNER/NAME of the hub; several: "
+        "data.train='[a.jsonl, b.jsonl]' or data.train='logs/*.jsonl'"
+    ),
+    "dataset_mixer dataset_mixture dataset_mixer_list dataset_weights mix_strategy interleave_probs prompt_data_probs "
+    "sampling_probs train_data_weights": (
+        "weights stand beside the files, each of its file's own size: data.train='{a.jsonl: 1.0, b.jsonl: 0.3}'"
     ),
     "dataset_config dataset_config_name dataset_dir subset": (
         "part of the name: data.path=OWNER/NAME/FOLDER, or OWNER/NAME/CONFIG@refs/convert/parquet"

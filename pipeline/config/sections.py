@@ -120,9 +120,9 @@ class DataSettings(Section):
     task_size: Count | None
     path: str | None
     files: str | None
-    train: str | None
-    validation: str | None
-    test: str | None
+    train: str | list[str] | dict[str, Positive] | None  # files or hub names, patterns of files; weights
+    validation: str | list[str] | None
+    test: str | list[str] | None
     format: str | None
     columns: dict[str, str | list[str]]
     responses: Literal["chosen", "both"]
@@ -135,6 +135,20 @@ class DataSettings(Section):
     max_prompt_length: Count
     keep_of_prompt: Literal["end", "beginning"]
     max_response_length: Count
+
+    @field_validator("validation", "test", mode="before")
+    @classmethod
+    def no_weights(cls, given: object) -> object:
+        if isinstance(given, dict):
+            raise ValueError("a mapping, but only rows to learn from have weights, wanted one file or a list of files")
+        return given
+
+    @field_validator("train", "validation", "test")
+    @classmethod
+    def some_files(cls, given: str | list[str] | dict[str, float] | None) -> str | list[str] | dict[str, float] | None:
+        if given is not None and not (given and all(given)):
+            raise ValueError(f"{given!r} names no file, wanted one, a list of some, or some with weights for train")
+        return given
 
     @model_validator(mode="after")
     def task_or_files(self) -> DataSettings:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,12 @@ from pipeline.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 COMMAND_LINE = "command line"
-WHOLE = {("reward",), ("policies",), ("monitors",)}  # mappings that a later layer replaces instead of merging into
+WHOLE = {
+    ("reward",),
+    ("policies",),
+    ("monitors",),
+    ("data", "train"),
+}  # mappings that a later layer replaces instead of merging into
 EXCLUSIVE = (  # giving one of a pair takes back the other, if only an earlier layer gave it
     (("train", "num_train_epochs"), ("train", "max_steps")),
     (("train", "micro_batch_size"), ("train", "max_tokens")),
@@ -160,7 +166,7 @@ def _refuse_half_characters(text: str, place: str) -> None:
 def _layer(name: str, value: Any, place: Callable[[SettingPath], str]) -> Layer:
     """A top-level name and its value as leaves; `place` tells where a path, before aliases, was written."""
     target, meant = _target(name, value, place((name,)))
-    leaves = _leaves((), meant, target in WHOLE)
+    leaves = [(path[len(target) :], leaf) for path, leaf in _leaves(target, meant)]
     return {(*target, *path): Leaf(_usual((*target, *path), leaf), place((name, *path))) for path, leaf in leaves}
 
 
@@ -170,10 +176,10 @@ def _usual(path: SettingPath, value: Any) -> Any:
     return same.get(str(value), value)
 
 
-def _leaves(path: SettingPath, value: Any, whole: bool) -> Iterator[tuple[SettingPath, Any]]:
-    if isinstance(value, dict) and value and not whole:
+def _leaves(path: SettingPath, value: Any) -> Iterator[tuple[SettingPath, Any]]:
+    if isinstance(value, dict) and value and path not in WHOLE:
         for key, inner in value.items():
-            yield from _leaves((*path, str(key)), inner, False)
+            yield from _leaves((*path, str(key)), inner)
     else:
         yield path, value
 
@@ -201,7 +207,8 @@ def _value(name: str, text: str) -> Any:
         try:
             return value_of(text) if first and first in "[{'\"" else scalar(text)
         except MALFORMED as error:
-            raise UserError(f"{COMMAND_LINE}: {name}: {text!r} is not YAML: {complaint(error)[1]}") from None
+            quote = "; put quotes around a name that begins with *" if re.search(r"[\[{,]\s*\*", text) else ""
+            raise UserError(f"{COMMAND_LINE}: {name}: {text!r} is not YAML: {complaint(error)[1]}{quote}") from None
     if text in NULLS or (text == "" and TEXTS[path]):
         return None
     try:

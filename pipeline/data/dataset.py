@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 
 from pipeline import plugins
 from pipeline.config.sections import DataSettings, TemplateSettings
-from pipeline.data import columns, convert, hub, readers, remarks
-from pipeline.data.splits import origins, split_places
+from pipeline.data import columns, convert, hub, mixing, readers, remarks
+from pipeline.data.splits import Places, id_names_of, origins, split_places
 from pipeline.data.template import prompt_text, response_text
 from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
@@ -42,7 +42,9 @@ def splits(
     if data.task is not None:
         rows = {name: _of_task(data, name, seed) for name in names}
     else:
-        rows = _of_files(data, names, carry)
+        places = split_places(data)
+        found = _of_files(data, places, names, carry)
+        rows = {name: [row for row, _ in some] for name, some in found.items()}
     rows = columns.filled(rows)
     for name in names:
         if not rows[name]:
@@ -51,7 +53,20 @@ def splits(
             turns = remarks.of_turns(name, rows[name]) if name == names[0] else ()
             for line in (*remarks.of_rows(name, rows[name]), *turns):
                 logger.info(line)
-        yield rows[name]
+            yield _mixed(name, rows[name], [file for _, file in found[name]], places, seed)
+        else:
+            yield rows[name]
+
+
+def _mixed(split: str, rows: list[Example], files: Sequence[str], places: Places, seed: int) -> list[Example]:
+    """The rows, those of train as often as the weight of their file in `files` says; several files are summed up."""
+    weights = places[split] if split in places else dict.fromkeys(places["train"], 1.0)
+    plain = {*weights.values()} == {1.0}
+    numbers = [[1]] * len(rows) if plain else mixing.weighed(rows, files, weights, seed)
+    if not plain or len(weights) > 1:
+        for line in mixing.summed_up(split, rows, files, weights, [*map(len, numbers)]):
+            logger.info(line)
+    return rows if plain else mixing.repeated(rows, numbers)
 
 
 def _cure(data: DataSettings) -> str:
@@ -75,18 +90,23 @@ def _of_task(data: DataSettings, split: str, seed: int) -> list[Example]:
     return kept[: data.max_rows] if split == "train" else kept
 
 
-def _of_files(data: DataSettings, names: Sequence[str], carry: bool) -> dict[str, list[Example]]:
-    places, fraction = split_places(data), data.validation_fraction
+def _of_files(
+    data: DataSettings, places: Places, names: Sequence[str], carry: bool
+) -> dict[str, list[tuple[Example, str]]]:
+    """Of each split the rows, each with its file, before any weight; what is held out is cut from the union."""
+    fraction, ids, origin = data.validation_fraction, id_names_of(places), origins(data, names)
     cut = "train" in places and "validation" not in places  # validation is a part of train
-    origin = origins(data, names)
-    read = {place: _read(place, data, carry) for place in dict.fromkeys(origin.values())}
-    rows = {name: read[place][: data.max_rows if name == "train" else None] for name, place in origin.items()}
-    if cut and fraction > 0 and places["train"] in read:
-        is_held_out = held_out(read[places["train"]], fraction, data.max_rows)
-        for name in {"train", "validation"} & {*rows}:
-            rows[name] = [row for row in rows[name] if is_held_out(row) == (name == "validation")]
-    elif {"train", "validation"} <= {*rows}:
-        for line in remarks.of_splits(rows["train"], rows["validation"]):
+    files = dict.fromkeys(chain.from_iterable(origin.values()))
+    read = {file: [(row, file) for row in _read(file, data, carry, ids[file])] for file in files}
+    whole = {name: [*chain.from_iterable(read[file] for file in some)] for name, some in origin.items()}
+    rows = {name: some[: data.max_rows if name == "train" else None] for name, some in whole.items()}
+    asked = [name for name in ("train", "validation") if name in rows]
+    if cut and fraction > 0 and asked:
+        is_held_out = held_out([row for row, _ in whole[asked[0]]], fraction, data.max_rows)
+        for name in asked:
+            rows[name] = [one for one in rows[name] if is_held_out(one[0]) == (name == "validation")]
+    elif len(asked) == 2:
+        for line in remarks.of_splits(*([row for row, _ in rows[name]] for name in asked)):
             logger.warning(line)
     return rows
 
@@ -97,30 +117,34 @@ def held_out(rows: Sequence[Example], fraction: float, most: int | None) -> Call
     All rows of one prompt stay together; only where all have the same, or none, their texts decide, or ids. Of two or
     more at least one is held out, and of the first `most` rows at least one is not.
     """
-    key = next((key for key in KEYS if len({*map(key, rows)}) > 1), KEYS[-1])
-    if key is not KEYS[0] and len(rows) > 1:
-        logger.info(f"validation: all {len(rows):,} rows have one prompt, or none: cut by row, not by prompt")
+    of_both_kinds = len({isinstance(row.prompt, str) for row in rows}) > 1
+    keys = (mixing.asked, *KEYS[1:]) if of_both_kinds else KEYS
+    key = next((key for key in keys if len({*map(key, rows)}) > 1), keys[-1])
     counts = Counter(map(key, rows))
-    places = {one: _place(one) for one in counts}
+    places = {one: mixing.place_of(one) for one in counts}
     # where chance leaves nothing to learn, what has most rows stays; where it holds nothing out, what has fewest goes
     kept = max({*map(key, rows[:most])}, key=lambda one: (places[one] >= fraction, counts[one], places[one]))
     others = sorted(counts.keys() - {kept}, key=lambda one: (counts[one], places[one]))
     apart = {one for one in others if places[one] < fraction} or {*others[:1]}
+    if len(rows) > 1:
+        held = f"{sum(counts[one] for one in apart):,} of {len(rows):,} rows"
+        by_row = f"all {len(rows):,} rows have one prompt, or none: cut by row, not by prompt; {held}"
+        by_prompt = f"{held} ({len(apart):,} of {len(counts):,} prompts)"
+        logger.info(
+            f"validation: {by_prompt if key is keys[0] else by_row} are held out of train by "
+            f"data.validation_fraction={fraction:g}, at least one is; data.validation=FILE names others"
+        )
     return lambda row: key(row) in apart
 
 
-def _place(key: object) -> float:
-    """Where in [0, 1) a key lies, by its hash."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") / 2**64
-
-
-def _read(place: str, data: DataSettings, carry: bool) -> list[Example]:
+def _read(place: str, data: DataSettings, carry: bool, name: str) -> list[Example]:
+    """The rows of a file or hub name; ids begin with `name`, but of a hub set's folders with theirs."""
     folders = hub.folders(place, data.sources or []) if hub.is_hub_name(place) else {}
     if folders:  # a hub set keeps each source in a folder of its own
         whole = data.model_copy(update={"sources": None})
-        return [replace(e, source=s) for s, folder in folders.items() for e in _read(folder, whole, carry)]
+        return [replace(e, source=s) for s, folder in folders.items() for e in _read(folder, whole, carry, "")]
     filters = readers.Filters(data.exclude, data.drop_abrupt, data.sources)
-    return readers.read(place, data.format, filters, data.max_bad_rows, carry, data.columns).examples
+    return readers.read(place, data.format, filters, data.max_bad_rows, carry, data.columns, name).examples
 
 
 def judgeable(examples: Sequence[Example], data: DataSettings) -> list[Example]:
@@ -221,14 +245,16 @@ def with_gold(examples: Sequence[Example]) -> list[Example]:
     return [replace(example, references=gold(example)) for example in examples]
 
 
-def unique_prompts(examples: Sequence[Example]) -> list[Example]:
+def unique_prompts(examples: Sequence[Example], copies: bool = False) -> list[Example]:
     """The first example of each prompt, to be answered anew; its references are what is gold in any of that prompt.
 
-    Further columns stay those of the first example; a line is logged where they differ.
+    With `copies`, which the weights of files make, each copy of a prompt is one of its own. Further columns stay those
+    of the first example; a line is logged where they differ.
     """
     groups: dict[object, list[Example]] = {}
     for example in examples:
-        groups.setdefault(example.prompt, []).append(example)
+        number = mixing.copy_number(example) if copies else 1
+        groups.setdefault((number, example.prompt), []).append(example)
     differing = sum(any(row.columns != rows[0].columns for row in rows) for rows in groups.values())
     if differing:
         logger.info(f"{differing:,} of {len(groups):,} prompts have rows of different columns: the first row's count")

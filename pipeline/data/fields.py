@@ -28,7 +28,10 @@ def has(row: Columns, name: str) -> bool:
 
 def first_of(row: Columns, names: Sequence[str]) -> str | None:
     """The first of several names for one thing that the row has a value for."""
-    return next((name for name in names if has(row, name)), None)
+    for name in names:  # a plain loop: this is asked thirty times a row
+        if row.get(name) is not None:
+            return name
+    return None
 
 
 def named(row: Columns, names: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from itertools import chain
 
-from pipeline.data import convert, dataset
+from pipeline.data import convert, dataset, mixing
 from pipeline.errors import UserError
 from pipeline.records import Example
 
@@ -53,7 +53,7 @@ def of_scored(rows: Sequence[Example]) -> list[Example]:
         if convert.is_pair(row) and row.completion is None:
             given.append(row)
         else:
-            groups.setdefault(row.prompt, []).append(convert.with_score(row))
+            groups.setdefault((mixing.copy_number(row), row.prompt), []).append(convert.with_score(row))
     # the largest contrast of each prompt; what lies between would say less, more often
     made, alone, tied, between = [], 0, 0, 0
     for group in groups.values():

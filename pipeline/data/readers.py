@@ -71,12 +71,13 @@ def read(
     max_bad_rows: int = 0,
     carry: bool = False,
     columns: mapping.Given | None = None,
+    name: str = "",
 ) -> ReadResult:
     """The Examples of a local file, or of a hub data set `owner/name[/folder][@revision][:split]`, in their order.
 
     `columns` says which of the file's columns are ours: {our name: theirs}. Without `format` the first row's columns
-    decide, those that have a value in one of the first HEAD rows. Ids default to "<file stem>/<line>". With `carry`
-    Examples keep the columns that the format does not use, for rewards. One line is logged.
+    decide, those that have a value in one of the first HEAD rows. Ids default to "<name>/<line>", the name to the
+    file's stem. With `carry` Examples keep the columns that the format does not use, for rewards. One line is logged.
 
     Raises UserError for an unreadable or empty file, an unknown format, more than `max_bad_rows` bad rows, a filter or
     `columns` that name what is not there, and when no row is left.
@@ -86,7 +87,7 @@ def read(
     first = RawRow(sound[0].line, reading.filled([row.columns for row in sound]))
     how = reading.decide(path, sound, format, columns or {})
     _check_flags(path, first, filters.exclude)
-    result = _read_rows(path, rows, how, filters, carry)
+    result = _read_rows(path, rows, how, filters, carry, name)
     _refuse_bad(path, result, max_bad_rows)
     if not result.examples:
         raise _nothing_left(path, result, filters)
@@ -145,8 +146,11 @@ def _check_flags(path: str, row: RawRow, names: Sequence[str]) -> None:
             raise UserError(f"{path}:{row.line}: exclude: no column '{name}', wanted one of {', '.join(columns)}{cure}")
 
 
-def _read_rows(path: str, rows: Iterable[RawRow], how: RowReading, filters: Filters, carry: bool) -> ReadResult:
+def _read_rows(
+    path: str, rows: Iterable[RawRow], how: RowReading, filters: Filters, carry: bool, name: str = ""
+) -> ReadResult:
     """Every row once, from its columns to an Example or to the reason why it is none."""
+    name = name or stem(path)
     result, form, used = ReadResult(how.format), FORMATS[how.format], used_columns(how.format)
     for row in rows:
         example, more = None, {}
@@ -159,7 +163,7 @@ def _read_rows(path: str, rows: Iterable[RawRow], how: RowReading, filters: Filt
                 reason = ABRUPT if filters.drop_abrupt and _ends_abruptly(columns) else ""
             if not reason:
                 more = further(columns, used)
-                example = example_of(columns, form.read(columns), f"{stem(path)}/{row.line}", more if carry else None)
+                example = example_of(columns, form.read(columns), f"{name}/{row.line}", more if carry else None)
         except RowError as error:
             result.bad_rows.append(f"{path}:{row.line}: {row.error or how.spoken(error)}")
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from pipeline.data import mixing
 from pipeline.data.fields import Columns
 from pipeline.records import Example
 
@@ -47,7 +48,7 @@ def of_turns(split: str, rows: Sequence[Example]) -> Iterator[str]:
 
 def of_splits(train: Sequence[Example], validation: Sequence[Example]) -> Iterator[str]:
     """A line about prompts that are learned and held out."""
-    learned, held_out = ({row.prompt for row in rows} for rows in (train, validation))
+    learned, held_out = ({*map(mixing.asked, rows)} for rows in (train, validation))
     if both := len(learned & held_out):
         yield f"validation: {both:,} of {len(held_out):,} prompts stand in train too: it is not held out of learning"
 

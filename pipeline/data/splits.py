@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.config.sections import DataSettings
 from pipeline.data import hub
 from pipeline.data.files import known_ending, stem
+from pipeline.data.places import files_of, id_names
 from pipeline.errors import UserError
 
 SPLIT_WORDS = {"train": ("train",), "validation": ("validation", "val", "valid", "dev"), "test": ("test",)}
 SPLITS = tuple(SPLIT_WORDS)
+SHARD = re.compile(r"(?P<before>.*?)(?P<number>\d+)-of-(?P<count>\d+)(?P<ending>\D.*)")  # train-00000-of-00002.parquet
+
+Places = dict[str, dict[str, float]]  # split -> file or hub name -> its weight
 
 
-def split_places(data: DataSettings) -> dict[str, str]:
-    """split -> file or hub name, from data.path and data.train, data.validation, data.test.
+def split_places(data: DataSettings) -> Places:
+    """The files or hub names of each split, from data.path and data.train, data.validation, data.test, in their order.
 
-    Raises UserError where nothing is named.
+    Raises UserError where nothing is named, and as `files_of`.
     """
-    named = {split: getattr(data, split) for split in SPLITS if getattr(data, split) is not None}
+    given = {split: getattr(data, split) for split in SPLITS if getattr(data, split) is not None}
+    named = {split: files_of(f"data.{split}", one) for split, one in given.items()}
     if data.path is not None:
-        named = {**split_files(data.path, data.files), **named}
+        found = split_files(data.path, data.files)
+        named = {**{split: dict.fromkeys(files, 1.0) for split, files in found.items()}, **named}
     if not named:
         raise UserError(
             "data: none is named, wanted rows to learn from: give data.train=FILE, data.path=DIRECTORY "
@@ -31,8 +37,16 @@ def split_places(data: DataSettings) -> dict[str, str]:
     return named
 
 
-def origins(data: DataSettings, names: Sequence[str]) -> dict[str, str]:
-    """split -> the file or hub name that its rows are read from; validation is cut from train where it has none.
+def id_names_of(places: Places) -> dict[str, str]:
+    """File -> what the ids of its rows begin with, whichever splits are asked for; the first that has it decides."""
+    found: dict[str, str] = {}
+    for files in reversed(places.values()):
+        found |= id_names([*files])
+    return found
+
+
+def origins(data: DataSettings, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """split -> the files or hub names its rows are read from; validation is cut from train where it has none.
 
     Raises UserError as `split_places`, and for a split that is not there.
     """
@@ -41,7 +55,7 @@ def origins(data: DataSettings, names: Sequence[str]) -> dict[str, str]:
     for name in names:
         if name not in places and not (cut and name == "validation"):
             raise UserError(f"data: there is no {name} split, only {', '.join(places)}: give data.{name}=")
-    return {name: places.get(name, places.get("train")) for name in names}
+    return {name: tuple(places[name] if name in places else places["train"]) for name in names}
 
 
 def read_from(data: DataSettings, **places: str) -> DataSettings:
@@ -60,8 +74,8 @@ def read_from(data: DataSettings, **places: str) -> DataSettings:
     )
 
 
-def split_files(path: str, word: str | None = None) -> dict[str, str]:
-    """{"train": file, "validation": file, "test": file}, the latter two where there are any.
+def split_files(path: str, word: str | None = None) -> dict[str, tuple[str, ...]]:
+    """{"train": files, "validation": files, "test": files}, the latter two where there are any; several only of shards.
 
     A file belongs to a split if its stem is the split's word, or else begins or ends with it as a word of its own
     (`pairs_train.jsonl.gz`, `train-00000-of-00001.parquet`). A file as `path` is the training file; a hub name without
@@ -75,12 +89,13 @@ def split_files(path: str, word: str | None = None) -> dict[str, str]:
     if hub.is_hub_name(path):
         return _hub_splits(path)
     if folder.is_file():
-        return {"train": path}
+        return {"train": (path,)}
     if not folder.is_dir():
         raise UserError(f"{path}: no such file or folder, wanted data; name it with data.path= or data.train=")
     files = [file.name for file in folder.iterdir() if file.is_file() and known_ending(file.name)]
     names = sorted(name for name in files if word is None or word in _words(name))
-    splits = {split: str(folder / name) for split in SPLIT_WORDS if (name := _only_file(path, split, names))}
+    found = {split: _file_or_shards(path, split, names) for split in SPLIT_WORDS}
+    splits = {split: tuple(str(folder / name) for name in some) for split, some in found.items() if some}
     if "train" not in splits:
         raise UserError(
             f"{path}: no training file among {_listed(names)}, wanted one called train.*; name it with data.train="
@@ -88,17 +103,40 @@ def split_files(path: str, word: str | None = None) -> dict[str, str]:
     return splits
 
 
-def _only_file(path: str, split: str, names: Sequence[str]) -> str | None:
-    """The one file whose stem is a word of the split, or else the one that begins or ends with such a word."""
+def _file_or_shards(path: str, split: str, names: Sequence[str]) -> list[str]:
+    """The one file whose stem is a word of the split, or else the one that begins or ends with such a word, if any.
+
+    All shards of one set count as one. Raises UserError for several others, and for shards of which some are missing.
+    """
     words = {*SPLIT_WORDS[split]}
     exact = [name for name in names if stem(name).lower() in words]
     matching = exact or [name for name in names if words & {*_words(name)[:1], *_words(name)[-1:]}]
-    if len(matching) > 1:
+    sets = {
+        name: shard.group("before", "count", "ending") if (shard := SHARD.fullmatch(name)) else name
+        for name in matching
+    }
+    if len({*sets.values()}) > 1:
+        some = ", ".join(str(Path(path) / name) for name in matching[:2])
         raise UserError(
             f"{path}: {len(matching)} files for {split} ({', '.join(matching)}) among {_listed(names)}, wanted one; "
-            f"name it with data.{split}="
+            f"name it with data.{split}=, or several with data.{split}='[{some}]'"
         )
-    return matching[0] if matching else None
+    if matching and matching[0] != sets[matching[0]]:
+        _refuse_missing(path, split, matching)
+    return matching
+
+
+def _refuse_missing(path: str, split: str, shards: Sequence[str]) -> None:
+    """Raises UserError where a set of shards, counted from 0 or from 1, has not all of them."""
+    parts: list[Mapping[str, str]] = [SHARD.fullmatch(name).groupdict() for name in shards]
+    numbers, count = [int(part["number"]) for part in parts], int(parts[0]["count"])
+    first = 1 if count in numbers else 0
+    missing = sorted({*range(first, first + count)} - {*numbers})
+    if missing:
+        raise UserError(
+            f"{path}: {len(shards)} of the {count} shards of {split} ({', '.join(shards)}), number {missing[0]} is "
+            f"missing, wanted all: fetch it, or name those that are there with data.{split}="
+        )
 
 
 def _words(name: str) -> list[str]:
@@ -111,9 +149,9 @@ def _listed(names: Sequence[str]) -> str:
 
 def _hub_splits(path: str) -> dict[str, str]:
     if hub.parse(path).split:
-        return {"train": path}
+        return {"train": (path,)}
     there = hub.split_names(path)
     names = {split: next((word for word in words if word in there), None) for split, words in SPLIT_WORDS.items()}
     if names["train"] is None:
         raise UserError(f"{path}: no split 'train' among {_listed(there)}; name one with data.train={path}:split")
-    return {split: f"{path}:{name}" for split, name in names.items() if name}
+    return {split: (f"{path}:{name}",) for split, name in names.items() if name}

@@ -312,12 +312,14 @@ def refuse_other_ranks(directory: Path, ranks: int) -> None:
 def refuse_other_inputs(directory: Path, inputs: Mapping[str, str]) -> None:
     """Raises UserError naming the first input that changed since the stage was started."""
     old = json.loads((directory / INPUTS).read_text("utf-8"))
-    for name in sorted({*old, *inputs}):
-        if old.get(name) != inputs.get(name):
-            raise UserError(
-                f"{directory}: its {name} has changed since it was started: choose another run= or name=, "
-                "or remove the directory"
-            )
+    changed = [name for name in sorted({*old, *inputs}) if old.get(name) != inputs.get(name)]
+    if changed:
+        name, more = changed[0], f" (and {len(changed) - 1} more inputs have)" if len(changed) > 1 else ""
+        how = "has changed" if name in old and name in inputs else "is new" if name in inputs else "is gone"
+        raise UserError(
+            f"{directory}: its {name} {how}{more} since it was started: choose another run= or name=, "
+            "or remove the directory"
+        )
 
 
 def start_model(settings: RewardStage | RlStage) -> ModelSettings:

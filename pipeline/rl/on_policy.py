@@ -58,7 +58,7 @@ def trainer(context: Context) -> Trainer:
     """On-policy RL. train.batch_size counts prompts, each of which has several responses in the step."""
     settings, ranks, algorithm = context.settings, context.ranks, context.algorithm
     rewards = required_rewards(context)
-    prompts, held_out = (dataset.unique_prompts(rows) for rows in splits(context))
+    prompts, held_out = (dataset.unique_prompts(rows, copies=True) for rows in splits(context))
     longest = max(settings.generation.max_new_tokens, settings.data.max_response_length)
     policy = build_policy(settings, ranks, context.start, longest=longest)
     # a KL term compares with the start as it was: a second model, which is only read

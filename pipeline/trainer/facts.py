@@ -80,7 +80,8 @@ def began(start: Path) -> tuple[str, str | None]:
 
 
 def _places(data: DataSettings) -> list[str]:
-    return [place for name in PLACES if (place := getattr(data, name)) is not None]
+    given = [place for name in PLACES if (place := getattr(data, name)) is not None]
+    return [place for one in given for place in ([one] if isinstance(one, str) else one)]
 
 
 def _data(settings: Training, directory: Path) -> dict[str, str]:
@@ -95,8 +96,8 @@ def _data(settings: Training, directory: Path) -> dict[str, str]:
         said["rows"] = ", ".join(f"{split} {one['rows']:,} ({one['tokens']:,} tokens)" for split, one in counts.items())
     noted = directory / INPUTS
     marks = json.loads(noted.read_text("utf-8")) if noted.is_file() else {}
-    sha = {nameless(name): mark for name, mark in marks.items() if re.fullmatch("[0-9a-f]{64}", mark)}
-    return said | ({"sha256": ", ".join(f"{name} `{mark[:SHARE]}`" for name, mark in sha.items())} if sha else {})
+    sha = [(nameless(name), mark) for name, mark in marks.items() if re.fullmatch("[0-9a-f]{64}", mark)]
+    return said | ({"sha256": ", ".join(f"{name} `{mark[:SHARE]}`" for name, mark in sha)} if sha else {})
 
 
 def changed(settings: Training, stage: str) -> dict[str, object]:
