@@ -12,6 +12,7 @@ from pipeline.audit.log import Log
 from pipeline.config.reward_spec import parse, words_for
 from pipeline.config.schema import AuditStage
 from pipeline.data import convert, dataset
+from pipeline.data.mixing import copy_number
 from pipeline.data.splits import split_places
 from pipeline.errors import UserError
 from pipeline.files import write_json
@@ -67,6 +68,7 @@ def rows_of(settings: AuditStage) -> tuple[list[Example], list[Example]]:
     whole = settings.data.model_copy(update={"validation_fraction": 0.0})
     others = [] if whole.task else [split for split in split_places(whole) if split != "train"]
     train, *rest = dataset.splits(whole, settings.seed, ["train", *others])
+    train = [row for row in train if copy_number(row) == 1]  # whatever their weights
     held = [row for row in train if row.completion is not None or convert.is_pair(row) or row.candidate_rewards]
     if not held:
         raise UserError(f"stage=audit: none of {len(train):,} rows holds a response, wanted some with rewards")
@@ -81,8 +83,8 @@ def rewards_of(settings: AuditStage, rows: Sequence[Example]) -> list[float | No
     names = [name for name in own_rewards.names(rows) if name != own_rewards.SINGLE]
     if names and all(row.reward is None for row in rows):
         raise UserError(
-            f"stage=audit: the rows bring rewards by name ({', '.join(names)}) and no `reward`, wanted which count: add "
-            f"{words_for(names)}"
+            f"stage=audit: the rows bring rewards by name ({', '.join(names)}) and no `reward`, wanted which count: "
+            f"add {words_for(names)}"
         )
     return [row.reward for row in rows]
 
