@@ -53,7 +53,7 @@ def main(settings: AuditStage, words: Sequence[str]) -> None:
         "oddities": {one.name: one.count for one in odd},
     }
     numbers = {f"{part}/{name}": float(value) for part, values in parts.items() for name, value in values.items()}
-    told = learnable.verdict(numbers["prompts/rows"], numbers["prompts/prompts"], numbers["learning/gain/low"])
+    told = learnable.verdict(numbers["prompts/rows"], numbers["prompts/prompts"], numbers["learning/gain/sure"])
     said, found = findings.headline(told, numbers), findings.of_numbers(numbers)
     shown = page.Audited(directory.parent.name, said, found, numbers, fitted, advantage, odd, named(rows))
     page.build(directory / "audit.html", shown)

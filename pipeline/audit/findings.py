@@ -42,7 +42,7 @@ def headline(verdict: str, n: Numbers) -> Finding:
     if verdict == LEARN:
         spread = number(n["learning/gain/estimate"] / n["rewards/std"])
         told = f"something to learn: by what words tell of {of}, a gain of {gain}, {spread} standard deviations"
-        return Finding(FINE, told, "train")
+        return Finding(FINE, told, "train on it")
     nothing = f"nothing to learn: words do not tell which of {of} are better, predicted gain {gain}"
     return Finding(TROUBLE, nothing, "look whether rewards stand beside the right answers, before you train")
 

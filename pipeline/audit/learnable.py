@@ -22,6 +22,7 @@ from pipeline.models import text_regression
 MOST_ROWS = 5000  # that are fitted
 CARRIED = 0.5  # of the rows, that a tilt leaves in effect
 STEEP = 20.0  # standard deviations of what is predicted, at which a tilt leaves a handful of rows
+SURE = 0.99  # of a bootstrap's draws, that find a gain where there is something to learn
 FEWEST_ROWS, FEWEST_PROMPTS = 100, 20  # below them nothing is said
 LEARN, NOTHING, FEW = "something to learn", "nothing to learn", "too few rows to tell"
 
@@ -64,10 +65,11 @@ def of_learning(log: Log, seed: int) -> tuple[dict[str, float], Numbers]:
 
 
 def tilted(log: Log, advantage: Numbers, told: Numbers, seed: int) -> dict[str, float]:
-    """estimate, low and high (the middle 90 %) of the gain of weights exp(g `told`)."""
+    """estimate, low and high (the middle 90 %) of the gain of weights exp(g `told`), and what it passes SURE of the
+    time."""
     spread = told.std()
     if spread <= 1e-9 * max(1.0, float(np.abs(told).max(initial=0.0))):
-        return {"estimate": 0.0, "low": 0.0, "high": 0.0}
+        return {"estimate": 0.0, "low": 0.0, "high": 0.0, "sure": 0.0}
     steep = torch.from_numpy((told - told.mean()) / spread * STEEP)
     ratio = estimates.power(steep, CARRIED) * steep
     numbers = torch.from_numpy(advantage)
@@ -76,16 +78,16 @@ def tilted(log: Log, advantage: Numbers, told: Numbers, seed: int) -> dict[str, 
     )
     once = torch.ones(1, len(advantage), dtype=torch.float64)
     drawn = estimates.dr(rows, estimates.resampled(rows.prompt, seed))
-    ends = torch.tensor([(1 - estimates.LEVEL) / 2, (1 + estimates.LEVEL) / 2], dtype=torch.float64)
-    low, high = torch.quantile(drawn, ends).tolist()
-    return {"estimate": float(estimates.dr(rows, once)), "low": low, "high": high}
+    ends = torch.tensor([(1 - estimates.LEVEL) / 2, (1 + estimates.LEVEL) / 2, 1 - SURE], dtype=torch.float64)
+    low, high, sure = torch.quantile(drawn, ends).tolist()
+    return {"estimate": float(estimates.dr(rows, once)), "low": low, "high": high, "sure": sure}
 
 
-def verdict(rows: float, prompts: float, low: float) -> str:
-    """LEARN where the whole interval lies above 0."""
+def verdict(rows: float, prompts: float, sure: float) -> str:
+    """LEARN where the gain is SURE to be one."""
     if rows < FEWEST_ROWS or prompts < FEWEST_PROMPTS:
         return FEW
-    return LEARN if low > 0 else NOTHING
+    return LEARN if sure > 0 else NOTHING
 
 
 def correlation(one: Sequence[float], other: Sequence[float]) -> float:

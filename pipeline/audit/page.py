@@ -16,6 +16,7 @@ from pipeline.report.distribution import edges_of
 from pipeline.report.html import render
 from pipeline.report.numbers import number
 from pipeline.report.svg import Ridge, ridges
+from pipeline.report.tables import Cell
 
 FEWEST = 8  # rewards that are drawn
 MEANS = {  # number -> what it is called, and what it says
@@ -96,10 +97,10 @@ def build(path: Path, audited: Audited) -> None:
     write_text(path, render("audit.html", context))
 
 
-def _table(part: str, numbers: Mapping[str, float]) -> list[tuple[str, str, str]]:
-    """What a number is called, the number, what it says."""
+def _table(part: str, numbers: Mapping[str, float]) -> list[tuple[Cell, str]]:
+    """What a number is called, and what it says; the number."""
     return [
-        (called, _shown(key, numbers[key]), means)
+        (Cell(called, note=means), _shown(key, numbers[key]))
         for key, (called, means) in MEANS.items()
         if key.startswith(f"{part}/") and key in numbers
     ]
