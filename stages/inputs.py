@@ -140,7 +140,7 @@ def policies(settings: EvaluateStage) -> dict[str, str]:
     if start["revision"] != settings.model.revision:
         raise UserError(
             f"model.revision: {settings.model.revision}, but {left} started from {start['path']} at revision "
-            f"{start['revision']}, wanted the same to compare with: give model.revision={start['revision']}, or policies="
+            f"{start['revision']}, wanted the same: give model.revision={start['revision']}, or policies="
         )
     return {"start": start["path"], "rl": "rl"}
 
