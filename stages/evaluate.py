@@ -43,9 +43,14 @@ SHOWN = {
 def main(settings: EvaluateStage, words: Sequence[str]) -> None:
     ranks = engine.start(settings.launch.ddp_timeout)
     directory = run_dir.stage_dir(settings, "evaluate")
-    models = {name: run_dir.policy_model(settings, place) for name, place in settings.policies.items()}
+    places = inputs.policies(settings)
+    models = {name: run_dir.policy_model(settings, place) for name, place in places.items()}
     if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs.of_evaluate(settings))):
         return
+    if settings.policies is None and "start" in places:
+        logger.info(
+            f"policies: this run has no sft, so rl is compared with start, from which it began: {places['start']}"
+        )
     monitors = labelled(settings.monitors)
     rewards = build.build_rewards(settings, settings.reward, settings.rewards, ranks.device, monitors)
     split = inputs.evaluate_split(settings)

@@ -212,11 +212,29 @@ def _start(settings: RewardStage | RlStage, ahead: Ahead) -> list[Given]:
 
 
 def _policies(settings: GenerateStage | EvaluateStage, ahead: Ahead) -> list[Given]:
-    places = settings.policies.values() if isinstance(settings, EvaluateStage) else [settings.policy]
+    if isinstance(settings, EvaluateStage):
+        try:
+            places = _compared(settings, ahead)
+        except UserError as error:
+            return [partial(_refuse, str(error))]
+    else:
+        places = [settings.policy]
     made = {
         one: any(ahead.makes(settings, name) for name in (["rl", "sft"] if one is None else [one])) for one in places
     }
     return [partial(run_dir.policy_model, settings, one) for one in places if not (made[one] or ahead.holds(one))]
+
+
+def _compared(settings: EvaluateStage, ahead: Ahead) -> Sequence[str]:
+    """Where the policies of an evaluation are; where RL is ahead without sft, what it starts from is checked there."""
+    own = ahead.makes(settings, "sft") or run_dir.model_of(settings, "sft") is not None
+    if settings.policies is None and ahead.makes(settings, "rl"):
+        return ["sft", "rl"] if own else ["rl"]
+    return [*inputs.policies(settings).values()]
+
+
+def _refuse(line: str) -> ModelSettings:
+    raise UserError(line)
 
 
 def models_of(settings: WithModel, ahead: Ahead) -> list[Given]:

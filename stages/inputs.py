@@ -58,10 +58,10 @@ def of_generate(settings: GenerateStage) -> Inputs:
 
 
 def of_evaluate(settings: EvaluateStage) -> Inputs:
-    policies = {name: run_dir.policy_model(settings, place).path for name, place in settings.policies.items()}
+    places = {name: run_dir.policy_model(settings, place).path for name, place in policies(settings).items()}
     judges = {label: _named.mark(place) for label, place in labelled(settings.monitors).items()}
     marks = _model(settings.model) | _data(settings.data) | of_rewards(settings, settings.reward)
-    marks |= {f"policy {name}": fingerprint(path) for name, path in policies.items()}
+    marks |= {f"policy {name}": fingerprint(path) for name, path in places.items()}
     return marks | {f"monitor {label}": found for label, found in judges.items() if found is not None}
 
 
@@ -124,7 +124,7 @@ def not_held_out(settings: EvaluateStage, split: Split) -> Iterator[str]:
             "there is no test split: evaluated on validation, by which training chose its weights (and which it held "
             "out only if its data.* were the same): data.test=FILE is better"
         )
-    for name, place in settings.policies.items():
+    for name, place in policies(settings).items():
         if learned := _learned_from(run_dir.run_dir(settings) / place / "config.yaml", settings.data, split):
             yield f"policy {name} learned from rows of {learned}: its numbers tell little of new rows"
 
@@ -138,6 +138,25 @@ def _learned_from(config: Path, data: DataSettings, split: Split) -> str | None:
     cut_alike = all(theirs.get(key) == getattr(data, key) for key in ("validation", "validation_fraction", "max_rows"))
     held_out = split == "validation" and data.validation is None and cut_alike
     return source if source in (trained if isinstance(trained, list) else [trained]) and not held_out else None
+
+
+def policies(settings: EvaluateStage) -> dict[str, str]:
+    """`policies`; where it is null the run's sft and rl, or the model that RL started from where there is no sft.
+
+    Raises UserError where that model is another revision than the one that would be read.
+    """
+    if settings.policies is not None:
+        return settings.policies
+    if run_dir.model_of(settings, "sft") is not None or run_dir.model_of(settings, "rl") is None:
+        return {"sft": "sft", "rl": "rl"}
+    left = run_dir.run_dir(settings) / "rl"
+    start = load_yaml(left / run_dir.CONFIG)["model"]
+    if start["revision"] != settings.model.revision:
+        raise UserError(
+            f"model.revision: {settings.model.revision}, but {left} started from {start['path']} at revision "
+            f"{start['revision']}, wanted the same: give model.revision={start['revision']}, or policies="
+        )
+    return {"start": start["path"], "rl": "rl"}
 
 
 def rl_model(settings: RlStage) -> ModelSettings:

@@ -99,7 +99,7 @@ NEXT = [
     (["stage=generate", "data.train=x", "reward=rouge"], "stage=rl scored=runs/default/generate"),
     (
         ["stage=rl", "model=m", "data.train=x"],
-        "stage=evaluate 'policies={start: m, rl: rl}' data.test=FILE",
+        "stage=evaluate data.test=FILE",
     ),
     (["stage=evaluate", "run=a", "task=assistant"], "stage=report run=a"),
     (["stage=sft", "recipe=demo", "run=b"], "stage=reward name=helpfulness run=b recipe=demo"),
@@ -136,7 +136,7 @@ def test_what_rows_bring_judges_no_evaluation(tmp_path: Path) -> None:
     rl = finished(tmp_path, "rl", "reward={kind: 1.0, length: 0.1}", model=True)
     assert next_words(rl)[1] == "reward={kind: 1.0, length: 0.1}"
     write_json(run_dir.stage_dir(rl.settings, "rl") / "results.json", TRAINED)  # nothing judged its responses
-    assert next_words(rl)[1] == "reward=NAME"
+    assert not any(word.startswith("reward=") for word in next_words(rl))
 
 
 def test_a_recipe_that_only_does_with_further_words(tmp_path: Path) -> None:

@@ -106,11 +106,25 @@ def test_rows_that_follow_the_reference_give_the_true_gain():
 
 def test_what_rests_on_few_rows_is_not_known():
     policy = torch.tensor([0.2, 0.3, 0.5], dtype=F64)
-    gain = estimates.gain(bandit(policy, 12, 0)[0])
-    assert not gain.known and "of 12 held-out rows carry the weight, wanted 16" in gain.unknown
+    assert estimates.gain(bandit(policy, 12, 0)[0]).unknown == "12 held-out rows, wanted 16 or more"
     of, _ = bandit(policy, 300, 0)
+    one = of.log_ratio.clone()
+    one[:40] += 1000 * torch.arange(40)
+    gain = estimates.gain(HeldOut(*(column[:40] for column in of._replace(log_ratio=one))))
+    assert not gain.known and not gain.never and "10 of 40 held-out rows carry the weight, wanted 16" in gain.unknown
     few = estimates.gain(of._replace(prompt=of.prompt % 7))
     assert not few.known and few.unknown == "7 held-out prompts, wanted 8 or more"
     long = estimates.gain(of._replace(words=(of.reward * 100).long()))
     assert not long.known and "rewards follow the length (correlation 1.00)" in long.unknown
     assert gains.COUNTS_WORDS == estimates.LENGTH  # the report, which needs no torch, says the same
+
+
+def test_ratios_beyond_the_range_of_a_float_have_an_interval_and_those_that_are_no_numbers_none():
+    n = 100  # the ratio as it is rests on one row, and a draw without it on the next one: at exp(-1000) of the largest
+    alternating = torch.arange(n, dtype=F64) % 2
+    of = HeldOut(1000 * torch.arange(n, dtype=F64), alternating, torch.zeros(n), torch.arange(n), torch.full((n,), 5))
+    gain = estimates.gain(of)
+    assert gain.known and gain.dr == 0.5 and -1 <= gain.low <= gain.value <= gain.high <= 1
+    for wrong in (math.nan, math.inf):
+        ratios = torch.where(torch.arange(n) == 3, wrong, of.log_ratio)
+        assert "not finite" in estimates.gain(of._replace(log_ratio=ratios)).unknown

@@ -24,6 +24,7 @@ bootstrap over prompts gives for the shares of SPAN, the whole ratio among them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -70,14 +71,23 @@ class Gain(NamedTuple):
         return not self.unknown
 
     @property
+    def never(self) -> bool:
+        """Whether no policy's gain would be known by these rows."""
+        return abs(self.length_correlation) > LENGTH or self.prompts < FEWEST_PROMPTS or self.rows < FLOOR
+
+    @property
     def unknown(self) -> str:
         """Why it is not known, in words; "" where it is."""
-        if self.prompts < FEWEST_PROMPTS:
-            return f"{self.prompts} held-out prompts, wanted {FEWEST_PROMPTS} or more"
-        if self.ess < FLOOR:
-            return f"{self.ess:.0f} of {self.rows:,} held-out rows carry the weight, wanted {FLOOR:.0f} or more"
         if abs(self.length_correlation) > LENGTH:
             return f"rewards follow the length (correlation {self.length_correlation:.2f}), and so do ratios"
+        if self.prompts < FEWEST_PROMPTS:
+            return f"{self.prompts} held-out prompts, wanted {FEWEST_PROMPTS} or more"
+        if self.rows < FLOOR:
+            return f"{self.rows} held-out rows, wanted {FLOOR:.0f} or more"
+        if not all(map(math.isfinite, (self.value, self.low, self.high, self.dr, self.ess))):
+            return "ratios or rewards of held-out rows are not finite, or too large to count with"
+        if self.ess < FLOOR:
+            return f"{self.ess:.0f} of {self.rows:,} held-out rows carry the weight, wanted {FLOOR:.0f} or more"
         return ""
 
 
@@ -88,11 +98,11 @@ def ess(weights: Tensor) -> float:
 
 def snips(rows: HeldOut, times: Tensor) -> Tensor:
     """(D,) of each of D draws in which row i stands times[d, i] times; so are the others."""
-    return _shift(_ratios(rows.log_ratio), rows.reward, times)
+    return _shift(rows.log_ratio, rows.reward, times)
 
 
 def dr(rows: HeldOut, times: Tensor) -> Tensor:
-    return _shift(_ratios(rows.log_ratio), rows.reward - rows.value, times)
+    return _shift(rows.log_ratio, rows.reward - rows.value, times)
 
 
 def tempered(rows: HeldOut, times: Tensor, share: float = SHARE) -> Tensor:
@@ -174,9 +184,13 @@ def _ratios(log_ratio: Tensor) -> Tensor:
     return torch.exp(log_ratio - log_ratio.max())  # scaled: only shares count
 
 
-def _shift(weights: Tensor, numbers: Tensor, times: Tensor) -> Tensor:
-    """(D,) the weighted mean of `numbers` less their plain mean."""
-    weighted = times * weights
+def _shift(log_ratio: Tensor, numbers: Tensor, times: Tensor) -> Tensor:
+    """(D,) the mean of `numbers` weighted by the ratios, less their plain mean.
+
+    Each draw is scaled by its own largest ratio: by that of all rows a draw without this row could have only zeros.
+    """
+    drawn = torch.where(times > 0, log_ratio, -math.inf)  # (D, n)
+    weighted = times * torch.exp(drawn - drawn.amax(1, keepdim=True))
     return (weighted @ numbers) / weighted.sum(1) - (times @ numbers) / times.sum(1)
 
 

@@ -176,7 +176,7 @@ class GenerateStage(WithModel):
 
 
 class EvaluateStage(WithModel):
-    policies: Annotated[dict[str, str], Field(min_length=1)]
+    policies: Annotated[dict[str, str], Field(min_length=1)] | None
     split: Split
     max_rows: Count
     max_logged: Count

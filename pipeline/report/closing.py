@@ -122,7 +122,8 @@ def _after_rl(settings: RlStage) -> list[str]:
     own = run_dir.model_of(settings, "sft") and settings.start_from == "sft"
     policies = {"sft": "sft"} if own else {"start": settings.model.path}
     policies["rl"] = "rl" if settings.name is None else f"rl/{settings.name}"
-    words = [] if policies == {"sft": "sft", "rl": "rl"} else [as_word("policies", policies)]
+    found = settings.name is None and (own or run_dir.model_of(settings, "sft") is None)  # by an evaluation itself
+    words = [] if found else [as_word("policies", policies)]
     if settings.reward is not None and not _unjudged(run_dir.stage_dir(settings, "rl") / run_dir.RESULTS):
         return ["stage=evaluate", *words, as_word("reward", settings.reward)]
     return ["stage=evaluate", *words]

@@ -190,7 +190,8 @@ def _content(judge: Judge, body: bytes) -> str:
         whole = json.loads(body)
         choice = whole["choices"][0]
         content, end = choice["message"]["content"], choice.get("finish_reason")
-        tokens = (whole.get("usage") or {}).get("total_tokens")
+        counted = (whole.get("usage") or {}).get("total_tokens")
+        tokens = counted if isinstance(counted, int) else None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         wanted = 'wanted {"choices": [{"message": {"content": "..."}}]}: is this an OpenAI-compatible address?'
         raise judge.server.error(f"its answer is no chat completion ({http.first_line(body)}), {wanted}") from None

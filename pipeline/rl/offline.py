@@ -160,7 +160,9 @@ def gained(rows: estimates.HeldOut, step: int) -> dict[str, float]:
     carried = {"eval/gain/ess": gain.ess, "eval/gain/rows": float(gain.rows), "eval/gain/prompts": float(gain.prompts)}
     carried |= {"eval/gain/length_correlation": gain.length_correlation, "eval/gain/power": gain.power}
     if not gain.known:
-        logger.warning(f"eval/gain: not known at step {step}: {gain.unknown}")
+        if not gain.never or step == 0:  # that no step's is known is said once
+            when = "any step" if gain.never else f"step {step}"
+            logger.warning(f"eval/gain: not known at {when}: {gain.unknown}")
         return carried
     found = {"eval/gain/estimate": gain.value, "eval/gain/low": gain.low, "eval/gain/high": gain.high}
     return found | {"eval/gain/dr": gain.dr} | carried
