@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from pipeline.config.resolve import resolve
 from pipeline.data import readers
 from pipeline.errors import UserError
 from tests import logged, tiny
+from tests.documents import ROOT
 
 TINY = [
     "runs_dir=RUNS",
@@ -278,6 +280,25 @@ def test_evaluate_and_report(runs: Path, capsys: pytest.CaptureFixture[str]) -> 
     importlib.import_module("stages.report").main(report.settings, [])
     page = (runs / "report.html").read_text(encoding="utf-8")
     assert "helpfulness" in page and "of 10 prompts are answered better by rl than by sft" in page
+
+
+def test_the_three_commands_of_the_readme(runs: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    """On the rows that it shows, by its words, with a model of ours: what is known is little, and said."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = [line.strip() for line in readme.splitlines() if line.startswith('    {"prompt"')]
+    commands = [shlex.split(line, comments=True)[2:] for line in readme.splitlines() if "=rows.jsonl" in line][:3]
+    assert len(lines) == 20 and [words[0] for words in commands] == ["stage=audit", "stage=rl", "stage=evaluate"]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    ours = {"model=my-chat-model": f"model={runs / 'sft' / 'model'}"}
+    for words in commands:
+        resolved = resolve([*(ours.get(word, word) for word in words), *([] if "audit" in words[0] else SHORT)])
+        importlib.import_module(f"stages.{resolved.stage}").main(resolved.settings, list(resolved.words))
+    left = tmp_path / "runs" / "default"
+    assert json.loads((left / "audit" / "results.json").read_text())["verdict"] == "too few rows to tell"
+    results = json.loads((left / "evaluate" / "results.json").read_text())
+    assert list(results) == ["start", "rl"] and results["rl"]["gain/known"] == 0.0
+    assert "not known" in capsys.readouterr().out and (left / "rl" / "model" / "README.md").is_file()
 
 
 def test_rl_in_an_empty_place_says_what_is_missing(tmp_path: Path) -> None:
