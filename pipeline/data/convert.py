@@ -27,6 +27,11 @@ def is_pair(example: Example) -> bool:
     return example.chosen is not None and example.rejected is not None
 
 
+def scores_of(example: Example, i: int) -> dict[str, float]:
+    """What candidate number `i` of a row has by name."""
+    return {name: values[i] for name, values in example.candidate_scores.items() if values[i] is not None}
+
+
 def each_candidate(example: Example) -> list[Example]:
     """A row for each of its scored candidates, with its reward and its scores by name; any other row as it is.
 
@@ -39,8 +44,8 @@ def each_candidate(example: Example) -> list[Example]:
     gold = () if example.completion is None or example.reward is not None else (text_of(example.completion),)
     rows = [bare] if example.reward is not None and example.completion is not None else []
     for i, (text, reward) in enumerate(zip(example.candidates, example.candidate_rewards, strict=True)):
-        named = {name: values[i] for name, values in example.candidate_scores.items() if values[i] is not None}
-        given = {"completion": text, "reward": reward, "rewards": named, "references": example.references or gold}
+        given = {"completion": text, "reward": reward, "references": example.references or gold}
+        given["rewards"] = scores_of(example, i)
         rows.append(replace(bare, id=f"{example.id}{CANDIDATE}{i + 1}", **given))
     return rows
 
