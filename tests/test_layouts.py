@@ -417,6 +417,17 @@ def test_a_completion_beside_scored_candidates_is_their_reference_unless_it_has_
     ]
 
 
+def test_candidates_with_scores_by_name_alone_are_rows_without_a_reward() -> None:
+    row = Example("a", "p", candidates=("x", "y"), candidate_scores={"good": (1.0, 2.0), "brief": (None, 0.5)})
+    found = convert.to_scored([row], "both")
+    assert [(one.completion, one.reward, one.rewards) for one in found] == [
+        ("x", None, {"good": 1.0}),
+        ("y", None, {"good": 2.0, "brief": 0.5}),
+    ]
+    with pytest.raises(UserError, match=r"data.columns='\{candidate_rewards: candidates.rewards.good\}'"):
+        pairs.paired([row])
+
+
 ASKED = "How do I plant a bean number 0?"
 SERVES = {  # file -> format, a prompt's last words, and what a row holds: completion, reward, chosen, candidates
     "alpaca": ("supervised", "in the garden", "completion"),
