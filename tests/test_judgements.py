@@ -33,6 +33,8 @@ def judged(folder: Path, name: str, *values: object) -> list[Example]:
     [
         (True, (1.0, "true or false")),
         ("False", (0.0, "true or false")),
+        ("Yes", (1.0, "true or false")),
+        ("no", (0.0, "true or false")),
         ("up", (1.0, "thumbs up or down")),
         ("Thumbs_Down", (0.0, "thumbs up or down")),
         ("thumbs-up", (1.0, "thumbs up or down")),
@@ -237,6 +239,7 @@ def test_what_was_mapped_is_said(tmp_path, capsys) -> None:
             {"reward": ["good", "rated"]},
             "data.columns: reward: ['good', 'rated'], wanted one name: only `rewards` takes",
         ),
+        ({"rewards": ["annotations.tone", "rated.tone"]}, "annotations.tone, rated.tone would be called tone, wanted"),
         ({"source": "reply"}, "no known format.*say which is which with data.columns="),
         (
             {"prompt": "question", "completion": "reply", "margin": "reply"},
@@ -263,3 +266,55 @@ def test_settings_reach_the_rows_and_the_checks_before_a_start(tmp_path) -> None
     asked = resolve([*words, "data.columns={prompt: qestion}"])
     assert [line for line in faults.of([asked], {}) if "no column 'qestion'" in line]
     assert not faults.of([resolve([*words, given])], {})
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{}, {"thumbs": "up"}], ":1: thumbs: missing, wanted up or down"),
+        ([{}, {"reward": 1}], ":1: reward (or score): missing, wanted a finite number"),
+        (
+            [{"reward": None, "score": 80}, {"reward": 1, "score": 90}],
+            ":1: reward: no value, wanted a finite number as",
+        ),
+        ([{"reward": 1}, {"score": 80}], ":2: reward: no value, wanted a finite number as in other rows (`score` may"),
+        (
+            [{"helpfulness": 3, "correctness": 1}, {"helpfulness": 3, "correctness": 1, "rewards": {"correctness": 2}}],
+            ":2: rewards: correctness is also a column, of another value",
+        ),
+    ],
+)
+def test_rewards_are_not_taken_from_where_other_rows_have_none(tmp_path, rows, said) -> None:
+    path = write(tmp_path, *(ROW | row for row in rows))
+    with pytest.raises(UserError) as caught:
+        read(path)
+    assert f"{path}{said}" in str(caught.value) and "data.max_bad_rows=1" in str(caught.value)
+    assert len(read(path, max_bad_rows=1).examples) == 1
+
+
+def test_a_score_beside_a_reward_is_said_not_to_be_read(tmp_path, capsys) -> None:
+    path = write(tmp_path, {**ROW, "reward": 1, "score": 80})
+    assert read(path).examples[0].reward == 1.0
+    assert "score is not read: the reward is reward" in capsys.readouterr().out
+    assert read(path, columns={"reward": "score"}).examples[0].reward == 80.0
+
+
+def test_rewards_of_candidates_by_either_name_and_by_others(tmp_path, capsys) -> None:
+    listed = [{"text": "a", "reward": 1}, {"text": "b", "reward": 2}]
+    (row,) = read(write(tmp_path, {"prompt": "p", "candidates": listed})).examples
+    assert (row.candidates, row.candidate_rewards) == (("b", "a"), (2.0, 1.0))
+    path = write(tmp_path, {"prompt": "p", "candidates": [{"text": "a", "reward": 1, "score": 2}]})
+    with pytest.raises(UserError, match=r"candidates\[0\]: both score and reward, wanted one of them"):
+        read(path)
+    named = [{"text": "a", "rewards": {"x": 1}}, {"text": "b", "rewards": {"x": 2}}]
+    path = write(tmp_path, {"prompt": "p", "candidates": named})
+    assert read(path).examples[0].candidates == ("a", "b")
+    cure = "data.columns='{candidate_rewards: candidates.rewards.x}'"
+    assert f"so that the order given counts: choose with {cure}" in capsys.readouterr().out
+    assert read(path, columns={"candidate_rewards": "candidates.rewards.x"}).examples[0].candidates == ("b", "a")
+
+
+def test_tools_are_a_column_to_map(tmp_path) -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    (row,) = read(write(tmp_path, {**ROW, "functions": tools}), columns={"tools": "functions"}).examples
+    assert json.loads(row.prompt.tools) == tools

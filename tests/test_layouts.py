@@ -295,6 +295,7 @@ def test_equal_ranks_share_the_middle_of_their_places(tmp_path) -> None:
     ("good", "bad", "found"),
     [
         (PKU, {"better_response_id": 2}, "better_response_id: 2 is a number, wanted 0 or 1 (read as PKU-SafeRLHF)"),
+        (PKU, {"better_response_id": [1]}, "better_response_id: [1] is a list, wanted 0 or 1"),
         (PKU, {"response_1": ""}, "chosen: empty, wanted text (read as PKU-SafeRLHF)"),
         (STRENGTH, {"preference_strength": None}, "preference_strength: null, wanted a finite number"),
         (SHP, {"labels": 2}, "labels: 2 is a number, wanted 1 (A is preferred) or 0"),
@@ -416,6 +417,17 @@ def test_a_completion_beside_scored_candidates_is_their_reference_unless_it_has_
     ]
 
 
+def test_candidates_with_scores_by_name_alone_are_rows_without_a_reward() -> None:
+    row = Example("a", "p", candidates=("x", "y"), candidate_scores={"good": (1.0, 2.0), "brief": (None, 0.5)})
+    found = convert.to_scored([row], "both")
+    assert [(one.completion, one.reward, one.rewards) for one in found] == [
+        ("x", None, {"good": 1.0}),
+        ("y", None, {"good": 2.0, "brief": 0.5}),
+    ]
+    with pytest.raises(UserError, match=r"data.columns='\{candidate_rewards: candidates.rewards.good\}'"):
+        pairs.paired([row])
+
+
 ASKED = "How do I plant a bean number 0?"
 SERVES = {  # file -> format, a prompt's last words, and what a row holds: completion, reward, chosen, candidates
     "alpaca": ("supervised", "in the garden", "completion"),
@@ -427,6 +439,7 @@ SERVES = {  # file -> format, a prompt's last words, and what a row holds: compl
     "helpsteer2_pref": ("preference", ASKED, "chosen rejected margin"),
     "hh_rlhf": ("hh", ASKED, "chosen rejected"),
     "openai_ft_weight": ("supervised", "Again please.", "completion"),
+    "openai_parts": ("supervised", ASKED, "completion"),
     "pku_saferlhf": ("preference", ASKED, "chosen rejected"),
     "sharegpt": ("supervised", ASKED, "completion"),
     "summarize_axis": ("scored", f"{ASKED}\n\nTL;DR:", "completion reward rewards"),
@@ -441,6 +454,7 @@ SERVES = {  # file -> format, a prompt's last words, and what a row holds: compl
     "trl_pref_implicit_std": ("implicit_prompt", ASKED, "chosen rejected"),
     "trl_pref_std": ("preference", ASKED, "chosen rejected"),
     "trl_prompt_only_conv": ("prompts", ASKED, ""),
+    "trl_tools": ("supervised", "3", "completion"),  # what the tool said
     "trl_unpaired_conv": ("scored", ASKED, "completion reward rewards"),
     "trl_unpaired_std": ("scored", ASKED, "completion reward rewards"),
     "ultrafeedback_binarized": ("preference", ASKED, "chosen rejected chosen_reward rejected_reward"),
@@ -451,8 +465,8 @@ READ_AS = {"chosen": "First prepare", "rejected": "I do not know"}
 
 @pytest.mark.parametrize("path", sorted(SHARED.glob("*")) or [None], ids=lambda path: path.stem if path else "none")
 def test_files_of_many_layouts(path: Path | None) -> None:
-    if path is None or path.stem not in SERVES:
-        pytest.skip("the shared layouts are not here" if path is None else f"{path.name}: of messages, read elsewhere")
+    if path is None:
+        pytest.skip("the shared layouts are not here")
     format, prompt, holds = SERVES[path.stem]
     result = read(str(path))
     assert (result.format, len(result.examples)) == (format, 60)

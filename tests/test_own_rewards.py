@@ -228,11 +228,16 @@ def test_the_score_stage_mixes_what_rows_bring_with_functions(tmp_path: Path) ->
         score_stage.main(tiny.settings("score", *words[:2], *words[4:], "splits=[validation,train]", "run=b"), words)
 
 
-def test_candidates_bring_no_rewards_by_name(tmp_path: Path) -> None:
-    row = replace(TRAIN[0], candidates=("a", "b"))
-    own = Rewards([WeightedReward("helpful", 1.0, None, own="helpful")])
-    with pytest.raises(UserError, match="reward 'helpful': row r/1 has candidates, which bring no rewards by name"):
-        score_stage.candidates.judged(tiny.ranks(), own, [row])
+def test_candidates_are_ranked_by_what_they_bring_by_name() -> None:
+    scores = {"helpful": (1.0, 3.0, 2.0), "brief": (5.0, 1.0, None)}
+    row = Example("a", "p", candidates=("x", "y", "z"), candidate_rewards=(7.0, 6.0, 5.0), candidate_scores=scores)
+    own = Rewards([WeightedReward(name, 0.5, None, own=name) for name in ("helpful", "reward")])
+    (found,) = score_stage.candidates.judged(tiny.ranks(), own, [row]).rows
+    # half of 1 + 7, 3 + 6, 2 + 5
+    assert (found.candidates, found.candidate_rewards) == (("y", "x", "z"), (4.5, 4.0, 3.5))
+    assert found.candidate_scores == {"helpful": (3.0, 1.0, 2.0), "reward": (6.0, 7.0, 5.0)}
+    with pytest.raises(UserError, match="reward 'brief': row a brings helpful, reward, and 0 more of 3 rows lack it"):
+        score_stage.candidates.judged(tiny.ranks(), Rewards([WeightedReward("brief", 1.0, None, own="brief")]), [row])
 
 
 def test_labels_are_the_last_part_that_means_something() -> None:

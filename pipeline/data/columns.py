@@ -140,9 +140,9 @@ def _filled(row: Example, nothing: Mapping[str, None]) -> Example:
 def candidate_list(row: Columns) -> Fields:
     """`candidates`, `candidate_rewards` and `candidate_scores`, best first; empty where there is no such column.
 
-    The column is a list of {"text", "score", "rewards": {name: number}}, of which the text alone must be there, or of
-    text; the other two columns may stand beside it. With rewards, the candidates are put in their order, and equal
-    ones keep theirs; without, the order given counts.
+    The column is a list of {"text", "score" (or "reward"), "rewards": {name: number}}, of which the text alone must be
+    there, or of text; the other two columns may stand beside it. With rewards, the candidates are put in their order,
+    and equal ones keep theirs; without, the order given counts.
     """
     if not fields.has(row, "candidates"):
         return ranked((), ())
@@ -180,8 +180,10 @@ def _candidate(value: object, place: str) -> tuple[str, float | None, dict[str, 
         named = fields.named_numbers(value, "rewards")
     except RowError as error:
         raise RowError(f"{place}.{error}") from error
-    candidate, score = fields.checked_text(value.get("text"), f"{place}.text"), value.get("score")
-    return candidate, None if score is None else fields.checked_number(score, f"{place}.score"), named
+    if len(given := [name for name in ("score", "reward") if fields.has(value, name)]) > 1:
+        raise RowError(f"{place}: both score and reward, wanted one of them; the other may be one of its `rewards`")
+    score = fields.checked_number(value[given[0]], f"{place}.{given[0]}") if given else None
+    return fields.checked_text(value.get("text"), f"{place}.text"), score, named
 
 
 def _candidate_scores(row: Columns, count: int) -> dict[str, tuple[float | None, ...]]:

@@ -27,20 +27,28 @@ def is_pair(example: Example) -> bool:
     return example.chosen is not None and example.rejected is not None
 
 
+def scores_of(example: Example, i: int) -> dict[str, float]:
+    """What candidate number `i` of a row has by name."""
+    return {name: values[i] for name, values in example.candidate_scores.items() if values[i] is not None}
+
+
 def each_candidate(example: Example) -> list[Example]:
-    """A row for each of its scored candidates, with its reward and its scores by name; any other row as it is.
+    """A row for each of its candidates with scores, with its reward and its scores by name; any other row as it is.
+
+    The reward is None where there are scores by name alone.
 
     A completion beside candidates, which has no reward, is what they are compared with: a reference. One that has a
     reward is a row of its own.
     """
-    if not example.candidate_rewards or is_pair(example):
+    if not (example.candidate_rewards or example.candidate_scores) or is_pair(example):
         return [example]
     bare = replace(example, candidates=(), candidate_rewards=(), candidate_scores={})
     gold = () if example.completion is None or example.reward is not None else (text_of(example.completion),)
     rows = [bare] if example.reward is not None and example.completion is not None else []
-    for i, (text, reward) in enumerate(zip(example.candidates, example.candidate_rewards, strict=True)):
-        named = {name: values[i] for name, values in example.candidate_scores.items() if values[i] is not None}
-        given = {"completion": text, "reward": reward, "rewards": named, "references": example.references or gold}
+    rewards = example.candidate_rewards or [None] * len(example.candidates)
+    for i, (text, reward) in enumerate(zip(example.candidates, rewards, strict=True)):
+        given = {"completion": text, "reward": reward, "references": example.references or gold}
+        given["rewards"] = scores_of(example, i)
         rows.append(replace(bare, id=f"{example.id}{CANDIDATE}{i + 1}", **given))
     return rows
 
@@ -84,10 +92,13 @@ def with_score(row: Example) -> Example:
         raise UserError(f"{row.id}: no completion, wanted a scored row; add the column 'completion'")
     if row.reward is None:
         named = next(iter(row.rewards), None)
+        ours, theirs = (
+            ("candidate_rewards", f"candidates.rewards.{named}") if CANDIDATE in row.id else ("reward", named)
+        )
         cure = "add the column 'reward' (or chosen and rejected), or run stage=score"
         raise UserError(
             f"{row.id}: no reward, wanted a scored row; "
-            + (f"choose one of its `rewards` with data.columns='{{reward: {named}}}'" if named else cure)
+            + (f"choose one of its `rewards` with data.columns='{{{ours}: {theirs}}}'" if named else cure)
         )
     return row
 

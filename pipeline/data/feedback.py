@@ -24,8 +24,9 @@ SEVERAL, SCORES = ("responses", "completions", "answers"), ("scores", "rewards",
 def preferred_id(row: Columns) -> Columns:
     """Two responses, 0 and 1, and the number of the better one."""
     name = named(row, BETTER)
-    better = {0: 0, 1: 1, "0": 0, "1": 1}.get(row.get(name))
-    if better is None or isinstance(row[name], bool):
+    given = row.get(name)
+    better = next((i for i in (0, 1) if given in (i, str(i))), None)
+    if better is None or isinstance(given, bool):
         raise RowError(f"{name}: {fields.described(row.get(name))}, wanted 0 or 1")
     sides = row.get(f"response_{better}"), row.get(f"response_{1 - better}")
     return _pair(without(row, "response_0", "response_1", *BETTER), *sides)

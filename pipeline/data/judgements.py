@@ -35,7 +35,7 @@ ATTRIBUTES = (  # of one response, as HelpSteer and UltraFeedback call them; the
     "instruction_following",
     "harmlessness",
 )
-TRUTHS = {"true": 1.0, "false": 0.0}
+TRUTHS = {"true": 1.0, "yes": 1.0, "false": 0.0, "no": 0.0}
 THUMBS = {
     **dict.fromkeys(("up", "thumbs up", "thumb up", "thumbsup", "upvote", "👍", "positive", "good", "like"), 1.0),
     **dict.fromkeys(("down", "thumbs down", "thumb down", "thumbsdown", "downvote", "👎"), 0.0),
@@ -109,7 +109,10 @@ def named(row: Columns, judged: Judging) -> Columns:
         kept["reward"] = numbers.pop("reward")
     elif len(numbers) == 1 and not judged.attributes:
         kept["reward"] = next(iter(numbers.values()))
-    rewards = {**fields.mapping(row, "rewards"), **numbers, **scores}
+    given, found = fields.mapping(row, "rewards"), numbers | scores
+    if twice := [name for name, value in found.items() if given.get(name) not in (None, value)]:
+        raise RowError(f"rewards: {twice[0]} is also a column, of another value, wanted each name once")
+    rewards = {**given, **found}
     return {**kept, "rewards": rewards} if rewards else kept
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from pipeline.data.fields import Columns
 from pipeline.data.judgements import ATTRIBUTES
+from pipeline.data.messages import COLUMNS
 from pipeline.errors import UserError, did_you_mean
 
 Given = Mapping[str, str | Sequence[str]]  # our column -> the file's; of `rewards` one or several
@@ -32,6 +33,7 @@ TARGETS = (
     "text",
     "id",
     "source",
+    *COLUMNS,
 )
 MISSING = object()
 
@@ -48,6 +50,11 @@ def check(file: str, given: Given, rows: Sequence[Columns]) -> None:
             raise UserError(f"data.columns: {target}: {names!r}, wanted the name of a column")
         if not isinstance(names, str) and target != "rewards":
             raise UserError(f"data.columns: {target}: {list(names)}, wanted one name: only `rewards` takes several")
+        if len(short := {_last(name) for name in _listed(names)}) < len(_listed(names)):
+            raise UserError(
+                f"data.columns: {target}: {', '.join(_listed(names))} would be called {', '.join(sorted(short))}, "
+                "wanted names that end differently: name one of them, or rename the column"
+            )
         for name in _listed(names):
             if all(value_at(row, name) is MISSING for row in rows):
                 place, there = _nearest(name, rows)
@@ -94,7 +101,7 @@ def value_at(holder: object, path: str) -> object:
 
 
 def _taken(row: Columns, target: str, names: str | Sequence[str]) -> object:
-    values = {name.rpartition(".")[2]: _value(row, name) for name in _listed(names)}
+    values = {_last(name): _value(row, name) for name in _listed(names)}
     first = next(iter(values.values()))
     if target != "rewards" or (isinstance(names, str) and isinstance(first, Mapping)):
         return first
@@ -104,6 +111,10 @@ def _taken(row: Columns, target: str, names: str | Sequence[str]) -> object:
 def _value(row: Columns, name: str) -> object:
     value = value_at(row, name)
     return None if value is MISSING else value
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _listed(names: str | Sequence[str]) -> Sequence[str]:

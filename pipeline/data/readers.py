@@ -278,8 +278,13 @@ def _rewards(result: ReadResult, scaled: bool) -> list[str]:
         parts.append("RL from scores learns from each candidate, fine-tuning from the best")
     if beside:
         parts.append(f"{beside:,} completions beside scored candidates are references to RL from scores")
-    if names and not values:
-        first = next(iter(names))
+    first = next(iter(names), "")
+    if names and not values and not any(one.rewards for one in result.examples):
+        parts.append(
+            f"no score, but scores by name ({', '.join(names)}), so that the order given counts: choose with "
+            f"data.columns='{{candidate_rewards: candidates.rewards.{first}}}'"
+        )
+    elif names and not values:
         parts.append(
             f"no reward, but scores by name ({', '.join(names)}): choose with reward='{{{first}: 1.0}}' or "
             f"data.columns='{{reward: {first}}}'"

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.data import formats, judgements, layouts, mapping
-from pipeline.data.fields import Columns, RowError, TeachesNothingError, has
+from pipeline.data.fields import Columns, RowError, TeachesNothingError, first_of, has, without
 from pipeline.data.files import RawRow
 from pipeline.data.judgements import Judging
 from pipeline.errors import UserError
 
 NO_JUDGEMENT = Judging({}, {})
+JUDGE = (*formats.REWARD, "rewards", *judgements.NAMES)
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,19 @@ class RowReading:
     layout: str | None
     judged: Judging
     notes: tuple[str, ...]  # what was chosen, in words
+    single: str | None  # the column that is the reward of each row, where it is called so
     scaled: bool  # the rewards were not called so: their range is worth a word
 
     def of(self, row: Columns) -> Columns:
         """The columns of a row under our names. Raises RowError, TeachesNothingError."""
         row = mapping.mapped(row, self.given)
         row = layouts.LAYOUTS[self.layout].rewrite(row) if self.layout else row
+        other = first_of(row, formats.REWARD)
+        if self.single is not None and other not in (None, self.single):
+            raise RowError(
+                f"{self.single}: no value, wanted a finite number as in other rows (`{other}` may have another scale: "
+                f"data.columns='{{reward: {other}}}' takes it for all rows)"
+            )
         return judgements.named(row, self.judged)
 
     def spoken(self, error: RowError) -> str:
@@ -48,7 +56,9 @@ def decide(file: str, rows: Sequence[RawRow], format: str | None, given: mapping
         renamed = _rewritten(file, rows, renamed, layout)
     judged = _judged(renamed, given) if format in (None, "scored") else NO_JUDGEMENT
     try:
-        first = judgements.named(filled(renamed), judged)
+        first = filled(renamed)
+        if judged.kinds or judged.attributes:  # of several rows: their `rewards` need not agree with one row's columns
+            first = judgements.named(without(first, "rewards"), judged)
         format = format or formats.detect(first)
     except RowError as error:
         raise UserError(
@@ -57,12 +67,19 @@ def decide(file: str, rows: Sequence[RawRow], format: str | None, given: mapping
         ) from error
     notes = _notes(rows[0].columns, given, layout, judged, format)
     scaled = bool(judged.kinds) or "reward" in given or "candidate_rewards" in first or "candidates" in first
-    return RowReading(format, given, layout, judged, notes, scaled or layout is not None)
+    single = first_of(first, formats.REWARD) if format == "scored" else None
+    if beside := [name for name in formats.REWARD if single not in (None, name) and has(first, name)]:
+        notes = (*notes, f"{beside[0]} is not read: the reward is {single}")
+    return RowReading(format, given, layout, judged, notes, single, scaled or layout is not None)
 
 
 def filled(rows: Sequence[Columns]) -> Columns:
-    """The first row; where it has no value, that of the first which has one: what a file is hangs on no gap."""
+    """The first row; where it has no value, that of the first which has one: what a file is hangs on no gap.
+
+    Of columns that the first row has not, those count that judge: logs write them where there is a judgement alone.
+    """
     first = dict(rows[0])
+    first |= {name: None for name in JUDGE if name not in first and any(has(row, name) for row in rows)}
     for name in [name for name, value in first.items() if value is None]:
         first[name] = next((row[name] for row in rows if has(row, name)), None)
     return first

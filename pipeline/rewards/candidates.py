@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.data.columns import ranked
+from pipeline.data.convert import scores_of
 from pipeline.data.dataset import gold
-from pipeline.errors import UserError
 from pipeline.records import Example, Response, Scores, text_of
 from pipeline.rewards import scoring
 from pipeline.rewards.rewards import Rewards
@@ -64,18 +64,12 @@ def judged(ranks: Ranks, rewards: Rewards, rows: Sequence[Example], directory: P
     A row with candidates: each is judged, and they are put best first (equal ones keep their order) with their
     `candidate_rewards`; a completion beside them is what they are compared with, and is not judged. A row with a
     completion alone: the weighted sum becomes its `reward`, each normalised score one of its `rewards`; it is compared
-    with the references given alone. Raises UserError for candidates where rewards that rows bring are named.
+    with the references given alone. Rewards that rows bring are, of candidates, their scores by name. Raises UserError
+    where one that is named is missing.
     """
-    several = next((row for row in rows if row.candidates), None)
-    if several is not None and rewards.own:
-        raise UserError(
-            f"reward {rewards.own[0].own!r}: row {several.id} has candidates, which bring no rewards by name, wanted "
-            "one response in each row, or a reward that judges any text"
-        )
     scoring.warn_of_equals(rewards, [row for row in rows if not row.candidates])
     counts = [len(row.candidates) or 1 for row in rows]
-    judged = [replace(row, references=gold(row)) if row.candidates else row for row in rows]
-    of = [row for row, count in zip(judged, counts, strict=True) for _ in range(count)]
+    of = [one for row in rows for one in (_each(row) if row.candidates else [row])]
     answers = [text for row in rows for text in row.candidates or (row.completion,)]
     scoring.tell_of_calls(answers)
     scores = scoring.score_logged(ranks, rewards, of, answers, len(answers), directory)
@@ -83,6 +77,13 @@ def judged(ranks: Ranks, rewards: Rewards, rows: Sequence[Example], directory: P
     starts = accumulate(counts, initial=0)
     scored = [_with_scores(row, scores, start) for row, start in zip(rows, starts, strict=False)]
     return Judged(scored, of, texts, scores)
+
+
+def _each(row: Example) -> list[Example]:
+    """The row once for each of its candidates, with what it brings for that one, and what they are compared with."""
+    rewards = row.candidate_rewards or [None] * len(row.candidates)
+    bare = replace(row, references=gold(row))
+    return [replace(bare, reward=one, rewards=scores_of(row, i)) for i, one in enumerate(rewards)]
 
 
 def _with_scores(row: Example, scores: Scores, start: int) -> Example:
