@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.resolve import resolve, resolve_steps
+from pipeline.errors import UserError
 from pipeline.files import write_json, write_text
 from pipeline.launch import run_dir
 from pipeline.report.closing import closing, next_words
+from stages import inputs
 
 ENDED = {"model_step": 150, "steps": 200, "seconds": 9.0}
 TRAINED = {"eval/loss": 1.23456, "eval/perplexity": 3.4, **ENDED}
@@ -147,3 +149,18 @@ def test_a_recipe_that_only_does_with_further_words(tmp_path: Path) -> None:
     after = ["run=x", f"recipe={recipe}", "data.task=assistant"]
     assert next_words(resolve(["stage=sft", *words])) == ["stage=reward", "name=a", *after]
     assert next_words(resolve(["stage=reward", "name=a", *words])) == ["stage=rl", *after]
+
+
+def test_an_evaluation_compares_rl_with_the_model_it_started_from(tmp_path: Path) -> None:
+    """Where the run has no sft; what is said after RL is then enough, and is refused for another revision."""
+    rl = finished(tmp_path, "rl", "model.path=somebody/small", "data.train=x", model=True)
+    (tmp_path / "default" / "rl" / "config.yaml").write_text("model: {path: somebody/small, revision: null}\n")
+    words = next_words(rl)
+    assert not any(word.startswith("policies=") for word in words)
+    asked = resolve(words).settings
+    assert inputs.policies(asked) == {"start": "somebody/small", "rl": "rl"}
+    other = asked.model_copy(update={"model": asked.model.model_copy(update={"revision": "v2"})})
+    with pytest.raises(UserError, match=r"model.revision: v2, but .*/rl started from somebody/small at revision None"):
+        inputs.policies(other)
+    finished(tmp_path, "sft", model=True)
+    assert inputs.policies(asked) == {"sft": "sft", "rl": "rl"}
