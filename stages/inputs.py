@@ -23,6 +23,7 @@ from pipeline.config.schema import (
 )
 from pipeline.config.sections import DataSettings, ModelSettings, Split
 from pipeline.config.yaml_layers import load_yaml
+from pipeline.data.places import files_of
 from pipeline.data.splits import SPLITS, origins, read_from, split_places
 from pipeline.errors import UserError
 from pipeline.files import fingerprint
@@ -130,14 +131,19 @@ def not_held_out(settings: EvaluateStage, split: Split) -> Iterator[str]:
 
 
 def _learned_from(config: Path, data: DataSettings, split: Split) -> str | None:
-    """The file of `split`, where a stage of this configuration was trained on it, and did not hold these rows out."""
+    """The files of `split` that a stage of this configuration was trained on, and did not hold these rows out."""
     if data.task is not None or not config.is_file():
         return None
     theirs = load_yaml(config).get("data") or {}
-    source, trained = origins(data, [split])[split], theirs.get("train")
+    read = {Path(file).resolve() for file in origins(data, [split])[split]}
+    try:
+        trained = [] if theirs.get("train") is None else files_of("data.train", theirs["train"])
+    except UserError:  # what it learned from is no longer there
+        return None
+    learned = [file for file in trained if Path(file).resolve() in read]
     cut_alike = all(theirs.get(key) == getattr(data, key) for key in ("validation", "validation_fraction", "max_rows"))
     held_out = split == "validation" and data.validation is None and cut_alike
-    return source if source in (trained if isinstance(trained, list) else [trained]) and not held_out else None
+    return None if held_out or not learned else ", ".join(learned)
 
 
 def policies(settings: EvaluateStage) -> dict[str, str]:

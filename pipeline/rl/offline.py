@@ -26,6 +26,8 @@ from pipeline.trainer.model import Model, build_policy, encode
 from pipeline.trainer.schedule import steps_for
 from pipeline.words import between_blanks
 
+MORE = "data.validation=FILE, or a larger data.validation_fraction, holds more out"
+
 logger = logging.getLogger("tiffin")
 
 
@@ -162,7 +164,8 @@ def gained(rows: estimates.HeldOut, step: int) -> dict[str, float]:
     if not gain.known:
         if not gain.never or step == 0:  # that no step's is known is said once
             when = "any step" if gain.never else f"step {step}"
-            logger.warning(f"eval/gain: not known at {when}: {gain.unknown}")
+            more = "" if abs(gain.length_correlation) > estimates.LENGTH else f" ({MORE})"
+            logger.warning(f"eval/gain: not known at {when}: {gain.unknown}{more}")
         return carried
     found = {"eval/gain/estimate": gain.value, "eval/gain/low": gain.low, "eval/gain/high": gain.high}
     return found | {"eval/gain/dr": gain.dr} | carried
