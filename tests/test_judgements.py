@@ -272,7 +272,6 @@ def test_settings_reach_the_rows_and_the_checks_before_a_start(tmp_path) -> None
     ("rows", "said"),
     [
         ([{}, {"thumbs": "up"}], ":1: thumbs: missing, wanted up or down"),
-        ([{}, {"reward": 1}], ":1: reward (or score): missing, wanted a finite number"),
         (
             [{"reward": None, "score": 80}, {"reward": 1, "score": 90}],
             ":1: reward: no value, wanted a finite number as",

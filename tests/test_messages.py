@@ -175,7 +175,7 @@ def test_weights_are_no_error_where_no_turn_goes_before(tmp_path: Path) -> None:
 def test_each_turn_with_a_reward_is_a_scored_row(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     last = {"role": "assistant", "content": "no", "reward": 0.25}
     both = [USER, {**SO, "reward": 1}, USER, {**SO, "content": "for"}, USER, last]
-    rows = [{"messages": both, "reward": 9, "k": 1}, {"messages": both[:4]}, {"messages": [USER, SO], "score": 2}]
+    rows = [{"messages": both, "reward": 9, "k": 1}, {"messages": both[:4]}, {"messages": [USER, SO], "reward": 2}]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["stage=sft", f"data.train={path}", "data.validation_fraction=0"]

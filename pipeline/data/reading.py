@@ -12,7 +12,7 @@ from pipeline.data.judgements import Judging
 from pipeline.errors import UserError
 
 NO_JUDGEMENT = Judging({}, {})
-JUDGE = (*formats.REWARD, "rewards", *judgements.NAMES)
+JUDGE = tuple(judgements.NAMES)  # a `reward` that only some rows have is read wherever it stands
 
 
 @dataclass(frozen=True)
