@@ -142,6 +142,14 @@ def test_a_small_file_is_too_little_and_its_page_fetches_nothing(tmp_path: Path)
     assert "<script" not in page and "http" not in page.replace("http://www.w3.org", "")
 
 
+def test_a_file_of_equal_rewards_is_audited_to_the_end(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"{i}?", "completion": f"a {i}", "reward": 1} for i in range(120)])
+    found = run(tmp_path, f"data.train={tmp_path}/rows.jsonl")
+    assert (
+        found["headline"]["text"] == "nothing to learn: all 120 rewards are 1.00" and "learning/value_r2" not in found
+    )
+
+
 def test_named_rewards_want_to_be_chosen(tmp_path: Path) -> None:
     rows = [{"prompt": f"{i}?", "completion": f"{i}", "rewards": {"kind": i % 3, "brief": i % 2}} for i in range(6)]
     write_jsonl(tmp_path / "rows.jsonl", rows)

@@ -10,6 +10,7 @@ learn, and its order of size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -39,8 +40,8 @@ def sampled(log: Log, seed: int) -> Log:
 
 
 def of_learning(log: Log, seed: int) -> tuple[dict[str, float], Numbers]:
-    """(numbers, (n,) advantages). value_r2 and advantage_r2 (out of fold, 0 where the mean is the better guess), kept,
-    effective, gain/..., length/...
+    """(numbers, (n,) advantages). value_r2 and advantage_r2 (out of fold, 0 where the mean is the better guess, not
+    there where nothing varies), kept, effective, gain/..., length/...
 
     kept: share of rows with A > 0; effective: (sum w)^2 / (rows sum w^2) of w = A where that is positive, how many rows
     the draw in proportion to A amounts to. gain is in units of the reward; length is the gain of a tilt by the number
@@ -51,9 +52,11 @@ def of_learning(log: Log, seed: int) -> tuple[dict[str, float], Numbers]:
     advantage = log.rewards - value
     told = text_regression.out_of_fold(log.answers, advantage, owners)
     kept = np.maximum(advantage, 0.0)
-    found = {
+    r2 = {
         "value_r2": text_regression.r2(log.rewards, value),
         "advantage_r2": text_regression.r2(advantage, told),
+    }
+    found = {name: number for name, number in r2.items() if not math.isnan(number)} | {
         "kept": float((advantage > 0).mean()),
         "effective": float(kept.sum() ** 2 / (len(kept) * (kept**2).sum())) if kept.any() else 0.0,
     }

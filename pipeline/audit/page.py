@@ -6,13 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from pipeline.audit.findings import Finding
 from pipeline.audit.log import Log, Numbers
 from pipeline.audit.oddities import Oddity
 from pipeline.files import write_text
-from pipeline.report.distribution import edges_of
+from pipeline.report.distribution import edges_of, shares_of
 from pipeline.report.html import render
 from pipeline.report.numbers import number
 from pipeline.report.svg import Ridge, ridges
@@ -118,13 +116,8 @@ def _picture(rewards: Numbers, advantage: Numbers) -> str:
     edges = edges_of(rewards.tolist())
     rows = [("all rows", rewards), ("rows that A-LOL would keep", rewards[advantage > 0])]
     drawn = [
-        Ridge(f"{name}, mean {number(float(values.mean()))}", float(values.mean()), _shares(values, edges))
+        Ridge(f"{name}, mean {number(float(values.mean()))}", float(values.mean()), shares_of(values.tolist(), edges))
         for name, values in rows
         if len(values)
     ]
     return ridges(drawn, edges, "reward", f"Distribution of rewards: {'; '.join(one.name for one in drawn)}")
-
-
-def _shares(values: Numbers, edges: Sequence[float]) -> list[float]:
-    counts, _ = np.histogram(values, bins=np.asarray(edges))
-    return (counts / len(values)).tolist()

@@ -6,7 +6,7 @@ Read from the rewards.jsonl of an evaluation, which has every response's reward.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -62,7 +62,11 @@ def _prompt_by_prompt(known: Rewards, other: str) -> str:
 def _picture(known: Rewards) -> str:
     edges = edges_of([value for rewards in known.values() for value in rewards.values()])
     rows = [
-        Ridge(f"{name}, mean {number(fmean(rewards.values()))}", fmean(rewards.values()), _shares(rewards, edges))
+        Ridge(
+            f"{name}, mean {number(fmean(rewards.values()))}",
+            fmean(rewards.values()),
+            shares_of(rewards.values(), edges),
+        )
         for name, rewards in known.items()
     ]
     words = "; ".join(row.name for row in rows)
@@ -80,9 +84,9 @@ def edges_of(values: Sequence[float]) -> list[float]:
     return [round((first + i) * width, 12) for i in range(count + 1)]
 
 
-def _shares(rewards: Mapping[str, float], edges: Sequence[float]) -> list[float]:
-    """The share of the responses in each bin; one at a border is in the upper bin, at the last in the last."""
+def shares_of(values: Collection[float], edges: Sequence[float]) -> list[float]:
+    """The share of the rewards in each bin; one at a border is in the upper bin, at the last in the last."""
     width, counts = edges[1] - edges[0], [0] * (len(edges) - 1)
-    for value in rewards.values():
+    for value in values:
         counts[min(max(0, math.floor((value - edges[0]) / width + 1e-9)), len(counts) - 1)] += 1
-    return [count / len(rewards) for count in counts]
+    return [count / len(values) for count in counts]
