@@ -239,7 +239,8 @@ def test_a_classifier_is_read_where_its_own_conversation_ends(
     settings = tiny.settings("sft", f"template.kind={kind}")
     with caplog.at_level("INFO", "tiffin"):
         reward = learned.load(place, settings.model, settings.template, 64, 2, torch.device("cpu"))
-    assert [line for line in caplog.messages if line.startswith(f"reward {place}: template: the tokenizer's chat")]
+    said = f"reward {place}: reads prompt and completion as one text, template: the tokenizer's chat"
+    assert [line for line in caplog.messages if line.startswith(said)]
     raw = ["the big cat", [turn._asdict() for turn in TURNS]]
     found = reward(["the big cat", "ignored"], ["ran away", " on\n"], raw_prompt=raw)
     theirs = AutoModelForSequenceClassification.from_pretrained(place).eval()
