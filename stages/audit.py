@@ -21,6 +21,7 @@ from pipeline.launch.entry import run
 from pipeline.records import Example
 from pipeline.report.numbers import number
 from pipeline.rewards import own_rewards
+from pipeline.words import between_blanks
 from stages import inputs
 
 TOKENS_PER_WORD = 1.4  # of most tokenizers, about
@@ -97,7 +98,7 @@ def overlap(rows: Sequence[Example], held_out: Sequence[Example]) -> dict[str, f
 def of_lengths(of: Log, settings: AuditStage) -> dict[str, float]:
     """Words per answer; how many prompts and answers are longer than training takes, by TOKENS_PER_WORD."""
     data = settings.data
-    prompts = np.array([len(prompt.split()) for prompt in of.prompts]) * TOKENS_PER_WORD
+    prompts = np.array([len(between_blanks(prompt)) for prompt in of.prompts]) * TOKENS_PER_WORD
     return {
         "words": of.words.mean(),
         "long_prompts": (prompts > data.max_prompt_length).sum(),

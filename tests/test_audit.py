@@ -111,6 +111,12 @@ def test_shuffled_rewards_have_nothing_to_teach(rated: Log) -> None:
     assert sum(alarms) <= 1  # 2 % were measured
 
 
+def test_rewards_of_prompts_and_not_of_answers_teach_nothing() -> None:
+    """Answers that betray what their prompt is about, and four to each prompt with one reward."""
+    rows = [(f"ticket {i // 4}", f"about {'cats' if i // 4 % 2 else 'dogs'} {i % 7}", i // 4 % 2) for i in range(400)]
+    assert verdict_of(numbers_of(log_of(*rows))) == learnable.NOTHING
+
+
 def test_rewards_that_follow_the_length_are_told(rated: Log) -> None:
     n = numbers_of(rated._replace(rewards=-rated.words.astype(float)))
     (first, *_) = findings.of_numbers(n)

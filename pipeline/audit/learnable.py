@@ -64,7 +64,23 @@ def of_learning(log: Log, seed: int) -> tuple[dict[str, float], Numbers]:
     by_length = tilted(log, advantage, log.words * (1.0 if length >= 0 else -1.0), seed)
     found |= {"length/correlation": length, "length/gain": by_length["estimate"]}
     gain = {f"gain/{name}": number for name, number in tilted(log, advantage, told, seed).items()}
+    gain["gain/sure"] = min(gain["gain/sure"], sure_within(log, advantage, seed))
     return found | gain, advantage
+
+
+def sure_within(log: Log, advantage: Numbers, seed: int) -> float:
+    """What the gain passes SURE of the time by differences within prompts alone; infinite where too few can tell.
+
+    An answer that betrays its prompt tells of what V missed of the prompt, and that is nothing to learn.
+    """
+    several = [group for group in log.groups if len(group) > 1]
+    if len(several) < FEWEST_PROMPTS:
+        return math.inf
+    places = np.concatenate(several)
+    centred = np.concatenate([advantage[group] - advantage[group].mean() for group in several])
+    some = log.of(places.tolist())
+    told = text_regression.out_of_fold(some.answers, centred, some.owners.tolist())
+    return tilted(some, centred, told, seed)["sure"]
 
 
 def tilted(log: Log, advantage: Numbers, told: Numbers, seed: int) -> dict[str, float]:
