@@ -256,6 +256,7 @@ BAD = [
     ("preference", {**PAIR, "margin": "wide"}, "margin: 'wide' is text, wanted a finite number"),
     ("preference", {**PAIR, "chosen": 7}, "chosen: 7 is a number, wanted text"),
     ("preference", {**PAIR, "chosen": [ASK, SAY], "rejected": [SAY]}, "chosen, rejected: differ before their last"),
+    ("preference", {"prompt": [ASK], "chosen": [SAY]}, "rejected: null, wanted a list of"),
     ("hh", {"chosen": HH + "a", "rejected": "\n\nHuman: Bye\n\nAssistant: b"}, "chosen, rejected: share no beginning"),
     ("hh", {"chosen": HH + " a", "rejected": HH}, "rejected, its last answer: empty"),
     (

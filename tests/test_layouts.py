@@ -295,7 +295,8 @@ def test_equal_ranks_share_the_middle_of_their_places(tmp_path) -> None:
     ("good", "bad", "found"),
     [
         (PKU, {"better_response_id": 2}, "better_response_id: 2 is a number, wanted 0 or 1 (read as PKU-SafeRLHF)"),
-        (PKU, {"better_response_id": [1]}, "better_response_id: [1] is a list, wanted 0 or 1"),
+        (PKU, {"better_response_id": [0]}, "better_response_id: [0] is a list, wanted 0 or 1"),
+        (GRADED, {"summary": None}, "summary: null, wanted a mapping"),
         (PKU, {"response_1": ""}, "chosen: empty, wanted text (read as PKU-SafeRLHF)"),
         (STRENGTH, {"preference_strength": None}, "preference_strength: null, wanted a finite number"),
         (SHP, {"labels": 2}, "labels: 2 is a number, wanted 1 (A is preferred) or 0"),

@@ -24,17 +24,14 @@ SEVERAL, SCORES = ("responses", "completions", "answers"), ("scores", "rewards",
 def preferred_id(row: Columns) -> Columns:
     """Two responses, 0 and 1, and the number of the better one."""
     name = named(row, BETTER)
-    given = row.get(name)
-    better = next((i for i in (0, 1) if given in (i, str(i))), None)
-    if better is None or isinstance(given, bool):
-        raise RowError(f"{name}: {fields.described(row.get(name))}, wanted 0 or 1")
+    better = _one_of_two(row, name, "0 or 1")
     sides = row.get(f"response_{better}"), row.get(f"response_{1 - better}")
     return _pair(without(row, "response_0", "response_1", *BETTER), *sides)
 
 
 def preferred_strength(row: Columns) -> Columns:
     """Two responses, and a number below 0 where the first is better, above 0 where the second is; 0 is a tie."""
-    one, two, name = next(names for names in PAIRS_OF_HELPSTEER if names[0] in row)
+    one, two, name = next((names for names in PAIRS_OF_HELPSTEER if names[2] in row), PAIRS_OF_HELPSTEER[0])
     strength = fields.number(row, name)
     if strength == 0:
         raise TeachesNothingError("tie")
@@ -46,9 +43,8 @@ def preferred_strength(row: Columns) -> Columns:
 
 def votes(row: Columns) -> Columns:
     """Two comments on a post, which of them is preferred (1: A), and their votes, as rewards in logarithms."""
-    if row.get("labels") not in (0, 1, "0", "1") or isinstance(row["labels"], bool):
-        raise RowError(f"labels: {fields.described(row.get('labels'))}, wanted 1 (A is preferred) or 0")
-    chosen, rejected = ("A", "B") if int(row["labels"]) == 1 else ("B", "A")
+    first = _one_of_two(row, "labels", "1 (A is preferred) or 0") == 1
+    chosen, rejected = ("A", "B") if first else ("B", "A")
     rewards = {
         f"{side}_reward": _logarithm(fields.number(row, f"score_{letter}"))
         for side, letter in (("chosen", chosen), ("rejected", rejected))
@@ -89,13 +85,13 @@ def rated_completions(row: Columns) -> Columns:
 
 def scored_responses(row: Columns) -> Columns:
     """A list of responses and one of their scores, as candidates."""
-    texts, scores = (next(name for name in names if name in row) for names in (SEVERAL, SCORES))
-    return {**without(row, texts, scores), "candidates": row[texts], "candidate_rewards": row[scores]}
+    texts, scores = named(row, SEVERAL), named(row, SCORES)
+    return {**without(row, texts, scores), "candidates": row.get(texts), "candidate_rewards": row.get(scores)}
 
 
 def judged_summary(row: Columns) -> Columns:
     """A post and a summary with grades by axis; the overall one is the reward."""
-    summary = _entry(row["summary"], "summary")
+    summary = _entry(row.get("summary"), "summary")
     axes = fields.named_numbers(summary, "axes")
     if "overall" not in axes:
         raise RowError("summary.axes: no overall, wanted {..., overall: a finite number}")
@@ -105,14 +101,21 @@ def judged_summary(row: Columns) -> Columns:
 
 def compared_summaries(row: Columns) -> Columns:
     """A post, two summaries, and the number of the one that was chosen."""
-    summaries = fields.checked_list(row["summaries"], "summaries", "two summaries", 2)
+    summaries = fields.checked_list(row.get("summaries"), "summaries", "two summaries", 2)
     texts = [_entry(one, f"summaries[{i}]").get("text") for i, one in enumerate(summaries)]
-    choice = row.get("choice")
-    if isinstance(choice, bool) or choice not in (0, 1):
-        raise RowError(f"choice: {fields.described(choice)}, wanted 0 or 1")
+    choice = _one_of_two(row, "choice", "0 or 1")
     return _pair(
         {**without(row, "info", "summaries", "choice"), "prompt": _post(row)}, texts[choice], texts[1 - choice]
     )
+
+
+def _one_of_two(row: Columns, name: str, wanted: str) -> int:
+    """0 or 1, as a number or as text (csv)."""
+    value = row.get(name)
+    found = next((one for one in (0, 1) if value in (one, str(one))), None)
+    if found is None or isinstance(value, bool):
+        raise RowError(f"{name}: {fields.described(value)}, wanted {wanted}")
+    return found
 
 
 def _rated(one: Columns, place: str, has_reward: bool) -> Columns:
@@ -127,7 +130,7 @@ def _rated(one: Columns, place: str, has_reward: bool) -> Columns:
 
 def _post(row: Columns) -> str:
     """What was summarised, as those who collected it show it to their models."""
-    info = _entry(row["info"], "info")
+    info = _entry(row.get("info"), "info")
     if not fields.has(info, "post"):
         return f"Article:\n\n{fields.text(info, 'article')}\n\nTL;DR:"
     parts = [f"SUBREDDIT: r/{info['subreddit']}"] if fields.optional_text(info, "subreddit") else []

@@ -80,7 +80,7 @@ def preference(row: Columns) -> Fields:
     if not isinstance(row.get("chosen"), list):
         return {"prompt": prompt_of(row)} | {name: fields.text(row, name) for name in ("chosen", "rejected")}
     before, chosen = last_answer(row["chosen"], "chosen")
-    other, rejected = last_answer(row["rejected"], "rejected")
+    other, rejected = last_answer(row.get("rejected"), "rejected")
     if before != other:
         raise RowError("chosen, rejected: differ before their last message, wanted two answers to one prompt")
     return {"prompt": _chat_prompt(row, before), "chosen": chosen, "rejected": rejected}
