@@ -9,7 +9,7 @@ Of a classifier with several labels the one that is named gives a probability, o
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -74,14 +74,7 @@ def load(
     limit = positions(hugging_face(scorer.model))
 
     def reward(prompts: Sequence[str], completions: Sequence[str], **columns: Sequence) -> list[float]:
-        # `raw_prompt`, which may be chat messages, goes before `prompts`, which is always text
-        raw = columns.get("raw_prompt", prompts)
-        beside = [columns.get(name, [None] * len(raw)) for name in messages.COLUMNS]
-        asked = [messages.given_back(*one) for one in zip(raw, *beside, strict=True)]
-        calls = columns.get("raw_completion", [None] * len(raw))  # of answers that are more than a text
-        given = zip(completions, calls, strict=True)
-        answers = [text if call is None else messages.given_back(call)[0] for text, call in given]
-        rows = [reader.read(prompt, answer) for prompt, answer in zip(asked, answers, strict=True)]
+        rows = [reader.read(*row) for row in _as_messages(prompts, completions, columns)]
         longest = max((len(row.ids) for row in rows), default=0)
         if limit is not None and longest > limit:
             problem = f"{reader.max_length} lets {longest} tokens through, but {name} has {limit} positions"
@@ -91,6 +84,17 @@ def load(
         return scores
 
     return reward
+
+
+def _as_messages(
+    prompts: Sequence[str], completions: Sequence[str], columns: Mapping[str, Sequence]
+) -> Iterator[tuple[messages.Prompt, Answer]]:
+    """Each prompt and answer as the row has them: `raw_prompt` and `raw_completion` hold what is more than a text."""
+    nothing = [None] * len(prompts)
+    asked = (columns.get("raw_prompt", prompts), *(columns.get(name, nothing) for name in messages.COLUMNS))
+    answered = zip(completions, columns.get("raw_completion", nothing), strict=True)
+    for prompt, (text, call) in zip(zip(*asked, strict=True), answered, strict=True):
+        yield messages.given_back(*prompt), text if call is None else messages.given_back(call)[0]
 
 
 class _Reader(NamedTuple):

@@ -56,6 +56,10 @@ def test_rewards_and_repetition_by_hand() -> None:
     assert found["outliers"] == 1  # |100 - 1.5| against 8 times .5
     assert log.of_duplicates(of) == {"repeated": 1, "conflicting": 2, "conflict_spread": 2, "stock": 4}
     assert log.of_rewards(log_of(("a", "x", 1), ("b", "y", 1)))["outliers"] == 0
+    # more than half of the rewards are 0: a broken one stands out all the same, and labels do not
+    sparse = [(f"{i}", "x", value) for i, value in enumerate([0] * 12 + [0.5, 0.6, 0.7, 1e9])]
+    assert log.of_rewards(log_of(*sparse))["outliers"] == 1
+    assert log.of_rewards(log_of(*((f"{i}", "x", float(i > 17)) for i in range(20))))["outliers"] == 0
 
 
 def test_odd_texts_are_counted_with_the_first_row() -> None:

@@ -68,16 +68,15 @@ def of_rewards(log: Log) -> dict[str, float]:
 
     within: the share of the variance that lies between rows of one prompt, by a one-way analysis of variance over the
     prompts that have several; only there where two have. outliers: further from the median than 8 times the median
-    distance from it.
+    distance of those that are not at it.
     """
     rewards = log.rewards
     middle = np.median(rewards)
     away = np.abs(rewards - middle)
+    usual = np.median(away[away > 0]) if away.any() else 0.0
     found = {"mean": rewards.mean(), "std": rewards.std(), "min": rewards.min(), "max": rewards.max()}
     found |= {name: np.quantile(rewards, q) for name, q in (("q10", 0.1), ("q50", 0.5), ("q90", 0.9))}
-    found |= {"levels": len(np.unique(rewards)), "outliers": (away > 8 * np.median(away)).sum() if away.any() else 0}
-    if not np.median(away):  # more than half of the rewards are one: nothing says what is far
-        found["outliers"] = 0
+    found |= {"levels": len(np.unique(rewards)), "outliers": (away > 8 * usual).sum()}
     within = within_share([rewards[group] for group in log.groups if len(group) > 1])
     return {name: float(value) for name, value in found.items()} | ({} if within is None else {"within": within})
 

@@ -34,7 +34,7 @@ MEANS = {  # number -> what it is called, and what it says
     "rewards/q90": ("a tenth lies above", ""),
     "rewards/max": ("highest", ""),
     "rewards/levels": ("different rewards", "few: stars or labels"),
-    "rewards/outliers": ("far out", "further from the median than 8 times the median distance"),
+    "rewards/outliers": ("far out", "further from the median than 8 times the median distance of those not at it"),
     "rewards/within": ("share of the variance within prompts", "the rest is which prompt it is, and teaches nothing"),
     "learning/value_r2": (
         "R2 of V",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,13 +37,9 @@ def build_rewards(
     by. Raises UserError for a name or a way to normalise that is not there.
     """
     trained = run_dir.reward_models(settings)
-    weights = parse(spec) or [(name, 1.0) for name in trained]
-    watched = dict(monitors or {})
-    short = labels([*(name for name, _ in weights), *(name for label, name in watched.items() if label == name)])
-    named = [(short[name], name, weight) for name, weight in weights]
-    named += [(short[name] if label == name else label, name, 0.0) for label, name in watched.items()]
+    named, short = labelled_names(parse(spec) or [(name, 1.0) for name in trained], monitors or {})
     if named:
-        check_normalise(read.normalise, [*short, *watched])
+        check_normalise(read.normalise, [*short, *(monitors or {})])
         say_labels(short)
 
     dated = {"date": settings.template.date or run_dir.first_day(settings)}
@@ -78,6 +74,16 @@ def build_rewards(
     apart = {one.name: name for one, (_, name, _) in zip(built, named, strict=True) if in_workers(one, name, trained)}
     workers = RewardWorkers(apart, read.workers) if apart and read.workers else None
     return Rewards(built, workers, trained) if built else None
+
+
+def labelled_names(
+    weights: Sequence[tuple[str, float]], monitors: Mapping[str, str]
+) -> tuple[list[tuple[str, str, float]], dict[str, str]]:
+    """(label, name, weight) of each reward, monitors last with weight 0; and name -> the short label of those that were
+    given none."""
+    short = labels([*(name for name, _ in weights), *(name for label, name in monitors.items() if label == name)])
+    named = [(short[name], name, weight) for name, weight in weights]
+    return [*named, *((short.get(label, label), name, 0.0) for label, name in monitors.items())], short
 
 
 def in_workers(reward: WeightedReward, name: str, trained: Mapping[str, str]) -> bool:
