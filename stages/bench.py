@@ -19,7 +19,7 @@ from pipeline.config.schema import BenchStage
 from pipeline.files import write_json
 from pipeline.launch import run_dir
 from pipeline.launch.entry import run
-from pipeline.trainer import engine
+from pipeline.trainer import group
 
 PARTS: dict[str, Callable[[setup.Setup], list[Result]]] = {
     "steps": steps.against_sft,
@@ -34,7 +34,7 @@ PARTS: dict[str, Callable[[setup.Setup], list[Result]]] = {
 
 
 def main(settings: BenchStage, words: Sequence[str]) -> None:
-    ranks = engine.start(settings.launch.ddp_timeout)
+    ranks = group.start(settings.launch.ddp_timeout)
     directory = run_dir.stage_dir(settings, "bench")
     directory.mkdir(parents=True, exist_ok=True)
     measured: list[Result] = []

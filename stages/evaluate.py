@@ -23,9 +23,9 @@ from pipeline.report import gains as report_gains
 from pipeline.rewards import build, scoring
 from pipeline.rewards.rewards import Rewards
 from pipeline.rollout.generate import generate, plain_sampling
-from pipeline.trainer import engine, evaluation, gains, markdown
+from pipeline.trainer import evaluation, gains, group, markdown
 from pipeline.trainer.board import Board
-from pipeline.trainer.engine import Ranks
+from pipeline.trainer.group import Ranks
 from pipeline.trainer.model import Model, build_inference, spoken_packing
 from stages import inputs
 
@@ -41,7 +41,7 @@ SHOWN = {
 
 
 def main(settings: EvaluateStage, words: Sequence[str]) -> None:
-    ranks = engine.start(settings.launch.ddp_timeout)
+    ranks = group.start(settings.launch.ddp_timeout)
     directory = run_dir.stage_dir(settings, "evaluate")
     places = inputs.policies(settings)
     models = {name: run_dir.policy_model(settings, place) for name, place in places.items()}

@@ -19,7 +19,7 @@ from pipeline.records import Example, Response
 from pipeline.rewards import build, candidates, scoring
 from pipeline.rewards.candidates import Gathered
 from pipeline.rollout.generate import generate
-from pipeline.trainer import engine, evaluation
+from pipeline.trainer import evaluation, group
 from pipeline.trainer.model import Model, build_inference
 from stages import inputs
 
@@ -29,7 +29,7 @@ BATCHES = 20  # on each rank between two words about how far it is
 
 
 def main(settings: GenerateStage, words: Sequence[str]) -> None:
-    ranks = engine.start(settings.launch.ddp_timeout)
+    ranks = group.start(settings.launch.ddp_timeout)
     directory = run_dir.stage_dir(settings, "generate")
     model = run_dir.policy_model(settings, settings.policy)
     if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs.of_generate(settings))):

@@ -15,7 +15,7 @@ from pipeline.data.batching import Windows, once
 from pipeline.launch import run_dir
 from pipeline.launch.entry import run
 from pipeline.records import Example, Item
-from pipeline.trainer import engine, evaluation
+from pipeline.trainer import evaluation, group
 from pipeline.trainer.loop import HELD_OUT_LOSS, Evaluation, Trainer, fit
 from pipeline.trainer.model import Model, build_reward_model, encode
 from pipeline.trainer.objective import Objective, RewardModule, objective_of
@@ -24,7 +24,7 @@ from stages import inputs
 
 
 def main(settings: RewardStage, words: Sequence[str]) -> None:
-    ranks = engine.start(settings.launch.ddp_timeout)
+    ranks = group.start(settings.launch.ddp_timeout)
     directory = run_dir.stage_dir(settings, "reward")
     start = run_dir.start_model(settings)
     if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs.of_reward(settings))):

@@ -10,7 +10,7 @@ from pipeline.launch.entry import run
 from pipeline.rewards.build import build_rewards
 from pipeline.rl import dpo, offline, on_policy, semi_offline
 from pipeline.rl.context import Context
-from pipeline.trainer import engine
+from pipeline.trainer import group
 from pipeline.trainer.loop import fit
 from pipeline.trainer.objective import objective_of
 from stages import inputs
@@ -24,7 +24,7 @@ TRAINERS = {
 
 
 def main(settings: RlStage, words: Sequence[str]) -> None:
-    ranks = engine.start(settings.launch.ddp_timeout)
+    ranks = group.start(settings.launch.ddp_timeout)
     directory = run_dir.stage_dir(settings, "rl")
     start, data = inputs.rl_model(settings), inputs.rl_data(settings)
     started = ranks.on_main(lambda: inputs.of_rl(settings))

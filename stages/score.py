@@ -19,14 +19,14 @@ from pipeline.launch import run_dir
 from pipeline.launch.entry import run
 from pipeline.records import Example, Scores
 from pipeline.rewards import build, candidates, scoring
-from pipeline.trainer import engine, evaluation
+from pipeline.trainer import evaluation, group
 from stages import inputs
 
 logger = logging.getLogger("tiffin")
 
 
 def main(settings: ScoreStage, words: Sequence[str]) -> None:
-    ranks = engine.start(settings.launch.ddp_timeout)
+    ranks = group.start(settings.launch.ddp_timeout)
     directory = run_dir.stage_dir(settings, "score")
     data = inputs.score_data(settings)
     if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs.of_score(settings))):

@@ -15,7 +15,7 @@ from pipeline.launch import run_dir
 from pipeline.launch.entry import run
 from pipeline.records import Example, Item
 from pipeline.rollout.generate import generate
-from pipeline.trainer import engine, evaluation
+from pipeline.trainer import evaluation, group
 from pipeline.trainer.loop import HELD_OUT_LOSS, Evaluation, Trainer, fit
 from pipeline.trainer.model import Model, build_policy, encode, masked_packing
 from pipeline.trainer.objective import Objective, objective_of
@@ -26,7 +26,7 @@ logger = logging.getLogger("tiffin")
 
 
 def main(settings: SftStage, words: Sequence[str]) -> None:
-    ranks = engine.start(settings.launch.ddp_timeout)
+    ranks = group.start(settings.launch.ddp_timeout)
     directory = run_dir.stage_dir(settings, "sft")
     if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs.of_sft(settings))):
         return

@@ -25,7 +25,8 @@ from pipeline.models.policy import Policy, RewardModel
 from pipeline.records import Item
 from pipeline.rl.compositions import Composer
 from pipeline.trainer import loop
-from pipeline.trainer.engine import Engine, Ranks
+from pipeline.trainer.engine import Engine
+from pipeline.trainer.group import Ranks
 from pipeline.trainer.loop import HELD_OUT_LOSS, Evaluation, Trainer
 from pipeline.trainer.metrics import Interval, Metrics
 from pipeline.trainer.model import Model

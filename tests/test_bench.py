@@ -17,7 +17,7 @@ from pipeline.bench.measure import Goal, Result, Timing, alternate, compared, pe
 from pipeline.bench.setup import Setup, even, for_gpu, new_policy, prepare, sft_trainer, singles, with_settings
 from pipeline.config.resolve import resolve
 from pipeline.errors import UserError
-from pipeline.trainer import engine
+from pipeline.trainer import optimizer
 from tests import tiny
 
 TOY = [
@@ -239,4 +239,4 @@ def test_on_a_gpu_the_shape_is_the_large_one() -> None:
     sizes = settings.model.scratch
     per_layer = 4 * sizes.hidden_size**2 + 3 * sizes.hidden_size * 5472  # 5472: 2048 * 8 / 3, rounded up to 32
     assert 0.9e9 < sizes.num_layers * per_layer < 1.1e9
-    assert engine.PRECISIONS[settings.train.precision] is torch.bfloat16
+    assert optimizer.PRECISIONS[settings.train.precision] is torch.bfloat16

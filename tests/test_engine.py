@@ -22,7 +22,7 @@ from pipeline.models import loading
 from pipeline.models.loading import hugging_face
 from pipeline.models.policy import Policy
 from pipeline.rollout.generate import _until_end
-from pipeline.trainer import engine
+from pipeline.trainer import engine, optimizer
 from tests import tiny, two_ranks
 
 STAGES = ["zero0", "zero1", "zero2", "zero3"]
@@ -56,8 +56,8 @@ def plain_step(
 
 def plain_adam(module: Policy, **changes) -> torch.optim.Optimizer:
     settings = tiny.optimizer_settings(**{**tiny.PLAIN_STEP, **changes})
-    groups = engine.parameter_groups(module, settings.weight_decay)
-    return torch.optim.AdamW(groups, **{**engine.adam_arguments(settings), "lr": settings.learning_rate})
+    groups = optimizer.parameter_groups(module, settings.weight_decay)
+    return torch.optim.AdamW(groups, **{**optimizer.adam_arguments(settings), "lr": settings.learning_rate})
 
 
 def plain_two_steps(module: Policy) -> list[float]:
@@ -173,11 +173,11 @@ def test_buffers_keep_their_precision() -> None:
 
 def test_vectors_do_not_decay() -> None:
     module = policy()
-    matrices, vectors = engine.parameter_groups(module, 0.1)
+    matrices, vectors = optimizer.parameter_groups(module, 0.1)
     assert matrices["weight_decay"] == 0.1 and vectors["weight_decay"] == 0.0
     assert {p.dim() for p in vectors["params"]} == {1} and {p.dim() for p in matrices["params"]} == {2}
     module.model.model.embed_tokens.weight.requires_grad_(False)
-    counted = sum(len(group["params"]) for group in engine.parameter_groups(module, 0.1))
+    counted = sum(len(group["params"]) for group in optimizer.parameter_groups(module, 0.1))
     assert counted == sum(p.requires_grad for p in module.parameters())
 
 
@@ -313,7 +313,7 @@ CONFIGS = sorted(path.stem for path in deepspeed.DS_CONFIGS.glob("*.json"))
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_shipped_config_is_one_deepspeed_reads(name: str, precision: str) -> None:
     train = tiny.train_settings(zero=name, precision=precision)
-    full = engine.full_config(train, tiny.optimizer_settings(max_grad_norm=0.5))
+    full = optimizer.full_config(train, tiny.optimizer_settings(max_grad_norm=0.5))
     read = DeepSpeedConfig(full)
     assert read.zero_optimization_stage == int(name[4]) and read.gradient_clipping == 0.5
     assert read.bfloat16_config.enabled == (precision == "bf16")

@@ -18,7 +18,7 @@ from deepspeed.ops.op_builder.builder import OpBuilder
 from pipeline.config.yaml_layers import ROOT
 from pipeline.errors import UserError
 from pipeline.launch import entry, extensions
-from pipeline.trainer import engine
+from pipeline.trainer import group
 
 pytestmark = pytest.mark.skipif(not shutil.which("c++"), reason="no C++ compiler")
 SOURCE = """
@@ -59,7 +59,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TinyBuilder:
     """Of an environment of its own, in which nothing was compiled."""
     monkeypatch.delenv(extensions.PLACE, raising=False)
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
-    monkeypatch.setattr(OpBuilder, "jit_load", engine.compile_in_turn)
+    monkeypatch.setattr(OpBuilder, "jit_load", group.compile_in_turn)
     entry.set_up_logging()
     source = tmp_path / f"tiny_{tmp_path.stat().st_ino}.cpp"  # torch knows by name what a process has loaded
     source.write_text(SOURCE.replace("NAME", source.stem))
@@ -74,7 +74,7 @@ def another(tiny: TinyBuilder) -> subprocess.Popen[bytes]:
 def load(prefix: str, source: str) -> None:
     """What `another` does."""
     sys.prefix = prefix
-    OpBuilder.jit_load = engine.compile_in_turn
+    OpBuilder.jit_load = group.compile_in_turn
     entry.set_up_logging()
     TinyBuilder(Path(source)).load()
 

@@ -192,7 +192,7 @@ def test_two_real_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launche
 
 
 def test_a_start_compiles_nothing_and_says_nothing(tmp_path: Path):
-    code = "from pipeline.trainer import engine; assert engine.start(60).world == 1"
+    code = "from pipeline.trainer import group; assert group.start(60).world == 1"
     places = {"PYTHONPATH": str(ROOT), "TORCH_EXTENSIONS_DIR": str(tmp_path), "PATH": "/nowhere"}
     done = subprocess.run([PYTHON, "-c", code], env=places, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

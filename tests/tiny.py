@@ -34,7 +34,7 @@ from pipeline.data.batching import Extent, Packing, Windows
 from pipeline.data.tokenization import Encoder
 from pipeline.models import scratch
 from pipeline.records import Example, Item, Row
-from pipeline.trainer import engine
+from pipeline.trainer import engine, group
 
 V, H = 352, 32
 PAD_ID, EOS_ID = 0, 2
@@ -141,14 +141,14 @@ def padded_tokens(rows: Sequence[Item], packing: Packing) -> int:
     return extent.tokens(packing)
 
 
-def ranks() -> engine.Ranks:
+def ranks() -> group.Ranks:
     """This process alone, or one of torchrun's. What a lone process says of itself does not reach later launches."""
     before = dict(os.environ)
-    group = engine.start(600)
+    alone = group.start(600)
     if "RANK" not in before:
         for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):  # DeepSpeed goes on reading LOCAL_RANK
             os.environ.pop(name, None)
-    return group
+    return alone
 
 
 def on_two_processes(module: str, folder: Path) -> Any:

@@ -21,7 +21,7 @@ from pipeline.rewards import scoring
 from pipeline.rewards.rewards import Rewards, WeightedReward
 from pipeline.rl import reference
 from pipeline.rollout.generate import generate
-from pipeline.trainer import engine
+from pipeline.trainer import engine, group
 from pipeline.trainer.checkpoint import Checkpoints, State
 from pipeline.trainer.metrics import Interval, Metrics
 from reward_models import length
@@ -30,7 +30,7 @@ from tests import tiny
 PROMPTS = [Example(str(i), " ".join(tiny.WORDS[i : 2 * i + 1])) for i in range(5)]
 
 
-def talk(ranks: engine.Ranks) -> None:
+def talk(ranks: group.Ranks) -> None:
     """Each thing that ranks say to each other."""
     mine = torch.tensor([1.0 + ranks.rank, 10.0])
     assert ranks.all_sum(mine).tolist() == [3.0, 20.0] and mine.tolist() == [1.0 + ranks.rank, 10.0]
@@ -54,7 +54,7 @@ def talk(ranks: engine.Ranks) -> None:
     ranks.barrier()
 
 
-def standardise(ranks: engine.Ranks, folder: Path) -> None:
+def standardise(ranks: group.Ranks, folder: Path) -> None:
     """What rewards are standardised by is that of all training rows, of whichever rank: as of one."""
     rewards = Rewards([WeightedReward("length", 1.0, length.reward, "standardise")])
     texts = ["a", "a b", "a b c", "a b c d"]  # the last is held out: mean 2, variance 2 / 3
@@ -92,7 +92,7 @@ def resume(trained: engine.Engine, zero: str, folder: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def start_a_reward_model(ranks: engine.Ranks, folder: Path) -> None:
+def start_a_reward_model(ranks: group.Ranks, folder: Path) -> None:
     """Each rank opens a policy's adapters as a scorer; transformers writes files on the first one alone."""
     settings, tokenizer, path = tiny.settings("sft").model, tiny.tokenizer(), folder / "start"
     settings = settings.model_copy(update={"path": str(path), "lora": settings.lora.model_copy(update={"r": 2})})

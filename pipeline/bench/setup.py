@@ -20,7 +20,8 @@ from pipeline.models import build
 from pipeline.models.policy import Policy, RewardModel
 from pipeline.records import Example, Item, Row
 from pipeline.rl import reference
-from pipeline.trainer.engine import Engine, Ranks
+from pipeline.trainer.engine import Engine
+from pipeline.trainer.group import Ranks
 from pipeline.trainer.loop import HELD_OUT_LOSS, Evaluation, Trainer, one_step, summary
 from pipeline.trainer.metrics import Interval, Metrics
 from pipeline.trainer.model import Model

@@ -17,7 +17,7 @@ from pipeline.bench.measure import Goal, Result, alternate, compared, peak_megab
 from pipeline.bench.setup import Setup, alol_trainer, new_policy, sft_trainer, singles, stepper
 from pipeline.models.loading import hugging_face
 from pipeline.records import Batch
-from pipeline.trainer.engine import PRECISIONS, adam_arguments, parameter_groups
+from pipeline.trainer.optimizer import PRECISIONS, adam_arguments, parameter_groups
 from pipeline.trainer.schedule import learning_rate
 
 TIME, MEMORY = Goal(1.05), Goal(1.02)

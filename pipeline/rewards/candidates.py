@@ -14,7 +14,7 @@ from pipeline.data.dataset import gold
 from pipeline.records import Example, Response, Scores, text_of
 from pipeline.rewards import scoring
 from pipeline.rewards.rewards import Rewards
-from pipeline.trainer.engine import Ranks
+from pipeline.trainer.group import Ranks
 
 
 class Gathered(NamedTuple):

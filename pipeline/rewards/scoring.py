@@ -17,7 +17,7 @@ from pipeline.files import write_json
 from pipeline.records import Answer, Chat, Example, Message, Response, Scores, text_of
 from pipeline.rewards import own_rewards
 from pipeline.rewards.rewards import Rewards
-from pipeline.trainer.engine import Ranks
+from pipeline.trainer.group import Ranks
 from reward_models._trl import TrlFunction
 
 SCALES = "normalise.json"  # of a stage's directory: what its rewards are standardised by

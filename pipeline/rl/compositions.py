@@ -19,7 +19,7 @@ from pipeline.data.tokenization import Encoder
 from pipeline.records import Batch, Example, Item, Scores, Stat, StaticBatch
 from pipeline.rewards import scoring
 from pipeline.rewards.rewards import Rewards
-from pipeline.trainer.engine import Ranks
+from pipeline.trainer.group import Ranks
 from pipeline.trainer.objective import AlgorithmModule
 
 

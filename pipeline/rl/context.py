@@ -19,7 +19,7 @@ from pipeline.rewards import scoring
 from pipeline.rewards.rewards import Rewards
 from pipeline.rollout.generate import generate
 from pipeline.trainer import evaluation
-from pipeline.trainer.engine import Ranks
+from pipeline.trainer.group import Ranks
 from pipeline.trainer.loop import Evaluation
 from pipeline.trainer.model import Model
 from pipeline.trainer.objective import Objective, RlModule

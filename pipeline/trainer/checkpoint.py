@@ -20,7 +20,8 @@ import torch
 from pipeline.files import write_json, write_text
 from pipeline.launch import run_dir
 from pipeline.records import Stat
-from pipeline.trainer.engine import Engine, Ranks
+from pipeline.trainer.engine import Engine
+from pipeline.trainer.group import Ranks
 from pipeline.trainer.metrics import Interval, Metrics
 
 

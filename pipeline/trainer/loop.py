@@ -27,8 +27,9 @@ from pipeline.launch.processes import handled
 from pipeline.models import card
 from pipeline.records import Batch, Stat
 from pipeline.trainer.checkpoint import Checkpoints, State
-from pipeline.trainer.engine import Engine, Ranks
+from pipeline.trainer.engine import Engine
 from pipeline.trainer.facts import facts_of
+from pipeline.trainer.group import Ranks
 from pipeline.trainer.logger import RunLog
 from pipeline.trainer.metrics import Interval, Metrics, of_training
 from pipeline.trainer.model import Model

@@ -22,7 +22,8 @@ from pipeline.models import build, loading, mask_token, memory
 from pipeline.models.policy import RewardModel
 from pipeline.models.trained_input import save_input
 from pipeline.records import Example, Item, Row
-from pipeline.trainer.engine import Engine, Ranks
+from pipeline.trainer.engine import Engine
+from pipeline.trainer.group import Ranks
 
 logger = logging.getLogger("tiffin")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.files import write_jsonl
 from pipeline.records import Batch, Item
-from pipeline.trainer.engine import Ranks
+from pipeline.trainer.group import Ranks
 
 SHOWN = 20  # names in a message; the file has all
 
