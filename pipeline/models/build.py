@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 
+from pipeline.config.deepspeed import read_ds_config
 from pipeline.config.schema import Training, WithModel
 from pipeline.config.sections import ModelSettings, TrainSettings
 from pipeline.data.batching import Packing, collate
 from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
 from pipeline.models import checks, loading
+from pipeline.models.late import Late
 from pipeline.models.policy import Policy, RewardModel
-from pipeline.models.start_check import check_policy
+from pipeline.models.start_check import check_config, check_policy
 from pipeline.models.trained_input import template_for
 from pipeline.records import Item, Row
 
@@ -51,30 +53,45 @@ def policy_module(
     mask: bool = False,
     frozen: bool = False,
 ) -> Policy:
-    """The policy as a module, checked once against the model's own forward.
+    """The policy as a module, checked once against the model's own forward; under ZeRO-3 by whoever has cut it.
 
     `mask`: it reads the mask token; `frozen`: it is not trained.
     """
-    lm = loading.load_policy(model, encoder.tokenizer, seed, weight_type(train), mask, frozen)
+    late = late_of(train)
+    lm = loading.load_policy(model, encoder.tokenizer, seed, weight_type(train), mask, frozen, late)
     checks.check_positions(loading.hugging_face(lm), encoder.max_prompt_length, max_response, whole=False)
     limit = train.max_tokens if train.max_tokens is not None else train.micro_batch_size * max_response
-    policy = Policy(lm, limit)
+    policy = Policy(lm, limit, late)
+    check_config(loading.hugging_face(lm))
+    if late is None:
+        start_check(policy, encoder, max_response)
+    enable_checkpointing(lm, train)
+    return policy
+
+
+def start_check(policy: Policy, encoder: Encoder, max_response: int) -> None:
+    """Hold the policy against the model's own forward, see `check_policy`. All ranks make the same calls."""
     prompts = [tuple(encoder.encode_prompt(text)[0]) for text in CHECKED]
     response = (*prompts[-1][-2:], encoder.eos_id)[-max_response:]
     apart = Packing(len(prompts), None, policy.encoder_decoder, encoder.pad_id)
     items = [Item(None, (Row(ids, response),)) for ids in prompts]
     check_policy(policy, collate(items, range(len(items)), apart), encoder.pad_id)
-    enable_checkpointing(lm, train)
-    return policy
 
 
 def reward_module(model: ModelSettings, encoder: Encoder, train: TrainSettings, seed: int) -> RewardModel:
     """A reward model to train; a checkpoint without a scalar head gets a fresh one."""
-    scalar = loading.load_scalar(model, encoder.tokenizer, seed, new_head=True, dtype=weight_type(train))
+    late = late_of(train)
+    scalar = loading.load_scalar(model, encoder.tokenizer, seed, new_head=True, dtype=weight_type(train), late=late)
     lm = loading.hugging_face(scalar)
     checks.check_positions(lm, encoder.max_prompt_length, encoder.max_response_length, whole=True)
     enable_checkpointing(scalar, train)
-    return RewardModel(scalar)
+    return RewardModel(scalar, late)
+
+
+def late_of(train: TrainSettings) -> Late | None:
+    """Under ZeRO-3, what is to be done to weights when they are cut."""
+    stage = read_ds_config(train.zero)["zero_optimization"]["stage"]
+    return Late(weight_type(train)) if stage == 3 else None
 
 
 def weight_type(train: TrainSettings) -> torch.dtype:

@@ -20,6 +20,7 @@ from pipeline.config.sections import GenerationSettings, ModelSettings
 from pipeline.errors import UserError
 from pipeline.models import checks, lora, mask_token, writing
 from pipeline.models.checks import NO_REWARD_MODEL, reading
+from pipeline.models.late import Late, type_of_files
 from pipeline.models.lora import Base, with_lora
 from pipeline.models.place import check_files
 from pipeline.models.scratch import small_config, train_tokenizer
@@ -111,20 +112,22 @@ def load_policy(
     dtype: torch.dtype = torch.float32,
     mask: bool = False,
     frozen: bool = False,
+    late: Late | None = None,
 ) -> PreTrainedModel | PeftModel:
     """A causal or encoder-decoder language model with weights in `dtype`, with LoRA if requested.
 
     `mask`: the model shall read the tokenizer's mask token, and learn its embedding under LoRA too; `frozen`: it is
-    only read, so that nothing is added for training.
+    only read, so that nothing is added for training; `late`: weights stay in their files, see `Late`.
     """
     config = load_config(settings, tokenizer)
     checks.check_kind(settings.path, config)
     auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
     torch.manual_seed(seed)
-    model, base = _load(auto, settings, config, dtype, new_head=False)
+    model, base = _load(auto, settings, config, dtype, new_head=False, late=late)
     rows = model.get_input_embeddings().weight.shape[0]
     mask = mask or mask_token.lacks_row(model, tokenizer)
     if mask and settings.path is not None:
+        read_embeddings(model, late)
         known = _read_tokenizer(settings).mask_token_id == tokenizer.mask_token_id
         mask_token.give_row(model, tokenizer, known)
     checks.check_vocabulary(settings.path, model, tokenizer)
@@ -132,7 +135,7 @@ def load_policy(
         base = replace(base, path=None)
     task = "SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM"
     tokens = [tokenizer.mask_token_id] if mask else []
-    return with_lora(model, base, None if frozen else settings.lora, task, tokens)
+    return with_lora(model, base, None if frozen else settings.lora, task, tokens, late)
 
 
 def load_scalar(
@@ -142,12 +145,13 @@ def load_scalar(
     new_head: bool,
     dtype: torch.dtype | str = torch.float32,
     outputs: int = 1,
+    late: Late | None = None,
 ) -> PreTrainedModel | PeftModel:
     """A model with one output per sequence, or `outputs`, weights in `dtype` ("auto": as they were saved).
 
     `new_head`: it is to be trained, and a checkpoint without a scalar head (an SFT model) is welcome; its head starts
     at zero, so that every first score is 0. Otherwise it is only read, and such a checkpoint is an error, never a
-    random head.
+    random head. `late`: weights stay in their files, see `Late`.
     """
     config, pad_id = load_config(settings, tokenizer), tokenizer.pad_token_id
     config.num_labels = outputs
@@ -155,24 +159,63 @@ def load_scalar(
         config.pad_token_id = None
     torch.manual_seed(seed)
     auto = transformers.AutoModelForSequenceClassification
-    model, base = _load(auto, settings, config, dtype, new_head)
+    model, base = _load(auto, settings, config, dtype, new_head, late)
     if lacking:
+        read_embeddings(model, late)
         mask_token.grow(model, pad_id + 1)
         base = replace(base, path=None)
     for part in (model.config, model.config.get_text_config()):
         part.pad_token_id = pad_id
     checks.check_vocabulary(settings.path, model, tokenizer)
-    return with_lora(model, base, settings.lora if new_head else None, "SEQ_CLS")
+    return with_lora(model, base, settings.lora if new_head else None, "SEQ_CLS", late=late)
+
+
+def files_type(settings: ModelSettings, dtype: torch.dtype | str, late: Late | None) -> torch.dtype | str:
+    """The type that weights are opened in: `dtype`; or that of their files, in which these stay mapped.
+
+    Not where the files have several types, nor below adapters that change more than a product of matrices.
+    """
+    layers, below = lora.layers_of(settings)
+    if late is None or below.path is None:
+        return dtype
+    own = type_of_files(below) if all(lora.is_plain(adapter) for _, adapter in layers) else None
+    if own is None:
+        why = "its files are no safetensors, or of several types, or adapters on it are no plain ones"
+        logger.info(f"model: {settings.path} is read whole by every process before it is cut into parts: {why}")
+    return own or dtype
+
+
+def read_buffers(model: PreTrainedModel, late: Late) -> None:
+    """Numbers of the files that are not weights in the type that they are to have: they are never cut."""
+    exact, saved = {*(model._keep_in_fp32_modules_strict or ())}, model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name in saved and buffer.is_floating_point() and exact.isdisjoint(name.split(".")):
+            buffer.data = buffer.data.to(late.dtype)
+
+
+def read_embeddings(model: PreTrainedModel, late: Late | None) -> None:
+    """The embeddings and the output matrix in the type that they are to have, before they grow."""
+    if late is not None:
+        for part in (model.get_input_embeddings(), model.get_output_embeddings()):
+            for parameter in () if part is None else part.parameters():
+                parameter.data = parameter.data.to(late.dtype, copy=True)
 
 
 def _load(
-    auto: type, settings: ModelSettings, config: PretrainedConfig, dtype: torch.dtype | str, new_head: bool
+    auto: type,
+    settings: ModelSettings,
+    config: PretrainedConfig,
+    dtype: torch.dtype | str,
+    new_head: bool,
+    late: Late | None,
 ) -> tuple[PreTrainedModel, Base]:
     """A model of the class `auto`: a new one, or what `settings.path` holds, without the adapters that it names."""
-    options = {"attn_implementation": settings.attn_implementation, "dtype": dtype}
+    options = {"attn_implementation": settings.attn_implementation, "dtype": files_type(settings, dtype, late)}
     base = Base(None)
     if settings.path is not None:
-        model, base = _from_path(auto, settings, config, options, new_head)
+        model, base = _from_path(auto, settings, config, options, new_head, late)
+        if late is not None:
+            read_buffers(model, late)
     else:
         together.adapters(settings)
         try:
@@ -187,7 +230,12 @@ def _load(
 
 
 def _from_path(
-    auto: type, settings: ModelSettings, config: PretrainedConfig, options: dict[str, Any], new_head: bool
+    auto: type,
+    settings: ModelSettings,
+    config: PretrainedConfig,
+    options: dict[str, Any],
+    new_head: bool,
+    late: Late | None,
 ) -> tuple[PreTrainedModel, Base]:
     """A checkpoint's weights; or the model below adapters, and what there is of those that are not in its weights."""
     layers, below = lora.layers_of(settings)
@@ -202,7 +250,7 @@ def _from_path(
     kinds = [KINDS.get(adapter.task_type, transformers.AutoModelForCausalLM) for _, adapter in layers]
     model = _from_checkpoint(kinds[0], below, config, options, new_head=scalar)
     for (path, adapter), kind, following in zip(layers, kinds, [*kinds[1:], auto], strict=True):
-        model, base = _without_adapters(model, base, path, adapter)
+        model, base = _without_adapters(model, base, path, adapter, late)
         if following is not kind:  # a reward model starts from a policy
             model = _reopened(following, model, settings, config, options, new_head)
     model.name_or_path = settings.path
@@ -210,15 +258,17 @@ def _from_path(
 
 
 def _without_adapters(
-    model: PreTrainedModel, base: Base, path: str, adapter: PeftConfig
+    model: PreTrainedModel, base: Base, path: str, adapter: PeftConfig, late: Late | None
 ) -> tuple[PreTrainedModel, Base]:
     """The model below the adapters in `path`, and those; or with them, where they are no plain ones."""
-    if mask_token.grow_for(model, adapter):
+    if tokens := lora.tokens_of(adapter):
+        read_embeddings(model, late)
+    if mask_token.grow_for(model, tokens):
         base = replace(base, path=None)
     plain = lora.is_plain(adapter)
     if not plain:
         model = lora.merged(model, base)
-        lora.warn_of_rounding(model, path)
+        lora.warn_of_rounding(model.dtype, path)
     with lora.frozen_as_before(model):
         with reading(path, "adapters"):
             opened = PeftModel.from_pretrained(model, path)

@@ -20,11 +20,13 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from pipeline.config.sections import LoraSettings, ModelSettings
 from pipeline.errors import UserError
 from pipeline.models.checks import HEADS, reading
 from pipeline.models.factors import Factors, factors_of, joined, placed, uniform
+from pipeline.models.late import Late, as_if_read
 from pipeline.models.place import check_files
 
 logger = logging.getLogger("tiffin")
@@ -50,20 +52,27 @@ class Base:
 
 
 def with_lora(
-    model: PreTrainedModel, base: Base, lora: LoraSettings | None, task: str, tokens: Sequence[int] = ()
+    model: PreTrainedModel,
+    base: Base,
+    lora: LoraSettings | None,
+    task: str,
+    tokens: Sequence[int] = (),
+    late: Late | None = None,
 ) -> PreTrainedModel | PeftModel:
     """The model with its own adapters, if it came with some, and what `lora` asks for.
 
     Args:
         lora: r > 0: fresh adapters, the model's own weights frozen but for the embeddings of `tokens`; r = 0: all
             weights are trained, so that its own adapters are added to them; None: it is only read.
+        late: weights are in their files still: what is added to them is noted there.
     """
     own = uniform(placed(base.factors, model))
     if lora is None:
         return _with_own(model, own, task) if own else model
     if lora.r == 0:
-        return merged(model, base)
-    adapted = _with_fresh(model, base, lora, task, tokens)
+        return merged(model, base, late)
+    with as_if_read(model, late):
+        adapted = _with_fresh(model, base, lora, task, tokens)
     if base.path is None:
         logger.info(f"model.lora: no directory holds the model below the adapters: it is saved as {BASE}/ beside them")
     if own:
@@ -78,14 +87,26 @@ def with_lora(
     return adapted
 
 
-def merged(model: PreTrainedModel, base: Base) -> PreTrainedModel:
-    """The model with its own adapters added to its weights."""
+def merged(model: PreTrainedModel, base: Base, late: Late | None = None) -> PreTrainedModel:
+    """The model with its own adapters added to its weights; with `late`, to be added."""
     own = uniform(placed(base.factors, model))
     if not own:
         return model
-    warn_of_rounding(model, model.name_or_path)
-    with frozen_as_before(model):
-        return _with_own(model, own, None).merge_and_unload()
+    warn_of_rounding(model.dtype if late is None else late.dtype, model.name_or_path)
+    at_once = late or Late(model.dtype)
+    at_once.sums.update(_sums(model, own))
+    for parameter in list(at_once.sums) if late is None else ():
+        parameter.data = at_once.whole(parameter)
+    return model
+
+
+def _sums(model: PreTrainedModel, factors: Factors) -> dict[nn.Parameter, tuple[Tensor, Tensor]]:
+    """Weight -> two matrices whose product adapters add to it; some layers keep theirs transposed."""
+    found = {}
+    for name, (down, up) in factors.items():
+        layer = model.get_submodule(name)
+        found[layer.weight] = (down.T, up.T) if isinstance(layer, nn.Embedding | Conv1D) else (up, down)
+    return found
 
 
 @contextmanager
@@ -134,10 +155,10 @@ def _with_fresh(model: PreTrainedModel, base: Base, lora: LoraSettings, task: st
     return adapted
 
 
-def warn_of_rounding(model: PreTrainedModel, path: str) -> None:
-    """Adapters are added to weights whose rounding may be larger than they are."""
-    if model.dtype != torch.float32:
-        kind = str(model.dtype).removeprefix("torch.")
+def warn_of_rounding(dtype: torch.dtype, path: str) -> None:
+    """Adapters are added to weights in `dtype`, whose rounding may be larger than they are."""
+    if dtype != torch.float32:
+        kind = str(dtype).removeprefix("torch.")
         problem = f"{path}: its adapters are added to {kind} weights, and what is below their rounding is lost"
         logger.warning(f"{problem}: set precision=fp32, or lora_r to train adapters beside them")
 
@@ -214,6 +235,13 @@ def is_plain(adapter: PeftConfig) -> bool:
     )
 
 
+def tokens_of(adapter: PeftConfig) -> list[int]:
+    """The tokens whose embeddings adapters were trained with."""
+    trained = adapter.to_dict().get("trainable_token_indices") or []
+    lists = trained.values() if isinstance(trained, dict) else [trained]
+    return [index for indices in lists for index in indices]
+
+
 def taken_out(opened: PeftModel, base: Base) -> tuple[PreTrainedModel, Base]:
     """The model without the plain adapters (see `is_plain`) it was opened with, and those on top of `base`'s.
 
@@ -225,7 +253,7 @@ def taken_out(opened: PeftModel, base: Base) -> tuple[PreTrainedModel, Base]:
     for layer in list(opened.modules()):
         if isinstance(layer, LoraLayer):
             layer.delete_adapter(TRAINED)
-    tokens = {*base.tokens, *(opened.peft_config[TRAINED].trainable_token_indices or ())}
+    tokens = {*base.tokens, *tokens_of(opened.peft_config[TRAINED])}
     factors = joined(base.factors, {names[name]: pair for name, pair in own.items()})
     return opened.merge_and_unload(), replace(base, factors=factors, tokens=tuple(sorted(tokens)))
 

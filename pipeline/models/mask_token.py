@@ -6,8 +6,9 @@ Source: Chen et al., ICML 2023, with BART's `<mask>`, T5's `<extra_id_0>` and Pe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -76,11 +77,9 @@ def grow(model: PreTrainedModel, wanted: int) -> None:
         model.final_logits_bias = nn.Buffer(torch.cat([bias[0], new])[None])
 
 
-def grow_for(model: PreTrainedModel, adapter: PeftConfig) -> bool:
-    """Give `model` the embeddings that `adapter` was trained with, before it is opened; whether some were lacking."""
-    trained = adapter.to_dict().get("trainable_token_indices") or []
-    lists = trained.values() if isinstance(trained, dict) else [trained]
-    wanted = max((index + 1 for indices in lists for index in indices), default=0)
+def grow_for(model: PreTrainedModel, tokens: Sequence[int]) -> bool:
+    """Give `model` embeddings for `tokens`, that adapters were trained with; whether some were lacking."""
+    wanted = max((index + 1 for index in tokens), default=0)
     if lacking := wanted > model.get_input_embeddings().weight.shape[0]:
         grow(model, wanted)
     return lacking

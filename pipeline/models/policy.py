@@ -17,6 +17,7 @@ from pipeline.algorithms import functional
 from pipeline.errors import UserError
 from pipeline.models import attention
 from pipeline.models.checks import HEADS
+from pipeline.models.late import Late
 from pipeline.models.loading import body, hugging_face
 from pipeline.records import Batch
 
@@ -59,9 +60,10 @@ class Policy(nn.Module):
     works in, which under ZeRO-3 must not depend on the data.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel, max_tokens: int):
+    def __init__(self, model: PreTrainedModel | PeftModel, max_tokens: int, late: Late | None = None):
+        """`late`: what is still to be done to the weights, which the engine does."""
         super().__init__()
-        self.model = model
+        self.model, self.late = model, late
         lm = hugging_face(model)
         self.encoder_decoder: bool = lm.config.is_encoder_decoder
         self.attends_apart = attention.attends_apart(lm)
@@ -240,9 +242,10 @@ class RewardModel(nn.Module):
     The head multiplies in float32: bfloat16 has 8 bits for a score, in which most of like texts would be equal.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel):
+    def __init__(self, model: PreTrainedModel | PeftModel, late: Late | None = None):
+        """`late`: what is still to be done to the weights, which the engine does."""
         super().__init__()
-        self.model = model
+        self.model, self.late = model, late
         for name, part in hugging_face(model).named_children():
             for matrix in part.modules() if name in HEADS else ():
                 if type(matrix) is nn.Linear:

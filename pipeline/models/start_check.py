@@ -34,7 +34,7 @@ def check_policy(policy: Policy, batch: Batch, pad_id: int) -> None:
     """
     lm = hugging_face(policy.model)
     lm.eval()
-    check_config(lm)
+    batch = batch.to(lm.device)
     with computing(lm):
         rows = own_logps(policy, batch)
         check_head(policy, batch, rows)
@@ -145,8 +145,8 @@ def generated_logps(policy: Policy, batch: Batch, rows: Sequence[int], pad_id: i
     config.decoder_start_token_id = next(iter(policy.start_ids), None)
     with nothing_inherited(lm):
         lm.generate(
-            input_ids=prompts,
-            attention_mask=mask.long(),
+            input_ids=prompts.to(lm.device),
+            attention_mask=mask.long().to(lm.device),
             **policy.begun(len(rows)),
             generation_config=config,
             logits_processor=LogitsProcessorList([force]),

@@ -18,6 +18,8 @@ from pipeline.config import together
 from pipeline.config.sections import OptimizerSettings, TrainSettings
 from pipeline.config.validate import one_complaint
 from pipeline.errors import UserError
+from pipeline.models.late import Late
+from pipeline.models.policy import Policy, RewardModel
 from pipeline.records import Batch
 from pipeline.trainer.group import Ranks  # before deepspeed, for which it names the accelerator
 from pipeline.trainer.optimizer import NOMINAL_ACCUMULATION, PRECISIONS, adam_arguments, full_config, parameter_groups
@@ -48,12 +50,12 @@ class Engine:
                 parameter.data = parameter.data.to(self.dtype)
             return
         client = None
-        groups = None
-        if optimizer is not None:
-            groups = parameter_groups(module, optimizer.weight_decay)
-            if "optimizer" not in config:
-                client = torch.optim.AdamW(groups, fused=True, **adam_arguments(optimizer))
-                groups = None
+        groups = None if optimizer is None else parameter_groups(module, optimizer.weight_decay)  # by whole shapes
+        if self.stage == 3:
+            cut(module, config, self.dtype)
+        if optimizer is not None and "optimizer" not in config:
+            client = torch.optim.AdamW(groups, fused=True, **adam_arguments(optimizer))
+            groups = None
         try:
             self._engine = deepspeed.initialize(
                 model=module, optimizer=client, model_parameters=groups, config=config, dist_init_required=False
@@ -168,3 +170,16 @@ class Engine:
         """The names of weights that are not trained, all names of tied ones."""
         named = self.module.named_parameters(remove_duplicate=False)
         return {name for name, parameter in named if not parameter.requires_grad}
+
+
+def cut(module: nn.Module, config: dict[str, Any], dtype: torch.dtype) -> None:
+    """Leave each rank its part of every weight, in `dtype`; whole is one at a time.
+
+    Weights that are memory-mapped or in another type become whole in memory only then.
+    """
+    known = isinstance(module, Policy | RewardModel) and module.late is not None
+    late = module.late if known else Late(dtype)
+    cutter = deepspeed.zero.Init(config_dict_or_path=config)
+    for parameter in module.parameters():
+        parameter.data = late.whole(parameter).to(dtype)
+        cutter._convert_to_zero_parameters([parameter])

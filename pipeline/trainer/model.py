@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from pipeline.config.schema import EvaluateStage, GenerateStage, Masking, RewardStage, RlStage, SftStage, Training
-from pipeline.config.sections import GenerationSettings, ModelSettings
+from pipeline.config.sections import GenerationSettings, ModelSettings, OptimizerSettings, TrainSettings
 from pipeline.data import dataset, remarks
 from pipeline.data.batching import Packing, packing_of
 from pipeline.data.masking import Masker
@@ -19,7 +19,7 @@ from pipeline.data.tokenization import Encoder, coloured
 from pipeline.data.vocabulary import token_tables
 from pipeline.files import write_json
 from pipeline.models import build, loading, mask_token, memory
-from pipeline.models.policy import RewardModel
+from pipeline.models.policy import Policy, RewardModel
 from pipeline.models.trained_input import save_input
 from pipeline.records import Example, Item, Row
 from pipeline.trainer.engine import Engine
@@ -80,8 +80,23 @@ def build_policy(
     packing = packing_of(settings.train, ranks.world, policy.encoder_decoder, encoder.pad_id)
     memory.warn_where_short(policy.model, settings, ranks.world)
     saved = build.saved_type(settings, start, encoder)
-    engine = Engine(policy, ranks, settings.train, settings.optimizer)
+    engine = engine_of(policy, encoder, longest, ranks, settings.train, settings.optimizer)
     return Model(engine, encoder, packing, saved, generation_of(settings))
+
+
+def engine_of(
+    policy: Policy,
+    encoder: Encoder,
+    longest: int,
+    ranks: Ranks,
+    train: TrainSettings,
+    optimizer: OptimizerSettings | None,
+) -> Engine:
+    """The policy's engine. One that was cut into parts is checked now, see `build.start_check`."""
+    engine = Engine(policy, ranks, train, optimizer)
+    if policy.late is not None:
+        ranks.agreed(lambda: build.start_check(policy, encoder, longest))
+    return engine
 
 
 def generation_of(settings: SftStage | RlStage) -> GenerationSettings:
@@ -94,7 +109,7 @@ def generation_of(settings: SftStage | RlStage) -> GenerationSettings:
 def frozen_policy(settings: Training, model: Model, start: ModelSettings, longest: int) -> Engine:
     """The policy that `model` started from, beside it, and only read: without an optimizer."""
     module = build.policy_module(start, model.encoder, settings.train, longest, settings.seed, frozen=True)
-    return Engine(module, model.ranks, settings.train, None)
+    return engine_of(module, model.encoder, longest, model.ranks, settings.train, None)
 
 
 def build_reward_model(
@@ -121,7 +136,7 @@ def build_inference(
     module = build.policy_module(policy, encoder, settings.train, longest, settings.seed, frozen=True)
     train = settings.train.model_copy(update={"batch_size": ranks.world * (settings.train.micro_batch_size or 1)})
     packing = packing_of(train, ranks.world, module.encoder_decoder, encoder.pad_id)
-    return Model(Engine(module, ranks, train, None), encoder, packing)
+    return Model(engine_of(module, encoder, longest, ranks, train, None), encoder, packing)
 
 
 def say(model: ModelSettings, encoder: Encoder) -> None:

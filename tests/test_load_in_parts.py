@@ -1,0 +1,116 @@
+"""Loading under ZeRO-3, tensor by tensor, gives what loading whole gives; and holds no more than its parts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.config.deepspeed import DS_CONFIGS
+from pipeline.config.sections import ModelSettings
+from pipeline.models import build, loading
+from pipeline.trainer.engine import Engine
+from tests import tiny
+
+ROWS = len(tiny.tokenizer())
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Callable[..., ModelSettings]:
+    """Saves a random model of a shape in a type, without a row to spare; and adapters upon it, if `r` says so."""
+
+    def make(shape: str, kept: str, r: int = 0, tokens: bool = False, rows: int = ROWS) -> ModelSettings:
+        model = tiny.spread(tiny.language_model(shape, vocab_size=rows))
+        settings = tiny.settings("sft").model
+        at = tmp_path / f"{shape}-{kept}"
+        if not at.exists():
+            loading.save(at, model, model.state_dict(), tiny.tokenizer(), dtype=TYPES[kept])
+        settings = settings.model_copy(update={"path": str(at)})
+        if not r:
+            return settings
+        tokenizer = loading.load_tokenizer(settings, [], tokens)
+        adapted = loading.load_policy(with_r(settings, r), tokenizer, 1, mask=tokens)
+        torch.manual_seed(3)
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.1 * torch.randn_like(parameter)
+        loading.save(tmp_path / "sft", adapted, adapted.state_dict(), tokenizer)
+        return settings.model_copy(update={"path": str(tmp_path / "sft")})
+
+    return make
+
+
+def with_r(settings: ModelSettings, r: int) -> ModelSettings:
+    return settings.model_copy(update={"lora": settings.lora.model_copy(update={"r": r})})
+
+
+def engine_of(settings: ModelSettings, zero: str, precision: str, kind: str) -> Engine:
+    """The engine as a stage makes it; kind: policy, masked, read (only) or scalar."""
+    train = tiny.train_settings(zero=zero, precision=precision)
+    tokenizer = loading.load_tokenizer(settings, [], kind == "masked", kind == "scalar")
+    encoder = tiny.encoder()
+    encoder = encoder.__class__(tokenizer, encoder.template, 64, 64, "end", encoder.encoder_decoder)
+    if kind == "scalar":
+        module = build.reward_module(settings, encoder, train, 0)
+    else:
+        module = build.policy_module(settings, encoder, train, 64, 0, kind == "masked", kind == "read")
+    return Engine(module, tiny.ranks(), train, None if kind == "read" else tiny.optimizer_settings(**tiny.PLAIN_STEP))
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, weight in one.items():
+        wanted = other[name]
+        assert weight.dtype == wanted.dtype, name
+        if "classification_head" in name:  # random, drawn in the type of the files
+            assert torch.allclose(weight.float(), wanted.float(), atol=0, rtol=0.01), name
+        else:
+            assert torch.equal(weight, wanted), name
+
+
+@pytest.mark.parametrize(
+    ("shape", "kept", "precision"),
+    [("llama", "bf16", "fp32"), ("gpt2", "fp32", "bf16"), ("t5", "bf16", "fp32"), ("bart", "bf16", "fp32")],
+)
+def test_weights_are_those_of_loading_whole(start: Callable, shape: str, kept: str, precision: str) -> None:
+    plain = start(shape, kept)
+    cases = [(plain, "masked"), (with_r(plain, 4), "policy"), (with_r(plain, 4), "masked")]
+    cases += [(plain, "read"), (with_r(plain, 4), "scalar")] if shape != "t5" else []
+    for settings, kind in cases:
+        whole, parts = (engine_of(settings, zero, precision, kind).state_dict() for zero in ("zero0", "zero3"))
+        same(parts, whole)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kept", "precision", "tokens"),
+    [("llama", "bf16", "fp32", True), ("gpt2", "bf16", "fp32", False), ("t5", "fp32", "bf16", True)],
+)
+def test_adapters_are_added_as_to_whole_weights(
+    start: Callable, shape: str, kept: str, precision: str, tokens: bool
+) -> None:
+    on = start(shape, kept, r=2, tokens=tokens)
+    policy = "masked" if tokens else "policy"
+    for settings, kind in [(with_r(on, 0), policy), (with_r(on, 4), policy), (on, "scalar")]:
+        if (shape, kind) != ("t5", "scalar"):
+            whole, parts = (engine_of(settings, zero, precision, kind).state_dict() for zero in ("zero0", "zero3"))
+            same(parts, whole)
+
+
+@pytest.mark.parametrize("shape", ["llama", "bart"])
+def test_first_steps_are_those_of_loading_whole(start: Callable, shape: str, tmp_path: Path) -> None:
+    config = json.loads((DS_CONFIGS / "zero3.json").read_text())
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # as of large weights: none stays whole
+    (tmp_path / "zero3.json").write_text(json.dumps(config))
+    for settings in (start(shape, "bf16", rows=tiny.V), with_r(start(shape, "bf16", r=2), 4)):
+        whole, parts = (engine_of(settings, zero, "fp32", "policy") for zero in ("zero0", str(tmp_path / "zero3.json")))
+        build.start_check(parts.module, tiny.encoder(), 64)  # which leaves nothing behind
+        norms = [tiny.two_steps(one, tiny.items(9)) for one in (whole, parts)]
+        tiny.close(norms[1], norms[0])
+        weights = [one.state_dict() for one in (whole, parts)]
+        for name in weights[0]:
+            tiny.close(weights[1][name], weights[0][name])
