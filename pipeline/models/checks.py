@@ -12,11 +12,12 @@ from typing import Any
 
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.errors import UserError
 from pipeline.models.place import problem_of
+
+Shapes = dict[str, tuple[int, ...]]  # by the names of weights
 
 HEADS = ("score", "classifier", "classification_head")  # what architectures call their scalar head
 NO_LANGUAGE_MODEL = ("ForSequenceClassification", "ForTokenClassification", "ForMaskedLM", "ForQuestionAnswering")
@@ -154,31 +155,26 @@ def check_positions(model: PreTrainedModel, prompt: int, response: int, whole: b
         )
 
 
-def verify(directory: Path, model: PreTrainedModel | PeftModel, weights: dict[str, Tensor]) -> None:
+def verify(directory: Path, model: PreTrainedModel | PeftModel, handed: Shapes) -> None:
     """Reopen saved weights: none empty, as many elements as were handed over, and of one name in one shape.
 
     transformers may write what it holds as one tensor in pieces, such as the experts of a layer. Of adapters each must
     have a shape that was handed over. Raises RuntimeError.
     """
-    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     saved = saved_shapes(directory)
     adapters = isinstance(model, PeftModel)
     for name, shape in saved.items():
-        known = shape in shapes.values() if adapters else shape == shapes.get(name, shape)
+        known = shape in handed.values() if adapters else shape == handed.get(name, shape)
         if 0 in shape or not known:
             raise RuntimeError(f"{directory}: {name} was saved with shape {shape}, which no weight of the model has")
-    if adapters:
-        return
-    unsaved = model._keys_to_ignore_on_save or ()  # places that are computed anew
-    kept = {weight.data_ptr(): weight.numel() for name, weight in weights.items() if name not in unsaved}  # tied: once
-    found, wanted = sum(map(math.prod, saved.values())), sum(kept.values())
-    if found != wanted:
+    found, wanted = (sum(map(math.prod, shapes.values())) for shapes in (saved, handed))
+    if not adapters and found != wanted:
         raise RuntimeError(f"{directory}: {found:,} elements were saved of {wanted:,}")
 
 
-def saved_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+def saved_shapes(directory: Path) -> Shapes:
     """The shapes of the tensors in a directory's safetensors. Raises RuntimeError where there is none."""
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes: Shapes = {}
     for file in sorted(directory.glob("*.safetensors")):
         with safe_open(file, "pt") as saved:
             shapes |= {name: tuple(saved.get_slice(name).get_shape()) for name in saved.keys()}  # noqa: SIM118

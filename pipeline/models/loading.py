@@ -342,7 +342,7 @@ def body(lm: PreTrainedModel) -> nn.Module:
 def save(
     directory: Path,
     model: PreTrainedModel | PeftModel,
-    weights: dict[str, Tensor],
+    weights: writing.Weights,
     tokenizer: PreTrainedTokenizerBase,
     then: Callable[[Path], None] | None = None,
     ends: Collection[int] = (),
@@ -353,23 +353,22 @@ def save(
 
     Where no directory holds the model below adapters, it is written beside them. Neither of the two is in `dtype`, only
     all weights of a model without adapters are; None: as they are.
-    `weights` is the whole `state_dict` of `model`, on the CPU; `then` writes what else belongs into the directory.
-    `ends` are ids that end responses: the `generate` of transformers, and vLLM, stop at them too. `generation` is how
-    they are to generate; None: as the checkpoint says.
+    `weights` gives those of `model`, which need not be in memory all at once: for each of `writing.passes` in turn;
+    `then` writes what else belongs into the directory. `ends` are ids that end responses: the `generate` of
+    transformers, and vLLM, stop at them too. `generation` is how they are to generate; None: as the checkpoint says.
     Raises RuntimeError where what was written has an empty tensor or another shape than the model.
     """
-    adapters = isinstance(model, PeftModel)
-    if adapters and (own := model.peft_config[lora.TRAINED]).base_model_name_or_path is None:
-        below = directory.with_name(lora.BASE).absolute()
-        with writing.whole(below) as part:
-            writing.write_base(part, model, weights, tokenizer, ends, generation)
-        own.base_model_name_or_path = str(below)
+    *below, own = (writing.those(weights, wanted) for wanted in writing.passes(model))
+    if below:
+        with writing.whole(directory.with_name(lora.BASE).absolute()) as part:
+            writing.write_base(part, model, below[0], tokenizer, ends, generation)
+        lora.name_base(model, directory)
     with writing.whole(directory) as part:
-        if adapters:
-            weights = writing.write_adapters(part, model, weights)
+        if isinstance(model, PeftModel):
+            handed = writing.write_adapters(part, model, dict(own))
         else:
-            writing.write_weights(part, model, weights, dtype)
+            handed = writing.write_weights(part, model, own, dtype)
         writing.write_rest(part, hugging_face(model), tokenizer, ends, generation)
         if then is not None:
             then(part)
-        checks.verify(part, model, weights)
+        checks.verify(part, model, handed)

@@ -286,10 +286,19 @@ def _targets(model: PeftModel, names: Sequence[str]) -> list[str]:
     return sorted(words if meant == {*names} else names)
 
 
-def weights_below(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of the weights of a model with adapters, those of the model below, by its own names."""
-    added = (".lora_", ".trainable_tokens_", ".modules_to_save.")
-    below = {name: weight for name, weight in weights.items() if not any(part in name for part in added)}
+def name_base(model: PreTrainedModel | PeftModel, directory: Path) -> None:
+    """Let the adapters that are saved to `directory` belong to the model beside it, where they belong to no other."""
+    if isinstance(model, PeftModel) and (own := model.peft_config[TRAINED]).base_model_name_or_path is None:
+        own.base_model_name_or_path = str(directory.with_name(BASE).absolute())
+
+
+def is_added(name: str) -> bool:
+    """Whether a weight of a model with adapters is not one of the model below."""
+    return any(part in name for part in (".lora_", ".trainable_tokens_", ".modules_to_save."))
+
+
+def name_below(name: str) -> str:
+    """What the model below adapters calls its weight `name`."""
     # experts have one wrapper in another, for each of their tensors that is adapted
-    wrapper = re.compile(r"(?:\.(?:token_adapter|base_layer|original_module))+\.")
-    return {wrapper.sub(".", name.removeprefix("base_model.model.")): weight for name, weight in below.items()}
+    wrapper = r"(?:\.(?:token_adapter|base_layer|original_module))+\."
+    return re.sub(wrapper, ".", name.removeprefix("base_model.model."))

@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,19 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from pipeline.config.sections import GenerationSettings
 from pipeline.errors import ROOM, UserError
 from pipeline.files import CARD
 from pipeline.models import checks, lora, mask_token
+from pipeline.models.checks import Shapes
+from pipeline.models.shards import write_shards
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
+SHARD = 5_000_000_000  # bytes of weights in a file
 # what changes nothing where it has this value
 NEUTRAL = {"min_new_tokens": 0, "no_repeat_ngram_size": 0, "repetition_penalty": 1.0}
 
@@ -48,26 +53,70 @@ def whole(directory: Path) -> Iterator[Path]:
     os.replace(part, directory)
 
 
+Weights = Mapping[str, Tensor] | Callable[[Callable[[str], bool]], Iterator[tuple[str, Tensor]]]
+
+
+def passes(model: PreTrainedModel | PeftModel) -> list[Callable[[str], bool]]:
+    """Which names are asked for, from the first weight to the last, one time after the other.
+
+    Of a model with adapters only those; first the model below, where no directory holds it.
+    """
+    if not isinstance(model, PeftModel):
+        return [lambda name: True]
+    base = model.peft_config[lora.TRAINED].base_model_name_or_path is None
+    return [lambda name: not lora.is_added(name)] * base + [lora.is_added]
+
+
+def those(weights: Weights, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
+    """The wanted ones, one at a time."""
+    if not isinstance(weights, Mapping):
+        return weights(wanted)
+    return ((name, weight) for name, weight in weights.items() if wanted(name))
+
+
 def write_weights(
-    directory: Path, model: PreTrainedModel, weights: dict[str, Tensor], dtype: torch.dtype | None
-) -> None:
-    """All weights, in `dtype` (None: as they are) but for those that the architecture reads in float32 all the same."""
-    weights = dict(weights)
-    if dtype is None:
-        model.save_pretrained(directory, state_dict=weights)
-        return
+    directory: Path, model: PreTrainedModel, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None
+) -> Shapes:
+    """All weights, in `dtype` (None: as they are) but for those that the architecture reads in float32 all the same.
+
+    Returns the shapes of those that were handed over.
+    """
+    handed: Shapes = {}
     exact = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
-    cast = {}
-    for name, weight in weights.items():
-        if weight.is_floating_point() and exact.isdisjoint(name.split(".")):
-            weights[name] = cast.setdefault((weight.data_ptr(), weight.shape), weight.to(dtype))  # tied ones stay one
-    model.save_pretrained(directory, state_dict=weights)
-    config = copy.deepcopy(model.config)
-    config.dtype = config.get_text_config().dtype = dtype
-    config.save_pretrained(directory)
+    tied, ignored = model.all_tied_weights_keys, {*(model._keys_to_ignore_on_save or ())}
+
+    def given() -> Iterator[tuple[str, Tensor]]:
+        for name, weight in weights:
+            if name in ignored or tied.get(name, name) in handed:
+                continue
+            handed[name] = tuple(weight.shape)
+            cast = dtype is not None and weight.is_floating_point() and exact.isdisjoint(name.split("."))
+            yield name, weight.to(dtype) if cast else weight
+
+    write_shards(directory, _as_published(model, given()), SHARD)
+    model.save_pretrained(directory, state_dict={})  # the rest
+    if dtype is not None:
+        config = copy.deepcopy(model.config)
+        config.dtype = config.get_text_config().dtype = dtype
+        config.save_pretrained(directory)
+    return handed
 
 
-def write_adapters(directory: Path, model: PeftModel, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def _as_published(model: PreTrainedModel, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The weights by the names and in the pieces of the architecture's published files, such as single experts.
+
+    One at a time, unless several of them become one.
+    """
+    changes = model.__dict__.get("_weight_conversions") or get_model_conversion_mapping(model, add_legacy=False)
+    if any(isinstance(one, WeightConverter) and len(one.target_patterns) > 1 for one in changes):
+        weights = {name: weight.cpu().clone() for name, weight in weights}.items()
+        yield from revert_weight_conversion(model, dict(weights)).items()
+        return
+    for name, weight in weights:
+        yield from revert_weight_conversion(model, {name: weight}).items()
+
+
+def write_adapters(directory: Path, model: PeftModel, weights: dict[str, Tensor]) -> Shapes:
     """All adapters of `model` as one."""
     own = model.peft_config[lora.TRAINED]
     weights, model.peft_config[lora.TRAINED] = lora.exported(model, weights)
@@ -75,28 +124,34 @@ def write_adapters(directory: Path, model: PeftModel, weights: dict[str, Tensor]
     model.save_pretrained(directory, state_dict=dict(weights), **options)
     model.peft_config[lora.TRAINED] = own
     (directory / CARD).unlink(missing_ok=True)  # a form to be filled in
-    return weights
+    return {name: tuple(weight.shape) for name, weight in weights.items()}
 
 
 def write_base(
     directory: Path,
     model: PeftModel,
-    weights: dict[str, Tensor],
+    weights: Iterable[tuple[str, Tensor]],
     tokenizer: PreTrainedTokenizerBase,
     ends: Collection[int],
     generation: GenerationSettings | None,
 ) -> None:
     """The model below the adapters, where no other directory holds it."""
-    lm, below = model.get_base_model(), lora.weights_below(weights)
+    lm = model.get_base_model()
     with torch.device("meta"):
         plain = type(lm)(copy.deepcopy(lm.config))
-    if strange := sorted(below.keys() - plain.state_dict().keys()):
-        raise RuntimeError(f"{directory}: {strange[0]} is no weight of a {type(lm).__name__}")
+    known = plain.state_dict().keys()
+
+    def below() -> Iterator[tuple[str, Tensor]]:
+        for name, weight in weights:
+            if (own := lora.name_below(name)) not in known:
+                raise RuntimeError(f"{directory}: {own} is no weight of a {type(lm).__name__}")
+            yield own, weight
+
     if lm.can_generate():
         plain.generation_config = lm.generation_config
-    plain.save_pretrained(directory, state_dict=dict(below))
+    handed = write_weights(directory, plain, below(), None)
     write_rest(directory, lm, tokenizer, ends, generation)
-    checks.verify(directory, plain, below)
+    checks.verify(directory, plain, handed)
 
 
 def write_rest(

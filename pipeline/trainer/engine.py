@@ -5,7 +5,7 @@ Three decisions have their one owner here: the scale that turns sums into one ex
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -122,18 +122,25 @@ class Engine:
             yield self._twin.eval()
             unlink_tensors(self._twin)
 
+    def weights(self, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[tuple[str, Tensor]]:
+        """The weights and saved buffers of `wanted` names on rank 0, one after the other, tied weights once.
+
+        A weight is whole until the next is asked for, where it lives. Every rank must go through to the end; the others
+        get nothing.
+        """
+        for name, parameter in self.module.named_parameters():
+            if wanted(name):
+                with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
+                    if self.ranks.main:
+                        yield name, parameter.detach()
+        saved = self.module.state_dict().keys() if self.ranks.main else ()
+        for name, buffer in self.module.named_buffers():
+            if name in saved and wanted(name):
+                yield name, buffer.detach()
+
     def state_dict(self) -> dict[str, Tensor]:
         """All weights and saved buffers, whole, on the CPU of rank 0, tied weights once; empty on the other ranks."""
-        weights = {}
-        for name, parameter in self.module.named_parameters():
-            with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
-                if self.ranks.main:
-                    weights[name] = parameter.detach().cpu().clone()
-        if not self.ranks.main:
-            return {}
-        buffers = {name: buffer.detach().cpu() for name, buffer in self.module.named_buffers()}
-        saved = self.module.state_dict().keys()
-        return weights | {name: buffer for name, buffer in buffers.items() if name in saved}
+        return {name: weight.cpu().clone() for name, weight in self.weights()}
 
     def save(self, directory: Path) -> None:
         """Trained weights, optimizer and loss-scale state, each rank its part, into `directory`.

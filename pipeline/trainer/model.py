@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from pipeline.config.schema import EvaluateStage, GenerateStage, Masking, RewardStage, RlStage, SftStage, Training
 from pipeline.config.sections import GenerationSettings, ModelSettings, OptimizerSettings, TrainSettings
@@ -18,7 +20,7 @@ from pipeline.data.masking import Masker
 from pipeline.data.tokenization import Encoder, coloured
 from pipeline.data.vocabulary import token_tables
 from pipeline.files import write_json
-from pipeline.models import build, loading, mask_token, memory
+from pipeline.models import build, loading, lora, mask_token, memory, writing
 from pipeline.models.policy import Policy, RewardModel
 from pipeline.models.trained_input import save_input
 from pipeline.records import Example, Item, Row
@@ -47,14 +49,21 @@ class Model:
 
         `asked`: the rows have prompts, see `save_input`.
         """
-        weights = self.engine.state_dict()
+        encoder, lm, kind = self.encoder, self.engine.module.model, self.saved_type
         if self.ranks.main:
-            own = {name.removeprefix("model."): weight for name, weight in weights.items()}
-            encoder, lm, kind = self.encoder, self.engine.module.model, self.saved_type
             scalar = isinstance(self.engine.module, RewardModel)
             then = partial(save_input, encoder=encoder, asked=asked, scalar=scalar)
-            loading.save(directory, lm, own, encoder.tokenizer, then, encoder.stop_ids, kind, self.generation)
+            loading.save(directory, lm, self._weights, encoder.tokenizer, then, encoder.stop_ids, kind, self.generation)
+        else:
+            for wanted in writing.passes(lm):
+                deque(self._weights(wanted), maxlen=0)
+            lora.name_base(lm, directory)
         self.ranks.barrier()
+
+    def _weights(self, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
+        """As `Engine.weights`, by the names of the model within the module."""
+        for name, weight in self.engine.weights(lambda name: wanted(name.removeprefix("model."))):
+            yield name.removeprefix("model."), weight
 
 
 def build_policy(
