@@ -90,7 +90,7 @@ def evaluate(settings: SftStage, policy: Model, watched: WatchedAnswers, step: i
     if settings.masking.rate > 0:
         masked = evaluation.held_out_loss(policy.engine, watched.objective, watched.items, watched.packing)
         scalars["eval/masked_loss"] = masked["eval/loss"]
-    shown = watched.rows[: settings.eval.num_samples]
+    shown = watched.rows[: settings.eval.num_samples] if settings.eval.generate else []
     answers = generate(policy.engine, policy.encoder, shown, policy.generation, settings.seed) if shown else []
     return Evaluation(scalars, samples=evaluation.sample_rows(answers, None, len(answers)))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.config.deepspeed import DS_CONFIGS
 from pipeline.config.sections import ModelSettings
 from pipeline.models import build, loading
 from pipeline.trainer.engine import Engine
@@ -103,11 +101,8 @@ def test_adapters_are_added_as_to_whole_weights(
 
 @pytest.mark.parametrize("shape", ["llama", "bart"])
 def test_first_steps_are_those_of_loading_whole(start: Callable, shape: str, tmp_path: Path) -> None:
-    config = json.loads((DS_CONFIGS / "zero3.json").read_text())
-    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # as of large weights: none stays whole
-    (tmp_path / "zero3.json").write_text(json.dumps(config))
     for settings in (start(shape, "bf16", rows=tiny.V), with_r(start(shape, "bf16", r=2), 4)):
-        whole, parts = (engine_of(settings, zero, "fp32", "policy") for zero in ("zero0", str(tmp_path / "zero3.json")))
+        whole, parts = (engine_of(settings, zero, "fp32", "policy") for zero in ("zero0", tiny.cut_whole(tmp_path)))
         build.start_check(parts.module, tiny.encoder(), 64)  # which leaves nothing behind
         norms = [tiny.two_steps(one, tiny.items(9)) for one in (whole, parts)]
         tiny.close(norms[1], norms[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import random
@@ -28,6 +29,7 @@ from transformers import (
 )
 
 from pipeline.algorithms import supervised
+from pipeline.config.deepspeed import DS_CONFIGS
 from pipeline.config.resolve import resolve
 from pipeline.config.sections import TemplateSettings
 from pipeline.data.batching import Extent, Packing, Windows
@@ -111,6 +113,14 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 def encoder(prompt_limit: int = 64, response_limit: int = 64, **template: Any) -> Encoder:
     return Encoder(tokenizer(), PLAIN.model_copy(update=template), prompt_limit, response_limit)
+
+
+def cut_whole(folder: Path) -> str:
+    """A configuration of ZeRO-3 that keeps no small weight whole: what only large models meet otherwise."""
+    config = json.loads((DS_CONFIGS / "zero3.json").read_text())
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    (folder / "cut_whole.json").write_text(json.dumps(config))
+    return str(folder / "cut_whole.json")
 
 
 def row(prompt: Sequence[int], response: Sequence[int]) -> Row:

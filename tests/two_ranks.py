@@ -79,6 +79,19 @@ def speak(trained: engine.Engine, **changes) -> list[tuple[int, ...]]:
     return [answer.response_ids for answer in answers]
 
 
+def speak_in_layers(folder: Path, whole: dict) -> None:
+    """No weight is ever whole but while it is read: the same words as where all are, and the same steps after them.
+
+    The last batch is of one rank alone, and prompts of one length end at different steps.
+    """
+    trained, _ = train(tiny.cut_whole(folder), "fp32")
+    assert speak(trained, gather="layers", do_sample=False) == whole["greedy"]
+    assert speak(trained, gather="layers", do_sample=True) == whole["sampled"]
+    beams = [speak(trained, gather=gather, do_sample=False, num_beams=2) for gather in ("whole", "layers")]
+    assert beams[0] == beams[1]
+    assert tiny.two_steps(trained, tiny.items(9)) == pytest.approx(whole["after"], rel=1e-5)
+
+
 def resume(trained: engine.Engine, zero: str, folder: Path) -> None:
     """Save, step; load into other weights, step: the same, bit for bit, on each rank's own part."""
     checkpoints = Checkpoints(folder / zero, trained.ranks, limit=1)
@@ -128,6 +141,10 @@ def main(folder: Path) -> None:
             seen[f"zero{stage}"]["after"] = after
         if stage > 0:
             resume(trained, f"zero{stage}", folder)
+    if ranks.main:
+        (folder / "cut").mkdir()
+    ranks.barrier()
+    speak_in_layers(folder / "cut", seen["zero3"])
     seen["bf16"] = train("zero3", "bf16")[1]
     if ranks.main:
         torch.save(seen, folder / "seen.pt")

@@ -200,12 +200,14 @@ class OptimizerSettings(Section):
 
 
 class EvalSettings(Section):
+    generate: bool
     max_rows: Count
     num_samples: Whole
 
 
 class GenerationSettings(Section):
     engine: Literal["generate", "continuous"]
+    gather: Literal["auto", "whole", "layers"]
     max_new_tokens: Count
     min_new_tokens: Whole
     do_sample: bool
@@ -244,6 +246,8 @@ class GenerationSettings(Section):
                 f"{other[0]} with engine continuous, wanted plain sampling or greedy decoding: set "
                 "generation.engine=generate"
             )
+        if self.engine == "continuous" and self.gather == "layers":
+            raise ValueError("gather is layers with engine continuous, wanted whole or auto: or set engine=generate")
         return self
 
 

@@ -50,6 +50,12 @@ def ram(system: Path = SYSTEM) -> int:
     return min(limits)
 
 
+def free_ram(system: Path = SYSTEM) -> int:
+    """Bytes of memory that are free now, or would be if files were no longer kept in it."""
+    meminfo = (system / "proc/meminfo").read_text()
+    return min(1024 * int(re.search(r"MemAvailable:\s+(\d+) kB", meminfo)[1]), ram(system))
+
+
 def computes_bf16(system: Path = SYSTEM) -> bool | None:
     """Whether the processor has instructions for bf16; None where it does not say what it has."""
     lines = (system / "proc/cpuinfo").read_text().splitlines()

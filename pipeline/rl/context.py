@@ -79,8 +79,13 @@ def required_rewards(context: Context) -> Rewards:
 
 
 def fresh_responses(context: Context, model: Model, prompts: Sequence[Example]) -> Evaluation:
-    """eval/... of responses that the policy gives now, judged where something does that; with a few samples."""
+    """eval/... of responses that the policy gives now, judged where something does that; with a few samples.
+
+    Nothing where eval.generate is false.
+    """
     settings = context.settings
+    if not settings.eval.generate:
+        return Evaluation({})
     responses = generate(model.engine, model.encoder, prompts, settings.generation, settings.seed)
     statistics, histograms, scores = evaluation.completion_statistics(responses), {}, None
     if context.rewards is not None and context.rewards.functions:

@@ -43,7 +43,7 @@ def trainer(context: Context) -> Trainer:
         objective=context.objective,
         max_steps=steps_for(settings, len(items)),
         evaluate=partial(evaluate, context, policy, WatchedRows(tested, prompts, items, {})),
-        best_metric=HELD_OUT_LOSS if context.judge is None else REWARD,
+        best_metric=REWARD if context.judge is not None and settings.eval.generate else HELD_OUT_LOSS,
         prepare=partial(check_start, context, policy, items, draw(0)),
     )
 

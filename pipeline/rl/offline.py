@@ -90,12 +90,12 @@ def rewarded_rows(context: Context, needs: Needs) -> tuple[list[Example], list[E
 
 
 def best_metric(context: Context, held_out: Sequence[Item]) -> BestMetric:
-    """What chooses the weights: the reward of fresh responses; where nothing judges them, what held-out rows say was
-    gained; where these bring no rewards, the likelihood of all of them alike.
+    """What chooses the weights: the reward of fresh responses; where there are none, or nothing judges them, what
+    held-out rows say was gained; where these bring no rewards, the likelihood of all of them alike.
 
     A loss that weighs rows chooses nothing: it falls when the rows of much weight are merely forgotten.
     """
-    if context.judge is not None:
+    if context.judge is not None and context.settings.eval.generate:
         return REWARD
     return GAIN if "reward" in held_out[0].numbers else HELD_OUT_LOSS
 

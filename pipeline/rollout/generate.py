@@ -1,8 +1,8 @@
 """Where responses come from: here, from the policy.
 
-One generation gathers ZeRO-3's weights once; ranks share the prompts, and all make the same number of steps. What is
-sampled depends on the seed and on the example, never on its batch, its place or the rank (but for beams that sample,
-and for the other engine, continuous.py).
+One generation gathers ZeRO-3's weights once, or each layer's for every token where they do not fit; ranks share the
+prompts, and all make the same number of steps. What is sampled depends on the seed and on the example, never on its
+batch, its place or the rank (but for beams that sample, and for the other engine, continuous.py).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def respond(
     check_positions(lm, longest, settings.max_new_tokens, whole=False)
     cuda = [ranks.device] if ranks.device.type == "cuda" else []
     mine: dict[int, list[Completion]] = {}
-    with engine.generating() as module, torch.no_grad(), torch.random.fork_rng(devices=cuda):
+    with engine.generating(settings.gather) as module, torch.no_grad(), torch.random.fork_rng(devices=cuda):
         if settings.engine == "continuous":
             batches, places = [], order[ranks.rank :: ranks.world]
             rows = continuous.respond(module, [requests[i] for i in places], settings, config, seed)

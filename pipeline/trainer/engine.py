@@ -5,6 +5,7 @@ Three decisions have their one owner here: the scale that turns sums into one ex
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,11 +22,14 @@ from pipeline.errors import UserError
 from pipeline.models.late import Late
 from pipeline.models.policy import Policy, RewardModel
 from pipeline.records import Batch
+from pipeline.trainer import group
 from pipeline.trainer.group import Ranks  # before deepspeed, for which it names the accelerator
 from pipeline.trainer.optimizer import NOMINAL_ACCUMULATION, PRECISIONS, adam_arguments, full_config, parameter_groups
 from pipeline.trainer.twin import hookless_twin, link_tensors, unlink_tensors
 
 import deepspeed  # isort: skip
+
+logger = logging.getLogger("tiffin")
 
 
 class Engine:
@@ -43,6 +47,7 @@ class Engine:
         self.ranks, self.module = ranks, module
         self.dtype = PRECISIONS[train.precision]
         self._twin = hookless_twin(module) if self.stage == 3 else None
+        self._said_layers = False
         self._half = train.precision != "fp32"
         if optimizer is None and self.stage < 3:
             self._engine = module.to(ranks.device)
@@ -95,8 +100,8 @@ class Engine:
 
         Where the norm is not finite the weights and the optimizer stay as they are, and the gradient is dropped.
         """
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+        for part in self._engine.optimizer.param_groups:
+            part["lr"] = learning_rate
         norm = None if self.stage else self._plain_norm()
         if norm is not None and not norm.isfinite():  # every other optimizer of DeepSpeed looks for itself
             self._engine.zero_grad()
@@ -111,16 +116,31 @@ class Engine:
         return nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
 
     @contextmanager
-    def generating(self) -> Iterator[nn.Module]:
-        """The module with whole weights for many forwards: under ZeRO-3 gathered once, not once per token."""
+    def generating(self, gather: str = "whole") -> Iterator[nn.Module]:
+        """The module for many forwards without gradient.
+
+        gather: of ZeRO-3's weights. whole: all, once, on every rank. layers: each layer's as it is read, so that all
+        ranks must make the same forwards. auto: whole where that fits into the memory of every rank.
+        """
         self.train(False)
-        if self._twin is None:
+        if self._twin is None or gather == "layers" or (gather == "auto" and not self._whole_fits()):
             yield self.module
             return
         with deepspeed.zero.GatheredParameters(list(self.module.parameters())):
             link_tensors(self._twin, self.module)
             yield self._twin.eval()
             unlink_tensors(self._twin)
+
+    def _whole_fits(self) -> bool:
+        """Whether all weights fit, on every rank, beside what is in memory now, with a tenth of the rest to spare."""
+        needed = self.dtype.itemsize * sum(parameter.ds_numel for parameter in self.module.parameters())
+        free = group.free_memory(self.ranks)
+        fits = not self.ranks.any(needed > 0.9 * free)
+        if not fits and not self._said_layers:
+            sizes = f"all weights take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free here"
+            logger.info(f"generation.gather: every token gathers layer by layer, since {sizes}")
+            self._said_layers = True
+        return fits
 
     def weights(self, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[tuple[str, Tensor]]:
         """The weights and saved buffers of `wanted` names on rank 0, one after the other, tied weights once.

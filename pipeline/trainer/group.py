@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pipeline import errors
 from pipeline.errors import UserError
-from pipeline.launch import extensions
+from pipeline.launch import extensions, machine
 from pipeline.launch.launcher import free_port
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -154,6 +154,14 @@ def compile_in_turn(builder: OpBuilder, verbose: bool = False) -> ModuleType:
         finally:
             if ours:
                 del os.environ[extensions.PLACE]
+
+
+def free_memory(ranks: Ranks) -> float:
+    """Bytes that are free now for this rank: of its GPU, else its share of the machine's."""
+    if ranks.device.type == "cuda":
+        return float(torch.cuda.mem_get_info(ranks.device)[0])
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
+    return machine.free_ram() / beside
 
 
 def stop() -> None:
