@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -85,10 +86,27 @@ def test_hostfile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "pdsh").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     argv = command(settings(hostfile=str(file), master_port=29999), "sft", ["lr=1"], {})
-    assert argv == [*DEEPSPEED, "--hostfile", str(file), *OPTIONS]
+    assert argv == [*DEEPSPEED, "--hostfile", str(file), *OPTIONS[:-1], launcher.packed(["lr=1"])]
     file.write_text("localhost slots=3\n")  # no ssh for this machine alone
     argv = command(settings(hostfile=str(file), master_port=29999), "sft", ["lr=1"], {})
     assert argv == [*DEEPSPEED, "--num_gpus", "3", *OPTIONS]
+
+
+def test_words_pass_a_shell_unharmed():
+    """Whatever they hold: over pdsh they are joined to a line that a shell of the other host reads."""
+    words = [
+        "template.prompt=It costs $5 ($(date) `id`) & more; %h %n",
+        "a='b\"c' d",
+        'x={"k": [1, "é\n\u2028"]}',
+        "",
+        "k=",
+    ]
+    code = "import json, sys; from pipeline.launch.launcher import unpacked; print(json.dumps(unpacked(sys.argv[1:])))"
+    line = " ".join([PYTHON, "-c", f"'{code}'", launcher.packed(words)])
+    root = Path(__file__).resolve().parents[1]
+    read = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=True, cwd=root)
+    assert json.loads(read.stdout) == words
+    assert launcher.unpacked(["run=a", "lr=1"]) == ["run=a", "lr=1"]
 
 
 @pytest.mark.parametrize(

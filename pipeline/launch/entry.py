@@ -15,7 +15,7 @@ from pipeline.config.resolve import resolve
 from pipeline.config.schema import EvaluateStage, GenerateStage, Training
 from pipeline.errors import PreemptedError, UserError
 from pipeline.launch import machine, run_dir, stopping
-from pipeline.launch.launcher import rank_environment
+from pipeline.launch.launcher import rank_environment, unpacked
 
 USER_ERROR = 2
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on
@@ -26,7 +26,7 @@ logger = logging.getLogger("tiffin")  # what a program says while it runs; resul
 
 def run(main: Callable[[Any, list[str]], None], stage: str) -> NoReturn:
     """Call `main(settings, words)` with the settings that the process's words mean for `stage`, then exit."""
-    words = sys.argv[1:]
+    words = unpacked(sys.argv[1:])
     if not any(word.startswith("stage=") for word in words):
         words = [f"stage={stage}", *words]
     leave(lambda: _call(main, stage, words))

@@ -4,11 +4,14 @@ What the launchers do (DeepSpeed 0.19.8, torch 2.13, two gloo ranks on CPU):
 - DeepSpeed's passes the exit code of the first rank that fails; torchrun always exits 1 and prints a traceback.
 - DeepSpeed's adds --local_rank=N to the words unless given --no_local_rank.
 - With a hostfile DeepSpeed's launcher tries ssh even for one host; over pdsh it exports only variables that begin
-  with PYTHON, NCCL and a few more.
+  with PYTHON, NCCL and a few more, and joins all words to a line that a shell of the other host reads: `$5`, `(`, `%h`
+  and quotes would not arrive.
 """
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import random
 import re
@@ -23,6 +26,7 @@ from pipeline.errors import UserError
 from pipeline.launch.machine import has_gpu
 
 DISTRIBUTED = ("sft", "reward", "rl", "score", "generate", "evaluate")
+PACKED = "packed="
 PORTS = range(20_000, 32_000)
 
 
@@ -32,7 +36,10 @@ def command(settings: LaunchSettings, stage: str, words: Sequence[str], environ:
     launcher = choose(settings, stage, environ)
     if launcher == "deepspeed":
         options = ["--no_local_rank", "--log_level", "error", "--master_port", str(_port(settings))]
-        return [sys.executable, "-m", "deepspeed.launcher.runner", *_resources(settings), *options, "--module", *module]
+        resources = _resources(settings)
+        if "--hostfile" in resources:  # a shell of each host reads what it is to run
+            module = [module[0], packed(words)]
+        return [sys.executable, "-m", "deepspeed.launcher.runner", *resources, *options, "--module", *module]
     if launcher == "torchrun":
         port = ["--standalone"] if settings.master_port is None else ["--master-port", str(_port(settings))]
         options = ["--nproc-per-node", str(settings.processes), *port]
@@ -40,6 +47,19 @@ def command(settings: LaunchSettings, stage: str, words: Sequence[str], environ:
     if launcher == "srun":
         return ["srun", "--kill-on-bad-exit=1", *_tasks(settings, environ), sys.executable, "-m", *module]
     return [sys.executable, "-m", *module]
+
+
+def packed(words: Sequence[str]) -> str:
+    """The words as one of letters, digits, - and _, which no shell and no launcher reads as anything else."""
+    return PACKED + base64.urlsafe_b64encode(json.dumps(list(words)).encode()).decode().rstrip("=")
+
+
+def unpacked(words: Sequence[str]) -> list[str]:
+    """The words that were given to `packed`; all others as they are."""
+    if len(words) != 1 or not words[0].startswith(PACKED):
+        return list(words)
+    text = words[0].removeprefix(PACKED)
+    return json.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)))
 
 
 def world(settings: LaunchSettings, stage: str, environ: Mapping[str, str]) -> int:
