@@ -22,11 +22,11 @@ from pipeline.data.batching import Source
 from pipeline.data.sampling import step_budget
 from pipeline.errors import PreemptedError, UserError
 from pipeline.files import CARD, flatten, write_text
-from pipeline.launch import stopping
+from pipeline.launch import going_on, stopping
 from pipeline.launch.processes import handled
 from pipeline.models import card
 from pipeline.records import Batch, Stat
-from pipeline.trainer.checkpoint import Checkpoints, State
+from pipeline.trainer.checkpoint import Checkpoints, State, gigabytes
 from pipeline.trainer.engine import Engine
 from pipeline.trainer.facts import facts_of
 from pipeline.trainer.group import Ranks
@@ -113,8 +113,11 @@ def fit(trainer: Trainer) -> None:
     else:
         ranks.on_main(lambda: refuse_lost_best(trainer, resumed[0]))
         say_resumed(trainer, resumed[0])
-    state, interval, memory = resumed or (State(step=0, world=ranks.world), Interval(Metrics()), {})
-    state = replace(state, of=trainer.max_steps)
+    fresh = State(step=0, world=ranks.world, began=ranks.world)
+    state, interval, memory = resumed or (fresh, Interval(Metrics()), {})
+    settings = flatten(trainer.settings.model_dump(), ".")
+    cut = {key: settings[key] for key in going_on.CUT}
+    state = replace(state, of=trainer.max_steps, world=ranks.world, began=state.began or state.world, cut=cut)
     trainer.windows.load_state_dict(memory)
     log = RunLog(
         trainer.directory,
@@ -207,7 +210,7 @@ def one_step(trainer: Trainer, step: int, interval: Interval) -> str | None:
     n_terms = ranks.all_sum(trainer.objective.terms(window))
     engine.train()
     done, metrics = [], Metrics()
-    metrics.add(of_training(trainer.windows.stats))
+    metrics.add(of_training(of_all(trainer.windows.stats, ranks.world)))
     for place, (batch, output, rest) in enumerate(forwards(engine, trainer.objective, window)):
         total, stats = rest()
         # an infinite constant has a finite gradient: let the norm, which all ranks share, tell of it
@@ -226,7 +229,7 @@ def one_step(trainer: Trainer, step: int, interval: Interval) -> str | None:
         logger.warning(f"{trouble}; left out")
     if math.isfinite(norm):
         interval.metrics.add(metrics.stats)
-    interval.add(step_stats(window, norm, rate, ranks.device), time.monotonic() - began)
+    interval.add(step_stats(window, norm, rate, ranks), time.monotonic() - began)
     return trouble
 
 
@@ -244,25 +247,36 @@ def forwards(engine: Engine, objective: Objective, window: Sequence[Batch]) -> I
     yield from waiting
 
 
-def step_stats(window: Sequence[Batch], norm: float, rate: float, device: torch.device) -> dict[str, Stat]:
-    """What the loop itself knows of a step; a norm that is not finite is not counted, its step is."""
+def of_all(stats: Mapping[str, Stat], world: int) -> dict[str, Stat]:
+    """This rank's part of what is the same on every rank: added up over them, each step counts once."""
+    return {name: Stat(kind, sums / world) for name, (kind, sums) in stats.items()}
+
+
+def step_stats(window: Sequence[Batch], norm: float, rate: float, ranks: Ranks) -> dict[str, Stat]:
+    """What the loop itself knows of a step; a norm that is not finite is not counted, its step is.
+
+    The means over the interval are those per step, of tokens over all ranks, whatever number of ranks took which step.
+    """
     learned = sum(int(batch.response_mask.sum()) for batch in window)
     read = sum(int(batch.input_mask.sum()) for batch in window)
     finite = math.isfinite(norm)
-    numbers = {"train/learning_rate": rate, "train/learned_tokens": learned, "perf/tokens": read}
-    numbers |= {"train/skipped_fraction": 1.0 - finite, "train/grad_norm": norm if finite else 0.0}
-    counts = {name: float(finite) if name == "train/grad_norm" else 1.0 for name in numbers}
-    rows = torch.tensor([[counts[name], x, x * x] for name, x in numbers.items()], dtype=torch.float64, device=device)
-    return {name: Stat("mean", sums) for name, sums in zip(numbers, rows, strict=True)}
+    shared = {"train/learning_rate": rate, "train/skipped_fraction": 1.0 - finite}
+    shared |= {"train/grad_norm": norm} if finite else {}
+    own = {"train/learned_tokens": learned, "perf/tokens": read}
+    rows = {name: [1.0 / ranks.world, x / ranks.world, x * x / ranks.world] for name, x in shared.items()}
+    rows |= {name: [1.0 / ranks.world, x, x * x] for name, x in own.items()}
+    rows = {"train/grad_norm": [0.0, 0.0, 0.0], **rows}
+    return {
+        name: Stat("mean", torch.tensor(row, dtype=torch.float64, device=ranks.device)) for name, row in rows.items()
+    }
 
 
 def summary(ranks: Ranks, interval: Interval, tokens: int) -> dict[str, float]:
     """The interval over all ranks, with rates; `tokens` were read before it. learned_tokens are those of one step."""
     steps = interval.steps
     values, seconds = interval.close(ranks.all_sum)
-    read = values.pop("perf/tokens") * ranks.world
+    read = values.pop("perf/tokens")
     values["train/num_tokens"] = tokens + round(read * steps)  # since the start, prompts too, as TRL counts
-    values["train/learned_tokens"] *= ranks.world
     values |= {"perf/tokens_per_second": read / seconds, "perf/step_seconds": seconds}
     if ranks.device.type == "cuda":
         values["perf/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
@@ -270,7 +284,7 @@ def summary(ranks: Ranks, interval: Interval, tokens: int) -> dict[str, float]:
 
 
 def evaluate(trainer: Trainer, state: State, log: RunLog) -> tuple[State, dict[str, float]]:
-    """Evaluate; export the weights to best/ if they are the best so far."""
+    """Evaluate; export the weights to best/ if they are the best so far, and train.best_steps lets them be written."""
     trainer.engine.train(False)
     evaluation = trainer.evaluate(state.step)
     for tag, values in evaluation.histograms.items():
@@ -280,10 +294,33 @@ def evaluate(trainer: Trainer, state: State, log: RunLog) -> tuple[State, dict[s
     scalars = dict(evaluation.scalars)
     state = replace(state, last_seen=scalars)
     value = scalars.get(trainer.best_metric.tag, math.nan)
-    if trainer.best_metric.better(value, state.best):
-        trainer.model.export(trainer.directory / "best", trainer.asked)
-        state = replace(state, best=value, best_step=state.step, best_seen=scalars)
-    return state, scalars
+    if trainer.settings.train.keep == "last" or not trainer.best_metric.better(value, state.best):
+        return state, scalars
+    if not may_keep(trainer, state):
+        return missed(trainer, state, value), scalars
+    trainer.model.export(best := trainer.directory / "best", trainer.asked)
+    if state.best is None and trainer.engine.ranks.main:
+        often = trainer.settings.train.best_steps
+        bound = "train.best_steps bounds that" if often is None else f"at most once in {often:,} steps"
+        logger.info(f"{best}: {gigabytes(best)} on the disk, written anew at each better evaluation ({bound})")
+    return replace(state, best=value, best_step=state.step, best_seen=scalars), scalars
+
+
+def may_keep(trainer: Trainer, state: State) -> bool:
+    """Whether train.best_steps lets best/ be written now: long enough after the last time, or at the last step."""
+    often = trainer.settings.train.best_steps
+    due_again = often is None or state.best_step is None or state.step - state.best_step >= often
+    return due_again or state.step == trainer.max_steps
+
+
+def missed(trainer: Trainer, state: State, value: float) -> State:
+    """The state after a better evaluation whose weights are not kept, which is said."""
+    logger.info(
+        f"step {state.step}: {trainer.best_metric.tag} {value:.6g} is better than {state.best:.6g}, but best/ stays "
+        f"that of step {state.best_step} (train.best_steps={trainer.settings.train.best_steps})"
+    )
+    best_missed = state.missed is None or trainer.best_metric.better(value, state.missed)
+    return replace(state, missed=value, missed_step=state.step) if best_missed else state
 
 
 def keeps_best(trainer: Trainer, state: State) -> bool:
@@ -296,22 +333,39 @@ def keeps_best(trainer: Trainer, state: State) -> bool:
             f"train.keep: best, but {trainer.best_metric.tag} of the last weights is not known, so that no others can "
             "be called better: the last are kept"
         )
+    if known and state.missed is not None and trainer.best_metric.better(state.missed, state.best):
+        logger.warning(
+            f"model/ is of step {state.best_step}, {trainer.best_metric.tag} {state.best:.6g}; that of step "
+            f"{state.missed_step} was better, {state.missed:.6g}, and was not kept (train.best_steps)"
+        )
     return known and state.best_step is not None
 
 
 def keep(trainer: Trainer, best: bool, numbers: Mapping[str, Any]) -> None:
-    """Export the last weights to last/, and let model/ be best/ or last/, with a card. `numbers`: see `results`."""
-    trainer.model.export(trainer.directory / "last", trainer.asked)
+    """Export the last weights to last/, and let model/ be best/ or last/, with a card. `numbers`: see `results`.
+
+    Nothing is written twice: where the last weights are the best, last/ is made of the files of best/.
+    """
+    if not (best and numbers["model_step"] == numbers["steps"]):
+        trainer.model.export(trainer.directory / "last", trainer.asked)
+    elif trainer.engine.ranks.main:
+        shutil.rmtree(trainer.directory / "last", ignore_errors=True)
+        linked(trainer.directory / "best", part := trainer.directory / "last.part")
+        os.replace(part, trainer.directory / "last")
     if trainer.engine.ranks.main:
         chosen = trainer.directory / ("best" if best else "last")
-        part = trainer.directory / "model.part"
-        shutil.rmtree(part, ignore_errors=True)
-        shutil.copytree(chosen, part, copy_function=link_or_copy)
+        linked(chosen, part := trainer.directory / "model.part")
         facts = facts_of(trainer.settings, trainer.model, trainer.directory, numbers, trainer.asked)
         write_text(part / CARD, card.text(facts))
         shutil.rmtree(trainer.directory / "model", ignore_errors=True)
         os.replace(part, trainer.directory / "model")
     trainer.engine.ranks.barrier()
+
+
+def linked(chosen: Path, part: Path) -> None:
+    """Make `part` a directory with the files of `chosen`."""
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(chosen, part, copy_function=link_or_copy)
 
 
 def link_or_copy(source: str, target: str) -> None:

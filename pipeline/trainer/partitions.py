@@ -1,8 +1,8 @@
-"""Where trained weights lie in the flat tensors of DeepSpeed's optimizers, and how other ranks' parts become this one's.
+"""Where trained weights lie in the flat tensors of DeepSpeed's optimizers, and how other ranks' parts become our own.
 
-An optimizer holds this rank's float32 weights and moments in flat tensors. Which slice of which weight lies where follows
-from the number of ranks and the ZeRO stage, so a checkpoint notes it for each rank, beside DeepSpeed's own files. From
-the notes any number of ranks, under any stage, finds what it holds itself, one slice at a time.
+An optimizer holds this rank's float32 weights and moments in flat tensors. Which slice of which weight lies where
+follows from the number of ranks and the ZeRO stage, so a checkpoint notes it for each rank, beside DeepSpeed's files.
+From the notes any number of ranks, under any stage, finds what it holds itself, one slice at a time.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
+from pipeline.launch import going_on
 from pipeline.trainer.group import Ranks  # before deepspeed, for which it names the accelerator
 
 from deepspeed.ops.adam import DeepSpeedCPUAdam  # isort: skip
@@ -72,7 +73,7 @@ def noted(directory: Path, rank: int) -> dict[str, Any] | None:
 
 
 def file_name(rank: int) -> str:
-    return f"pieces-{rank}.json"
+    return going_on.PIECES.format(rank)
 
 
 def held_by(engine: DeepSpeedEngine) -> Part | None:
@@ -173,7 +174,7 @@ def fill(own: Part, others: Sequence[Part]) -> list[dict[str, Any]]:
             found = 0
             for part, other in where.get(piece.name, ()):
                 found += _copy(own.flats[piece.flat].data, states[piece.flat], piece, part, other)
-            assert found == piece.length, f"{piece.name}: {found} of {piece.length} numbers from {piece.start} are saved"
+            assert found == piece.length, f"{piece.name}: {found} of {piece.length} numbers are saved"
     return states
 
 
