@@ -134,13 +134,14 @@ class KilledError(Exception):
 
 @dataclass
 class Toy:
-    """A training of a few steps with dropout, so that its randomness has to be restored, in a directory."""
+    """A training of a few steps in a directory, with dropout, so that its randomness has to be restored."""
 
     directory: Path
     zero: str = "zero0"
     steps: int = 6
     words: dict[str, object] = field(default_factory=dict)  # settings of `train`
     seed: int = 0  # of the first weights
+    dropout: float = 0.1
     at_evaluation: Callable[[int], None] = lambda step: None
     objective: Objective = TOKENS
     larger_is_better: bool = False
@@ -148,7 +149,8 @@ class Toy:
     known: dict[int, float] = field(default_factory=dict)  # its value at some steps, where the evaluation has none
 
     def engine(self) -> Engine:
-        lm = tiny.language_model("gpt2", self.seed, resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1)
+        rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), self.dropout)
+        lm = tiny.language_model("gpt2", self.seed, **rates)
         return tiny.trainer(Policy(lm, 64), self.zero)
 
     def run(self, items: list[Item] | None = None, prepare: Callable[[], None] = lambda: None) -> None:
@@ -171,7 +173,7 @@ class Toy:
             model=trained,
             settings=settings,
             directory=self.directory,
-            windows=Windows(items, draw, PACKING, 0, 1),
+            windows=Windows(items, draw, PACKING, engine.ranks.rank, engine.ranks.world),
             objective=self.objective,
             max_steps=self.steps,
             evaluate=evaluate,
