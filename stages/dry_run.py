@@ -23,7 +23,7 @@ from pipeline.errors import UserError
 from pipeline.files import flatten
 from pipeline.launch import going_on, run_dir
 from pipeline.launch.entry import USER_ERROR, complain, logger, warn_of_slow_bf16
-from pipeline.launch.launcher import command, environment
+from pipeline.launch.launcher import command, environment, world
 from stages import faults, inputs
 
 WEIGHTS = "data.train."
@@ -112,7 +112,8 @@ def as_begun(step: Resolved) -> None:
     directory = run_dir.stage_dir(step.settings, step.stage)
     if step.stage in inputs.OF and going_on.begun(directory):
         going_on.refuse_other_inputs(directory, inputs.OF[step.stage](step.settings))
-        logger.warning(f"note: {directory} {going_on.standing(directory, step.settings)}")
+        cut = going_on.spoken_cut(directory, step.settings, world(step.settings.launch, step.stage, os.environ))
+        logger.warning(f"note: {directory} {going_on.standing(directory, step.settings)}" + (cut and f", with {cut}"))
 
 
 def spoken(step: Resolved, environ: Mapping[str, str]) -> str:

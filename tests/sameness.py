@@ -16,7 +16,7 @@ from pipeline.launch import provenance
 UNFINISHED = ("part-*", "*.part", "*.tmp")
 LEFT_OUT = ("tensorboard", "checkpoints")  # names that are times; state that holds times
 TIMES = ("time", "seconds")
-AS_STARTED = ("config.yaml", "command.txt")  # which tell ranks and ZeRO stage of the first start
+AS_STARTED = ("config.yaml", "command.txt", "README.md")  # which tell ranks or ZeRO stage of one of its starts
 ROUNDED = 1e-4  # of a number's size, or of 1: what some steps in another order of sums may come to
 KINDS = ("scalars", "histograms")  # of what TensorBoard keeps
 

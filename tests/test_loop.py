@@ -281,7 +281,7 @@ def test_stopped_after_the_last_step(tmp_path: Path, whole: Toy, monkeypatch) ->
         raise KilledError
 
     with monkeypatch.context() as patch, pytest.raises(KilledError):
-        patch.setattr("pipeline.trainer.loop.linked", fail)  # the last weights are the best: last/ is made of best/
+        patch.setattr("pipeline.trainer.keeping.linked", fail)  # the last weights are the best: last/ is made of best/
         toy.run()
     assert not (toy.directory / "results.json").exists()
     toy.run()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,15 +19,15 @@ from pipeline.config.schema import Training
 from pipeline.data.batching import Source
 from pipeline.data.sampling import step_budget
 from pipeline.errors import PreemptedError, UserError
-from pipeline.files import CARD, flatten, write_text
+from pipeline.files import flatten
 from pipeline.launch import going_on, stopping
 from pipeline.launch.processes import handled
-from pipeline.models import card
 from pipeline.records import Batch, Stat
-from pipeline.trainer.checkpoint import Checkpoints, State, gigabytes
+from pipeline.trainer import keeping
+from pipeline.trainer.checkpoint import Checkpoints, State
 from pipeline.trainer.engine import Engine
-from pipeline.trainer.facts import facts_of
 from pipeline.trainer.group import Ranks
+from pipeline.trainer.keeping import BestMetric, Shelf
 from pipeline.trainer.logger import RunLog
 from pipeline.trainer.metrics import Interval, Metrics, of_training
 from pipeline.trainer.model import Model
@@ -48,19 +46,6 @@ class Evaluation:
     histograms: Mapping[str, Tensor] = field(default_factory=dict)
     samples: Sequence[Mapping[str, Any]] = ()
     held_out: Sequence[Mapping[str, Any]] = ()  # what is known of each held-out row
-
-
-@dataclass(frozen=True)
-class BestMetric:
-    """The evaluation scalar that chooses the best weights; an evaluation without it does not know their worth."""
-
-    tag: str
-    larger_is_better: bool
-
-    def better(self, value: float, best: float | None) -> bool:
-        if math.isnan(value):
-            return False
-        return best is None or (value > best if self.larger_is_better else value < best)
 
 
 HELD_OUT_LOSS = BestMetric("eval/loss", larger_is_better=False)
@@ -98,6 +83,10 @@ class Trainer:
         return not items or any(item.example.prompt for item in items)
 
     @property
+    def shelf(self) -> Shelf:
+        return Shelf(self.model, self.settings, self.directory, self.best_metric, self.max_steps, self.asked)
+
+    @property
     def eval_steps(self) -> int | None:
         every = self.settings.train.eval_steps
         return None if every is None else step_budget(every, self.kept_fraction)
@@ -111,7 +100,7 @@ def fit(trainer: Trainer) -> None:
     if resumed is None:
         trainer.prepare()
     else:
-        ranks.on_main(lambda: refuse_lost_best(trainer, resumed[0]))
+        ranks.on_main(lambda: keeping.refuse_lost_best(trainer.shelf, resumed[0]))
         say_resumed(trainer, resumed[0])
     fresh = State(step=0, world=ranks.world, began=ranks.world)
     state, interval, memory = resumed or (fresh, Interval(Metrics()), {})
@@ -129,23 +118,13 @@ def fit(trainer: Trainer) -> None:
     )
     # results.json comes last: a stage with one is done, and its checkpoints may go
     state = take_steps(trainer, state, interval, log, checkpoints)
-    best = keeps_best(trainer, state)
+    best = keeping.keeps_best(trainer.shelf, state)
     numbers = results(state, best, trainer.max_steps)
-    keep(trainer, best, numbers)
+    keeping.keep(trainer.shelf, best, numbers)
     log.finish(numbers)
     log.close()
     ranks.barrier()
     checkpoints.drop(keep_last=train.keep_checkpoint)
-
-
-def refuse_lost_best(trainer: Trainer, state: State) -> None:
-    """Raises UserError where the best weights so far, which may be those to keep, were removed by hand."""
-    best = trainer.directory / "best"
-    if trainer.settings.train.keep == "best" and state.best_step is not None and not best.is_dir():
-        raise UserError(
-            f"{best}: is gone, and the weights of step {state.best_step} in it are the best so far: put it back "
-            "(model/ is a copy of it where the stage had ended), or choose another run= or name="
-        )
 
 
 def say_resumed(trainer: Trainer, state: State) -> None:
@@ -284,7 +263,7 @@ def summary(ranks: Ranks, interval: Interval, tokens: int) -> dict[str, float]:
 
 
 def evaluate(trainer: Trainer, state: State, log: RunLog) -> tuple[State, dict[str, float]]:
-    """Evaluate; export the weights to best/ if they are the best so far, and train.best_steps lets them be written."""
+    """Evaluate; export the weights to best/ if they are the best so far."""
     trainer.engine.train(False)
     evaluation = trainer.evaluate(state.step)
     for tag, values in evaluation.histograms.items():
@@ -292,88 +271,7 @@ def evaluate(trainer: Trainer, state: State, log: RunLog) -> tuple[State, dict[s
     log.samples(state.step, list(evaluation.samples))
     log.held_out(state.step, evaluation.held_out)
     scalars = dict(evaluation.scalars)
-    state = replace(state, last_seen=scalars)
-    value = scalars.get(trainer.best_metric.tag, math.nan)
-    if trainer.settings.train.keep == "last" or not trainer.best_metric.better(value, state.best):
-        return state, scalars
-    if not may_keep(trainer, state):
-        return missed(trainer, state, value), scalars
-    trainer.model.export(best := trainer.directory / "best", trainer.asked)
-    if state.best is None and trainer.engine.ranks.main:
-        often = trainer.settings.train.best_steps
-        bound = "train.best_steps bounds that" if often is None else f"at most once in {often:,} steps"
-        logger.info(f"{best}: {gigabytes(best)} on the disk, written anew at each better evaluation ({bound})")
-    return replace(state, best=value, best_step=state.step, best_seen=scalars), scalars
-
-
-def may_keep(trainer: Trainer, state: State) -> bool:
-    """Whether train.best_steps lets best/ be written now: long enough after the last time, or at the last step."""
-    often = trainer.settings.train.best_steps
-    due_again = often is None or state.best_step is None or state.step - state.best_step >= often
-    return due_again or state.step == trainer.max_steps
-
-
-def missed(trainer: Trainer, state: State, value: float) -> State:
-    """The state after a better evaluation whose weights are not kept, which is said."""
-    logger.info(
-        f"step {state.step}: {trainer.best_metric.tag} {value:.6g} is better than {state.best:.6g}, but best/ stays "
-        f"that of step {state.best_step} (train.best_steps={trainer.settings.train.best_steps})"
-    )
-    best_missed = state.missed is None or trainer.best_metric.better(value, state.missed)
-    return replace(state, missed=value, missed_step=state.step) if best_missed else state
-
-
-def keeps_best(trainer: Trainer, state: State) -> bool:
-    """Whether model/ becomes the best weights, not the last: never where it is not known what the last are worth."""
-    if trainer.settings.train.keep == "last":
-        return False
-    known = trainer.best_metric.tag in state.last_seen
-    if not known:
-        logger.warning(
-            f"train.keep: best, but {trainer.best_metric.tag} of the last weights is not known, so that no others can "
-            "be called better: the last are kept"
-        )
-    if known and state.missed is not None and trainer.best_metric.better(state.missed, state.best):
-        logger.warning(
-            f"model/ is of step {state.best_step}, {trainer.best_metric.tag} {state.best:.6g}; that of step "
-            f"{state.missed_step} was better, {state.missed:.6g}, and was not kept (train.best_steps)"
-        )
-    return known and state.best_step is not None
-
-
-def keep(trainer: Trainer, best: bool, numbers: Mapping[str, Any]) -> None:
-    """Export the last weights to last/, and let model/ be best/ or last/, with a card. `numbers`: see `results`.
-
-    Nothing is written twice: where the last weights are the best, last/ is made of the files of best/.
-    """
-    if not (best and numbers["model_step"] == numbers["steps"]):
-        trainer.model.export(trainer.directory / "last", trainer.asked)
-    elif trainer.engine.ranks.main:
-        shutil.rmtree(trainer.directory / "last", ignore_errors=True)
-        linked(trainer.directory / "best", part := trainer.directory / "last.part")
-        os.replace(part, trainer.directory / "last")
-    if trainer.engine.ranks.main:
-        chosen = trainer.directory / ("best" if best else "last")
-        linked(chosen, part := trainer.directory / "model.part")
-        facts = facts_of(trainer.settings, trainer.model, trainer.directory, numbers, trainer.asked)
-        write_text(part / CARD, card.text(facts))
-        shutil.rmtree(trainer.directory / "model", ignore_errors=True)
-        os.replace(part, trainer.directory / "model")
-    trainer.engine.ranks.barrier()
-
-
-def linked(chosen: Path, part: Path) -> None:
-    """Make `part` a directory with the files of `chosen`."""
-    shutil.rmtree(part, ignore_errors=True)
-    shutil.copytree(chosen, part, copy_function=link_or_copy)
-
-
-def link_or_copy(source: str, target: str) -> None:
-    """A second name for the same bytes, so that weights are on the disk once; a copy where links are not to be had."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+    return keeping.offer(trainer.shelf, replace(state, last_seen=scalars)), scalars
 
 
 def results(state: State, best: bool, steps: int) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def held_by(engine: DeepSpeedEngine) -> Part | None:
         flats = [p for group in optimizer.fp32_groups for p in group]
         trained = [p for group in optimizer.fp16_groups for p in group]
         pieces = [Piece(names[id(p)], 0, p.numel(), i, 0) for i, p in enumerate(trained)]
-    elif type(optimizer) is DeepSpeedZeroOptimizer:
+    elif type(optimizer) is DeepSpeedZeroOptimizer and not optimizer.round_robin_gradients:
         flats = optimizer.single_partition_of_fp32_groups
         pieces = list(_pieces_of_stage_1_and_2(optimizer, names))
     elif type(optimizer) is DeepSpeedZeroOptimizer_Stage3 and not optimizer.swap_optimizer:
