@@ -205,6 +205,21 @@ def test_other_ranks_and_another_stage_go_on_and_it_is_said(tmp_path: Path, caps
     )
 
 
+def test_what_a_checkpoint_says_of_itself_counts(tmp_path: Path, capsys) -> None:
+    """Begun on one process under ZeRO-0, it went on with two under ZeRO-3, and was saved there."""
+    assert going_on.first_ranks(tmp_path / "sft") is None
+    begun(tmp_path, world=2)
+    assert going_on.first_ranks(tmp_path / "sft") == 2
+    file = tmp_path / "sft" / "checkpoints" / "step-000020" / "state.json"
+    cut = {key: files.flatten(settings().model_dump(), ".")[key] for key in going_on.CUT} | {"train.zero": "zero3"}
+    write_json(file, {"step": 20, "world": 2, "began": 1, "cut": cut})
+    assert going_on.first_ranks(tmp_path / "sft") == 1
+    assert going_on.spoken_cut(tmp_path / "sft", settings("zero=zero3"), 2) == ""
+    assert "gpus=1 (it was 2), train.zero=zero0 (it was zero3): " in going_on.spoken_cut(
+        tmp_path / "sft", settings(), 1
+    )
+
+
 def test_what_cannot_be_cut_anew_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun(tmp_path, world=2)
     old = "was written by an older version, for as many processes and one ZeRO stage: resume with gpus=2"
