@@ -8,7 +8,7 @@ kills               per combination
 seed                decides every moment
 signals             kill (-9), term, int, preempt (term, and soon after kill) or mixed
 refuse              stages where a second process is started beside the first
-switch=1,2,4        numbers of ranks, one of which is drawn at every start of a run that is killed
+switch=1,2,4        numbers of ranks, one of which is drawn whenever a run that was killed goes on
 zeros=zero0,zero3   likewise files of ds_configs/; under either, what a run leaves is compared to rounding
 start               fork (no imports: 1 to 3 s a start) or fresh (as a user starts it, launcher included)
 reference           fork or fresh: how the run that nobody kills is started
@@ -168,8 +168,13 @@ class Case:
         return None
 
     def again(self, place: Path) -> tuple[Forked | Fresh, int]:
-        """A start of a run that is killed, and on how many ranks: as always, or on those that are drawn."""
-        ranks = int(self.rng.choice(self.plan.switch.split(","))) if self.plan.switch else self.world
+        """A start of a run that is killed, and on how many ranks: as always, or on those that are drawn.
+
+        A start that has no checkpoint to go on from is on `processes`: what other ranks begin is another training, of
+        other values.
+        """
+        drawn = int(self.rng.choice(self.plan.switch.split(","))) if self.plan.switch else self.world
+        ranks = drawn if (place / self.directory / "checkpoints" / "latest").is_file() else self.world
         zero = [f"zero={self.rng.choice(self.plan.zeros.split(','))}"] if self.plan.zeros else []
         return self.start(place, ranks, more=zero), ranks
 

@@ -65,10 +65,10 @@ def leave(move: Move, place: Path, folder: Path) -> dict:
     return {"saved": trained.state_dict(), "norms": steps(trained), "weights": trained.state_dict()}
 
 
-def take(move: Move, place: Path, folder: Path) -> dict:
-    """The same of what goes on from there, from other first weights."""
-    trained = made(move, move.after, folder, seed=1)
-    assert trained.load(place / "-".join(move) / "step-2")  # otherwise than it was saved
+def take(move: Move, place: Path, folder: Path, moves: bool = True) -> dict:
+    """The same of what goes on from there, from other first weights; `moves`: otherwise than it was saved."""
+    trained = made(move, move.after if moves else move.before, folder, seed=1)
+    assert trained.load(place / "-".join(move) / "step-2") == moves
     return {"saved": trained.state_dict(), "norms": steps(trained), "weights": trained.state_dict()}
 
 
@@ -76,10 +76,12 @@ def main(folder: Path) -> None:
     ranks = tiny.ranks()
     taken = {"-".join(move): take(move, folder / "one", folder) for move in MOVES}
     left = {"-".join(move): leave(move, folder / "two", folder) for move in MOVES}
+    adapters = next(move for move in MOVES if move.kind == "adapters")
+    stays = {"left": left["-".join(adapters)], "taken": take(adapters, folder / "two", folder, moves=False)}
     stopped = Toy(folder / "moved", zero="zero3", seed=5, dropout=0.0, words={"logging_steps": 4})
     stopped.run()
     if ranks.main:
-        torch.save({"taken": taken, "left": left}, folder / "seen.pt")
+        torch.save({"taken": taken, "left": left, "stays": stays}, folder / "seen.pt")
     ranks.barrier()
 
 

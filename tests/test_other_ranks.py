@@ -106,6 +106,12 @@ def test_from_two_processes_to_one(move: Move, folder: Path, seen: dict) -> None
     alike(move, other_ranks.take(move, folder / "two", folder), seen["left"]["-".join(move)])
 
 
+def test_adapters_go_on_bit_for_bit_where_nothing_moves(seen: dict) -> None:
+    left, taken = seen["stays"]["left"], seen["stays"]["taken"]
+    assert left["norms"] == taken["norms"]
+    assert all(torch.equal(weight, taken["weights"][name]) for name, weight in left["weights"].items())
+
+
 def test_a_training_goes_on_with_its_log(folder: Path, seen: dict, tmp_path: Path) -> None:
     """Stopped in the middle of a row of the log, on one process under ZeRO-2; then two processes, under ZeRO-3."""
     whole = Toy(tmp_path, dropout=0.0, words={"logging_steps": 4})
