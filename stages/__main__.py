@@ -15,7 +15,7 @@ from pipeline.config.help import help_text
 from pipeline.config.resolve import Resolved, resolve_steps
 from pipeline.config.yaml_layers import ROOT, Layer, parse_overrides
 from pipeline.errors import UserError
-from pipeline.launch import run_dir, stopping
+from pipeline.launch import going_on, run_dir, stopping
 from pipeline.launch.entry import leave
 from pipeline.launch.launcher import DISTRIBUTED, command, environment, is_rank
 from pipeline.launch.processes import handled, run
@@ -69,7 +69,7 @@ def start(step: Resolved, last: bool) -> int:
         return 0
     launch = step.settings.launch
     directory = run_dir.stage_dir(step.settings, step.stage)
-    new = not run_dir.ended(directory, step.settings)
+    new = not going_on.ended(directory, step.settings)
 
     def say_stopped() -> None:
         if rank == "0":

@@ -21,9 +21,9 @@ from pipeline.data import hub
 from pipeline.data.splits import split_places
 from pipeline.errors import UserError
 from pipeline.files import flatten
-from pipeline.launch import run_dir
+from pipeline.launch import going_on, run_dir
 from pipeline.launch.entry import USER_ERROR, complain, logger, warn_of_slow_bf16
-from pipeline.launch.launcher import command, environment
+from pipeline.launch.launcher import command, environment, world
 from stages import faults, inputs
 
 WEIGHTS = "data.train."
@@ -47,7 +47,7 @@ def show(steps: Sequence[Resolved]) -> int:
         found += _shown(partial(algorithm, step))
         if before_are_done:  # else its inputs may still change
             found += _shown(partial(as_begun, step))
-        before_are_done &= run_dir.ended(run_dir.stage_dir(step.settings, step.stage), step.settings)
+        before_are_done &= going_on.ended(run_dir.stage_dir(step.settings, step.stage), step.settings)
     for line in faults.notes(steps, environ):
         logger.warning(f"note: {line}")
     for precision in dict.fromkeys(_precisions(steps)):
@@ -110,9 +110,10 @@ def algorithm(step: Resolved) -> None:
 def as_begun(step: Resolved) -> None:
     """Say where a stage is done. Raises UserError where it was begun with other inputs."""
     directory = run_dir.stage_dir(step.settings, step.stage)
-    if step.stage in inputs.OF and run_dir.begun(directory):
-        run_dir.refuse_other_inputs(directory, inputs.OF[step.stage](step.settings))
-        logger.warning(f"note: {directory} {run_dir.standing(directory, step.settings)}")
+    if step.stage in inputs.OF and going_on.begun(directory):
+        going_on.refuse_other_inputs(directory, inputs.OF[step.stage](step.settings))
+        cut = going_on.spoken_cut(directory, step.settings, world(step.settings.launch, step.stage, os.environ))
+        logger.warning(f"note: {directory} {going_on.standing(directory, step.settings)}" + (cut and f", with {cut}"))
 
 
 def spoken(step: Resolved, environ: Mapping[str, str]) -> str:

@@ -33,7 +33,7 @@ from pipeline.config.schema import (
 )
 from pipeline.config.sections import ModelSettings
 from pipeline.errors import UserError
-from pipeline.launch import comparison_plan, extensions, launcher, machine, run_dir
+from pipeline.launch import comparison_plan, extensions, going_on, launcher, machine, run_dir
 from pipeline.models import place
 from stages import inputs
 from stages.ahead import Ahead, told
@@ -78,13 +78,13 @@ def of_step(step: Resolved, ahead: Ahead) -> list[str]:
     if stage not in inputs.OF:
         return []
     directory = run_dir.stage_dir(settings, stage)
-    found = told(partial(run_dir.standing, directory, settings))
-    if run_dir.finished(directory) and (found or run_dir.ended(directory, settings)):
+    found = told(partial(going_on.standing, directory, settings))
+    if going_on.finished(directory) and (found or going_on.ended(directory, settings)):
         return found
     found += told(partial(run_dir.refuse_taken, directory))
-    if not found and run_dir.begun(directory):
+    if not found and going_on.begun(directory):
         ranks = partial(launcher.world, settings.launch, stage, ahead.environ)
-        found += told(lambda: run_dir.refuse_other_ranks(directory, ranks()))
+        found += told(lambda: going_on.refuse_other_ranks(directory, settings, ranks()))
     if isinstance(settings, AuditStage):  # it opens no model, and judges nothing
         return [*found, *of_rows(settings, ahead, lambda rows: None)]
     checks = (of_launch(settings, stage, ahead.environ), of_models(settings, ahead), of_rewards(settings, ahead))

@@ -27,7 +27,7 @@ from pipeline.data.places import files_of
 from pipeline.data.splits import SPLITS, origins, read_from, split_places
 from pipeline.errors import UserError
 from pipeline.files import fingerprint
-from pipeline.launch import run_dir
+from pipeline.launch import going_on, run_dir
 from reward_models import _named
 
 Inputs = dict[str, str]  # name -> fingerprint
@@ -79,7 +79,7 @@ OF: dict[str, Callable[[Any], Inputs]] = {
 
 def done(stage: str, settings: Common) -> bool:
     """Whether a stage is finished, which is then logged. Raises UserError where other settings or inputs made it."""
-    return stage in OF and run_dir.done(run_dir.stage_dir(settings, stage), settings, lambda: OF[stage](settings))
+    return stage in OF and going_on.done(run_dir.stage_dir(settings, stage), settings, lambda: OF[stage](settings))
 
 
 def of_rewards(settings: Common, spec: str | Mapping[str, float] | None, own: bool = True) -> Inputs:
@@ -156,7 +156,7 @@ def policies(settings: EvaluateStage) -> dict[str, str]:
     if run_dir.model_of(settings, "sft") is not None or run_dir.model_of(settings, "rl") is None:
         return {"sft": "sft", "rl": "rl"}
     left = run_dir.run_dir(settings) / "rl"
-    start = load_yaml(left / run_dir.CONFIG)["model"]
+    start = load_yaml(left / going_on.CONFIG)["model"]
     if start["revision"] != settings.model.revision:
         raise UserError(
             f"model.revision: {settings.model.revision}, but {left} started from {start['path']} at revision "
@@ -179,7 +179,7 @@ def rl_model(settings: RlStage) -> ModelSettings:
 def rl_data(settings: RlStage) -> DataSettings:
     """Where the rows of RL come from: `scored`, else the run's score stage, else data.*."""
     left = run_dir.run_dir(settings) / "score"
-    place = settings.scored or (str(left) if run_dir.finished(left) else None)
+    place = settings.scored or (str(left) if going_on.finished(left) else None)
     return settings.data if place is None else read_from(settings.data, path=place)
 
 
@@ -188,7 +188,7 @@ def score_data(settings: ScoreStage) -> DataSettings:
     if settings.of == "data":
         return settings.data
     left = run_dir.run_dir(settings) / "generate"
-    if not run_dir.finished(left):
+    if not going_on.finished(left):
         raise UserError(
             f"of=generate: {left} holds no finished rows, wanted responses or candidates to score: make them with "
             f"bash run.sh stage=generate run={settings.run} splits=[train,validation]"

@@ -7,7 +7,9 @@ algo                of rl: alol, semi_offline or esrl
 kills               per combination
 seed                decides every moment
 signals             kill (-9), term, int, preempt (term, and soon after kill) or mixed
-refuse              stages where a second process is started beside the first, and one on other ranks after a kill
+refuse              stages where a second process is started beside the first
+switch=1,2,4        numbers of ranks, one of which is drawn whenever a run that was killed goes on
+zeros=zero0,zero3   likewise files of ds_configs/; under either, what a run leaves is compared to rounding
 start               fork (no imports: 1 to 3 s a start) or fresh (as a user starts it, launcher included)
 reference           fork or fresh: how the run that nobody kills is started
 folder              where to work; kept (a temporary one is removed if everything was the same)
@@ -75,6 +77,8 @@ class Plan:
     refuse: str = "sft,reward,rl"
     start: str = "fork"
     reference: str = "fork"
+    switch: str = ""
+    zeros: str = ""
     folder: str = ""
     words: tuple[str, ...] = ()
 
@@ -87,6 +91,7 @@ class Tried:
     world: int
     hits: Counter[str] = field(default_factory=Counter)
     signals: Counter[str] = field(default_factory=Counter)
+    near: bool = False  # compared to rounding
     compared: int = 0
     troubles: list[str] = field(default_factory=list)
 
@@ -113,9 +118,10 @@ class Case:
         self.plan, self.stage, self.world = plan, stage, world
         self.folder, self.base = folder / f"{stage}-{world}", folder / "base"
         self.rng = random.Random(f"{plan.seed} {stage} {world}")
-        self.words = words_of(stage, plan.algo, *plan.words)
+        self.near = bool(plan.switch or plan.zeros)
+        self.words = words_of(stage, plan.algo, *(["model.dropout=0"] if self.near else []), *plan.words)
         self.directory = RUN / (stage if stage != "reward" else "reward/helpfulness")
-        self.tried = Tried(self.kind(), world)
+        self.tried = Tried(self.kind(), world, near=self.near)
 
     def prove(self) -> Tried:
         """Kill as often as asked, and compare every run that came to its end."""
@@ -158,15 +164,26 @@ class Case:
                 break
             if not self.kill_one(place, moment := next(drawn)):
                 return moment if turn else None
-        self.ended_well(place, *self.start(place).end())
+        self.ended_well(place, *self.again(place)[0].end())
         return None
+
+    def again(self, place: Path) -> tuple[Forked | Fresh, int]:
+        """A start of a run that is killed, and on how many ranks: as always, or on those that are drawn.
+
+        A start that has no checkpoint to go on from is on `processes`: what other ranks begin is another training, of
+        other values.
+        """
+        drawn = int(self.rng.choice(self.plan.switch.split(","))) if self.plan.switch else self.world
+        ranks = drawn if (place / self.directory / "checkpoints" / "latest").is_file() else self.world
+        zero = [f"zero={self.rng.choice(self.plan.zeros.split(','))}"] if self.plan.zeros else []
+        return self.start(place, ranks, more=zero), ranks
 
     def kill_one(self, place: Path, moment: moments.Moment) -> bool:
         """Start, and kill at `moment`; False if the stage came to its end before."""
         numbers = self.rng.choice(SIGNALS[self.plan.signals])
-        alone = self.rng.choice([None, *range(self.world)]) if self.world > 1 else None  # one rank, or all
         exactly, pause = self.rng.random() < 0.5, self.rng.uniform(0.0, 0.1)
-        started = self.start(place)
+        started, ranks = self.again(place)
+        alone = self.rng.choice([None, *range(ranks)]) if ranks > 1 else None  # one rank, or all
         if not moments.wait(place / self.directory, moment, lambda: started.code() is not None):
             self.ended_well(place, *started.end())
             return False
@@ -179,14 +196,14 @@ class Case:
         name = "+".join(signal.Signals(number).name for number in numbers)
         self.tried.hits[hit] += 1
         self.tried.signals[name] += 1
-        whom = "" if self.world == 1 else (" to all" if alone is None else f" to rank {alone}")
+        whom = "" if ranks == 1 else (f" to all {ranks}" if alone is None else f" to rank {alone} of {ranks}")
         print(f"  {place.name}: {name}{whom} at {moment}: {hit}; exit code {code}", flush=True)
         if trouble or code not in (0, *(code for number in numbers for code in CODES[number])):
             self.complain([trouble or f"exit code {code}"], f"{place}: after {name} at {moment}")
         return True
 
     def intrude(self, place: Path) -> None:
-        """A second process in the directory is refused, and after a kill another number of ranks."""
+        """A second process in the directory is refused."""
         first = self.start(place)
         self.wait_for(place, first, "row")
         first.signal(signal.SIGSTOP, None)  # so that it does not end meanwhile
@@ -195,9 +212,6 @@ class Case:
         self.wait_for(place, first, "pointer")
         first.signal(KILL, None)
         first.end()
-        if self.stage != "rl":  # which would first compute what it caches per number of ranks
-            other = self.start(place, 3 - self.world)
-            self.refused(place, other, f"was written by {self.world} processes, now there are {3 - self.world}")
         self.ended_well(place, *self.start(place).end())
 
     def wait_for(self, place: Path, started: Forked | Fresh, event: str) -> None:
@@ -209,9 +223,11 @@ class Case:
         if code != 2 or trouble or why not in (place / "log").read_text(encoding="utf-8"):
             self.complain([f"not refused because {why!r}: exit code {code} {trouble}"], str(place))
 
-    def start(self, place: Path, world: int | None = None, how: str | None = None) -> Forked | Fresh:
+    def start(
+        self, place: Path, world: int | None = None, how: str | None = None, more: Sequence[str] = ()
+    ) -> Forked | Fresh:
         ranks = world or self.world
-        return STARTS[how or self.plan.start](place, [*self.words, f"gpus={ranks}"], ranks)
+        return STARTS[how or self.plan.start](place, [*self.words, f"gpus={ranks}", *more], ranks)
 
     def kind(self) -> str:
         """What it does: the stage, or of rl the algorithm."""
@@ -227,11 +243,12 @@ class Case:
 
     def compare(self, place: Path, whole: Path) -> None:
         """With the run that nobody killed; what was the same is removed."""
-        found = sameness.differences(whole / RUN, place / RUN)
+        found = sameness.differences(whole / RUN, place / RUN, self.near)
         found += [f"left over: {name}" for name in sameness.leftovers(place / RUN)]
         self.tried.compared += 1
         self.complain(found, str(place))
-        print(f"  {place.name}: {'identical' if not found else 'DIFFERENT'}", flush=True)
+        same = "the same to rounding" if self.near else "identical"
+        print(f"  {place.name}: {same if not found else 'DIFFERENT'}", flush=True)
         if not found:
             shutil.rmtree(place)
 
@@ -255,7 +272,8 @@ def table(tried: Sequence[Tried]) -> str:
     for one in tried:
         signals = ", ".join(f"{count} {name}" for name, count in sorted(one.signals.items()))
         hits = ", ".join(f"{count} {name}" for name, count in one.hits.most_common())
-        end = "all identical" if not one.troubles else f"{len(one.troubles)} TROUBLES, first: {one.troubles[0]}"
+        same = "all the same to rounding" if one.near else "all identical"
+        end = same if not one.troubles else f"{len(one.troubles)} TROUBLES, first: {one.troubles[0]}"
         lines.append(f"{one.kind} on {one.world}: {signals}: {hits}; {one.compared} runs compared, {end}")
     return "\n".join(lines)
 

@@ -35,9 +35,9 @@ BY_KIND = {  # of a stage, or of an algorithm of rl
 
 # what the stack says -> what was hit; the first that fits
 HITS = (
-    ("final export", r"loop\.py.* in keep"),
-    ("export of the best weights", r"in export\b(.|\n)* in look"),  # the innermost call comes first
-    ("evaluation", r"loop\.py.* in look"),
+    ("final export", r"keeping\.py.* in keep\b"),
+    ("export of the best weights", r"in export\b(.|\n)* in offer"),  # the innermost call comes first
+    ("evaluation", r"loop\.py.* in evaluate"),
     ("checkpoint write", r"checkpoint\.py.* in (save|_rotate)"),
     ("resume from a checkpoint", r"checkpoint\.py.* in load"),
     ("clean-up at the end", r"checkpoint\.py.* in clear|metrics\.py.* in (finish|close)"),

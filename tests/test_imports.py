@@ -32,7 +32,7 @@ LIBRARIES_OF_ALGORITHMS = {"torch", "__future__", *sys.stdlib_module_names}
 # module -> the files that import it
 IMPORTERS = {
     "yaml": ("pipeline/config/yaml_text.py",),
-    "deepspeed": ("pipeline/trainer/engine.py", "pipeline/trainer/group.py"),
+    "deepspeed": ("pipeline/trainer/engine.py", "pipeline/trainer/group.py", "pipeline/trainer/partitions.py"),
     "torch.distributed": ("pipeline/trainer/group.py",),
     "torch.utils.tensorboard": ("pipeline/trainer/board.py",),
     "tensorboard": ("pipeline/trainer/board.py",),

@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 
 from pipeline.algorithms import offline, supervised
 from pipeline.data.batching import Packing, Windows, collate
-from pipeline.data.tokenization import Encoder
 from pipeline.errors import PreemptedError, UserError
 from pipeline.models.policy import Policy
 from pipeline.records import Item
@@ -135,13 +134,14 @@ class KilledError(Exception):
 
 @dataclass
 class Toy:
-    """A training of a few steps with dropout, so that its randomness has to be restored, in a directory."""
+    """A training of a few steps in a directory, with dropout, so that its randomness has to be restored."""
 
     directory: Path
     zero: str = "zero0"
     steps: int = 6
     words: dict[str, object] = field(default_factory=dict)  # settings of `train`
     seed: int = 0  # of the first weights
+    dropout: float = 0.1
     at_evaluation: Callable[[int], None] = lambda step: None
     objective: Objective = TOKENS
     larger_is_better: bool = False
@@ -149,7 +149,8 @@ class Toy:
     known: dict[int, float] = field(default_factory=dict)  # its value at some steps, where the evaluation has none
 
     def engine(self) -> Engine:
-        lm = tiny.language_model("gpt2", self.seed, resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1)
+        rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), self.dropout)
+        lm = tiny.language_model("gpt2", self.seed, **rates)
         return tiny.trainer(Policy(lm, 64), self.zero)
 
     def run(self, items: list[Item] | None = None, prepare: Callable[[], None] = lambda: None) -> None:
@@ -172,7 +173,7 @@ class Toy:
             model=trained,
             settings=settings,
             directory=self.directory,
-            windows=Windows(items, draw, PACKING, 0, 1),
+            windows=Windows(items, draw, PACKING, engine.ranks.rank, engine.ranks.world),
             objective=self.objective,
             max_steps=self.steps,
             evaluate=evaluate,
@@ -276,12 +277,11 @@ def test_a_stopped_training_goes_on_bit_for_bit(tmp_path: Path, whole: Toy, zero
 def test_stopped_after_the_last_step(tmp_path: Path, whole: Toy, monkeypatch) -> None:
     toy = Toy(tmp_path / "sft")
 
-    def fail(place: Path, encoder: Encoder, **how: bool) -> None:
-        if place.name == "last.part":
-            raise KilledError
+    def fail(chosen: Path, part: Path) -> None:
+        raise KilledError
 
     with monkeypatch.context() as patch, pytest.raises(KilledError):
-        patch.setattr("pipeline.trainer.model.save_input", fail)
+        patch.setattr("pipeline.trainer.keeping.linked", fail)  # the last weights are the best: last/ is made of best/
         toy.run()
     assert not (toy.directory / "results.json").exists()
     toy.run()
@@ -304,10 +304,48 @@ def test_keep_chooses_the_weights(tmp_path: Path) -> None:
     for kept in ("best", "last"):
         toy = Toy(tmp_path / kept, words={"keep": kept}, larger_is_better=True)
         toy.run()
-        assert same(toy.weights(), toy.weights(kept)) and not same(toy.weights("best"), toy.weights("last"))
+        assert same(toy.weights(), toy.weights(kept))
+        assert (toy.directory / "best").is_dir() == (kept == "best")  # which would otherwise be of no use
         found[kept] = json.loads((toy.directory / "results.json").read_text())
     assert found["best"]["model_step"] == 0 and found["last"]["model_step"] == 6
     assert found["best"]["eval/loss"] > found["last"]["eval/loss"]
+
+
+def inode(toy: Toy, folder: str) -> int:
+    return (toy.directory / folder / "model.safetensors").stat().st_ino
+
+
+def test_the_same_weights_are_on_the_disk_once(whole: Toy, tmp_path: Path) -> None:
+    assert json.loads((whole.directory / "results.json").read_text())["model_step"] == 6  # the last are the best
+    assert inode(whole, "best") == inode(whole, "last") == inode(whole, "model")
+    toy = Toy(tmp_path, larger_is_better=True)
+    toy.run()
+    assert inode(toy, "best") == inode(toy, "model") != inode(toy, "last")
+
+
+def test_best_steps_bounds_how_often_the_best_weights_are_written(tmp_path: Path, caplog) -> None:
+    """Better and better up to step 4; with 3 steps between, those of steps 0 and 3 are written, and the last would be.
+
+    Stopped in between, it knows what it has missed.
+    """
+    words = {"eval_steps": 1, "best_steps": 3}
+    toy = Toy(tmp_path, tag="eval/reward", larger_is_better=True, words=words, at_evaluation=stop_at(5))
+    toy.known = {0: 0.0, 1: 0.1, 2: 0.2, 3: 0.3, 4: 0.4, 5: 0.1, 6: 0.35}
+    with pytest.raises(KilledError):
+        toy.run()
+    said = [record.getMessage() for record in caplog.records if "is better than" in record.getMessage()]
+    kept = "is better than {}, but best/ stays that of step {} (train.best_steps=3)"
+    assert [line.split("eval/reward ")[1] for line in said] == [
+        "0.1 " + kept.format("0", 0), "0.2 " + kept.format("0", 0), "0.4 " + kept.format("0.3", 3),
+    ]  # fmt: skip
+    toy.at_evaluation = lambda step: None
+    toy.run()
+    assert json.loads((tmp_path / "results.json").read_text())["model_step"] == 6
+    assert inode(toy, "best") == inode(toy, "last")
+    wanted = (
+        "model/ is of step 6, eval/reward 0.35; that of step 4 was better, 0.4, and was not kept (train.best_steps)"
+    )
+    assert wanted in caplog.text
 
 
 def test_the_best_weights_that_were_removed_are_missed_before_more_steps_are_taken(tmp_path: Path, whole: Toy) -> None:

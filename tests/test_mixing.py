@@ -14,7 +14,7 @@ from pipeline.data import dataset, mixing, pairs
 from pipeline.data.places import files_of, id_names
 from pipeline.data.splits import split_files
 from pipeline.errors import UserError
-from pipeline.launch import run_dir
+from pipeline.launch import going_on
 from pipeline.records import Example
 from stages import dry_run, faults, inputs
 
@@ -195,16 +195,16 @@ def test_another_set_of_files_is_refused_on_resume_and_a_dry_run_shows_them() ->
     before = inputs.OF["sft"](step.settings)
     assert [*before] == ["model", "data.train logs/a.jsonl", "data.train logs/b.jsonl"]
     Path("inputs.json").write_text(json.dumps(before))
-    run_dir.refuse_other_inputs(Path(), before)
+    going_on.refuse_other_inputs(Path(), before)
     write("logs/c.jsonl", ["r"])
     with pytest.raises(UserError, match=r"its data.train logs/c.jsonl is new since it was started"):
-        run_dir.refuse_other_inputs(Path(), inputs.OF["sft"](step.settings))
+        going_on.refuse_other_inputs(Path(), inputs.OF["sft"](step.settings))
     Path("logs/c.jsonl").rename("logs/a.jsonl")
     with pytest.raises(UserError, match=r"its data.train logs/a.jsonl has changed since"):
-        run_dir.refuse_other_inputs(Path(), inputs.OF["sft"](step.settings))
+        going_on.refuse_other_inputs(Path(), inputs.OF["sft"](step.settings))
     Path("logs/b.jsonl").unlink()
     with pytest.raises(UserError, match=r"logs/a.jsonl has changed \(and 1 more inputs have\) since"):
-        run_dir.refuse_other_inputs(Path(), inputs.OF["sft"](step.settings))
+        going_on.refuse_other_inputs(Path(), inputs.OF["sft"](step.settings))
     assert [*inputs.OF["sft"](settings("data.train=logs/a.jsonl").settings)] == ["model", "data.train"]
 
 

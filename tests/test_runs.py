@@ -12,7 +12,7 @@ from pipeline import files
 from pipeline.config.yaml_layers import load_yaml
 from pipeline.errors import UserError
 from pipeline.files import write_json
-from pipeline.launch import run_dir
+from pipeline.launch import going_on, run_dir
 from tests import tiny
 
 WORDS = ["stage=sft", "data.train=my rows.jsonl"]
@@ -160,12 +160,12 @@ def test_a_raised_length_goes_on(tmp_path: Path, finished: bool) -> None:
     assert "started with train.max_steps=20, now it is 19 (it may be raised, to train longer)" in lower
     assert "train.max_steps=20, now it is None" in refused(tmp_path, "num_train_epochs=9")
     assert "its model has changed" in refused(tmp_path, "max_steps=40", inputs={**INPUTS, "model": "other"})
-    assert run_dir.finished(tmp_path / "sft") == finished  # what is refused changes nothing
-    said = run_dir.standing(tmp_path / "sft", settings("max_steps=40"))
+    assert going_on.finished(tmp_path / "sft") == finished  # what is refused changes nothing
+    said = going_on.standing(tmp_path / "sft", settings("max_steps=40"))
     assert said == "goes on from step 20: train.max_steps is 40 now, it was 20"
     assert opened(tmp_path, "max_steps=40")
-    assert run_dir.standing(tmp_path / "sft", settings("max_steps=40")) == "goes on from step 20"
-    assert not run_dir.finished(tmp_path / "sft")
+    assert going_on.standing(tmp_path / "sft", settings("max_steps=40")) == "goes on from step 20"
+    assert not going_on.finished(tmp_path / "sft")
     assert load_yaml(tmp_path / "sft" / "config.yaml")["train"]["max_steps"] == 40
 
 
@@ -175,8 +175,8 @@ def test_what_is_done_and_kept_no_checkpoint_is_not_trained_longer(tmp_path: Pat
     wanted = "num_train_epochs is 2.0 now, it was 1.0, but it is done and kept no checkpoint"
     assert wanted in refused(tmp_path, "num_train_epochs=2")
     with pytest.raises(UserError, match=wanted):  # dry_run=true says so beforehand
-        run_dir.standing(tmp_path / "sft", settings("num_train_epochs=2"))
-    assert run_dir.standing(tmp_path / "sft", settings("num_train_epochs=1")) == "is done"
+        going_on.standing(tmp_path / "sft", settings("num_train_epochs=2"))
+    assert going_on.standing(tmp_path / "sft", settings("num_train_epochs=1")) == "is done"
 
 
 def test_the_checkpoint_of_what_is_done_goes_where_it_is_not_to_be_kept(tmp_path: Path) -> None:
@@ -189,11 +189,48 @@ def test_the_checkpoint_of_what_is_done_goes_where_it_is_not_to_be_kept(tmp_path
     assert not (tmp_path / "sft" / "checkpoints").exists()
 
 
-def test_another_number_of_ranks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def noted(tmp_path: Path, optimizer: str, pieces: list | None) -> None:
+    """What the checkpoint of `begun`, of two processes under ZeRO-0, says of its parts."""
+    said = {"world": 2, "stage": 0, "optimizer": optimizer, "pieces": pieces}
+    write_json(tmp_path / "sft" / "checkpoints" / "step-000020" / "pieces-0.json", said)
+
+
+def test_other_ranks_and_another_stage_go_on_and_it_is_said(tmp_path: Path, capsys) -> None:
     begun(tmp_path, world=2)
-    assert "was written by 2 processes, now there are 1: resume with gpus=2" in refused(tmp_path)
+    noted(tmp_path, "AdamW", [["weight", 0, 6, 0, 0]])
+    assert opened(tmp_path, "zero=zero3", "max_tokens=512")
+    assert (
+        "sft: goes on with gpus=1 (it was 2), train.zero=zero3 (it was zero0), train.max_tokens=512 (it was 2048): "
+        "the same steps, to rounding and no longer to the bit" in capsys.readouterr().out
+    )
+
+
+def test_what_a_checkpoint_says_of_itself_counts(tmp_path: Path, capsys) -> None:
+    """Begun on one process under ZeRO-0, it went on with two under ZeRO-3, and was saved there."""
+    assert going_on.first_ranks(tmp_path / "sft") is None
+    begun(tmp_path, world=2)
+    assert going_on.first_ranks(tmp_path / "sft") == 2
+    file = tmp_path / "sft" / "checkpoints" / "step-000020" / "state.json"
+    cut = {key: files.flatten(settings().model_dump(), ".")[key] for key in going_on.CUT} | {"train.zero": "zero3"}
+    write_json(file, {"step": 20, "world": 2, "began": 1, "cut": cut})
+    assert going_on.first_ranks(tmp_path / "sft") == 1
+    assert going_on.spoken_cut(tmp_path / "sft", settings("zero=zero3"), 2) == ""
+    assert "gpus=1 (it was 2), train.zero=zero0 (it was zero3): " in going_on.spoken_cut(
+        tmp_path / "sft", settings(), 1
+    )
+
+
+def test_what_cannot_be_cut_anew_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun(tmp_path, world=2)
+    old = "was written by an older version, for as many processes and one ZeRO stage: resume with gpus=2"
+    assert old in refused(tmp_path)
+    noted(tmp_path, "Muon", None)
+    line = refused(tmp_path, "zero=zero3")
+    assert "by 2 processes under ZeRO stage 0, and what Muon keeps there cannot be cut anew" in line
+    assert "resume with gpus=2 train.zero=zero0" in line
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert opened(tmp_path)
+    assert "resume with train.zero=zero0" in refused(tmp_path, "zero=zero1")
 
 
 def test_results_of_unknown_origin_are_not_overwritten(tmp_path: Path) -> None:

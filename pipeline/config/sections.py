@@ -177,6 +177,7 @@ class TrainSettings(Section):
     save_total_limit: Count
     keep_checkpoint: bool
     keep: Literal["best", "last"]
+    best_steps: Count | None
     non_finite: Literal["stop", "skip"]
 
     @model_validator(mode="after")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.errors import PreemptedError
-from pipeline.launch import run_dir
+from pipeline.launch import going_on
 from pipeline.launch.comparison_plan import Task
 from pipeline.launch.launcher import command, environment
 from pipeline.launch.processes import handled, tell
@@ -37,9 +37,9 @@ def finished(tasks: Sequence[Task]) -> set[str]:
     """
     done: set[str] = set()
     for task in tasks:
-        if run_dir.begun(task.directory):
-            run_dir.refuse_other(task.directory, task.step.settings)
-            if run_dir.ended(task.directory, task.step.settings) and task.after <= done:
+        if going_on.begun(task.directory):
+            going_on.refuse_other(task.directory, task.step.settings)
+            if going_on.ended(task.directory, task.step.settings) and task.after <= done:
                 done.add(task.name)
     return done
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from pipeline.config.schema import Common, Training
-from pipeline.launch import run_dir
+from pipeline.launch import going_on
 
 INTERRUPTED = 130
 BEGUN = "TIFFIN_COMMAND"  # set for the processes that the command line started, which speaks where they cannot
@@ -33,10 +33,10 @@ def listen(directory: Path, settings: Common) -> None:
 def line(directory: Path, settings: Common, when: str = "") -> str:
     """What to say of a stage that Ctrl-C stopped."""
     stopped = f"stopped by Ctrl-C{when}: "
-    if run_dir.begun(directory):
-        if run_dir.ended(directory, settings):
+    if going_on.begun(directory):
+        if going_on.ended(directory, settings):
             return f"{stopped}{directory} is done"
-        if (newest := run_dir.checkpoint(directory)) is not None:
+        if (newest := going_on.checkpoint(directory)) is not None:
             return f"{stopped}{newest} is saved; the same command goes on from there"
     if isinstance(settings, Training):
         every = "null" if settings.train.save_steps is None else settings.train.save_steps

@@ -13,7 +13,7 @@ from pipeline.config.resolve import Resolved
 from pipeline.config.schema import AuditStage, GenerateStage, RlStage
 from pipeline.config.yaml_layers import Layer, as_word, parse_overrides
 from pipeline.files import CARD
-from pipeline.launch import run_dir
+from pipeline.launch import going_on, run_dir
 from pipeline.report.headline import OF_KIND, headline
 from pipeline.report.spec import TROUBLE
 from pipeline.report.stages import read_stage, stages_of
@@ -65,7 +65,7 @@ def _words(step: Resolved, head: list[str]) -> list[str]:
     stage = head[0].partition("=")[2]
     known = [path for path in CARRIED if path in given and (stage, path[0]) != ("report", "data")]  # it reads no rows
     carried = [as_word(".".join(path), given[path].value) for path in known]
-    scored = stage == "rl" and (len(head) > 1 or run_dir.finished(run_dir.run_dir(step.settings) / "score"))
+    scored = stage == "rl" and (len(head) > 1 or going_on.finished(run_dir.run_dir(step.settings) / "score"))
     rows = [ROWS[stage]] if stage in ROWS and not scored and not {*SOURCES} & {*given} else []
     return [*head, *carried, *rows]
 
@@ -76,7 +76,7 @@ def _next(words: list[str]) -> str:
 
 def _kept(directory: Path) -> str:
     """The disk that is taken by the checkpoint of a finished stage."""
-    newest = run_dir.checkpoint(directory)
+    newest = going_on.checkpoint(directory)
     if newest is None:
         return ""
     size = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
@@ -124,7 +124,7 @@ def _after_rl(settings: RlStage) -> list[str]:
     policies["rl"] = "rl" if settings.name is None else f"rl/{settings.name}"
     found = settings.name is None and (own or run_dir.model_of(settings, "sft") is None)  # by an evaluation itself
     words = [] if found else [as_word("policies", policies)]
-    if settings.reward is not None and not _unjudged(run_dir.stage_dir(settings, "rl") / run_dir.RESULTS):
+    if settings.reward is not None and not _unjudged(run_dir.stage_dir(settings, "rl") / going_on.RESULTS):
         return ["stage=evaluate", *words, as_word("reward", settings.reward)]
     return ["stage=evaluate", *words]
 

@@ -22,7 +22,7 @@ from pipeline.config.schema import RlStage
 from pipeline.data import dataset
 from pipeline.data.batching import Packing, collate, once, window
 from pipeline.errors import UserError
-from pipeline.launch import run_dir
+from pipeline.launch import going_on, run_dir
 from pipeline.records import Item, Needs
 from pipeline.rl import values
 from pipeline.rl.values import ValueData
@@ -95,7 +95,9 @@ def with_values(policy: ReferencePolicy, items: list[Item], data: ValueData) -> 
     settings, model = policy.settings, policy.model
     source = values.source_of(settings.value, data.rewards)
     judges = data.rewards.rewards if data.rewards is not None else ()
-    # all that the values depend on: another judge, seed or number of ranks gives others
+    began = model.ranks.on_main(lambda: going_on.first_ranks(run_dir.stage_dir(settings, "rl")))
+    # all that the values depend on: another judge, seed or number of ranks gives others; other ranks that go on with a
+    # stage learn from the values that it began with
     parts = {
         "rows": rows_digest(items),
         "logged": [item.numbers["reward"] for item in data.logged] if source == "data" else None,
@@ -105,7 +107,7 @@ def with_values(policy: ReferencePolicy, items: list[Item], data: ValueData) -> 
         "value": [source, settings.value.model_dump()],
         "generation": settings.generation.model_dump(),
         "seed": settings.seed,
-        "world": model.ranks.world,
+        "world": began or model.ranks.world,
     }
 
     def compute() -> dict[str, Tensor | dict[str, float]]:

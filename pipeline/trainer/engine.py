@@ -1,4 +1,4 @@
-"""The one DeepSpeed ZeRO wrapper: with group.py the only file that knows deepspeed.
+"""The one DeepSpeed ZeRO wrapper: with group.py and partitions.py the only file that knows deepspeed.
 
 Three decisions have their one owner here: the scale that turns sums into one exact mean, the clipping, the precision.
 """
@@ -19,10 +19,11 @@ from pipeline.config import together
 from pipeline.config.sections import OptimizerSettings, TrainSettings
 from pipeline.config.validate import one_complaint
 from pipeline.errors import UserError
+from pipeline.files import write_json
 from pipeline.models.late import Late
 from pipeline.models.policy import Policy, RewardModel
 from pipeline.records import Batch
-from pipeline.trainer import group
+from pipeline.trainer import group, partitions
 from pipeline.trainer.group import Ranks  # before deepspeed, for which it names the accelerator
 from pipeline.trainer.optimizer import NOMINAL_ACCUMULATION, PRECISIONS, adam_arguments, full_config, parameter_groups
 from pipeline.trainer.twin import hookless_twin, link_tensors, unlink_tensors
@@ -179,11 +180,26 @@ class Engine:
             place, tag=directory.name, save_latest=False, exclude_frozen_parameters=bool(frozen)
         )
         hook.remove()
+        write_json(directory / partitions.file_name(self.ranks.rank), partitions.note(self._engine, self.ranks))
 
-    def load(self, directory: Path) -> None:
-        """What `save` wrote, bit for bit."""
+    def load(self, directory: Path) -> bool:
+        """What `save` wrote, bit for bit, also on other ranks or under another ZeRO stage; whether it is such.
+
+        Raises UserError where such cannot read it.
+        """
         if not directory.is_dir():
             raise UserError(f"{directory}: no checkpoint to resume from, wanted one that this run saved")
+        before = partitions.noted(directory, self.ranks.rank)
+        noted = partitions.noted(directory, 0) is not None  # older versions did not, nor take others' parts over
+        other = self.ranks.any(noted and before != partitions.note(self._engine, self.ranks))
+        if other:
+            partitions.take_over(self._engine, directory)
+        else:
+            self._load_own(directory)
+        return other
+
+    def _load_own(self, directory: Path) -> None:
+        """What these ranks wrote under this ZeRO stage."""
         frozen = self._frozen()
 
         def need_not(module: nn.Module, found: Any) -> None:

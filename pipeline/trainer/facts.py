@@ -18,8 +18,8 @@ from pipeline.config.shipped import shipped
 from pipeline.config.yaml_layers import ROOT, first_comment
 from pipeline.data import hub
 from pipeline.files import CARD, flatten, read_metrics
+from pipeline.launch.going_on import CONFIG, INPUTS
 from pipeline.launch.provenance import PACKAGES
-from pipeline.launch.run_dir import CONFIG, INPUTS
 from pipeline.models.card import Facts
 from pipeline.models.loading import hugging_face
 from pipeline.models.trained_input import INPUT_FILE

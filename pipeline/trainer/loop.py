@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,15 +19,15 @@ from pipeline.config.schema import Training
 from pipeline.data.batching import Source
 from pipeline.data.sampling import step_budget
 from pipeline.errors import PreemptedError, UserError
-from pipeline.files import CARD, flatten, write_text
-from pipeline.launch import stopping
+from pipeline.files import flatten
+from pipeline.launch import going_on, stopping
 from pipeline.launch.processes import handled
-from pipeline.models import card
 from pipeline.records import Batch, Stat
+from pipeline.trainer import keeping
 from pipeline.trainer.checkpoint import Checkpoints, State
 from pipeline.trainer.engine import Engine
-from pipeline.trainer.facts import facts_of
 from pipeline.trainer.group import Ranks
+from pipeline.trainer.keeping import BestMetric, Shelf
 from pipeline.trainer.logger import RunLog
 from pipeline.trainer.metrics import Interval, Metrics, of_training
 from pipeline.trainer.model import Model
@@ -48,19 +46,6 @@ class Evaluation:
     histograms: Mapping[str, Tensor] = field(default_factory=dict)
     samples: Sequence[Mapping[str, Any]] = ()
     held_out: Sequence[Mapping[str, Any]] = ()  # what is known of each held-out row
-
-
-@dataclass(frozen=True)
-class BestMetric:
-    """The evaluation scalar that chooses the best weights; an evaluation without it does not know their worth."""
-
-    tag: str
-    larger_is_better: bool
-
-    def better(self, value: float, best: float | None) -> bool:
-        if math.isnan(value):
-            return False
-        return best is None or (value > best if self.larger_is_better else value < best)
 
 
 HELD_OUT_LOSS = BestMetric("eval/loss", larger_is_better=False)
@@ -98,6 +83,10 @@ class Trainer:
         return not items or any(item.example.prompt for item in items)
 
     @property
+    def shelf(self) -> Shelf:
+        return Shelf(self.model, self.settings, self.directory, self.best_metric, self.max_steps, self.asked)
+
+    @property
     def eval_steps(self) -> int | None:
         every = self.settings.train.eval_steps
         return None if every is None else step_budget(every, self.kept_fraction)
@@ -111,10 +100,13 @@ def fit(trainer: Trainer) -> None:
     if resumed is None:
         trainer.prepare()
     else:
-        ranks.on_main(lambda: refuse_lost_best(trainer, resumed[0]))
+        ranks.on_main(lambda: keeping.refuse_lost_best(trainer.shelf, resumed[0]))
         say_resumed(trainer, resumed[0])
-    state, interval, memory = resumed or (State(step=0, world=ranks.world), Interval(Metrics()), {})
-    state = replace(state, of=trainer.max_steps)
+    fresh = State(step=0, world=ranks.world, began=ranks.world)
+    state, interval, memory = resumed or (fresh, Interval(Metrics()), {})
+    settings = flatten(trainer.settings.model_dump(), ".")
+    cut = {key: settings[key] for key in going_on.CUT}
+    state = replace(state, of=trainer.max_steps, world=ranks.world, began=state.began or state.world, cut=cut)
     trainer.windows.load_state_dict(memory)
     log = RunLog(
         trainer.directory,
@@ -126,23 +118,13 @@ def fit(trainer: Trainer) -> None:
     )
     # results.json comes last: a stage with one is done, and its checkpoints may go
     state = take_steps(trainer, state, interval, log, checkpoints)
-    best = keeps_best(trainer, state)
+    best = keeping.keeps_best(trainer.shelf, state)
     numbers = results(state, best, trainer.max_steps)
-    keep(trainer, best, numbers)
+    keeping.keep(trainer.shelf, best, numbers)
     log.finish(numbers)
     log.close()
     ranks.barrier()
     checkpoints.drop(keep_last=train.keep_checkpoint)
-
-
-def refuse_lost_best(trainer: Trainer, state: State) -> None:
-    """Raises UserError where the best weights so far, which may be those to keep, were removed by hand."""
-    best = trainer.directory / "best"
-    if trainer.settings.train.keep == "best" and state.best_step is not None and not best.is_dir():
-        raise UserError(
-            f"{best}: is gone, and the weights of step {state.best_step} in it are the best so far: put it back "
-            "(model/ is a copy of it where the stage had ended), or choose another run= or name="
-        )
 
 
 def say_resumed(trainer: Trainer, state: State) -> None:
@@ -207,7 +189,7 @@ def one_step(trainer: Trainer, step: int, interval: Interval) -> str | None:
     n_terms = ranks.all_sum(trainer.objective.terms(window))
     engine.train()
     done, metrics = [], Metrics()
-    metrics.add(of_training(trainer.windows.stats))
+    metrics.add(of_training(of_all(trainer.windows.stats, ranks.world)))
     for place, (batch, output, rest) in enumerate(forwards(engine, trainer.objective, window)):
         total, stats = rest()
         # an infinite constant has a finite gradient: let the norm, which all ranks share, tell of it
@@ -226,7 +208,7 @@ def one_step(trainer: Trainer, step: int, interval: Interval) -> str | None:
         logger.warning(f"{trouble}; left out")
     if math.isfinite(norm):
         interval.metrics.add(metrics.stats)
-    interval.add(step_stats(window, norm, rate, ranks.device), time.monotonic() - began)
+    interval.add(step_stats(window, norm, rate, ranks), time.monotonic() - began)
     return trouble
 
 
@@ -244,25 +226,36 @@ def forwards(engine: Engine, objective: Objective, window: Sequence[Batch]) -> I
     yield from waiting
 
 
-def step_stats(window: Sequence[Batch], norm: float, rate: float, device: torch.device) -> dict[str, Stat]:
-    """What the loop itself knows of a step; a norm that is not finite is not counted, its step is."""
+def of_all(stats: Mapping[str, Stat], world: int) -> dict[str, Stat]:
+    """This rank's part of what is the same on every rank: added up over them, each step counts once."""
+    return {name: Stat(kind, sums / world) for name, (kind, sums) in stats.items()}
+
+
+def step_stats(window: Sequence[Batch], norm: float, rate: float, ranks: Ranks) -> dict[str, Stat]:
+    """What the loop itself knows of a step; a norm that is not finite is not counted, its step is.
+
+    The means over the interval are those per step, of tokens over all ranks, whatever number of ranks took which step.
+    """
     learned = sum(int(batch.response_mask.sum()) for batch in window)
     read = sum(int(batch.input_mask.sum()) for batch in window)
     finite = math.isfinite(norm)
-    numbers = {"train/learning_rate": rate, "train/learned_tokens": learned, "perf/tokens": read}
-    numbers |= {"train/skipped_fraction": 1.0 - finite, "train/grad_norm": norm if finite else 0.0}
-    counts = {name: float(finite) if name == "train/grad_norm" else 1.0 for name in numbers}
-    rows = torch.tensor([[counts[name], x, x * x] for name, x in numbers.items()], dtype=torch.float64, device=device)
-    return {name: Stat("mean", sums) for name, sums in zip(numbers, rows, strict=True)}
+    shared = {"train/learning_rate": rate, "train/skipped_fraction": 1.0 - finite}
+    shared |= {"train/grad_norm": norm} if finite else {}
+    own = {"train/learned_tokens": learned, "perf/tokens": read}
+    rows = {name: [1.0 / ranks.world, x / ranks.world, x * x / ranks.world] for name, x in shared.items()}
+    rows |= {name: [1.0 / ranks.world, x, x * x] for name, x in own.items()}
+    rows = {"train/grad_norm": [0.0, 0.0, 0.0], **rows}
+    return {
+        name: Stat("mean", torch.tensor(row, dtype=torch.float64, device=ranks.device)) for name, row in rows.items()
+    }
 
 
 def summary(ranks: Ranks, interval: Interval, tokens: int) -> dict[str, float]:
     """The interval over all ranks, with rates; `tokens` were read before it. learned_tokens are those of one step."""
     steps = interval.steps
     values, seconds = interval.close(ranks.all_sum)
-    read = values.pop("perf/tokens") * ranks.world
+    read = values.pop("perf/tokens")
     values["train/num_tokens"] = tokens + round(read * steps)  # since the start, prompts too, as TRL counts
-    values["train/learned_tokens"] *= ranks.world
     values |= {"perf/tokens_per_second": read / seconds, "perf/step_seconds": seconds}
     if ranks.device.type == "cuda":
         values["perf/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
@@ -278,48 +271,7 @@ def evaluate(trainer: Trainer, state: State, log: RunLog) -> tuple[State, dict[s
     log.samples(state.step, list(evaluation.samples))
     log.held_out(state.step, evaluation.held_out)
     scalars = dict(evaluation.scalars)
-    state = replace(state, last_seen=scalars)
-    value = scalars.get(trainer.best_metric.tag, math.nan)
-    if trainer.best_metric.better(value, state.best):
-        trainer.model.export(trainer.directory / "best", trainer.asked)
-        state = replace(state, best=value, best_step=state.step, best_seen=scalars)
-    return state, scalars
-
-
-def keeps_best(trainer: Trainer, state: State) -> bool:
-    """Whether model/ becomes the best weights, not the last: never where it is not known what the last are worth."""
-    if trainer.settings.train.keep == "last":
-        return False
-    known = trainer.best_metric.tag in state.last_seen
-    if not known:
-        logger.warning(
-            f"train.keep: best, but {trainer.best_metric.tag} of the last weights is not known, so that no others can "
-            "be called better: the last are kept"
-        )
-    return known and state.best_step is not None
-
-
-def keep(trainer: Trainer, best: bool, numbers: Mapping[str, Any]) -> None:
-    """Export the last weights to last/, and let model/ be best/ or last/, with a card. `numbers`: see `results`."""
-    trainer.model.export(trainer.directory / "last", trainer.asked)
-    if trainer.engine.ranks.main:
-        chosen = trainer.directory / ("best" if best else "last")
-        part = trainer.directory / "model.part"
-        shutil.rmtree(part, ignore_errors=True)
-        shutil.copytree(chosen, part, copy_function=link_or_copy)
-        facts = facts_of(trainer.settings, trainer.model, trainer.directory, numbers, trainer.asked)
-        write_text(part / CARD, card.text(facts))
-        shutil.rmtree(trainer.directory / "model", ignore_errors=True)
-        os.replace(part, trainer.directory / "model")
-    trainer.engine.ranks.barrier()
-
-
-def link_or_copy(source: str, target: str) -> None:
-    """A second name for the same bytes, so that weights are on the disk once; a copy where links are not to be had."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+    return keeping.offer(trainer.shelf, replace(state, last_seen=scalars)), scalars
 
 
 def results(state: State, best: bool, steps: int) -> dict[str, Any]:
