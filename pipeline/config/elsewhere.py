@@ -139,7 +139,9 @@ SAID: dict[str, str] = {  # names -> what to say of each
     "report_to wandb use_wandb wandb_project wandb_org wandb_run_name log_with use_tensorboard mlflow swanlab": (
         "TensorBoard files are always written, for no other tracker: see them with `tensorboard --logdir runs`"
     ),
-    "push_to_hub hub_model_id hub_token": "a training sends nothing: afterwards stage=export, with push_to for OWNER/NAME",
+    "push_to_hub hub_model_id hub_token": (
+        "a training sends nothing: afterwards stage=export, with push_to for OWNER/NAME"
+    ),
     "eval_strategy evals_per_epoch evaluation_strategy do_eval": (
         "set eval_steps=100, or eval_steps=null for the end only"
     ),
