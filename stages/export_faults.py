@@ -24,12 +24,20 @@ def of_export(settings: ExportStage, ahead: Ahead) -> Iterator[str]:
         yield from found
         if not found:
             model = run_dir.policy_model(settings, settings.policy).path
-            yield from told(partial(place.check, model))
+            yield from told(partial(refuse_state, model)) or told(partial(place.check, model))
     yield from told(partial(refuse_occupied, settings))
     if settings.push_to is not None:
         if problem := publish.obstacle():
             yield f"push_to: {problem}; or leave push_to out"
         yield from told(partial(refuse_half, settings, model))
+
+
+def refuse_state(model: str) -> None:
+    """Raises UserError where the directory is a training's checkpoint."""
+    if (Path(model) / run_dir.STATE).is_file():
+        stage = Path(model).absolute().parent.parent
+        problem = f"{model} is a checkpoint to go on from, and no model"
+        raise UserError(f"policy: {problem}, wanted one: {stage / 'best'} where that is there, or the stage at its end")
 
 
 def target(settings: ExportStage) -> Path:

@@ -272,6 +272,9 @@ def test_a_start_tells_what_is_wrong_before_torch(tmp_path: Path, monkeypatch: p
     assert [*export_faults.of_export(settings(tmp_path, "push_to=me/x"), ahead)] == []
     (line,) = export_faults.of_export(settings(tmp_path, "push_to=me/x", "merge=false"), ahead)
     assert f"adapters of {left} belong to {tmp_path / 'base'}" in line
+    write_json(tmp_path / "r" / "rl" / "checkpoints" / "step-000002" / "state.json", {})
+    (line,) = export_faults.of_export(settings(tmp_path, f"policy={tmp_path}/r/rl/checkpoints/step-000002"), ahead)
+    assert "is a checkpoint to go on from" in line and f"{tmp_path / 'r' / 'rl' / 'best'}" in line
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (line,) = export_faults.of_export(settings(tmp_path, "push_to=me/x"), ahead)
     assert "HF_HUB_OFFLINE" in line
