@@ -15,7 +15,7 @@ from pipeline.config.help import help_text
 from pipeline.config.resolve import Resolved, resolve_steps
 from pipeline.config.yaml_layers import ROOT, Layer, parse_overrides
 from pipeline.errors import UserError
-from pipeline.launch import going_on, run_dir, stopping
+from pipeline.launch import going_on, machine, run_dir, stopping
 from pipeline.launch.entry import leave
 from pipeline.launch.launcher import DISTRIBUTED, command, environment, is_rank
 from pipeline.launch.processes import handled, run
@@ -23,7 +23,8 @@ from pipeline.report.closing import closing
 from stages import dry_run, faults, inputs
 
 HELP = ("stage=help", "--help", "-h")
-TEST = "stage=test"
+TEST, GPU = "stage=test", "gpu"
+GATE = 9 * 60  # seconds that the checks on a GPU may take
 
 logger = logging.getLogger("tiffin")
 
@@ -87,8 +88,29 @@ def test(arguments: Sequence[str]) -> int:
     """pytest on tests/ of the checkout, with its own arguments."""
     if not (ROOT / "tests").is_dir() or importlib.util.find_spec("pytest") is None:
         raise UserError("stage=test: needs the checkout and pytest; run `bash run.sh stage=test` there")
+    limit = None
+    if GPU in arguments:
+        if not gpu_here():
+            print("stage=test gpu: no GPU here, so that none of its checks is made")
+            return 0
+        arguments, limit = [*(one for one in arguments if one != GPU), "tests/test_gpu.py", "-rs"], GATE
     with handled(lambda number, frame: None, [signal.SIGINT]):  # pytest sums up what it has done
-        return subprocess.call([sys.executable, "-m", "pytest", *arguments], cwd=ROOT)
+        try:
+            return subprocess.call([sys.executable, "-m", "pytest", *arguments], cwd=ROOT, timeout=limit)
+        except subprocess.TimeoutExpired:
+            raise UserError(f"stage=test gpu: not at its end after {GATE // 60} minutes, and stopped there") from None
+
+
+def gpu_here() -> bool:
+    """Whether there is a GPU. Raises UserError where torch cannot use the one there is."""
+    if not machine.has_gpu():
+        return False
+    import torch
+
+    if not torch.cuda.is_available():
+        problem = f"this machine has a GPU, but torch {torch.__version__} cannot use it"
+        raise UserError(f"stage=test gpu: {problem}, wanted a torch that can: PYTHON= chooses an environment")
+    return True
 
 
 def _dry_run(overrides: Layer) -> bool:

@@ -24,6 +24,7 @@ from pipeline.config.schema import (
     AuditStage,
     CompareStage,
     EvaluateStage,
+    ExportStage,
     GenerateStage,
     RewardStage,
     RlStage,
@@ -37,6 +38,7 @@ from pipeline.launch import comparison_plan, extensions, going_on, launcher, mac
 from pipeline.models import place
 from stages import inputs
 from stages.ahead import Ahead, told
+from stages.export_faults import of_export
 from stages.reward_faults import of_rewards
 from stages.row_faults import of_rows, suits
 
@@ -75,6 +77,8 @@ def of_step(step: Resolved, ahead: Ahead) -> list[str]:
     settings, stage = step.settings, step.stage
     if isinstance(settings, CompareStage):
         return of_comparison(settings, step.words, ahead.environ)
+    if isinstance(settings, ExportStage):
+        return [*of_export(settings, ahead)]
     if stage not in inputs.OF:
         return []
     directory = run_dir.stage_dir(settings, stage)

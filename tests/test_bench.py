@@ -12,11 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.bench import memory, peers, rouge, sampling, semi_offline, startup, steps
+from pipeline.bench import memory, peers, rouge, sampling, semi_offline, startup, steps, utilisation
 from pipeline.bench.measure import Goal, Result, Timing, alternate, compared, peak_megabytes, speed, table
 from pipeline.bench.setup import Setup, even, for_gpu, new_policy, prepare, sft_trainer, singles, with_settings
 from pipeline.config.resolve import resolve
+from pipeline.data.batching import Packing, collate
 from pipeline.errors import UserError
+from pipeline.models.policy import Policy
+from pipeline.records import Item
 from pipeline.trainer import optimizer
 from tests import tiny
 
@@ -187,8 +190,39 @@ def test_sampling(setup: Setup) -> None:
 
 
 def test_loop(setup: Setup) -> None:
-    (line,) = steps.against_bare(setup)
+    line, used = steps.against_bare(setup)
     assert line.ratio > 0 and math.isfinite(line.ratio)
+    assert used.ours > 0 and (used.mfu is None) == ("not known" in used.note)
+
+
+def test_the_work_of_a_step_by_hand() -> None:
+    """One layer, rows of 4 and 6 tokens, 2 and 3 of them learned.
+
+    Matrices: 4 of 32 x 32 and 3 of 32 x 64 a layer = 10,240, times 2 layers; 6 x 20,480 x 10 tokens = 1,228,800.
+    Head: 6 x 352 x 32 x 5 = 337,920. Attention: 6 x 2 layers x 32 x (16 + 36) = 19,968.
+    """
+    rows = [Item(None, (tiny.row([5] * 2, [6] * 2),)), Item(None, (tiny.row([5] * 3, [6] * 3),))]
+    batch = collate(rows, range(2), Packing(2, None, False, tiny.PAD_ID))
+    policy = Policy(tiny.language_model("llama"), 64)
+    assert utilisation.flops(policy, [batch]) == 1_228_800 + 337_920 + 19_968
+    assert utilisation.flops(policy, [batch, batch]) == 2 * utilisation.flops(policy, [batch])
+
+
+@pytest.mark.parametrize(
+    ("device", "half", "single"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12, 67e12),
+        ("NVIDIA H100 PCIe", 756e12, 51e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12, 19.5e12),
+        ("NVIDIA A10G", 70e12, 35e12),
+        ("NVIDIA L40S", 362e12, 91.6e12),
+        ("NVIDIA L4", 121e12, 30.3e12),
+        ("Tesla T4", None, 8.1e12),
+        ("x86_64", None, None),
+    ],
+)
+def test_peaks_are_those_of_the_device_and_its_precision(device: str, half: float | None, single: float | None) -> None:
+    assert (utilisation.peak(device, "bf16"), utilisation.peak(device, "fp32")) == (half, single)
 
 
 def test_memory_is_several_times_less(setup: Setup) -> None:

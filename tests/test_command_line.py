@@ -15,7 +15,7 @@ from pipeline.config.resolve import resolve
 from pipeline.config.schema import STAGES
 from pipeline.config.yaml_layers import ROOT
 from pipeline.files import write_json
-from pipeline.launch import environment, run_dir
+from pipeline.launch import environment, machine, run_dir
 from stages import inputs
 from tests.mistakes import lines, scored
 
@@ -157,6 +157,13 @@ def test_dry_run_of_one_stage_begins_nothing(tmp_path: Path):
 def test_test_words_go_to_pytest(tmp_path: Path):
     done = stages("stage=test", "tests/test_command_line.py", "-k", "test_mistakes", "--collect-only", cwd=tmp_path)
     assert done.returncode == 0 and f"{len(MISTAKES)}/" in done.stdout
+
+
+@pytest.mark.skipif(machine.has_gpu(), reason="there is a GPU here")
+def test_without_a_gpu_its_checks_are_one_line(tmp_path: Path):
+    done = stages("stage=test", "gpu", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "stage=test gpu: no GPU here, so that none of its checks is made\n"
 
 
 @pytest.mark.parametrize("stage", STAGES)

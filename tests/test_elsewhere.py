@@ -38,6 +38,7 @@ def answer(*words: str) -> str:
         ("stage=sft wandb=true", "tensorboard --logdir runs"),
         ("stage=sft load_in_4bit=true", "bf16=true lora_r=16"),
         ("stage=sft optimizer=adamw", "optimizer: 'adamw'; AdamW, always"),
+        ("stage=sft dtype=bfloat16", "it belongs to export; set bf16=true"),
         ("stage=rl trainer.n_gpus_per_node=8", "gpus=8"),
         ("stage=sft --load_in_4bit", "lora_r=16"),
         ("stage=sft --bf16", "write settings without dashes: bf16=true"),
@@ -78,7 +79,10 @@ def test_what_means_the_same_is_accepted() -> None:
 
 def test_names_are_settings_or_answered() -> None:
     assert not {*ADVICE} & {*ALIASES, *SWITCHES, *CONTROL}
-    assert {*ADVICE} & {*FIELDS} <= SECTIONS | {"rl"}  # a mapping goes through: `optimizer: {...}`
+    assert {*ADVICE} & {*FIELDS} <= SECTIONS | {
+        "rl",
+        "dtype",
+    }  # a mapping goes through: `optimizer: {...}`; dtype is of stage=export
     assert parse_overrides(["algorithm.settings.epsilon=1", "policies.metric=x", "rl.static=best"])  # no others' names
     assert parse_overrides(["optimizer={learning_rate: 0.1}"]) and parse_overrides(["rl={algo: dpo}"])
 

@@ -48,6 +48,7 @@ class Result:
     greatest: float | None = None
     goal: Goal | None = None  # of the ratio; of `ours` where there is no ratio to meet it
     note: str = ""
+    mfu: float | None = None  # of a step of training: the share of what the device can compute; None: not known
 
     @property
     def met(self) -> bool | None:

@@ -6,6 +6,7 @@ same step: cross entropy, clip, fused AdamW. Under bf16 it keeps float32 weights
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from functools import partial
 
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from pipeline.bench.measure import Goal, Result, alternate, compared, peak_megabytes
 from pipeline.bench.setup import Setup, alol_trainer, new_policy, sft_trainer, singles, stepper
+from pipeline.bench.utilisation import flops, utilisation
 from pipeline.models.loading import hugging_face
 from pipeline.records import Batch
 from pipeline.trainer.optimizer import PRECISIONS, adam_arguments, parameter_groups
@@ -39,7 +41,9 @@ def against_bare(setup: Setup) -> list[Result]:
     ours = sft_trainer(setup, singles(setup))
     windows = [ours.windows.at(step) for step in range(setup.timing.total)]
     rounds = alternate(stepper(ours), bare_loop(setup, windows), setup.timing)
-    return [compared("our loop / bare torch loop", "s", rounds, TIME)]
+    time = compared("our loop / bare torch loop", "s", rounds, TIME)
+    work = statistics.fmean(flops(ours.engine.module, window) for window in windows[setup.timing.warm :])
+    return [time, utilisation("SFT step, of one process", work / time.ours, setup.settings.train.precision)]
 
 
 def bare_loop(setup: Setup, windows: list[list[Batch]]) -> Callable[[int], None]:

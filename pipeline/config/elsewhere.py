@@ -139,7 +139,9 @@ SAID: dict[str, str] = {  # names -> what to say of each
     "report_to wandb use_wandb wandb_project wandb_org wandb_run_name log_with use_tensorboard mlflow swanlab": (
         "TensorBoard files are always written, for no other tracker: see them with `tensorboard --logdir runs`"
     ),
-    "push_to_hub hub_model_id hub_token": "nothing is sent: afterwards `hf upload OWNER/NAME runs/NAME/STAGE/model`",
+    "push_to_hub hub_model_id hub_token": (
+        "a training sends nothing: afterwards stage=export, with push_to for OWNER/NAME"
+    ),
     "eval_strategy evals_per_epoch evaluation_strategy do_eval": (
         "set eval_steps=100, or eval_steps=null for the end only"
     ),
@@ -207,8 +209,9 @@ METHODS: dict[str, str] = {  # as stage= or algo=
     **dict.fromkeys(("rm", "reward", "reward_model", "reward_modeling"), "set stage=reward name=NAME"),
     **dict.fromkeys(("eval", "evaluation", "benchmark"), "set stage=evaluate"),
     **dict.fromkeys(("infer", "inference", "predict", "sample", "generation"), "set stage=generate"),
+    **dict.fromkeys(("merge", "push", "upload", "convert"), "set stage=export"),
     **dict.fromkeys(
-        ("export", "merge", "serve", "chat", "deploy"),
+        ("serve", "chat", "deploy"),
         "the model/ that each stage leaves is a Hugging Face directory: `vllm serve` and transformers open it as it is",
     ),
     **dict.fromkeys(("validate", "check", "dry_run"), "set the stage that is meant, and dry_run=true"),

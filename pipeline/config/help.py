@@ -31,7 +31,10 @@ def help_text() -> str:
     """The whole page."""
     folder = ROOT / "stages"
     stages = {name: first_comment(folder / f"{name}.yaml") for name in STAGES}
-    stages |= {"test": "The tests, in this environment.", "help": "This page."}
+    stages |= {
+        "test": "The tests, in this environment; with the word gpu what a GPU alone can show.",
+        "help": "This page.",
+    }
     algorithms = _described(folder / "algo")
     algorithms |= {name: f"Published name of {target}." for name, target in ALGORITHM_IDS.items()}
     names: dict[str, list[str]] = {}

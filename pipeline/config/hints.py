@@ -26,7 +26,8 @@ def advice(name: str, value: Any) -> str | None:
     key = first if name not in ADVICE and first not in FIELDS else name
     if first in SECTIONS and name not in FIELDS:
         key = rest
-    if key not in ADVICE or (key in FIELDS and not isinstance(value, str)):
+    ours = key in FIELDS and (key not in SECTIONS or not isinstance(value, str))  # of a stage; others are told by it
+    if key not in ADVICE or ours:
         return None
     found = f"{value!r}" if key in FIELDS else "not a setting here"
     return f"{name}: {found}; {ADVICE[key]}"

@@ -18,6 +18,7 @@ from pipeline.config import hints
 from pipeline.config.aliases import ALGORITHM_IDS
 from pipeline.config.deepspeed import read_ds_config
 from pipeline.config.definitions import FREE, Definitions
+from pipeline.config.elsewhere import ADVICE
 from pipeline.config.schema import Training
 from pipeline.config.validate import SettingPath, describe, known_paths, nearest_path, validated
 from pipeline.config.yaml_layers import COMMAND_LINE, Layer, Leaf, merge, nested, parse_overrides, read_layer, word
@@ -204,7 +205,8 @@ def _refuse_foreign(overrides: Layer, stage: str, defined: Definitions) -> None:
         owners = defined.owners(path[0])
         if owners and stage not in owners and owners != ["bench"]:  # whose names nobody means elsewhere
             found = f"{'.'.join(path)}: stage={stage} has no such setting"
-            raise UserError(f"{COMMAND_LINE}: {found}; it belongs to {', '.join(owners)}")
+            meant = f"; {ADVICE[path[0]]}" if path[0] in ADVICE else ""
+            raise UserError(f"{COMMAND_LINE}: {found}; it belongs to {', '.join(owners)}{meant}")
 
 
 def _refuse_unread(layers: Layers, stage: str, defined: Definitions) -> None:

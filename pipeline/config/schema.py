@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from pipeline.config import sections
 from pipeline.config.reward_spec import sound_addresses
@@ -175,6 +175,33 @@ class GenerateStage(WithModel):
     generation: sections.GenerationSettings
 
 
+def shard_size(given: str | int) -> int:
+    """Bytes, given as a number or as 5GB (10^9) or 5GiB (2^30). Raises ValueError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([KMGT])(i?)B)?", str(given))
+    size = int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2] or " ")) if found else 0
+    if size < 1:
+        raise ValueError(f"{given!r}, wanted bytes as a number, or as in 5GB or 500MB")
+    return size
+
+
+def hub_name(given: str) -> str:
+    """`given`, which must name one repository of an owner. Raises ValueError."""
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", given) is None:
+        raise ValueError(f"{given!r}, wanted OWNER/NAME")
+    return given
+
+
+class ExportStage(Common):
+    model: sections.ModelSettings
+    policy: str | None
+    to: str | None
+    merge: bool
+    dtype: Literal["bfloat16", "float16", "float32"] | None
+    max_shard_size: Annotated[str | int, AfterValidator(shard_size)]
+    push_to: Annotated[str, AfterValidator(hub_name)] | None
+    private: bool
+
+
 class EvaluateStage(WithModel):
     policies: Annotated[dict[str, str], Field(min_length=1)] | None
     split: Split
@@ -252,6 +279,7 @@ STAGES: dict[str, tuple[type[Common], ...]] = {  # several records where the alg
     "audit": (AuditStage,),
     "generate": (GenerateStage,),
     "evaluate": (EvaluateStage,),
+    "export": (ExportStage,),
     "compare": (CompareStage,),
     "report": (ReportStage,),
     "plan": (PlanStage,),

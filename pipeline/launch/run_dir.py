@@ -16,7 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock, SoftFileLock, Timeout
 
-from pipeline.config.schema import Common, RewardStage, RlStage, WithModel
+from pipeline.config.schema import Common, ExportStage, RewardStage, RlStage, Training, WithModel
 from pipeline.config.sections import ModelSettings
 from pipeline.config.yaml_layers import load_yaml
 from pipeline.config.yaml_text import dump_yaml
@@ -170,7 +170,7 @@ def start_model(settings: RewardStage | RlStage) -> ModelSettings:
     return settings.model.model_copy(update={"path": str(trained), "revision": None})
 
 
-def policy_model(settings: WithModel, place: str | None) -> ModelSettings:
+def policy_model(settings: WithModel | ExportStage, place: str | None) -> ModelSettings:
     """The model called `place`: a stage of the run (sft, rl, rl/name), a directory, or a hub name; None: the newest.
 
     Raises UserError where there is no such policy.

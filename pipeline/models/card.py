@@ -26,6 +26,9 @@ PAPERS = {  # by what algo= and the stages are called
     "reinforce": "Williams, Machine Learning 1992",
     "mrt": "Shen et al., ACL 2016, arXiv 1512.02433",
 }
+TRAINED = "Trained with Tiffin."
+AS_ADAPTERS = ", as LoRA adapters"
+MOVED = " The model below them is a directory: if it was moved, write its new place into `adapter_config.json`."
 PAPERS |= dict.fromkeys(("a_lol_ref_free", "a_lol_seq", "a_lol_kl", "r_lol"), PAPERS["alol"])
 
 
@@ -57,7 +60,7 @@ def text(facts: Facts) -> str:
     parts = [
         _front(facts),
         f"# {facts.name}",
-        f"{_what(facts)} Trained with Tiffin.",
+        f"{_what(facts)} {TRAINED}",
         f"## How to call it\n\n```python\n{call(facts.kind, facts.adapters)}```",
         f"## How it reads\n\n{_reading(facts)}",
         f"## Training\n\n{_training(facts)}",
@@ -83,6 +86,32 @@ def call(kind: str, adapters: bool) -> str:
     return code.replace(" AutoModelFor", " AutoPeftModelFor")
 
 
+def exported(text: str, merged: bool, said: str) -> str | None:
+    """The card of a trained model as that of what was made of it; None where `text` is no card of a training.
+
+    Args:
+        merged: adapters were added to the model below them.
+        said: what was done, in sentences.
+    """
+    for kind in PIPELINES:
+        for adapters in (True, False):
+            if call(kind, adapters) in text:
+                whole = _without_adapters(text, kind) if merged and adapters else text
+                return whole.replace(TRAINED, f"{TRAINED} {said}", 1)
+    return None
+
+
+def _without_adapters(text: str, kind: str) -> str:
+    text = text.replace(call(kind, True), call(kind, False), 1).replace(AS_ADAPTERS, "", 1).replace(MOVED, "", 1)
+    return text.replace("library_name: peft", "library_name: transformers", 1).replace(", lora]", "]", 1)
+
+
+def of_another(name: str, source: str, said: str) -> str:
+    """The card of what was made of a model that came without one."""
+    front = f"---\nlibrary_name: transformers\nbase_model: {source}\n---" if source.count("/") == 1 else ""
+    return f"{front}\n\n# {name}\n\nMade of {source} with Tiffin. {said}\n".lstrip()
+
+
 def _front(facts: Facts) -> str:
     kind = "reward-model" if facts.kind == "reward" else facts.method.replace("_", "-")
     front: dict[str, object] = {"library_name": "peft" if facts.adapters else "transformers"}
@@ -100,9 +129,9 @@ def _what(facts: Facts) -> str:
         "encoder_decoder": "An encoder-decoder that answers chats",
         "reward": "A reward model: one number for a chat that ends with an answer, higher is better",
     }
-    what = f"{kinds[facts.kind]}{', as LoRA adapters' if facts.adapters else ''}. Training began with {facts.start}."
+    what = f"{kinds[facts.kind]}{AS_ADAPTERS if facts.adapters else ''}. Training began with {facts.start}."
     if facts.adapters and facts.base is None:
-        what += " The model below them is a directory: if it was moved, write its new place into `adapter_config.json`."
+        what += MOVED
     return what
 
 

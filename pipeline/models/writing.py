@@ -170,6 +170,11 @@ def write_rest(
         config.suppress_tokens = mask_token.suppressed_ids(tokenizer, lm) or config.suppress_tokens
         # not `save_pretrained`, which refuses what some published ones have: a temperature, but no sampling
         config.to_json_file(directory / GENERATION_CONFIG_NAME)
+    write_for_4(directory)
+
+
+def write_for_4(directory: Path) -> None:
+    """Say in the words of transformers 4, too, what the files about tokenizer and configuration say in those of 5."""
     for name, in_words_of_4 in ((TOKENIZER_CONFIG, _tokenizer_for_4), (CONFIG_NAME, _positions_for_4)):
         if (file := directory / name).is_file():
             told = in_words_of_4(json.loads(file.read_text(encoding="utf-8")))

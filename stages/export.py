@@ -1,0 +1,47 @@
+"""A model to hand over: adapters merged, cast, in shards, with its card: runs/<run>/export/model/, or to=DIRECTORY."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from pipeline.config.schema import ExportStage
+from pipeline.files import write_json
+from pipeline.launch import run_dir
+from pipeline.launch.entry import run
+from pipeline.models import publish
+from pipeline.models.exporting import Form, export
+from stages import export_faults
+
+logger = logging.getLogger("tiffin")
+
+
+def main(settings: ExportStage, words: Sequence[str]) -> None:
+    directory, target = run_dir.stage_dir(settings, "export"), export_faults.target(settings)
+    model = run_dir.policy_model(settings, settings.policy)
+    directory.mkdir(parents=True, exist_ok=True)
+    run_dir.claim(directory)
+    export_faults.refuse_occupied(settings)
+    asked, before = export_faults.asked(settings, model.path), export_faults.last(settings)
+    if target.is_dir() and asked.items() <= before.items():
+        logger.info(f"{target} is this already")
+        results = before
+    else:
+        dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
+        said = export(model, target, Form(settings.merge, dtype, settings.max_shard_size))
+        files = sorted(target.glob("*.safetensors"))
+        size = sum(file.stat().st_size for file in files)
+        results = {**asked, "said": said, "files": [file.name for file in files], "bytes": size}
+        write_json(directory / run_dir.RESULTS, results)
+        logger.info(f"{target}: {model.path} in {len(files)} files of weights, {size / 1e9:,.3f} GB. {said}".rstrip())
+    if settings.push_to is not None:
+        export_faults.refuse_half(settings, model.path)
+        address = publish.push(target, settings.push_to, settings.private)
+        write_json(directory / run_dir.RESULTS, {**results, "pushed": address})
+        logger.info(f"{address}: has it, {'private' if settings.private else 'for all to see'}")
+
+
+if __name__ == "__main__":
+    run(main, "export")
