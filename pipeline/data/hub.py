@@ -79,3 +79,9 @@ def _ask(path: str, function: str, **options: str) -> Any:
             f"{path}: neither a local file nor readable from the hub ({reason}), wanted one of them; "
             f"{files}bring the data as files with data.path= or data.train="
         ) from error
+
+
+def mark(path: str) -> str:
+    """What names the content of the data set, as its library says: of its files and their revision."""
+    split = parse(path).split or "train"
+    return _ask(path, "load_dataset", split=split)._fingerprint  # as the library's documentation calls it

@@ -38,6 +38,7 @@ FREE = (
     "train.non_finite",
     "eval.num_samples",
     "rewards.workers",
+    "data.workers",
     "rewards.judge.budget",
 )
 LENGTHS = ("train.max_steps", "train.num_train_epochs")  # these may be raised, to train longer
@@ -55,6 +56,11 @@ _held: dict[Path, FileLock] = {}  # a lock that is forgotten is free
 
 def run_dir(settings: Common) -> Path:
     return Path(settings.runs_dir) / settings.run
+
+
+def cache(settings: Common) -> Path:
+    """What the run keeps of its rows, and of what the reference says of them: made again where it is removed."""
+    return run_dir(settings) / "cache"
 
 
 def stage_dir(settings: Common, stage: str) -> Path:

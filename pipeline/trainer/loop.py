@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.schema import Training
+from pipeline.data import encoded
 from pipeline.data.batching import Source
 from pipeline.data.sampling import step_budget
 from pipeline.errors import PreemptedError, UserError
@@ -95,7 +96,7 @@ class Trainer:
     def asked(self) -> bool:
         """Whether the rows have prompts; before the first step there may be none of them."""
         items = self.windows.items
-        return not items or any(item.example.prompt for item in items)
+        return not len(items) or encoded.has_prompts(items)
 
     @property
     def eval_steps(self) -> int | None:

@@ -1,0 +1,218 @@
+"""Arrow files that are made once per machine and mapped into memory by every process: rows, and their tokens.
+
+An entry is a folder NAME-SLOT-KEY of the run's cache/. The key holds all that its content depends on, our own code
+included; the slot what of that is a setting, so that an entry of the same slot and another key is out of date. Who
+comes first makes it, under a lock; the others wait. It is written beside its place and renamed: complete or absent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache as once_only
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+from filelock import FileLock
+
+from pipeline.errors import UserError
+from pipeline.files import write_json
+
+FORMAT = 1  # raise it where what is stored changes and no code below pipeline/data does
+DATA, META = "data.arrow", "meta.json"
+TOLD = 1 << 30  # bytes of a cache from which its size is said
+
+logger = logging.getLogger("tiffin")
+
+Lines = list[tuple[int, str]]  # level and text
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What was stored: a table, mapped; what its maker said of it; and the lines that were logged meanwhile."""
+
+    table: pyarrow.Table
+    facts: Mapping[str, Any]
+    lines: Sequence[tuple[int, str]]
+
+
+class Writer:
+    """Batches of rows, written one after the other."""
+
+    def __init__(self, sink: pyarrow.NativeFile, schema: pyarrow.Schema):
+        self.schema, self._file = schema, pyarrow.ipc.new_file(sink, schema)
+
+    def batch(self, columns: Mapping[str, Any]) -> None:
+        given = [columns[one.name] for one in self.schema]
+        arrays = [
+            one if isinstance(one, pyarrow.Array) else pyarrow.array(one, type=kind.type)
+            for one, kind in zip(given, self.schema, strict=True)
+        ]
+        self._file.write_batch(pyarrow.record_batch(arrays, schema=self.schema))
+
+    def close(self) -> None:
+        self._file.close()
+
+
+Make = Callable[[Writer], Mapping[str, Any]]  # writes all rows; what is to be known of them, for JSON
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The cache of a run."""
+
+    folder: Path
+    workers: int | None = None  # processes that tokenise; None: one per core
+    _lock: list[FileLock] = field(default_factory=list, compare=False)
+
+    def entry(self, name: str, slot: object, key: object, schema: pyarrow.Schema, make: Make) -> Entry:
+        """The entry; made here where nobody did so far. Raises UserError as `make`, and leaves nothing then."""
+        start = f"{name}-{digest(slot)[:8]}-"
+        place = self.folder / f"{start}{digest(code(), slot, key)[:24]}"
+        if not place.is_dir():
+            with self.locked():
+                if not place.is_dir():
+                    self._make(place, schema, make)
+                    self._drop_outdated(start, place)
+        return opened(place)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the cache; one process may do so again and again."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self._lock:
+            self._lock.append(FileLock(self.folder / ".rows.lock"))
+        try:
+            self._lock[0].acquire()
+        except OSError as error:  # a file system without locks: each process makes its own, and the first one's stays
+            logger.warning(f"{self.folder}: this file system has no locks ({error.strerror}): rows may be read twice")
+            yield
+            return
+        try:
+            yield
+        finally:
+            self._lock[0].release()
+
+    def _make(self, place: Path, schema: pyarrow.Schema, make: Make) -> None:
+        part = place.with_name(f"{place.name}.{os.getpid()}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        try:
+            with open(part / DATA, "wb") as file:
+                writer = Writer(pyarrow.PythonFile(file), schema)
+                with recorded() as lines:
+                    facts = make(writer)
+                writer.close()
+                file.flush()
+                os.fsync(file.fileno())
+            write_json(part / META, {"facts": facts, "lines": lines})
+            try:
+                part.rename(place)
+            except OSError:
+                if not place.is_dir():  # else another process without a lock was faster, with the same content
+                    raise
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+    def _drop_outdated(self, start: str, place: Path) -> None:
+        """Remove what this entry replaces and what killed processes left; say how large a large cache is."""
+        for other in self.folder.glob(f"{start}*"):
+            if other != place:
+                shutil.rmtree(other, ignore_errors=True)  # whoever has it mapped keeps it until it ends
+        size = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
+        if size > TOLD:
+            logger.info(f"{self.folder}: rows, tokens and log-probabilities take {size / 1e9:.1f} GB there")
+
+
+def opened(place: Path) -> Entry:
+    """The entry at `place`, mapped. Raises UserError where it is damaged."""
+    try:
+        meta = json.loads((place / META).read_text("utf-8"))
+        table = pyarrow.ipc.open_file(pyarrow.memory_map(str(place / DATA))).read_all()
+        return Entry(table, meta["facts"], [(level, line) for level, line in meta["lines"]])
+    except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
+        raise UserError(f"{place}: cannot be read ({error}), wanted what an earlier start left: remove it") from error
+
+
+def in_memory(schema: pyarrow.Schema, make: Make) -> Entry:
+    """The same without a file, for this process alone."""
+    sink = pyarrow.BufferOutputStream()
+    writer = Writer(sink, schema)
+    with recorded() as lines:
+        facts = make(writer)
+    writer.close()
+    return Entry(pyarrow.ipc.open_file(sink.getvalue()).read_all(), facts, lines)
+
+
+class _Recorder(logging.Handler):
+    def __init__(self, lines: Lines):
+        super().__init__()
+        self.lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append((record.levelno, record.getMessage()))
+
+
+@contextmanager
+def recorded() -> Iterator[Lines]:
+    """What is logged meanwhile, instead of logging it; on ranks that log nothing, too. A failure has it logged."""
+    lines: Lines = []
+    before = logger.handlers, logger.level, logger.propagate
+    logger.handlers, logger.propagate = [_Recorder(lines)], False
+    logger.setLevel(logging.INFO)
+    failed = True
+    try:
+        yield lines
+        failed = False
+    finally:
+        logger.handlers, logger.propagate = before[0], before[2]
+        logger.setLevel(before[1])
+        if failed:
+            say(lines)
+
+
+def say(lines: Sequence[tuple[int, str]]) -> None:
+    """Log what was recorded."""
+    for level, line in lines:
+        logger.log(level, line)
+
+
+def digest(*parts: object) -> str:
+    """sha256 of `parts`: text, numbers, and what JSON holds of them; bytes and arrays by their bytes."""
+    found = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            found.update(f"{part.dtype} {part.shape}".encode())
+            content = np.ascontiguousarray(part).data
+        else:
+            content = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode()
+        found.update(hashlib.sha256(content).digest())
+    return found.hexdigest()
+
+
+@once_only
+def code() -> str:
+    """What of the program decides what is stored: our code that reads rows and tokenises them, and the libraries'."""
+    import tokenizers
+    import transformers
+
+    ours = Path(__file__).resolve().parent
+    files = [*sorted(ours.glob("*.py")), ours.parent / "records.py"]
+    versions = [FORMAT, sys.version, pyarrow.__version__, transformers.__version__, tokenizers.__version__]
+    return digest(versions, *(file.read_bytes() for file in files))
+
+
+@lru_cache(maxsize=8)
+def of_folder(folder: Path, workers: int | None) -> Cache:
+    """The cache that lies in `folder`: one object for each, as its lock is this process's."""
+    return Cache(folder, workers)
