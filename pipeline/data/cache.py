@@ -1,8 +1,8 @@
 """Arrow files that are made once per machine and mapped into memory by every process: rows, and their tokens.
 
-An entry is a folder NAME-SLOT-KEY of the run's cache/. The key holds all that its content depends on, our own code
-included; the slot what of that is a setting, so that an entry of the same slot and another key is out of date. Who
-comes first makes it, under a lock; the others wait. It is written beside its place and renamed: complete or absent.
+An entry is a folder NAME-KEY of the run's cache/. The key holds all that its content depends on, our own code included.
+Who comes first makes it, under a lock; the others wait. It is written beside its place and renamed: complete or absent.
+Who uses it is noted (a file under its settings, a split of a stage): an entry that its last user has done with goes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pipeline.errors import UserError
 from pipeline.files import write_json
 
 FORMAT = 1  # raise it where what is stored changes and no code below pipeline/data does
-DATA, META = "data.arrow", "meta.json"
+DATA, META, USES = "data.arrow", "meta.json", "uses.json"
 TOLD = 1 << 30  # bytes of a cache from which its size is said
 
 logger = logging.getLogger("tiffin")
@@ -75,16 +75,40 @@ class Cache:
     workers: int | None = None  # processes that tokenise; None: one per core
     _lock: list[FileLock] = field(default_factory=list, compare=False)
 
-    def entry(self, name: str, slot: object, key: object, schema: pyarrow.Schema, make: Make) -> Entry:
-        """The entry; made here where nobody did so far. Raises UserError as `make`, and leaves nothing then."""
-        start = f"{name}-{digest(slot)[:8]}-"
-        place = self.folder / f"{start}{digest(code(), slot, key)[:24]}"
-        if not place.is_dir():
+    def entry(self, name: str, user: object, key: object, schema: pyarrow.Schema, make: Make) -> Entry:
+        """The entry; made here where nobody did so far. Raises UserError as `make`, and leaves nothing then.
+
+        `user` used it before, maybe with another key: of the same settings and changed rows, say.
+        """
+        place, who = self.folder / f"{name}-{digest(code(), key)[:24]}", digest(name, user)[:16]
+        if not place.is_dir() or self._uses().get(who) != place.name:
             with self.locked():
-                if not place.is_dir():
+                if made := not place.is_dir():
                     self._make(place, schema, make)
-                    self._drop_outdated(start, place)
+                self._note(who, place.name)
+                if made:
+                    self._tell_size()
         return opened(place)
+
+    def _uses(self) -> dict[str, str]:
+        """User -> the name of the entry that it used last."""
+        try:
+            return json.loads((self.folder / USES).read_text("utf-8"))
+        except FileNotFoundError:
+            return {}
+
+    def _note(self, user: str, name: str) -> None:
+        """Note who uses an entry, and remove those that nobody uses any more: whoever has one mapped keeps it."""
+        uses = self._uses() | {user: name}
+        write_json(self.folder / USES, uses)
+        for other in self.folder.iterdir():
+            if other.is_dir() and other.name not in uses.values():
+                shutil.rmtree(other, ignore_errors=True)
+
+    def _tell_size(self) -> None:
+        size = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
+        if size > TOLD:
+            logger.info(f"{self.folder}: rows, tokens and log-probabilities take {size / 1e9:.1f} GB there")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -123,15 +147,6 @@ class Cache:
                     raise
         finally:
             shutil.rmtree(part, ignore_errors=True)
-
-    def _drop_outdated(self, start: str, place: Path) -> None:
-        """Remove what this entry replaces and what killed processes left; say how large a large cache is."""
-        for other in self.folder.glob(f"{start}*"):
-            if other != place:
-                shutil.rmtree(other, ignore_errors=True)  # whoever has it mapped keeps it until it ends
-        size = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
-        if size > TOLD:
-            logger.info(f"{self.folder}: rows, tokens and log-probabilities take {size / 1e9:.1f} GB there")
 
 
 def opened(place: Path) -> Entry:

@@ -180,11 +180,12 @@ def stored(cache: Cache, place: str, *asked: Any) -> Store:
         return result.names.facts() | {"without": result.fix.without, "reward": result.fix.reward}
 
     found = mark(place)
-    slot, key = ["file", place, *map(plain, asked)], [found]
-    entry = cache.entry("rows", slot, key, SCHEMA, make)
+    user = ["file", place, *map(plain, asked)]
+    key = [*user, found]
+    entry = cache.entry("rows", user, key, SCHEMA, make)
     say(entry.lines)
     fix = Fix(tuple(entry.facts["without"]), entry.facts["reward"])
-    return Store(entry, place, digest(slot, key), digest(slot), fix, cache)
+    return Store(entry, place, digest(key), digest(user), fix, cache)
 
 
 def mark(place: str) -> str:

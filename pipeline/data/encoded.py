@@ -147,6 +147,12 @@ def examples_of(items: Sequence[Item]) -> Rows:
     return Rows.of(items.examples if isinstance(items, Items) else [item.example for item in items])
 
 
+def content(items: Items) -> list[object]:
+    """What names the rows, the same in all that learn from the same rows; of those in memory their number."""
+    rows = examples_of(items)
+    return [len(rows), rows.key if rows.cache is not None else ""]
+
+
 def has_prompts(items: Sequence[Item]) -> bool:
     """Whether any row has a prompt; plain text has none."""
     return bool((~np.isin(examples_of(items).column("prompt"), [hash_of(""), hash_of(())])).any())
@@ -169,11 +175,11 @@ def with_numbers(items: Sequence[Item], **numbers: Sequence[float]) -> Sequence[
     ]
 
 
-def encode(examples: Sequence[Example], encoder: Encoder, rows_of: RowsOf, use: str = "") -> Items:
+def encode(examples: Sequence[Example], encoder: Encoder, rows_of: RowsOf, user: str = "") -> Items:
     """Items of `examples`, each with the rows that `rows_of` makes of it.
 
-    Where the examples lie in a run's cache, so do their tokens. `use` names who needs them (stage and split): what that
-    one had of other rows, or under other settings, goes then.
+    Where the examples lie in a run's cache, so do their tokens. `user` names who needs them, a stage and a split: what
+    that one had of other rows, or under other settings, goes then.
     """
     rows = Rows.of(examples)
     workers = 1 if rows.cache is None else rows.cache.workers
@@ -182,7 +188,7 @@ def encode(examples: Sequence[Example], encoder: Encoder, rows_of: RowsOf, use: 
         entry = cache.in_memory(SCHEMA, make)
     else:
         key = [rows.key, encoder.key, rows_of.__qualname__, inspect.getsource(rows_of)]
-        entry = rows.cache.entry("tokens", use or rows.slot, key, SCHEMA, make)
+        entry = rows.cache.entry("tokens", user or [rows.user, rows_of.__qualname__], key, SCHEMA, make)
     say_once(entry, encoder)
     return Items(rows, entry.table, entry.facts["per"], numbers_of(rows))
 

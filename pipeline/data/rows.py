@@ -206,7 +206,7 @@ class Store:
     content: Entry | Sequence[Example]
     file: str = ""
     key: str = ""  # names the content; "" for a list
-    slot: str = ""
+    user: str = ""  # who asked for it: the settings of the key
     fix: Fix = Fix()
     cache: Cache | None = None
 
@@ -248,7 +248,7 @@ class Rows(Sequence[Example]):
     order: np.ndarray  # (n,) where each row lies, the stores one after the other
     copies: np.ndarray | None = None  # (n,) number of the copy, from 1; None: all are the first
     filled: tuple[str, ...] = ()  # further columns that every row has, None where it brings none
-    tag: str = ""  # which part of a file this is, beside its settings: what replaces what in the cache
+    tag: str = ""  # which part of its files this is
 
     @classmethod
     def of(cls, rows: Sequence[Example]) -> Rows:
@@ -345,9 +345,9 @@ class Rows(Sequence[Example]):
         return digest(stores, self.order, copies, self.filled)
 
     @property
-    def slot(self) -> str:
-        """What of the key is a setting."""
-        return digest([one.slot for one in self.stores], self.tag)
+    def user(self) -> str:
+        """Who asks for what is made of these rows, whatever they are by now: the settings, and which part it is."""
+        return digest([one.user for one in self.stores], self.tag)
 
     @property
     def cache(self) -> Cache | None:
@@ -367,6 +367,6 @@ class Rows(Sequence[Example]):
             sink.flush()
             return known.facts()
 
-        slot, key = [name, self.slot], [name, self.key]
-        entry = self.cache.entry("rows", slot, key, SCHEMA, write)
-        return Rows.whole([Store(entry, name, digest(slot, key), digest(slot), cache=self.cache)])
+        user, key = [name, self.user], [name, self.key]
+        entry = self.cache.entry("rows", user, key, SCHEMA, write)
+        return Rows.whole([Store(entry, name, digest(key), digest(user), cache=self.cache)])

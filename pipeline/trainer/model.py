@@ -18,6 +18,7 @@ from pipeline.data.encoded import Items
 from pipeline.data.masking import Masker
 from pipeline.data.tokenization import Encoder, coloured
 from pipeline.data.vocabulary import token_tables
+from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.models import build, loading, mask_token, memory
 from pipeline.models.policy import RewardModel
@@ -163,6 +164,10 @@ def encode(
     learned, tested = (
         encoded.encode(rows, model.encoder, rows_of, f"{directory}/{split}") for split, rows in parts.items()
     )
+    if len({repr(one) for one in model.ranks.gather([encoded.content(learned), encoded.content(tested)])}) > 1:
+        raise UserError(
+            "data: the ranks read different rows, wanted the same: did a file change, or differ by machine?"
+        )
     counted = {"train": encoded.counts(learned), "validation": encoded.counts(tested)}
     for split, counts in counted.items():
         logger.info(
