@@ -15,15 +15,14 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache as once_only
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow
-from filelock import FileLock
+from filelock import FileLock, SoftFileLock
 
 from pipeline.errors import UserError
 from pipeline.files import write_json
@@ -73,7 +72,6 @@ class Cache:
 
     folder: Path
     workers: int | None = None  # processes that tokenise; None: one per core
-    _lock: list[FileLock] = field(default_factory=list, compare=False)
 
     def entry(self, name: str, user: object, key: object, schema: pyarrow.Schema, make: Make) -> Entry:
         """The entry; made here where nobody did so far. Raises UserError as `make`, and leaves nothing then.
@@ -82,10 +80,11 @@ class Cache:
         """
         place, who = self.folder / f"{name}-{digest(code(), key)[:24]}", digest(name, user)[:16]
         if not place.is_dir() or self._uses().get(who) != place.name:
-            with self.locked():
+            with self.locked() as alone:
                 if made := not place.is_dir():
                     self._make(place, schema, make)
-                self._note(who, place.name)
+                if alone:
+                    self._note(who, place.name)
                 if made:
                     self._tell_size()
         return opened(place)
@@ -111,21 +110,23 @@ class Cache:
             logger.info(f"{self.folder}: rows, tokens and log-probabilities take {size / 1e9:.1f} GB there")
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the cache; one process may do so again and again."""
+    def locked(self) -> Iterator[bool]:
+        """Hold the cache; whether it is held.
+
+        On a file system without locks each process makes its own, and the first one's stays.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not self._lock:
-            self._lock.append(FileLock(self.folder / ".rows.lock"))
+        lock = FileLock(self.folder / ".rows.lock")
         try:
-            self._lock[0].acquire()
-        except OSError as error:  # a file system without locks: each process makes its own, and the first one's stays
-            logger.warning(f"{self.folder}: this file system has no locks ({error.strerror}): rows may be read twice")
-            yield
+            lock.acquire()
+        except (OSError, NotImplementedError) as error:
+            logger.warning(f"{self.folder}: this file system has no locks ({error}): rows may be read several times")
+            yield False
             return
         try:
-            yield
+            yield not isinstance(lock, SoftFileLock)
         finally:
-            self._lock[0].release()
+            lock.release()
 
     def _make(self, place: Path, schema: pyarrow.Schema, make: Make) -> None:
         part = place.with_name(f"{place.name}.{os.getpid()}.part")
@@ -225,9 +226,3 @@ def code() -> str:
     files = [*sorted(ours.glob("*.py")), ours.parent / "records.py"]
     versions = [FORMAT, sys.version, pyarrow.__version__, transformers.__version__, tokenizers.__version__]
     return digest(versions, *(file.read_bytes() for file in files))
-
-
-@lru_cache(maxsize=8)
-def of_folder(folder: Path, workers: int | None) -> Cache:
-    """The cache that lies in `folder`: one object for each, as its lock is this process's."""
-    return Cache(folder, workers)

@@ -15,7 +15,7 @@ import numpy as np
 from pipeline import plugins
 from pipeline.config.sections import DataSettings, TemplateSettings
 from pipeline.data import columns, convert, hub, mixing, readers, remarks
-from pipeline.data.cache import Cache, Writer, digest, of_folder, say
+from pipeline.data.cache import Cache, Writer, digest, say
 from pipeline.data.rows import SCHEMA, Fix, Rows, Sink, Store
 from pipeline.data.splits import Places, id_names_of, origins, split_places
 from pipeline.data.template import prompt_text, response_text
@@ -50,7 +50,7 @@ def splits(
         rows = {name: Rows.of(_of_task(data, name, seed)) for name in names}
     else:
         places = split_places(data)
-        rows = _of_files(data, places, names, carry, None if folder is None else of_folder(folder, data.workers))
+        rows = _of_files(data, places, names, carry, None if folder is None else Cache(folder, data.workers))
     rows = columns.filled(rows)
     for name in names:
         if not rows[name]:

@@ -29,6 +29,8 @@ CHOSEN, REJECTED = "/chosen", "/rejected"  # what the ids of the two rows of a p
 COPY = "/copy-"
 SIDE = re.compile(f"({CHOSEN}|{REJECTED})?$")  # ids of the sides of pairs still end with the side
 TURNS = ("completion", "chosen", "rejected")
+LACKED = ("references", "candidates", "candidate_rewards", "rewards", "source", "columns", "candidate_scores")
+AS_JSON = json.JSONEncoder(ensure_ascii=False).encode
 LISTS = ("references", "candidates", "candidate_rewards")
 
 
@@ -105,12 +107,10 @@ SCHEMA = pyarrow.schema(
 
 def packed(row: Example) -> bytes:
     """An Example as JSON text, without what it lacks."""
-    given = {name: value for name, value in vars(row).items() if value not in (None, (), "") and value != {}}
+    given = {name: value for name, value in vars(row).items() if value is not None and (value or name not in LACKED)}
     if isinstance(row.prompt, Chat):
         given["prompt"] = {"turns": row.prompt.turns, "tools": row.prompt.tools, "arguments": row.prompt.arguments}
-    return json.dumps(given | {"prompt": given.get("prompt", row.prompt)}, ensure_ascii=False).encode(
-        "utf-8", "surrogatepass"
-    )
+    return AS_JSON(given).encode("utf-8", "surrogatepass")
 
 
 def unpacked(text: bytes) -> Example:
