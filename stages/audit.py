@@ -68,7 +68,7 @@ def rows_of(settings: AuditStage) -> tuple[list[Example], list[Example]]:
     """One row for each logged response of train, nothing held out; and the rows of the other splits there are."""
     whole = settings.data.model_copy(update={"validation_fraction": 0.0})
     others = [] if whole.task else [split for split in split_places(whole) if split != "train"]
-    train, *rest = dataset.splits(whole, settings.seed, ["train", *others])
+    train, *rest = dataset.splits(whole, settings.seed, ["train", *others], folder=run_dir.cache(settings))
     train = [row for row in train if copy_number(row) == 1]  # whatever their weights
     held = [row for row in train if row.completion is not None or convert.is_pair(row) or row.candidate_rewards]
     if not held:

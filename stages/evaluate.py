@@ -56,7 +56,8 @@ def main(settings: EvaluateStage, words: Sequence[str]) -> None:
     split = inputs.evaluate_split(settings)
     for line in inputs.not_held_out(settings, split):
         logger.warning(line)
-    (rows,) = dataset.splits(settings.data, settings.seed, [split], carry=rewards is not None and rewards.reads_columns)
+    carry = rewards is not None and rewards.reads_columns
+    (rows,) = dataset.splits(settings.data, settings.seed, [split], carry, run_dir.cache(settings))
     prompts = dataset.unique_prompts(rows)[: settings.max_rows]
     if rewards is not None:
         scoring.try_rewards(ranks, rewards, prompts[0], written=True)

@@ -37,7 +37,7 @@ def main(settings: GenerateStage, words: Sequence[str]) -> None:
     rewards = None
     if settings.reward is not None:
         rewards = build.build_rewards(settings, settings.reward, settings.rewards, ranks.device)
-    splits = dataset.splits(settings.data, settings.seed, settings.splits, carry=True)
+    splits = dataset.splits(settings.data, settings.seed, settings.splits, True, run_dir.cache(settings))
     prompts = {split: dataset.unique_prompts(rows) for split, rows in zip(settings.splits, splits, strict=True)}
     if rewards is not None:
         scoring.try_rewards(ranks, rewards, next(iter(prompts.values()))[0], written=False)

@@ -12,9 +12,10 @@ import torch
 from pipeline.config.schema import RewardStage
 from pipeline.data import dataset, pairs
 from pipeline.data.batching import Windows, once
+from pipeline.data.rows import Rows
 from pipeline.launch import run_dir
 from pipeline.launch.entry import run
-from pipeline.records import Example, Item
+from pipeline.records import Item
 from pipeline.trainer import evaluation, group
 from pipeline.trainer.loop import HELD_OUT_LOSS, Evaluation, Trainer, fit
 from pipeline.trainer.model import Model, build_reward_model, encode
@@ -50,15 +51,15 @@ def main(settings: RewardStage, words: Sequence[str]) -> None:
     )
 
 
-def rows_of(settings: RewardStage, module: RewardModule, algorithm: Any) -> tuple[list[Example], list[Example]]:
+def rows_of(settings: RewardStage, module: RewardModule, algorithm: Any) -> tuple[Rows, Rows]:
     """What to learn from and what is held out: pairs, or every response by itself where its score will do.
 
     Raises UserError where a row lacks what the objective learns from.
     """
-    train, held_out = dataset.splits(settings.data, settings.seed)
-    if module.pairs_only(algorithm) or pairs.all_pairs([*train, *held_out]):
+    train, held_out = dataset.splits(settings.data, settings.seed, folder=run_dir.cache(settings))
+    if module.pairs_only(algorithm) or (pairs.all_pairs(train) and pairs.all_pairs(held_out)):
         train, held_out = pairs.paired(train), pairs.paired(held_out)[: settings.eval.max_rows]
-        dataset.require([*train, *held_out], module.columns(algorithm), f"objective: {algorithm.objective}")
+        dataset.require(train + held_out, module.columns(algorithm), f"objective: {algorithm.objective}")
         return train, held_out
     train, held_out = (pairs.annotated(rows) for rows in (train, held_out))
     return train, held_out[: settings.eval.max_rows]

@@ -38,7 +38,9 @@ def main(settings: ScoreStage, words: Sequence[str]) -> None:
     wanted = inputs.score_splits(settings, data)
     if rewards.unsettled and wanted[0] != "train":
         raise inputs.train_first(wanted)
-    for split, examples in zip(wanted, dataset.splits(data, settings.seed, wanted, carry=True), strict=True):
+    for split, examples in zip(
+        wanted, dataset.splits(data, settings.seed, wanted, True, run_dir.cache(settings)), strict=True
+    ):
         rows = dataset.judgeable(examples, data)
         if split == wanted[0]:
             # candidates are compared with what new responses to the prompt are

@@ -11,6 +11,7 @@ from functools import partial
 from pipeline.config.schema import SftStage
 from pipeline.data import conversations, convert, dataset
 from pipeline.data.batching import Packing, Windows
+from pipeline.data.rows import Rows
 from pipeline.launch import run_dir
 from pipeline.launch.entry import run
 from pipeline.records import Example, Item
@@ -57,14 +58,15 @@ def main(settings: SftStage, words: Sequence[str]) -> None:
     )
 
 
-def rows_of(settings: SftStage) -> tuple[list[Example], list[Example], str]:
+def rows_of(settings: SftStage) -> tuple[Rows, Rows, str]:
     """The rows to learn from, a row a turn if all are learned; those held out; and which turns are learned."""
-    train, held_out = (convert.to_supervised(rows) for rows in dataset.splits(settings.data, settings.seed))
+    splits = dataset.splits(settings.data, settings.seed, folder=run_dir.cache(settings))
+    train, held_out = (convert.to_supervised(rows) for rows in splits)
     train_on = conversations.resolved(settings.train_on, train)
     return conversations.learned(train, train_on), held_out[: settings.eval.max_rows], train_on
 
 
-def in_fewer_rows(items: list[Item], policy: Model, settings: SftStage) -> list[Item]:
+def in_fewer_rows(items: Sequence[Item], policy: Model, settings: SftStage) -> Sequence[Item]:
     """Each conversation in one row where that changes nothing, after a word about it."""
     if settings.masking.rate > 0 or policy.packing.encoder_decoder:
         return items

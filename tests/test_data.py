@@ -178,6 +178,6 @@ def test_epochs_are_shuffled_and_have_no_gap() -> None:
 @pytest.mark.parametrize("world", WORLDS)
 def test_once_covers_all(world: int) -> None:
     items = tiny.items(11)
-    batches = [once(items, BUDGET, rank, world) for rank in range(world)]
+    batches = [[*once(items, BUDGET, rank, world)] for rank in range(world)]
     assert len({len(mine) for mine in batches}) == 1
     assert sorted(i for mine in batches for batch in mine for i in batch.items) == list(range(11))

@@ -13,6 +13,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from pipeline.data import hub
 from pipeline.data.files import RawRow, raw_rows, stem
 from pipeline.data.hub import HubName, folders, is_hub_name, parse
 from pipeline.data.splits import split_files
@@ -196,6 +197,9 @@ def test_hub_names_are_told_from_files(tmp_path, monkeypatch):
     assert parse("Anthropic/hh-rlhf/harmless-base:test") == HubName("Anthropic/hh-rlhf", "harmless-base", "test")
     assert parse("openai/summaries") == HubName("openai/summaries", None, None)
     assert parse("a/b/c@refs/convert/parquet:test") == HubName("a/b", "c", "test", "refs/convert/parquet")
+    assert parse("a/b@v2:main:test") == HubName("a/b", None, "test", "v2", "main")
+    assert parse("a/b:main:") == HubName("a/b", None, None, None, "main") and stem("a/b:main:test") == "a/b/main/test"
+    assert folders("a/b:main:test", ["c"]) == {} and not is_hub_name("a/b:") and not is_hub_name("a/b:c:d:e")
     assert is_hub_name("a/b@refs/convert/parquet")
     assert folders("a/b@v2:test", ["c"]) == {"c": "a/b/c@v2:test"}
     assert stem("Anthropic/hh-rlhf:test") == "Anthropic/hh-rlhf/test"
@@ -207,12 +211,15 @@ from pipeline.data import files, hub, splits
 from pipeline.errors import UserError
 print([(number, row["prompt"]) for number, row in hub.rows("owner/name/part@v1:test")])
 print(hub.split_names("owner/name/part"))
+print([row["prompt"] for _, row in hub.rows("owner/several:one:train")], hub.split_names("owner/several:two:"))
+print(hub.mark("owner/several:one:train") != hub.mark("owner/several:two:train"), hub.mark("owner/name/part@v1:test"))
 for ask in (files.raw_rows, splits.split_files):
     try:
         list(ask("nobody/nothing"))
     except UserError as error:
         print(error)
-for ask in (lambda: list(hub.rows("owner/name/part:tset")), lambda: hub.split_names("owner/coded")):
+several = [lambda: list(hub.rows("owner/several"))]
+for ask in (lambda: list(hub.rows("owner/name/part:tset")), lambda: hub.split_names("owner/coded"), *several):
     try:
         ask()
     except UserError as error:
@@ -228,19 +235,28 @@ def test_the_hub_library_reads_splits_and_says_when_there_is_no_network(tmp_path
     write(part, "test.jsonl", '{"prompt": "b"}\n{"prompt": "c"}\n')
     (tmp_path / "owner" / "coded").mkdir()
     write(tmp_path / "owner" / "coded", "coded.py", "wants = 'to be run'\n")
+    several = tmp_path / "owner" / "several"
+    several.mkdir()
+    write(several, "one.jsonl", '{"prompt": "one"}\n')
+    write(several, "two.jsonl", '{"prompt": "two"}\n')
+    configs = [{"config_name": name, "data_files": f"{name}.jsonl"} for name in ("one", "two")]
+    write(several, "README.md", f"---\nconfigs: {json.dumps(configs)}\n---\n")
     root = str(Path(__file__).parents[1])
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache"), "PYTHONPATH": root}
     command = [sys.executable, "-c", HUB_SCRIPT]
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     lines = run.stdout.splitlines()
     assert lines[:2] == ["[(1, 'b'), (2, 'c')]", "['train', 'test']"]
+    assert lines[2] == "['one'] ['train']" and hub.of_split("a/b:two:", "x") == hub.of_split("a/b:two", "x")
+    assert re.fullmatch(r"True [0-9a-f]{16}", lines[3])
+    del lines[2:4]
     for line in lines[2:4]:
         assert line.startswith("nobody/nothing: neither a local file nor readable from the hub (")
         assert line.endswith("bring the data as files with data.path= or data.train=")
     assert "tset" in lines[4]
     assert lines[5].startswith("owner/coded: neither a local file nor readable from the hub (Dataset scripts")
     assert "name its files with owner/coded@refs/convert/parquet, or bring the data" in lines[5]
-    assert len(lines) == 6
+    assert "name one with owner/several:CONFIG:SPLIT, or bring" in lines[6] and len(lines) == 7
 
 
 def test_split_files_finds_the_words_people_use(tmp_path):

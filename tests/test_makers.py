@@ -10,7 +10,8 @@ import pytest
 
 from pipeline.data import conversations
 from pipeline.data.cuts import fewer_turns
-from pipeline.data.dataset import completion_rows, encode
+from pipeline.data.dataset import completion_rows
+from pipeline.data.encoded import encode
 from pipeline.data.readers import read
 from pipeline.data.tokenization import Encoder
 from pipeline.data.written_template import for_others

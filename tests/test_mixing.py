@@ -7,11 +7,13 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipeline.config.resolve import resolve
 from pipeline.data import dataset, mixing, pairs
 from pipeline.data.places import files_of, id_names
+from pipeline.data.rows import Rows, copy_of
 from pipeline.data.splits import split_files
 from pipeline.errors import UserError
 from pipeline.launch import going_on
@@ -149,22 +151,20 @@ def test_a_prompt_that_is_text_in_one_file_and_a_message_in_another_is_cut_once(
 
 def test_a_part_of_a_weight_keeps_rows_of_a_prompt_together() -> None:
     some = [Example(f"f/{i}", f"p{i // 4}", "c") for i in range(400)]
-    numbers = mixing.weighed(some, ["f"] * 400, {"f": 1.5}, 0)
-    assert {len(one) for one in numbers} == {1, 2} and all(
-        len({*map(len, numbers[i : i + 4])}) == 1 for i in range(0, 400, 4)
-    )
-    assert 30 <= sum(len(numbers[i]) == 2 for i in range(0, 400, 4)) <= 70  # 50 wanted, +-4 deviations of 5
+    counts = mixing.weighed(Rows.of(some), [1.5], 0)
+    assert {*counts.tolist()} == {1, 2} and all(len({*counts[i : i + 4].tolist()}) == 1 for i in range(0, 400, 4))
+    assert 30 <= int((counts[::4] == 2).sum()) <= 70  # 50 wanted, +-4 deviations of 5
     with pytest.raises(UserError, match=r"data.train: its weights leave none of 1 rows"):
-        mixing.repeated(some[:1], [[]])
+        mixing.repeated(Rows.of(some[:1]), np.array([0]))
 
 
 def test_copies_count_where_rows_of_a_prompt_are_taken_together() -> None:
     given = [Example("f/1", "p", "good", reward=1.0), Example("f/2", "p", "bad", reward=0.0)]
-    twice = mixing.repeated(given, [[1, 2]] * 2)
+    twice = mixing.repeated(Rows.of(given), np.array([2, 2]))
     assert ids(pairs.of_scored(twice)) == ["f/1", "f/1/copy-2"]
     assert ids(dataset.unique_prompts(twice, copies=True)) == ["f/1", "f/1/copy-2"]
     assert ids(dataset.unique_prompts(twice)) == ["f/1"]
-    side = mixing.copy_of(replace(given[1], id="f/1/rejected"), 2)
+    side = copy_of(replace(given[1], id="f/1/rejected"), 2)
     assert (side.id, mixing.copy_number(side), mixing.copy_number(given[0])) == ("f/1/copy-2/rejected", 2, 1)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pipeline.algorithms import offline
+from pipeline.data import encoded
 from pipeline.data.batching import Packing, collate
 from pipeline.errors import UserError
 from pipeline.models import loading, value_head
@@ -74,11 +75,11 @@ def test_the_loss_with_the_cache_is_the_live_loss(tmp_path: Path) -> None:
 def test_the_cache_is_read_not_made_again(tmp_path: Path) -> None:
     ref, items = reference_of(tmp_path), rewarded(6)
     first = reference.with_ref_logps(ref, items)
-    (file,) = (tmp_path / "default" / "cache").glob("*.pt")
+    (file,) = (tmp_path / "default" / "cache").glob("*.npy")
     made = file.stat().st_mtime_ns
     tiny.two_steps(ref.model.engine, items * 2)  # the engine could not say it any more
     again = reference.with_ref_logps(ref, items)
-    assert file.stat().st_mtime_ns == made and len(list(file.parent.glob("*.pt"))) == 1
+    assert file.stat().st_mtime_ns == made and len(list(file.parent.glob("*.npy"))) == 1
     assert all(torch.equal(a.ref_logp[0], b.ref_logp[0]) for a, b in zip(first, again, strict=True))
 
 
@@ -87,7 +88,7 @@ def test_the_key_holds_everything(tmp_path: Path) -> None:
 
     def place(*words: str, rows: list[Item] = items, weights: str = "w") -> Path:
         ref = reference_of(tmp_path, "llama", *words, weights=weights)
-        return ref.cache("ref_logps", rows=reference.rows_digest(rows))
+        return ref.cache("ref_logps", ".npy", rows=encoded.tokens_digest(rows))
 
     cut = replace(items[0], rows=(replace(items[0].rows[0], prompt_ids=items[0].rows[0].prompt_ids[1:]),))
     ref, kind = reference_of(tmp_path), tiny.encoder(system="Be kind.")
@@ -99,7 +100,9 @@ def test_the_key_holds_everything(tmp_path: Path) -> None:
         place(rows=items[::-1]),
         place(rows=[cut, *items[1:]]),
         *(place(word) for word in other_words),
-        replace(ref, model=replace(ref.model, encoder=kind)).cache("ref_logps", rows=reference.rows_digest(items)),
+        replace(ref, model=replace(ref.model, encoder=kind)).cache(
+            "ref_logps", ".npy", rows=encoded.tokens_digest(items)
+        ),
     ]
     assert len(set(found)) == len(found)
     assert place() == found[0] == place("optimizer.learning_rate=0.1")  # what does not matter does not count
@@ -107,9 +110,9 @@ def test_the_key_holds_everything(tmp_path: Path) -> None:
 
 def test_a_torn_cache_file_is_not_used(tmp_path: Path) -> None:
     ref, items = reference_of(tmp_path), rewarded(6)
-    path = ref.cache("ref_logps", rows=reference.rows_digest(items))
+    path = ref.cache("ref_logps", ".npy", rows=encoded.tokens_digest(items))
     path.parent.mkdir(parents=True)
-    path.with_suffix(".part").write_bytes(b"torn")
+    path.with_name(f"{path.name}.part").write_bytes(b"torn")
     assert len(reference.with_ref_logps(ref, items)) == 6 and path.is_file()
 
 
@@ -130,7 +133,7 @@ def test_log_probabilities_that_are_no_numbers_name_their_rows(tmp_path: Path) -
     )  # untied: only reading hurts
     with pytest.raises(UserError, match="reference log-probabilities: not finite on rows row 2, wanted numbers"):
         reference.with_ref_logps(ref, items)
-    assert not list(tmp_path.rglob("*.pt"))
+    assert not list(tmp_path.rglob("*.npy"))
 
 
 def targets(count: int = 12) -> values.Targets:
@@ -230,7 +233,7 @@ def test_values_under_another_scale_or_weight_are_others(tmp_path: Path) -> None
 
     def judged_by(*given: object) -> None:
         rewards = Rewards([WeightedReward("length", *given)])
-        reference.with_values(ref, rows, ValueData(prompts, rows, rewards, "the same files"))
+        reference.with_values(ref, [rows], ValueData(prompts, rows, rewards, "the same files"))
 
     for i, given in enumerate([(1.0, length.reward), (0.5, length.reward), (1.0, length.reward, "sigmoid")], start=1):
         judged_by(*given)

@@ -273,7 +273,7 @@ def counted(trained: Engine) -> list[int]:
 def prepared(ref: ReferencePolicy, rows: list[Item]) -> list[Item]:
     """The rows with reference log-probabilities, values and advantages, from the cache where it is there."""
     rows = reference.with_ref_logps(ref, rows)
-    return reference.with_values(ref, rows, ValueData([], rows, None, None))[0]
+    return reference.with_values(ref, [rows], ValueData([], rows, None, None))[0][0]
 
 
 def logged() -> list[Item]:

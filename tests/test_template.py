@@ -10,7 +10,8 @@ import sentencepiece
 from transformers import MarianTokenizer, PreTrainedTokenizerBase
 
 from pipeline.data import conversations, transcripts
-from pipeline.data.dataset import completion_rows, encode
+from pipeline.data.dataset import completion_rows
+from pipeline.data.encoded import encode
 from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
 from pipeline.records import Example, Message

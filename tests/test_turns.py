@@ -10,7 +10,8 @@ import torch
 from pipeline.algorithms import supervised
 from pipeline.data import conversations
 from pipeline.data.batching import Packing, collate
-from pipeline.data.dataset import completion_rows, encode
+from pipeline.data.dataset import completion_rows
+from pipeline.data.encoded import encode
 from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
 from pipeline.models.policy import Policy

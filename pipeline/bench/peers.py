@@ -20,7 +20,7 @@ import torch
 from pipeline.bench import setup as prepared
 from pipeline.bench.measure import Goal, Result, Timing, compared, in_turns, speed, timed
 from pipeline.bench.setup import Setup, alol_trainer, even, new_policy, sft_trainer, singles
-from pipeline.data import dataset
+from pipeline.data import dataset, encoded
 from pipeline.data import pairs as pairing
 from pipeline.errors import UserError
 from pipeline.models import build, loading
@@ -114,7 +114,7 @@ def matches(setup: Setup, shape: str) -> Iterator[Match]:
     """The three comparisons on rows that are `ragged`, or all `even`."""
     size = setup.settings.train.batch_size
     items, rows = singles(setup), pairing.paired(setup.rows)
-    pairs = dataset.encode(rows, setup.encoder, dataset.pair_rows)
+    pairs = encoded.encode(rows, setup.encoder, dataset.pair_rows)
     if shape == "even":
         items, pairs = even(items, LENGTH, LENGTH), even(pairs, LENGTH, LENGTH)
     pair_rows = [pair_row(item) for item in pairs]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from pipeline.bench.measure import Timing
 from pipeline.config.resolve import resolve
 from pipeline.config.schema import BenchStage
 from pipeline.config.yaml_layers import ROOT
-from pipeline.data import convert, dataset
+from pipeline.data import convert, dataset, encoded
 from pipeline.data.batching import Packing, Windows, packing_of
 from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
@@ -91,9 +93,9 @@ def environment() -> dict[str, str]:
     return {**own, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [own.get("PYTHONPATH")])])}
 
 
-def singles(setup: Setup) -> list[Item]:
+def singles(setup: Setup) -> Sequence[Item]:
     """The rows with one response each."""
-    return dataset.encode(convert.to_supervised(setup.rows), setup.encoder, dataset.completion_rows)
+    return encoded.encode(convert.to_supervised(setup.rows), setup.encoder, dataset.completion_rows)
 
 
 def new_policy(setup: Setup) -> Policy:
@@ -138,8 +140,8 @@ def sft_trainer(setup: Setup, items: list[Item]) -> Trainer:
 def alol_trainer(setup: Setup, items: list[Item]) -> Trainer:
     """A-LOL on the items, with the reference's log-probabilities, and an advantage of 1 each."""
     model, ones = model_of(setup, new_policy(setup)), [1.0] * len(items)
-    items = reference.attached(items, reference.reference_logps(model.engine, items, model.packing))
-    items = dataset.with_numbers(items, reward=ones, value=[0.0] * len(items), advantage=ones)
+    items = reference.attached(items, np.concatenate([*reference.logps_in_parts(model.engine, items, model.packing)]))
+    items = encoded.with_numbers(items, reward=ones, value=[0.0] * len(items), advantage=ones)
     return trainer_of(setup, model, items, ["stage=rl", "algo=alol"])
 
 

@@ -130,6 +130,7 @@ class DataSettings(Section):
     exclude: list[str]
     drop_abrupt: bool
     max_rows: Count | None
+    workers: Count | None
     max_bad_rows: Whole
     validation_fraction: Dropped
     max_prompt_length: Count

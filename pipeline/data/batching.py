@@ -7,7 +7,7 @@ a pure function of (seed, step): resuming needs no other state.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -17,10 +17,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.config import together
 from pipeline.config.sections import TrainSettings
+from pipeline.data.encoded import Items
 from pipeline.data.masking import Masker
 from pipeline.data.tokenization import pad
 from pipeline.errors import UserError
 from pipeline.records import Batch, Item, Stat
+
+AT_ONCE = 16_384  # items among which those of like length are put together, where each is read once
 
 Draw = Callable[[int], list[int]]  # step -> indices of the items of that step, the same on every rank
 
@@ -59,18 +62,29 @@ class Extent(NamedTuple):
     single: int = 0  # of prompt + response
     beside: int = 0  # of prompt + static response
 
+    @classmethod
+    def of(cls, items: Sequence[Item], i: int) -> Extent:
+        """Of one of the items."""
+        if isinstance(items, Items):  # from lengths alone
+            prompt, response, single = items.sizes(i)
+            return cls(items.per, prompt, response, 0, single, 0)
+        rows, static = items[i].rows, items[i].static_rows
+        return cls(
+            len(rows),
+            max(len(row.prompt_ids) for row in rows),
+            max(len(row.response_ids) for row in rows),
+            max((len(row.response_ids) for row in static), default=0),
+            max(map(len, rows)),
+            max(map(len, static), default=0),
+        )
+
     def with_item(self, item: Item) -> Extent:
         """The same with one item more."""
-        static = max((len(row.response_ids) for row in item.static_rows), default=0)
-        beside = max((len(row) for row in item.static_rows), default=0)
-        return Extent(
-            self.rows + len(item.rows),
-            max([self.prompt, *(len(row.prompt_ids) for row in item.rows)]),
-            max([self.response, *(len(row.response_ids) for row in item.rows)]),
-            max(self.static, static),
-            max([self.single, *(len(row) for row in item.rows)]),
-            max(self.beside, beside),
-        )
+        return self.beside_of(Extent.of([item], 0))
+
+    def beside_of(self, other: Extent) -> Extent:
+        """Of both side by side."""
+        return Extent(self.rows + other.rows, *map(max, self[1:], other[1:]))
 
     def tokens(self, packing: Packing) -> int:
         """Tokens of one micro-batch, padding included; each prompt once, but where its responses have rows apart."""
@@ -92,7 +106,7 @@ def group(items: Sequence[Item], indices: Sequence[int], packing: Packing, world
     Longest first, so that the micro-batches at one place of every rank's window are alike.
     Raises UserError where one item alone is over max_tokens.
     """
-    order = sorted(indices, key=lambda i: (-Extent().with_item(items[i]).joined, i))
+    order = sorted(indices, key=lambda i: (-Extent.of(items, i).joined, i))
     if packing.micro_batch_size is not None:
         size = packing.micro_batch_size
         groups = [order[i : i + size] for i in range(0, len(order), size)]
@@ -115,14 +129,15 @@ def by_budget(items: Sequence[Item], order: Sequence[int], packing: Packing) -> 
     groups: list[list[int]] = []
     extent = Extent()
     for i in order:
-        longer = extent.with_item(items[i])
+        own = Extent.of(items, i)
+        longer = extent.beside_of(own)
         if groups and longer.tokens(packing) <= packing.max_tokens:
             groups[-1].append(i)
             extent = longer
             continue
         # a new micro-batch, which this row alone must fit into
         groups.append([i])
-        extent = Extent().with_item(items[i])
+        extent = own
         if (tokens := extent.tokens(packing)) > packing.max_tokens:
             raise UserError(
                 f"train.max_tokens: {packing.max_tokens}, but row {items[i].example.id} alone has {tokens} tokens: "
@@ -217,7 +232,12 @@ class Windows:
         """Nothing to go on from."""
 
 
-def once(items: Sequence[Item], packing: Packing, rank: int, world: int) -> list[Batch]:
-    """Every item exactly once over all ranks, for evaluation and scoring; equally many micro-batches per rank."""
-    plan = window(items, range(len(items)), packing, rank, world)
-    return [collate(items, indices, packing) for indices in plan]
+def once(items: Sequence[Item], packing: Packing, rank: int, world: int) -> Iterator[Batch]:
+    """Every item exactly once over all ranks, for evaluation and scoring; equally many micro-batches per rank.
+
+    Of many items some thousand at a time, in their order, are put into micro-batches of like length.
+    """
+    for start in range(0, len(items), AT_ONCE):
+        plan = window(items, range(start, min(start + AT_ONCE, len(items))), packing, rank, world)
+        for indices in plan:
+            yield collate(items, indices, packing)

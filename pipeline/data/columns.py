@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from pipeline.data import fields, messages
 from pipeline.data.fields import Columns, RowError
+from pipeline.data.rows import Rows
 from pipeline.data.transcripts import marked_turns, turns_of
 from pipeline.errors import UserError
 from pipeline.records import REWARD_ARGUMENTS, Example, Message
@@ -124,17 +125,14 @@ def checked_columns(examples: Sequence[Example], place: str) -> None:
                 raise UserError(f"{place}: row {example.id}, column '{name}': {why}, wanted {wanted}")
 
 
-def filled(parts: Mapping[str, list[Example]]) -> dict[str, list[Example]]:
+def filled(parts: Mapping[str, Rows]) -> dict[str, Rows]:
     """The rows of all splits, each with every further column that one of them has: None where it has no value."""
+    known = [store.names() for rows in parts.values() for store in rows.stores]
+    names = dict.fromkeys(name for some, _ in known for name in some)
+    if all(uniform and len(some) == len(names) for some, uniform in known):
+        return dict(parts)  # as most files are: every row has all
     nothing = dict.fromkeys(name for rows in parts.values() for row in rows for name in row.columns)
-    return {
-        split: [row if len(row.columns) == len(nothing) else _filled(row, nothing) for row in rows]
-        for split, rows in parts.items()
-    }
-
-
-def _filled(row: Example, nothing: Mapping[str, None]) -> Example:
-    return replace(row, columns={**nothing, **row.columns})
+    return {split: replace(rows, filled=tuple(nothing)) for split, rows in parts.items()}
 
 
 def candidate_list(row: Columns) -> Fields:

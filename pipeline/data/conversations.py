@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from pipeline.data.messages import answer_of
+from pipeline.data.rows import Rows
 from pipeline.errors import UserError
 from pipeline.records import Example, Item, Row
 
@@ -23,7 +24,7 @@ def resolved(which: str, examples: Sequence[Example]) -> str:
     """`train_on`, auto decided: all where messages have weights, as OpenAI's files are read, else last."""
     if which != "auto":
         return which
-    weighted = sum(_is_weighted(example) for example in examples)
+    weighted = int(Rows.of(examples).column("weighted").sum())
     if weighted:
         logger.info(
             f"train_on: {weighted:,} of {len(examples):,} rows have messages with weights: all turns are learned"
@@ -31,20 +32,20 @@ def resolved(which: str, examples: Sequence[Example]) -> str:
     return "all" if weighted else "last"
 
 
-def learned(examples: Sequence[Example], which: str) -> list[Example]:
+def learned(examples: Sequence[Example], which: str) -> Rows:
     """The rows to learn from by `train_on`: as they are for last, one for every assistant turn for all.
 
     Turns of weight 0 are left out, which is said. Raises UserError where all turns are requested, but no row has an
     assistant turn before its completion or a weight, and where all turns have weight 0.
     """
     rows = _by(examples, which)
-    if which == "all" and len(rows) == len(examples) and not any(map(_is_weighted, rows)):
+    if which == "all" and len(rows) == len(examples) and not rows.any("weighted"):
         raise UserError(
             f"train_on: all, but none of {len(rows)} rows has an assistant turn before its last, wanted conversations: "
             "give `messages` or `history`, or set train_on=last"
         )
-    kept = [row for row in rows if row.turn_weight != 0]
-    if rows and not kept:
+    kept = _of_weight(rows)
+    if len(rows) and not len(kept):
         raise UserError(
             f"{rows[0].id}: weight 0, as all {len(rows):,} turns have that train_on={which} learns, wanted 1 for some"
         )
@@ -53,13 +54,22 @@ def learned(examples: Sequence[Example], which: str) -> list[Example]:
     return kept
 
 
-def watched(examples: Sequence[Example], which: str) -> list[Example]:
+def watched(examples: Sequence[Example], which: str) -> Rows:
     """The rows of which the held-out loss is taken: those that would be learned."""
-    return [row for row in _by(examples, which) if row.turn_weight != 0]
+    return _of_weight(_by(examples, which))
 
 
-def _by(examples: Sequence[Example], which: str) -> list[Example]:
-    return list(examples) if which == "last" else [row for example in examples for row in turns_of(example)]
+def _of_weight(rows: Rows) -> Rows:
+    """The rows but those of turns of weight 0."""
+    left_out = rows.column("unlearned")
+    return rows.take(~left_out, "of weight") if left_out.any() else rows
+
+
+def _by(examples: Sequence[Example], which: str) -> Rows:
+    rows = Rows.of(examples)
+    if which == "last" or not rows.any("is_chat"):
+        return rows
+    return rows.made("turns", lambda some: (turn for row in some for turn in turns_of(row)))
 
 
 def turns_of(example: Example) -> list[Example]:
@@ -93,11 +103,6 @@ def rewarded_turns(example: Example) -> list[Example]:
     *earlier, last = turns_of(example)
     scored = [replace(row, columns=example.columns) for row in earlier if row.reward is not None]
     return scored if scored and last.reward is None else [*scored, last]
-
-
-def _is_weighted(example: Example) -> bool:
-    turns = () if isinstance(example.prompt, str) else example.prompt
-    return example.turn_weight is not None or any(turn.weight is not None for turn in turns)
 
 
 def joined(items: Sequence[Item]) -> list[Item]:

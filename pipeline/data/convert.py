@@ -8,23 +8,20 @@ response has the higher reward.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Literal
 
+import numpy as np
+
 from pipeline.config.reward_spec import words_for
 from pipeline.data import conversations
+from pipeline.data.rows import CHOSEN, PAIRED, REJECTED, Rows, is_pair
 from pipeline.errors import UserError
 from pipeline.records import Example, text_of
 
-CHOSEN, REJECTED = "/chosen", "/rejected"  # what the ids of the two rows of a pair end with
 CANDIDATE = "/candidate-"  # and those of rows of candidates, before their number
-PAIRED = ("chosen", "rejected", "chosen_reward", "rejected_reward", "margin", "correctness")  # fields of a pair
-
-
-def is_pair(example: Example) -> bool:
-    return example.chosen is not None and example.rejected is not None
 
 
 def scores_of(example: Example, i: int) -> dict[str, float]:
@@ -53,16 +50,19 @@ def each_candidate(example: Example) -> list[Example]:
     return rows
 
 
-def to_supervised(examples: Sequence[Example]) -> list[Example]:
+def to_supervised(examples: Sequence[Example]) -> Rows:
     """Each pair with its chosen response as completion and chosen_reward as reward, id unchanged; others pass.
 
     Of scored candidates the best is the completion, where there is no other. Raises UserError for a row with neither
     completion nor pair nor scored candidates.
     """
-    return [one if one.completion is not None else _best(one) for one in examples]
+    rows = Rows.of(examples)
+    if rows.all("answered"):
+        return rows
+    return rows.made("supervised", lambda some: (row if row.completion is not None else _best(row) for row in some))
 
 
-def to_scored(examples: Sequence[Example], which: Literal["chosen", "both"]) -> list[Example]:
+def to_scored(examples: Sequence[Example], which: Literal["chosen", "both"]) -> Rows:
     """Each pair as one row (its chosen response) or two (chosen, then rejected); scored candidates as one row each;
     others without what they hold of a pair, and a row for each of their turns that has a reward.
 
@@ -72,18 +72,23 @@ def to_scored(examples: Sequence[Example], which: Literal["chosen", "both"]) -> 
     pair.
     """
     assert which in ("chosen", "both"), which
-    rows = []
-    for example in chain.from_iterable(map(each_candidate, examples)):
+    rows = Rows.of(examples)
+    if rows.all("answered") and not any(map(rows.any, ("scored_candidates", "holds_pair", "rewarded_turns"))):
+        return rows
+    return rows.made(f"scored {which}", lambda some: _scored(some, which))
+
+
+def _scored(rows: Sequence[Example], which: Literal["chosen", "both"]) -> Iterator[Example]:
+    for example in chain.from_iterable(map(each_candidate, rows)):
         if example.completion is not None:
             held = [name for name in PAIRED if getattr(example, name) is not None]
-            rows += conversations.rewarded_turns(replace(example, **dict.fromkeys(held)) if held else example)
+            yield from conversations.rewarded_turns(replace(example, **dict.fromkeys(held)) if held else example)
             continue
         chosen = _chosen(example, example.id + CHOSEN)
-        rows.append(chosen)
+        yield chosen
         if which == "both":
             other = {"completion": example.rejected, "reward": example.rejected_reward}
-            rows.append(replace(chosen, id=example.id + REJECTED, **other))
-    return rows
+            yield replace(chosen, id=example.id + REJECTED, **other)
 
 
 def with_score(row: Example) -> Example:
@@ -105,7 +110,7 @@ def with_score(row: Example) -> Example:
 
 def judged(rows: Sequence[Example], run: str) -> Sequence[Example]:
     """Rows that all bring a reward. Raises UserError, for where there is nothing to score the others with."""
-    missing = next((row for row in rows if row.reward is None), None)
+    missing = first_without(rows, "reward")
     if missing is not None and missing.rewards:
         raise UserError(
             f"{missing.id}: rewards by name ({', '.join(missing.rewards)}) and no `reward`, wanted one number to learn "
@@ -117,6 +122,13 @@ def judged(rows: Sequence[Example], run: str) -> Sequence[Example]:
             f"or train one with bash run.sh stage=reward run={run}"
         )
     return rows
+
+
+def first_without(rows: Sequence[Example], number: str) -> Example | None:
+    """The first row that has no such number; None where all have one."""
+    rows = Rows.of(rows)
+    places = np.flatnonzero(np.isnan(rows.column(number)))
+    return rows[int(places[0])] if len(places) else None
 
 
 def _best(row: Example) -> Example:

@@ -3,48 +3,54 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
+from operator import eq
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from pipeline import plugins
 from pipeline.config.sections import DataSettings, TemplateSettings
 from pipeline.data import columns, convert, hub, mixing, readers, remarks
+from pipeline.data.cache import Cache, Writer, digest, say
+from pipeline.data.rows import SCHEMA, Fix, Rows, Sink, Store
 from pipeline.data.splits import Places, id_names_of, origins, split_places
 from pipeline.data.template import prompt_text, response_text
 from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
-from pipeline.records import Answer, Example, Item, Row, text_of
+from pipeline.files import fingerprint
+from pipeline.records import Answer, Example, Row, text_of
 
 logger = logging.getLogger("tiffin")
 
-# by which of these rows are cut into training and validation: the first in which they differ
-KEYS = (
-    lambda row: row.prompt,
-    lambda row: (row.completion, row.chosen, row.rejected, row.candidates),
-    lambda row: row.id,
-)
-NUMBERS = ("reward", "margin", "chosen_reward", "rejected_reward", "correctness")
+# by which of these rows are cut into training and validation: the first in which they differ; facts of `rows.FACTS`
+KEYS = ("prompt", "answers", "id")
 CUTS_TOLD = 0.1  # the share of responses that may lose their end without a warning
 
 
 def splits(
-    data: DataSettings, seed: int, names: Sequence[str] = ("train", "validation"), carry: bool = False
-) -> Iterator[list[Example]]:
+    data: DataSettings,
+    seed: int,
+    names: Sequence[str] = ("train", "validation"),
+    carry: bool = False,
+    folder: Path | None = None,
+) -> Iterator[Rows]:
     """The rows of each split of `names`, one split after the other. A file is read once, whatever it serves for.
 
     With `carry`, rows of files keep the columns that their format does not use, for rewards and for what is written.
+    What is read is kept in `folder`, a run's cache: other ranks and later starts map it. Without, it is in memory.
 
     Where there is no validation split, `held_out` cuts it from train. Raises UserError where no data is named, or what
     is named cannot be read or lacks a split, or a split has no rows.
     """
     if data.task is not None:
-        rows = {name: _of_task(data, name, seed) for name in names}
+        rows = {name: Rows.of(_of_task(data, name, seed)) for name in names}
     else:
         places = split_places(data)
-        found = _of_files(data, places, names, carry)
-        rows = {name: [row for row, _ in some] for name, some in found.items()}
+        rows = _of_files(data, places, names, carry, None if folder is None else Cache(folder, data.workers))
     rows = columns.filled(rows)
     for name in names:
         if not rows[name]:
@@ -53,20 +59,20 @@ def splits(
             turns = remarks.of_turns(name, rows[name]) if name == names[0] else ()
             for line in (*remarks.of_rows(name, rows[name]), *turns):
                 logger.info(line)
-            yield _mixed(name, rows[name], [file for _, file in found[name]], places, seed)
+            yield _mixed(name, rows[name], places, seed)
         else:
             yield rows[name]
 
 
-def _mixed(split: str, rows: list[Example], files: Sequence[str], places: Places, seed: int) -> list[Example]:
-    """The rows, those of train as often as the weight of their file in `files` says; several files are summed up."""
+def _mixed(split: str, rows: Rows, places: Places, seed: int) -> Rows:
+    """The rows, those of train as often as the weight of their file says; several files are summed up."""
     weights = places[split] if split in places else dict.fromkeys(places["train"], 1.0)
-    plain = {*weights.values()} == {1.0}
-    numbers = [[1]] * len(rows) if plain else mixing.weighed(rows, files, weights, seed)
+    plain, files = {*weights.values()} == {1.0}, [store.file for store in rows.stores]
+    counts = np.ones(len(rows), np.int64) if plain else mixing.weighed(rows, [weights[file] for file in files], seed)
     if not plain or len(weights) > 1:
-        for line in mixing.summed_up(split, rows, files, weights, [*map(len, numbers)]):
+        for line in mixing.summed_up(split, rows, files, weights, counts):
             logger.info(line)
-    return rows if plain else mixing.repeated(rows, numbers)
+    return rows if plain else mixing.repeated(rows, counts)
 
 
 def _cure(data: DataSettings) -> str:
@@ -91,60 +97,105 @@ def _of_task(data: DataSettings, split: str, seed: int) -> list[Example]:
 
 
 def _of_files(
-    data: DataSettings, places: Places, names: Sequence[str], carry: bool
-) -> dict[str, list[tuple[Example, str]]]:
-    """Of each split the rows, each with its file, before any weight; what is held out is cut from the union."""
+    data: DataSettings, places: Places, names: Sequence[str], carry: bool, cache: Cache | None
+) -> dict[str, Rows]:
+    """Of each split the rows before any weight; what is held out is cut from the union."""
     fraction, ids, origin = data.validation_fraction, id_names_of(places), origins(data, names)
     cut = "train" in places and "validation" not in places  # validation is a part of train
     files = dict.fromkeys(chain.from_iterable(origin.values()))
-    read = {file: [(row, file) for row in _read(file, data, carry, ids[file])] for file in files}
-    whole = {name: [*chain.from_iterable(read[file] for file in some)] for name, some in origin.items()}
-    rows = {name: some[: data.max_rows if name == "train" else None] for name, some in whole.items()}
+    read = {file: _read(file, data, carry, ids[file], cache) for file in files}
+    whole = {name: Rows.whole([*chain.from_iterable(read[file] for file in some)]) for name, some in origin.items()}
+    rows = {name: some.take(slice(data.max_rows if name == "train" else None), name) for name, some in whole.items()}
     asked = [name for name in ("train", "validation") if name in rows]
     if cut and fraction > 0 and asked:
-        is_held_out = held_out([row for row, _ in whole[asked[0]]], fraction, data.max_rows)
+        apart = held_out(whole[asked[0]], fraction, data.max_rows)
         for name in asked:
-            rows[name] = [one for one in rows[name] if is_held_out(one[0]) == (name == "validation")]
+            mine = apart[: len(rows[name])]
+            rows[name] = rows[name].take(mine if name == "validation" else ~mine)
     elif len(asked) == 2:
-        for line in remarks.of_splits(*([row for row, _ in rows[name]] for name in asked)):
+        for line in remarks.of_splits(*(rows[name] for name in asked)):
             logger.warning(line)
     return rows
 
 
-def held_out(rows: Sequence[Example], fraction: float, most: int | None) -> Callable[[Example], bool]:
-    """Which rows of a training file are for validation: those of `fraction` of its prompts, by the hash of the prompt.
+def held_out(rows: Rows, fraction: float, most: int | None) -> np.ndarray:
+    """(n,) bool, which rows of a training file are for validation: those of `fraction` of its prompts, by their hash.
 
     All rows of one prompt stay together; only where all have the same, or none, their texts decide, or ids. Of two or
     more at least one is held out, and of the first `most` rows at least one is not.
     """
-    of_both_kinds = len({isinstance(row.prompt, str) for row in rows}) > 1
-    keys = (mixing.asked, *KEYS[1:]) if of_both_kinds else KEYS
-    key = next((key for key in keys if len({*map(key, rows)}) > 1), keys[-1])
-    counts = Counter(map(key, rows))
-    places = {one: mixing.place_of(one) for one in counts}
+    chats = rows.column("is_chat")
+    keys = ("asked", *KEYS[1:]) if chats.any() and not chats.all() else KEYS
+    for key in keys:
+        hashes, of_row, counts = np.unique(rows.column(key), return_inverse=True, return_counts=True)
+        if len(hashes) > 1:
+            break
+    places = hashes.astype(np.float64) / 2**64
     # where chance leaves nothing to learn, what has most rows stays; where it holds nothing out, what has fewest goes
-    kept = max({*map(key, rows[:most])}, key=lambda one: (places[one] >= fraction, counts[one], places[one]))
-    others = sorted(counts.keys() - {kept}, key=lambda one: (counts[one], places[one]))
-    apart = {one for one in others if places[one] < fraction} or {*others[:1]}
+    first = np.unique(of_row[:most])
+    kept = first[np.lexsort((places[first], counts[first], places[first] >= fraction))[-1:]]
+    apart = places < fraction
+    apart[kept] = False
+    others = np.lexsort((places, counts))
+    if not apart.any():
+        apart[others[~np.isin(others, kept)][:1]] = True
     if len(rows) > 1:
-        held = f"{sum(counts[one] for one in apart):,} of {len(rows):,} rows"
+        held = f"{int(counts[apart].sum()):,} of {len(rows):,} rows"
         by_row = f"all {len(rows):,} rows have one prompt, or none: cut by row, not by prompt; {held}"
-        by_prompt = f"{held} ({len(apart):,} of {len(counts):,} prompts)"
+        by_prompt = f"{held} ({int(apart.sum()):,} of {len(counts):,} prompts)"
         logger.info(
-            f"validation: {by_prompt if key is keys[0] else by_row} are held out of train by "
+            f"validation: {by_prompt if key == keys[0] else by_row} are held out of train by "
             f"data.validation_fraction={fraction:g}, at least one is; data.validation=FILE names others"
         )
-    return lambda row: key(row) in apart
+    return apart[of_row]
 
 
-def _read(place: str, data: DataSettings, carry: bool, name: str) -> list[Example]:
+def _read(place: str, data: DataSettings, carry: bool, name: str, cache: Cache | None) -> list[Store]:
     """The rows of a file or hub name; ids begin with `name`, but of a hub set's folders with theirs."""
     folders = hub.folders(place, data.sources or []) if hub.is_hub_name(place) else {}
     if folders:  # a hub set keeps each source in a folder of its own
         whole = data.model_copy(update={"sources": None})
-        return [replace(e, source=s) for s, folder in folders.items() for e in _read(folder, whole, carry, "")]
+        parts = [(source, store) for source, one in folders.items() for store in _read(one, whole, carry, "", cache)]
+        return [replace(store, file=place, fix=replace(store.fix, source=source)) for source, store in parts]
     filters = readers.Filters(data.exclude, data.drop_abrupt, data.sources)
-    return readers.read(place, data.format, filters, data.max_bad_rows, carry, data.columns, name).examples
+    asked = (place, data.format, filters, data.max_bad_rows, carry, data.columns, name)
+    if cache is None:
+        result = readers.read(*asked)
+        return [Store(result.kept, place, fix=result.fix)]
+    return [stored(cache, *asked)]
+
+
+def stored(cache: Cache, place: str, *asked: Any) -> Store:
+    """What `readers.read` makes of a file, kept in the cache; what it logs is logged each time.
+
+    Raises UserError as it does, and where the file changes while it is read.
+    """
+
+    def make(writer: Writer) -> dict[str, Any]:
+        sink = Sink(writer)
+        result = readers.read(place, *asked, sink=sink)
+        sink.flush()
+        if mark(place) != found:
+            raise UserError(f"{place}: it changed while it was read, wanted a file that stays: start again")
+        return result.names.facts() | {"without": result.fix.without, "reward": result.fix.reward}
+
+    found = mark(place)
+    user = ["file", place, *map(plain, asked)]
+    key = [*user, found]
+    entry = cache.entry("rows", user, key, SCHEMA, make)
+    say(entry.lines)
+    fix = Fix(tuple(entry.facts["without"]), entry.facts["reward"])
+    return Store(entry, place, digest(key), digest(user), fix, cache)
+
+
+def mark(place: str) -> str:
+    """What tells the content of a file, or of a hub data set, from any other."""
+    return hub.mark(place) if hub.is_hub_name(place) else fingerprint(place)
+
+
+def plain(value: Any) -> Any:
+    """A setting as JSON has it."""
+    return asdict(value) if isinstance(value, readers.Filters) else value
 
 
 def judgeable(examples: Sequence[Example], data: DataSettings) -> list[Example]:
@@ -155,10 +206,10 @@ def judgeable(examples: Sequence[Example], data: DataSettings) -> list[Example]:
 def require(examples: Sequence[Example], columns: Sequence[str], why: str) -> None:
     """Raises UserError where a row has no number in one of `columns`, fields of an Example."""
     for column in columns:
-        without = [example.id for example in examples if getattr(example, column) is None]
-        if without:
+        without = np.flatnonzero(np.isnan(Rows.of(examples).column(column)))
+        if len(without):
             raise UserError(
-                f"{without[0]}: no {column}, which {why} wants in every row "
+                f"{examples[int(without[0])].id}: no {column}, which {why} wants in every row "
                 f"({len(without)} of {len(examples)} have none): add the column, or choose otherwise"
             )
 
@@ -171,29 +222,6 @@ def texts(examples: Sequence[Example], template: TemplateSettings) -> list[str]:
         answers = (example.completion, example.chosen, example.rejected)
         shown += [response_text(text_of(answer), template, example.prompt) for answer in answers if answer]
     return shown
-
-
-def encode(
-    examples: Sequence[Example], encoder: Encoder, rows_of: Callable[[Example, Encoder], tuple[Row, ...]]
-) -> list[Item]:
-    """Items of `examples`, each with the rows that `rows_of` makes of it."""
-    numbers = numbers_of(examples)
-    return [Item(one, rows_of(one, encoder), known) for one, known in zip(examples, numbers, strict=True)]
-
-
-def counts(items: Sequence[Item]) -> dict[str, int]:
-    """What data.json says of a split: rows, responses (two in a pair), tokens, how many were cut, what they spell."""
-    rows = [row for item in items for row in item.rows]
-    return {
-        "rows": len(items),
-        "responses": len(rows),
-        "tokens": sum(len(row) for row in rows),
-        "response_tokens": sum(len(row.response_ids) for row in rows),
-        "cut_prompts": sum(row.cut_prompt for row in rows),
-        "cut_responses": sum(row.cut_response for row in rows),
-        "spelled_special_tokens": sum(row.spelled for row in rows),
-        "own_ends": sum(row.own_end for row in rows),
-    }
 
 
 def warn_of_cuts(cut: int, total: int, limit: str, what: str) -> None:
@@ -214,20 +242,6 @@ def prompt_rows(example: Example, encoder: Encoder) -> tuple[Row, ...]:
     return (encoder.encode(example.prompt, None),)
 
 
-def numbers_of(examples: Sequence[Example]) -> list[dict[str, float]]:
-    """The numbers that each row brings along: those which every row has, so that any of them make a micro-batch."""
-    whole = [name for name in NUMBERS if all(getattr(example, name) is not None for example in examples)]
-    return [{name: getattr(example, name) for name in whole} for example in examples]
-
-
-def with_numbers(items: Sequence[Item], **numbers: Sequence[float]) -> list[Item]:
-    """The items with further numbers, one per item in each sequence."""
-    return [
-        replace(item, numbers={**item.numbers, **{name: float(values[i]) for name, values in numbers.items()}})
-        for i, item in enumerate(items)
-    ]
-
-
 def gold(example: Example) -> tuple[str, ...]:
     """What a new response to the prompt is compared with: the references given, else the answer that the row holds.
 
@@ -245,23 +259,69 @@ def with_gold(examples: Sequence[Example]) -> list[Example]:
     return [replace(example, references=gold(example)) for example in examples]
 
 
-def unique_prompts(examples: Sequence[Example], copies: bool = False) -> list[Example]:
+def unique_prompts(examples: Sequence[Example], copies: bool = False) -> UniquePrompts:
     """The first example of each prompt, to be answered anew; its references are what is gold in any of that prompt.
 
     With `copies`, which the weights of files make, each copy of a prompt is one of its own. Further columns stay those
     of the first example; a line is logged where they differ.
     """
-    groups: dict[object, list[Example]] = {}
-    for example in examples:
-        number = mixing.copy_number(example) if copies else 1
-        groups.setdefault((number, example.prompt), []).append(example)
-    differing = sum(any(row.columns != rows[0].columns for row in rows) for rows in groups.values())
-    if differing:
-        logger.info(f"{differing:,} of {len(groups):,} prompts have rows of different columns: the first row's count")
-    return [
-        replace(rows[0], references=tuple(dict.fromkeys(text for row in rows for text in gold(row))))
-        for rows in groups.values()
-    ]
+    rows = Rows.of(examples)
+    found = UniquePrompts.of(rows, copies)
+    with_columns = any(store.names()[0] for store in rows.stores)
+    if with_columns and (differing := found.differing()):
+        logger.info(f"{differing:,} of {len(found):,} prompts have rows of different columns: the first row's count")
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class UniquePrompts(Sequence[Example]):
+    """The prompts of some rows, each once, in the order in which they come first."""
+
+    rows: Rows
+    places: np.ndarray  # (rows,) of the rows, those of one prompt one after the other, in their order
+    ends: np.ndarray  # (prompts + 1,) where in `places` those of each prompt begin, and the last one's end
+
+    @classmethod
+    def of(cls, rows: Rows, copies: bool) -> UniquePrompts:
+        hashes = rows.column("prompt")
+        if copies:
+            numbers = np.array([mixing.copy_number(row) for row in rows]) if rows.copies is None else rows.copies
+            hashes = hashes ^ (numbers.astype(np.uint64) - np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        _, firsts, groups = np.unique(hashes, return_index=True, return_inverse=True)
+        ranks = np.empty(len(firsts), np.int64)
+        ranks[np.argsort(firsts)] = np.arange(len(firsts))
+        groups = ranks[groups]
+        ends = np.concatenate([[0], np.cumsum(np.bincount(groups, minlength=len(firsts)))])
+        return cls(rows, np.argsort(groups, kind="stable"), ends)
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        rows = self._group(range(len(self))[place])
+        return replace(rows[0], references=tuple(dict.fromkeys(text for row in rows for text in gold(row))))
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[i] for i in range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
+
+    __hash__ = None
+
+    def group(self, place: int) -> np.ndarray:
+        """Where the rows of a prompt stand."""
+        return self.places[self.ends[place] : self.ends[place + 1]]
+
+    def _group(self, place: int) -> list[Example]:
+        return [self.rows[int(i)] for i in self.group(place)]
+
+    def differing(self) -> int:
+        """How many prompts have rows whose further columns are not the first one's."""
+        several = np.flatnonzero(np.diff(self.ends) > 1)
+        return sum(any(row.columns != rows[0].columns for row in rows) for rows in map(self._group, several.tolist()))
 
 
 def reference_text(example: Example) -> Answer:

@@ -1,5 +1,7 @@
 """Rows of a Hugging Face hub data set, named `owner/name[/folder][@revision][:split]`; without a split, of `train`.
 
+A set of several configurations is named with one, `owner/name:config:split`; `owner/name:config:` is of no split.
+
 A set that wants code of its own to be run is not read. The hub keeps the rows of most such sets as files, too, under
 the revision `refs/convert/parquet`.
 """
@@ -15,7 +17,7 @@ from pipeline.errors import UserError
 
 _NAME = re.compile(
     r"(?P<owner>[\w-][\w.-]*)/(?P<name>[\w.-]+)(?:/(?P<folder>[\w./-]+))?"
-    r"(?:@(?P<revision>[\w./-]+))?(?::(?P<split>[\w.-]+))?"
+    r"(?:@(?P<revision>[\w./-]+))?(?::(?P<first>[\w.-]+)(?::(?P<second>[\w.-]*))?)?"
 )
 UNREADABLE = (OSError, ValueError, RuntimeError)  # the last of sets that want code of their own to be run
 _FILE_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet", ".gz", ".zst", ".zip", ".arrow")
@@ -28,6 +30,7 @@ class HubName(NamedTuple):
     folder: str | None
     split: str | None
     revision: str | None = None
+    config: str | None = None
 
 
 def is_hub_name(path: str) -> bool:
@@ -42,13 +45,15 @@ def parse(path: str) -> HubName:
     """The parts of a hub name."""
     matched = _NAME.fullmatch(path)
     assert matched, path
-    return HubName(f"{matched['owner']}/{matched['name']}", *matched.group("folder", "split", "revision"))
+    folder, revision, first, second = matched.group("folder", "revision", "first", "second")
+    config, split = (None, first) if second is None else (first, second or None)
+    return HubName(f"{matched['owner']}/{matched['name']}", folder, split, revision, config)
 
 
 def folders(path: str, sources: Iterable[str]) -> dict[str, str]:
-    """source -> hub name of the folder called like it; empty where `path` names a folder already."""
+    """source -> hub name of the folder called like it; empty where `path` names a folder, or a configuration."""
     name = parse(path)
-    if name.folder is not None:
+    if name.folder is not None or name.config is not None:
         return {}
     rest = (f"@{name.revision}" if name.revision else "") + (f":{name.split}" if name.split else "")
     return {source: f"{name.repository}/{source}{rest}" for source in sources}
@@ -65,17 +70,30 @@ def split_names(path: str) -> list[str]:
     return _ask(path, "get_dataset_split_names")
 
 
+def of_split(path: str, split: str) -> str:
+    """The name of a split of the data set `path`, which names none."""
+    return f"{path.removesuffix(':')}:{split}"
+
+
 def _ask(path: str, function: str, **options: str) -> Any:
     """What a function of the hub's library says of the data set."""
     import datasets  # takes seconds
 
     name = parse(path)
     try:
-        return getattr(datasets, function)(name.repository, data_dir=name.folder, revision=name.revision, **options)
+        place = {"data_dir": name.folder, "revision": name.revision}
+        return getattr(datasets, function)(name.repository, name.config, **place, **options)
     except UNREADABLE as error:
         reason = " ".join(str(error).split())
         files = f"name its files with {name.repository}@refs/convert/parquet, or " if "scripts" in reason else ""
+        files = f"name one with {name.repository}:CONFIG:SPLIT, or " if "Config name is missing" in reason else files
         raise UserError(
             f"{path}: neither a local file nor readable from the hub ({reason}), wanted one of them; "
             f"{files}bring the data as files with data.path= or data.train="
         ) from error
+
+
+def mark(path: str) -> str:
+    """What names the content of the data set, as its library says: of its files and their revision."""
+    split = parse(path).split or "train"
+    return _ask(path, "load_dataset", split=split)._fingerprint  # as the library's documentation calls it

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import chain
 
 from pipeline.data import convert, dataset, mixing
+from pipeline.data.rows import Rows
 from pipeline.errors import UserError
 from pipeline.records import Example
 
@@ -14,17 +15,17 @@ logger = logging.getLogger("tiffin")
 
 
 def all_pairs(rows: Sequence[Example]) -> bool:
-    return all(convert.is_pair(row) for row in rows)
+    return Rows.of(rows).all("is_pair")
 
 
-def paired(rows: Sequence[Example]) -> list[Example]:
+def paired(rows: Sequence[Example]) -> Rows:
     """Preference pairs: the rows' own, else made of the best and the worst scored row of each prompt.
 
     Pairs of two equal texts stay, and are counted: nothing is learned from them. Raises UserError where there is no
     pair, or none of two different responses, or a row lacks a completion or a reward.
     """
-    pairs = list(rows) if all_pairs(rows) else of_scored(rows)
-    same = sum(pair.chosen == pair.rejected for pair in pairs)
+    pairs = Rows.of(rows if all_pairs(rows) else of_scored(rows))
+    same = int(pairs.column("same_sides").sum())
     if same == len(pairs):
         raise UserError(
             f"{pairs[0].id}: chosen and rejected are the same text in all {same} pairs, wanted two different "
@@ -32,7 +33,9 @@ def paired(rows: Sequence[Example]) -> list[Example]:
         )
     if same:
         logger.info(f"pairs: {same:,} of {len(pairs):,} have the same text as chosen and rejected: they teach nothing")
-    if turned := sum(_contradicts(pair) for pair in pairs):
+    margin = pairs.column("margin")
+    contradicts = (margin < 0) | (pairs.column("chosen_reward") < pairs.column("rejected_reward"))  # never of NaN
+    if turned := int(contradicts.sum()):
         logger.warning(
             f"pairs: {turned:,} of {len(pairs):,} have a lower reward for chosen than for rejected, or a margin below "
             "0: that chosen is better is learned all the same"
@@ -74,7 +77,7 @@ def of_scored(rows: Sequence[Example]) -> list[Example]:
     return [*given, *made]
 
 
-def annotated(rows: Sequence[Example]) -> list[Example]:
+def annotated(rows: Sequence[Example]) -> Rows:
     """Every response by itself: those of pairs with the reward of their side, the others with their own.
 
     Raises UserError where a response has none.
@@ -82,14 +85,6 @@ def annotated(rows: Sequence[Example]) -> list[Example]:
     alone = convert.to_scored(rows, "both")
     dataset.require(alone, ("reward",), "objective: regression")
     return alone
-
-
-def _contradicts(pair: Example) -> bool:
-    """Whether its numbers say that the rejected response is the better one."""
-    if pair.margin is not None and pair.margin < 0:
-        return True
-    known = pair.chosen_reward is not None and pair.rejected_reward is not None
-    return known and pair.chosen_reward < pair.rejected_reward
 
 
 def _pair(best: Example, worst: Example) -> Example:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain, islice
 
 from pipeline.data import mapping, messages, reading, remarks
@@ -18,6 +18,8 @@ from pipeline.data.files import RawRow, raw_rows, stem
 from pipeline.data.formats import FORMATS, used_columns
 from pipeline.data.reading import RowReading
 from pipeline.data.released import parts_early
+from pipeline.data.rewards_seen import RewardsSeen
+from pipeline.data.rows import Fix, Names, Rows, Sink, Store
 from pipeline.errors import UserError, did_you_mean
 from pipeline.records import Example
 
@@ -50,18 +52,29 @@ class ReadResult:
     """What a file held; each of its rows is an example, bad or dropped."""
 
     format: str
-    examples: list[Example] = field(default_factory=list)
+    kept: Sink | list[Example]  # the rows as they came, before `fix`
     bad_rows: list[str] = field(default_factory=list)  # "file:line: column: found, wanted"
     dropped: Counter[str] = field(default_factory=Counter)  # number of rows by the reason that left them out
     sources: Counter[str] = field(default_factory=Counter)  # number of rows, also of sources that are not wanted
     further: dict[str, str] = field(default_factory=dict)  # columns that no field is made of: why not carried, or ""
     shortened: int = 0  # number of transcripts that go on with the human behind the answer that is read
     overruled: int = 0  # number of rows whose reward is not read, as their last message has one of its own
-    rewarded: str = ""  # the only one of `rewards`, which became the reward
+    rewards: RewardsSeen = field(default_factory=RewardsSeen)
+    names: Names = field(default_factory=Names)  # of further columns, as far as they are carried
+
+    @property
+    def fix(self) -> Fix:
+        """What all rows are given or lose, now that the last one is read."""
+        return Fix(tuple(name for name, why in self.further.items() if why), self.rewards.rewarded)
+
+    @property
+    def examples(self) -> Rows:
+        """The rows, of those that were read into a list."""
+        return Rows.whole([Store(self.kept, fix=self.fix)])
 
     @property
     def rows_read(self) -> int:
-        return len(self.examples) + len(self.bad_rows) + self.dropped.total()
+        return len(self.kept) + len(self.bad_rows) + self.dropped.total()
 
 
 def read(
@@ -72,12 +85,14 @@ def read(
     carry: bool = False,
     columns: mapping.Given | None = None,
     name: str = "",
+    sink: Sink | None = None,
 ) -> ReadResult:
     """The Examples of a local file, or of a hub data set `owner/name[/folder][@revision][:split]`, in their order.
 
     `columns` says which of the file's columns are ours: {our name: theirs}. Without `format` the first row's columns
     decide, those that have a value in one of the first HEAD rows. Ids default to "<name>/<line>", the name to the
     file's stem. With `carry` Examples keep the columns that the format does not use, for rewards. One line is logged.
+    They go into `sink`, where one is given, as they come; else they are in memory as `examples`.
 
     Raises UserError for an unreadable or empty file, an unknown format, more than `max_bad_rows` bad rows, a filter or
     `columns` that name what is not there, and when no row is left.
@@ -87,9 +102,9 @@ def read(
     first = RawRow(sound[0].line, reading.filled([row.columns for row in sound]))
     how = reading.decide(path, sound, format, columns or {})
     _check_flags(path, first, filters.exclude)
-    result = _read_rows(path, rows, how, filters, carry, name)
+    result = _read_rows(path, rows, how, filters, carry, name, sink)
     _refuse_bad(path, result, max_bad_rows)
-    if not result.examples:
+    if not len(result.kept):
         raise _nothing_left(path, result, filters)
     logger.info(_summary(path, result, how, filters, carry))
     unread = [name for name, why in result.further.items() if why or not carry]
@@ -101,7 +116,7 @@ def read(
 
 def head(
     path: str, format: str | None, filters: Filters, max_bad_rows: int, columns: mapping.Given | None = None
-) -> list[Example]:
+) -> Rows:
     """The Examples among the first rows of a local file: what `read` refuses of them is refused, and nothing logged."""
     rows, sound = _peek(path, format)
     how = reading.decide(path, sound, format, columns or {})
@@ -147,13 +162,23 @@ def _check_flags(path: str, row: RawRow, names: Sequence[str]) -> None:
 
 
 def _read_rows(
-    path: str, rows: Iterable[RawRow], how: RowReading, filters: Filters, carry: bool, name: str = ""
+    path: str,
+    rows: Iterable[RawRow],
+    how: RowReading,
+    filters: Filters,
+    carry: bool,
+    name: str = "",
+    sink: Sink | None = None,
 ) -> ReadResult:
     """Every row once, from its columns to an Example or to the reason why it is none."""
     name = name or stem(path)
-    result, form, used = ReadResult(how.format), FORMATS[how.format], used_columns(how.format)
+    result, form, used = (
+        ReadResult(how.format, [] if sink is None else sink),
+        FORMATS[how.format],
+        used_columns(how.format),
+    )
     for row in rows:
-        example, more = None, {}
+        example, more, whys = None, {}, {}
         try:
             if row.error:
                 raise RowError(row.error)
@@ -163,7 +188,9 @@ def _read_rows(
                 reason = ABRUPT if filters.drop_abrupt and _ends_abruptly(columns) else ""
             if not reason:
                 more = further(columns, used)
-                example = example_of(columns, form.read(columns), f"{name}/{row.line}", more if carry else None)
+                whys = {column: refused(column, value) if carry else "" for column, value in more.items()}
+                carried = {column: value for column, value in more.items() if not whys[column]} if carry else None
+                example = example_of(columns, form.read(columns), f"{name}/{row.line}", carried)
         except RowError as error:
             result.bad_rows.append(f"{path}:{row.line}: {row.error or how.spoken(error)}")
             continue
@@ -176,30 +203,20 @@ def _read_rows(
         if reason:
             result.dropped[reason] += 1
         else:
-            result.examples.append(example)
+            _keep(result, example, whys)
             result.shortened += how.format == "hh" and parts_early(columns)
             result.overruled += messages.overrules(columns)
-            for column, value in more.items():
-                if not result.further.get(column):
-                    result.further[column] = refused(column, value) if carry else ""
-    if any(result.further.values()):
-        result.examples = [_without(example, result.further) for example in result.examples]
-    _name_the_reward(result)
     return result
 
 
-def _name_the_reward(result: ReadResult) -> None:
-    """Where no row has a reward, and all have `rewards` of one and the same name alone, that is the reward."""
-    names = {name for example in result.examples for name in example.rewards}
-    unrewarded = all(example.reward is None and example.completion is not None for example in result.examples)
-    if unrewarded and len(names) == 1 and all(example.rewards for example in result.examples):
-        (result.rewarded,) = names
-        result.examples = [replace(one, reward=one.rewards[result.rewarded]) for one in result.examples]
-
-
-def _without(example: Example, further: Mapping[str, str]) -> Example:
-    """The example without the columns that one row of the file cannot carry."""
-    return replace(example, columns={name: value for name, value in example.columns.items() if not further[name]})
+def _keep(result: ReadResult, example: Example, whys: Mapping[str, str]) -> None:
+    """Note a row that stays; `whys`: its further columns, and why each is not carried, "" where it is."""
+    result.kept.append(example)
+    result.rewards.see(example)
+    result.names.see(example)
+    for column, why in whys.items():
+        if not result.further.get(column):
+            result.further[column] = why
 
 
 def _flag(row: Columns, filters: Filters) -> str:
@@ -243,8 +260,8 @@ def _nothing_left(path: str, result: ReadResult, filters: Filters) -> UserError:
 
 
 def _summary(path: str, result: ReadResult, how: RowReading, filters: Filters, carry: bool) -> str:
-    parts = [f"{path}: {len(result.examples)} of {result.rows_read} rows, format {result.format}"]
-    parts += [*how.notes, *_rewards(result, how.scaled)]
+    parts = [f"{path}: {len(result.kept)} of {result.rows_read} rows, format {result.format}"]
+    parts += [*how.notes, *result.rewards.spoken(how.scaled)]
     if result.dropped:
         parts.append(f"dropped {_counts(result.dropped)}")
     if result.bad_rows:
@@ -263,33 +280,6 @@ def _summary(path: str, result: ReadResult, how: RowReading, filters: Filters, c
         reasons = {name: f" ({why})" if (why := result.further[name]) else "" for name in unread}
         parts.append(f"columns not used: {', '.join(name + why for name, why in reasons.items())}")
     return "; ".join(parts)
-
-
-def _rewards(result: ReadResult, scaled: bool) -> list[str]:
-    """What is the reward, on which scale; or what may be named as one."""
-    names = dict.fromkeys(name for one in result.examples for name in (*one.rewards, *one.candidate_scores))
-    parts = [f"the reward is {result.rewarded}, the only one of `rewards`"] if result.rewarded else []
-    values = [one.reward for one in result.examples if one.reward is not None]
-    values += [value for one in result.examples for value in one.candidate_rewards]
-    if (scaled or result.rewarded) and values:
-        parts.append(f"rewards {min(values):g}..{max(values):g}, levels {len({*values})}")
-    beside = sum(bool(one.candidate_rewards) and one.reward is None for one in result.examples if one.completion)
-    if any(one.candidate_rewards for one in result.examples):
-        parts.append("RL from scores learns from each candidate, fine-tuning from the best")
-    if beside:
-        parts.append(f"{beside:,} completions beside scored candidates are references to RL from scores")
-    first = next(iter(names), "")
-    if names and not values and not any(one.rewards for one in result.examples):
-        parts.append(
-            f"no score, but scores by name ({', '.join(names)}), so that the order given counts: choose with "
-            f"data.columns='{{candidate_rewards: candidates.rewards.{first}}}'"
-        )
-    elif names and not values:
-        parts.append(
-            f"no reward, but scores by name ({', '.join(names)}): choose with reward='{{{first}: 1.0}}' or "
-            f"data.columns='{{reward: {first}}}'"
-        )
-    return parts
 
 
 def _counts(counter: Counter[str]) -> str:

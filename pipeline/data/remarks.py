@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from pipeline.data import mixing
-from pipeline.data.fields import Columns
-from pipeline.records import Example
+import numpy as np
 
-EMPTY = {"nan", "none", "null", "<na>", "#n/a"}  # what programs write into the cells of texts that are not there
+from pipeline.data.fields import Columns
+from pipeline.data.rows import Rows, empty_texts
+
 # columns of public data sets that no format reads -> what happens without them
 BEARING = {
     "context": "prompts are without it: put it into them",
@@ -16,40 +16,52 @@ BEARING = {
 }
 
 
-def of_rows(split: str, rows: Sequence[Example]) -> Iterator[str]:
+def of_rows(split: str, rows: Rows) -> Iterator[str]:
     """Lines about repeated rows, and about texts that stand for an empty cell."""
-    contents = {(r.prompt, r.completion, r.chosen, r.rejected, r.candidates, r.reward) for r in rows}
-    if repeated := len(rows) - len(contents):
+    reward = rows.column("reward") + 0.0  # -0.0 is 0.0
+    reward[np.isnan(reward)] = np.nan  # of one bit pattern
+    columns = (rows.column("prompt"), rows.column("answers"), reward.view(np.uint64))
+    if repeated := len(rows) - different(columns):
         yield f"{split}: {repeated:,} of {len(rows):,} rows repeat an earlier one"
-    empty = [text for row in rows for text in _texts(row) if text.strip().lower() in EMPTY]
-    if empty:
-        yield f"{split}: {len(empty):,} texts are {empty[0]!r} and nothing else: were they empty cells of a table?"
+    counts = rows.column("empty_texts")
+    if counts.any():
+        first = empty_texts(rows[int(np.flatnonzero(counts)[0])])[0]
+        total = int(counts.sum(dtype=np.int64))
+        yield f"{split}: {total:,} texts are {first!r} and nothing else: were they empty cells of a table?"
 
 
-def of_turns(split: str, rows: Sequence[Example]) -> Iterator[str]:
+def different(columns: Sequence[np.ndarray]) -> int:
+    """How many different rows of whole numbers the columns hold."""
+    order = np.lexsort(columns)
+    differs = np.zeros(len(order), dtype=bool)
+    differs[:1] = True
+    for column in columns:
+        differs[1:] |= np.diff(column[order]) != 0
+    return int(differs.sum())
+
+
+def of_turns(split: str, rows: Rows) -> Iterator[str]:
     """Lines about weights and rewards that single turns bring: what counts where."""
-    chats = [row for row in rows if row.completion is not None and not isinstance(row.prompt, str)]
-    if weighted := sum(
-        any(turn.weight is not None for turn in row.prompt) or row.turn_weight is not None for row in chats
-    ):
+    chats = rows.column("answered") & rows.column("is_chat")
+    if weighted := int((chats & rows.column("weighted")).sum()):
         yield (
             f"{split}: {weighted:,} of {len(rows):,} rows have messages with weights: stage=sft leaves out those of 0, "
             "other stages go by rewards alone"
         )
-    rewarded = [row for row in chats if any(turn.reward is not None for turn in row.prompt)]
-    if rewarded:
-        unrated = sum(row.reward is None for row in rewarded)
+    rewarded = chats & rows.column("rewarded_turns")
+    if count := int(rewarded.sum()):
+        unrated = int(np.isnan(rows.column("reward")[rewarded]).sum())
         last = f"; the last answer of {unrated:,} has none and is left out there" if unrated else ""
         yield (
-            f"{split}: {len(rewarded):,} of {len(rows):,} rows have rewards of earlier turns: each such turn is a row "
+            f"{split}: {count:,} of {len(rows):,} rows have rewards of earlier turns: each such turn is a row "
             f"of its own in stage=rl and score{last}"
         )
 
 
-def of_splits(train: Sequence[Example], validation: Sequence[Example]) -> Iterator[str]:
+def of_splits(train: Rows, validation: Rows) -> Iterator[str]:
     """A line about prompts that are learned and held out."""
-    learned, held_out = ({*map(mixing.asked, rows)} for rows in (train, validation))
-    if both := len(learned & held_out):
+    learned, held_out = (np.unique(rows.column("asked")) for rows in (train, validation))
+    if both := len(np.intersect1d(learned, held_out, assume_unique=True)):
         yield f"validation: {both:,} of {len(held_out):,} prompts stand in train too: it is not held out of learning"
 
 
@@ -70,8 +82,3 @@ def of_columns(row: Columns, unused: Sequence[str]) -> list[str]:
     if row.get("correctness") is not None and "chosen" not in row:
         found.append("correctness (it is read of pairs alone)")
     return found
-
-
-def _texts(row: Example) -> list[str]:
-    texts = (row.prompt, row.completion, row.chosen, row.rejected, *row.references, *row.candidates)
-    return [text for text in texts if isinstance(text, str)]

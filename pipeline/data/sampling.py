@@ -45,11 +45,11 @@ def draw_by_cdf(weights: Sequence[float] | Tensor, u: Sequence[float] | Tensor) 
     rows = survivors(weights)
     cdf = _as_float64(weights)[rows].cumsum(0)
     places = torch.searchsorted(cdf, _as_float64(u), right=True).clamp(max=len(rows) - 1)  # u may round up to total
-    return [rows[place] for place in places.tolist()]
+    return rows[places].tolist()
 
 
-def survivors(weights: Sequence[float] | Tensor) -> list[int]:
-    """The rows of positive weight, in order.
+def survivors(weights: Sequence[float] | Tensor) -> Tensor:
+    """(kept,) int64, the rows of positive weight, in order.
 
     Raises UserError where there is none, or where a weight is not a finite number.
     """
@@ -57,8 +57,8 @@ def survivors(weights: Sequence[float] | Tensor) -> list[int]:
     if not values.isfinite().all():
         row = int((~values.isfinite()).nonzero()[0, 0])
         raise UserError(f"sampling weights: row {row} has {float(values[row])}, wanted a finite number: see its reward")
-    rows = (values > 0).nonzero().flatten().tolist()
-    if not rows:
+    rows = (values > 0).nonzero().flatten()
+    if not len(rows):
         largest = f" (largest {float(values.max()):.4g})" if len(values) else ""
         raise UserError(
             f"sampling weights: none of {len(values)} rows is positive{largest}, wanted at least one: "

@@ -153,5 +153,7 @@ def _hub_splits(path: str) -> dict[str, str]:
     there = hub.split_names(path)
     names = {split: next((word for word in words if word in there), None) for split, words in SPLIT_WORDS.items()}
     if names["train"] is None:
-        raise UserError(f"{path}: no split 'train' among {_listed(there)}; name one with data.train={path}:split")
-    return {split: (f"{path}:{name}",) for split, name in names.items() if name}
+        raise UserError(
+            f"{path}: no split 'train' among {_listed(there)}; name one with data.train={hub.of_split(path, 'SPLIT')}"
+        )
+    return {split: (hub.of_split(path, name),) for split, name in names.items() if name}

@@ -8,12 +8,16 @@ generation, token for token. The token that ends a response belongs to it. Masks
 from __future__ import annotations
 
 import bisect
+import copy
+import hashlib
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -56,7 +60,8 @@ class Encoder:
         self.keep = keep  # the end or the beginning of a long prompt
         self.encoder_decoder = encoder_decoder
         check_arguments(template, tokenizer)
-        self._unread = Unread(tokenizer, template)
+        self.unread = Unread(tokenizer, template)
+        self.said: set[str] = set()  # lines about rows that were tokenised
         self._frames: dict[str, ChatFrame] = {}  # by the arguments of the template
         self._around_answers: dict[str, tuple[str, str]] = {}  # the same
         self.frame = self._frame_of(ASKED)
@@ -71,6 +76,24 @@ class Encoder:
         self.around = ([], []) if chat_writes_all else (self._ids.before, self._ids.after if encoder_decoder else [])
         spelled = "|".join(map(re.escape, tokenizer.convert_ids_to_tokens(list(self.stop_ids))))
         self._own_end = re.compile(rf"(?:(?:{spelled})\s*)+\Z")
+
+    def anew(self) -> Encoder:
+        """The same, to which no row has been shown yet."""
+        other = copy.copy(self)
+        other.unread, other.said = Unread(self.tokenizer, self.template), set()
+        return other
+
+    @cached_property
+    def key(self) -> str:
+        """All that ids depend on: every file of the tokenizer, the template, the limits."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.tokenizer.save_pretrained(folder)
+            files = sorted(file for file in Path(folder).rglob("*") if file.is_file())
+            content = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+        kind = type(self.tokenizer)
+        limits = [self.max_prompt_length, self.max_response_length, self.keep, self.encoder_decoder]
+        parts = [kind.__module__, kind.__qualname__, content, self.template.model_dump_json(), limits]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def described(self) -> str:
         """One line for people: which template is in use, and how a response ends."""
@@ -107,7 +130,7 @@ class Encoder:
         Turns go first, then the text of the one that is left; what the template and the tokenizer put around it stays.
         Raises UserError where nothing else fits, or the template cannot write what the prompt holds.
         """
-        self._unread.check(prompt)
+        self.unread.check(prompt)
         limit = self.max_prompt_length if limit is None else limit
         prompt = self._marked(self._without_ends(prompt))
         ids = self._prompt_ids(prompt)
@@ -120,7 +143,7 @@ class Encoder:
         the template cannot write what the row holds.
         """
         if isinstance(completion, Message):
-            self._unread.check(prompt, completion)
+            self.unread.check(prompt, completion)
         prompt_ids, cut_prompt = self.encode_prompt(prompt)
         asked = self._without_ends(prompt)
         spelled = self._spells(asked)
@@ -141,7 +164,7 @@ class Encoder:
 
     def encode_conversation(self, prompt: Prompt, completion: Answer) -> tuple[int, ...]:
         """Ids of all that the chat template writes for the conversation with this answer, uncut."""
-        self._unread.check(prompt, completion)
+        self.unread.check(prompt, completion)
         chat_of = plain.turns_of(self._marked(prompt), self.template)
         turns, (answer,) = [*chat_of], self._marked(self._without_ends((_message_of(completion),)))
         if goes_on(prompt):

@@ -34,7 +34,7 @@ class Unread:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: TemplateSettings):
         self.tokenizer, self.is_chat = tokenizer, template.kind == "chat"
-        self._known: set[str] = set()
+        self.known: set[str] = set()  # what rows brought, and was checked
 
     def check(self, prompt: Prompt, answer: Answer | None = None) -> None:
         """Raises UserError where the template cannot write what a row holds; logs a line where it leaves it out."""
@@ -57,19 +57,19 @@ class Unread:
         for name in arguments_of(prompt):
             if self._new(f"argument {name}") and (found := problem_of(name, source)):
                 if name in TAKEN:
-                    self._known.remove(f"argument {name}")
+                    self.known.remove(f"argument {name}")
                     raise UserError(f"chat_template_kwargs: {found}: rename it, or leave it out")
                 logger.warning(f"chat_template_kwargs: {found}; it does nothing")
 
     def _new(self, thing: str) -> bool:
         """Whether it is met for the first time."""
-        known = thing in self._known
-        self._known.add(thing)
+        known = thing in self.known
+        self.known.add(thing)
         return not known
 
     def _refused(self, thing: str, found: str, verb: str) -> UserError:
         """The error about `thing`, which the next row is refused for too."""
-        self._known.remove(thing)
+        self.known.remove(thing)
         return UserError(f"{found}, {self._but} {verb} none, {CURE}")
 
     @property

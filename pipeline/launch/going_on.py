@@ -30,6 +30,7 @@ FREE = (
     "train.non_finite",
     "eval.num_samples",
     "rewards.workers",
+    "data.workers",
     "rewards.judge.budget",
 )
 # What changes how a step is computed, and not what it is: the numbers agree to rounding, and a line says so.

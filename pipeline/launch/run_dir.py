@@ -16,7 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock, SoftFileLock, Timeout
 
-from pipeline.config.schema import Common, ExportStage, RewardStage, RlStage, Training, WithModel
+from pipeline.config.schema import Common, ExportStage, RewardStage, RlStage, WithModel
 from pipeline.config.sections import ModelSettings
 from pipeline.config.yaml_layers import load_yaml
 from pipeline.config.yaml_text import dump_yaml
@@ -34,6 +34,11 @@ _held: dict[Path, FileLock] = {}  # a lock that is forgotten is free
 
 def run_dir(settings: Common) -> Path:
     return Path(settings.runs_dir) / settings.run
+
+
+def cache(settings: Common) -> Path:
+    """What the run keeps of its rows, and of what the reference says of them: made again where it is removed."""
+    return run_dir(settings) / "cache"
 
 
 def stage_dir(settings: Common, stage: str) -> Path:

@@ -14,6 +14,8 @@ from pipeline.config.reward_spec import no_judge_of_new_texts
 from pipeline.config.schema import RlStage
 from pipeline.config.sections import DataSettings, ModelSettings
 from pipeline.data import dataset
+from pipeline.data.rows import Rows
+from pipeline.launch import run_dir
 from pipeline.records import Example
 from pipeline.rewards import scoring
 from pipeline.rewards.rewards import Rewards
@@ -48,14 +50,14 @@ class Context:
         return None if self.rewards is None or self.rewards.own else self.rewards
 
 
-def splits(context: Context) -> tuple[list[Example], list[Example]]:
+def splits(context: Context) -> tuple[Rows, Rows]:
     """The training rows and the held-out ones, with further columns where a reward may read them.
 
     Every reward has by then been tried on a training row. Raises UserError where one fails.
     """
-    rewards = context.rewards
+    settings, rewards = context.settings, context.rewards
     carry = rewards is not None and rewards.reads_columns
-    train, held_out = dataset.splits(context.data, context.settings.seed, carry=carry)
+    train, held_out = dataset.splits(context.data, settings.seed, carry=carry, folder=run_dir.cache(settings))
     if rewards is not None and rewards.own:
         say_what_is_judged(rewards)
     if rewards is not None:

@@ -32,8 +32,7 @@ def trainer(context: Context) -> Trainer:
 
     # what the reference says, before the first step changes it
     reference = ReferencePolicy(policy, settings, fingerprint(context.start.path))
-    annotated, _ = annotate(reference, [*items, *tested], context.module.needs(context.algorithm))
-    items, tested = annotated[: len(items)], annotated[len(items) :]
+    (items, tested), _ = annotate(reference, (items, tested), context.module.needs(context.algorithm))
     draw = epochs(len(items), settings.train.batch_size, settings.seed)
     return Trainer(
         model=policy,

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from pipeline.algorithms import estimates
-from pipeline.data import convert, dataset
+from pipeline.data import convert, dataset, encoded
 from pipeline.data.batching import Windows
+from pipeline.data.dataset import UniquePrompts
 from pipeline.files import fingerprint
 from pipeline.records import Example, Item, Needs, text_of
 from pipeline.rl import rows
@@ -41,8 +42,7 @@ def trainer(context: Context) -> Trainer:
     # what the reference says, before the first step changes it
     reference = ReferencePolicy(policy, settings, fingerprint(context.start.path))
     value_data = ValueData(prompts, items, context.judge, context.rewards_key)
-    annotated, facts = annotate(reference, [*items, *held_out], needs, value_data)
-    items, held_out = annotated[: len(items)], annotated[len(items) :]
+    (items, held_out), facts = annotate(reference, (items, held_out), needs, value_data)
     if "reward" in held_out[0].numbers and not needs.ref_logp:
         held_out = with_ref_logps(reference, held_out)  # what was gained is told by ratios to it
 
@@ -73,7 +73,7 @@ def spoken(facts: Mapping[str, float]) -> str:
     return ", ".join(said.values())
 
 
-def rewarded_rows(context: Context, needs: Needs) -> tuple[list[Example], list[Example], list[Example]]:
+def rewarded_rows(context: Context, needs: Needs) -> tuple[Sequence[Example], Sequence[Example], UniquePrompts]:
     """Rows to learn from, chosen or shuffled as set, and held-out rows, with rewards where they are needed; and
     all held-out prompts, each once."""
     settings, data = context.settings, context.data
@@ -175,4 +175,4 @@ def number_histograms(items: Sequence[Item]) -> dict[str, torch.Tensor]:
     """Distributions of what is known of all rows: they do not change."""
     tags = {"reward": "logged/reward", "value": "logged/value", "advantage": "logged/advantage"}
     known = {tag: name for name, tag in tags.items() if name in items[0].numbers}
-    return {tag: torch.tensor([item.numbers[name] for item in items]) for tag, name in known.items()}
+    return {tag: torch.from_numpy(encoded.column(items, name)).float() for tag, name in known.items()}

@@ -214,8 +214,7 @@ class Rollouts:
         if self.frozen is None or not items:
             return []
         items = items if self.settings.sampler.tempered else untempered(items)
-        saved = reference.reference_logps(self.frozen, items, self.packing)
-        return list(saved["logp"].split(saved["lengths"].tolist()))
+        return reference.reference_logps(self.frozen, items, self.packing)
 
     def _targets(self, examples: Sequence[Example]) -> list[Item]:
         """The reference texts of the prompts, where their likelihood is learned too."""

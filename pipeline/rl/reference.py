@@ -8,28 +8,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
 
 from pipeline.config.schema import RlStage
-from pipeline.data import dataset
-from pipeline.data.batching import Packing, collate, once, window
+from pipeline.data import encoded
+from pipeline.data.batching import AT_ONCE, Packing, collate, once, window
+from pipeline.data.cache import digest
+from pipeline.data.encoded import Items
 from pipeline.errors import UserError
 from pipeline.launch import going_on, run_dir
-from pipeline.records import Item, Needs
+from pipeline.records import Example, Item, Needs
 from pipeline.rl import values
 from pipeline.rl.values import ValueData
 from pipeline.trainer.engine import Engine
 from pipeline.trainer.model import Model
 
-FORMAT = 4  # raise it when what is computed changes
+FORMAT = 5  # raise it when what is computed changes
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class ReferencePolicy:
     settings: RlStage
     weights: str  # fingerprint
 
-    def cache(self, name: str, **parts: object) -> Path:
+    def cache(self, name: str, ending: str = ".pt", **parts: object) -> Path:
         """Where a result is kept: the name holds everything it depends on."""
         settings = self.settings
         content = {
@@ -56,39 +58,56 @@ class ReferencePolicy:
             **parts,
         }
         key = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:24]
-        return run_dir.run_dir(settings) / "cache" / f"{name}-{key}.pt"
+        return run_dir.cache(settings) / f"{name}-{key}{ending}"
 
 
 def annotate(
-    policy: ReferencePolicy, items: list[Item], needs: Needs, value_data: ValueData | None = None
-) -> tuple[list[Item], dict[str, float]]:
-    """The items with what the algorithm needs of the reference, and how well the value head fits (value/...).
+    policy: ReferencePolicy, parts: Sequence[Sequence[Item]], needs: Needs, value_data: ValueData | None = None
+) -> tuple[list[Sequence[Item]], dict[str, float]]:
+    """The items of each part with what the algorithm needs of the reference, and how well the value head fits.
 
     Log-probabilities go to `ref_logp`, values to the numbers `value` and `advantage` = reward - value.
     """
     report: dict[str, float] = {}
     if needs.ref_logp:
-        items = with_ref_logps(policy, items)
+        parts = [with_ref_logps(policy, items) for items in parts]
     if needs.values:
-        items, report = with_values(policy, items, value_data)
-    return items, report
+        parts, report = with_values(policy, parts, value_data)
+    return [*parts], report
 
 
-def with_ref_logps(policy: ReferencePolicy, items: list[Item]) -> list[Item]:
-    """The items with the reference's log-probabilities."""
+def with_ref_logps(policy: ReferencePolicy, items: Sequence[Item]) -> Sequence[Item]:
+    """The items with the reference's log-probabilities, mapped from a file that rank 0 writes part by part."""
     model = policy.model
-    path = policy.cache("ref_logps", rows=rows_digest(items))
-    return attached(items, cached(path, model.engine, lambda: reference_logps(model.engine, items, model.packing)))
+    path = policy.cache("ref_logps", ".npy", rows=encoded.tokens_digest(items))
+
+    def compute(part: Path | None) -> None:
+        total = sum(int(lengths.sum()) for lengths in _lengths(items))
+        file = None if part is None else np.lib.format.open_memmap(part, "w+", np.float32, (total,))
+        place = 0
+        for logps in logps_in_parts(model.engine, items, model.packing):
+            if file is not None:
+                file[place : place + len(logps)] = logps
+            place += len(logps)
+        if file is not None:
+            file.flush()
+
+    return attached(items, np.load(cached(path, model.engine, compute), mmap_mode="r"))
 
 
-def attached(items: Sequence[Item], saved: dict[str, Tensor]) -> list[Item]:
-    """The items with what `reference_logps` gave for them, as views into one tensor."""
-    rows = iter(saved["logp"].split(saved["lengths"].tolist()))
+def attached(items: Sequence[Item], logps: np.ndarray) -> Sequence[Item]:
+    """The items with the log-probabilities of all their response tokens, one after the other."""
+    if isinstance(items, Items):
+        return replace(items, ref_logp=logps)
+    lengths = [len(row.response_ids) for item in items for row in item.rows]
+    rows = iter(torch.from_numpy(np.array(logps)).split(lengths))
     return [replace(item, ref_logp=tuple(next(rows) for _ in item.rows)) for item in items]
 
 
-def with_values(policy: ReferencePolicy, items: list[Item], data: ValueData) -> tuple[list[Item], dict[str, float]]:
-    """The items with `value` and `advantage`, and how well the value head predicts on prompts it did not see.
+def with_values(
+    policy: ReferencePolicy, parts: Sequence[Sequence[Item]], data: ValueData
+) -> tuple[list[Sequence[Item]], dict[str, float]]:
+    """The items of each part with `value` and `advantage`, and how well the head predicts on prompts it did not see.
 
     Raises UserError as `values.source_of`.
     """
@@ -98,11 +117,10 @@ def with_values(policy: ReferencePolicy, items: list[Item], data: ValueData) -> 
     began = model.ranks.on_main(lambda: going_on.first_ranks(run_dir.stage_dir(settings, "rl")))
     # all that the values depend on: another judge, seed or number of ranks gives others; other ranks that go on with a
     # stage learn from the values that it began with
-    parts = {
-        "rows": rows_digest(items),
-        "logged": [item.numbers["reward"] for item in data.logged] if source == "data" else None,
-        "prompts": [[str(example.prompt), example.references] for example in data.prompts],
-        "columns": [example.columns for example in data.prompts] if source == "policy" else None,
+    key = {
+        "rows": [encoded.tokens_digest(items) for items in parts],
+        "logged": digest(encoded.column(data.logged, "reward")) if source == "data" else None,
+        "prompts": prompts_digest(data.prompts, source == "policy"),
         "judge": [data.rewards_key, [[one.name, one.weight, one.normalise] for one in judges]],
         "value": [source, settings.value.model_dump()],
         "generation": settings.generation.model_dump(),
@@ -110,70 +128,104 @@ def with_values(policy: ReferencePolicy, items: list[Item], data: ValueData) -> 
         "world": began or model.ranks.world,
     }
 
-    def compute() -> dict[str, Tensor | dict[str, float]]:
+    def compute(part: Path | None) -> None:
         targets = values.value_targets(model, settings, data, source)
         head, report = values.fit_value(model.engine, targets, model.packing, settings.value, settings.seed)
-        prompts = [Item(item.example, (replace(item.rows[0], response_ids=()),)) for item in items]
-        predicted = values.values_of(model.engine, head, prompts, model.packing)
-        refuse_infinite("values", items, list(predicted))
-        return {"values": predicted, "report": report}
+        found = []
+        for items in parts:
+            found.append(values.values_of(model.engine, head, prompts_of(items), model.packing))
+            refuse_infinite("values", items, (~found[-1].isfinite()).nonzero().flatten().tolist())
+        if part is not None:
+            torch.save({"values": found, "report": report}, part)
 
-    saved = cached(policy.cache("values", **parts), model.engine, compute)
-    expected = saved["values"].tolist()
-    gains = [item.numbers["reward"] - value for item, value in zip(items, expected, strict=True)]
-    return dataset.with_numbers(items, value=expected, advantage=gains), saved["report"]
-
-
-def rows_digest(items: Sequence[Item]) -> str:
-    """sha256 of all token ids: it changes with data, template, tokenizer and truncation."""
-    digest = hashlib.sha256()
-    for item in items:
-        digest.update(repr([(row.prompt_ids, row.response_ids) for row in item.rows]).encode())
-    return digest.hexdigest()
+    saved = torch.load(cached(policy.cache("values", **key), model.engine, compute), weights_only=True, mmap=True)
+    valued = []
+    for items, value in zip(parts, saved["values"], strict=True):
+        expected = value.double().numpy()
+        gains = encoded.column(items, "reward") - expected
+        valued.append(encoded.with_numbers(items, value=expected, advantage=gains))
+    return valued, saved["report"]
 
 
-def cached(path: Path, engine: Engine, compute: Callable[[], Any]) -> Any:
-    """The content of `path`; computed by all ranks and written by rank 0 (complete or absent) where it is missing."""
+def prompts_of(items: Sequence[Item]) -> Sequence[Item]:
+    """The items with the prompts of their first rows alone."""
+    if isinstance(items, Items):
+        return replace(items, bare=True, ref_logp=None)
+    return [Item(item.example, (replace(item.rows[0], response_ids=()),)) for item in items]
+
+
+def prompts_digest(prompts: Sequence[Example], columns: bool) -> str:
+    """sha256 of prompts with what their answers are compared with, and with their further columns where these count."""
+    found = hashlib.sha256()
+    for one in prompts:
+        found.update(
+            json.dumps([str(one.prompt), one.references, one.columns if columns else None], default=str).encode()
+        )
+    return found.hexdigest()
+
+
+def cached(path: Path, engine: Engine, compute: Callable[[Path | None], None]) -> Path:
+    """`path`; where it is missing, all ranks compute and rank 0, told where, writes it, whole or not at all."""
     ranks = engine.ranks
     path.parent.mkdir(parents=True, exist_ok=True)
     with run_dir.waiting(path.parent) if ranks.main else nullcontext():
         if not ranks.from_main(path.is_file()):
-            content = compute()
+            part = path.with_name(f"{path.name}.part")
+            compute(part if ranks.main else None)
             if ranks.main:
-                part = path.with_suffix(".part")
-                torch.save(content, part)
                 part.replace(path)
             ranks.barrier()
     if not path.is_file():
         raise UserError(f"{path}: this machine does not see it, wanted runs_dir on a file system all machines share")
-    return torch.load(path, weights_only=True, mmap=True)
+    return path
+
+
+def reference_logps(engine: Engine, items: Sequence[Item], packing: Packing) -> list[Tensor]:
+    """(T,) float32 log-probabilities of the response tokens of each row, of few items. Raises as `logps_in_parts`."""
+    whole = torch.cat([torch.from_numpy(part) for part in logps_in_parts(engine, items, packing)])
+    return list(whole.split([int(length) for lengths in _lengths(items) for length in lengths]))
 
 
 @torch.no_grad()
-def reference_logps(engine: Engine, items: Sequence[Item], packing: Packing) -> dict[str, Tensor]:
-    """Log-probabilities of all response tokens. Raises UserError, which names the rows, where some are not finite.
+def logps_in_parts(engine: Engine, items: Sequence[Item], packing: Packing) -> Iterator[np.ndarray]:
+    """Log-probabilities of all response tokens, float32, those of some thousand items after the other, on every rank.
 
-    `logp`: (tokens,) float32, all rows of all items one after another; `lengths`: (rows,) int64.
+    Raises UserError, which names the rows, where some are not finite: after the last, of all.
     """
     engine.train(False)
-    mine: dict[int, list[Tensor]] = {}
-    for batch in once(items, packing, engine.ranks.rank, engine.ranks.world):
-        logp = engine(batch).float().cpu()  # (B, T)
-        n = len(batch.items)
-        for place, index in enumerate(batch.items):
-            rows = range(place, len(logp), n)
-            mine[index] = [logp[row][batch.response_mask[row]] for row in rows]
-    merged = {index: rows for part in engine.ranks.gather(mine) for index, rows in part.items()}
-    refuse_infinite("reference log-probabilities", items, [torch.cat(merged[index]) for index in range(len(items))])
-    flat = [row for index in range(len(items)) for row in merged[index]]
-    return {"logp": torch.cat(flat), "lengths": torch.tensor([len(row) for row in flat])}
+    ill: list[int] = []
+    for start, lengths in zip(range(0, len(items), AT_ONCE), _lengths(items), strict=True):
+        some = items[start : start + AT_ONCE]
+        per = len(lengths) // len(some)
+        ends = np.concatenate([[0], np.cumsum(lengths)])
+        found = torch.zeros(int(ends[-1]))
+        for batch in once(some, packing, engine.ranks.rank, engine.ranks.world):
+            logp, n = engine(batch).float().cpu(), len(batch.items)  # (B, T)
+            for place, index in enumerate(batch.items):
+                for i in range(per):
+                    at, row = index * per + i, place + i * n
+                    found[ends[at] : ends[at + 1]] = logp[row][batch.response_mask[row]]
+        found = engine.ranks.all_sum(found)  # one rank has each
+        broken = np.flatnonzero(~found.isfinite().numpy())
+        ill += [*dict.fromkeys(((np.searchsorted(ends, broken, side="right") - 1) // per + start).tolist())]
+        yield found.numpy()
+    refuse_infinite("reference log-probabilities", items, ill)
 
 
-def refuse_infinite(what: str, items: Sequence[Item], tensors: Sequence[Tensor]) -> None:
-    """Raises UserError naming the items for which `tensors`, a tensor for each, is NaN or infinite."""
-    ill = [item.example.id for item, values in zip(items, tensors, strict=True) if not values.isfinite().all()]
+def _lengths(items: Sequence[Item]) -> Iterator[np.ndarray]:
+    """The tokens of each response, of some thousand items after the other."""
+    for start in range(0, len(items), AT_ONCE):
+        some = items[start : start + AT_ONCE]
+        if isinstance(some, Items):
+            yield some.responses
+        else:
+            yield np.array([len(row.response_ids) for item in some for row in item.rows])
+
+
+def refuse_infinite(what: str, items: Sequence[Item], ill: Sequence[int]) -> None:
+    """Raises UserError naming the items `ill`, of which something is NaN or infinite."""
     if ill:
-        names = ", ".join(ill[:5]) + (f" and {len(ill) - 5} more" if len(ill) > 5 else "")
+        names = ", ".join(items[i].example.id for i in ill[:5]) + (f" and {len(ill) - 5} more" if len(ill) > 5 else "")
         raise UserError(f"{what}: not finite on rows {names}, wanted numbers: is the model whole? try precision=fp32")
 
 

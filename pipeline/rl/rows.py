@@ -7,12 +7,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from pipeline.config.schema import RlStage
-from pipeline.data import convert, sampling
+from pipeline.data import convert, encoded, sampling
 from pipeline.data.batching import Draw
-from pipeline.data.convert import CHOSEN, REJECTED
+from pipeline.data.rows import CHOSEN, REJECTED, Rows
 from pipeline.errors import UserError
 from pipeline.records import Example, Item
 from pipeline.rewards import own_rewards, scoring
@@ -29,14 +30,14 @@ NOTHING_POSITIVE = {  # the cure, by what weighs a row
 
 
 def with_rewards(
-    context: Context, train: list[Example], held_out: list[Example]
-) -> tuple[list[Example], list[Example]]:
+    context: Context, train: Sequence[Example], held_out: Sequence[Example]
+) -> tuple[Sequence[Example], Sequence[Example]]:
     """Both with their rewards: what `reward` names, or judges where they bring none; else their own `reward`.
 
     Raises UserError where there is neither, or rows lack a reward of their own that is named.
     """
-    rows, rewards, settings = [*train, *held_out], context.rewards, context.settings
-    if settings.reward is None and (rewards is None or all(row.reward is not None for row in rows)):
+    rows, rewards, settings = Rows.of(train) + Rows.of(held_out), context.rewards, context.settings
+    if settings.reward is None and (rewards is None or not np.isnan(rows.column("reward")).any()):
         convert.judged(rows, settings.run)
         if settings.rewards.normalise not in ("auto", "none"):
             logger.info("rewards.normalise: the rows' own `reward` stays as it is (reward=reward would change it too)")
@@ -61,12 +62,13 @@ def say_what_is_left(rewards: Rewards, rows: Sequence[Example]) -> None:
         logger.info(f"rewards: those that the rows bring are not used ({', '.join(left)}){anew}")
 
 
-def chosen_rows(rows: list[Example], which: str) -> list[Example]:
+def chosen_rows(rows: Sequence[Example], which: str) -> Rows:
     """The rows to learn from, in their order, by `rows=` of the settings.
 
     all; chosen, all but the rejected side of pairs; best_half and worst_half of n rows, n / 2 of them rounded up, by
     reward (of equal rewards the first row counts as better). Raises UserError for `chosen` where no row is of a pair.
     """
+    rows = Rows.of(rows)
     if which == "all":
         return rows
     if which == "chosen":
@@ -75,17 +77,17 @@ def chosen_rows(rows: list[Example], which: str) -> list[Example]:
                 f"rows=chosen: none of {len(rows)} rows is a side of a pair, wanted ids that end with {CHOSEN} and "
                 f"{REJECTED}: score pairs with data.responses=both, or set rows=best_half"
             )
-        return [row for row in rows if not row.id.endswith(REJECTED)]
-    ranked = sorted(range(len(rows)), key=lambda i: -rows[i].reward)  # stable
+        return rows.take(np.array([not row.id.endswith(REJECTED) for row in rows]), which)
+    ranked = np.argsort(-rows.column("reward"), kind="stable")
     half = math.ceil(len(rows) / 2)
-    kept = ranked[:half] if which == "best_half" else ranked[-half:]
-    return [rows[i] for i in sorted(kept)]
+    return rows.take(np.sort(ranked[:half] if which == "best_half" else ranked[-half:]), which)
 
 
-def with_shuffled_rewards(rows: list[Example], seed: int) -> list[Example]:
+def with_shuffled_rewards(rows: Sequence[Example], seed: int) -> list[Example]:
     """The rows with one another's rewards: the same numbers, which say nothing of the responses any more."""
     order = torch.randperm(len(rows), generator=sampling.generator("shuffle", seed, 0)).tolist()  # of no epoch
-    return [replace(row, reward=rows[i].reward) for row, i in zip(rows, order, strict=True)]
+    rewards = Rows.of(rows).column("reward")
+    return [replace(row, reward=float(rewards[i])) for row, i in zip(rows, order, strict=True)]
 
 
 def population(items: Sequence[Item], weight: str, settings: RlStage) -> tuple[Draw, float]:
@@ -95,14 +97,14 @@ def population(items: Sequence[Item], weight: str, settings: RlStage) -> tuple[D
     has a positive weight.
     """
     size, seed, n = settings.train.batch_size, settings.seed, len(items)
-    weights = [1.0 if weight == "one" else item.numbers[weight] for item in items]
-    kept = [i for i in range(n) if weights[i] > 0] if settings.sampling == "all" else sampling.survivors(weights)
-    if not kept:
+    weights = torch.ones(n) if weight == "one" else torch.from_numpy(encoded.column(items, weight))
+    kept = (weights > 0).nonzero().flatten() if settings.sampling == "all" else sampling.survivors(weights)
+    if not len(kept):
         raise UserError(
-            f"sampling: all, but none of {n} rows has a positive {weight} (largest {max(weights):.4g}), wanted one to "
-            f"learn from: {NOTHING_POSITIVE[weight]}"
+            f"sampling: all, but none of {n} rows has a positive {weight} (largest {float(weights.max()):.4g}), wanted "
+            f"one to learn from: {NOTHING_POSITIVE[weight]}"
         )
-    if settings.sampling == "all" and weight == "reward" and (below := sum(one < 0 for one in weights)):
+    if settings.sampling == "all" and weight == "reward" and (below := int((weights < 0).sum())):
         logger.warning(
             f"sampling: all, and {below:,} of {n:,} rows have a reward below 0: they are made less likely, the "
             "lower the more (sampling=positive leaves them out; an algorithm with weight: advantage compares instead)"
@@ -110,5 +112,5 @@ def population(items: Sequence[Item], weight: str, settings: RlStage) -> tuple[D
     # in proportion to the weight; otherwise every row that is kept once per epoch
     if settings.sampling == "priority":
         return lambda step: sampling.priority_rows(weights, size, step, seed), len(kept) / n
-    pool = list(range(n)) if settings.sampling == "all" else kept
-    return lambda step: [pool[i] for i in sampling.epoch_rows(len(pool), size, step, seed)], len(kept) / n
+    pool = torch.arange(n) if settings.sampling == "all" else kept
+    return lambda step: pool[sampling.epoch_rows(len(pool), size, step, seed)].tolist(), len(kept) / n

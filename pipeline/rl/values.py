@@ -14,8 +14,8 @@ from torch import Tensor
 from pipeline.config.reward_spec import no_targets_of_policy
 from pipeline.config.schema import RlStage
 from pipeline.config.sections import ValueSettings
-from pipeline.data import dataset, sampling
-from pipeline.data.batching import Packing, collate, once, window
+from pipeline.data import dataset, encoded, sampling
+from pipeline.data.batching import Packing, once
 from pipeline.models import value_head
 from pipeline.records import Example, Item
 from pipeline.rewards import rewards as reward_functions
@@ -32,8 +32,8 @@ logger = logging.getLogger("tiffin")
 class ValueData:
     """What values can be learned from: fresh responses to `prompts`, judged, or the logged rows of training."""
 
-    prompts: list[Example]  # held out
-    logged: list[Item]  # with `reward`
+    prompts: Sequence[Example]  # held out
+    logged: Sequence[Item]  # with `reward`
     rewards: Rewards | None
     rewards_key: object  # names the rewards in the cache's key
 
@@ -42,7 +42,7 @@ class ValueData:
 class Targets:
     """What the value head learns from: prompts, the reward to expect for each, and which choose the best epoch."""
 
-    items: list[Item]  # prompts only
+    items: Sequence[Item]  # prompts only
     rewards: Tensor  # (n,)
     held_out: Tensor  # (n,) bool
     low: float
@@ -81,18 +81,19 @@ def value_targets(model: Model, rl: RlStage, data: ValueData, source: Literal["p
         n = settings.samples_per_prompt
         expected = [statistics.fmean(totals[i * n : (i + 1) * n]) for i in range(len(prompts))]
     else:
-        logged: dict[object, list[float]] = {}
-        for item in data.logged:
-            logged.setdefault(item.example.prompt, []).append(item.numbers["reward"])
-        prompts = dataset.unique_prompts([item.example for item in data.logged])[:most]
-        expected = [statistics.fmean(logged[example.prompt]) for example in prompts]
+        unique, rewards = (
+            dataset.unique_prompts(encoded.examples_of(data.logged)),
+            encoded.column(data.logged, "reward"),
+        )
+        prompts = unique[:most]
+        expected = [statistics.fmean(rewards[unique.group(i)].tolist()) for i in range(len(prompts))]
     # a share of the prompts chooses the best epoch and is never fitted
-    encoded = dataset.encode(prompts, model.encoder, dataset.prompt_rows)
+    items = encoded.encode(prompts, model.encoder, dataset.prompt_rows)
     low, high = value_range(data.rewards, expected)
     order = sampling.epoch_rows(len(prompts), len(prompts), 0, rl.seed)
     mask = torch.zeros(len(prompts), dtype=torch.bool)
     mask[order[: max(1, round(len(prompts) * settings.held_out_fraction))]] = True
-    return Targets(encoded, torch.tensor(expected), mask, low, high)
+    return Targets(items, torch.tensor(expected), mask, low, high)
 
 
 def value_range(rewards: Rewards | None, targets: Sequence[float]) -> tuple[float, float]:
@@ -144,12 +145,10 @@ def values_of(engine: Engine, head: value_head.ValueHead, items: Sequence[Item],
     """(n,) float32: V of each item's prompt; states live for one micro-batch only."""
     engine.train(False)
     head.eval()
-    ranks, mine = engine.ranks, {}
-    for indices in window(items, range(len(items)), packing, ranks.rank, ranks.world):
-        batch = collate(items, indices, packing)
+    ranks, found = engine.ranks, torch.zeros(len(items))
+    for batch in once(items, packing, ranks.rank, ranks.world):
         states = engine(batch, output="states")
         steps = torch.arange(states.shape[1], device=states.device)
         predicted = head(states, steps < batch.prompt_lengths.to(states.device)[:, None]).cpu()
-        mine |= {index: float(predicted[place]) for place, index in enumerate(batch.items)}
-    merged = {index: number for part in ranks.gather(mine) for index, number in part.items()}
-    return torch.tensor([merged[i] for i in range(len(items))])
+        found[list(batch.items)] = predicted[: len(batch.items)].float()
+    return ranks.all_sum(found)  # one rank has each

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.schema import Training
+from pipeline.data import encoded
 from pipeline.data.batching import Source
 from pipeline.data.sampling import step_budget
 from pipeline.errors import PreemptedError, UserError
@@ -80,7 +81,7 @@ class Trainer:
     def asked(self) -> bool:
         """Whether the rows have prompts; before the first step there may be none of them."""
         items = self.windows.items
-        return not items or any(item.example.prompt for item in items)
+        return not len(items) or encoded.has_prompts(items)
 
     @property
     def shelf(self) -> Shelf:

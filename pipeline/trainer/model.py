@@ -14,16 +14,18 @@ from torch import Tensor
 
 from pipeline.config.schema import EvaluateStage, GenerateStage, Masking, RewardStage, RlStage, SftStage, Training
 from pipeline.config.sections import GenerationSettings, ModelSettings, OptimizerSettings, TrainSettings
-from pipeline.data import dataset, remarks
+from pipeline.data import dataset, encoded, remarks
 from pipeline.data.batching import Packing, packing_of
+from pipeline.data.encoded import Items
 from pipeline.data.masking import Masker
 from pipeline.data.tokenization import Encoder, coloured
 from pipeline.data.vocabulary import token_tables
+from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.models import build, loading, lora, mask_token, memory, writing
 from pipeline.models.policy import Policy, RewardModel
 from pipeline.models.trained_input import save_input
-from pipeline.records import Example, Item, Row
+from pipeline.records import Example, Row
 from pipeline.trainer.engine import Engine
 from pipeline.trainer.group import Ranks
 
@@ -180,10 +182,17 @@ def encode(
     train: Sequence[Example],
     held_out: Sequence[Example],
     rows_of: Callable[[Example, Encoder], tuple[Row, ...]],
-) -> tuple[list[Item], list[Item]]:
+) -> tuple[Items, Items]:
     """Both as items. Says what they come to, shows the first with its tokens, and leaves data.json in `directory`."""
-    learned, tested = (dataset.encode(examples, model.encoder, rows_of) for examples in (train, held_out))
-    counted = {"train": dataset.counts(learned), "validation": dataset.counts(tested)}
+    parts = {"train": train, "validation": held_out}
+    learned, tested = (
+        encoded.encode(rows, model.encoder, rows_of, f"{directory}/{split}") for split, rows in parts.items()
+    )
+    if len({repr(one) for one in model.ranks.gather([encoded.content(learned), encoded.content(tested)])}) > 1:
+        raise UserError(
+            "data: the ranks read different rows, wanted the same: did a file change, or differ by machine?"
+        )
+    counted = {"train": encoded.counts(learned), "validation": encoded.counts(tested)}
     for split, counts in counted.items():
         logger.info(
             "{}: {rows:,} rows, {tokens:,} tokens ({response_tokens:,} of responses), {cut_prompts:,} prompts and "

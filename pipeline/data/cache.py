@@ -1,0 +1,228 @@
+"""Arrow files that are made once per machine and mapped into memory by every process: rows, and their tokens.
+
+An entry is a folder NAME-KEY of the run's cache/. The key holds all that its content depends on, our own code included.
+Who comes first makes it, under a lock; the others wait. It is written beside its place and renamed: complete or absent.
+Who uses it is noted (a file under its settings, a split of a stage): an entry that its last user has done with goes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache as once_only
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+from filelock import FileLock, SoftFileLock
+
+from pipeline.errors import UserError
+from pipeline.files import write_json
+
+FORMAT = 1  # raise it where what is stored changes and no code below pipeline/data does
+DATA, META, USES = "data.arrow", "meta.json", "uses.json"
+TOLD = 1 << 30  # bytes of a cache from which its size is said
+
+logger = logging.getLogger("tiffin")
+
+Lines = list[tuple[int, str]]  # level and text
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What was stored: a table, mapped; what its maker said of it; and the lines that were logged meanwhile."""
+
+    table: pyarrow.Table
+    facts: Mapping[str, Any]
+    lines: Sequence[tuple[int, str]]
+
+
+class Writer:
+    """Batches of rows, written one after the other."""
+
+    def __init__(self, sink: pyarrow.NativeFile, schema: pyarrow.Schema):
+        self.schema, self._file = schema, pyarrow.ipc.new_file(sink, schema)
+
+    def batch(self, columns: Mapping[str, Any]) -> None:
+        given = [columns[one.name] for one in self.schema]
+        arrays = [
+            one if isinstance(one, pyarrow.Array) else pyarrow.array(one, type=kind.type)
+            for one, kind in zip(given, self.schema, strict=True)
+        ]
+        self._file.write_batch(pyarrow.record_batch(arrays, schema=self.schema))
+
+    def close(self) -> None:
+        self._file.close()
+
+
+Make = Callable[[Writer], Mapping[str, Any]]  # writes all rows; what is to be known of them, for JSON
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The cache of a run."""
+
+    folder: Path
+    workers: int | None = None  # processes that tokenise; None: one per core
+
+    def entry(self, name: str, user: object, key: object, schema: pyarrow.Schema, make: Make) -> Entry:
+        """The entry; made here where nobody did so far. Raises UserError as `make`, and leaves nothing then.
+
+        `user` used it before, maybe with another key: of the same settings and changed rows, say.
+        """
+        place, who = self.folder / f"{name}-{digest(code(), key)[:24]}", digest(name, user)[:16]
+        if not place.is_dir() or self._uses().get(who) != place.name:
+            with self.locked() as alone:
+                if made := not place.is_dir():
+                    self._make(place, schema, make)
+                if alone:
+                    self._note(who, place.name)
+                if made:
+                    self._tell_size()
+        return opened(place)
+
+    def _uses(self) -> dict[str, str]:
+        """User -> the name of the entry that it used last."""
+        try:
+            return json.loads((self.folder / USES).read_text("utf-8"))
+        except FileNotFoundError:
+            return {}
+
+    def _note(self, user: str, name: str) -> None:
+        """Note who uses an entry, and remove those that nobody uses any more: whoever has one mapped keeps it."""
+        uses = self._uses() | {user: name}
+        write_json(self.folder / USES, uses)
+        for other in self.folder.iterdir():
+            if other.is_dir() and other.name not in uses.values():
+                shutil.rmtree(other, ignore_errors=True)
+
+    def _tell_size(self) -> None:
+        size = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
+        if size > TOLD:
+            logger.info(f"{self.folder}: rows, tokens and log-probabilities take {size / 1e9:.1f} GB there")
+
+    @contextmanager
+    def locked(self) -> Iterator[bool]:
+        """Hold the cache; whether it is held.
+
+        On a file system without locks each process makes its own, and the first one's stays.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / ".rows.lock")
+        try:
+            lock.acquire()
+        except (OSError, NotImplementedError) as error:
+            logger.warning(f"{self.folder}: this file system has no locks ({error}): rows may be read several times")
+            yield False
+            return
+        try:
+            yield not isinstance(lock, SoftFileLock)
+        finally:
+            lock.release()
+
+    def _make(self, place: Path, schema: pyarrow.Schema, make: Make) -> None:
+        part = place.with_name(f"{place.name}.{os.getpid()}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        try:
+            with open(part / DATA, "wb") as file:
+                writer = Writer(pyarrow.PythonFile(file), schema)
+                with recorded() as lines:
+                    facts = make(writer)
+                writer.close()
+                file.flush()
+                os.fsync(file.fileno())
+            write_json(part / META, {"facts": facts, "lines": lines})
+            try:
+                part.rename(place)
+            except OSError:
+                if not place.is_dir():  # else another process without a lock was faster, with the same content
+                    raise
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def opened(place: Path) -> Entry:
+    """The entry at `place`, mapped. Raises UserError where it is damaged."""
+    try:
+        meta = json.loads((place / META).read_text("utf-8"))
+        table = pyarrow.ipc.open_file(pyarrow.memory_map(str(place / DATA))).read_all()
+        return Entry(table, meta["facts"], [(level, line) for level, line in meta["lines"]])
+    except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
+        raise UserError(f"{place}: cannot be read ({error}), wanted what an earlier start left: remove it") from error
+
+
+def in_memory(schema: pyarrow.Schema, make: Make) -> Entry:
+    """The same without a file, for this process alone."""
+    sink = pyarrow.BufferOutputStream()
+    writer = Writer(sink, schema)
+    with recorded() as lines:
+        facts = make(writer)
+    writer.close()
+    return Entry(pyarrow.ipc.open_file(sink.getvalue()).read_all(), facts, lines)
+
+
+class _Recorder(logging.Handler):
+    def __init__(self, lines: Lines):
+        super().__init__()
+        self.lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append((record.levelno, record.getMessage()))
+
+
+@contextmanager
+def recorded() -> Iterator[Lines]:
+    """What is logged meanwhile, instead of logging it; on ranks that log nothing, too. A failure has it logged."""
+    lines: Lines = []
+    before = logger.handlers, logger.level, logger.propagate
+    logger.handlers, logger.propagate = [_Recorder(lines)], False
+    logger.setLevel(logging.INFO)
+    failed = True
+    try:
+        yield lines
+        failed = False
+    finally:
+        logger.handlers, logger.propagate = before[0], before[2]
+        logger.setLevel(before[1])
+        if failed:
+            say(lines)
+
+
+def say(lines: Sequence[tuple[int, str]]) -> None:
+    """Log what was recorded."""
+    for level, line in lines:
+        logger.log(level, line)
+
+
+def digest(*parts: object) -> str:
+    """sha256 of `parts`: text, numbers, and what JSON holds of them; bytes and arrays by their bytes."""
+    found = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            found.update(f"{part.dtype} {part.shape}".encode())
+            content = np.ascontiguousarray(part).data
+        else:
+            content = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode()
+        found.update(hashlib.sha256(content).digest())
+    return found.hexdigest()
+
+
+@once_only
+def code() -> str:
+    """What of the program decides what is stored: our code that reads rows and tokenises them, and the libraries'."""
+    import tokenizers
+    import transformers
+
+    ours = Path(__file__).resolve().parent
+    files = [*sorted(ours.glob("*.py")), ours.parent / "records.py"]
+    versions = [FORMAT, sys.version, pyarrow.__version__, transformers.__version__, tokenizers.__version__]
+    return digest(versions, *(file.read_bytes() for file in files))
