@@ -115,7 +115,9 @@ def of_launch(settings: WithModel, stage: str, environ: Mapping[str, str]) -> It
         yield from told(lambda: together.fp16_on_gpu(settings.train, machine.has_gpu()))
     if isinstance(settings, Training):
         zero = read_ds_config(settings.train.zero)["zero_optimization"]
-        yield from told(lambda: together.fp16_scaled(settings.train, zero["stage"]))
+        yield from told(lambda: together.optimizer_fits(settings.optimizer, settings.train, zero))
+        if here and settings.optimizer.name == "adamw_8bit" and not importlib.util.find_spec("bitsandbytes"):
+            yield f"optimizer.name: adamw_8bit: {together.NO_BITSANDBYTES}, or set optimizer.name=adamw"
         if here and "offload_optimizer" in zero and not can_offload(environ):
             yield (
                 f"train.zero: {settings.train.zero} offloads the optimizer, for which DeepSpeed compiles code, and "
