@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.config import together
-from pipeline.config.deepspeed import read_ds_config
+from pipeline.config.deepspeed import read_ds_config, rounded
 from pipeline.config.resolve import Resolved
 from pipeline.config.reward_spec import (
     labels,
@@ -67,9 +67,16 @@ def refuse(steps: Sequence[Resolved], environ: Mapping[str, str]) -> None:
 def notes(steps: Sequence[Resolved], environ: Mapping[str, str]) -> list[str]:
     """What is allowed, and perhaps not meant."""
     many = [step.settings.launch.processes for step in steps if step.stage in launcher.DISTRIBUTED]
+    lines = []
     if machine.gpus(environ) == 0 and max(many, default=1) > 1:
-        return [f"launch.processes: no GPU is seen here, so that gpus={max(many)} means so many CPU processes"]
-    return []
+        lines.append(f"launch.processes: no GPU is seen here, so that gpus={max(many)} means so many CPU processes")
+    files = dict.fromkeys(step.settings.train.zero for step in steps if isinstance(step.settings, Training))
+    for name in files:
+        try:
+            lines += rounded(name)
+        except UserError:  # among the faults
+            continue
+    return lines
 
 
 def of_step(step: Resolved, ahead: Ahead) -> list[str]:
@@ -119,7 +126,9 @@ def of_launch(settings: WithModel, stage: str, environ: Mapping[str, str]) -> It
         yield from told(lambda: together.fp16_on_gpu(settings.train, machine.has_gpu()))
     if isinstance(settings, Training):
         zero = read_ds_config(settings.train.zero)["zero_optimization"]
-        yield from told(lambda: together.fp16_scaled(settings.train, zero["stage"]))
+        yield from told(lambda: together.optimizer_fits(settings.optimizer, settings.train, zero))
+        if here and settings.optimizer.name == "adamw_8bit" and not importlib.util.find_spec("bitsandbytes"):
+            yield f"optimizer.name: adamw_8bit: {together.NO_BITSANDBYTES}, or set optimizer.name=adamw"
         if here and "offload_optimizer" in zero and not can_offload(environ):
             yield (
                 f"train.zero: {settings.train.zero} offloads the optimizer, for which DeepSpeed compiles code, and "

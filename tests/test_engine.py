@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from itertools import chain
+from math import isfinite
 from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from pipeline.algorithms import supervised
-from pipeline.config import deepspeed
+from pipeline.config import deepspeed, together
 from pipeline.data.batching import Packing, Windows, collate
 from pipeline.errors import UserError
 from pipeline.models import loading
@@ -124,34 +125,80 @@ def test_clipping_is_by_the_global_norm_and_reports_it_unclipped(zero: str, prec
         close(trained.state_dict(), plain.state_dict())
 
 
-@pytest.mark.parametrize("zero", STAGES)
-def test_bf16_steps_are_adams_on_float32_masters(zero: str) -> None:
-    """From the first one on: gradients of bfloat16 weights, AdamW on float32 copies of them, which know more."""
-    trained, plain = tiny.trainer(policy(), zero, "bf16"), policy()
+@pytest.fixture
+def fp16_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPUs compute in float16 too, slowly: what forbids it there is a check of DeepSpeed's and one of ours."""
+    monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda _: True)
+    monkeypatch.setattr(together, "fp16_on_gpu", lambda *_: None)
+
+
+def half_steps(trained: engine.Engine, dtype: torch.dtype, scale: float, clip: float) -> None:
+    """Two steps, each held against its own by hand: gradients of half weights, AdamW on float32 copies of them."""
+    plain = policy()
     for parameter in plain.parameters():
-        parameter.data = parameter.data.bfloat16()
+        parameter.data = parameter.data.to(dtype)
     names = dict(plain.named_parameters())
     masters = nn.ParameterDict({name.replace(".", "/"): nn.Parameter(p.detach().float()) for name, p in names.items()})
     optimizer = plain_adam(masters)
     for _ in range(2):
-        tiny.step(trained, ITEMS, range(7), WHOLE)
+        found = tiny.step(trained, ITEMS, range(7), WHOLE)
         plain.zero_grad()
         batch = Windows(ITEMS, lambda _: list(range(7)), WHOLE, 0, 1).at(0)[0]
         total, _ = supervised.loss(plain(batch), batch, supervised.Settings(0.0))
-        (total / int(batch.response_mask.sum())).backward()
+        (total / int(batch.response_mask.sum()) * scale).backward()
         for name, parameter in names.items():
-            masters[name.replace(".", "/")].grad = parameter.grad.float()
+            masters[name.replace(".", "/")].grad = parameter.grad.float() / scale
+        norm = nn.utils.clip_grad_norm_(masters.parameters(), clip or torch.inf)
+        assert found == pytest.approx(float(norm), rel=4 * torch.finfo(dtype).eps)
         optimizer.step()
         for name, parameter in trained.module.named_parameters():
             wanted = masters[name.replace(".", "/")].data
             names[name].data.copy_(wanted)
-            tiny.close(master(trained, parameter), wanted, roundings=2)
+            # the norm is rounded to half precision where clipping divides by it
+            tiny.close(master(trained, parameter), wanted, roundings=256 if clip else 2)
     weights = trained.state_dict()
-    assert all(torch.equal(weights[name], weight) for name, weight in names.items())
+    if not clip:
+        assert all(torch.equal(weights[name], weight) for name, weight in names.items())
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.25])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("zero", STAGES)
+def test_half_steps_are_adams_on_float32_masters(zero: str, precision: str, clip: float, fp16_here: None) -> None:
+    """From the first one on; in float16 of a loss that is scaled, so that small gradients are not 0, and clipped as
+    gradients that are not."""
+    trained = tiny.trainer(policy(), zero, precision, {"max_grad_norm": clip})
+    half_steps(trained, optimizer.PRECISIONS[precision], 2.0**16 if precision == "fp16" else 1.0, clip)
+
+
+@pytest.mark.parametrize("zero", STAGES)
+def test_fp16_leaves_out_a_step_that_overflows_and_halves_its_scale(zero: str, fp16_here: None, tmp_path: Path) -> None:
+    """2^24 times a gradient of 5 is beyond float16's 65,504: no weight and no moment changes, and the next is finer."""
+    file = tmp_path / "mine.json"
+    shipped = deepspeed.read_ds_config(zero)
+    shipped["fp16"] |= {"initial_scale_power": 24, "hysteresis": 1}
+    file.write_text(json.dumps(shipped))
+    trained = tiny.trainer(policy(), str(file), "fp16")
+    kept = trained._engine.optimizer
+    scales = kept.loss_scale_config if zero == "zero0" else kept.loss_scaler
+    start, norms = trained.state_dict(), []
+    while not norms or not isfinite(norms[-1]):
+        before = scales.cur_scale
+        norms.append(tiny.step(trained, ITEMS, range(7), WHOLE))
+        assert isfinite(norms[-1]) or scales.cur_scale == before / 2
+        moved = any(not torch.equal(start[name], weight) for name, weight in trained.state_dict().items())
+        assert moved == isfinite(norms[-1])
+    assert 2 <= len(norms) < 16
+    plain = policy()
+    wanted = plain_step(plain, plain_adam(plain), [list(range(7))])
+    assert norms[-1] == pytest.approx(wanted, rel=2e-3)
+    ours = {name: weight.float() for name, weight in trained.state_dict().items()}  # Adam's first step: eps is 1
+    theirs = {name: weight for name, weight in plain.state_dict().items() if name in ours}
+    torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=2e-3)
 
 
 def master(trained: engine.Engine, parameter: nn.Parameter) -> torch.Tensor:
-    """DeepSpeed's float32 copy of a bfloat16 weight."""
+    """DeepSpeed's float32 copy of a weight in half precision."""
     if trained.stage:
         return safe_get_full_fp32_param(parameter)
     kept = trained._engine.optimizer
@@ -298,12 +345,6 @@ def test_fp16_needs_a_gpu() -> None:
         pytest.skip("there is a GPU here")
     with pytest.raises(UserError, match=r"train\.precision: fp16 needs a GPU"):
         tiny.trainer(policy(), precision="fp16")
-
-
-def test_fp16_without_zero_is_refused() -> None:
-    gpu = replace(tiny.ranks(), device=torch.device("cuda", 0))
-    with pytest.raises(UserError, match=r"train\.zero: zero0, stage 0, with fp16, .* wanted zero=zero1"):
-        engine.Engine(policy(), gpu, tiny.train_settings(precision="fp16"), tiny.optimizer_settings())
 
 
 CONFIGS = sorted(path.stem for path in deepspeed.DS_CONFIGS.glob("*.json"))

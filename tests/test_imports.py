@@ -44,6 +44,7 @@ PACKAGE_OF = {
     "sklearn": "scikit-learn",
 }  # module -> package, where the names differ by more than case and "_"
 NOT_INSTALLED = {
+    "bitsandbytes": "an extra, of which most have no need",
     "comet": "asks for versions that clash with training's: served from an environment of its own",
     "trl": "the peer that speed is compared with, in an environment of its own",
 }

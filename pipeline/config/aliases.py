@@ -6,8 +6,8 @@ SECTION_OF = {  # settings that may be given without their section
     "data": "task max_prompt_length max_response_length",
     "train": "batch_size micro_batch_size max_tokens num_train_epochs max_steps precision zero gradient_checkpointing "
     "logging_steps eval_steps save_steps save_total_limit",
-    "optimizer": "learning_rate lr_scheduler_type warmup_ratio weight_decay adam_beta1 adam_beta2 adam_epsilon "
-    "max_grad_norm",
+    "optimizer": "learning_rate lr_scheduler_type warmup_ratio warmup_steps min_lr_ratio weight_decay adam_beta1 "
+    "adam_beta2 adam_epsilon max_grad_norm",
     "generation": "max_new_tokens min_new_tokens do_sample temperature temperatures top_p top_k num_beams "
     "length_penalty no_repeat_ngram_size repetition_penalty num_return_sequences",
     "algorithm.settings": "clip kl_beta kl_form beta objective label_smoothing missing_eos_penalty",
@@ -38,9 +38,11 @@ ALIASES: dict[str, str] = {
     "max_train_steps": "train.max_steps",
     **dict.fromkeys(("deepspeed", "deepspeed_config", "zero_stage"), "train.zero"),
     "activation_checkpointing": "train.gradient_checkpointing",
+    "optim": "optimizer.name",
     "lr": "optimizer.learning_rate",
     "lr_scheduler": "optimizer.lr_scheduler_type",
     "lr_warmup_ratio": "optimizer.warmup_ratio",
+    **dict.fromkeys(("num_warmup_steps", "lr_warmup_steps"), "optimizer.warmup_steps"),
     **dict.fromkeys(("gradient_clipping", "max_norm"), "optimizer.max_grad_norm"),
     "mask_rate": "masking.rate",
     **dict.fromkeys(("kl_coef", "init_kl_coef"), "algorithm.settings.kl_beta"),
@@ -54,4 +56,11 @@ SWITCHES: dict[str, tuple[str, str]] = {"bf16": ("train.precision", "bf16"), "fp
 ALGORITHM_IDS: dict[str, str] = {"a_lol": "alol"}
 
 # Values of a setting that mean exactly what another one means.
-SAME_VALUES: dict[str, dict[str, str]] = {"train.zero": {str(stage): f"zero{stage}" for stage in range(4)}}
+SAME_VALUES: dict[str, dict[str, str]] = {
+    "train.zero": {str(stage): f"zero{stage}" for stage in range(4)},
+    "optimizer.name": {
+        **dict.fromkeys(("adamw_torch", "adamw_torch_fused"), "adamw"),
+        "adamw_bnb_8bit": "adamw_8bit",
+    },
+    "optimizer.lr_scheduler_type": {"constant_with_warmup": "constant", "wsd": "warmup_stable_decay"},
+}

@@ -19,6 +19,37 @@ OWNED = {  # key of the file -> the setting that decides it
     "optimizer": "optimizer.*",
     "scheduler": "optimizer.lr_scheduler_type",
 }
+SHARING = {  # what makes several ranks work on the same rows -> the values at which it does not
+    "tensor_parallel.autotp_size": (0, 1),
+    "tensor_parallel.tp_size": (1,),
+    "tensor_parallel.tp.tp_size": (1,),
+    "sequence_parallel_size": (1,),
+    "expert_parallel.enabled": (False,),
+    "pipeline.stages": (1,),
+}
+FIXED = {  # what would make a step another one than the settings say -> the one value it may have
+    "gradient_allreduce_op": "mean",
+    "managed_gradient_accumulation": True,
+    "zero_optimization.compute_grad_norm": True,
+    "elasticity.enabled": False,
+    "curriculum_learning.enabled": False,
+    "data_efficiency.enabled": False,
+    "progressive_layer_drop.enabled": False,
+    "eigenvalue.enabled": False,
+    "hybrid_engine.enabled": False,
+    "autotuning.enabled": False,
+    "amp.enabled": False,
+    "compile.deepcompile": False,
+}
+SECTIONS = ("compression_training", "quantize_training", "weight_quantization", "sparse_attention")  # as FIXED, whole
+ROUNDED = {  # what DeepSpeed may be told and changes numbers -> what it changes, and the value at which it does not
+    "zero_optimization.zero_quantized_weights": ("weights are rounded to 8 bits where ranks send them", False),
+    "zero_optimization.zero_quantized_nontrainable_weights": ("frozen weights are kept in 8 bits", False),
+    "zero_optimization.zero_quantized_gradients": ("gradients are rounded to 4 bits where ranks send them", False),
+    "fp16.fp16_master_weights_and_grads": ("there are no float32 copies of the weights", False),
+    "bf16.bf16_master_weights_and_grads": ("there are no float32 copies of the weights", False),
+    "communication_data_type": ("gradients are added up in this type", None),
+}
 
 
 def read_ds_config(name: str) -> dict[str, Any]:
@@ -52,6 +83,30 @@ def _check(path: Path, config: Any) -> None:
     for key in ("bf16", "fp16"):
         if not isinstance(config.get(key, {}), dict):
             raise UserError(f"{path}: {key} is {config[key]!r}, wanted a mapping; train.precision switches it on")
-    left = next((key for key, value in flatten(config, ".").items() if value == "auto"), None)
+    flat = flatten(config, ".")
+    for key, harmless in SHARING.items():
+        if flat.get(key, harmless[0]) not in harmless:
+            problem = f"{key} is {flat[key]!r}, so that ranks would share rows, which here are each rank's own"
+            raise UserError(f"{path}: {problem}: remove it; zero=zero3 shards weights, max_tokens bounds activations")
+    for key, only in FIXED.items():
+        if flat.get(key, only) != only:
+            raise UserError(f"{path}: {key} is {flat[key]!r}, which changes what a step is, wanted {only!r}: remove it")
+    for key in SECTIONS:
+        if key in config:
+            raise UserError(f"{path}: {key} changes what a step is: remove it from the file, {ours}")
+    left = next((key for key, value in flat.items() if value == "auto"), None)
     if left is not None:
         raise UserError(f"{path}: {left} is 'auto', wanted a value: nothing fills it in here; remove it, {ours}")
+
+
+def rounded(name: str) -> list[str]:
+    """What the file of `train.zero` says that makes steps others than of another file, a line each."""
+    flat = flatten(read_ds_config(name), ".")
+    lines = [
+        f"train.zero: {name}: {key} is {flat[key]!r}: {what}, so that steps are not those of other files"
+        for key, (what, harmless) in ROUNDED.items()
+        if flat.get(key, harmless) != harmless
+    ]
+    if any(key.startswith("zero_optimization.zenflow") and value is not None for key, value in flat.items()):
+        lines.append(f"train.zero: {name}: zenflow steps most weights later than their gradient was made")
+    return lines

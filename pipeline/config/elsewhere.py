@@ -56,11 +56,8 @@ SAID: dict[str, str] = {  # names -> what to say of each
         "what is evaluated is read in batches of max_tokens=4096 or micro_batch_size=4, as in training; "
         "generation.batch_size=64 is prompts per call"
     ),
-    "warmup_steps num_warmup_steps lr_warmup_steps warmup": "set warmup_ratio=0.05, a fraction of all steps",
-    "optim optimizer": (
-        "AdamW, always; its settings are learning_rate, weight_decay, adam_beta1, adam_beta2, adam_epsilon; "
-        "zero=zero2_offload keeps its states in the host's memory"
-    ),
+    "warmup": "set warmup_ratio=0.05, a fraction of all steps, or warmup_steps=100",
+    "optimizer": "set optim=adamw, adamw_8bit or muon; zero=zero2_offload keeps its states in the host's memory",
     "load_in_4bit load_in_8bit qlora use_qlora quantization quantization_bit bnb_4bit_quant_type": QUANTISED,
     "use_peft use_lora use_dora peft lora adapter finetuning_type peft_config": (
         "lora_r=16 trains LoRA adapters, lora_r=0 (the default) all weights"

@@ -191,14 +191,32 @@ class TrainSettings(Section):
 
 
 class OptimizerSettings(Section):
+    name: Literal["adamw", "adamw_8bit", "muon"]
     learning_rate: Positive
-    lr_scheduler_type: Literal["linear", "cosine", "constant"]
-    warmup_ratio: Fraction
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "warmup_stable_decay"]
+    warmup_ratio: Fraction | None
+    warmup_steps: Whole | None
+    decay_ratio: Annotated[float, Field(gt=0, le=1)]
+    min_lr_ratio: Dropped
     weight_decay: NotNegative
     adam_beta1: Dropped
     adam_beta2: Dropped
     adam_epsilon: Positive
+    muon_momentum: Dropped
     max_grad_norm: NotNegative
+
+    @model_validator(mode="after")
+    def one_course(self) -> OptimizerSettings:
+        if (self.warmup_ratio is None) == (self.warmup_steps is None):
+            found = "null" if self.warmup_ratio is None else "given"
+            raise ValueError(f"warmup_ratio and warmup_steps are both {found}, wanted one of them, the other null")
+        falls = self.lr_scheduler_type == "warmup_stable_decay"
+        if falls and self.warmup_ratio is not None and self.warmup_ratio + self.decay_ratio > 1:
+            found = f"{self.warmup_ratio:g} of the steps warm up and {self.decay_ratio:g} decay"
+            raise ValueError(f"{found}, wanted no more than 1 in all: lower warmup_ratio or decay_ratio")
+        if self.lr_scheduler_type == "constant" and self.min_lr_ratio:
+            raise ValueError(f"min_lr_ratio is {self.min_lr_ratio:g}, but a constant rate never falls: set it to 0")
+        return self
 
 
 class EvalSettings(Section):

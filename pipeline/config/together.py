@@ -5,8 +5,13 @@ Each raises UserError. Needs no torch.
 
 from __future__ import annotations
 
-from pipeline.config.sections import ModelSettings, ScratchSettings, TrainSettings
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.config.sections import ModelSettings, OptimizerSettings, ScratchSettings, TrainSettings
 from pipeline.errors import UserError
+
+NO_BITSANDBYTES = "the package bitsandbytes is not installed here: pip install bitsandbytes"
 
 
 def whole_batches(train: TrainSettings, world: int) -> None:
@@ -22,14 +27,16 @@ def fp16_on_gpu(train: TrainSettings, gpu: bool) -> None:
         raise UserError("train.precision: fp16 needs a GPU, and there is none here: use bf16 or fp32")
 
 
-def fp16_scaled(train: TrainSettings, zero_stage: int) -> None:
-    """Trained in fp16, the loss is scaled."""
-    if train.precision == "fp16" and zero_stage == 0:
-        # there DeepSpeed divides gradients by a loss scale that it never multiplied the loss by
-        raise UserError(
-            f"train.zero: {train.zero}, stage 0, with fp16, whose loss DeepSpeed does not scale there, wanted "
-            "zero=zero1 (on one GPU the same) or another stage, or bf16=true"
-        )
+def optimizer_fits(optimizer: OptimizerSettings, train: TrainSettings, zero: Mapping[str, Any]) -> None:
+    """The optimizer can be sharded as `train.zero` says; `zero` is the zero_optimization of its file."""
+    stage, offload = zero["stage"], "offload_optimizer" in zero
+    if optimizer.name == "muon" and (stage or offload):
+        # it needs whole matrices; DeepSpeed's own, which gathers them, clips what it has made of the gradient
+        problem = "its step is made of whole matrices, and of clipped gradients"
+        raise UserError(f"optimizer.name: muon with {train.zero}: {problem}, wanted train.zero=zero0, or name: adamw")
+    if optimizer.name == "adamw_8bit" and offload:
+        problem = "DeepSpeed's own AdamW steps what is offloaded"
+        raise UserError(f"optimizer.name: adamw_8bit with {train.zero}: {problem}, wanted name: adamw, or no offload")
 
 
 def heads(scratch: ScratchSettings) -> None:

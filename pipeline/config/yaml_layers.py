@@ -28,6 +28,7 @@ WHOLE = {
 }  # mappings that a later layer replaces instead of merging into
 EXCLUSIVE = (  # giving one of a pair takes back the other, if only an earlier layer gave it
     (("train", "num_train_epochs"), ("train", "max_steps")),
+    (("optimizer", "warmup_ratio"), ("optimizer", "warmup_steps")),
     (("train", "micro_batch_size"), ("train", "max_tokens")),
 )
 TEXTS = text_paths(record for records in STAGES.values() for record in records)

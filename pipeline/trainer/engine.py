@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -25,7 +24,7 @@ from pipeline.models.policy import Policy, RewardModel
 from pipeline.records import Batch
 from pipeline.trainer import group, partitions
 from pipeline.trainer.group import Ranks  # before deepspeed, for which it names the accelerator
-from pipeline.trainer.optimizer import NOMINAL_ACCUMULATION, PRECISIONS, adam_arguments, full_config, parameter_groups
+from pipeline.trainer.optimizer import NOMINAL_ACCUMULATION, PRECISIONS, client_optimizer, full_config, parameter_groups
 from pipeline.trainer.twin import hookless_twin, link_tensors, unlink_tensors
 
 import deepspeed  # isort: skip
@@ -44,7 +43,7 @@ class Engine:
         self.stage = config["zero_optimization"]["stage"]
         together.fp16_on_gpu(train, ranks.device.type != "cpu")
         if optimizer is not None:
-            together.fp16_scaled(train, self.stage)
+            together.optimizer_fits(optimizer, train, config["zero_optimization"])
         self.ranks, self.module = ranks, module
         self.dtype = PRECISIONS[train.precision]
         self._twin = hookless_twin(module) if self.stage == 3 else None
@@ -56,12 +55,14 @@ class Engine:
                 parameter.data = parameter.data.to(self.dtype)
             return
         client = None
-        groups = None if optimizer is None else parameter_groups(module, optimizer.weight_decay)  # by whole shapes
+        groups = None
+        if optimizer is not None:
+            if "optimizer" in config:
+                groups = parameter_groups(module, optimizer.weight_decay)
+            else:
+                client = client_optimizer(module, optimizer)
         if self.stage == 3:
-            cut(module, config, self.dtype)
-        if optimizer is not None and "optimizer" not in config:
-            client = torch.optim.AdamW(groups, fused=True, **adam_arguments(optimizer))
-            groups = None
+            cut(module, config, self.dtype)  # after its weights were told apart by their shapes
         try:
             self._engine = deepspeed.initialize(
                 model=module, optimizer=client, model_parameters=groups, config=config, dist_init_required=False
@@ -94,7 +95,7 @@ class Engine:
         self._engine.set_gradient_accumulation_boundary(last)
         # undoes DeepSpeed's two hidden averages: over accumulation steps and over ranks
         scale = (self.ranks.world * NOMINAL_ACCUMULATION / n_terms.clamp(min=1.0)).to(total)
-        self._engine.backward((total * scale).sum())
+        self._engine.backward((total * scale).sum() * self._unscaled())
 
     def step(self, learning_rate: float) -> float:
         """One clipped optimizer step; the global gradient norm before clipping.
@@ -107,8 +108,13 @@ class Engine:
         if norm is not None and not norm.isfinite():  # every other optimizer of DeepSpeed looks for itself
             self._engine.zero_grad()
             return float(norm)
+        unscaled = self._unscaled()  # before a step that may change it
         self._engine.step()
-        return float(norm if norm is not None else self._engine.get_global_grad_norm())
+        return float(norm if norm is not None else self._engine.get_global_grad_norm()) / unscaled
+
+    def _unscaled(self) -> float:
+        """The loss scale, where DeepSpeed divides gradients by it and multiplies no loss: under ZeRO-0, in fp16."""
+        return self._engine.optimizer.loss_scale_config.cur_scale if self._half and self.stage == 0 else 1.0
 
     def _plain_norm(self) -> Tensor | None:
         """The norm under ZeRO-0 in fp32, where DeepSpeed has no optimizer of its own to compute it."""

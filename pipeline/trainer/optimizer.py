@@ -7,8 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.config import together
 from pipeline.config.deepspeed import read_ds_config
 from pipeline.config.sections import OptimizerSettings, TrainSettings
+from pipeline.errors import UserError
+from pipeline.trainer import muon
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -28,9 +31,29 @@ def full_config(train: TrainSettings, optimizer: OptimizerSettings | None) -> di
     if optimizer is None:
         return config
     config["gradient_clipping"] = optimizer.max_grad_norm
+    if optimizer.name == "adamw_8bit":  # which is tested here, though not there
+        config["zero_allow_untested_optimizer"] = True
     if "offload_optimizer" in config["zero_optimization"]:
         config["optimizer"] = {"type": "AdamW", "params": adam_arguments(optimizer)}
     return config
+
+
+def client_optimizer(module: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """The optimizer that `optimizer.name` names, on the trained parameters of `module`.
+
+    Raises UserError where its package is not installed.
+    """
+    adam = adam_arguments(settings)
+    if settings.name == "muon":
+        return muon.muon(module, settings, adam)
+    groups = parameter_groups(module, settings.weight_decay)
+    if settings.name == "adamw":
+        return torch.optim.AdamW(groups, fused=True, **adam)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise UserError(f"optimizer.name: adamw_8bit: {together.NO_BITSANDBYTES} ({error})") from None
+    return AdamW8bit(groups, **adam)
 
 
 def adam_arguments(settings: OptimizerSettings) -> dict[str, Any]:

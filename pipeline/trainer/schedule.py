@@ -27,6 +27,9 @@ def steps_for(settings: Training, rows: int, kept: float = 1.0) -> int:
         logger.info(f"{steps:,} of {given:,} steps, for the rows that are kept (scale_steps=false takes all)")
     if steps < FEW and steps != train.max_steps:
         logger.warning(few(settings, rows, kept, steps))
+    if (warmup := warmup_steps(steps, settings.optimizer)) > steps:
+        found = f"optimizer.warmup_steps: {warmup:,}, but there are {steps:,} steps in all"
+        logger.warning(f"{found}, so that the rate never reaches {settings.optimizer.learning_rate:g}")
     return steps
 
 
@@ -47,25 +50,52 @@ def epochs(rows: int, batch_size: int, seed: int) -> Draw:
 
 
 def learning_rate(step: int, max_steps: int, settings: OptimizerSettings) -> float:
-    """The rate of `step`, counted from 0: linear warm-up, then constant, or linear or cosine down to 0.
+    """The rate of `step`, counted from 0: linear warm-up, then what lr_scheduler_type says, down to min_lr_ratio of it.
 
     No step has the rate 0, for it would teach nothing: of n steps of warm-up the first has 1/n of the rate.
     """
-    warmup = math.ceil(round(max_steps * settings.warmup_ratio, 9))  # 140 x 0.05 is 7, not 7.000000000000001
+    warmup = warmup_steps(max_steps, settings)
     if step < warmup:
         return settings.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, max_steps - warmup)
-    factors = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
-    return settings.learning_rate * factors[settings.lr_scheduler_type]
+    falls_from = warmup
+    if settings.lr_scheduler_type == "warmup_stable_decay":
+        falls_from = max(warmup, max_steps - _share(max_steps, settings.decay_ratio))
+    progress = max(0, step - falls_from) / max(1, max_steps - falls_from)
+    linear, cosine = 1.0 - progress, 0.5 * (1.0 + math.cos(math.pi * progress))
+    factors = {"constant": 1.0, "linear": linear, "warmup_stable_decay": linear, "cosine": cosine}
+    floor = settings.min_lr_ratio
+    return settings.learning_rate * (floor + (1.0 - floor) * factors[settings.lr_scheduler_type])
+
+
+def warmup_steps(max_steps: int, settings: OptimizerSettings) -> int:
+    """The steps whose rate rises: as many as are given, or a share of all."""
+    if settings.warmup_steps is not None:
+        return settings.warmup_steps
+    return _share(max_steps, settings.warmup_ratio)
+
+
+def _share(steps: int, ratio: float) -> int:
+    return math.ceil(round(steps * ratio, 9))  # 140 x 0.05 is 7, not 7.000000000000001
+
+
+def shape_of(settings: OptimizerSettings) -> str:
+    """The settings that give the rate its course, in words."""
+    given = settings.warmup_steps
+    warmup = f"warmup_ratio={settings.warmup_ratio:g}" if given is None else f"warmup_steps={given}"
+    words = [settings.lr_scheduler_type, warmup]
+    if settings.lr_scheduler_type == "warmup_stable_decay":
+        words.append(f"decay_ratio={settings.decay_ratio:g}")
+    if settings.min_lr_ratio:
+        words.append(f"min_lr_ratio={settings.min_lr_ratio:g}")
+    return ", ".join(words)
 
 
 def lengthened(step: int, before: int, now: int, settings: OptimizerSettings) -> str:
     """What a training that goes on after `step`, of `now` steps instead of `before`, does with its rate."""
     last, following = learning_rate(step - 1, before, settings), learning_rate(step, now, settings)
-    shape = f"{settings.lr_scheduler_type}, warmup_ratio={settings.warmup_ratio:g}"
     return (
-        f"{now:,} steps in place of {before:,}: the learning rate follows its schedule over all of them ({shape}): "
-        f"step {step:,} had {last:.3g}, step {step + 1:,} has {following:.3g}"
+        f"{now:,} steps in place of {before:,}: the learning rate follows its schedule over all of them "
+        f"({shape_of(settings)}): step {step:,} had {last:.3g}, step {step + 1:,} has {following:.3g}"
     )
 
 
