@@ -65,7 +65,7 @@ def test_activations_are_what_autograd_keeps(shape: str) -> None:
     kept = {False: whole, True: kept_bytes(model) + whole / 4}
     for again, found in settings.items():
         size = memory.shape_of(model, found)
-        estimated = memory.memory(size, found.train, memory.Load(4 * 64, 0), 1, 0, offload=False).activations
+        estimated = memory.memory(size, found.train, memory.Load(4 * 64, 0), 1, {"stage": 0}).activations
         assert 0.7 < estimated / kept[again] < 1.4, (again, estimated, kept[again])
 
 
@@ -93,11 +93,15 @@ def test_the_cache_is_what_generation_keeps(shape: str) -> None:
 
 
 def test_sampling_takes_the_place_of_activations() -> None:
-    """8 ranks of 8 weights each in 4 bytes: 7/8 are gathered to sample; 3 tokens of 2 numbers are kept."""
+    """8 ranks of 8 weights each in 4 bytes: all 64 are gathered to sample; 3 tokens of 2 numbers are kept."""
     shape = memory.Shape(64.0, 64.0, 1, 1, 0, 0.0, 2.0)
-    found = memory.memory(shape, training().train, memory.Load(0, 3), 8, 3, offload=False)
-    assert (found.sampling, found.weights) == (3 * 2 * 4 + 56 * 4, 8 * 4)
-    assert found.needed == sum(found) and found._replace(activations=1e6).needed == sum(found) - found.sampling + 1e6
+    found = memory.memory(shape, training().train, memory.Load(0, 3), 8, {"stage": 3})
+    assert (found.sampling, found.weights) == (3 * 2 * 4 + 64 * 4, 8 * 4)
+    learning = found.gathered + found.stepping + found.activations + found.logits
+    assert found.needed == sum(found) - min(learning, found.sampling)
+    assert found._replace(activations=1e6).needed == sum(found) - found.sampling - found.activations + 1e6
+    alone = memory.memory(shape, training().train, memory.Load(0, 3, layers=True), 8, {"stage": 3})
+    assert alone.sampling == found.sampling  # all of so small a model are read at once
     words = ("batch_size=16", "max_prompt_length=48", "max_new_tokens=16")
     rows = {
         "rl algo=esrl": 16 * 8,  # prompts of a step, k_max
@@ -136,7 +140,7 @@ def test_the_plan_by_size_is_near_that_by_configuration(name: str, again: bool, 
     real = memory.planned_shape(resolve(["stage=plan", f"model={tmp_path}", *words]).settings)
     settings = resolve(["stage=plan", f"parameters={real.parameters}", *words]).settings
     found, wanted = (
-        memory.memory(one, settings.train, memory.load_of(settings), 8, 3, offload=False)
+        memory.memory(one, settings.train, memory.load_of(settings), 8, {"stage": 3})
         for one in (memory.planned_shape(settings), real)
     )
     assert found.weights == wanted.weights and found.optimizer == wanted.optimizer
@@ -165,7 +169,7 @@ def test_the_command_of_readme_fits(tmp_path: Path) -> None:
         settings = resolve(words).settings
         world, stage = settings.launch.processes, read_ds_config(settings.train.zero)["zero_optimization"]["stage"]
         needed = memory.memory(
-            memory.planned_shape(settings), settings.train, memory.load_of(settings), world, stage, offload=False
+            memory.planned_shape(settings), settings.train, memory.load_of(settings), world, {"stage": stage}
         ).needed
         assert 20e9 < needed < 0.9 * 80e9
 

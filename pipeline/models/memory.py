@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import warnings
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.config.deepspeed import read_ds_config
+from pipeline.config.reward_spec import parse
 from pipeline.config.schema import PlanStage, RewardStage, RlAdvantage, RlPolicy, RlStage, SftStage, Training
 from pipeline.config.sections import ModelSettings, TrainSettings
-from pipeline.launch import launcher, machine
+from pipeline.launch import launcher, machine, run_dir
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,27 +48,35 @@ class Shape(NamedTuple):
 
 
 class Load(NamedTuple):
-    """What one rank has in work at once."""
+    """What one rank has in work at once, and beside its model."""
 
     tokens: int  # padded, of a forward of training
     sampled: int  # of all prompts and responses of one call of generation, 0 where a stage has none
+    layers: bool = False  # ZeRO-3 gathers single layers while it samples
+    reference: bool = False  # a second model is asked beside the trained one
+    judges: float = 0.0  # bytes of reward models
 
 
 class Memory(NamedTuple):
     """Bytes of one rank."""
 
     weights: float
+    gathered: float  # by ZeRO-3, while it reads
     gradients: float
     optimizer: float
+    stepping: float  # copies that a step makes
+    reference: float  # a second model, which is only read
     activations: float
     logits: float
     sampling: float  # at another time than activations and logits
+    judges: float  # reward models
     program: float
 
     @property
     def needed(self) -> float:
-        """At the fullest moment."""
-        return sum(self) - min(self.activations + self.logits, self.sampling)
+        """At the fullest moment: while it learns, or while it samples, without what is only of the other."""
+        learning = self.gathered + self.stepping + self.activations + self.logits
+        return sum(self) - min(learning, self.sampling)
 
 
 class Demand(NamedTuple):
@@ -84,79 +96,158 @@ class Demand(NamedTuple):
         return found if self.fits else f"{found}: too little; {self.cures}"
 
 
-def memory(shape: Shape, train: TrainSettings, load: Load, world: int, stage: int, offload: bool) -> Memory:
-    """The estimate for `load` on each of `world` ranks."""
+def memory(shape: Shape, train: TrainSettings, load: Load, world: int, zero: Mapping[str, Any]) -> Memory:
+    """The estimate for `load` on each of `world` ranks under `zero`, the part of that name of DeepSpeed's file.
+
+    What a step copies, and what ZeRO-3 gathers, was measured with DeepSpeed 0.19.8.
+    """
     from pipeline.models.policy import CHUNK_ELEMENTS
 
-    half = train.precision != "fp32"
+    stage, half = zero["stage"], train.precision != "fp32"
     element = 2 if half else 4
     kept = KEPT * shape.outputs
     if train.gradient_checkpointing:  # what every layer reads, and one layer as it is made again
         kept = kept / shape.layers + shape.hidden_size * shape.layers
     chunk = min(load.tokens * shape.vocab_size, CHUNK_ELEMENTS)
     slice_of_head = 4 * 4 * chunk  # logits, log-probabilities, two gradients
+    shared, whole = world if stage >= 1 else 1, shape.trained == shape.parameters
+    live = min(shape.parameters, zero.get("stage3_max_live_parameters", 1e9)) if stage == 3 else 0.0
+    gathered = 0.0
+    if load.sampled and stage == 3:
+        gathered = live if load.layers else shape.parameters
     weights = shape.parameters * element / (world if stage == 3 else 1)
-    gathered = shape.parameters * element - weights
     return Memory(
         weights=weights,
-        gradients=shape.trained * element / (world if stage >= 2 else 1),
-        optimizer=0.0 if offload else shape.trained * (12 if half else 8) / (world if stage >= 1 else 1),
+        gathered=1.5 * element * live,  # half of it once more as it arrives
+        gradients=shape.trained * element / shared,
+        optimizer=shape.trained * (12 if half or stage else 8) / shared,
+        stepping=_stepping(shape.trained, zero, element, world),
+        reference=weights if load.reference else 0.0,
         activations=load.tokens * kept * element,
-        logits=float(slice_of_head + element * shape.vocab_size * shape.hidden_size),
-        sampling=load.sampled * shape.cache * element + gathered if load.sampled else 0.0,
+        logits=float(slice_of_head + (element * shape.vocab_size * shape.hidden_size if whole else 0)),
+        sampling=load.sampled * shape.cache * element + element * gathered,
+        judges=load.judges,
         program=PROGRAM,
     )
 
 
+def _stepping(trained: float, zero: Mapping[str, Any], element: int, world: int) -> float:
+    """Bytes of gradients beside a rank's part of them: before they are shared out, on their way, and in float32."""
+    if zero["stage"] == 0:
+        return 4 * trained if element == 2 else 0.0
+    copies = 4 * trained / world
+    if zero["stage"] == 3:
+        return copies + element * min(trained, zero.get("reduce_bucket_size", 5e8))
+    copies += element * trained / world if element == 2 and world > 1 else 0.0
+    return max(copies, element * trained * (1 - 1 / world)) if zero["stage"] == 1 else copies
+
+
 def estimate(settings: Training) -> str:
-    """A table of the estimate for the configured ZeRO stage beside the others.
+    """A table of the estimate for the configured ZeRO stage beside the others; what the host and the disk are to hold.
 
     Raises UserError where the model's configuration or the ZeRO file cannot be read.
     """
     shape, train = planned_shape(settings), settings.train
     world = launcher.world(settings.launch, "sft", os.environ)  # as any stage that trains
-    stage, offload = sharding_of(settings)
-    load = load_of(settings)
-    parts = {one: memory(shape, train, load, world, one, offload and one == stage) for one in range(4)}
+    chosen, load = zero_of(settings), load_of(settings)
+    parts = {one: memory(shape, train, load, world, {"stage": one}) for one in range(4)}
+    kept = memory(shape, train, load, world, chosen)
+    parts[chosen["stage"]] = on_device(kept, settings, chosen)
     by_size = isinstance(settings, PlanStage) and settings.parameters is not None
     lines = [
-        f"model: {shape.parameters / 1e6:,.1f} M weights, {shape.trained / 1e6:,.1f} M trained, {train.precision}",
+        f"model: {_named(settings)}{shape.parameters / 1e6:,.1f} M weights, {shape.trained / 1e6:,.1f} M trained, "
+        f"{train.precision}",
         f"shape: {'typical of that size, ' if by_size else ''}{shape.layers} layers of {shape.hidden_size:,}"
         + (f", vocabulary {shape.vocab_size:,}" if shape.vocab_size else ""),
         f"batch: {train.batch_size} rows per step over {world} processes, {load.tokens:,} padded tokens per forward",
-        f"{'GB per process':16}" + "".join(f"{title:>12}" for title in (*Memory._fields, "all")),
+        f"{'GB per process':14}" + "".join(f"{title:>12}" for title in (*Memory._fields, "all")),
     ]
     for one, row in parts.items():
         numbers = "".join(f"{part / GB:12.2f}" for part in (*row, row.needed))
-        lines.append(f"{f'ZeRO-{one}':16}{numbers}" + (" <- train.zero" if one == stage else ""))
-    if offload:
-        kept = memory(shape, train, load, world, stage, offload=False).optimizer
-        lines.append(f"{train.zero}: the optimizer's {kept / GB:.2f} GB per process are in the host's memory")
+        lines.append(f"{f'ZeRO-{one}':14}{numbers}" + (" <- train.zero" if one == chosen["stage"] else ""))
+    lines.append("gathered, stepping, activations and logits are needed at another time than sampling")
     available, owner = available_to(settings)
     if isinstance(settings, PlanStage):
         limit = 0.9 * available  # the rest is for what is not estimated
         fitting = [f"ZeRO-{one}" for one, row in parts.items() if row.needed <= limit]
         lines.append(f"fits in {available / GB:.1f} GB, with a tenth to spare: {', '.join(fitting) or 'none'}")
-    lines.append(str(Demand(parts[stage].needed, available, owner, cures(settings, world))))
+    lines.append(str(Demand(parts[chosen["stage"]].needed, available, owner, cures(settings, world))))
+    lines += host_lines(settings, shape, kept, world, chosen)
+    lines.append(disk_line(settings, shape, chosen["stage"]))
     if isinstance(settings, RlAdvantage) and settings.value.targets != "data":
         most = settings.value.most_prompts("policy")
         lines.append(settings.value.spoken_cost(most, settings.generation.max_new_tokens))
-    lines.append("one model in memory: a reference is never kept beside the policy")
+    if not load.reference:
+        lines.append("one model in memory: no reference is kept beside it")
     return "\n".join(lines)
+
+
+def _named(settings: Training) -> str:
+    return "" if settings.model.path is None else f"{settings.model.path}, "
+
+
+def on_device(found: Memory, settings: Training, zero: Mapping[str, Any]) -> Memory:
+    """The estimate without what is kept in another memory than the model is computed in."""
+    if not on_gpu(settings):
+        return found
+    if "offload_optimizer" in zero:
+        found = found._replace(optimizer=0.0, stepping=0.0)
+    return found._replace(weights=0.0) if "offload_param" in zero else found
+
+
+def host_lines(settings: Training, shape: Shape, kept: Memory, world: int, zero: Mapping[str, Any]) -> Iterator[str]:
+    """What a machine with GPUs holds in its own memory: weights as they are read, and what is offloaded."""
+    if not on_gpu(settings):
+        return
+    local = min(world, settings.launch.processes)
+    element = 2 if settings.train.precision == "bf16" else 4  # as they are read
+    read = 0.0 if zero["stage"] == 3 else shape.parameters * element
+    device = on_device(kept, settings, zero)
+    if kept.optimizer != device.optimizer:
+        held = f"the optimizer's {kept.optimizer / GB:.2f} GB per process are in the host's memory"
+        yield f"{settings.train.zero}: {held}"
+    needed = local * (PROGRAM + max(read, kept.weights - device.weights + kept.optimizer - device.optimizer))
+    what = "one weight at a time is read" if zero["stage"] == 3 else f"{read / GB:.1f} GB of weights are read"
+    line = f"host memory: about {needed / GB:.1f} GB for {local} processes of a machine ({what} in each)"
+    if isinstance(settings, PlanStage) and settings.gpu_memory_gb is not None:
+        yield line  # of another machine
+    else:
+        there = machine.ram()
+        yield f"{line}, this machine has {there / GB:.1f} GB" + (": too little" if needed > there else "")
+
+
+def disk_line(settings: Training, shape: Shape, stage: int) -> str:
+    """Bytes of what is saved: checkpoints of trained weights with their optimizer, and the weights for others."""
+    half, all_weights = settings.train.precision != "fp32", not settings.model.lora.r
+    checkpoint = shape.trained * (14 if half else 16 if stage else 12)
+    kept = settings.train.save_total_limit
+    export = (shape.parameters if all_weights else shape.trained) * (2 if settings.train.precision == "bf16" else 4)
+    most = (kept + 1) * checkpoint + 3 * export  # one more of each while it is written
+    sizes = (
+        f"{checkpoint / GB:.1f} GB a checkpoint, of which {kept} stay; {export / GB:.1f} GB each for best/ and last/"
+    )
+    free = shutil.disk_usage(nearest(Path(settings.runs_dir))).free
+    short = ": too little; lower train.save_total_limit" if most > free else ""
+    return f"disk: {sizes}: up to {most / GB:.1f} GB, {settings.runs_dir} has {free / GB:.1f} GB free{short}"
+
+
+def nearest(path: Path) -> Path:
+    """The path, or the first of those around it that is there."""
+    return next(one for one in (path.absolute(), *path.absolute().parents) if one.exists())
 
 
 def warn_where_short(model: nn.Module, settings: Training, world: int) -> None:
     """Say so where the estimate for a model that was read is more than there is."""
-    stage, offload = sharding_of(settings)
-    needed = memory(shape_of(model, settings), settings.train, load_of(settings), world, stage, offload).needed
+    zero = zero_of(settings)
+    found = memory(shape_of(model, settings), settings.train, load_of(settings), world, zero)
+    needed = on_device(found, settings, zero).needed
     if not (demand := Demand(needed, *available_to(settings), cures(settings, world))).fits:
         logger.warning(f"memory: {demand}")
 
 
-def sharding_of(settings: Training) -> tuple[int, bool]:
-    """The ZeRO stage, and whether the optimizer is in another memory."""
-    zero = read_ds_config(settings.train.zero)["zero_optimization"]
-    return zero["stage"], "offload_optimizer" in zero and on_gpu(settings)
+def zero_of(settings: Training) -> dict[str, Any]:
+    """How DeepSpeed is to share the model out."""
+    return read_ds_config(settings.train.zero)["zero_optimization"]
 
 
 def on_gpu(settings: Training) -> bool:
@@ -181,7 +272,7 @@ def cures(settings: Training, world: int) -> str:
 
 
 def load_of(settings: Training) -> Load:
-    """The most padded tokens of one forward on one rank, and of one call of generation."""
+    """The most padded tokens of one forward on one rank, and of one call of generation; and further models."""
     data, train = settings.data, settings.train
     tokens = train.max_tokens or train.micro_batch_size * (data.max_prompt_length + data.max_response_length)
     if not isinstance(settings, SftStage | RlStage):
@@ -190,14 +281,25 @@ def load_of(settings: Training) -> Load:
     judged, new = (settings.eval.max_rows, generation.max_new_tokens)
     if isinstance(settings, SftStage):
         judged, new = settings.eval.num_samples, data.max_response_length
-    calls = [(judged, generation.num_return_sequences * generation.num_beams)]  # prompts, responses to each
+    calls = [(judged, generation.num_return_sequences * generation.num_beams)] if settings.eval.generate else []
+    # prompts, responses to each
     if isinstance(settings, RlPolicy):
         sampler = settings.sampler
         calls.append((train.batch_size, sampler.k_max if sampler.mode == "dynamic" else sampler.k))
     if isinstance(settings, RlAdvantage) and settings.value.targets != "data":
         calls.append((settings.value.most_prompts("policy"), settings.value.samples_per_prompt))
-    rows = max(min(prompts, generation.batch_size) * each for prompts, each in calls)
-    return Load(tokens, rows * (data.max_prompt_length + new))
+    rows = max((min(prompts, generation.batch_size) * each for prompts, each in calls), default=0)
+    reference = isinstance(settings, RlPolicy) and settings.algorithm.settings.get("kl_beta", 0) > 0
+    judges = judges_of(settings) if isinstance(settings, RlStage) else 0.0
+    return Load(tokens, rows * (data.max_prompt_length + new), generation.gather == "layers", reference, judges)
+
+
+def judges_of(settings: RlStage) -> float:
+    """Bytes of the reward models that every process holds: those of directories, as they were saved."""
+    trained = run_dir.reward_models(settings)
+    names = [name for name, _ in parse(settings.reward)] or [*trained]
+    folders = {Path(trained.get(name, name.rpartition(":")[0] or name)) for name in names}
+    return float(sum(file.stat().st_size for folder in folders for file in folder.glob("*.safetensors")))
 
 
 def available_to(settings: Training) -> tuple[float, str]:
