@@ -120,6 +120,9 @@ def of_launch(settings: WithModel, stage: str, environ: Mapping[str, str]) -> It
         yield f"launch.processes: gpus={wanted}, but this machine has {gpus} for it: wanted gpus={gpus} at most"
     if here and isinstance(settings, Training | GenerateStage | EvaluateStage):
         yield from told(lambda: together.fp16_on_gpu(settings.train, machine.has_gpu()))
+    if isinstance(settings, RewardStage) and settings.train.router_aux_loss_coef:
+        found = settings.train.router_aux_loss_coef
+        yield f"train.router_aux_loss_coef: {found}, but a reward model's router is left as it is: set 0"
     if isinstance(settings, Training):
         zero = read_ds_config(settings.train.zero)["zero_optimization"]
         yield from told(lambda: together.optimizer_fits(settings.optimizer, settings.train, zero))

@@ -171,6 +171,7 @@ class TrainSettings(Section):
     precision: Literal["fp32", "bf16", "fp16"]
     zero: str
     gradient_checkpointing: bool
+    router_aux_loss_coef: NotNegative | None
     logging_steps: Count
     eval_steps: Count | None
     save_steps: Count | None

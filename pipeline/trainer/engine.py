@@ -23,6 +23,7 @@ from pipeline.trainer.optimizer import NOMINAL_ACCUMULATION, PRECISIONS, client_
 from pipeline.trainer.twin import hookless_twin, link_tensors, unlink_tensors
 
 import deepspeed  # isort: skip
+from deepspeed.utils import set_z3_leaf_module  # isort: skip
 
 
 class Engine:
@@ -46,6 +47,8 @@ class Engine:
             for parameter in module.parameters():  # buffers (rotary frequencies) stay exact, as DeepSpeed leaves them
                 parameter.data = parameter.data.to(self.dtype)
             return
+        if self.stage == 3:
+            mark_experts(module)
         client = None
         groups = None
         if optimizer is not None:
@@ -172,3 +175,10 @@ class Engine:
         """The names of weights that are not trained, all names of tied ones."""
         named = self.module.named_parameters(remove_duplicate=False)
         return {name for name, parameter in named if not parameter.requires_grad}
+
+
+def mark_experts(module: nn.Module) -> None:
+    """Tell ZeRO-3 to gather each list of experts whole: ranks whose tokens go to other experts would wait for ever."""
+    for part in module.modules():
+        if any(isinstance(child, nn.ModuleList) and name == "experts" for name, child in part.named_children()):
+            set_z3_leaf_module(part, True)
