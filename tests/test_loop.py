@@ -80,7 +80,9 @@ def test_learning_rates_are_those_of_transformers(kind: str) -> None:
     elif kind == "linear":
         theirs = transformers.get_linear_schedule_with_warmup(optimizer, 4, 20)
     else:
-        theirs = transformers.get_wsd_schedule(optimizer, 4, 5, 11, decay_type="linear", min_lr_ratio=0.1)
+        theirs = transformers.get_wsd_schedule(
+            optimizer, 4, 5, num_stable_steps=11, decay_type="linear", min_lr_ratio=0.1
+        )
     wanted = []
     for _ in range(20):
         wanted.append(theirs.get_last_lr()[0])

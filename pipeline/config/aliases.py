@@ -2,7 +2,7 @@
 
 SECTION_OF = {  # settings that may be given without their section
     "launch": "hostfile launcher master_port ddp_timeout",
-    "model": "attn_implementation trust_remote_code dropout",
+    "model": "attn_implementation trust_remote_code dropout load_in_4bit",
     "data": "task max_prompt_length max_response_length",
     "train": "batch_size micro_batch_size max_tokens num_train_epochs max_steps precision zero gradient_checkpointing "
     "logging_steps eval_steps save_steps save_total_limit router_aux_loss_coef",

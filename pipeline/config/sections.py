@@ -95,6 +95,7 @@ class ModelSettings(Section):
     trust_remote_code: bool
     dropout: Dropped | None
     save_dtype: Literal["bfloat16", "float16"] | None
+    load_in_4bit: bool = False  # of settings that were saved before there was one
 
 
 class TemplateSettings(Section):
