@@ -124,9 +124,14 @@ def of_launch(settings: WithModel, stage: str, environ: Mapping[str, str]) -> It
         yield f"launch.processes: gpus={wanted}, but this machine has {gpus} for it: wanted gpus={gpus} at most"
     if here and isinstance(settings, Training | GenerateStage | EvaluateStage):
         yield from told(lambda: together.fp16_on_gpu(settings.train, machine.has_gpu()))
+    if isinstance(settings, RewardStage) and settings.train.router_aux_loss_coef:
+        found = settings.train.router_aux_loss_coef
+        yield f"train.router_aux_loss_coef: {found}, but a reward model's router is left as it is: set 0"
     if isinstance(settings, Training):
         zero = read_ds_config(settings.train.zero)["zero_optimization"]
         yield from told(lambda: together.optimizer_fits(settings.optimizer, settings.train, zero))
+        if here and settings.model.load_in_4bit:
+            yield from of_four_bits(settings, zero["stage"])
         if here and settings.optimizer.name == "adamw_8bit" and not importlib.util.find_spec("bitsandbytes"):
             yield f"optimizer.name: adamw_8bit: {together.NO_BITSANDBYTES}, or set optimizer.name=adamw"
         if here and "offload_optimizer" in zero and not can_offload(environ):
@@ -134,6 +139,17 @@ def of_launch(settings: WithModel, stage: str, environ: Mapping[str, str]) -> It
                 f"train.zero: {settings.train.zero} offloads the optimizer, for which DeepSpeed compiles code, and "
                 f"there is no C++ compiler ({environ.get('CXX', 'c++')}): install one, or wanted a file without offload"
             )
+
+
+def of_four_bits(settings: SftStage | RewardStage | RlStage, zero_stage: int) -> Iterator[str]:
+    """Why a model cannot be read in 4 bits."""
+    if isinstance(settings, RewardStage):
+        yield "model.load_in_4bit: true, but only policies are read so, wanted false for a reward model"
+        return
+    if isinstance(settings, SftStage) or settings.start_from != "sft":  # else its path is that of the run's SFT model
+        yield from told(lambda: together.four_bits(settings.model, settings.train, zero_stage, machine.has_gpu()))
+    if not importlib.util.find_spec("bitsandbytes"):
+        yield f"model.load_in_4bit: {together.NO_BITSANDBYTES}"
 
 
 def can_offload(environ: Mapping[str, str]) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from pipeline.algorithms import offline, supervised
@@ -37,8 +38,8 @@ TOKENS = Objective(lambda logp, batch: supervised.loss(logp, batch, supervised.S
 # the learning rate
 
 
-def rates(kind: str, steps: int, warmup: float) -> list[float]:
-    settings = tiny.optimizer_settings(learning_rate=1.0, lr_scheduler_type=kind, warmup_ratio=warmup)
+def rates(kind: str, steps: int, warmup: float, **changes: float | None) -> list[float]:
+    settings = tiny.optimizer_settings(learning_rate=1.0, lr_scheduler_type=kind, warmup_ratio=warmup, **changes)
     return [schedule.learning_rate(step, steps, settings) for step in range(steps)]
 
 
@@ -49,6 +50,44 @@ def test_learning_rates_by_hand() -> None:
     # (1 + cos(pi k / 8)) / 2 for k = 0 .. 7
     falling = [1.0, 0.961940, 0.853553, 0.691342, 0.5, 0.308658, 0.146447, 0.038060]
     assert rates("cosine", 10, 0.2) == pytest.approx([0.5, 1.0, *falling], abs=1e-6)
+
+
+def test_learning_rates_with_a_floor_and_a_late_decay() -> None:
+    # 0.2 + 0.8 (1 - k / 4)
+    assert rates("linear", 4, 0.0, min_lr_ratio=0.2) == pytest.approx([1.0, 0.8, 0.6, 0.4])
+    assert rates("cosine", 2, 0.0, min_lr_ratio=0.1) == pytest.approx([1.0, 0.55])  # 0.1 + 0.9 (1 + cos(pi / 2)) / 2
+    # 2 steps of warm-up, 4 at the rate, and the last 4 down: 1 - k / 4
+    assert rates("warmup_stable_decay", 10, 0.2, decay_ratio=0.4) == pytest.approx(
+        [0.5] + [1.0] * 6 + [0.75, 0.5, 0.25]
+    )
+    down = [1.0, 0.775, 0.55, 0.325]  # 0.1 + 0.9 (1 - k / 4)
+    late = rates("warmup_stable_decay", 10, 0.2, decay_ratio=0.4, min_lr_ratio=0.1)
+    assert late == pytest.approx([0.5] + [1.0] * 5 + down)
+    counted = rates("warmup_stable_decay", 6, None, warmup_steps=2, decay_ratio=1.0)  # all that is left goes down
+    assert counted == pytest.approx([0.5, 1.0, 1.0, 0.75, 0.5, 0.25])
+    assert rates("constant", 4, None, warmup_steps=8) == [0.125, 0.25, 0.375, 0.5]
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "warmup_stable_decay"])
+def test_learning_rates_are_those_of_transformers(kind: str) -> None:
+    """Whose warm-up begins a step earlier, at 0."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    found = rates(kind, 20, None, warmup_steps=4, decay_ratio=0.25, min_lr_ratio=0.0 if kind == "linear" else 0.1)
+    if kind == "cosine":
+        theirs = transformers.get_cosine_with_min_lr_schedule_with_warmup(optimizer, 4, 20, min_lr_rate=0.1)
+    elif kind == "linear":
+        theirs = transformers.get_linear_schedule_with_warmup(optimizer, 4, 20)
+    else:
+        theirs = transformers.get_wsd_schedule(
+            optimizer, 4, 5, num_stable_steps=11, decay_type="linear", min_lr_ratio=0.1
+        )
+    wanted = []
+    for _ in range(20):
+        wanted.append(theirs.get_last_lr()[0])
+        optimizer.step()
+        theirs.step()
+    assert found[4:] == pytest.approx(wanted[4:])
 
 
 def test_learning_rates_at_the_edges() -> None:
@@ -68,6 +107,11 @@ def test_what_a_longer_training_does_with_its_rate() -> None:
         "8 steps in place of 4: the learning rate follows its schedule over all of them (linear, warmup_ratio=0): "
         "step 4 had 0.25, step 5 has 0.5"
     )
+    changes = {"warmup_ratio": None, "warmup_steps": 3, "min_lr_ratio": 0.1, "decay_ratio": 0.25}
+    late = tiny.optimizer_settings(learning_rate=1.0, lr_scheduler_type="warmup_stable_decay", **changes)
+    said = schedule.lengthened(20, 20, 40, late)  # the last of 5 that went down: 0.1 + 0.9 / 5; then high again
+    assert "(warmup_stable_decay, warmup_steps=3, decay_ratio=0.25, min_lr_ratio=0.1)" in said
+    assert said.endswith("step 20 had 0.28, step 21 has 1")
 
 
 # counting

@@ -2,10 +2,10 @@
 
 SECTION_OF = {  # settings that may be given without their section
     "launch": "hostfile launcher master_port ddp_timeout",
-    "model": "attn_implementation trust_remote_code dropout",
+    "model": "attn_implementation trust_remote_code dropout load_in_4bit",
     "data": "task max_prompt_length max_response_length",
     "train": "batch_size micro_batch_size max_tokens num_train_epochs max_steps precision zero gradient_checkpointing "
-    "logging_steps eval_steps save_steps save_total_limit",
+    "logging_steps eval_steps save_steps save_total_limit router_aux_loss_coef",
     "optimizer": "learning_rate lr_scheduler_type warmup_ratio warmup_steps min_lr_ratio weight_decay adam_beta1 "
     "adam_beta2 adam_epsilon max_grad_norm",
     "generation": "max_new_tokens min_new_tokens do_sample temperature temperatures top_p top_k num_beams "
@@ -37,6 +37,7 @@ ALIASES: dict[str, str] = {
     **dict.fromkeys(("epochs", "num_epochs", "max_epochs"), "train.num_train_epochs"),
     "max_train_steps": "train.max_steps",
     **dict.fromkeys(("deepspeed", "deepspeed_config", "zero_stage"), "train.zero"),
+    "aux_loss_coef": "train.router_aux_loss_coef",
     "activation_checkpointing": "train.gradient_checkpointing",
     "optim": "optimizer.name",
     "lr": "optimizer.learning_rate",

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 LENGTHS = "prompt and response are cut by themselves: set max_prompt_length=1024 max_response_length=512"
 BATCH = "batch_size=32 counts rows per step over all GPUs; one reads max_tokens=4096 or micro_batch_size=4 at once"
-QUANTISED = "no weights of 4 or 8 bits; where memory is short: bf16=true lora_r=16 gradient_checkpointing=true"
+QUANTISED = (
+    "set load_in_4bit=true lora_r=16 bf16=true, on a GPU: weights of 4 bits (NF4) below adapters; none of 8 bits"
+)
 SCORED = "rows that are scored already: stage=rl algo=alol, whose steps sample nothing"
 ONLINE = f"{SCORED}; prompts and a reward that judges new texts: stage=rl algo=esrl reward=NAME, which samples little"
 PAIRS = "not offered; of preference pairs learns stage=rl algo=dpo"
@@ -58,7 +60,7 @@ SAID: dict[str, str] = {  # names -> what to say of each
     ),
     "warmup": "set warmup_ratio=0.05, a fraction of all steps, or warmup_steps=100",
     "optimizer": "set optim=adamw, adamw_8bit or muon; zero=zero2_offload keeps its states in the host's memory",
-    "load_in_4bit load_in_8bit qlora use_qlora quantization quantization_bit bnb_4bit_quant_type": QUANTISED,
+    "load_in_8bit qlora use_qlora quantization quantization_bit bnb_4bit_quant_type": QUANTISED,
     "use_peft use_lora use_dora peft lora adapter finetuning_type peft_config": (
         "lora_r=16 trains LoRA adapters, lora_r=0 (the default) all weights"
     ),

@@ -95,6 +95,7 @@ class ModelSettings(Section):
     trust_remote_code: bool
     dropout: Dropped | None
     save_dtype: Literal["bfloat16", "float16"] | None
+    load_in_4bit: bool = False  # of settings that were saved before there was one
 
 
 class TemplateSettings(Section):
@@ -172,6 +173,7 @@ class TrainSettings(Section):
     precision: Literal["fp32", "bf16", "fp16"]
     zero: str
     gradient_checkpointing: bool
+    router_aux_loss_coef: NotNegative | None
     logging_steps: Count
     eval_steps: Count | None
     save_steps: Count | None

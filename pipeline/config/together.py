@@ -50,3 +50,22 @@ def adapters(model: ModelSettings) -> None:
     """There is a model that adapters are for."""
     if model.path is None and model.lora.r:
         raise UserError("model.lora.r: adapters of a new model's frozen random weights learn little: give model=")
+
+
+def four_bits(model: ModelSettings, train: TrainSettings, zero_stage: int, gpu: bool) -> None:
+    """A model in 4 bits can be read and trained: by adapters, on a GPU, whole on each."""
+    if not model.load_in_4bit:
+        return
+    problem = None
+    if model.path is None:
+        problem, cure = "a new model is read from no checkpoint", "give model="
+    elif not model.lora.r:
+        problem, cure = "weights of 4 bits are not trained themselves", "set lora_r=16"
+    elif zero_stage == 3:
+        problem, cure = f"{train.zero} would cut them in parts, which loses their scales", "set zero=zero2"
+    elif train.precision == "fp32":
+        problem, cure = "what is computed from them is no finer than bfloat16", "set bf16=true"
+    elif not gpu:
+        problem, cure = "needs a GPU, and there is none here", "set false"
+    if problem is not None:
+        raise UserError(f"model.load_in_4bit: {problem}: {cure}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
@@ -301,12 +302,25 @@ def _from_checkpoint(
 ) -> PreTrainedModel:
     """What `settings.path` holds, or `weights`, as a model of the class `auto`."""
     options = {**options, **_version(settings), "state_dict": weights, "output_loading_info": True}
+    if settings.load_in_4bit and weights is None:
+        options["quantization_config"] = four_bits(options["dtype"])
     with reading(settings.path, "weights"):  # `check_report` names mismatched sizes
         place = settings.path if weights is None else None
         model, report = auto.from_pretrained(place, config=config, ignore_mismatched_sizes=True, **options)
     if checks.check_report(settings.path, report, model, new_head):
         zero_head(model)
     return model
+
+
+def four_bits(dtype: torch.dtype) -> transformers.BitsAndBytesConfig:
+    """How QLoRA keeps the weights below adapters: Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, section 3.
+
+    `dtype` is that of computing. Raises UserError where bitsandbytes is not installed.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"model.load_in_4bit: {together.NO_BITSANDBYTES}")
+    kind = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    return transformers.BitsAndBytesConfig(load_in_4bit=True, **kind)
 
 
 def zero_head(model: PreTrainedModel) -> None:

@@ -15,7 +15,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from pipeline.algorithms import functional
 from pipeline.errors import UserError
-from pipeline.models import attention
+from pipeline.models import attention, router
 from pipeline.models.checks import HEADS
 from pipeline.models.late import Late
 from pipeline.models.loading import body, hugging_face
@@ -68,13 +68,17 @@ class Policy(nn.Module):
         self.encoder_decoder: bool = lm.config.is_encoder_decoder
         self.attends_apart = attention.attends_apart(lm)
         self.start_ids = start_of_decoder(lm)
+        self.router_coefficient = router.own_coefficient(lm)
+        self._balances: list[Tensor] | None = None  # of this forward, where they are wanted
         self.reads_padding = True  # whether prompts may be padded to generate from; the start check says
         self.vocab_size = lm.get_output_embeddings().weight.shape[0]
         self.chunks = max(1, math.ceil(max_tokens * self.vocab_size / CHUNK_ELEMENTS))
         object.__setattr__(self, "head", LanguageHead(lm))  # a view: its weights belong to the model alone
 
-    def forward(self, batch: Batch, output: str = "logp") -> Tensor | tuple[Tensor, ...]:
-        """`output` is one of
+    def forward(self, batch: Batch, output: str = "logp", balance: bool = False) -> Tensor | tuple[Tensor, ...]:
+        """What `output` names; with `balance` also, as the last, () float32: the loss of the router on these tokens.
+
+        `output` is one of
 
         logp: (B, T) float32, log-probability of each response token, 0 where response_mask is False; of the
             tempered policy where the batch has the number `temperature`, among the ids that it does not suppress.
@@ -84,6 +88,15 @@ class Policy(nn.Module):
         states: (B, P, H), last hidden states at prompt positions, P = L: mask them by prompt_lengths.
         heads: (B, T, H), the states that predict the response tokens; with static responses (B, S, H) beside them.
         """
+        if not balance:
+            return self._said(batch, output)
+        self._balances = []
+        said, found = self._said(batch, output), self._balances
+        self._balances = None
+        return (said, sum(found)) if isinstance(said, Tensor) else (*said, sum(found))
+
+    def _said(self, batch: Batch, output: str) -> Tensor | tuple[Tensor, ...]:
+        """What `forward` gives but for the router."""
         if output == "heads":
             return self.response_states(batch) if batch.static is None else self.both_states(batch)
         if output == "states":
@@ -123,7 +136,16 @@ class Policy(nn.Module):
         if self.encoder_decoder:
             return lm.get_encoder()(input_ids=batch.input_ids, attention_mask=batch.input_mask.long()).last_hidden_state
         # padding is on the right, where causal attention never goes: no mask, so the fast kernels apply
-        return body(lm)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        return self._read(batch.input_ids, real_tokens(batch))
+
+    def _read(self, ids: Tensor, real: Tensor, **options: Tensor) -> Tensor:
+        """(B, L, H): the last hidden states of a causal model at `ids`, of which those at `real` are no padding."""
+        lm = hugging_face(self.model)
+        if self._balances is None:
+            return body(lm)(input_ids=ids, use_cache=False, **options).last_hidden_state
+        read = body(lm)(input_ids=ids, use_cache=False, output_router_logits=True, **options)
+        self._balances.append(router.balance_loss(read.router_logits, real, router.chosen_experts(lm)))
+        return read.last_hidden_state
 
     def response_states(self, batch: Batch) -> Tensor:
         """(B, T, H): the state from which the head predicts each response token."""
@@ -166,9 +188,9 @@ class Policy(nn.Module):
         places = attention.places(lengths, given.mask, length)
         with attention.blind(lm, lengths, places, width, self.attends_apart):
             # a mask of ones: without one, transformers takes a place that does not follow for another text's beginning
-            hidden = body(lm)(
-                input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=places, use_cache=False
-            ).last_hidden_state  # (B, S + L, H)
+            real = torch.cat([given.mask & batch.sequence_mask[:, None], real_tokens(batch)], dim=1)
+            ones = torch.ones_like(ids)
+            hidden = self._read(ids, real, attention_mask=ones, position_ids=places)  # (B, S + L, H)
         static, rest = hidden.split([width, length], dim=1)
         after_prompt = before_each(rest, lengths, 1)
         return before_each(rest, lengths, batch.response_ids.shape[1]), torch.cat([after_prompt, static[:, :-1]], dim=1)
@@ -187,6 +209,11 @@ class Policy(nn.Module):
             )
             states.append(decoded.last_hidden_state[:, len(self.start_ids) - 1 :])
         return states[0], states[1]
+
+
+def real_tokens(batch: Batch) -> Tensor:
+    """(B, L) bool: where `input_ids` has text that counts; nowhere in fillers."""
+    return batch.input_mask & bool(batch.items)
 
 
 def start_of_decoder(lm: PreTrainedModel) -> tuple[int, ...]:

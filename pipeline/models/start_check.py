@@ -63,8 +63,9 @@ def check_config(lm: PreTrainedModel) -> None:
         raise UserError(f"model.path: the {type(lm).__name__}'s {problem}: name another model")
     if named.get("output_router_logits"):
         asked = f"output_router_logits, router_aux_loss_coef {named.get('router_aux_loss_coef')}"
-        logger.warning(
-            f"model: a loss of the router is asked for ({asked}): not added here, turned off in what is saved"
+        logger.info(
+            f"model: a loss of the router is asked for ({asked}): training of this model adds it "
+            "(train.router_aux_loss_coef=0: not); what is saved does not ask for it"
         )
         config.output_router_logits = False
 

@@ -29,6 +29,7 @@ from pipeline.trainer.optimizer import NOMINAL_ACCUMULATION, PRECISIONS, client_
 from pipeline.trainer.twin import hookless_twin, link_tensors, unlink_tensors
 
 import deepspeed  # isort: skip
+from deepspeed.utils import set_z3_leaf_module  # isort: skip
 
 logger = logging.getLogger("tiffin")
 
@@ -55,6 +56,8 @@ class Engine:
             for parameter in module.parameters():  # buffers (rotary frequencies) stay exact, as DeepSpeed leaves them
                 parameter.data = parameter.data.to(self.dtype)
             return
+        if self.stage == 3:
+            mark_experts(module)
         client = None
         groups = None
         if optimizer is not None:
@@ -233,3 +236,10 @@ def cut(module: nn.Module, config: dict[str, Any], dtype: torch.dtype) -> None:
     for parameter in module.parameters():
         parameter.data = late.whole(parameter).to(dtype)
         cutter._convert_to_zero_parameters([parameter])
+
+
+def mark_experts(module: nn.Module) -> None:
+    """Tell ZeRO-3 to gather each list of experts whole: ranks whose tokens go to other experts would wait for ever."""
+    for part in module.modules():
+        if any(isinstance(child, nn.ModuleList) and name == "experts" for name, child in part.named_children()):
+            set_z3_leaf_module(part, True)

@@ -33,7 +33,7 @@ from pipeline.trainer.logger import RunLog
 from pipeline.trainer.metrics import Interval, Metrics, of_training
 from pipeline.trainer.model import Model
 from pipeline.trainer.nonfinite import Micro, trace
-from pipeline.trainer.objective import Objective, Output, Rest
+from pipeline.trainer.objective import Objective, Output, Rest, balanced, router_coefficient
 from pipeline.trainer.schedule import due, learning_rate, lengthened
 
 logger = logging.getLogger("tiffin")
@@ -96,6 +96,8 @@ class Trainer:
 def fit(trainer: Trainer) -> None:
     """Run or resume a training and leave model/ and results.json."""
     ranks, train = trainer.engine.ranks, trainer.settings.train
+    coefficient = router_coefficient(trainer.engine.module, train.router_aux_loss_coef)
+    trainer = replace(trainer, objective=balanced(trainer.objective, coefficient))
     checkpoints = Checkpoints(trainer.directory, ranks, train.save_total_limit)
     resumed = checkpoints.load(trainer.engine)
     if resumed is None:

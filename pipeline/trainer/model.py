@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pipeline.config import together
+from pipeline.config.deepspeed import read_ds_config
 from pipeline.config.schema import EvaluateStage, GenerateStage, Masking, RewardStage, RlStage, SftStage, Training
 from pipeline.config.sections import GenerationSettings, ModelSettings, OptimizerSettings, TrainSettings
 from pipeline.data import dataset, encoded, remarks
@@ -84,6 +86,8 @@ def build_policy(
         mask: the policy reads a mask token.
         longest: tokens of the longest response, where that is not data.max_response_length.
     """
+    stage = read_ds_config(settings.train.zero)["zero_optimization"]["stage"]
+    together.four_bits(start, settings.train, stage, ranks.device.type != "cpu")
     encoder = build.encoder_of(settings, start, texts, mask)
     say(start, encoder)
     longest = longest or settings.data.max_response_length

@@ -15,6 +15,9 @@ from pipeline import plugins
 from pipeline.config.schema import AlgorithmSettings
 from pipeline.config.validate import one_complaint
 from pipeline.errors import UserError
+from pipeline.models import router
+from pipeline.models.loading import hugging_face
+from pipeline.models.policy import Policy, RewardModel
 from pipeline.records import Batch, Needs, Stat
 from pipeline.trainer.engine import Engine
 
@@ -67,13 +70,15 @@ class Objective:
     """
 
     loss: Loss
-    mean_over: str | tuple[str, ...]  # tokens | sequences | pairs | items | prompts | targets
+    mean_over: str | tuple[str, ...]  # tokens | sequences | pairs | items | prompts | targets | read
     output: str = "logp"  # what the loss wants of the module
     begin: Callable[[Output, Batch], Rest] | None = None
+    balance: float = 0.0  # by what the loss of the router is weighted, see `balanced`
 
     def ask(self, engine: Engine, batch: Batch) -> Output:
         """What the module says of `batch`."""
-        return engine(batch) if self.output == "logp" else engine(batch, output=self.output)
+        options = {} if self.output == "logp" else {"output": self.output}
+        return engine(batch, **options, balance=True) if self.balance else engine(batch, **options)
 
     def terms(self, window: Sequence[Batch]) -> Tensor:
         """What the micro-batches add to the divisors of the means: () float64, or (k,)."""
@@ -83,13 +88,62 @@ class Objective:
         return counts.sum(0)[0] if one else counts.sum(0)
 
 
+def router_coefficient(module: Policy | RewardModel, given: float | None) -> float:
+    """By what the loss of the router is weighted: `given`, or what the checkpoint itself asks for.
+
+    Raises UserError where it is asked for and `module` has none.
+    """
+    if isinstance(module, RewardModel):
+        if given:
+            raise UserError(f"train.router_aux_loss_coef: {given}, but a reward model's router is left as it is: set 0")
+        return 0.0
+    coefficient = module.router_coefficient if given is None else given
+    if coefficient:
+        router.chosen_experts(hugging_face(module.model))
+    return coefficient
+
+
+def balanced(objective: Objective, coefficient: float) -> Objective:
+    """The objective plus `coefficient` times the loss of the router, see `models.router`.
+
+    That loss is not a sum of tokens' losses. Of a step it is the mean over its micro-batches, on all ranks, each
+    weighted by its tokens, prompts included: what each keeps in balance is itself.
+    """
+    if not coefficient:
+        return objective
+
+    def added(total: Total, balance: Tensor, batch: Batch) -> Total:
+        tokens = count_terms(batch, "read")
+        sums = torch.cat([total[0].reshape(-1), (coefficient * tokens * balance).reshape(1).to(total[0])])
+        found = balance.detach().double()
+        stat = Stat("mean", tokens * torch.stack([torch.ones_like(found), found, found * found]))
+        return sums, total[1] | {"loss/router": stat}
+
+    def loss(output: Output, batch: Batch) -> Total:
+        return added(objective.loss(own(output), batch), output[-1], batch)
+
+    def begin(output: Output, batch: Batch) -> Rest:
+        rest = objective.begin(own(output), batch)
+        return lambda: added(rest(), output[-1], batch)
+
+    def own(output: Output) -> Output:
+        return output[0] if len(output) == 2 else output[:-1]
+
+    names = [objective.mean_over] if isinstance(objective.mean_over, str) else objective.mean_over
+    begun = None if objective.begin is None else begin
+    return Objective(loss, (*names, "read"), objective.output, begun, coefficient)
+
+
 def count_terms(batch: Batch, mean_over: str) -> int:
     """What this micro-batch adds to the divisor of the mean; fillers add nothing.
 
     prompts: responses that the number `leads` marks, one per prompt. targets: tokens of rows that `target` marks.
+    read: tokens that the model reads, prompts included.
     """
     if mean_over == "tokens":
         return int(batch.response_mask.sum())
+    if mean_over == "read":
+        return int(batch.input_mask.sum()) if batch.items else 0
     if mean_over == "items":  # pairs, or rows alone
         return len(batch.items)
     if mean_over == "prompts":
