@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -21,6 +22,7 @@ logger = logging.getLogger("tiffin")
 def main(settings: ExportStage, words: Sequence[str]) -> None:
     directory, target = run_dir.stage_dir(settings, "export"), export_faults.target(settings)
     model = run_dir.policy_model(settings, settings.policy)
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # in peft's calls
     directory.mkdir(parents=True, exist_ok=True)
     run_dir.claim(directory)
     export_faults.refuse_occupied(settings)

@@ -122,6 +122,7 @@ def test_a_reward_model_keeps_its_head(tmp_path: Path) -> None:
     below = base(tmp_path / "base", tiny.language_model("llama"), torch.bfloat16)
     path = adapters(tmp_path / "adapters", below, auto, modules_to_save=["score"])
     export(at(path), tmp_path / "out", Form(True, torch.float32, 20_000))  # the head is not rounded to the base's type
+    assert not (tmp_path / "out" / "generation_config.json").exists()
     check_equal(tmp_path / "out", auto, merged_by_peft(path, auto), torch.float32)
     assert load_file(path / "adapter_model.safetensors")["base_model.model.score.weight"].abs().sum() > 0
 
@@ -217,6 +218,7 @@ def test_the_card_of_training_becomes_that_of_the_whole_model() -> None:
     assert card.call("chat", False) in made and "Trained with Tiffin. It is merged." in made and "| 1 | 2 |" in made
     assert card.exported(text, False, "Cast.") == text.replace(card.TRAINED, f"{card.TRAINED} Cast.")
     assert card.exported("# another's", True, "Merged.") is None
+    assert "num_labels" in card.call("reward", True) and "num_labels" not in card.call("reward", False)
 
 
 # the stage

@@ -75,7 +75,7 @@ def call(kind: str, adapters: bool) -> str:
     code = (CALLS / f"{kind}.py").read_text(encoding="utf-8")
     if not adapters:
         # a whole model says itself what its adapters would have to be told
-        return re.sub(r"\(\n\s*directory, num_labels.*\n\)", "(directory)", code)
+        return re.sub(r"\(\s*directory, num_labels[^()]*\)", "(directory)", code)
     code = re.sub(
         r"from transformers import (Auto)(Model\w+), ", r"from peft import \1Peft\2\nfrom transformers import ", code
     )
@@ -106,10 +106,10 @@ def _without_adapters(text: str, kind: str) -> str:
     return text.replace("library_name: peft", "library_name: transformers", 1).replace(", lora]", "]", 1)
 
 
-def of_another(name: str, source: str, said: str) -> str:
+def of_another(source: str, said: str) -> str:
     """The card of what was made of a model that came without one."""
     front = f"---\nlibrary_name: transformers\nbase_model: {source}\n---" if source.count("/") == 1 else ""
-    return f"{front}\n\n# {name}\n\nMade of {source} with Tiffin. {said}\n".lstrip()
+    return f"{front}\n\n# {source}\n\nMade of {source} with Tiffin. {said}\n".lstrip()
 
 
 def _front(facts: Facts) -> str:

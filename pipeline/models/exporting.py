@@ -54,7 +54,7 @@ def export(model: ModelSettings, directory: Path, form: Form) -> str:
             said = _whole_model(model, part, form)
         places = [Path(path) for path, _ in reversed(layers)] + [Path(below.path)]
         _rest(model, places, part)
-        _card(model, directory.name, part, bool(layers) and form.merge, said)
+        _card(model, part, bool(layers) and form.merge, said)
     return said
 
 
@@ -114,7 +114,7 @@ def _rest(model: ModelSettings, places: list[Path], part: Path) -> None:
     with reading(model.path, "tokenizer"):
         options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
         transformers.AutoTokenizer.from_pretrained(model.path, **options).save_pretrained(part)
-    for name in (GENERATION_CONFIG_NAME, INPUT_FILE):
+    for name in (INPUT_FILE,) if merging.scores(model) else (INPUT_FILE, GENERATION_CONFIG_NAME):
         if found := next((place / name for place in places if (place / name).is_file()), None):
             shutil.copyfile(found, part / name)
     for code in (file for place in reversed(places) if place.is_dir() for file in place.glob("*.py")):
@@ -122,7 +122,7 @@ def _rest(model: ModelSettings, places: list[Path], part: Path) -> None:
     writing.write_for_4(part)
 
 
-def _card(model: ModelSettings, name: str, part: Path, merged: bool, said: str) -> None:
+def _card(model: ModelSettings, part: Path, merged: bool, said: str) -> None:
     """The card of the model's training, or another's as it is, or a short one where that would no longer be true."""
     own, shown = Path(model.path) / CARD, model.path if not Path(model.path).is_dir() else Path(model.path).name
     text = own.read_text(encoding="utf-8") if own.is_file() else ""
@@ -130,4 +130,4 @@ def _card(model: ModelSettings, name: str, part: Path, merged: bool, said: str) 
     if made is None and text and not merged:
         logger.info(f"{own}: no card of a training here: it is copied as it is")
         made = text
-    write_text(part / CARD, card.of_another(name, shown, said) if made is None else made)
+    write_text(part / CARD, card.of_another(shown, said) if made is None else made)
