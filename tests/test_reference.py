@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.algorithms import offline
-from pipeline.data import encoded
+from pipeline.data import dataset, encoded
 from pipeline.data.batching import Packing, collate
 from pipeline.errors import UserError
 from pipeline.models import loading, value_head
@@ -47,6 +47,28 @@ def test_cached_logps_are_live_ones(tmp_path: Path, shape: str) -> None:
         with torch.no_grad():
             live = module(collate(items, [i], ref.model.packing))[0]
         tiny.close(item.ref_logp[0], live)
+
+
+def test_rows_in_a_table_get_the_same_as_rows_in_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of pairs, some at a time; in a cache of their own, as the digest of a list is another."""
+    monkeypatch.setattr(reference, "AT_ONCE", 3)
+    ref, pairs = (
+        reference_of(tmp_path),
+        [Example(f"{i}", "the cat " * i, chosen="a mat", rejected="dog") for i in range(8)],
+    )
+    table = encoded.encode(pairs, ref.model.encoder, dataset.pair_rows)
+    found, listed = reference.with_ref_logps(ref, table), reference.with_ref_logps(ref, [*table])
+    for one, other in zip(found, listed, strict=True):
+        assert [len(logp) for logp in one.ref_logp] == [len(row.response_ids) for row in one.rows]
+        assert all(torch.equal(a, b) for a, b in zip(one.ref_logp, other.ref_logp, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(found[2:][3].ref_logp, found[5].ref_logp, strict=True))
+    torch.testing.assert_close(collate(found[4:], [1], PACKING).ref_logp, collate(listed, [5], PACKING).ref_logp)
+    bare, shorter = reference.prompts_of(found), reference.prompts_of(listed)
+    assert [item.rows for item in bare] == [item.rows for item in shorter] and bare.sizes(5) == (
+        len(bare[5].rows[0]),
+        0,
+        len(bare[5].rows[0]),
+    )
 
 
 def test_pairs_keep_their_two_rows(tmp_path: Path) -> None:

@@ -73,15 +73,20 @@ class Cache:
     folder: Path
     workers: int | None = None  # processes that tokenise; None: one per core
 
-    def entry(self, name: str, user: object, key: object, schema: pyarrow.Schema, make: Make) -> Entry:
+    def entry(
+        self, name: str, user: object, key: object, schema: pyarrow.Schema, make: Make, before: str = ""
+    ) -> Entry:
         """The entry; made here where nobody did so far. Raises UserError as `make`, and leaves nothing then.
 
-        `user` used it before, maybe with another key: of the same settings and changed rows, say.
+        `user` used it before, maybe with another key: of the same settings and changed rows, say. `before` is said
+        before it is made, where that takes long.
         """
         place, who = self.folder / f"{name}-{digest(code(), key)[:24]}", digest(name, user)[:16]
         if not place.is_dir() or self._uses().get(who) != place.name:
             with self.locked() as alone:
                 if made := not place.is_dir():
+                    if before:
+                        logger.info(before)
                     self._make(place, schema, make)
                 if alone:
                     self._note(who, place.name)

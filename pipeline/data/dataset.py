@@ -28,6 +28,7 @@ logger = logging.getLogger("tiffin")
 
 # by which of these rows are cut into training and validation: the first in which they differ; facts of `rows.FACTS`
 KEYS = ("prompt", "answers", "id")
+LARGE = 1 << 28  # bytes of a file of which it is said that it will be read
 CUTS_TOLD = 0.1  # the share of responses that may lose their end without a warning
 
 
@@ -182,7 +183,9 @@ def stored(cache: Cache, place: str, *asked: Any) -> Store:
     found = mark(place)
     user = ["file", place, *map(plain, asked)]
     key = [*user, found]
-    entry = cache.entry("rows", user, key, SCHEMA, make)
+    size = Path(place).stat().st_size if Path(place).is_file() else 0
+    before = f"{place}: {size / 1e9:.1f} GB to read, once per machine" if size > LARGE else ""
+    entry = cache.entry("rows", user, key, SCHEMA, make, before)
     say(entry.lines)
     fix = Fix(tuple(entry.facts["without"]), entry.facts["reward"])
     return Store(entry, place, digest(key), digest(user), fix, cache)

@@ -31,6 +31,7 @@ from pipeline.records import Example, Item, Row
 
 NUMBERS = ("reward", "margin", "chosen_reward", "rejected_reward", "correctness")
 PART = 2048  # rows that are tokenised at a time
+MANY = 200_000  # rows of which it is said that they will be tokenised
 LEAST = 10_000  # rows for which a process more is worth its start
 IDS = pyarrow.list_(pyarrow.int32())
 SCHEMA = pyarrow.schema(
@@ -182,13 +183,16 @@ def encode(examples: Sequence[Example], encoder: Encoder, rows_of: RowsOf, user:
     that one had of other rows, or under other settings, goes then.
     """
     rows = Rows.of(examples)
-    workers = 1 if rows.cache is None else rows.cache.workers
-    make = partial(_encode, rows, encoder, rows_of, workers or len(os.sched_getaffinity(0)))
+    most = 1 if rows.cache is None else rows.cache.workers or len(os.sched_getaffinity(0))
+    workers = max(1, min(most, len(rows) // LEAST))
+    make = partial(_encode, rows, encoder, rows_of, workers)
     if rows.cache is None:
         entry = cache.in_memory(SCHEMA, make)
     else:
+        many = len(rows) >= MANY
+        before = f"{len(rows):,} rows to tokenise, once per machine, in {workers} processes" if many else ""
         key = [rows.key, encoder.key, rows_of.__qualname__, inspect.getsource(rows_of)]
-        entry = rows.cache.entry("tokens", user or [rows.user, rows_of.__qualname__], key, SCHEMA, make)
+        entry = rows.cache.entry("tokens", user or [rows.user, rows_of.__qualname__], key, SCHEMA, make, before)
     say_once(entry, encoder)
     return Items(rows, entry.table, entry.facts["per"], numbers_of(rows))
 
@@ -222,7 +226,7 @@ class Part:
 def _encode(rows: Rows, encoder: Encoder, rows_of: RowsOf, workers: int, writer: Writer) -> Mapping[str, Any]:
     """Tokenise all rows into `writer`, many in several processes. Raises the UserError of the first bad one."""
     per, known = set[int](), set[str]()
-    for part in _parts(partial(_tokenised, rows, encoder.anew(), rows_of), len(rows), min(workers, len(rows) // LEAST)):
+    for part in _parts(partial(_tokenised, rows, encoder.anew(), rows_of), len(rows), workers):
         writer.batch(part.columns())
         per |= part.per
         known |= part.known

@@ -50,7 +50,7 @@ class RewardsSeen:
 
     def spoken(self, scaled: bool) -> list[str]:
         """What is the reward, on which scale; or what may be named as one."""
-        names, values = self.names, np.array([*self.values, *self.only_values] if self.rewarded else self.values)
+        names, values = self.names, np.array(self.values + self.only_values)
         parts = [f"the reward is {self.rewarded}, the only one of `rewards`"] if self.rewarded else []
         first = next(iter(names), "")
         if (scaled or self.rewarded) and len(values):
