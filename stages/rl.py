@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from pipeline.config.schema import RlStage
@@ -14,6 +15,8 @@ from pipeline.trainer import group
 from pipeline.trainer.loop import fit
 from pipeline.trainer.objective import objective_of
 from stages import inputs
+
+logger = logging.getLogger("tiffin")
 
 TRAINERS = {
     "data": offline.trainer,
@@ -35,7 +38,12 @@ def main(settings: RlStage, words: Sequence[str]) -> None:
     logged = module.RESPONSES == "data"
     rewards = build_rewards(settings, settings.reward, settings.rewards, ranks.device, logged=logged)
     context = Context(settings, ranks, directory, start, data, rewards, rewards_key, module, algorithm, objective)
-    fit(TRAINERS[module.RESPONSES](context))
+    trainer = TRAINERS[module.RESPONSES](context)
+    if not settings.eval.generate:
+        tag = trainer.best_metric.tag
+        kept = f"{tag} of held-out rows chooses the weights" if settings.train.keep == "best" else "the last are kept"
+        logger.info(f"eval.generate: false, so no evaluation samples responses: {kept}")
+    fit(trainer)
 
 
 if __name__ == "__main__":

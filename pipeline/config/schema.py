@@ -87,6 +87,15 @@ class RlStage(Training):
     rewards: sections.RewardSettings
     generation: sections.GenerationSettings
 
+    def last_without_speaking(self) -> None:
+        """Of methods whose weights only the reward of fresh responses can choose. Raises ValueError where there are
+        none to choose by."""
+        if not self.eval.generate and self.train.keep == "best":
+            raise ValueError(
+                f"eval.generate is false, but only the reward of fresh responses chooses the best weights of "
+                f"algo={self.algo}: set train.keep=last, or eval.generate=true"
+            )
+
 
 class RlOffline(RlStage):
     """Of an algorithm that learns from logged responses."""
@@ -128,6 +137,11 @@ class RlMasked(RlStage):
     share_prompt: bool
     masking: Masking
 
+    @model_validator(mode="after")
+    def something_chooses(self) -> RlMasked:
+        self.last_without_speaking()
+        return self
+
 
 class RlPolicy(RlStage):
     """Of an algorithm that learns from responses it samples from the policy."""
@@ -137,6 +151,7 @@ class RlPolicy(RlStage):
     @model_validator(mode="after")
     def sampler_goes_with_the_rest(self) -> RlPolicy:
         self.sampler.check_with(self.algorithm.settings, self.generation, self.train, self.data)
+        self.last_without_speaking()
         return self
 
 

@@ -53,6 +53,8 @@ def respond(
     `temperatures` of the requests stand for those of `settings`, whose `num_return_sequences` only counts for beams.
     """
     ranks, size = engine.ranks, settings.batch_size
+    if settings.engine == "continuous":  # its ranks make differently many forwards: none may wait for another's layers
+        settings = settings.model_copy(update={"gather": "whole"})
     order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))  # like lengths: little padding
     batches = batches_of([len(requests[i].prompt_ids) for i in order], size, engine.module.reads_padding)
     batches = [[order[place] for place in places] for places in batches]
