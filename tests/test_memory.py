@@ -205,6 +205,23 @@ def test_the_plan_compares_with_what_there_is(capfd: pytest.CaptureFixture) -> N
     assert said.startswith("tiffin: memory: needs about ") and said.count("\n") == 1 and "too little" in said
 
 
+def test_what_generates_gathers_layers_where_the_whole_does_not_fit() -> None:
+    """No machine has 1,000 TB for each process; and a reference is a second model."""
+    words = ["stage=rl", "algo=esrl", "bf16=true", "gpus=8"]
+    settings = resolve([*words, "zero=zero3"]).settings
+    small, huge = (memory.Shape(n, 0.0, 8, 1, 0, 0.0, 8.0) for n in (1e3, 1e15))
+    assert memory.by_layers(settings, huge, 8) and not memory.by_layers(settings, small, 8)
+    assert not memory.by_layers(resolve([*words, "zero=zero3", "generation.gather=whole"]).settings, huge, 8)
+    assert not memory.by_layers(resolve([*words, "zero=zero2"]).settings, huge, 8)
+    whole, layers = (memory.memory(huge, settings.train, memory.Load(0, 9, one), 8, {"stage": 3}) for one in (0, 1))
+    assert whole.sampling - layers.sampling == 2 * (1e15 - 1e9)  # stage3_max_live_parameters
+    learner = resolve([*words, "zero=zero3", "algorithm.settings.kl_beta=0.1"]).settings
+    assert memory.load_of(learner).reference and not memory.load_of(settings).reference
+    assert memory.memory(huge, settings.train, memory.Load(0, 0, reference=True), 8, {"stage": 3}).reference == 2.5e14
+    silent = resolve(["stage=sft", "eval.generate=false", "data.task=numerals"]).settings
+    assert memory.load_of(silent).sampled == 0
+
+
 def test_the_plan_counts_what_is_meant(tmp_path: Path) -> None:
     """Ranks of all machines; offload only where there are two memories; as cures, settings that are not set yet."""
     (tmp_path / "hosts").write_text("a slots=8\nb slots=8\n")

@@ -151,6 +151,7 @@ def estimate(settings: Training) -> str:
     world = launcher.world(settings.launch, "sft", os.environ)  # as any stage that trains
     chosen, load = zero_of(settings), load_of(settings)
     parts = {one: memory(shape, train, load, world, {"stage": one}) for one in range(4)}
+    load = load._replace(layers=load.layers or by_layers(settings, shape, world))
     kept = memory(shape, train, load, world, chosen)
     parts[chosen["stage"]] = on_device(kept, settings, chosen)
     by_size = isinstance(settings, PlanStage) and settings.parameters is not None
@@ -166,6 +167,8 @@ def estimate(settings: Training) -> str:
         numbers = "".join(f"{part / GB:12.2f}" for part in (*row, row.needed))
         lines.append(f"{f'ZeRO-{one}':14}{numbers}" + (" <- train.zero" if one == chosen["stage"] else ""))
     lines.append("gathered, stepping, activations and logits are needed at another time than sampling")
+    if load.sampled and load.layers and chosen["stage"] == 3:
+        lines.append("sampling gathers layer by layer for every token: all weights at once would not fit")
     available, owner = available_to(settings)
     if isinstance(settings, PlanStage):
         limit = 0.9 * available  # the rest is for what is not estimated
@@ -184,6 +187,16 @@ def estimate(settings: Training) -> str:
 
 def _named(settings: Training) -> str:
     return "" if settings.model.path is None else f"{settings.model.path}, "
+
+
+def by_layers(settings: Training, shape: Shape, world: int) -> bool:
+    """Whether what samples under ZeRO-3 gathers single layers, because all weights would not fit."""
+    zero, load = zero_of(settings), load_of(settings)
+    if zero["stage"] < 3 or not load.sampled or settings.generation.gather != "auto":
+        return False
+    whole = on_device(memory(shape, settings.train, load, world, zero), settings, zero)
+    rest = whole.gathered + whole.stepping + whole.activations + whole.logits
+    return sum(whole) - rest > available_to(settings)[0]
 
 
 def on_device(found: Memory, settings: Training, zero: Mapping[str, Any]) -> Memory:
@@ -208,7 +221,7 @@ def host_lines(settings: Training, shape: Shape, kept: Memory, world: int, zero:
         yield f"{settings.train.zero}: {held}"
     needed = local * (PROGRAM + max(read, kept.weights - device.weights + kept.optimizer - device.optimizer))
     what = "one weight at a time is read" if zero["stage"] == 3 else f"{read / GB:.1f} GB of weights are read"
-    line = f"host memory: about {needed / GB:.1f} GB for {local} processes of a machine ({what} in each)"
+    line = f"host memory: about {needed / GB:.1f} GB for {local} processes of a machine; in each {what}"
     if isinstance(settings, PlanStage) and settings.gpu_memory_gb is not None:
         yield line  # of another machine
     else:
@@ -226,9 +239,12 @@ def disk_line(settings: Training, shape: Shape, stage: int) -> str:
     sizes = (
         f"{checkpoint / GB:.1f} GB a checkpoint, of which {kept} stay; {export / GB:.1f} GB each for best/ and last/"
     )
+    line = f"disk: {sizes}: up to {most / GB:.1f} GB"
+    if isinstance(settings, PlanStage) and settings.gpu_memory_gb is not None:
+        return line  # of another machine
     free = shutil.disk_usage(nearest(Path(settings.runs_dir))).free
     short = ": too little; lower train.save_total_limit" if most > free else ""
-    return f"disk: {sizes}: up to {most / GB:.1f} GB, {settings.runs_dir} has {free / GB:.1f} GB free{short}"
+    return f"{line}, {settings.runs_dir} has {free / GB:.1f} GB free{short}"
 
 
 def nearest(path: Path) -> Path:
@@ -238,9 +254,9 @@ def nearest(path: Path) -> Path:
 
 def warn_where_short(model: nn.Module, settings: Training, world: int) -> None:
     """Say so where the estimate for a model that was read is more than there is."""
-    zero = zero_of(settings)
-    found = memory(shape_of(model, settings), settings.train, load_of(settings), world, zero)
-    needed = on_device(found, settings, zero).needed
+    zero, load, shape = zero_of(settings), load_of(settings), shape_of(model, settings)
+    load = load._replace(layers=load.layers or by_layers(settings, shape, world))
+    needed = on_device(memory(shape, settings.train, load, world, zero), settings, zero).needed
     if not (demand := Demand(needed, *available_to(settings), cures(settings, world))).fits:
         logger.warning(f"memory: {demand}")
 
