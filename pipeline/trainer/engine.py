@@ -54,7 +54,8 @@ class Engine:
         if optimizer is None and self.stage < 3:
             self._engine = module.to(ranks.device)
             for parameter in module.parameters():  # buffers (rotary frequencies) stay exact, as DeepSpeed leaves them
-                parameter.data = parameter.data.to(self.dtype)
+                if parameter.is_floating_point():  # weights of 4 bits are kept in bytes
+                    parameter.data = parameter.data.to(self.dtype)
             return
         if self.stage == 3:
             mark_experts(module)
