@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import pytest
 from pipeline.config.resolve import resolve
 from pipeline.errors import UserError
 from tests import tiny
+
+GAIN = itemgetter("eval/gain/dr")
 
 
 def test_two_ranks_speak_and_learn_without_whole_weights(tmp_path: Path) -> None:
@@ -21,7 +24,8 @@ def test_two_ranks_speak_and_learn_without_whole_weights(tmp_path: Path) -> None
     left = tmp_path / "runs" / "default" / "rl"
     lines = [json.loads(line) for line in (left / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2]
-    assert "value/mse" in lines[0] and all("eval/loss" in line for line in lines)
+    assert "value/mse" in lines[0] and all("eval/gain/dr" in line for line in lines)  # which chooses the weights
+    assert json.loads((left / "results.json").read_text())["model_step"] == max(lines, key=GAIN)["step"]
     assert not [tag for line in lines for tag in line if "completions" in tag or "eval/reward" in tag]
 
 

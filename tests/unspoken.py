@@ -75,7 +75,8 @@ def learn(folder: Path) -> dict[str, int]:
     """A-LOL from the first look at the start to the export, never speaking: V is learned from the rows."""
     words = [f"runs_dir={folder / 'runs'}", f"model={folder / 'llama'}", f"data.train={folder / 'rows.jsonl'}"]
     words += [f"zero={folder / 'cut_whole.json'}", "algo=alol", "eval.generate=false", "value.targets=data"]
-    words += ["max_steps=2", "eval_steps=1", "batch_size=4", "data.max_prompt_length=32", "data.max_response_length=32"]
+    words += ["max_steps=2", "eval_steps=1", "batch_size=4", "scale_steps=false", "data.validation_fraction=0.5"]
+    words += ["data.max_prompt_length=32", "data.max_response_length=32"]
     resolved = resolve(["stage=rl", *words])
     with counted() as asked:
         rl.main(resolved.settings, list(resolved.words))
@@ -90,8 +91,7 @@ def main(folder: Path) -> None:
             start = tiny.language_model(shape)
             loading.save(folder / shape, start, start.state_dict(), tiny.tokenizer())
         rows = [
-            {"prompt": " ".join(tiny.WORDS[i % 7 : i % 7 + 3]), "completion": tiny.WORDS[i % 11], "reward": i % 5}
-            for i in range(60)
+            {"prompt": f"{tiny.WORDS[i % 7]} {i}", "completion": tiny.WORDS[i % 11], "reward": i % 5} for i in range(60)
         ]
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     ranks.barrier()
