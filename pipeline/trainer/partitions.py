@@ -47,7 +47,7 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Part:
+class Held:
     """What one rank holds: where its pieces lie, the flat float32 weights, and the optimizer's state of each flat."""
 
     pieces: Sequence[Piece]
@@ -76,7 +76,7 @@ def file_name(rank: int) -> str:
     return going_on.PIECES.format(rank)
 
 
-def held_by(engine: DeepSpeedEngine) -> Part | None:
+def held_by(engine: DeepSpeedEngine) -> Held | None:
     """What this rank's optimizer holds, none of it copied; None where we do not know how that lies."""
     optimizer, names = engine.optimizer, {id(p): name for name, p in engine.module.named_parameters()}
     if not isinstance(engine.basic_optimizer, DIVISIBLE):
@@ -97,7 +97,7 @@ def held_by(engine: DeepSpeedEngine) -> Part | None:
         pieces = list(_pieces_of_stage_3(optimizer, names))
     else:
         return None
-    return Part(pieces, flats, [state.get(flat, {}) for flat in flats])
+    return Held(pieces, flats, [state.get(flat, {}) for flat in flats])
 
 
 def _pieces_of_stage_1_and_2(optimizer: DeepSpeedZeroOptimizer, names: Mapping[int, str]) -> Iterator[Piece]:
@@ -148,7 +148,7 @@ def take_over(engine: DeepSpeedEngine, directory: Path) -> None:
     _spread(engine.optimizer)
 
 
-def part_of(saved: Mapping[str, Any], file: Mapping[str, Any]) -> Part:
+def part_of(saved: Mapping[str, Any], file: Mapping[str, Any]) -> Held:
     """What a rank held when it wrote `file`, DeepSpeed's; `saved` is what was noted of it."""
     pieces = [Piece(*piece) for piece in saved["pieces"]]
     if saved["stage"]:
@@ -159,12 +159,12 @@ def part_of(saved: Mapping[str, Any], file: Mapping[str, Any]) -> Part:
         inner = file["optimizer"]["optimizer_state_dict"]
     else:
         flats, inner = [file["module"][piece.name] for piece in pieces], file["optimizer"]
-    return Part(pieces, flats, [inner["state"].get(i, {}) for i in range(len(flats))])
+    return Held(pieces, flats, [inner["state"].get(i, {}) for i in range(len(flats))])
 
 
-def fill(own: Part, others: Sequence[Part]) -> list[dict[str, Any]]:
+def fill(own: Held, others: Sequence[Held]) -> list[dict[str, Any]]:
     """Copy into `own.flats` what `others` hold of the same weights; the optimizer's states for them, likewise."""
-    where: dict[str, list[tuple[Part, Piece]]] = {}
+    where: dict[str, list[tuple[Held, Piece]]] = {}
     for part in others:
         for piece in part.pieces:
             where.setdefault(piece.name, []).append((part, piece))
@@ -178,7 +178,7 @@ def fill(own: Part, others: Sequence[Part]) -> list[dict[str, Any]]:
     return states
 
 
-def _copy(flat: Tensor, state: dict[str, Any], piece: Piece, part: Part, other: Piece) -> int:
+def _copy(flat: Tensor, state: dict[str, Any], piece: Piece, part: Held, other: Piece) -> int:
     """Copy what `piece` and `other`, of one weight, have in common; how many numbers that is."""
     start, end = max(piece.start, other.start), min(piece.start + piece.length, other.start + other.length)
     if start >= end:
