@@ -15,7 +15,7 @@ from pipeline.records import Stat
 from pipeline.trainer import partitions
 from pipeline.trainer.checkpoint import packed, shared_out
 from pipeline.trainer.metrics import Interval, Metrics
-from pipeline.trainer.partitions import Part, Piece
+from pipeline.trainer.partitions import Held, Piece
 from tests import other_ranks, tiny
 from tests.other_ranks import MOVES, Move
 from tests.test_loop import KilledError, Toy, stop_at
@@ -25,13 +25,13 @@ from tests.test_loop import KilledError, Toy, stop_at
 
 def test_pieces_are_put_together_from_whoever_holds_them() -> None:
     """A weight of 6 numbers that two ranks had cut in 4 and 2, of which this one holds those from 3 on, at place 1."""
-    one = Part([Piece("w", 0, 4, 0, 0)], [torch.tensor([0.0, 1, 2, 3])], [{"step": 7, "m": torch.ones(4)}])
-    two = Part(
+    one = Held([Piece("w", 0, 4, 0, 0)], [torch.tensor([0.0, 1, 2, 3])], [{"step": 7, "m": torch.ones(4)}])
+    two = Held(
         [Piece("v", 0, 1, 0, 0), Piece("w", 4, 2, 0, 1)],
         [torch.tensor([9.0, 4, 5, -1])],  # the last is padding
         [{"step": torch.tensor(7.0), "m": torch.full((4,), 2.0)}],
     )
-    own = Part([Piece("w", 3, 3, 0, 1)], [torch.zeros(5)], [{}])
+    own = Held([Piece("w", 3, 3, 0, 1)], [torch.zeros(5)], [{}])
     (state,) = partitions.fill(own, [one, two])
     assert own.flats[0].tolist() == [0, 3, 4, 5, 0]
     assert state["m"].tolist() == [0, 1, 2, 2, 0] and state["step"] == 7
@@ -40,8 +40,8 @@ def test_pieces_are_put_together_from_whoever_holds_them() -> None:
 
 
 def test_before_the_first_step_there_are_no_moments() -> None:
-    one = Part([Piece("w", 0, 2, 0, 0)], [torch.tensor([1.0, 2.0])], [{}])
-    own = Part([Piece("w", 0, 2, 0, 0)], [torch.zeros(2)], [{}])
+    one = Held([Piece("w", 0, 2, 0, 0)], [torch.tensor([1.0, 2.0])], [{}])
+    own = Held([Piece("w", 0, 2, 0, 0)], [torch.zeros(2)], [{}])
     assert partitions.fill(own, [one]) == [{}] and own.flats[0].tolist() == [1, 2]
 
 
