@@ -178,10 +178,11 @@ def test_batches() -> None:
     assert batches_of([], 2, padded=False) == []
 
 
-def test_a_routers_loss_is_not_added_without_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, logger="tiffin"):
-        opened(kept(tmp_path, "mixtral", output_router_logits=True, router_aux_loss_coef=0.02))
-    assert caplog.text.count("output_router_logits, router_aux_loss_coef 0.02") == 1
+def test_a_routers_loss_is_added_with_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="tiffin"):
+        policy = opened(kept(tmp_path, "mixtral", output_router_logits=True, router_aux_loss_coef=0.02))
+    assert caplog.text.count("output_router_logits, router_aux_loss_coef 0.02): training of this model adds it") == 1
+    assert policy.router_coefficient == 0.02
 
 
 @torch.no_grad()
