@@ -16,7 +16,8 @@ import pytest
 from pipeline.config.resolve import resolve
 from pipeline.data import cache, convert, dataset, encoded
 from pipeline.data.conversations import learned
-from pipeline.data.rows import Rows, packed, unpacked
+from pipeline.data.rows import Rows
+from pipeline.data.stored import packed, unpacked
 from pipeline.errors import UserError
 from pipeline.records import Chat, Example, Message
 from tests import tiny

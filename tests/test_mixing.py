@@ -13,8 +13,9 @@ import pytest
 from pipeline.config.resolve import resolve
 from pipeline.data import dataset, mixing, pairs
 from pipeline.data.places import files_of, id_names
-from pipeline.data.rows import Rows, copy_of
+from pipeline.data.rows import Rows
 from pipeline.data.splits import split_files
+from pipeline.data.stored import copy_of
 from pipeline.errors import UserError
 from pipeline.launch import going_on
 from pipeline.records import Example

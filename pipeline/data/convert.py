@@ -17,7 +17,8 @@ import numpy as np
 
 from pipeline.config.reward_spec import words_for
 from pipeline.data import conversations
-from pipeline.data.rows import CHOSEN, PAIRED, REJECTED, Rows, is_pair
+from pipeline.data.rows import Rows
+from pipeline.data.stored import CHOSEN, PAIRED, REJECTED, is_pair
 from pipeline.errors import UserError
 from pipeline.records import Example, text_of
 

@@ -16,8 +16,9 @@ from pipeline import plugins
 from pipeline.config.sections import DataSettings, TemplateSettings
 from pipeline.data import columns, convert, hub, mixing, readers, remarks
 from pipeline.data.cache import Cache, Writer, digest, say
-from pipeline.data.rows import SCHEMA, Fix, Rows, Sink, Store
+from pipeline.data.rows import Fix, Rows, Store
 from pipeline.data.splits import Places, id_names_of, origins, split_places
+from pipeline.data.stored import SCHEMA, Sink
 from pipeline.data.template import prompt_text, response_text
 from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError

@@ -24,7 +24,8 @@ import torch
 
 from pipeline.data import cache
 from pipeline.data.cache import Entry, Writer, digest
-from pipeline.data.rows import Rows, hash_of
+from pipeline.data.rows import Rows
+from pipeline.data.stored import hash_of
 from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
 from pipeline.records import Example, Item, Row

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from pipeline.data.places import LISTED
-from pipeline.data.rows import COPY, Rows, hash_of
+from pipeline.data.rows import Rows
+from pipeline.data.stored import COPY, hash_of
 from pipeline.errors import UserError
 from pipeline.records import Example
 

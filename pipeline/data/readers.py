@@ -19,7 +19,8 @@ from pipeline.data.formats import FORMATS, used_columns
 from pipeline.data.reading import RowReading
 from pipeline.data.released import parts_early
 from pipeline.data.rewards_seen import RewardsSeen
-from pipeline.data.rows import Fix, Names, Rows, Sink, Store
+from pipeline.data.rows import Fix, Rows, Store
+from pipeline.data.stored import Names, Sink
 from pipeline.errors import UserError, did_you_mean
 from pipeline.records import Example
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from pipeline.data.fields import Columns
-from pipeline.data.rows import Rows, empty_texts
+from pipeline.data.rows import Rows
+from pipeline.data.stored import empty_texts
 
 # columns of public data sets that no format reads -> what happens without them
 BEARING = {

@@ -13,7 +13,8 @@ import torch
 from pipeline.config.schema import RlStage
 from pipeline.data import convert, encoded, sampling
 from pipeline.data.batching import Draw
-from pipeline.data.rows import CHOSEN, REJECTED, Rows
+from pipeline.data.rows import Rows
+from pipeline.data.stored import CHOSEN, REJECTED
 from pipeline.errors import UserError
 from pipeline.records import Example, Item
 from pipeline.rewards import own_rewards, scoring
