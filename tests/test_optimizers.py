@@ -181,6 +181,11 @@ def test_keys_that_round_are_said(tmp_path: Path) -> None:
         "zero_optimization.zero_quantized_weights",
         "communication_data_type",
     ]
+    offload = {"device": "cpu", "super_offload": True}
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_optimizer": offload, "zenflow": {}}}))
+    assert [line.rsplit(": ", 1)[1] for line in deepspeed.rounded(str(file))] == ["not tested here"]
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}))
+    assert "zenflow steps most weights later" in deepspeed.rounded(str(file))[0]
     assert not any(deepspeed.rounded(path.stem) for path in deepspeed.DS_CONFIGS.glob("*.json"))
 
 
