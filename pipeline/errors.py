@@ -22,9 +22,17 @@ CURES = {
 }
 TORCH_MARKS = ("PytorchStreamWriter failed", "iostream error", "unexpected pos")  # torch.save on a full disk
 
+# of gloo, NCCL and torch's store, where a process is gone or late
+LOST_MARKS = ("Connection reset by peer", "Connection closed by peer", "Timed out waiting", "Broken pipe")
+LOST_MARKS += ("remote process exited", "Watchdog caught collective operation timeout", "Socket Timeout")
+
 
 class UserError(Exception):
     """Something only the user can fix: one line with the place, what was found, what was wanted, the cure."""
+
+
+class LostError(Exception):
+    """Another process of the launch has ended or hangs: one line that says so."""
 
 
 class PreemptedError(Exception):
@@ -43,6 +51,18 @@ def as_user_error(error: OSError | RuntimeError) -> UserError | None:
     if isinstance(error, RuntimeError) and any(mark in message for mark in TORCH_MARKS):
         return UserError(f"disk: weights cannot be written ({message[:120]}), {ROOM}")
     return None
+
+
+def as_lost_error(error: RuntimeError) -> LostError | None:
+    """The line for a collective that another process does not take part in any more, None for any other error."""
+    message = " ".join(str(error).split())
+    if not any(mark in message for mark in LOST_MARKS):
+        return None
+    said = message.split(". This is typically caused")[0][-160:]
+    return LostError(
+        f"another process has ended, or did not answer within launch.ddp_timeout seconds ({said}): its own lines say "
+        "why; the same command goes on from the last checkpoint"
+    )
 
 
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:

@@ -27,6 +27,7 @@ from pipeline.trainer import evaluation, gains, group, markdown
 from pipeline.trainer.board import Board
 from pipeline.trainer.group import Ranks
 from pipeline.trainer.model import Model, build_inference, spoken_packing
+from pipeline.trainer.opening import open_stage
 from stages import inputs
 
 logger = logging.getLogger("tiffin")
@@ -45,7 +46,7 @@ def main(settings: EvaluateStage, words: Sequence[str]) -> None:
     directory = run_dir.stage_dir(settings, "evaluate")
     places = inputs.policies(settings)
     models = {name: run_dir.policy_model(settings, place) for name, place in places.items()}
-    if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs.of_evaluate(settings))):
+    if not open_stage(ranks, directory, settings, words, inputs.of_evaluate(settings)):
         return
     if settings.policies is None and "start" in places:
         logger.info(

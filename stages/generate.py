@@ -21,6 +21,7 @@ from pipeline.rewards.candidates import Gathered
 from pipeline.rollout.generate import generate
 from pipeline.trainer import evaluation, group
 from pipeline.trainer.model import Model, build_inference
+from pipeline.trainer.opening import open_stage
 from stages import inputs
 
 logger = logging.getLogger("tiffin")
@@ -32,7 +33,7 @@ def main(settings: GenerateStage, words: Sequence[str]) -> None:
     ranks = group.start(settings.launch.ddp_timeout)
     directory = run_dir.stage_dir(settings, "generate")
     model = run_dir.policy_model(settings, settings.policy)
-    if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs.of_generate(settings))):
+    if not open_stage(ranks, directory, settings, words, inputs.of_generate(settings)):
         return
     rewards = None
     if settings.reward is not None:

@@ -20,6 +20,7 @@ from pipeline.trainer import evaluation, group
 from pipeline.trainer.loop import HELD_OUT_LOSS, Evaluation, Trainer, fit
 from pipeline.trainer.model import Model, build_reward_model, encode
 from pipeline.trainer.objective import Objective, RewardModule, objective_of
+from pipeline.trainer.opening import open_stage
 from pipeline.trainer.schedule import epochs, steps_for
 from stages import inputs
 
@@ -28,7 +29,7 @@ def main(settings: RewardStage, words: Sequence[str]) -> None:
     ranks = group.start(settings.launch.ddp_timeout)
     directory = run_dir.stage_dir(settings, "reward")
     start = run_dir.start_model(settings)
-    if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs.of_reward(settings))):
+    if not open_stage(ranks, directory, settings, words, inputs.of_reward(settings)):
         return
     module, algorithm, objective = objective_of(settings.algorithm)
     train, held_out = rows_of(settings, module, algorithm)

@@ -14,6 +14,7 @@ from pipeline.rl.context import Context
 from pipeline.trainer import group
 from pipeline.trainer.loop import fit
 from pipeline.trainer.objective import objective_of
+from pipeline.trainer.opening import open_stage
 from stages import inputs
 
 logger = logging.getLogger("tiffin")
@@ -31,7 +32,7 @@ def main(settings: RlStage, words: Sequence[str]) -> None:
     directory = run_dir.stage_dir(settings, "rl")
     start, data = inputs.rl_model(settings), inputs.rl_data(settings)
     started = ranks.on_main(lambda: inputs.of_rl(settings))
-    if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, started)):
+    if not open_stage(ranks, directory, settings, words, started):
         return
     rewards_key = {name: mark for name, mark in started.items() if name.startswith("reward ")}
     module, algorithm, objective = objective_of(settings.algorithm)

@@ -20,6 +20,7 @@ from pipeline.launch.entry import run
 from pipeline.records import Example, Scores
 from pipeline.rewards import build, candidates, scoring
 from pipeline.trainer import evaluation, group
+from pipeline.trainer.opening import open_stage
 from stages import inputs
 
 logger = logging.getLogger("tiffin")
@@ -29,7 +30,7 @@ def main(settings: ScoreStage, words: Sequence[str]) -> None:
     ranks = group.start(settings.launch.ddp_timeout)
     directory = run_dir.stage_dir(settings, "score")
     data = inputs.score_data(settings)
-    if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs.of_score(settings))):
+    if not open_stage(ranks, directory, settings, words, inputs.of_score(settings)):
         return
     rewards = build.build_rewards(settings, settings.reward, settings.rewards, ranks.device, logged=True)
     if rewards is None:

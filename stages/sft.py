@@ -20,6 +20,7 @@ from pipeline.trainer import evaluation, group
 from pipeline.trainer.loop import HELD_OUT_LOSS, Evaluation, Trainer, fit
 from pipeline.trainer.model import Model, build_policy, encode, masked_packing
 from pipeline.trainer.objective import Objective, objective_of
+from pipeline.trainer.opening import open_stage
 from pipeline.trainer.schedule import epochs, steps_for
 from stages import inputs
 
@@ -29,7 +30,7 @@ logger = logging.getLogger("tiffin")
 def main(settings: SftStage, words: Sequence[str]) -> None:
     ranks = group.start(settings.launch.ddp_timeout)
     directory = run_dir.stage_dir(settings, "sft")
-    if not ranks.on_main(lambda: run_dir.open_stage(directory, settings, words, inputs.of_sft(settings))):
+    if not open_stage(ranks, directory, settings, words, inputs.of_sft(settings)):
         return
     _, _, objective = objective_of(settings.algorithm)
     train, held_out, train_on = rows_of(settings)

@@ -13,10 +13,11 @@ from typing import Any, NoReturn
 from pipeline import errors
 from pipeline.config.resolve import resolve
 from pipeline.config.schema import EvaluateStage, GenerateStage, Training
-from pipeline.errors import PreemptedError, UserError
+from pipeline.errors import LostError, PreemptedError, UserError
 from pipeline.launch import machine, run_dir, stopping
 from pipeline.launch.launcher import rank_environment, unpacked
 
+LOST = 1  # another process ended: its code tells
 USER_ERROR = 2
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on
 PATIENCE = 5.0
@@ -33,7 +34,8 @@ def run(main: Callable[[Any, list[str]], None], stage: str) -> NoReturn:
 
 
 def leave(work: Callable[[], int]) -> NoReturn:
-    """Exit with what `work` returns; 2 and one line on stderr for a UserError or what the machine refuses; 130 when
+    """Exit with what `work` returns; 2 and one line on stderr for a UserError or what the machine refuses; 1 and a line
+    where another process is lost; 130 when
     interrupted; 75 when saved after SIGTERM."""
     set_up_logging()
     try:
@@ -46,10 +48,11 @@ def leave(work: Callable[[], int]) -> NoReturn:
         code = 0
     except (OSError, RuntimeError) as error:
         mistake = errors.as_user_error(error)
-        if mistake is None:
+        lost = errors.as_lost_error(error) if isinstance(error, RuntimeError) else None
+        if mistake is None and lost is None:
             raise
-        complain(mistake)
-        code = USER_ERROR
+        complain(mistake or lost)
+        code = LOST if mistake is None else USER_ERROR
     except PreemptedError as error:
         complain(error)
         code = PREEMPTED
@@ -78,7 +81,7 @@ def set_up_logging() -> None:
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # its tries: the error says it once
 
 
-def complain(error: UserError | PreemptedError) -> None:
+def complain(error: UserError | LostError | PreemptedError) -> None:
     """One line on stderr, from one rank per machine where all of them meet the same error.
 
     Another than the first speaks where that one did not: a launcher would have ended it within PATIENCE seconds.
@@ -86,7 +89,7 @@ def complain(error: UserError | PreemptedError) -> None:
     rank, first = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0") == "0"
     if not first and isinstance(error, PreemptedError):
         return
-    if not first:
+    if not first or isinstance(error, LostError):  # a launcher ends who only lost another, and that one has spoken
         time.sleep(PATIENCE)
     where = "" if rank == "0" else f"rank {rank}: "
     logger.error(f"{where}{' '.join(str(error).split())}")
