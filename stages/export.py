@@ -10,7 +10,7 @@ import torch
 
 from pipeline.config.schema import ExportStage
 from pipeline.files import write_json
-from pipeline.launch import run_dir
+from pipeline.launch import going_on, run_dir
 from pipeline.launch.entry import run
 from pipeline.models import publish
 from pipeline.models.exporting import Form, export
@@ -36,12 +36,12 @@ def main(settings: ExportStage, words: Sequence[str]) -> None:
         files = sorted(target.glob("*.safetensors"))
         size = sum(file.stat().st_size for file in files)
         results = {**asked, "said": said, "files": [file.name for file in files], "bytes": size}
-        write_json(directory / run_dir.RESULTS, results)
+        write_json(directory / going_on.RESULTS, results)
         logger.info(f"{target}: {model.path} in {len(files)} files of weights, {size / 1e9:,.3f} GB. {said}".rstrip())
     if settings.push_to is not None:
         export_faults.refuse_half(settings, model.path)
         address = publish.push(target, settings.push_to, settings.private)
-        write_json(directory / run_dir.RESULTS, {**results, "pushed": address})
+        write_json(directory / going_on.RESULTS, {**results, "pushed": address})
         logger.info(f"{address}: has it, {'private' if settings.private else 'for all to see'}")
 
 

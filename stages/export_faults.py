@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.config.schema import ExportStage
 from pipeline.errors import UserError
 from pipeline.files import fingerprint
-from pipeline.launch import run_dir
+from pipeline.launch import going_on, run_dir
 from pipeline.models import place, publish
 from stages.ahead import Ahead, told
 
@@ -34,7 +34,7 @@ def of_export(settings: ExportStage, ahead: Ahead) -> Iterator[str]:
 
 def refuse_state(model: str) -> None:
     """Raises UserError where the directory is a training's checkpoint."""
-    if (Path(model) / run_dir.STATE).is_file():
+    if (Path(model) / going_on.STATE).is_file():
         stage = Path(model).absolute().parent.parent
         problem = f"{model} is a checkpoint to go on from, and no model"
         raise UserError(f"policy: {problem}, wanted one: {stage / 'best'} where that is there, or the stage at its end")
@@ -54,7 +54,7 @@ def asked(settings: ExportStage, model: str) -> dict[str, Any]:
 
 def last(settings: ExportStage) -> dict[str, Any]:
     """What this run's last export left on record; nothing where there was none."""
-    noted = run_dir.stage_dir(settings, "export") / run_dir.RESULTS
+    noted = run_dir.stage_dir(settings, "export") / going_on.RESULTS
     return json.loads(noted.read_text(encoding="utf-8")) if noted.is_file() else {}
 
 

@@ -261,7 +261,7 @@ def test_halves_by_reward():
     own = rows(3, 1, 2, 2, 0)  # ranked: r0, r2, r3, r1, r4; halves of 3
     assert [row.id for row in rl_rows.chosen_rows(own, "best_half")] == ["r0", "r2", "r3"]
     assert [row.id for row in rl_rows.chosen_rows(own, "worst_half")] == ["r1", "r3", "r4"]
-    assert rl_rows.chosen_rows(own, "all") is own
+    assert rl_rows.chosen_rows(own, "all") == own
 
 
 def test_the_chosen_sides_of_pairs():

@@ -167,8 +167,8 @@ def test_the_plan_is_what_a_step_takes(zero: str) -> None:
             tiny.step(trained, items, range(rows), packing)
 
     measured = 1e6 * peak_megabytes(work)
-    load = memory.Load(tokens=rows * 2 * length, sampled=0)
-    planned = memory.memory(seen[0], train, load, 1, int(zero[4]), offload=False)
+    load = memory.Load(tokens=rows * 2 * length, sampled=0, buffers=GPU)
+    planned = memory.memory(seen[0], train, load, 1, memory.zero_of(settings))
     ratio = (planned.needed - planned.program) / measured
     assert (0.9 if GPU else 0.5) < ratio < (1.1 if GPU else 2.0), (ratio, planned, measured)
 

@@ -21,7 +21,7 @@ DRAWN = ("pipeline/report/svg.py", "pipeline/report/comparison.py")  # their wor
 FILES = [path for folder in ("pipeline", "stages", "reward_models") for path in sorted((ROOT / folder).rglob("*.py"))]
 FILES += sorted((ROOT / "pipeline" / "report").rglob("*.yaml"))
 OTHERS = {"key", "slots", "num_labels", "pad_token_id"}  # of `key=value` itself; of a hostfile; of peft
-OF_THE_KILLER = {"processes", "kills"}  # tests/kill_and_resume.py
+OF_THE_KILLER = {"processes", "kills", "switch", "zeros"}  # tests/kill_and_resume.py
 OF_THE_SERVER = {"port", "host", "threads", "max_request_mb"}  # reward_models/serve.py
 
 

@@ -269,7 +269,9 @@ class GenerationSettings(Section):
                 "generation.engine=generate"
             )
         if self.engine == "continuous" and self.gather == "layers":
-            raise ValueError("gather is layers with engine continuous, wanted whole or auto: or set engine=generate")
+            raise ValueError(
+                "gather is layers with engine continuous, wanted whole or auto, or generation.engine=generate"
+            )
         return self
 
 

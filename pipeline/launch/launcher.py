@@ -26,7 +26,7 @@ from pipeline.errors import UserError
 from pipeline.launch.machine import has_gpu
 
 DISTRIBUTED = ("sft", "reward", "rl", "score", "generate", "evaluate")
-PACKED = "packed="
+PACKED = "packed:"
 PORTS = range(20_000, 32_000)
 
 

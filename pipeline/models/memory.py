@@ -55,6 +55,7 @@ class Load(NamedTuple):
     layers: bool = False  # ZeRO-3 gathers single layers while it samples
     reference: bool = False  # a second model is asked beside the trained one
     judges: float = 0.0  # bytes of reward models
+    buffers: bool = False  # DeepSpeed's are there as soon as they are made, as on a GPU; else as far as they are used
 
 
 class Memory(NamedTuple):
@@ -121,7 +122,7 @@ def memory(shape: Shape, train: TrainSettings, load: Load, world: int, zero: Map
         gathered=1.5 * element * live,  # half of it once more as it arrives
         gradients=shape.trained * element / shared,
         optimizer=shape.trained * (12 if half or stage else 8) / shared,
-        stepping=_stepping(shape.trained, zero, element, world),
+        stepping=_stepping(shape.trained, zero, element, world, load.buffers),
         reference=weights if load.reference else 0.0,
         activations=load.tokens * kept * element,
         logits=float(slice_of_head + (element * shape.vocab_size * shape.hidden_size if whole else 0)),
@@ -131,14 +132,15 @@ def memory(shape: Shape, train: TrainSettings, load: Load, world: int, zero: Map
     )
 
 
-def _stepping(trained: float, zero: Mapping[str, Any], element: int, world: int) -> float:
+def _stepping(trained: float, zero: Mapping[str, Any], element: int, world: int, buffers: bool) -> float:
     """Bytes of gradients beside a rank's part of them: before they are shared out, on their way, and in float32."""
     if zero["stage"] == 0:
         return 4 * trained if element == 2 else 0.0
-    copies = 4 * trained / world
+    copies, bucket = 4 * trained / world, zero.get("reduce_bucket_size", 5e8)
     if zero["stage"] == 3:
-        return copies + element * min(trained, zero.get("reduce_bucket_size", 5e8))
+        return copies + element * (bucket if buffers else min(trained, bucket))
     copies += element * trained / world if element == 2 and world > 1 else 0.0
+    copies += element * bucket * (2 if zero.get("overlap_comm", True) else 1) if buffers else 0.0
     return max(copies, element * trained * (1 - 1 / world)) if zero["stage"] == 1 else copies
 
 
@@ -292,7 +294,7 @@ def load_of(settings: Training) -> Load:
     data, train = settings.data, settings.train
     tokens = train.max_tokens or train.micro_batch_size * (data.max_prompt_length + data.max_response_length)
     if not isinstance(settings, SftStage | RlStage):
-        return Load(tokens, 0)
+        return Load(tokens, 0, buffers=on_gpu(settings))
     generation = settings.generation
     judged, new = (settings.eval.max_rows, generation.max_new_tokens)
     if isinstance(settings, SftStage):
@@ -307,7 +309,14 @@ def load_of(settings: Training) -> Load:
     rows = max((min(prompts, generation.batch_size) * each for prompts, each in calls), default=0)
     reference = isinstance(settings, RlPolicy) and settings.algorithm.settings.get("kl_beta", 0) > 0
     judges = judges_of(settings) if isinstance(settings, RlStage) else 0.0
-    return Load(tokens, rows * (data.max_prompt_length + new), generation.gather == "layers", reference, judges)
+    return Load(
+        tokens,
+        rows * (data.max_prompt_length + new),
+        generation.gather == "layers",
+        reference,
+        judges,
+        on_gpu(settings),
+    )
 
 
 def judges_of(settings: RlStage) -> float:

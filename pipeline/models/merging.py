@@ -61,7 +61,7 @@ def opened(settings: ModelSettings) -> Parts:
     brought = scalar and bool({*HEADS} & {*(vars(adapter).get("modules_to_save") or ())})
     lm = _whole(below, tokenizer, scalar, new_head=brought)
     dtype = lm.dtype
-    mask_token.grow_for(lm, adapter)
+    mask_token.grow_for(lm, lora.tokens_of(adapter))
     _widen(lm, adapter)
     with reading(path, "adapters"):
         return _apart(PeftModel.from_pretrained(lm, path), dtype)

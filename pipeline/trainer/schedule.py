@@ -84,7 +84,7 @@ def shape_of(settings: OptimizerSettings) -> str:
     warmup = f"warmup_ratio={settings.warmup_ratio:g}" if given is None else f"warmup_steps={given}"
     words = [settings.lr_scheduler_type, warmup]
     if settings.lr_scheduler_type == "warmup_stable_decay":
-        words.append(f"decay_ratio={settings.decay_ratio:g}")
+        words.append(f"optimizer.decay_ratio={settings.decay_ratio:g}")
     if settings.min_lr_ratio:
         words.append(f"min_lr_ratio={settings.min_lr_ratio:g}")
     return ", ".join(words)

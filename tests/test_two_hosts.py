@@ -1,0 +1,192 @@
+"""Two hosts on one machine: network namespaces with an sshd each, and DeepSpeed's launcher over pdsh between them.
+
+Needs root, ip, sshd and pdsh; nothing of the user's ssh is read or written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import count
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TOOLS = ("ip", "ssh", "ssh-keygen", "pdsh")
+SSHD = "/usr/sbin/sshd"
+TINY = ["data.task=numerals", "data.task_size=60", "batch_size=4", "zero=zero3", "eval.max_rows=4", "save_steps=1"]
+TINY += ["eval.generate=false", "model.scratch.hidden_size=32", "model.scratch.num_heads=2", "max_steps=6"]
+
+NUMBERS = count(os.getpid())  # of pairs of namespaces
+
+missing = [name for name in TOOLS if shutil.which(name) is None] + ([] if Path(SSHD).is_file() else [SSHD])
+if os.geteuid() != 0:
+    missing.append("root")
+pytestmark = pytest.mark.skipif(bool(missing), reason=f"two hosts in namespaces want {', '.join(missing)}")
+
+
+class Hosts(NamedTuple):
+    """Both namespaces, the first of which the command is given in."""
+
+    names: tuple[str, str]
+    addresses: tuple[str, str]
+    folder: Path
+
+    def environment(self) -> dict[str, str]:
+        path = f"{self.folder / 'bin'}:{os.environ['PATH']}"
+        return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        argv = ["ip", "netns", "exec", self.names[0], sys.executable, "-m", "stages", *words]
+        argv += [f"hostfile={self.folder / 'hosts'}"]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(argv, cwd=ROOT, env=self.environment(), **pipes)
+
+    def run(self, *words: str) -> str:
+        process = self.start(*words)
+        said = process.communicate(timeout=240)[0]
+        assert process.returncode == 0, said[-3000:]
+        return said
+
+    def ranks(self, host: int) -> list[int]:
+        """The processes of a stage on a host."""
+        listed = subprocess.run(["ip", "netns", "pids", self.names[host]], capture_output=True, text=True, check=True)
+        return [int(pid) for pid in listed.stdout.split() if is_rank(Path("/proc") / pid / "cmdline")]
+
+
+def is_rank(command: Path) -> bool:
+    try:
+        words = command.read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return words[1:3] == [b"-u", b"-m"] and words[3].startswith(b"stages.")
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    with two_hosts(tmp_path_factory.mktemp("hosts")) as both:
+        yield both
+
+
+@contextmanager
+def two_hosts(folder: Path, blind_to: Path | None = None) -> Iterator[Hosts]:
+    """Both, until the end; `blind_to`: a folder in whose place the second sees an empty one of its own."""
+    number = next(NUMBERS)
+    net, tag = f"10.99.{number % 250}", number % 100_000
+    names, addresses = tuple(f"tiffin-{tag}-{one}" for one in "ab"), (f"{net}.1", f"{net}.2")
+    with ExitStack() as stack:
+        for name in names:
+            call("ip", "netns", "add", name)
+            stack.callback(call, "ip", "netns", "del", name)
+            call("ip", "-n", name, "link", "set", "lo", "up")
+        ends = [f"tf{tag}{one}" for one in "ab"]
+        call("ip", "link", "add", ends[0], "netns", names[0], "type", "veth", "peer", ends[1], "netns", names[1])
+        for name, link, address in zip(names, ends, addresses, strict=True):
+            call("ip", "-n", name, "addr", "add", f"{address}/24", "dev", link)
+            call("ip", "-n", name, "link", "set", link, "up")
+            etc = Path("/etc/netns") / name  # what the namespace reads as /etc/hosts
+            etc.mkdir(parents=True)
+            stack.callback(shutil.rmtree, etc)
+            (etc / "hosts").write_text(f"127.0.0.1 localhost\n{address} {socket.gethostname()}\n")
+        write_ssh(folder)
+        (folder / "hosts").write_text("".join(f"{address} slots=1\n" for address in addresses))
+        for place, name in enumerate(names):
+            hidden = f"mount -t tmpfs none {blind_to} && " if place == 1 and blind_to is not None else ""
+            served = f"{hidden}exec {SSHD} -D -f {folder / 'sshd_config'}"
+            daemon = subprocess.Popen(["ip", "netns", "exec", name, "sh", "-c", served])
+            stack.callback(end, daemon)
+        both = Hosts(names, addresses, folder)
+        wait_for(both)
+        yield both
+
+
+def write_ssh(folder: Path) -> None:
+    """Keys, what the daemons read, and an `ssh` that reads no file of the user's."""
+    Path("/run/sshd").mkdir(exist_ok=True)
+    for name in ("key", "host_key"):
+        call("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name))
+    (folder / "sshd_config").write_text(
+        f"HostKey {folder / 'host_key'}\nAuthorizedKeysFile {folder / 'key.pub'}\nStrictModes no\nUsePAM no\n"
+        "PasswordAuthentication no\nPermitRootLogin yes\nPidFile none\n"
+    )
+    (folder / "ssh_config").write_text(
+        f"Host *\n IdentityFile {folder / 'key'}\n StrictHostKeyChecking no\n UserKnownHostsFile /dev/null\n"
+        " LogLevel ERROR\n"
+    )
+    (folder / "bin").mkdir()
+    (folder / "bin" / "ssh").write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {folder / "ssh_config"} "$@"\n')
+    (folder / "bin" / "ssh").chmod(0o755)
+
+
+def wait_for(hosts: Hosts) -> None:
+    """Until both daemons answer."""
+    for address in hosts.addresses:
+        for _ in range(100):
+            asked = ["ip", "netns", "exec", hosts.names[0], str(hosts.folder / "bin" / "ssh"), address, "true"]
+            if subprocess.run(asked, capture_output=True, check=False).returncode == 0:
+                break
+            time.sleep(0.1)
+        else:
+            pytest.fail(f"no sshd at {address}")
+
+
+def end(daemon: subprocess.Popen[bytes]) -> None:
+    daemon.terminate()
+    daemon.wait(10)
+
+
+def call(*argv: str) -> None:
+    subprocess.run(argv, check=True, capture_output=True)
+
+
+def weights(stage: Path) -> str:
+    """sha256 of what a stage left."""
+    return hashlib.sha256((stage / "model" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def test_two_hosts_are_one_whatever_the_settings_hold(hosts: Hosts, tmp_path: Path) -> None:
+    """Byte for byte; and a setting that a shell would read otherwise arrives as it stands."""
+    words = [*TINY, 'template.prompt=It costs $5 ($(date)) `id`; 100% "{prompt}"']
+    said = hosts.run("stage=sft", *words, f"runs_dir={tmp_path / 'two'}")
+    assert "It costs $5 ($(date)) `id`; 100% " in said
+    alone = [sys.executable, "-m", "stages", "stage=sft", *words, f"runs_dir={tmp_path / 'one'}", "gpus=2"]
+    subprocess.run(alone, cwd=ROOT, env=hosts.environment(), check=True, capture_output=True, timeout=240)
+    assert weights(tmp_path / "two/default/sft") == weights(tmp_path / "one/default/sft")
+
+
+def test_a_rank_that_dies_on_the_other_host_ends_both_and_the_run_goes_on(hosts: Hosts, tmp_path: Path) -> None:
+    words = ["stage=sft", *TINY]
+    hosts.run(*words, f"runs_dir={tmp_path / 'whole'}")
+    process = hosts.start(*words, f"runs_dir={tmp_path / 'killed'}")
+    until = time.monotonic() + 200
+    while not (tmp_path / "killed/default/sft/checkpoints/latest").is_file() and time.monotonic() < until:
+        time.sleep(0.05)
+    (rank,) = hosts.ranks(1)
+    os.kill(rank, signal.SIGKILL)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode not in (0, 2), said[-3000:]
+    assert "Traceback" not in said
+    assert not hosts.ranks(0) and not hosts.ranks(1)
+    hosts.run(*words, f"runs_dir={tmp_path / 'killed'}")
+    assert weights(tmp_path / "killed/default/sft") == weights(tmp_path / "whole/default/sft")
+
+
+def test_a_host_that_does_not_see_the_run_says_so(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    (tmp_path / "ssh").mkdir()
+    with two_hosts(tmp_path / "ssh", blind_to=runs) as hosts:
+        process = hosts.start("stage=sft", *TINY, f"runs_dir={runs}")
+        said = process.communicate(timeout=120)[0]
+    assert process.returncode != 0
+    assert "does not see what rank 0 writes" in said and "Traceback" not in said
