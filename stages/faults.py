@@ -92,7 +92,8 @@ def of_step(step: Resolved, ahead: Ahead) -> list[str]:
     found = told(partial(going_on.standing, directory, settings))
     if going_on.finished(directory) and (found or going_on.ended(directory, settings)):
         return found
-    found += told(partial(run_dir.refuse_taken, directory))
+    if settings.launch.nnodes == 1:  # else another host's command may have opened it for us
+        found += told(partial(run_dir.refuse_taken, directory))
     if not found and going_on.begun(directory):
         ranks = partial(launcher.world, settings.launch, stage, ahead.environ)
         found += told(lambda: going_on.refuse_other_ranks(directory, settings, ranks()))

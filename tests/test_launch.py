@@ -41,6 +41,7 @@ STEP = {
 
 def settings(**given: object) -> LaunchSettings:
     defaults = {"processes": 1, "hostfile": None, "launcher": "auto", "master_port": None, "ddp_timeout": 60}
+    defaults |= {"nnodes": 1, "rdzv_endpoint": None}
     return LaunchSettings(**{**defaults, **given})
 
 

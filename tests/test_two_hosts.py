@@ -164,6 +164,20 @@ def test_two_hosts_are_one_whatever_the_settings_hold(hosts: Hosts, tmp_path: Pa
     assert weights(tmp_path / "two/default/sft") == weights(tmp_path / "one/default/sft")
 
 
+def test_torchrun_meets_on_two_hosts(hosts: Hosts, tmp_path: Path) -> None:
+    """The same command on both; the bytes are those of one host."""
+    words = ["-m", "stages", "stage=sft", *TINY, "launcher=torchrun", "nnodes=2"]
+    words += [f"rdzv_endpoint={hosts.addresses[0]}:29577", f"runs_dir={tmp_path / 'two'}"]
+    argv = [["ip", "netns", "exec", name, sys.executable, *words] for name in hosts.names]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    started = [subprocess.Popen(one, cwd=ROOT, env=hosts.environment(), **pipes) for one in argv]
+    said = [one.communicate(timeout=240)[0] for one in started]
+    assert [one.returncode for one in started] == [0, 0], said[0][-2000:] + said[1][-2000:]
+    alone = [sys.executable, "-m", "stages", "stage=sft", *TINY, f"runs_dir={tmp_path / 'one'}", "gpus=2"]
+    subprocess.run(alone, cwd=ROOT, env=hosts.environment(), check=True, capture_output=True, timeout=240)
+    assert weights(tmp_path / "two/default/sft") == weights(tmp_path / "one/default/sft")
+
+
 def test_a_rank_that_dies_on_the_other_host_ends_both_and_the_run_goes_on(hosts: Hosts, tmp_path: Path) -> None:
     words = ["stage=sft", *TINY]
     hosts.run(*words, f"runs_dir={tmp_path / 'whole'}")

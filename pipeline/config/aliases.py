@@ -1,7 +1,7 @@
 """Names known from other tools that mean exactly what a setting means; `elsewhere.py` has what comes near."""
 
 SECTION_OF = {  # settings that may be given without their section
-    "launch": "hostfile launcher master_port ddp_timeout",
+    "launch": "hostfile launcher nnodes rdzv_endpoint master_port ddp_timeout",
     "model": "attn_implementation trust_remote_code dropout load_in_4bit",
     "data": "task max_prompt_length max_response_length",
     "train": "batch_size micro_batch_size max_tokens num_train_epochs max_steps precision zero gradient_checkpointing "

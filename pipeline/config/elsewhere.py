@@ -173,11 +173,12 @@ SAID: dict[str, str] = {  # names -> what to say of each
         "GPUs are used where there are any: gpus=8, or fewer by CUDA_VISIBLE_DEVICES"
     ),
     "num_processes world_size": "gpus=8 is processes per machine; hostfile=hosts names several machines",
-    "nnodes num_nodes node_rank master_addr num_machines nodes": (
-        "several machines: hostfile=hosts with lines `host slots=8`, or srun inside a Slurm allocation"
+    "num_nodes node_rank master_addr num_machines nodes": (
+        "several machines: hostfile=hosts with lines `host slots=8`, srun inside a Slurm allocation, or on each of them "
+        "nnodes=2 rdzv_endpoint=HOST:29500"
     ),
     "num_workers dataloader_num_workers preprocessing_num_workers dataset_num_proc": (
-        "leave it out: rows are tokenised once, before the first step"
+        "rows are tokenised once, before the first step, in data.workers=8 processes"
     ),
     "train train_data": (
         "rows to learn from are data.train=FILE; the settings of train: are train.batch_size=32 and so on"

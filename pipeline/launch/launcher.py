@@ -42,6 +42,9 @@ def command(settings: LaunchSettings, stage: str, words: Sequence[str], environ:
         return [sys.executable, "-m", "deepspeed.launcher.runner", *resources, *options, "--module", *module]
     if launcher == "torchrun":
         port = ["--standalone"] if settings.master_port is None else ["--master-port", str(_port(settings))]
+        if settings.rdzv_endpoint is not None:
+            port = ["--nnodes", str(settings.nnodes), "--rdzv-backend", "c10d", "--rdzv-id", "tiffin"]
+            port += ["--rdzv-endpoint", settings.rdzv_endpoint]
         options = ["--nproc-per-node", str(settings.processes), *port]
         return [sys.executable, "-m", "torch.distributed.run", *options, "--module", *module]
     if launcher == "srun":
@@ -70,7 +73,7 @@ def world(settings: LaunchSettings, stage: str, environ: Mapping[str, str]) -> i
         return len(slots) * settings.processes if settings.processes > 1 < len(slots) else sum(slots.values())
     if launcher == "srun" and settings.processes == 1:
         return int(environ.get("SLURM_NTASKS", "1"))
-    nodes = int(environ.get("SLURM_NNODES", "1")) if launcher == "srun" else 1
+    nodes = int(environ.get("SLURM_NNODES", "1")) if launcher == "srun" else settings.nnodes
     return 1 if launcher == "single" else nodes * settings.processes
 
 
@@ -89,6 +92,8 @@ def choose(settings: LaunchSettings, stage: str, environ: Mapping[str, str]) -> 
     many_tasks = int(environ.get("SLURM_NTASKS", "1")) > 1 or int(environ.get("SLURM_NNODES", "1")) > 1
     if "SLURM_JOB_ID" in environ and many_tasks and not settings.hostfile:
         return "srun"
+    if settings.nnodes > 1:
+        return "torchrun"
     return "deepspeed" if settings.hostfile or settings.processes > 1 else "single"
 
 
