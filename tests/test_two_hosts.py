@@ -97,7 +97,8 @@ def two_hosts(folder: Path, blind_to: Path | None = None) -> Iterator[Hosts]:
             etc = Path("/etc/netns") / name  # what the namespace reads as /etc/hosts
             etc.mkdir(parents=True)
             stack.callback(shutil.rmtree, etc)
-            (etc / "hosts").write_text(f"127.0.0.1 localhost\n{address} {socket.gethostname()}\n")
+            both = "".join(f"{one} {other}\n" for one, other in zip(addresses, names, strict=True))
+            (etc / "hosts").write_text(f"127.0.0.1 localhost\n{both}{address} {socket.gethostname()}\n")
         write_ssh(folder)
         (folder / "hosts").write_text("".join(f"{address} slots=1\n" for address in addresses))
         for place, name in enumerate(names):
@@ -168,7 +169,9 @@ def test_torchrun_meets_on_two_hosts(hosts: Hosts, tmp_path: Path) -> None:
     """The same command on both; the bytes are those of one host."""
     words = ["-m", "stages", "stage=sft", *TINY, "launcher=torchrun", "nnodes=2"]
     words += [f"rdzv_endpoint={hosts.addresses[0]}:29577", f"runs_dir={tmp_path / 'two'}"]
-    argv = [["ip", "netns", "exec", name, sys.executable, *words] for name in hosts.names]
+    # torchrun's hosts call each other by their names: these have names of their own
+    named = ["unshare", "--uts", "sh", "-c", 'hostname "$1" && shift && exec "$@"', "sh"]
+    argv = [["ip", "netns", "exec", name, *named, name, sys.executable, *words] for name in hosts.names]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     started = [subprocess.Popen(one, cwd=ROOT, env=hosts.environment(), **pipes) for one in argv]
     said = [one.communicate(timeout=240)[0] for one in started]

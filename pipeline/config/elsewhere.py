@@ -174,8 +174,8 @@ SAID: dict[str, str] = {  # names -> what to say of each
     ),
     "num_processes world_size": "gpus=8 is processes per machine; hostfile=hosts names several machines",
     "num_nodes node_rank master_addr num_machines nodes": (
-        "several machines: hostfile=hosts with lines `host slots=8`, srun inside a Slurm allocation, or on each of them "
-        "nnodes=2 rdzv_endpoint=HOST:29500"
+        "several machines: hostfile=hosts with lines `host slots=8`, srun inside a Slurm allocation, or the same "
+        "command on each, with launch.nnodes and launch.rdzv_endpoint"
     ),
     "num_workers dataloader_num_workers preprocessing_num_workers dataset_num_proc": (
         "rows are tokenised once, before the first step, in data.workers=8 processes"
