@@ -6,10 +6,11 @@ find in its algorithm's settings, its model's configuration and the inputs of wh
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from functools import partial
 
 from pipeline.config.resolve import Resolved
@@ -23,14 +24,30 @@ from pipeline.errors import UserError
 from pipeline.files import flatten
 from pipeline.launch import going_on, run_dir
 from pipeline.launch.entry import USER_ERROR, complain, logger, warn_of_slow_bf16
-from pipeline.launch.launcher import command, environment, world
+from pipeline.launch.launcher import batch_file, command, environment, world
 from stages import faults, inputs
 
 WEIGHTS = "data.train."
 
 
 def show(steps: Sequence[Resolved]) -> int:
-    """Print it all; faults and notes on stderr. Exit code 2 where a start would be refused."""
+    """Print it all; faults and notes on stderr. Exit code 2 where a start would be refused.
+
+    Under launcher=slurm what is printed is a file for sbatch, with all else as comments.
+    """
+    launch = steps[0].settings.launch
+    if launch.launcher != "slurm" or "SLURM_JOB_ID" in os.environ:
+        return _show(steps)
+    tasks = launch.nnodes * launch.processes  # as in the allocation that the file asks for
+    os.environ |= {"SLURM_JOB_ID": "0", "SLURM_NNODES": str(launch.nnodes), "SLURM_NTASKS": str(tasks)}
+    shown = io.StringIO()
+    with redirect_stdout(shown):
+        code = _show(steps)
+    print(batch_file(launch, steps[0].settings.run, [step.words for step in steps], shown.getvalue()), flush=True)
+    return code
+
+
+def _show(steps: Sequence[Resolved]) -> int:
     environ = dict(os.environ)  # before torch and DeepSpeed add to it
     found = faults.of(steps, environ)
     before_are_done = True
@@ -91,7 +108,7 @@ def memory(step: Resolved) -> None:
     settings = step.settings
     if not isinstance(settings, Training):
         return
-    from pipeline.models.memory import estimate
+    from pipeline.models.plan import estimate
 
     if isinstance(settings, RewardStage | RlStage):
         with suppress(UserError):  # faults.py has told of it, or an earlier step makes the model

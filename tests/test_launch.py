@@ -93,6 +93,28 @@ def test_hostfile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert argv == [*DEEPSPEED, "--num_gpus", "3", *OPTIONS]
 
 
+def test_a_file_for_sbatch_is_what_a_dry_run_prints(tmp_path: Path):
+    """A shell reads it; told to save, it asks for another turn, and other codes are its own."""
+    words = ["-m", "stages", "stage=sft", "task=numerals", "run=mine", "gpus=2", "nnodes=4", "launcher=slurm"]
+    words += ["template.prompt=It's $5: {prompt}", "dry_run=true"]
+    root = Path(__file__).resolve().parents[1]
+    env = {**{k: v for k, v in os.environ.items() if not k.startswith("SLURM")}, "PYTHONPATH": str(root)}
+    made = subprocess.run([PYTHON, *words], cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    assert "fault" not in made.stderr and "over 8 processes" in made.stdout
+    assert "#SBATCH --nodes=4\n#SBATCH --ntasks-per-node=2\n" in made.stdout
+    called = '#!/bin/sh\necho "$0 $@" >> called\n'
+    for name in ("bash", "scontrol"):
+        (tmp_path / name).write_text(called + ("exit $CODE\n" if name == "bash" else ""))
+        (tmp_path / name).chmod(0o755)
+    for code, more in ((75, [f"{tmp_path}/scontrol requeue 7"]), (2, []), (0, [])):
+        environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CODE": str(code), "SLURM_JOB_ID": "7"}
+        ran = subprocess.run(["/bin/bash", "-c", made.stdout], cwd="/", env=environ, check=False)
+        assert ran.returncode == code
+        begun = f"{tmp_path}/bash run.sh stage=sft task=numerals run=mine gpus=2 template.prompt=It's $5: {{prompt}}"
+        assert (tmp_path / "called").read_text().splitlines() == [f"{begun} launcher=srun", *more]
+        (tmp_path / "called").unlink()
+
+
 def test_words_pass_a_shell_unharmed():
     """Whatever they hold: over pdsh they are joined to a line that a shell of the other host reads."""
     words = [

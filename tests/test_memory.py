@@ -17,7 +17,7 @@ from pipeline.data.batching import Packing, collate
 from pipeline.errors import UserError
 from pipeline.launch import machine
 from pipeline.launch.entry import warn_of_slow_bf16
-from pipeline.models import build, memory
+from pipeline.models import build, memory, plan
 from pipeline.models.lora import Base, with_lora
 from pipeline.models.policy import Policy
 from pipeline.records import Example, Item
@@ -137,11 +137,11 @@ PUBLISHED = {
 def test_the_plan_by_size_is_near_that_by_configuration(name: str, again: bool, tmp_path: Path) -> None:
     published_model(name, tmp_path)
     words = ["bf16=true", "zero=zero3", "gpus=8", "max_tokens=4096", f"gradient_checkpointing={str(again).lower()}"]
-    real = memory.planned_shape(resolve(["stage=plan", f"model={tmp_path}", *words]).settings)
+    real = plan.planned_shape(resolve(["stage=plan", f"model={tmp_path}", *words]).settings)
     settings = resolve(["stage=plan", f"parameters={real.parameters}", *words]).settings
     found, wanted = (
         memory.memory(one, settings.train, memory.load_of(settings), 8, {"stage": 3})
-        for one in (memory.planned_shape(settings), real)
+        for one in (plan.planned_shape(settings), real)
     )
     assert found.weights == wanted.weights and found.optimizer == wanted.optimizer
     assert 0.8 < found.activations / wanted.activations < 1.21
@@ -169,7 +169,7 @@ def test_the_command_of_readme_fits(tmp_path: Path) -> None:
         settings = resolve(words).settings
         world, stage = settings.launch.processes, read_ds_config(settings.train.zero)["zero_optimization"]["stage"]
         needed = memory.memory(
-            memory.planned_shape(settings), settings.train, memory.load_of(settings), world, {"stage": stage}
+            plan.planned_shape(settings), settings.train, memory.load_of(settings), world, {"stage": stage}
         ).needed
         assert 20e9 < needed < 0.9 * 80e9
 
@@ -187,13 +187,13 @@ def test_experts_count_where_a_token_is_read() -> None:
 
 def test_the_plan_compares_with_what_there_is(capfd: pytest.CaptureFixture) -> None:
     words = ["model.scratch.hidden_size=96", "model.scratch.vocab_size=1000", "max_tokens=1024"]
-    gpu, here = (memory.estimate(tiny.settings("plan", *words, *more)) for more in (["gpu_memory_gb=0.5"], []))
+    gpu, here = (plan.estimate(tiny.settings("plan", *words, *more)) for more in (["gpu_memory_gb=0.5"], []))
     assert "fits in 0.5 GB, with a tenth to spare: none" in gpu
     assert "a GPU has 0.5 GB for it: too little; lower train.max_tokens" in gpu
     assert f"this machine (no GPU) has {machine.ram() / 1e9:.1f} GB for it" in here and "too little" not in here
-    two = memory.estimate(tiny.settings("plan", *words, "gpus=2"))
+    two = plan.estimate(tiny.settings("plan", *words, "gpus=2"))
     assert f"has {machine.ram() / 2e9:.1f} GB for it" in two
-    by_size = memory.estimate(resolve(["stage=plan", "parameters=8B", "bf16=true", "zero=3", "gpus=8"]).settings)
+    by_size = plan.estimate(resolve(["stage=plan", "parameters=8B", "bf16=true", "zero=3", "gpus=8"]).settings)
     assert "shape: typical of that size, 32 layers of 4,096, vocabulary 128,256\n" in by_size
     with pytest.raises(UserError, match="both model=x and parameters are given, wanted one"):
         resolve(["stage=plan", "parameters=8e9", "model=x"])
@@ -225,11 +225,11 @@ def test_what_generates_gathers_layers_where_the_whole_does_not_fit() -> None:
 def test_the_plan_counts_what_is_meant(tmp_path: Path) -> None:
     """Ranks of all machines; offload only where there are two memories; as cures, settings that are not set yet."""
     (tmp_path / "hosts").write_text("a slots=8\nb slots=8\n")
-    plan = lambda *words: memory.estimate(resolve(["stage=plan", "parameters=8B", *words]).settings)  # noqa: E731
-    many = plan("zero=zero3_offload", "bf16=true", "gpu_memory_gb=9", f"hostfile={tmp_path / 'hosts'}")
+    planned = lambda *words: plan.estimate(resolve(["stage=plan", "parameters=8B", *words]).settings)  # noqa: E731
+    many = planned("zero=zero3_offload", "bf16=true", "gpu_memory_gb=9", f"hostfile={tmp_path / 'hosts'}")
     assert "over 16 processes" in many and "the optimizer's 6.00 GB per process are in the host's memory" in many
     assert many.split("or set ")[1].startswith("gradient_checkpointing=true, lora_r=16\n")
-    one = plan("zero=zero2_offload", "lora_r=16")
+    one = planned("zero=zero2_offload", "lora_r=16")
     if not torch.cuda.is_available():
         assert "host's memory" not in one and "or set bf16=true, gradient_checkpointing=true\n" in one
 

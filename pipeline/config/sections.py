@@ -384,7 +384,7 @@ class ValueSettings(Section):
 class LaunchSettings(Section):
     processes: Count
     hostfile: str | None
-    launcher: Literal["auto", "single", "deepspeed", "torchrun", "srun"]
+    launcher: Literal["auto", "single", "deepspeed", "torchrun", "srun", "slurm"]
     nnodes: Count
     rdzv_endpoint: str | None
     master_port: Port | None
@@ -392,11 +392,13 @@ class LaunchSettings(Section):
 
     @model_validator(mode="after")
     def nodes_meet(self) -> LaunchSettings:
+        if self.launcher == "slurm" and self.hostfile is None and self.rdzv_endpoint is None:
+            return self
         if (self.nnodes > 1) != (self.rdzv_endpoint is not None):
             raise ValueError(
                 f"nnodes is {self.nnodes} and rdzv_endpoint {self.rdzv_endpoint}, wanted both or neither: the same "
                 "command on every host, as launch.nnodes=2 launch.rdzv_endpoint=HOST:29500"
             )
         if self.nnodes > 1 and (self.launcher not in ("auto", "torchrun") or self.hostfile is not None):
-            raise ValueError("nnodes is torchrun's, wanted launcher=torchrun and no hostfile with it")
+            raise ValueError("nnodes is torchrun's or slurm's, wanted launcher=torchrun or slurm, and no hostfile")
         return self

@@ -15,11 +15,10 @@ from pipeline.config.resolve import resolve
 from pipeline.config.schema import EvaluateStage, GenerateStage, Training
 from pipeline.errors import LostError, PreemptedError, UserError
 from pipeline.launch import machine, run_dir, stopping
-from pipeline.launch.launcher import rank_environment, unpacked
+from pipeline.launch.launcher import PREEMPTED, rank_environment, unpacked
 
 LOST = 1  # another process ended: its code tells
 USER_ERROR = 2
-PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on
 PATIENCE = 5.0
 
 logger = logging.getLogger("tiffin")  # what a program says while it runs; results that the user requested are printed

@@ -15,6 +15,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import socket
 import sys
@@ -26,6 +27,8 @@ from pipeline.errors import UserError
 from pipeline.launch.machine import has_gpu
 
 DISTRIBUTED = ("sft", "reward", "rl", "score", "generate", "evaluate")
+OF_SLURM = ("launcher=", "launch.launcher=", "nnodes=", "launch.nnodes=", "dry_run=")
+PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on
 PACKED = "packed:"
 PORTS = range(20_000, 32_000)
 
@@ -50,6 +53,25 @@ def command(settings: LaunchSettings, stage: str, words: Sequence[str], environ:
     if launcher == "srun":
         return ["srun", "--kill-on-bad-exit=1", *_tasks(settings, environ), sys.executable, "-m", *module]
     return [sys.executable, "-m", *module]
+
+
+def batch_file(settings: LaunchSettings, name: str, words: Sequence[Sequence[str]], shown: str) -> str:
+    """A file for sbatch that runs these commands' words, saves before its time is up, and goes on when it is requeued.
+
+    `shown` stands in it as comments.
+    """
+    gpus = f"{'' if has_gpu() else '#'}#SBATCH --gpus-per-node={settings.processes}"
+    lines = ["#!/bin/bash", f"#SBATCH --job-name={name}", f"#SBATCH --nodes={settings.nnodes}"]
+    lines += [f"#SBATCH --ntasks-per-node={settings.processes}", gpus]
+    lines += ["#SBATCH --requeue", "#SBATCH --open-mode=append"]
+    lines += ["# so many seconds before its time is up each rank is told to save", "#SBATCH --signal=TERM@120", ""]
+    lines += [line if line.startswith("#") else f"# {line}".rstrip() for line in shown.splitlines()]
+    lines += ["", f"cd {shlex.quote(os.getcwd())} || exit", "code=0"]
+    for one in words:
+        kept = [word for word in one if not word.startswith(OF_SLURM)]
+        lines.append(f'[ "$code" -eq 0 ] && {{ bash run.sh {shlex.join([*kept, "launcher=srun"])} || code=$?; }}')
+    lines += [f'if [ "$code" -eq {PREEMPTED} ]; then scontrol requeue "$SLURM_JOB_ID"; fi', 'exit "$code"']
+    return "\n".join(lines)
 
 
 def packed(words: Sequence[str]) -> str:
@@ -85,8 +107,11 @@ def choose(settings: LaunchSettings, stage: str, environ: Mapping[str, str]) -> 
         raise UserError(f"launch.launcher: single, with gpus={settings.processes}; wanted gpus=1 or launcher=auto")
     if settings.hostfile and settings.launcher not in ("auto", "deepspeed"):
         raise UserError(f"launch.hostfile: only launcher=deepspeed reads it, found launcher={settings.launcher}")
-    if settings.launcher == "srun" and "SLURM_JOB_ID" not in environ:
-        raise UserError("launch.launcher: srun needs a Slurm allocation (sbatch or salloc); none is open here")
+    if settings.launcher in ("srun", "slurm") and "SLURM_JOB_ID" not in environ:
+        problem = f"{settings.launcher} needs a Slurm allocation (sbatch or salloc); none is open here"
+        raise UserError(f"launch.launcher: {problem}: launcher=slurm dry_run=true prints a file for sbatch")
+    if settings.launcher == "slurm":
+        return "srun"
     if settings.launcher != "auto":
         return settings.launcher
     many_tasks = int(environ.get("SLURM_NTASKS", "1")) > 1 or int(environ.get("SLURM_NNODES", "1")) > 1
