@@ -96,11 +96,13 @@ def test_hostfile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_a_file_for_sbatch_is_what_a_dry_run_prints(tmp_path: Path):
     """A shell reads it; told to save, it asks for another turn, and other codes are its own."""
     words = ["-m", "stages", "stage=sft", "task=numerals", "run=mine", "gpus=2", "nnodes=4", "launcher=slurm"]
-    words += ["template.prompt=It's $5: {prompt}", "dry_run=true"]
+    words += ["template.prompt=It's $5: {prompt}", 'template.human="\n#SBATCH --nodes=64\n"', "dry_run=true"]
     root = Path(__file__).resolve().parents[1]
     env = {**{k: v for k, v in os.environ.items() if not k.startswith("SLURM")}, "PYTHONPATH": str(root)}
     made = subprocess.run([PYTHON, *words], cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
     assert "fault" not in made.stderr and "over 8 processes" in made.stdout
+    options, _, rest = made.stdout.partition("\ncd ")
+    assert "--nodes=64" in rest and "--nodes=64" not in options
     assert "#SBATCH --nodes=4\n#SBATCH --ntasks-per-node=2\n" in made.stdout
     called = '#!/bin/sh\necho "$0 $@" >> called\n'
     for name in ("bash", "scontrol"):
@@ -111,7 +113,8 @@ def test_a_file_for_sbatch_is_what_a_dry_run_prints(tmp_path: Path):
         ran = subprocess.run(["/bin/bash", "-c", made.stdout], cwd="/", env=environ, check=False)
         assert ran.returncode == code
         begun = f"{tmp_path}/bash run.sh stage=sft task=numerals run=mine gpus=2 template.prompt=It's $5: {{prompt}}"
-        assert (tmp_path / "called").read_text().splitlines() == [f"{begun} launcher=srun", *more]
+        begun += ' template.human="\n#SBATCH --nodes=64\n" launcher=srun'
+        assert (tmp_path / "called").read_text() == "\n".join([begun, *more, ""])
         (tmp_path / "called").unlink()
 
 

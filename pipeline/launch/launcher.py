@@ -46,7 +46,7 @@ def command(settings: LaunchSettings, stage: str, words: Sequence[str], environ:
     if launcher == "torchrun":
         port = ["--standalone"] if settings.master_port is None else ["--master-port", str(_port(settings))]
         if settings.rdzv_endpoint is not None:
-            port = ["--nnodes", str(settings.nnodes), "--rdzv-backend", "c10d", "--rdzv-id", "tiffin"]
+            port = ["--nnodes", str(settings.nnodes), "--rdzv-backend", "c10d", "--rdzv-id", f"tiffin-{stage}"]
             port += ["--rdzv-endpoint", settings.rdzv_endpoint]
         options = ["--nproc-per-node", str(settings.processes), *port]
         return [sys.executable, "-m", "torch.distributed.run", *options, "--module", *module]
@@ -61,12 +61,15 @@ def batch_file(settings: LaunchSettings, name: str, words: Sequence[Sequence[str
     `shown` stands in it as comments.
     """
     gpus = f"{'' if has_gpu() else '#'}#SBATCH --gpus-per-node={settings.processes}"
-    lines = ["#!/bin/bash", f"#SBATCH --job-name={name}", f"#SBATCH --nodes={settings.nnodes}"]
+    lines = ["#!/bin/bash", f"#SBATCH --job-name={re.sub(r'[^a-zA-Z0-9_.-]', '_', name)}"]
+    lines.append(f"#SBATCH --nodes={settings.nnodes}")
     lines += [f"#SBATCH --ntasks-per-node={settings.processes}", gpus]
     lines += ["#SBATCH --requeue", "#SBATCH --open-mode=append"]
     lines += ["# so many seconds before its time is up each rank is told to save", "#SBATCH --signal=TERM@120", ""]
-    lines += [line if line.startswith("#") else f"# {line}".rstrip() for line in shown.splitlines()]
-    lines += ["", f"cd {shlex.quote(os.getcwd())} || exit", "code=0"]
+    lines += [f"cd {shlex.quote(os.getcwd())} || exit", ""]
+    # behind the first command, where sbatch reads no more options, whatever a setting holds
+    lines += [f"# {line}".rstrip() for line in shown.splitlines()]
+    lines += ["", "code=0"]
     for one in words:
         kept = [word for word in one if not word.startswith(OF_SLURM)]
         lines.append(f'[ "$code" -eq 0 ] && {{ bash run.sh {shlex.join([*kept, "launcher=srun"])} || code=$?; }}')
