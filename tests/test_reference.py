@@ -114,7 +114,9 @@ def test_the_key_holds_everything(tmp_path: Path) -> None:
 
     cut = replace(items[0], rows=(replace(items[0].rows[0], prompt_ids=items[0].rows[0].prompt_ids[1:]),))
     ref, kind = reference_of(tmp_path), tiny.encoder(system="Be kind.")
-    other_words = ["train.precision=bf16", "model.attn_implementation=eager", "model.dropout=null"]
+    model = ref.settings.model.model_copy(update={"load_in_4bit": True})
+    of_4_bits = replace(ref, settings=ref.settings.model_copy(update={"model": model}))
+    other_words = ["model.revision=v2", "train.precision=bf16", "model.attn_implementation=eager", "model.dropout=null"]
     found = [
         place(),
         place(weights="v"),
@@ -125,6 +127,7 @@ def test_the_key_holds_everything(tmp_path: Path) -> None:
         replace(ref, model=replace(ref.model, encoder=kind)).cache(
             "ref_logps", ".npy", rows=encoded.tokens_digest(items)
         ),
+        of_4_bits.cache("ref_logps", ".npy", rows=encoded.tokens_digest(items)),
     ]
     assert len(set(found)) == len(found)
     assert place() == found[0] == place("optimizer.learning_rate=0.1")  # what does not matter does not count

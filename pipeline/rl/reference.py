@@ -50,6 +50,7 @@ class ReferencePolicy:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "weights": self.weights,
+            "read": [settings.model.revision, settings.model.load_in_4bit],  # of the weights, what they became
             "template": self.model.encoder.template.model_dump(),
             "precision": settings.train.precision,
             "attention": settings.model.attn_implementation,
