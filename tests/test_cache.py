@@ -280,3 +280,20 @@ def test_what_goes_wrong_in_a_process_that_tokenises_is_its_parents_to_tell(monk
     assert [*encoded._parts(lambda start: start * 2, 5, 3)] == [0, 2, 4, 6, 8]
     with pytest.raises(ZeroDivisionError):
         [*encoded._parts(lambda start: 1 // (3 - start), 5, 2)]
+
+
+def test_processes_that_tokenise_end_where_their_parent_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoded, "PART", 1)
+    ended, alive = multiprocessing.Pipe(duplex=False)  # its end is read once nobody holds `alive` any more
+
+    def parent() -> None:
+        for _ in encoded._parts(lambda start: bytes(1 << 17), 1000, 3):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    process = multiprocessing.get_context("fork").Process(target=parent)
+    process.start()
+    alive.close()
+    process.join()
+    assert ended.poll(10)
+    with pytest.raises(EOFError):
+        ended.recv()

@@ -251,7 +251,7 @@ def _parts(work: Callable[[int], Part], count: int, workers: int) -> Iterable[Pa
     try:
         for number in range(workers):
             mine, theirs = fork.Pipe(duplex=False)
-            process = fork.Process(target=_work, args=(work, starts[number::workers], theirs), daemon=True)
+            process = fork.Process(target=_work, args=(work, starts[number::workers], mine, theirs), daemon=True)
             process.start()
             theirs.close()  # so that the pipe ends where the process does, however it does
             begun.append((process, mine))
@@ -279,11 +279,12 @@ def _received(process: BaseProcess, pipe: Connection) -> Part:
     return found
 
 
-def _work(work: Callable[[int], Part], starts: Sequence[int], pipe: Connection) -> None:
+def _work(work: Callable[[int], Part], starts: Sequence[int], parents: Connection, pipe: Connection) -> None:
     """A process of its own: it ends when it is told to, or nobody reads it any more; Ctrl-C is its parent's."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    parents.close()  # so that writing fails once the parent is gone, however it went
     with suppress(BrokenPipeError):
         for start in starts:
             try:
