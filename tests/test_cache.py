@@ -297,3 +297,16 @@ def test_processes_that_tokenise_end_where_their_parent_is_killed(monkeypatch: p
     assert ended.poll(10)
     with pytest.raises(EOFError):
         ended.recv()
+
+
+@pytest.mark.parametrize("folder", [None, "cache"])
+def test_pairs_and_scored_rows_with_other_columns_are_judged_together(folder: str | None) -> None:
+    """The pairs become new rows, which hold the columns themselves; the scored ones stay as they are."""
+    write("pairs.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b", "topic": "x"}])
+    write("scored.jsonl", [{"prompt": "q", "completion": "c", "reward": 0.5, "place": "y"}])
+    parts = splits("data.train=pairs.jsonl", "data.validation=scored.jsonl", folder=folder, carry=True)
+    train, held_out = (convert.to_scored(rows, "both") for rows in parts)
+    assert [row.columns for row in train + held_out] == [
+        *[{"topic": "x", "place": None}] * 2,
+        {"topic": None, "place": "y"},
+    ]

@@ -320,9 +320,9 @@ class Rows(Sequence[Example]):
             copies = np.concatenate(
                 [np.ones(len(one), np.int32) if one.copies is None else one.copies for one in (self, other)]
             )
-        assert self.filled == other.filled, (self.filled, other.filled)
+        filled = tuple(dict.fromkeys((*self.filled, *other.filled)))  # rows made of filled ones have them for good
         order = np.concatenate([self.order, other.order + other.order.dtype.type(shift)])
-        return Rows(stores, order, copies, self.filled, f"{self.tag}+{other.tag}")
+        return Rows(stores, order, copies, filled, f"{self.tag}+{other.tag}")
 
     def column(self, name: str) -> np.ndarray:
         """(n,) of a fact that is known of every row."""
