@@ -141,6 +141,16 @@ def test_a_torn_cache_file_is_not_used(tmp_path: Path) -> None:
     assert len(reference.with_ref_logps(ref, items)) == 6 and path.is_file()
 
 
+def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+    ref, items = reference_of(tmp_path), rewarded(6)
+    path = ref.cache("ref_logps", ".npy", rows=encoded.tokens_digest(items))
+    path.parent.mkdir(parents=True)
+    path.with_name(f"{path.name}.part").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        reference.with_ref_logps(ref, items)
+    assert [one.name for one in path.parent.iterdir()] == [".lock"]
+
+
 # values
 
 
