@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -259,3 +260,54 @@ def test_turns_of_conversations_are_kept_as_rows() -> None:
     train, plain = splits()[0], splits(folder=None)[0]
     assert learned(train, "all") == learned(plain, "all") == learned(train, "all") and len(entries("rows")) == 2
     assert learned(train, "last") == replace(plain) == train
+
+
+def test_a_killed_process_that_tokenises_ends_the_start_with_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the kernel kills it where memory runs out: waiting for its rows would never end."""
+    monkeypatch.setattr(encoded, "PART", 1)
+
+    def work(start: int) -> int:
+        if start == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return start
+
+    with pytest.raises(UserError, match=r"data.workers: .* died \(exit code -9\).*data.workers=1"):
+        [*encoded._parts(work, 8, 2)]
+    assert multiprocessing.active_children() == []
+
+
+def test_what_goes_wrong_in_a_process_that_tokenises_is_its_parents_to_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoded, "PART", 1)
+    assert [*encoded._parts(lambda start: start * 2, 5, 3)] == [0, 2, 4, 6, 8]
+    with pytest.raises(ZeroDivisionError):
+        [*encoded._parts(lambda start: 1 // (3 - start), 5, 2)]
+
+
+def test_processes_that_tokenise_end_where_their_parent_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoded, "PART", 1)
+    ended, alive = multiprocessing.Pipe(duplex=False)  # its end is read once nobody holds `alive` any more
+
+    def parent() -> None:
+        for _ in encoded._parts(lambda start: bytes(1 << 17), 1000, 3):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    process = multiprocessing.get_context("fork").Process(target=parent)
+    process.start()
+    alive.close()
+    process.join()
+    assert ended.poll(10)
+    with pytest.raises(EOFError):
+        ended.recv()
+
+
+@pytest.mark.parametrize("folder", [None, "cache"])
+def test_pairs_and_scored_rows_with_other_columns_are_judged_together(folder: str | None) -> None:
+    """The pairs become new rows, which hold the columns themselves; the scored ones stay as they are."""
+    write("pairs.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b", "topic": "x"}])
+    write("scored.jsonl", [{"prompt": "q", "completion": "c", "reward": 0.5, "place": "y"}])
+    parts = splits("data.train=pairs.jsonl", "data.validation=scored.jsonl", folder=folder, carry=True)
+    train, held_out = (convert.to_scored(rows, "both") for rows in parts)
+    assert [row.columns for row in train + held_out] == [
+        *[{"topic": "x", "place": None}] * 2,
+        {"topic": None, "place": "y"},
+    ]

@@ -114,7 +114,9 @@ def test_the_key_holds_everything(tmp_path: Path) -> None:
 
     cut = replace(items[0], rows=(replace(items[0].rows[0], prompt_ids=items[0].rows[0].prompt_ids[1:]),))
     ref, kind = reference_of(tmp_path), tiny.encoder(system="Be kind.")
-    other_words = ["train.precision=bf16", "model.attn_implementation=eager", "model.dropout=null"]
+    model = ref.settings.model.model_copy(update={"load_in_4bit": True})
+    of_4_bits = replace(ref, settings=ref.settings.model_copy(update={"model": model}))
+    other_words = ["model.revision=v2", "train.precision=bf16", "model.attn_implementation=eager", "model.dropout=null"]
     found = [
         place(),
         place(weights="v"),
@@ -125,6 +127,7 @@ def test_the_key_holds_everything(tmp_path: Path) -> None:
         replace(ref, model=replace(ref.model, encoder=kind)).cache(
             "ref_logps", ".npy", rows=encoded.tokens_digest(items)
         ),
+        of_4_bits.cache("ref_logps", ".npy", rows=encoded.tokens_digest(items)),
     ]
     assert len(set(found)) == len(found)
     assert place() == found[0] == place("optimizer.learning_rate=0.1")  # what does not matter does not count
@@ -136,6 +139,16 @@ def test_a_torn_cache_file_is_not_used(tmp_path: Path) -> None:
     path.parent.mkdir(parents=True)
     path.with_name(f"{path.name}.part").write_bytes(b"torn")
     assert len(reference.with_ref_logps(ref, items)) == 6 and path.is_file()
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+    ref, items = reference_of(tmp_path), rewarded(6)
+    path = ref.cache("ref_logps", ".npy", rows=encoded.tokens_digest(items))
+    path.parent.mkdir(parents=True)
+    path.with_name(f"{path.name}.part").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        reference.with_ref_logps(ref, items)
+    assert [one.name for one in path.parent.iterdir()] == [".lock"]
 
 
 # values

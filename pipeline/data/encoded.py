@@ -12,9 +12,12 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import chain
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any, overload
 
 import numpy as np
@@ -245,23 +248,53 @@ def _parts(work: Callable[[int], Part], count: int, workers: int) -> Iterable[Pa
         yield from map(work, starts)
         return
     # forked, as what they read is mapped already; they run no tensor and no thread of this process
-    with multiprocessing.get_context("fork").Pool(workers, _begin, (work,)) as pool:
-        yield from pool.imap(_of_worker, starts)
+    fork, begun = multiprocessing.get_context("fork"), []
+    try:
+        for number in range(workers):
+            mine, theirs = fork.Pipe(duplex=False)
+            process = fork.Process(target=_work, args=(work, starts[number::workers], mine, theirs), daemon=True)
+            process.start()
+            theirs.close()  # so that the pipe ends where the process does, however it does
+            begun.append((process, mine))
+        for place in range(len(starts)):
+            yield _received(*begun[place % workers])
+    finally:
+        for process, pipe in begun:
+            process.terminate()
+            pipe.close()
+            process.join()
 
 
-_OF_WORKER: list[Callable[[int], Part]] = []  # what a forked process does, which no pipe could carry
+def _received(process: BaseProcess, pipe: Connection) -> Part:
+    """The next part of a process. Raises what went wrong there, and UserError where it was killed."""
+    try:
+        found = pipe.recv()
+    except EOFError:
+        process.join()
+        raise UserError(
+            f"data.workers: a process that tokenises rows died (exit code {process.exitcode}), wanted all its rows: "
+            "did memory run out? data.workers=1 takes least"
+        ) from None
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
-def _begin(work: Callable[[int], Part]) -> None:
-    """A process of its own: it ends when it is told to, and Ctrl-C is its parent's."""
-    _OF_WORKER[:] = [work]
+def _work(work: Callable[[int], Part], starts: Sequence[int], parents: Connection, pipe: Connection) -> None:
+    """A process of its own: it ends when it is told to, or nobody reads it any more; Ctrl-C is its parent's."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-
-def _of_worker(start: int) -> Part:
-    return _OF_WORKER[0](start)
+    parents.close()  # so that writing fails once the parent is gone, however it went
+    with suppress(BrokenPipeError):
+        for start in starts:
+            try:
+                pipe.send(work(start))
+            except BrokenPipeError:
+                raise
+            except Exception as error:  # its parent's to tell
+                pipe.send(error)
+                return
 
 
 def _tokenised(rows: Rows, encoder: Encoder, rows_of: RowsOf, start: int) -> Part:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -50,6 +51,7 @@ class ReferencePolicy:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "weights": self.weights,
+            "read": [settings.model.revision, settings.model.load_in_4bit],  # of the weights, what they became
             "template": self.model.encoder.template.model_dump(),
             "precision": settings.train.precision,
             "attention": settings.model.attn_implementation,
@@ -83,14 +85,17 @@ def with_ref_logps(policy: ReferencePolicy, items: Sequence[Item]) -> Sequence[I
 
     def compute(part: Path | None) -> None:
         total = sum(int(lengths.sum()) for lengths in _lengths(items))
-        file = None if part is None else np.lib.format.open_memmap(part, "w+", np.float32, (total,))
-        place = 0
-        for logps in logps_in_parts(model.engine, items, model.packing):
+        # written and not mapped, so that a full disk is an error and no signal
+        with nullcontext() if part is None else open(part, "wb") as file:
             if file is not None:
-                file[place : place + len(logps)] = logps
-            place += len(logps)
-        if file is not None:
-            file.flush()
+                header = {"descr": "<f4", "fortran_order": False, "shape": (total,)}
+                np.lib.format.write_array_header_1_0(file, header)
+            for logps in logps_in_parts(model.engine, items, model.packing):
+                if file is not None:
+                    file.write(logps.astype("<f4").tobytes())
+            if file is not None:
+                file.flush()
+                os.fsync(file.fileno())
 
     return attached(items, np.load(cached(path, model.engine, compute), mmap_mode="r"))
 
@@ -169,9 +174,14 @@ def cached(path: Path, engine: Engine, compute: Callable[[Path | None], None]) -
     ranks = engine.ranks
     path.parent.mkdir(parents=True, exist_ok=True)
     with run_dir.waiting(path.parent) if ranks.main else nullcontext():
-        if not ranks.from_main(path.is_file()):
+        if not ranks.from_main(ranks.main and path.is_file()):  # NFS remembers that others saw none
             part = path.with_name(f"{path.name}.part")
-            compute(part if ranks.main else None)
+            try:
+                compute(part if ranks.main else None)
+            except Exception:
+                if ranks.main:
+                    part.unlink(missing_ok=True)  # a full disk would stay full
+                raise
             if ranks.main:
                 part.replace(path)
             ranks.barrier()
