@@ -78,6 +78,19 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
         yield both
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What TINY leaves on one host."""
+    return left_alone(tmp_path_factory.mktemp("alone"), TINY)
+
+
+def left_alone(folder: Path, words: list[str]) -> str:
+    argv = [sys.executable, "-m", "stages", "stage=sft", *words, f"runs_dir={folder}", "gpus=2"]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run(argv, cwd=ROOT, env=environ, check=True, capture_output=True, timeout=240)
+    return weights(folder / "default/sft")
+
+
 @contextmanager
 def two_hosts(folder: Path, blind_to: Path | None = None) -> Iterator[Hosts]:
     """Both, until the end; `blind_to`: a folder in whose place the second sees an empty one of its own."""
@@ -160,12 +173,10 @@ def test_two_hosts_are_one_whatever_the_settings_hold(hosts: Hosts, tmp_path: Pa
     words = [*TINY, 'template.prompt=It costs $5 ($(date)) `id`; 100% "{prompt}"']
     said = hosts.run("stage=sft", *words, f"runs_dir={tmp_path / 'two'}")
     assert "It costs $5 ($(date)) `id`; 100% " in said
-    alone = [sys.executable, "-m", "stages", "stage=sft", *words, f"runs_dir={tmp_path / 'one'}", "gpus=2"]
-    subprocess.run(alone, cwd=ROOT, env=hosts.environment(), check=True, capture_output=True, timeout=240)
-    assert weights(tmp_path / "two/default/sft") == weights(tmp_path / "one/default/sft")
+    assert weights(tmp_path / "two/default/sft") == left_alone(tmp_path / "one", words)
 
 
-def test_torchrun_meets_on_two_hosts(hosts: Hosts, tmp_path: Path) -> None:
+def test_torchrun_meets_on_two_hosts(hosts: Hosts, alone: str, tmp_path: Path) -> None:
     """The same command on both; the bytes are those of one host."""
     words = ["-m", "stages", "stage=sft", *TINY, "launcher=torchrun", "nnodes=2"]
     words += [f"rdzv_endpoint={hosts.addresses[0]}:29577", f"runs_dir={tmp_path / 'two'}"]
@@ -176,14 +187,13 @@ def test_torchrun_meets_on_two_hosts(hosts: Hosts, tmp_path: Path) -> None:
     started = [subprocess.Popen(one, cwd=ROOT, env=hosts.environment(), **pipes) for one in argv]
     said = [one.communicate(timeout=240)[0] for one in started]
     assert [one.returncode for one in started] == [0, 0], said[0][-2000:] + said[1][-2000:]
-    alone = [sys.executable, "-m", "stages", "stage=sft", *TINY, f"runs_dir={tmp_path / 'one'}", "gpus=2"]
-    subprocess.run(alone, cwd=ROOT, env=hosts.environment(), check=True, capture_output=True, timeout=240)
-    assert weights(tmp_path / "two/default/sft") == weights(tmp_path / "one/default/sft")
+    assert weights(tmp_path / "two/default/sft") == alone
 
 
-def test_a_rank_that_dies_on_the_other_host_ends_both_and_the_run_goes_on(hosts: Hosts, tmp_path: Path) -> None:
+def test_a_rank_that_dies_on_the_other_host_ends_both_and_the_run_goes_on(
+    hosts: Hosts, alone: str, tmp_path: Path
+) -> None:
     words = ["stage=sft", *TINY]
-    hosts.run(*words, f"runs_dir={tmp_path / 'whole'}")
     process = hosts.start(*words, f"runs_dir={tmp_path / 'killed'}")
     until = time.monotonic() + 200
     while not (tmp_path / "killed/default/sft/checkpoints/latest").is_file() and time.monotonic() < until:
@@ -195,7 +205,7 @@ def test_a_rank_that_dies_on_the_other_host_ends_both_and_the_run_goes_on(hosts:
     assert "Traceback" not in said
     assert not hosts.ranks(0) and not hosts.ranks(1)
     hosts.run(*words, f"runs_dir={tmp_path / 'killed'}")
-    assert weights(tmp_path / "killed/default/sft") == weights(tmp_path / "whole/default/sft")
+    assert weights(tmp_path / "killed/default/sft") == alone
 
 
 def test_a_host_that_does_not_see_the_run_says_so(tmp_path: Path) -> None:
