@@ -110,7 +110,7 @@ def test_what_a_longer_training_does_with_its_rate() -> None:
     changes = {"warmup_ratio": None, "warmup_steps": 3, "min_lr_ratio": 0.1, "decay_ratio": 0.25}
     late = tiny.optimizer_settings(learning_rate=1.0, lr_scheduler_type="warmup_stable_decay", **changes)
     said = schedule.lengthened(20, 20, 40, late)  # the last of 5 that went down: 0.1 + 0.9 / 5; then high again
-    assert "(warmup_stable_decay, warmup_steps=3, decay_ratio=0.25, min_lr_ratio=0.1)" in said
+    assert "(warmup_stable_decay, warmup_steps=3, optimizer.decay_ratio=0.25, min_lr_ratio=0.1)" in said
     assert said.endswith("step 20 had 0.28, step 21 has 1")
 
 
