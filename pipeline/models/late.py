@@ -76,7 +76,8 @@ def weight_files(settings: ModelSettings) -> list[Path]:
     """The safetensors of a checkpoint, here or in the hub's cache, to which they come if need be."""
 
     def local(name: str) -> str | None:
-        return cached_file(settings.path, name, revision=settings.revision, _raise_exceptions_for_missing_entries=False)
+        quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
+        return cached_file(settings.path, name, revision=settings.revision, **quiet)
 
     if (single := local(SAFE_WEIGHTS_NAME)) is not None:
         return [Path(single)]
