@@ -20,7 +20,8 @@ WORD = re.compile(r"(?<![\w{.-])([a-z_]+(?:\.[a-z_]+)*)=(?!=)")
 DRAWN = ("pipeline/report/svg.py", "pipeline/report/comparison.py")  # their words are attributes of SVG
 FILES = [path for folder in ("pipeline", "stages", "reward_models") for path in sorted((ROOT / folder).rglob("*.py"))]
 FILES += sorted((ROOT / "pipeline" / "report").rglob("*.yaml"))
-OTHERS = {"key", "slots", "num_labels", "pad_token_id", "code"}  # of `key=value` itself; of files of hosts; of peft; of shells
+OTHERS = {"key", "slots", "num_labels", "pad_token_id"}  # of `key=value` itself; of a hostfile; of peft
+OTHERS |= {"code"}  # of a shell
 OF_THE_KILLER = {"processes", "kills", "switch", "zeros"}  # tests/kill_and_resume.py
 OF_THE_SERVER = {"port", "host", "threads", "max_request_mb"}  # reward_models/serve.py
 
