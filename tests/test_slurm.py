@@ -60,7 +60,10 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
         for argv in daemons:
             began = subprocess.Popen(argv, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             stack.callback(end, began)
-        until(lambda: said(environ, "sinfo", "-h", "-o", "%T %D").split() == ["idle", "2"], 60)
+        try:
+            until(lambda: said(environ, "sinfo", "-h", "-o", "%T %D").split() == ["idle", "2"], 60)
+        except AssertionError:
+            pytest.skip("no Slurm of two nodes comes up here")
         try:
             yield environ
         finally:  # or its ranks would outlive the daemons
