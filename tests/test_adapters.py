@@ -33,6 +33,7 @@ from transformers import (
 from pipeline.config.sections import ModelSettings
 from pipeline.data.batching import Packing, collate
 from pipeline.data.tokenization import Encoder
+from pipeline.errors import UserError
 from pipeline.models import factors, loading
 from pipeline.models.policy import Policy, RewardModel
 from pipeline.records import Batch, Example, Item
@@ -251,6 +252,22 @@ def test_half_precision_keeps_what_adapters_learned(start: Callable, caplog: pyt
     assert "rounding" not in caplog.text
     loading.load_policy(at(settings, "sft", 0), tiny.tokenizer(), 0, torch.bfloat16)
     assert "added to bfloat16 weights" in caplog.text
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_adapters_of_a_tied_weight_are_not_added_to_it(start: Callable, tied: bool) -> None:
+    """They change what is read, and added would change what is written too: refused, but beside it all is well."""
+    settings = start("llama", tie_word_embeddings=tied)
+    both = {"target_modules": ["embed_tokens", "q_proj"]}
+    trained(at(settings, settings.path, **both), "sft", 1)
+    loading.load_policy(at(settings, "sft"), tiny.tokenizer(), 0)
+    if tied:
+        with pytest.raises(UserError, match=r"embed_tokens alone, whose weight is tied .* set lora_r=16"):
+            loading.load_policy(at(settings, "sft", 0), tiny.tokenizer(), 0)
+        return
+    opened = Policy(loading.load_policy(at(settings, "sft", 0), tiny.tokenizer(), 0), 64).eval()
+    beside = Policy(loading.load_policy(at(settings, "sft"), tiny.tokenizer(), 0), 64).eval()
+    tiny.close(opened(batch_of(opened)), beside(batch_of(beside)))
 
 
 # reward models

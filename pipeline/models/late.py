@@ -40,7 +40,7 @@ class Late:
         weight = parameter.data.to(self.dtype, copy=True)
         if (pair := self.sums.pop(parameter, None)) is None:
             return weight
-        return weight + (pair[0] @ pair[1]).to(weight)
+        return (weight + pair[0] @ pair[1]).to(self.dtype)  # added in float32, rounded once
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -101,10 +102,18 @@ def merged(model: PreTrainedModel, base: Base, late: Late | None = None) -> PreT
 
 
 def _sums(model: PreTrainedModel, factors: Factors) -> dict[nn.Parameter, tuple[Tensor, Tensor]]:
-    """Weight -> two matrices whose product adapters add to it; some layers keep theirs transposed."""
+    """Weight -> two matrices whose product adapters add to it; some layers keep theirs transposed.
+
+    Raises UserError where a weight is also that of another layer, which the adapters leave as it is.
+    """
     found = {}
+    owners = Counter(id(one) for _, one in model.named_parameters(remove_duplicate=False))
     for name, (down, up) in factors.items():
         layer = model.get_submodule(name)
+        if owners[id(layer.weight)] > 1:
+            problem = f"its adapters change {name} alone, whose weight is tied to another's"
+            cure = "set lora_r=16 to train adapters beside them, or start from what stage=export makes of it"
+            raise UserError(f"model.path: {model.name_or_path}: {problem}, so that they cannot be added to it: {cure}")
         found[layer.weight] = (down.T, up.T) if isinstance(layer, nn.Embedding | Conv1D) else (up, down)
     return found
 
