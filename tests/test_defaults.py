@@ -10,7 +10,7 @@ from pipeline.config.resolve import resolve
 from pipeline.data import dataset
 from pipeline.data.batching import Packing
 from pipeline.errors import UserError
-from pipeline.models import memory
+from pipeline.models import plan
 from pipeline.models.policy import Policy
 from pipeline.records import Example
 from pipeline.rewards.build import build_rewards
@@ -66,8 +66,8 @@ def test_sampling_for_values_is_announced_with_its_price(capfd: pytest.CaptureFi
     assert price in said.out and len(found.items) == 4
     # a random model ends one response in some hundred: what is cut is judged without its end
     assert "generation.max_new_tokens=6 cuts" in said.err and "of 8 responses sampled for V" in said.err
-    assert price in memory.estimate(settings)
-    assert "sample" not in memory.estimate(tiny.settings("rl", *words, "value.targets=data"))
+    assert price in plan.estimate(settings)
+    assert "sample" not in plan.estimate(tiny.settings("rl", *words, "value.targets=data"))
 
 
 @pytest.mark.parametrize(("long", "told"), [(2, False), (3, True)])
