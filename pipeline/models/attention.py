@@ -1,11 +1,11 @@
-"""Two responses to one prompt in one row of a causal model: static response | prompt | response.
+"""Rows of a causal model laid end to end: one row of all their tokens, no padding, each prompt once.
 
-Both responses stand at the places that follow the prompt, and are blind to each other. What a layer sees of what is
-before it (all, a window, a chunk) is the model's own rule, asked at these places.
-
-Prompt and response are the end of the row, static response and prompt its beginning. Where the model takes
-transformers' sdpa, layers that see all that is before them attend to these two pieces apart, the first without a mask
-and so by the fast causal kernel. Others get one mask.
+What works token by token (matrices, norms, experts) then computes nothing but text, and reads a prompt once however
+many responses follow it. A response stands at the places that follow its prompt, sees it and itself, and never the
+other responses. Attention alone is computed in blocks: rows with a prompt of their own causally, without a mask where
+the layer sees all that is before it and so by the fast kernel; the further responses, as queries alone, over their
+prompt and themselves under a mask. What a layer sees (all, a window, a chunk) is the model's own rule, asked at these
+places.
 """
 
 from __future__ import annotations
@@ -13,157 +13,174 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from pipeline.errors import UserError
 from pipeline.models.loading import body
 
-KERNELS = ("sdpa", "eager")  # whose masks may be any
+KINDS = {"full_attention", "sliding_attention", "chunked_attention"}  # layers that read by a mask and places alone
 
 
-def attends_apart(lm: PreTrainedModel) -> bool:
-    """Whether `lm` understands the narrow mask: it takes its sdpa from transformers' table, where `attend` stands now.
+class Laid(NamedTuple):
+    """N rows of at most L tokens as one row of T: their own tokens one after the other, shared prompts left out."""
 
-    A layer that picks keys of its own by the mask (DeepSeek's sparse attention) does not.
-    Decided by configuration alone, so that all ranks and steps read alike.
+    ids: Tensor  # (1, T) int64
+    places: Tensor  # (1, T) int64, of each token within its text
+    at: Tensor  # (N, L) int64, where each token of each row is among the T; 0 for padding
+    lengths: Tensor  # (N,) int64
+    starts: Tensor  # (N,) int64, the first place of a row's own tokens: 0, or where its prompt ends
+    own: Tensor  # (N,) bool, whose prompt is their own
+
+
+class Blocks(NamedTuple):
+    """What `attend` is given in a mask's place: which of the T tokens stand together, and what they see."""
+
+    rows: Tensor  # (B, L) int64, of the rows that have their own prompt; 0 for padding
+    rows_see: Tensor | None  # (L, L) additive; None: all that is before
+    queries: Tensor  # (M, R) int64, of the further responses
+    keys: Tensor  # (M, K) int64, their prompt and themselves
+    queries_see: Tensor  # (M, 1, R, K) additive
+    back: Tensor  # (T,) int64, where each token is among the B L + M R
+
+
+def reads_end_to_end(lm: PreTrainedModel) -> bool:
+    """Whether `lm` can be told of places and blocks: it takes its sdpa from transformers' table, where `attend` is now.
+
+    Not where a layer carries a state along, or picks keys of its own by the mask (DeepSeek's sparse attention), or
+    counts places by itself. Decided by configuration alone, so that all ranks and steps read alike.
     """
+    config = lm.config.get_text_config()
+    named = config.to_dict()
     if lm.config.is_encoder_decoder or lm.config._attn_implementation != "sdpa" or not lm.is_backend_compatible():
         return False
-    if "index_topk" in lm.config.get_text_config().to_dict():
+    if lm._is_stateful or named.get("alibi") or "index_topk" in named or not KINDS.issuperset(kinds_of(named)):
+        return False
+    if "position_ids" not in inspect.signature(body(lm).forward).parameters:
         return False
     AttentionInterface.register("sdpa", attend)
     return True
 
 
-def check_shareable(lm: PreTrainedModel) -> None:
-    """Raises UserError where `lm` has no way to be told of places and masks, or reads by more than these."""
-    kernel, cure = lm.config._attn_implementation, "set share_prompt=false"
-    if lm._is_stateful or lm.config.to_dict().get("alibi"):
-        what = "a state of all that is before it" if lm._is_stateful else "ALiBi, which counts places by itself"
-        raise UserError(f"share_prompt: {type(lm).__name__} reads by {what}, wanted attention by position_ids: {cure}")
-    if "position_ids" not in inspect.signature(body(lm).forward).parameters:
-        raise UserError(f"share_prompt: {type(lm).__name__} counts places by itself, wanted position_ids: {cure}")
-    if kernel not in KERNELS:
-        problem = f"attn_implementation={kernel} has no mask for two responses in one row"
-        raise UserError(f"share_prompt: {problem}, wanted one of {', '.join(KERNELS)}: set it, or {cure}")
+def kinds_of(config: dict[str, Any]) -> set[str]:
+    """The kinds of a model's layers; none where all are alike."""
+    return set(config.get("layer_types") or ())
+
+
+def lay(ids: Tensor, mask: Tensor, prompt_lengths: Tensor | None = None, owners: Tensor | None = None) -> Laid:
+    """Right-padded rows end to end.
+
+    Args:
+        ids: (N, L) int64, prompt and response of each row; mask: (N, L) bool.
+        prompt_lengths, owners: (N,) int64; each row's prompt is that of the row which `owners` names: itself, or one
+            that names itself. None: each its own.
+    """
+    rows = torch.arange(len(ids), device=ids.device)
+    place = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)  # (N, L)
+    lengths = mask.sum(1)
+    owners = rows if owners is None else owners
+    own = owners == rows
+    starts = torch.zeros_like(lengths) if prompt_lengths is None else torch.where(own, 0, prompt_lengths)
+    new = mask & (place >= starts[:, None])
+    ends = new.sum(1).cumsum(0)
+    begins = ends - new.sum(1) - starts  # where a row's place 0 would be
+    at = torch.where(place >= starts[:, None], begins[:, None], begins[owners][:, None]) + place
+    return Laid(ids[new][None], place[new][None], torch.where(mask, at, 0), lengths, starts, own)
+
+
+def blocks_of(laid: Laid, rule: Callable, dtype: torch.dtype) -> Blocks:
+    """The blocks under a layer's rule: transformers' mask function of row, head, place of query and of key.
+
+    Padding sees what is before it, so that there is no query without a key.
+    """
+    own, at = laid.own, laid.at
+    rows, few = at[own], laid.lengths[own]
+    rest, lengths, starts = at[~own], laid.lengths[~own], laid.starts[~own]
+    spoken = lengths - starts
+    steps = torch.arange(int(spoken.max()) if len(rest) else 0, device=at.device)  # (R,)
+    places = starts[:, None] + steps  # (M, R)
+    queries = rest.gather(1, places.clamp(max=at.shape[1] - 1))
+    keys = rest[:, : int(lengths.max()) if len(rest) else 0]
+    none = torch.zeros((), dtype=torch.int64, device=at.device)
+    every = torch.arange(at.shape[1], device=at.device)
+    sees = rule(none, none, places[:, :, None], every[None, None, : keys.shape[1]])
+    back = at.new_empty(laid.ids.shape[1])
+    back[rows[every < few[:, None]]] = (every < few[:, None]).flatten().nonzero()[:, 0]
+    back[queries[steps < spoken[:, None]]] = rows.numel() + (steps < spoken[:, None]).flatten().nonzero()[:, 0]
+    causal = rule is causal_mask_function
+    rows_see = None if causal else rule(none, none, every[:, None], every[None])
+    if causal or torch.equal(rows_see, torch.ones_like(rows_see).tril()):
+        rows_see = None  # a window as long as the rows
+    else:
+        rows_see = additive(rows_see, dtype)
+    return Blocks(rows, rows_see, queries, keys, additive(sees, dtype)[:, None], back)
+
+
+def read(lm: PreTrainedModel, laid: Laid, **options: Any) -> BaseModelOutputWithPast | None:
+    """What the body of `lm` gives for the row: `last_hidden_state` is (1, T, H).
+
+    None where the model makes its attention masks by itself, so that it was never told of the blocks.
+    """
+    with told(laid) as asked:
+        # a mask of ones: without one, transformers takes a place that does not follow for another text's beginning
+        ones = torch.ones_like(laid.ids)
+        read = body(lm)(
+            input_ids=laid.ids, attention_mask=ones, position_ids=laid.places, use_cache=False, **options
+        )
+    return read if asked else None
 
 
 @contextmanager
-def blind(lm: PreTrainedModel, prompt_lengths: Tensor, places: Tensor, width: int, apart: bool) -> Iterator[None]:
-    """While open, the masks that `lm` makes for a row are those of two responses that are blind to each other.
+def told(laid: Laid) -> Iterator[list[Callable]]:
+    """While open, the masks that models make for sdpa are blocks of `laid`; yields the rules of those that were."""
+    asked: list[Callable] = []
 
-    Args:
-        places: (B, S + L), what `places` gives; width: S.
-        apart: whether `attend` stands in the layers, so that the narrow mask will do where all is seen.
-
-    Raises UserError where the model cannot be told of places and masks, or makes its masks by itself.
-    """
-    check_shareable(lm)
-    kernel, prompts = lm.config._attn_implementation, int(prompt_lengths.max())
-    own, asked = ALL_MASK_ATTENTION_FUNCTIONS[kernel], []
-    sees = all_see(prompt_lengths, width, places.shape[1] - width)
-
-    def mask(*, mask_function: Callable, dtype: torch.dtype, **given: Any) -> Tensor:
+    def mask(*, mask_function: Callable, dtype: torch.dtype, **given: Any) -> Blocks:
         asked.append(mask_function)
-        if apart and mask_function is causal_mask_function:
-            return additive(static_sees(prompt_lengths, width, prompts), dtype)
+        return blocks_of(laid, mask_function, dtype)
 
-        def seen(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            rule = mask_function(row, head, places[row, query], places[row, key])
-            return rule & sees[row, query, key]
-
-        return own(mask_function=seen, dtype=dtype, **{**given, "allow_is_causal_skip": False})
-
-    ALL_MASK_ATTENTION_FUNCTIONS[kernel] = mask
+    ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = mask
     try:
-        yield
+        yield asked
     finally:
-        del ALL_MASK_ATTENTION_FUNCTIONS[kernel]
-    if not asked:
-        problem = f"{type(lm).__name__} makes its attention masks by itself, wanted transformers' own"
-        raise UserError(f"share_prompt: {problem}: set share_prompt=false")
+        del ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
 
 
 def attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | Blocks | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """transformers' sdpa; but with a mask of fewer keys than there are, which is no mask else, the two pieces apart.
+    """transformers' sdpa; where it is given blocks instead of a mask, block by block.
 
     Args:
-        query, key, value: (B, heads, S + L, head size).
-        attention_mask: (B, 1, S, S + P) additive, of the first S queries and the first S + P keys, P < L: those of
-            the static responses. The last L queries see the last L keys causally. Any other mask is sdpa's own.
+        query, key, value: (1, heads, T, size each).
 
     Returns:
-        (B, S + L, heads, head size), and None for the weights.
+        (1, T, heads, size of value), and None for the weights.
     """
-    if attention_mask is None or attention_mask.shape[-1] >= key.shape[2]:
+    if not isinstance(attention_mask, Blocks):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    first, seen = attention_mask.shape[-2:]
-    static_queries, others = query.split([first, query.shape[2] - first], dim=2)
-    (near_keys, keys), (near_values, values) = (Overlapping.apply(x, first, seen) for x in (key, value))
-    static, _ = sdpa_attention_forward(module, static_queries, near_keys, near_values, attention_mask, **kwargs)
-    response, _ = sdpa_attention_forward(module, others, keys, values, None, **kwargs)
-    return torch.cat([static, response], dim=1), None
+    blocks = attention_mask
+    taken = [together(x, blocks.rows) for x in (query, key, value)]
+    rows, _ = sdpa_attention_forward(module, *taken, blocks.rows_see, **kwargs)  # (B, L, heads, size)
+    found = [rows.flatten(0, 1)]
+    if blocks.queries.numel():
+        taken = [together(query, blocks.queries), together(key, blocks.keys), together(value, blocks.keys)]
+        others, _ = sdpa_attention_forward(module, *taken, blocks.queries_see, **kwargs)
+        found.append(others.flatten(0, 1))
+    return torch.cat(found).flatten(1).index_select(0, blocks.back).unflatten(1, rows.shape[2:])[None], None
 
 
-class Overlapping(torch.autograd.Function):
-    """x (B, heads, N, size) -> its first `seen` and all after its first `first` tokens, which overlap.
-
-    As two slices are, whose gradients would each be spread over N zeros and then added.
-    """
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, first: int, seen: int) -> tuple[Tensor, Tensor]:
-        ctx.sizes = first, seen
-        return x[:, :, :seen], x[:, :, first:]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, beginning: Tensor, end: Tensor) -> tuple[Tensor, None, None]:
-        first, seen = ctx.sizes
-        gradient = torch.cat([beginning[:, :, :first], end], dim=2)
-        gradient[:, :, first:seen] += beginning[:, :, first:]
-        return gradient, None, None
-
-
-def static_sees(prompt_lengths: Tensor, width: int, prompts: int) -> Tensor:
-    """(B, width, width + prompts) bool: what each place of a static response sees, of its own and of the prompt.
-
-    Padding sees what is before it, so that there is no row without a key.
-    """
-    device, count = prompt_lengths.device, len(prompt_lengths)
-    own = torch.ones(width, width, dtype=torch.bool, device=device).tril().expand(count, -1, -1)
-    prompt = torch.arange(prompts, device=device) < prompt_lengths[:, None]  # (B, prompts)
-    return torch.cat([own, prompt[:, None].expand(-1, width, -1)], dim=2)
-
-
-def all_see(prompt_lengths: Tensor, width: int, length: int) -> Tensor:
-    """(B, width + length, width + length) bool: the same for the whole row, of which the last `length` are causal."""
-    device, count = prompt_lengths.device, len(prompt_lengths)
-    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    others = torch.cat([causal.new_zeros(length, width), causal], dim=1).expand(count, -1, -1)
-    return torch.cat([static_sees(prompt_lengths, width, length), others], dim=1)
+def together(x: Tensor, at: Tensor) -> Tensor:
+    """(B, heads, L, size): of x (1, heads, T, size) the tokens at (B, L)."""
+    tokens = x[0].transpose(0, 1).flatten(1)  # (T, heads size), as which they lie in memory
+    return tokens.index_select(0, at.flatten()).view(*at.shape, x.shape[1], x.shape[3]).transpose(1, 2)
 
 
 def additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, 1, Q, K) of `dtype`: 0 where `sees` (B, Q, K), else the least number there is."""
-    mask = torch.zeros(sees.shape, dtype=dtype, device=sees.device)
-    return mask.masked_fill(~sees, torch.finfo(dtype).min)[:, None]
-
-
-def places(prompt_lengths: Tensor, static_mask: Tensor, length: int) -> Tensor:
-    """(B, S + length) int64: the place of each token, were the responses read apart; 0 in the padding of the first.
-
-    static_mask (B, S); a padded place could lie beyond the last one that a model has learned.
-    """
-    steps = torch.arange(max(static_mask.shape[1], length), device=static_mask.device)
-    after = torch.where(static_mask, prompt_lengths[:, None] + steps[: static_mask.shape[1]], 0)
-    return torch.cat([after, steps[:length].expand(len(after), -1)], dim=1)
+    """`sees`, bool, as what is added to scores: 0 where it is True, else the least number there is."""
+    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill(~sees, torch.finfo(dtype).min)

@@ -16,6 +16,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from pipeline.algorithms import functional
 from pipeline.errors import UserError
 from pipeline.models import attention, router
+from pipeline.models.attention import Laid
 from pipeline.models.checks import HEADS
 from pipeline.models.late import Late
 from pipeline.models.loading import body, hugging_face
@@ -66,7 +67,7 @@ class Policy(nn.Module):
         self.model, self.late = model, late
         lm = hugging_face(model)
         self.encoder_decoder: bool = lm.config.is_encoder_decoder
-        self.attends_apart = attention.attends_apart(lm)
+        self.unpadded = attention.reads_end_to_end(lm)  # the start check may find that it does not
         self.start_ids = start_of_decoder(lm)
         self.router_coefficient = router.own_coefficient(lm)
         self._balances: list[Tensor] | None = None  # of this forward, where they are wanted
@@ -132,27 +133,38 @@ class Policy(nn.Module):
 
     def input_states(self, batch: Batch) -> Tensor:
         """(B, L, H): the last hidden states at `input_ids`, of the encoder where there is one."""
-        lm = hugging_face(self.model)
         if self.encoder_decoder:
-            return lm.get_encoder()(input_ids=batch.input_ids, attention_mask=batch.input_mask.long()).last_hidden_state
-        # padding is on the right, where causal attention never goes: no mask, so the fast kernels apply
-        return self._read(batch.input_ids, real_tokens(batch))
+            encoder, mask = hugging_face(self.model).get_encoder(), batch.input_mask.long()
+            return encoder(input_ids=batch.input_ids, attention_mask=mask).last_hidden_state
+        hidden, at = self._read(batch)
+        return taken(hidden, at)
 
-    def _read(self, ids: Tensor, real: Tensor, **options: Tensor) -> Tensor:
-        """(B, L, H): the last hidden states of a causal model at `ids`, of which those at `real` are no padding."""
-        lm = hugging_face(self.model)
-        if self._balances is None:
-            return body(lm)(input_ids=ids, use_cache=False, **options).last_hidden_state
-        read = body(lm)(input_ids=ids, use_cache=False, output_router_logits=True, **options)
-        self._balances.append(router.balance_loss(read.router_logits, real, router.chosen_experts(lm)))
-        return read.last_hidden_state
+    def _read(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(T, H) the last hidden states of a causal model, and (B, L) where those of each row are among them.
+
+        Rows lie end to end, where the model can read them so; else one below the other, with padding on the right,
+        where causal attention never goes: no mask, so the fast kernels apply.
+        """
+        lm, balanced = hugging_face(self.model), self._balances is not None
+        options = {"output_router_logits": True} if balanced else {}
+        if self.unpadded:
+            laid = attention.lay(batch.input_ids, batch.input_mask, batch.prompt_lengths, batch.owners)
+            at, read = laid.at, attention.read(lm, laid, **options)
+            real = torch.full_like(laid.ids, bool(batch.items), dtype=torch.bool)
+        else:
+            ids, real = batch.input_ids, real_tokens(batch)
+            at = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
+            read = body(lm)(input_ids=ids, use_cache=False, **options)
+        if balanced:
+            self._balances.append(router.balance_loss(read.router_logits, real, router.chosen_experts(lm)))
+        return read.last_hidden_state.flatten(0, 1), at
 
     def response_states(self, batch: Batch) -> Tensor:
         """(B, T, H): the state from which the head predicts each response token."""
-        hidden = self.input_states(batch)
         if not self.encoder_decoder:
-            return before_each(hidden, batch.prompt_lengths, batch.response_ids.shape[1])
-        mask = batch.input_mask.long()
+            hidden, at = self._read(batch)
+            return taken(hidden, before_each(at, batch.prompt_lengths, batch.response_ids.shape[1]))
+        hidden, mask = self.input_states(batch), batch.input_mask.long()
         if batch.owners is not None:  # each prompt was read once, whatever the number of its responses
             hidden, mask = hidden[batch.owners], mask[batch.owners]
         shown = batch.response_ids if batch.shown_ids is None else batch.shown_ids
@@ -163,37 +175,15 @@ class Policy(nn.Module):
     def both_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(B, T, H) and (B, S, H): the states that predict the responses and the static responses, in one pass.
 
-        An encoder reads each prompt once, and a decoder's keys and values of it are made once for both responses. A
-        causal model reads static response, prompt and response in one row, the responses at the same places and blind
-        to each other; or, where the batch comes with 2B rows, in two.
+        An encoder reads each prompt once, and a decoder's keys and values of it are made once for both responses.
         """
         if self.encoder_decoder:
             return self._decoded_both(batch)
-        if len(batch.input_ids) == len(batch.response_ids):
-            return self._in_one_row(batch)
-        lengths = batch.prompt_lengths
-        first, second = self.input_states(batch).chunk(2)  # (B, L, H) each
-        static = before_each(second, lengths, batch.static.ids.shape[1])
-        return before_each(first, lengths, batch.response_ids.shape[1]), static
-
-    def _in_one_row(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """As `both_states`, of a causal model that reads both responses in one row."""
-        lm, given, lengths = hugging_face(self.model), batch.static, batch.prompt_lengths
-        width, length = given.ids.shape[1], batch.input_ids.shape[1]
-        assert int(lengths.max()) < length, (
-            lengths,
-            length,
-        )  # a response has a token, if only EOS: see attention.attend
-        ids = torch.cat([given.shown_ids, batch.input_ids], dim=1)
-        places = attention.places(lengths, given.mask, length)
-        with attention.blind(lm, lengths, places, width, self.attends_apart):
-            # a mask of ones: without one, transformers takes a place that does not follow for another text's beginning
-            real = torch.cat([given.mask & batch.sequence_mask[:, None], real_tokens(batch)], dim=1)
-            ones = torch.ones_like(ids)
-            hidden = self._read(ids, real, attention_mask=ones, position_ids=places)  # (B, S + L, H)
-        static, rest = hidden.split([width, length], dim=1)
-        after_prompt = before_each(rest, lengths, 1)
-        return before_each(rest, lengths, batch.response_ids.shape[1]), torch.cat([after_prompt, static[:, :-1]], dim=1)
+        hidden, at = self._read(batch)
+        lengths = batch.prompt_lengths.chunk(2)
+        widths = batch.response_ids.shape[1], batch.static.ids.shape[1]
+        first, second = (before_each(*given) for given in zip(at.chunk(2), lengths, widths, strict=True))
+        return taken(hidden, first), taken(hidden, second)
 
     def _decoded_both(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """As `both_states`, of an encoder-decoder."""
@@ -249,10 +239,15 @@ def spread(values: Tensor, mask: Tensor) -> Tensor:
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
 
-def before_each(hidden: Tensor, prompt_lengths: Tensor, count: int) -> Tensor:
-    """(B, count, H): the states that predict `count` tokens after each prompt: one place before them in `hidden`."""
-    places = prompt_lengths[:, None] - 1 + torch.arange(count, device=hidden.device)
-    return hidden.gather(1, places.clamp(max=hidden.shape[1] - 1)[:, :, None].expand(-1, -1, hidden.shape[2]))
+def before_each(at: Tensor, prompt_lengths: Tensor, count: int) -> Tensor:
+    """(B, count): of `at` (B, L) what stands one place before each of `count` tokens after each prompt."""
+    places = prompt_lengths[:, None] - 1 + torch.arange(count, device=at.device)
+    return at.gather(1, places.clamp(max=at.shape[1] - 1))
+
+
+def taken(hidden: Tensor, at: Tensor) -> Tensor:
+    """(B, L, H): of `hidden` (T, H) the states at (B, L)."""
+    return hidden.index_select(0, at.flatten()).unflatten(0, at.shape)
 
 
 class ExactLinear(nn.Linear):
@@ -277,11 +272,16 @@ class RewardModel(nn.Module):
             for matrix in part.modules() if name in HEADS else ():
                 if type(matrix) is nn.Linear:
                     matrix.__class__ = ExactLinear
-        self.encoder_decoder: bool = hugging_face(model).config.is_encoder_decoder
+        lm = hugging_face(model)
+        self.encoder_decoder: bool = lm.config.is_encoder_decoder
+        self.unpadded = "score" in dict(lm.named_children()) and attention.reads_end_to_end(lm)
 
     def forward(self, batch: Batch) -> Tensor:
         """(B,) float32 scores of prompt + response; `input_ids` holds both, for every architecture."""
-        return self.score(batch.input_ids, batch.input_mask)
+        if not self.unpadded:
+            return self.score(batch.input_ids, batch.input_mask)
+        laid = attention.lay(batch.input_ids, batch.input_mask, batch.prompt_lengths, batch.owners)
+        return self._outputs_end_to_end(laid)[:, 0]
 
     def score(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(B,) float32 scores of right-padded `ids` (B, L) with `mask` (B, L) bool."""
@@ -289,6 +289,8 @@ class RewardModel(nn.Module):
 
     def outputs(self, ids: Tensor, mask: Tensor, token_types: Tensor | None = None) -> Tensor:
         """(B, N) float32, all outputs of the head; `token_types` (B, L) are of encoders that are told pairs by them."""
+        if self.unpadded:
+            return self._outputs_end_to_end(attention.lay(ids, mask))
         model = hugging_face(self.model)
         heads = dict(model.named_children())
         if "score" in heads:
@@ -300,6 +302,13 @@ class RewardModel(nn.Module):
             return model(input_ids=ids, attention_mask=mask.long(), **told).logits.float()
         last = mask.sum(1) - 1
         return head(hidden[torch.arange(len(last), device=last.device), last]).float()
+
+    def _outputs_end_to_end(self, laid: Laid) -> Tensor:
+        """(B, N) float32, as `outputs`, of a causal model that reads its rows so."""
+        lm = hugging_face(self.model)
+        hidden = attention.read(lm, laid).last_hidden_state[0]
+        last = laid.at.gather(1, laid.lengths[:, None] - 1)[:, 0]
+        return lm.score(hidden.index_select(0, last)).float()
 
     def _decoder_states(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(B, L, H) of a decoder that reads `ids` one place later, as BART and T5 classifiers do.
