@@ -119,5 +119,8 @@ def population(items: Sequence[Item], packing: Packing, weight: str, settings: R
             return lambda step: sampling.priority_rows(chances, size, step, seed), len(kept) / n
         return sampling.priority_by_length(chances, known, size, seed), len(kept) / n
     pool = torch.arange(n) if settings.sampling == "all" else kept
-    draw = epochs(len(pool), size, seed) if known is None else sampling.epochs_by_length(known[pool.numpy()], size, seed)
+    if known is None:
+        draw = epochs(len(pool), size, seed)
+    else:
+        draw = sampling.epochs_by_length(known[pool.numpy()], size, seed)
     return lambda step: pool[draw(step)].tolist(), len(kept) / n
