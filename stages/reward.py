@@ -21,7 +21,7 @@ from pipeline.trainer.loop import HELD_OUT_LOSS, Evaluation, Trainer, fit
 from pipeline.trainer.model import Model, build_reward_model, encode
 from pipeline.trainer.objective import Objective, RewardModule, objective_of
 from pipeline.trainer.opening import open_stage
-from pipeline.trainer.schedule import epochs, steps_for
+from pipeline.trainer.schedule import epochs_of, steps_for
 from stages import inputs
 
 
@@ -37,7 +37,7 @@ def main(settings: RewardStage, words: Sequence[str]) -> None:
 
     scorer = build_reward_model(settings, ranks, start, partial(dataset.texts, train, settings.template))
     items, tested = encode(scorer, directory, train, held_out, made)
-    draw = epochs(len(items), settings.train.batch_size, settings.seed)
+    draw = epochs_of(items, scorer.packing, settings)
     fit(
         Trainer(
             model=scorer,

@@ -21,7 +21,7 @@ from pipeline.trainer.loop import HELD_OUT_LOSS, Evaluation, Trainer, fit
 from pipeline.trainer.model import Model, build_policy, encode, masked_packing
 from pipeline.trainer.objective import Objective, objective_of
 from pipeline.trainer.opening import open_stage
-from pipeline.trainer.schedule import epochs, steps_for
+from pipeline.trainer.schedule import epochs_of, steps_for
 from stages import inputs
 
 logger = logging.getLogger("tiffin")
@@ -44,7 +44,7 @@ def main(settings: SftStage, words: Sequence[str]) -> None:
     packing = masked_packing(policy, settings.masking, settings.seed, spans=True) if masks else policy.packing
     if train_on == "all":
         items = in_fewer_rows(items, policy, settings)
-    draw = epochs(len(items), settings.train.batch_size, settings.seed)
+    draw = epochs_of(items, packing, settings)
     fit(
         Trainer(
             model=policy,

@@ -16,6 +16,7 @@ import pytest
 
 from pipeline.config.resolve import resolve
 from pipeline.data import cache, convert, dataset, encoded
+from pipeline.data.batching import Extent
 from pipeline.data.conversations import learned
 from pipeline.data.rows import Rows
 from pipeline.data.stored import packed, unpacked
@@ -215,7 +216,9 @@ def test_tokens_are_made_once_and_are_those_of_the_encoder() -> None:
     assert [item.example for item in items] == train
     assert [item.rows for item in tokens(splits()[0])] == [item.rows for item in items] and entries("tokens") == written
     some = items[3:7]
-    assert [one.rows for one in some] == [items[i].rows for i in range(3, 7)] and some.sizes(1) == items.sizes(4)
+    assert [one.rows for one in some] == [items[i].rows for i in range(3, 7)] and Extent.of_each(
+        some, [1]
+    ) == Extent.of_each(items, [4])
     assert encoded.tokens_digest(some) == encoded.tokens_digest(tokens(Rows.of([*train[3:7]])))
     assert encoded.tokens_digest(some) != encoded.tokens_digest(items[3:6])
 

@@ -9,7 +9,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from pipeline.data.batching import Packing, Windows, collate, group, once, packing_of, window
+from pipeline.data import dataset, encoded
+from pipeline.data.batching import Extent, Packing, Windows, collate, group, lengths, once, packing_of, window
 from pipeline.errors import UserError
 from pipeline.records import Example, Item
 from pipeline.trainer.schedule import epochs
@@ -67,11 +68,21 @@ def test_micro_batch_size_counts_items() -> None:
     assert len(collate(items, groups[0], BY_COUNT).input_ids) == 6  # 3 pairs are 6 sequences
 
 
+@pytest.mark.parametrize("packing", [BUDGET, APART, WHOLE])
+def test_lengths_are_the_tokens_of_each_item_alone(packing: Packing) -> None:
+    pairs = [Example(f"{i}", "the cat " * (i % 3), chosen="a mat " * i, rejected="dog") for i in range(6)]
+    table = encoded.encode(pairs, tiny.encoder(), dataset.pair_rows)
+    wanted = [tiny.padded_tokens([item], packing) for item in table]
+    assert lengths(table, packing).tolist() == lengths([*table], packing).tolist() == wanted
+    assert Extent.of_each(table, [4, 0, 4]) == Extent.of_each([*table], [4, 0, 4])
+    assert lengths(table[:0], packing).tolist() == lengths([], packing).tolist() == []
+
+
 def test_micro_batches_hold_like_lengths() -> None:
     items = tiny.items(24, longest=20)
     groups = group(items, range(24), BY_COUNT, 1)
-    lengths = [[len(items[i].rows[0]) for i in g] for g in groups]
-    assert all(min(longer) >= max(shorter) for longer, shorter in pairwise(lengths))
+    found = [[len(items[i].rows[0]) for i in g] for g in groups]
+    assert all(min(longer) >= max(shorter) for longer, shorter in pairwise(found))
 
 
 def test_too_long_a_row_is_named() -> None:

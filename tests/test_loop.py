@@ -18,10 +18,11 @@ import transformers
 from safetensors.torch import load_file
 
 from pipeline.algorithms import offline, supervised
+from pipeline.algorithms.functional import reduce
 from pipeline.data.batching import Packing, Windows, collate
 from pipeline.errors import PreemptedError, UserError
 from pipeline.models.policy import Policy
-from pipeline.records import Item
+from pipeline.records import Example, Item
 from pipeline.trainer import evaluation, loop, schedule
 from pipeline.trainer.checkpoint import Checkpoints, State
 from pipeline.trainer.engine import Engine
@@ -281,6 +282,17 @@ def test_the_tokens_read_are_counted_from_the_start(whole: Toy) -> None:
     each = [line["perf/tokens_per_second"] * line["perf/step_seconds"] for line in lines]
     assert [line["train/num_tokens"] for line in lines] == [round(sum(each[: i + 1])) for i in range(6)]
     assert lines[0]["train/num_tokens"] > lines[0]["train/learned_tokens"]  # prompts are read too
+
+
+def test_padding_is_the_share_of_what_is_read_in_vain() -> None:
+    items = [Item(Example(f"{i}", ""), (tiny.row(range(3), range(n)),)) for i, n in enumerate((7, 2, 7))]
+    window = Windows(items, lambda _: [0, 1, 2], Packing(2, None, False, 0), 0, 1).at(0)
+    # the two of 10 tokens beside each other, that of 5 alone, and a filler of 10: 10 of 35
+    stats = loop.step_stats([*window, collate(items, (), PACKING)], 1.0, 0.1, tiny.ranks())
+    assert reduce(stats["perf/padding_fraction"]) == pytest.approx(10 / 35)
+    # 5 beside 10
+    stats = loop.step_stats([collate(items, (0, 1), PACKING)], 1.0, 0.1, tiny.ranks())
+    assert reduce(stats["perf/padding_fraction"]) == pytest.approx(5 / 20)
 
 
 def test_each_row_is_the_mean_of_its_steps(tmp_path: Path, whole: Toy) -> None:

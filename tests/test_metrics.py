@@ -212,6 +212,7 @@ def test_the_layout_finds_the_tags_of_the_stages():
     tags += ["ratio/clip_fraction_low", "ratio/ess", "logged/kl", "value/r2", "eval/completions/clipped_ratio"]
     tags += ["semi_offline/greedy_reward", "semi_offline/mask_rate", "eval/masked_loss", "semi_offline/equal_rewards"]
     tags += ["eval/rewards/a/length_correlation", "train/grad_norm", "perf/tokens_per_second", "eval/accuracy/forum"]
+    tags += ["perf/padding_fraction"]
     tags += [f"esrl/{name}" for name in ("capability", "samples_per_prompt", "tokens_saved", "at_k_min", "known")]
     tags += ["rollout/queue_mean", "rollout/equal_groups", "rollout/logp_gap", "train/entropy"]
     tags += ["perf/sampling_seconds", "esrl/left_out", "rollout/generated_tokens"]

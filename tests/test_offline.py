@@ -9,6 +9,7 @@ import torch
 
 from pipeline.algorithms import offline
 from pipeline.algorithms.functional import merge, reduce
+from pipeline.data.batching import Packing
 from pipeline.errors import UserError
 from pipeline.records import Batch, Needs
 from pipeline.rewards.rewards import Rewards, WeightedReward
@@ -398,7 +399,7 @@ def test_no_row_to_learn_from(algo, cure):
     settings = tiny.settings("rl", f"algo={algo}", "sampling=all")
     items = tiny.items(3, reward=lambda i: -i, advantage=lambda i: -i)
     with pytest.raises(UserError, match=cure):
-        rows.population(items, settings.algorithm.settings["weight"], settings)
+        rows.population(items, Packing(None, 99, False, 0), settings.algorithm.settings["weight"], settings)
 
 
 # P21: three actions chosen with frequency f, V = f . R = .43, so A = (-.23, .07, .47)

@@ -13,6 +13,7 @@ import torch
 from pipeline.config.resolve import resolve
 from pipeline.config.reward_spec import labels, possible_labels
 from pipeline.config.sections import Scale
+from pipeline.data.batching import Packing
 from pipeline.errors import UserError
 from pipeline.launch import run_dir
 from pipeline.records import Example
@@ -93,7 +94,9 @@ def test_rows_that_are_unlearned_are_counted(caplog) -> None:
     items = tiny.items(4, reward=lambda i: i - 2)  # -2, -1, 0, 1
     for sampling, told in (("all", True), ("positive", False)):
         caplog.clear()
-        rows.population(items, "reward", tiny.settings("rl", "algo=wbc", f"sampling={sampling}"))
+        rows.population(
+            items, Packing(None, 99, False, 0), "reward", tiny.settings("rl", "algo=wbc", f"sampling={sampling}")
+        )
         assert ("2 of 4 rows have a reward below 0: they are made less likely" in caplog.text) is told
 
 

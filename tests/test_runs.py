@@ -169,6 +169,17 @@ def test_a_raised_length_goes_on(tmp_path: Path, finished: bool) -> None:
     assert load_yaml(tmp_path / "sft" / "config.yaml")["train"]["max_steps"] == 40
 
 
+def test_what_a_step_draws_stays_as_it_was_begun(tmp_path: Path) -> None:
+    opened(tmp_path, "group_by_length=true")
+    begun(tmp_path)
+    assert "train.group_by_length=True, now it is False" in refused(tmp_path, "group_by_length=false")
+    # begun by a version that knew no such setting
+    config = tmp_path / "sft" / "config.yaml"
+    config.write_text(config.read_text().replace("  group_by_length: true\n", ""))
+    assert "train.group_by_length=False, now it is True" in refused(tmp_path, "group_by_length=true")
+    assert opened(tmp_path, "group_by_length=false")
+
+
 def test_what_is_done_and_kept_no_checkpoint_is_not_trained_longer(tmp_path: Path) -> None:
     opened(tmp_path, "num_train_epochs=1", "train.keep_checkpoint=false")
     write_json(tmp_path / "sft" / "results.json", {"steps": 20})

@@ -4,26 +4,27 @@ import math
 from collections import Counter
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 
 from pipeline.data import sampling
+from pipeline.data.sampling import Chances
 from pipeline.errors import UserError
 
 ADVANTAGES = [0.3, -0.2, 0.1, 0.0, 0.6]
+CHANCES = Chances.of(ADVANTAGES)
 
 
 def test_p12_survivors_and_draws():
     assert sampling.survivors(ADVANTAGES).tolist() == [0, 2, 4]
     # cdf .3, .4, 1: the first place whose cdf exceeds u
-    assert sampling.draw_by_cdf(ADVANTAGES, [0, 0.1, 0.3, 0.35, 0.4, 0.99]) == [0, 0, 2, 2, 4, 4]
-    assert sampling.draw_by_cdf(torch.tensor(ADVANTAGES, dtype=torch.float64), [1.0]) == [
-        4
-    ]  # u rounded up to the total
+    assert sampling.draw_by_cdf(CHANCES, [0, 0.1, 0.3, 0.35, 0.4, 0.99]) == [0, 0, 2, 2, 4, 4]
+    assert sampling.draw_by_cdf(CHANCES, [1.0]) == [4]  # u rounded up to the total
 
 
 def test_p12_frequencies():
-    rows = Counter(sampling.priority_rows(ADVANTAGES, 100_000, step=0, seed=901))
+    rows = Counter(sampling.priority_rows(CHANCES, 100_000, step=0, seed=901))
     assert set(rows) == {0, 2, 4}
     expected = {0: 30_000, 2: 10_000, 4: 60_000}
     chi2 = sum((rows[row] - n) ** 2 / n for row, n in expected.items())
@@ -31,18 +32,18 @@ def test_p12_frequencies():
 
 
 def test_p12_a_draw_depends_on_seed_and_step_only():
-    steps = [sampling.priority_rows(ADVANTAGES, 8, step, seed=1) for step in range(6)]
-    assert [sampling.priority_rows(ADVANTAGES, 8, step, seed=1) for step in (5, 2)] == [steps[5], steps[2]]
+    steps = [sampling.priority_rows(CHANCES, 8, step, seed=1) for step in range(6)]
+    assert [sampling.priority_rows(CHANCES, 8, step, seed=1) for step in (5, 2)] == [steps[5], steps[2]]
     assert len({tuple(rows) for rows in steps}) == 6
-    assert sampling.priority_rows(ADVANTAGES, 8, 0, seed=2) != steps[0]
+    assert sampling.priority_rows(CHANCES, 8, 0, seed=2) != steps[0]
     state = torch.random.get_rng_state()
-    sampling.priority_rows(ADVANTAGES, 8, 0, seed=1)
+    sampling.priority_rows(CHANCES, 8, 0, seed=1)
     sampling.epoch_rows(5, 8, 0, seed=1)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_p12_rows_repeat_within_a_batch():
-    assert sampling.priority_rows([0.0, 1.0], 3, step=0, seed=0) == [1, 1, 1]
+    assert sampling.priority_rows(Chances.of([0.0, 1.0]), 3, step=0, seed=0) == [1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -55,7 +56,7 @@ def test_p12_rows_repeat_within_a_batch():
     ],
 )
 def test_p12_nothing_to_draw_is_one_clear_line(weights, message):
-    for draw in (lambda: sampling.survivors(weights), lambda: sampling.priority_rows(weights, 4, 0, 0)):
+    for draw in (lambda: sampling.survivors(weights), lambda: Chances.of(weights)):
         with pytest.raises(UserError, match=message) as error:
             draw()
         assert "\n" not in str(error.value)
@@ -65,7 +66,7 @@ def test_p13_priority_sampling_squares_the_advantage():
     # A+ = .3, .2, 0: drawn with .6, .4, 0, so E[A+ of each row] = .18, .08, 0; uniformly .1, .0667, 0
     positive = [0.3, 0.2, 0.0]
     n = 100_000
-    drawn = Counter(sampling.priority_rows([0.3, 0.2, -0.3], n, 0, 7))
+    drawn = Counter(sampling.priority_rows(Chances.of([0.3, 0.2, -0.3]), n, 0, 7))
     assert [drawn[row] / n * positive[row] for row in range(3)] == pytest.approx([0.18, 0.08, 0.0], abs=0.002)
     uniform = Counter(sampling.epoch_rows(3, 99_999, 0, 7))
     assert [uniform[row] / 99_999 * positive[row] for row in range(3)] == pytest.approx([0.1, 0.2 / 3, 0.0])
@@ -74,7 +75,7 @@ def test_p13_priority_sampling_squares_the_advantage():
 def test_small_weights_do_not_lose_the_tail():
     # 10^6 equal weights of 1e-8 after one of 1: float32 would lose them, float64 does not
     weights = torch.cat([torch.ones(1, dtype=torch.float64), torch.full((1_000_000,), 1e-8, dtype=torch.float64)])
-    assert sampling.draw_by_cdf(weights, [1.0 + 0.5e-2]) == pytest.approx([500_001], abs=1)
+    assert sampling.draw_by_cdf(Chances.of(weights), [1.0 + 0.5e-2]) == pytest.approx([500_001], abs=1)
 
 
 def test_every_row_comes_once_per_epoch():
@@ -96,8 +97,81 @@ def test_neighbouring_seeds_give_other_orders():
 
 
 def test_no_rows():
-    with pytest.raises(UserError, match="data: 0 rows to draw from"):
-        sampling.epoch_rows(0, 4, 0, 0)
+    for draw in (
+        lambda: sampling.epoch_rows(0, 4, 0, 0),
+        lambda: sampling.epochs_by_length(np.empty(0, np.int64), 4, 0),
+    ):
+        with pytest.raises(UserError, match="data: 0 rows to draw from"):
+            draw()
+
+
+def some_lengths(n: int) -> np.ndarray:
+    return np.random.default_rng(n).integers(1, 100, n)
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(1, 1), (1, 4), (7, 3), (7, 20), (64, 8), (100, 7), (1000, 3), (997, 4)])
+def test_every_row_comes_once_per_epoch_by_length_too(n, batch_size):
+    draw = sampling.epochs_by_length(some_lengths(n), batch_size, seed=4)
+    steps = [draw(step) for step in range(-(-4 * n // batch_size))]
+    assert all(len(rows) == batch_size for rows in steps)
+    chain = [row for rows in steps for row in rows]
+    assert all(sorted(chain[start : start + n]) == list(range(n)) for start in range(0, 4 * n, n))
+    # whoever asks, in whatever order
+    anew = sampling.epochs_by_length(some_lengths(n), batch_size, seed=4)
+    places = [len(steps) - 1, 0, len(steps) // 2, 0]
+    assert [anew(place) for place in places] == [steps[place] for place in places]
+
+
+def test_steps_by_length_by_hand():
+    # 12 rows in steps of 2 are 6 steps; of the 4 parts that the epoch is sorted in two have one step and two have two:
+    # 0 | 1 2 | 3 | 4 5
+    assert [sampling._part_of(step, 6) for step in range(6)] == [(0, 1), (1, 3), (1, 3), (3, 4), (4, 6), (4, 6)]
+    lengths = np.array([50, 10, 40, 90, 20, 80, 70, 30, 60, 0, 15, 35])
+    order = sampling.epoch_rows(12, 12, 0, seed=3)
+    draw = sampling.epochs_by_length(lengths, 2, seed=3)
+    for first, stop in ((0, 1), (1, 3), (3, 4), (4, 6)):
+        rows = sorted(order[2 * first : 2 * stop], key=lambda row: lengths[row])
+        wanted = {tuple(rows[start : start + 2]) for start in range(0, len(rows), 2)}
+        assert {tuple(draw(step)) for step in range(first, stop)} == wanted
+
+
+def test_parts_of_an_epoch_are_of_like_size():
+    for steps in (1, 2, 5, 199, 200, 201, 1000, 12_345):
+        bounds = [sampling._part_of(step, steps) for step in range(steps)]
+        assert all(first <= step < stop <= first + 50 for step, (first, stop) in enumerate(bounds))
+        sizes = [stop - first for first, stop in dict.fromkeys(bounds)]
+        assert sum(sizes) == steps and max(sizes) - min(sizes) <= 1 and len(sizes) >= min(steps, 4)
+
+
+def test_steps_by_length_are_of_like_length_in_no_order_of_length():
+    lengths = some_lengths(10_000)
+    draw = sampling.epochs_by_length(lengths, 20, seed=1)
+    steps = [lengths[draw(step)] for step in range(500)]
+    assert np.mean([rows.max() - rows.min() for rows in steps]) < 5  # of 99: 50 steps share them out
+    means = np.array([rows.mean() for rows in steps])
+    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.15  # long ones do not come together
+    assert {tuple(sorted(draw(step))) for step in range(500)}.isdisjoint(
+        tuple(sorted(draw(step))) for step in range(500, 1000)
+    )
+
+
+def test_draws_by_priority_and_length():
+    weights = np.random.default_rng(0).random(1000) - 0.5
+    chances, lengths = Chances.of(weights.tolist()), some_lengths(1000)
+    draw = sampling.priority_by_length(chances, lengths, 8, seed=5)  # some 500 survive: 500 // (4 * 8) = 15 steps
+    kept = len(chances.rows)
+    together = kept // 32
+    drawn = [draw(step) for step in range(2 * together)]
+    for part in (0, 1):  # what is drawn is what as many rows at once are
+        rows = [row for step in drawn[part * together : (part + 1) * together] for row in step]
+        assert Counter(rows) == Counter(sampling.priority_rows(chances, together * 8, part, seed=5))
+    assert np.mean([np.ptp(lengths[rows]) for rows in drawn]) < 15  # of 99
+    assert sampling.priority_by_length(chances, lengths, 8, seed=5)(together + 1) == drawn[together + 1]
+    # of 5 rows a step is drawn by itself, or every one of its rows would be the same
+    few = sampling.priority_by_length(CHANCES, some_lengths(5), 8, seed=5)
+    assert [sorted(few(step)) for step in range(4)] == [
+        sorted(sampling.priority_rows(CHANCES, 8, step, seed=5)) for step in range(4)
+    ]
 
 
 def test_p17_step_budget():

@@ -28,7 +28,7 @@ from pipeline.trainer.loop import HELD_OUT_LOSS, Evaluation, Trainer, one_step, 
 from pipeline.trainer.metrics import Interval, Metrics
 from pipeline.trainer.model import Model
 from pipeline.trainer.objective import Objective, objective_of
-from pipeline.trainer.schedule import epochs
+from pipeline.trainer.schedule import epochs_of
 
 RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 MANY = 1_000_000  # steps that a trainer of the benchmark could take
@@ -114,7 +114,8 @@ def model_of(setup: Setup, module: Policy | RewardModel, trained: bool = True) -
 def new_trainer(setup: Setup, model: Model, objective: Objective, items: list[Item], packing: Packing) -> Trainer:
     """What a stage would put together, without evaluation, logs and checkpoints. A pair is two sequences of a batch."""
     settings, ranks = setup.settings, setup.ranks
-    draw = epochs(len(items), settings.train.batch_size // len(items[0].rows), settings.seed)
+    drawn = changed(settings, {"train": {"batch_size": settings.train.batch_size // len(items[0].rows)}})
+    draw = epochs_of(items, packing, drawn)
     return Trainer(
         model=model,
         objective=objective,

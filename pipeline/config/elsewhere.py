@@ -122,7 +122,7 @@ SAID: dict[str, str] = {  # names -> what to say of each
         "prompts are never learned; in stage=sft train_on=all learns every assistant turn, train_on=last the last one "
         "(the default, but where messages have weights)"
     ),
-    "packing sample_packing packing_samples neat_packing group_by_length pad_to_sequence_len": (
+    "packing sample_packing packing_samples neat_packing pad_to_sequence_len": (
         "leave it out: rows of like length are read together, up to max_tokens=4096 padded tokens"
     ),
     "output_dir out_dir out output log_dir save_path save_dir output_path ckpt_path logging_dir": (

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -53,7 +54,10 @@ def packing_of(train: TrainSettings, world: int, encoder_decoder: bool, pad_id: 
 
 
 class Extent(NamedTuple):
-    """The size of some items' rows side by side: how many there are, and the longest of each part, in tokens."""
+    """The size of some items' rows side by side: how many there are, and the longest of each part, in tokens.
+
+    Of many items, each by itself, the lengths may be arrays, (items,): `tokens` reads both.
+    """
 
     rows: int = 0
     prompt: int = 0
@@ -63,12 +67,16 @@ class Extent(NamedTuple):
     beside: int = 0  # of prompt + static response
 
     @classmethod
-    def of(cls, items: Sequence[Item], i: int) -> Extent:
-        """Of one of the items."""
-        if isinstance(items, Items):  # from lengths alone
-            prompt, response, single = items.sizes(i)
-            return cls(items.per, prompt, response, 0, single, 0)
-        rows, static = items[i].rows, items[i].static_rows
+    def of_each(cls, items: Sequence[Item], indices: Sequence[int]) -> list[Extent]:
+        """Of each of these items by itself."""
+        if not isinstance(items, Items):
+            return [cls.of(items[i]) for i in indices]
+        lengths = (column.tolist() for column in items.sizes(np.asarray(indices, np.int64)))  # no row is read
+        return [cls(items.rows_each, *one[:2], 0, one[2], 0) for one in zip(*lengths, strict=True)]
+
+    @classmethod
+    def of(cls, item: Item) -> Extent:
+        rows, static = item.rows, item.static_rows
         return cls(
             len(rows),
             max(len(row.prompt_ids) for row in rows),
@@ -80,7 +88,7 @@ class Extent(NamedTuple):
 
     def with_item(self, item: Item) -> Extent:
         """The same with one item more."""
-        return self.beside_of(Extent.of([item], 0))
+        return self.beside_of(Extent.of(item))
 
     def beside_of(self, other: Extent) -> Extent:
         """Of both side by side."""
@@ -106,10 +114,11 @@ def group(items: Sequence[Item], indices: Sequence[int], packing: Packing, world
     Longest first, so that the micro-batches at one place of every rank's window are alike.
     Raises UserError where one item alone is over max_tokens.
     """
-    order = sorted(indices, key=lambda i: (-Extent.of(items, i).joined, i))
+    alone = Extent.of_each(items, indices)
+    order = sorted(zip(indices, alone, strict=True), key=lambda one: (-one[1].joined, one[0]))
     if packing.micro_batch_size is not None:
         size = packing.micro_batch_size
-        groups = [order[i : i + size] for i in range(0, len(order), size)]
+        groups = [[i for i, _ in order[start : start + size]] for start in range(0, len(order), size)]
     else:
         groups = by_budget(items, order, packing)
     if not groups:
@@ -124,12 +133,11 @@ def group(items: Sequence[Item], indices: Sequence[int], packing: Packing, world
     return groups
 
 
-def by_budget(items: Sequence[Item], order: Sequence[int], packing: Packing) -> list[list[int]]:
-    """Fill micro-batches greedily up to max_tokens padded tokens."""
+def by_budget(items: Sequence[Item], order: Sequence[tuple[int, Extent]], packing: Packing) -> list[list[int]]:
+    """Fill micro-batches greedily up to max_tokens padded tokens. `order` holds indices of items, and their extents."""
     groups: list[list[int]] = []
     extent = Extent()
-    for i in order:
-        own = Extent.of(items, i)
+    for i, own in order:
         longer = extent.beside_of(own)
         if groups and longer.tokens(packing) <= packing.max_tokens:
             groups[-1].append(i)
@@ -144,6 +152,20 @@ def by_budget(items: Sequence[Item], order: Sequence[int], packing: Packing) -> 
                 "raise it, or lower data.max_prompt_length or data.max_response_length"
             )
     return groups
+
+
+def lengths(items: Sequence[Item], packing: Packing) -> np.ndarray:
+    """(items,) int64, the tokens that each is computed as by itself: those of like length need little padding.
+
+    The same however a step is cut, on every rank.
+    """
+    if not isinstance(items, Items):
+        return np.array([Extent.of(item).tokens(packing) for item in items], np.int64)
+    parts = []
+    for start in range(0, len(items), AT_ONCE):
+        prompt, response, single = items.sizes(np.arange(start, min(start + AT_ONCE, len(items))))
+        parts.append(Extent(items.rows_each, prompt, response, 0, single, 0).tokens(packing))
+    return np.concatenate([np.empty(0, np.int64), *parts])
 
 
 def window(

@@ -70,7 +70,7 @@ class Items(Sequence[Item]):
         place = range(len(self))[place]
         first = place * self.per
         known = {name: float(column[place]) for name, column in self.numbers.items()}
-        rows = tuple(self._row(at) for at in range(first, first + (1 if self.bare else self.per)))
+        rows = tuple(self._row(at) for at in range(first, first + self.rows_each))
         logps = () if self.ref_logp is None else tuple(self._logp(first + i) for i in range(self.per))
         return Item(self.examples[place], rows, known, logps)
 
@@ -123,12 +123,16 @@ class Items(Sequence[Item]):
         """(rows + 1,) where the responses' tokens begin, one after the other, and the last one's end."""
         return np.concatenate([[0], np.cumsum(self.responses, dtype=np.int64)])
 
-    def sizes(self, place: int) -> tuple[int, int, int]:
-        """The longest prompt, response, and both together, of the rows of an item."""
-        first = place * self.per
-        of = range(first, first + (1 if self.bare else self.per))
-        pairs = [(int(self.prompts[at]), int(self.responses[at])) for at in of]
-        return max(p for p, _ in pairs), max(r for _, r in pairs), max(p + r for p, r in pairs)
+    @property
+    def rows_each(self) -> int:
+        """How many rows of an item are read."""
+        return 1 if self.bare else self.per
+
+    def sizes(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The longest prompt, response, and both together, of the rows of each of these items, (places,) int64."""
+        rows = places[:, None] * self.per + np.arange(self.rows_each)  # (places, rows of an item)
+        prompts, responses = self.prompts[rows].astype(np.int64), self.responses[rows].astype(np.int64)
+        return prompts.max(1), responses.max(1), (prompts + responses).max(1)
 
     def with_numbers(self, **numbers: Sequence[float]) -> Items:
         """The same with further numbers, one per item in each sequence."""

@@ -6,13 +6,20 @@ The rows drawn are global, for all ranks together; each rank takes its slice.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import pairwise
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
+
+TOGETHER = 50  # steps, at most, whose rows are sorted by length together
+APART = 4  # parts, at least, in which an epoch is sorted: its steps are to differ from those of the next
 
 
 def epoch_rows(n: int, batch_size: int, step: int, seed: int) -> list[int]:
@@ -21,31 +28,114 @@ def epoch_rows(n: int, batch_size: int, step: int, seed: int) -> list[int]:
     Every row comes once per epoch. A batch may span the end of an epoch, and several epochs where it is larger than n.
     Raises UserError where n is 0.
     """
+    refuse_none(n)
+    start, stop = step * batch_size, (step + 1) * batch_size
+    parts = [
+        _permutation(n, seed, epoch)[max(0, start - epoch * n) : stop - epoch * n]
+        for epoch in range(start // n, (stop - 1) // n + 1)
+    ]
+    return torch.cat(parts).tolist()
+
+
+def epochs_by_length(lengths: np.ndarray, batch_size: int, seed: int) -> Callable[[int], list[int]]:
+    """As `epoch_rows` of a step, with rows of like length in one step: what is read together needs little padding.
+
+    lengths (n,), a row's tokens. Of each epoch's permutation the rows of up to TOGETHER steps are sorted by length and
+    cut into steps, which come in a seeded order. Every row still comes once per epoch; where epochs meet in a step it
+    takes of both. The same function of the step whoever asks, in whatever order. Raises UserError where n is 0.
+    """
+    n = len(lengths)
+    refuse_none(n)
+
+    @lru_cache(maxsize=2)  # steps follow each other
+    def part(epoch: int, first: int, stop: int) -> list[list[int]]:
+        """The rows of the epoch that the steps from `first` to before `stop` take."""
+        bounds = [min(max(step * batch_size - epoch * n, 0), n) for step in range(first, stop + 1)]
+        rows = _permutation(n, seed, epoch)[bounds[0] : bounds[-1]].numpy()
+        sizes = [end - begin for begin, end in pairwise(bounds)]
+        return _by_length(rows, lengths, sizes, generator("lengths", seed, f"{epoch} {first}"))
+
+    def draw(step: int) -> list[int]:
+        drawn: list[int] = []
+        for epoch in range(step * batch_size // n, ((step + 1) * batch_size - 1) // n + 1):
+            begin, end = epoch * n // batch_size, ((epoch + 1) * n - 1) // batch_size + 1  # steps that take rows of it
+            first, stop = _part_of(step - begin, end - begin)
+            drawn += part(epoch, begin + first, begin + stop)[step - begin - first]
+        return drawn
+
+    return draw
+
+
+def refuse_none(n: int) -> None:
+    """Raises UserError where there are no rows."""
     if n < 1:
         raise UserError("data: 0 rows to draw from, wanted at least 1: is the file empty, or every row dropped?")
-    positions = range(step * batch_size, (step + 1) * batch_size)
-    return [int(_permutation(n, seed, position // n)[position % n]) for position in positions]
 
 
-def priority_rows(weights: Sequence[float] | Tensor, batch_size: int, step: int, seed: int) -> list[int]:
+class Chances(NamedTuple):
+    """What rows are drawn by, made once: a step then costs what its own rows cost."""
+
+    rows: Tensor  # (kept,) int64, those of positive weight, in order
+    cdf: Tensor  # (kept,) float64, the sums of their weights up to each
+    total: Tensor  # () float64, the sum of them all
+
+    @classmethod
+    def of(cls, weights: Sequence[float] | Tensor) -> Chances:
+        """weights (n,). Raises UserError as `survivors` does."""
+        rows, values = survivors(weights), _as_float64(weights)
+        return cls(rows, values[rows].cumsum(0), values.clamp(min=0.0).sum())
+
+
+def priority_rows(chances: Chances, batch_size: int, step: int, seed: int) -> list[int]:
     """`batch_size` rows of step `step`, drawn with replacement, each with probability max(w, 0) / sum of max(w, 0).
 
-    weights (n,), usually the advantages. Source: A-LoL's priority sampling. Raises UserError as `survivors` does.
+    The weights w are usually the advantages. Source: A-LoL's priority sampling.
     """
     shares = torch.rand(batch_size, generator=generator("priority", seed, step), dtype=torch.float64)  # in [0, 1)
-    total = _as_float64(weights).clamp(min=0.0).sum()
-    return draw_by_cdf(weights, shares * total)
+    return draw_by_cdf(chances, shares * chances.total)
 
 
-def draw_by_cdf(weights: Sequence[float] | Tensor, u: Sequence[float] | Tensor) -> list[int]:
+def priority_by_length(chances: Chances, lengths: np.ndarray, batch_size: int, seed: int) -> Callable[[int], list[int]]:
+    """As `priority_rows` of a step, with rows of like length in one step, as `epochs_by_length` has them.
+
+    lengths (n,), of all rows. What TOGETHER steps draw is drawn at once, of few rows for fewer steps: a row that is
+    drawn twice for them comes twice in one step.
+    """
+    steps = min(TOGETHER, max(1, len(chances.rows) // (APART * batch_size)))
+
+    @lru_cache(maxsize=2)
+    def part(number: int) -> list[list[int]]:
+        rows = np.array(priority_rows(chances, steps * batch_size, number, seed))
+        return _by_length(rows, lengths, [batch_size] * steps, generator("lengths", seed, number))
+
+    return lambda step: part(step // steps)[step % steps]
+
+
+def _part_of(step: int, steps: int) -> tuple[int, int]:
+    """The steps from and to before which `step` is sorted with, of the `steps` of an epoch: parts of like size."""
+    parts = min(steps, max(APART, math.ceil(steps / TOGETHER)))
+    part = ((step + 1) * parts - 1) // steps  # the last that begins at or before it
+    return part * steps // parts, (part + 1) * steps // parts
+
+
+def _by_length(rows: np.ndarray, lengths: np.ndarray, sizes: Sequence[int], order: torch.Generator) -> list[list[int]]:
+    """`rows` in groups of these sizes, the lengths of no group within those of another; which has which is drawn."""
+    rows = rows[np.argsort(lengths[rows], kind="stable")].tolist()
+    groups: list[list[int]] = [[] for _ in sizes]
+    start = 0
+    for place in torch.randperm(len(sizes), generator=order).tolist():
+        groups[place] = rows[start : start + sizes[place]]
+        start += sizes[place]
+    return groups
+
+
+def draw_by_cdf(chances: Chances, u: Sequence[float] | Tensor) -> list[int]:
     """For each u in [0, total) the first surviving row whose cumulative weight exceeds u.
 
     Only rows of positive weight take part; the sums are float64.
     """
-    rows = survivors(weights)
-    cdf = _as_float64(weights)[rows].cumsum(0)
-    places = torch.searchsorted(cdf, _as_float64(u), right=True).clamp(max=len(rows) - 1)  # u may round up to total
-    return rows[places].tolist()
+    places = torch.searchsorted(chances.cdf, _as_float64(u), right=True)
+    return chances.rows[places.clamp(max=len(chances.rows) - 1)].tolist()  # u may round up to total
 
 
 def survivors(weights: Sequence[float] | Tensor) -> Tensor:

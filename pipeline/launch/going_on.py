@@ -35,6 +35,7 @@ FREE = (
 )
 # What changes how a step is computed, and not what it is: the numbers agree to rounding, and a line says so.
 CUT = ("train.zero", "train.micro_batch_size", "train.max_tokens", "train.gradient_checkpointing")
+OLDER = {"train.group_by_length": False}  # what versions did that had no such setting
 LENGTHS = ("train.max_steps", "train.num_train_epochs")  # these may be raised, to train longer
 CONFIG, INPUTS, RESULTS = "config.yaml", "inputs.json", "results.json"
 CHECKPOINTS, STATE = "checkpoints", "state.json"  # the folder of a stage's checkpoints; the last file of each
@@ -166,6 +167,7 @@ def differences(directory: Path, settings: Common) -> list[tuple[str, object, ob
     if finished(directory):
         noted = {name: value for name, value in noted.items() if name in given}
     before, now = flatten(noted, "."), flatten(given, ".")
+    before = {**{key: value for key, value in OLDER.items() if key in now}, **before}
     keys = [key for key in sorted({*before, *now}) if not key.startswith((*FREE, *CUT))]
     return [(key, before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)]
 

@@ -17,7 +17,7 @@ from pipeline.rl.offline import WatchedRows, check_start, evaluate
 from pipeline.rl.reference import ReferencePolicy, annotate
 from pipeline.trainer.loop import HELD_OUT_LOSS, REWARD, Trainer
 from pipeline.trainer.model import build_policy, encode
-from pipeline.trainer.schedule import epochs, steps_for
+from pipeline.trainer.schedule import epochs_of, steps_for
 
 
 def trainer(context: Context) -> Trainer:
@@ -33,7 +33,7 @@ def trainer(context: Context) -> Trainer:
     # what the reference says, before the first step changes it
     reference = ReferencePolicy(policy, settings, fingerprint(context.start.path))
     (items, tested), _ = annotate(reference, (items, tested), context.module.needs(context.algorithm))
-    draw = epochs(len(items), settings.train.batch_size, settings.seed)
+    draw = epochs_of(items, policy.packing, settings)
     return Trainer(
         model=policy,
         settings=settings,

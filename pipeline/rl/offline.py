@@ -47,7 +47,7 @@ def trainer(context: Context) -> Trainer:
         held_out = with_ref_logps(reference, held_out)  # what was gained is told by ratios to it
 
     # which rows, for how long
-    draw, facts["advantage/kept_fraction"] = rows.population(items, context.algorithm.weight, settings)
+    draw, facts["advantage/kept_fraction"] = rows.population(items, policy.packing, context.algorithm.weight, settings)
     logger.info(spoken(facts))
     kept = facts["advantage/kept_fraction"] if settings.scale_steps else 1.0
     watched = WatchedRows(held_out, prompts[: settings.eval.max_rows], items, facts)

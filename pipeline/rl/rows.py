@@ -12,7 +12,7 @@ import torch
 
 from pipeline.config.schema import RlStage
 from pipeline.data import convert, encoded, sampling
-from pipeline.data.batching import Draw
+from pipeline.data.batching import Draw, Packing, lengths
 from pipeline.data.rows import Rows
 from pipeline.data.stored import CHOSEN, REJECTED
 from pipeline.errors import UserError
@@ -20,6 +20,7 @@ from pipeline.records import Example, Item
 from pipeline.rewards import own_rewards, scoring
 from pipeline.rewards.rewards import Rewards
 from pipeline.rl.context import Context
+from pipeline.trainer.schedule import epochs
 
 logger = logging.getLogger("tiffin")
 
@@ -91,7 +92,7 @@ def with_shuffled_rewards(rows: Sequence[Example], seed: int) -> list[Example]:
     return [replace(row, reward=float(rewards[i])) for row, i in zip(rows, order, strict=True)]
 
 
-def population(items: Sequence[Item], weight: str, settings: RlStage) -> tuple[Draw, float]:
+def population(items: Sequence[Item], packing: Packing, weight: str, settings: RlStage) -> tuple[Draw, float]:
     """The draw that `sampling` asks for, by the row weight of the algorithm; and the share of rows that can be drawn.
 
     `weight` is the number that weighs a row: reward or advantage; "one" weighs all alike. Raises UserError where no row
@@ -111,7 +112,15 @@ def population(items: Sequence[Item], weight: str, settings: RlStage) -> tuple[D
             "lower the more (sampling=positive leaves them out; an algorithm with weight: advantage compares instead)"
         )
     # in proportion to the weight; otherwise every row that is kept once per epoch
+    known = lengths(items, packing) if settings.train.group_by_length else None
     if settings.sampling == "priority":
-        return lambda step: sampling.priority_rows(weights, size, step, seed), len(kept) / n
+        chances = sampling.Chances.of(weights)
+        if known is None:
+            return lambda step: sampling.priority_rows(chances, size, step, seed), len(kept) / n
+        return sampling.priority_by_length(chances, known, size, seed), len(kept) / n
     pool = torch.arange(n) if settings.sampling == "all" else kept
-    return lambda step: pool[sampling.epoch_rows(len(pool), size, step, seed)].tolist(), len(kept) / n
+    if known is None:
+        draw = epochs(len(pool), size, seed)
+    else:
+        draw = sampling.epochs_by_length(known[pool.numpy()], size, seed)
+    return lambda step: pool[draw(step)].tolist(), len(kept) / n

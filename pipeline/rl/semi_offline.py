@@ -26,7 +26,7 @@ from pipeline.trainer.engine import Engine
 from pipeline.trainer.loop import REWARD, Evaluation, Trainer
 from pipeline.trainer.model import Model, build_policy, encode, masked_packing
 from pipeline.trainer.objective import Objective
-from pipeline.trainer.schedule import epochs, steps_for
+from pipeline.trainer.schedule import epochs_of, steps_for
 
 logger = logging.getLogger("tiffin")
 
@@ -47,7 +47,7 @@ def trainer(context: Context) -> Trainer:
     masked = masked_packing(
         policy, settings.masking, settings.seed, samples=algorithm.samples, share_prompt=settings.share_prompt
     )
-    draw = epochs(len(items), settings.train.batch_size, settings.seed)
+    draw = epochs_of(items, masked, settings)
     shuffled = settings.seed if settings.shuffle_rewards else None
     composer = Composer(ranks, policy.encoder, rewards, items, context.module, shuffled)
     return Trainer(

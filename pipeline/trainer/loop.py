@@ -241,13 +241,15 @@ def step_stats(window: Sequence[Batch], norm: float, rate: float, ranks: Ranks) 
     """
     learned = sum(int(batch.response_mask.sum()) for batch in window)
     read = sum(int(batch.input_mask.sum()) for batch in window)
+    computed = sum(batch.input_mask.numel() for batch in window)
+    wasted = computed - sum(int(batch.input_mask.sum()) for batch in window if batch.items)  # fillers are padding too
     finite = math.isfinite(norm)
     shared = {"train/learning_rate": rate, "train/skipped_fraction": 1.0 - finite}
     shared |= {"train/grad_norm": norm} if finite else {}
     own = {"train/learned_tokens": learned, "perf/tokens": read}
     rows = {name: [1.0 / ranks.world, x / ranks.world, x * x / ranks.world] for name, x in shared.items()}
     rows |= {name: [1.0 / ranks.world, x, x * x] for name, x in own.items()}
-    rows = {"train/grad_norm": [0.0, 0.0, 0.0], **rows}
+    rows = {"train/grad_norm": [0.0, 0.0, 0.0], **rows, "perf/padding_fraction": [computed, wasted, wasted]}
     return {
         name: Stat("mean", torch.tensor(row, dtype=torch.float64, device=ranks.device)) for name, row in rows.items()
     }

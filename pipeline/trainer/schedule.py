@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 
 from pipeline.config.schema import Training
 from pipeline.config.sections import OptimizerSettings
-from pipeline.data.batching import Draw
-from pipeline.data.sampling import epoch_rows, step_budget
+from pipeline.data.batching import Draw, Packing, lengths
+from pipeline.data.sampling import epoch_rows, epochs_by_length, step_budget
+from pipeline.records import Item
 
 FEW = 10  # optimizer steps that are too few to teach much
 
@@ -47,6 +49,14 @@ def few(settings: Training, rows: int, kept: float, steps: int) -> str:
 def epochs(rows: int, batch_size: int, seed: int) -> Draw:
     """Every row once per epoch, in a new order each; epochs follow one another without a gap."""
     return lambda step: epoch_rows(rows, batch_size, step, seed)
+
+
+def epochs_of(items: Sequence[Item], packing: Packing, settings: Training) -> Draw:
+    """As `epochs` of the items' rows; with train.group_by_length those of like length are in one step."""
+    train = settings.train
+    if not train.group_by_length:
+        return epochs(len(items), train.batch_size, settings.seed)
+    return epochs_by_length(lengths(items, packing), train.batch_size, settings.seed)
 
 
 def learning_rate(step: int, max_steps: int, settings: OptimizerSettings) -> float:
