@@ -152,20 +152,21 @@ class Batch:
 
     Masks are built from lengths. A filler sequence, which keeps ranks in step, has an all-False mask.
 
-    A causal model reads the static responses beside `input_ids`; or, where `input_ids` has 2B rows, in the last B.
+    A causal model reads the static responses in rows of their own: `input_ids` then has 2B rows.
     """
 
     items: tuple[int, ...]  # index in the data set of each item, fillers excluded
     input_ids: Tensor  # (B, L) int64: prompt + response for a causal model, the prompt for an encoder-decoder
     input_mask: Tensor  # (B, L) bool
-    prompt_lengths: Tensor  # (B,) int64
+    prompt_lengths: Tensor  # (B,) int64, of each row of a causal model; of an encoder's, of each sequence
     response_ids: Tensor  # (B, T) int64
     response_mask: Tensor  # (B, T) bool, True on response tokens and their EOS
     numbers: Mapping[str, Tensor] = field(default_factory=dict)  # (items,) float32 each
     ref_logp: Tensor | None = None  # (B, T) float32, zero where response_mask is False
     shown_ids: Tensor | None = None  # (B, T) int64: response_ids as the model reads them, [MASK] where one is masked
     static: StaticBatch | None = None
-    owners: Tensor | None = None  # (B,) int64: each sequence's row of input_ids, where these hold each prompt once
+    owners: Tensor | None = None  # (B,) int64: each sequence's row of an encoder, whose input_ids then hold each prompt
+    # once; of a causal model the first row that has the same prompt, which is then read there alone
     suppressed: Tensor | None = None  # (V,) bool: ids that the policy never says, whose probability is 0
 
     @property

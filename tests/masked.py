@@ -59,11 +59,12 @@ def items(count: int, seed: int = 0, choices: int = 1, longest: int = 7) -> list
 
 
 def packing(policy: Policy, samples: int, size: int | None = None, seed: int = 5, **changes: Any) -> Packing:
-    """Micro-batches of `size` items, or one of all. `changes` are of `masking()`, `share_prompt` of Masker."""
-    share = changes.pop("share_prompt", True)
-    masker = Masker(words(), masking(**changes), seed, samples=samples, share_prompt=share)
+    """Micro-batches of `size` items, or one of all. `changes` are of `masking()`; `unpadded`: where the policy can."""
+    policy.unpadded = policy.unpadded and changes.pop("unpadded", True)
+    masker = Masker(words(), masking(**changes), seed, samples=samples)
     limit = {"micro_batch_size": size, "max_tokens": None if size else 10**6}
-    return Packing(**limit, encoder_decoder=policy.encoder_decoder, pad_id=tiny.PAD_ID, masker=masker)
+    once = {"encoder_decoder": policy.encoder_decoder, "unpadded": policy.unpadded}
+    return Packing(**limit, **once, pad_id=tiny.PAD_ID, masker=masker)
 
 
 def language_model(shape: str, **changes: Any) -> PreTrainedModel:

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 from pipeline.algorithms import semi_offline, supervised
 from pipeline.algorithms.functional import Drawn
@@ -68,14 +69,14 @@ READINGS = [(*layout, "sdpa") for layout in LAYOUTS] + [(shape, True, "eager") f
 def test_t14_one_pass_is_two(shape: str, shared: bool, kernel: str) -> None:
     """Logits at every target of both responses, and the gradients of all parameters."""
     policy = masked.policy(shape, attn_implementation=kernel)
-    assert policy.attends_apart == (shape in CAUSAL and kernel == "sdpa")
+    assert policy.unpadded == (shape in CAUSAL and kernel == "sdpa")
     one_pass_is_two(policy, shared, roundings(shape))
 
 
 def one_pass_is_two(policy: Policy, shared: bool, allowed: int) -> None:
     rows = masked.items(5)
-    batch = whole(policy, rows, share_prompt=shared)
-    assert len(batch.input_ids) == len(rows) * (1 if shared else 2)
+    batch = whole(policy, rows, unpadded=shared)
+    assert (batch.owners is not None) == policy.unpadded
     given, weights = batch.static, torch.randn(tiny.V, generator=torch.Generator().manual_seed(1)) / 50
     assert masked.masked_of(batch).any() and given.masked.any()
     first, second = (policy.head(states) for states in policy(batch, output="heads"))
@@ -134,28 +135,26 @@ def test_the_budget_is_what_is_read(shape: str, shared: bool) -> None:
     parts = [lm.get_encoder(), lm.get_decoder()] if policy.encoder_decoder else [lm.base_model]
     for part in parts:
         part.register_forward_pre_hook(lambda *given: read.append(given[2]["input_ids"].numel()), with_kwargs=True)
-    policy(whole(policy, rows, share_prompt=shared), output="heads")
-    assert sum(read) == tiny.padded_tokens(rows, masked.packing(policy, SETTINGS.samples, share_prompt=shared))
+    policy(whole(policy, rows, unpadded=shared), output="heads")
+    assert sum(read) == tiny.padded_tokens(rows, masked.packing(policy, SETTINGS.samples, unpadded=shared))
 
 
 def test_what_is_seen() -> None:
-    """A static response of two tokens after prompts of one and two, then rows of three."""
-    sees = attention.static_sees(torch.tensor([1, 2]), 2, 2)
-    assert sees.int().tolist() == [[[1, 0, 1, 0], [1, 1, 1, 0]], [[1, 0, 1, 1], [1, 1, 1, 1]]]
-    whole_row = attention.all_see(torch.tensor([1]), 2, 3)[0].int().tolist()
-    assert whole_row[:2] == [[1, 0, 1, 0, 0], [1, 1, 1, 0, 0]]  # of the other response nothing
-    assert whole_row[2:] == [[0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]
-    found = attention.places(torch.tensor([1, 2]), torch.tensor([[True, False], [True, True]]), 3)
-    assert found.tolist() == [[1, 0, 0, 1, 2], [2, 3, 0, 1, 2]]
-
-
-def test_gradients_of_overlapping_pieces() -> None:
-    """Those of the slices [0, 1, 2] and [1, 2, 3] of four tokens, added where both have one."""
-    x = torch.zeros(1, 1, 4, 1, requires_grad=True)
-    beginning, end = attention.Overlapping.apply(x, 1, 3)
-    weights = torch.tensor([1.0, 2.0, 3.0]).view(1, 1, 3, 1), torch.tensor([10.0, 20.0, 30.0]).view(1, 1, 3, 1)
-    ((beginning * weights[0]).sum() + (end * weights[1]).sum()).backward()
-    assert x.grad.flatten().tolist() == [1.0, 12.0, 23.0, 30.0]  # 1, 2 + 10, 3 + 20, 30
+    """A prompt of two tokens, with responses of two and one; a prompt of one with a response of one."""
+    rows = torch.tensor([[5, 6, 7, 8], [5, 6, 9, 0], [4, 3, 0, 0]])
+    lengths, owners = torch.tensor([2, 2, 1]), torch.tensor([0, 0, 2])
+    laid = attention.lay(rows, rows > 0, lengths, owners)
+    assert laid.ids.tolist() == [[5, 6, 7, 8, 9, 4, 3]] and laid.places.tolist() == [[0, 1, 2, 3, 2, 0, 1]]
+    assert laid.at.tolist() == [[0, 1, 2, 3], [0, 1, 4, 0], [5, 6, 0, 0]]
+    blocks = attention.blocks_of(laid, causal_mask_function, torch.float32)
+    assert blocks.rows.tolist() == [[0, 1, 2, 3], [5, 6, 0, 0]] and blocks.rows_see is None
+    assert blocks.queries.tolist() == [[4]] and blocks.keys.tolist() == [[0, 1, 4]]
+    assert (blocks.queries_see == 0).tolist() == [[[[True, True, True]]]]
+    assert blocks.back.tolist() == [0, 1, 2, 3, 8, 4, 5]  # the fifth token is the first after both rows of four
+    narrow = attention.blocks_of(laid, sliding_window_causal_mask_function(2), torch.float32)
+    assert (narrow.queries_see == 0).tolist() == [[[[False, True, True]]]]
+    assert (narrow.rows_see == 0).int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+    assert attention.blocks_of(laid, sliding_window_causal_mask_function(4), torch.float32).rows_see is None
 
 
 def calls_of(policy: Policy) -> dict[str, int]:
@@ -175,7 +174,7 @@ def calls_of(policy: Policy) -> dict[str, int]:
 @pytest.mark.parametrize("samples", [2, 50])
 def test_t2_forwards_do_not_depend_on_samples(shape: str, shared: bool, samples: int) -> None:
     policy, rows = masked.policy(shape), masked.items(4)
-    batch = collate(rows, range(4), masked.packing(policy, samples, share_prompt=shared))
+    batch = collate(rows, range(4), masked.packing(policy, samples, unpadded=shared))
     counts = calls_of(policy)
     drawn = Drawn(*policy(batch, output="drawn")[2:])
     assert drawn.ids.shape == (int(batch.static.masked.sum()), samples)
@@ -203,8 +202,8 @@ def with_others(rows: list[Item], batch: Batch) -> list[Item]:
 @torch.no_grad()
 def test_t1_masked_tokens_are_not_seen(shape: str, shared: bool) -> None:
     policy, rows = masked.policy(shape), masked.items(5)
-    before = whole(policy, rows, share_prompt=shared)
-    after = whole(policy, with_others(rows, before), share_prompt=shared)
+    before = whole(policy, rows, unpadded=shared)
+    after = whole(policy, with_others(rows, before), unpadded=shared)
     assert torch.equal(before.static.masked, after.static.masked)
     assert torch.equal(masked.masked_of(before), masked.masked_of(after))
     changed = before.static.ids != after.static.ids
@@ -236,8 +235,8 @@ def test_t12_nothing_is_seen_too_early(shape: str, shared: bool, static: bool) -
     rows = [
         item for item in masked.items(9) if min(len(r.response_ids) for r in (item.rows[0], item.static_rows[0])) > 4
     ]
-    before = whole(policy, rows, rate=0.0, share_prompt=shared)
-    after = whole(policy, changed_at(rows, k, static), rate=0.0, share_prompt=shared)
+    before = whole(policy, rows, rate=0.0, unpadded=shared)
+    after = whole(policy, changed_at(rows, k, static), rate=0.0, unpadded=shared)
     pairs = list(zip(policy(before, output="heads"), policy(after, output="heads"), strict=True))
     (ours, theirs), (other, others) = pairs[::-1] if static else pairs
     there = before.response_mask if static else before.static.mask
@@ -293,7 +292,7 @@ def totals_of(policy: Policy, batch: Batch, rewards: Tensor, settings: semi_offl
 @pytest.mark.parametrize(("shape", "shared"), LAYOUTS)
 def test_t7_nothing_masked_is_plain_likelihood(shape: str, shared: bool) -> None:
     policy, rows = masked.policy(shape), masked.items(5)
-    batch = whole(policy, rows, rate=0.0, share_prompt=shared)
+    batch = whole(policy, rows, rate=0.0, unpadded=shared)
     assert not batch.static.masked.any() and torch.equal(batch.shown_ids, batch.response_ids)
     totals = totals_of(policy, batch, torch.rand(5, SETTINGS.samples))
     totals.sum().backward()
@@ -326,7 +325,7 @@ def alone(policy: Policy, rows: list[Item]) -> dict[str, Tensor]:
     """What the model reads in masked fine-tuning: no static responses."""
     packing = masked.packing(policy, samples=0)
     batch = collate([replace(item, static_rows=()) for item in rows], range(len(rows)), packing)
-    return {"input_ids": batch.input_ids, "input_mask": batch.input_mask}
+    return {name: getattr(batch, name) for name in ("input_ids", "input_mask", "prompt_lengths", "owners")}
 
 
 # any cut
@@ -354,10 +353,10 @@ CUTS = {
 @pytest.mark.parametrize(("shape", "shared"), [("llama", True), ("llama", False), ("t5", True), ("bart", True)])
 def test_t13_any_cut_gives_the_same_sums(shape: str, shared: bool) -> None:
     policy, rows = masked.policy(shape), masked.items(6, choices=2)
-    total, wanted = cut_totals(policy, rows, [list(range(6))], share_prompt=shared)
+    total, wanted = cut_totals(policy, rows, [list(range(6))], unpadded=shared)
     assert abs(float(total[0])) > 0.01
     for cuts in CUTS.values():
-        found, ours = cut_totals(policy, rows, cuts, share_prompt=shared)
+        found, ours = cut_totals(policy, rows, cuts, unpadded=shared)
         for part, of_all in zip(found, total, strict=True):
             tiny.close(part, of_all)
         same_gradients(ours, wanted, 2 * roundings(shape))

@@ -13,6 +13,8 @@ from transformers import (
     Gemma3TextConfig,
     GPTNeoConfig,
     GPTNeoForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     Llama4ForCausalLM,
     Llama4TextConfig,
     MambaConfig,
@@ -25,6 +27,7 @@ from pipeline.data.batching import Extent
 from pipeline.errors import UserError
 from pipeline.models.loading import hugging_face
 from pipeline.models.policy import Policy
+from pipeline.models.start_check import check_end_to_end
 from pipeline.records import Item
 from pipeline.rl.semi_offline import check_shared
 from pipeline.trainer.engine import Engine
@@ -74,42 +77,55 @@ def test_the_longest_row_is_checked() -> None:
     policy = masked.policy("llama")
     sharing(policy, rows)
     longer = max(len(row) for item in rows for row in (*item.rows, *item.static_rows))
-    assert Extent().with_item(rows[0]).joined < longer
+    assert Extent().with_item(rows[0]).text < longer
     layer = hugging_face(policy.model).model.layers[0]
     layer.register_forward_hook(lambda *given: given[2] + (given[2].shape[1] > longer) * given[2].cumsum(1))
     sharing(policy, rows[:1])
-    with pytest.raises(UserError, match=r"differ by .* set share_prompt=false$"):
+    with pytest.raises(UserError, match=r"differ by .* set padding_free=false$"):
         sharing(policy, rows)
 
 
 OTHERS = {
-    "bloom": (BloomForCausalLM, BloomConfig, {"n_layer": 1, "n_head": 2}, "counts places by itself"),
-    "mamba": (MambaForCausalLM, MambaConfig, {"num_hidden_layers": 1, "state_size": 4}, "reads by a state"),
-    "falcon": (
-        FalconForCausalLM,
-        FalconConfig,
-        {"num_hidden_layers": 1, "num_attention_heads": 2, "alibi": True, "attn_implementation": "eager"},
-        "reads by ALiBi",
+    "bloom": (BloomForCausalLM, BloomConfig, {"n_layer": 1, "n_head": 2}),
+    "mamba": (MambaForCausalLM, MambaConfig, {"num_hidden_layers": 1, "state_size": 4}),
+    "falcon": (FalconForCausalLM, FalconConfig, {"num_hidden_layers": 1, "num_attention_heads": 2, "alibi": True}),
+    "lfm2": (
+        Lfm2ForCausalLM,
+        Lfm2Config,
+        {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 32}
+        | {"layer_types": ["conv", "full_attention"]},
     ),
     "gpt_neo": (
         GPTNeoForCausalLM,
         GPTNeoConfig,
         {"num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]], "window_size": 256},
-        "its states differ",
     ),
 }
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_models_that_cannot_share_a_row_are_refused(name: str) -> None:
-    model, config, more, problem = OTHERS[name]
+def test_others_read_rows_with_padding(name: str) -> None:
+    model, config, more = OTHERS[name]
     policy = Policy(tiny.spread(model(config(vocab_size=tiny.V, hidden_size=tiny.H, **more))).eval(), max_tokens=64)
-    with pytest.raises(UserError, match=rf"share_prompt: .*{problem}.* set share_prompt=false$"):
-        sharing(policy, masked.items(4))
+    assert not policy.unpadded
+    one_pass_is_two(policy, True, 128)
 
 
-def test_kernels_without_masks_are_refused() -> None:
+def test_other_kernels_read_rows_with_padding() -> None:
+    assert not masked.policy("llama", attn_implementation="eager").unpadded
+
+
+def test_a_model_that_only_seems_to_read_end_to_end_is_found_out(caplog: pytest.LogCaptureFixture) -> None:
+    """One whose layer adds what the token before says, whatever row that is in; and one that asks for another mask."""
     policy = masked.policy("llama")
-    hugging_face(policy.model).config._attn_implementation = "flash_attention_2"
-    with pytest.raises(UserError, match=r"attn_implementation=flash_attention_2 .* wanted one of sdpa, eager"):
-        sharing(policy, masked.items(2))
+    check_end_to_end(policy, 40)
+    assert policy.unpadded and not caplog.text
+    layer = hugging_face(policy.model).model.layers[0]
+    mixes = layer.register_forward_hook(lambda *given: given[2] + given[2].roll(1, 1))
+    check_end_to_end(policy, 40)
+    mixes.remove()
+    assert not policy.unpadded and "takes rows with padding, not end to end: it then reads otherwise" in caplog.text
+    policy.unpadded = True
+    layer.register_forward_pre_hook(lambda *given: given[2]["attention_mask"].shape and None, with_kwargs=True)
+    check_end_to_end(policy, 40)
+    assert not policy.unpadded and "it asks for a mask of another form ('Blocks' object has no" in caplog.text

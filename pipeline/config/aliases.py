@@ -5,7 +5,7 @@ SECTION_OF = {  # settings that may be given without their section
     "model": "attn_implementation trust_remote_code dropout load_in_4bit",
     "data": "task max_prompt_length max_response_length",
     "train": "batch_size micro_batch_size max_tokens num_train_epochs max_steps precision zero gradient_checkpointing "
-    "logging_steps eval_steps save_steps save_total_limit group_by_length router_aux_loss_coef",
+    "logging_steps eval_steps save_steps save_total_limit padding_free group_by_length router_aux_loss_coef",
     "optimizer": "learning_rate lr_scheduler_type warmup_ratio warmup_steps min_lr_ratio weight_decay adam_beta1 "
     "adam_beta2 adam_epsilon max_grad_norm",
     "generation": "max_new_tokens min_new_tokens do_sample temperature temperatures top_p top_k num_beams "

@@ -134,7 +134,6 @@ class RlMasked(RlStage):
 
     shuffle_rewards: bool
     static: Literal["worst", "best", "random", "reference"]
-    share_prompt: bool
     masking: Masking
 
     @model_validator(mode="after")

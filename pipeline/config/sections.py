@@ -168,6 +168,7 @@ class TrainSettings(Section):
     batch_size: Count
     micro_batch_size: Count | None
     max_tokens: Count | None
+    padding_free: bool
     group_by_length: bool
     num_train_epochs: Positive | None
     max_steps: Count | None

@@ -40,6 +40,7 @@ class Packing:
     whole: bool = False  # put prompt + response into input_ids even for an encoder-decoder (reward models)
     masker: Masker | None = None  # of response tokens
     prompts_once: bool = False  # an encoder reads each prompt of a micro-batch once, however many responses it has
+    unpadded: bool = False  # a causal model reads its rows end to end, and each prompt of a micro-batch once
     suppressed: Tensor | None = None  # (V,) bool: see Batch
 
     @property
@@ -47,10 +48,12 @@ class Packing:
         return self.encoder_decoder and not self.whole
 
 
-def packing_of(train: TrainSettings, world: int, encoder_decoder: bool, pad_id: int, whole: bool = False) -> Packing:
+def packing_of(
+    train: TrainSettings, world: int, encoder_decoder: bool, pad_id: int, whole: bool = False, unpadded: bool = False
+) -> Packing:
     """The packing that `train` asks for. Raises UserError where the batch arithmetic leaves a remainder."""
     together.whole_batches(train, world)
-    return Packing(train.micro_batch_size, train.max_tokens, encoder_decoder, pad_id, whole)
+    return Packing(train.micro_batch_size, train.max_tokens, encoder_decoder, pad_id, whole, unpadded=unpadded)
 
 
 class Extent(NamedTuple):
@@ -60,6 +63,7 @@ class Extent(NamedTuple):
     """
 
     rows: int = 0
+    text: int = 0  # tokens in all, a prompt that an item's rows share once
     prompt: int = 0
     response: int = 0
     static: int = 0  # of static responses
@@ -71,17 +75,27 @@ class Extent(NamedTuple):
         """Of each of these items by itself."""
         if not isinstance(items, Items):
             return [cls.of(items[i]) for i in indices]
-        lengths = (column.tolist() for column in items.sizes(np.asarray(indices, np.int64)))  # no row is read
-        return [cls(items.rows_each, *one[:2], 0, one[2], 0) for one in zip(*lengths, strict=True)]
+        sizes = cls.of_items(items, np.asarray(indices, np.int64))  # no row is read
+        columns = (one.tolist() if isinstance(one, np.ndarray) else [one] * len(indices) for one in sizes)
+        return [cls(*one) for one in zip(*columns, strict=True)]
+
+    @classmethod
+    def of_items(cls, items: Items, indices: np.ndarray) -> Extent:
+        """Of each of these items by itself, in arrays."""
+        prompt, response, single, text = items.sizes(indices)
+        return cls(items.rows_each, text, prompt, response, 0, single, 0)
 
     @classmethod
     def of(cls, item: Item) -> Extent:
         rows, static = item.rows, item.static_rows
+        longest = max((len(row.response_ids) for row in static), default=0)
+        prompts = {row.prompt_ids for row in rows}
         return cls(
             len(rows),
+            sum(map(len, prompts)) + sum(len(row.response_ids) for row in rows) + longest,
             max(len(row.prompt_ids) for row in rows),
             max(len(row.response_ids) for row in rows),
-            max((len(row.response_ids) for row in static), default=0),
+            longest,
             max(map(len, rows)),
             max(map(len, static), default=0),
         )
@@ -92,15 +106,15 @@ class Extent(NamedTuple):
 
     def beside_of(self, other: Extent) -> Extent:
         """Of both side by side."""
-        return Extent(self.rows + other.rows, *map(max, self[1:], other[1:]))
+        return Extent(self.rows + other.rows, self.text + other.text, *map(max, self[2:], other[2:]))
 
     def tokens(self, packing: Packing) -> int:
-        """Tokens of one micro-batch, padding included; each prompt once, but where its responses have rows apart."""
+        """Tokens of one micro-batch, with what padding there is."""
         if packing.apart:
             return self.rows * (self.prompt + self.response + self.static)
-        if self.static and packing.masker is not None and not packing.masker.share_prompt:
-            return 2 * self.rows * max(self.single, self.beside)
-        return self.rows * self.joined
+        if packing.unpadded:
+            return self.text
+        return 2 * self.rows * max(self.single, self.beside) if self.beside else self.rows * self.single
 
     @property
     def joined(self) -> int:
@@ -163,8 +177,8 @@ def lengths(items: Sequence[Item], packing: Packing) -> np.ndarray:
         return np.array([Extent.of(item).tokens(packing) for item in items], np.int64)
     parts = []
     for start in range(0, len(items), AT_ONCE):
-        prompt, response, single = items.sizes(np.arange(start, min(start + AT_ONCE, len(items))))
-        parts.append(Extent(items.rows_each, prompt, response, 0, single, 0).tokens(packing))
+        some = Extent.of_items(items, np.arange(start, min(start + AT_ONCE, len(items))))
+        parts.append(some.rows * some.single if packing.unpadded else some.tokens(packing))
     return np.concatenate([np.empty(0, np.int64), *parts])
 
 
@@ -194,6 +208,9 @@ def collate(items: Sequence[Item], indices: Sequence[int], packing: Packing, ste
         # the encoder then works once per prompt, not once per response
         places = {ids: place for place, ids in enumerate(dict.fromkeys(read))}
         owners, read = torch.tensor([places[ids] for ids in read]), list(places)
+    elif packing.unpadded:
+        first: dict[tuple[int, ...], int] = {}
+        owners = torch.tensor([first.setdefault(row.prompt_ids, place) for place, row in enumerate(rows)])
     input_ids, input_mask = pad(read, packing.pad_id)
     logps = [item.ref_logp[place] for place in range(len(chosen[0].ref_logp)) for item in chosen]
     # a filler's numbers are empty: it counts for nothing

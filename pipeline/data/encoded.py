@@ -128,11 +128,15 @@ class Items(Sequence[Item]):
         """How many rows of an item are read."""
         return 1 if self.bare else self.per
 
-    def sizes(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The longest prompt, response, and both together, of the rows of each of these items, (places,) int64."""
+    def sizes(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Of each of these items, (places,) int64: the longest prompt, response, and both together, of its rows; and
+        all its tokens, a prompt that its rows share once."""
         rows = places[:, None] * self.per + np.arange(self.rows_each)  # (places, rows of an item)
         prompts, responses = self.prompts[rows].astype(np.int64), self.responses[rows].astype(np.int64)
-        return prompts.max(1), responses.max(1), (prompts + responses).max(1)
+        # rows of an item have one prompt, unless it was cut in one of them
+        again = (prompts[:, 1:] * (prompts[:, 1:] == prompts[:, :1])).sum(1)
+        whole = prompts + responses
+        return prompts.max(1), responses.max(1), whole.max(1), whole.sum(1) - again
 
     def with_numbers(self, **numbers: Sequence[float]) -> Items:
         """The same with further numbers, one per item in each sequence."""

@@ -29,7 +29,6 @@ class Masker:
     seed: int
     spans: bool = False  # words and punctuation count in responses as they do in static responses
     samples: int = 0  # draws for each masked token of a static response; 0: static responses are not read
-    share_prompt: bool = True  # one row of static response, prompt, response for a causal model; else two
 
     def mask(self, batch: Batch, items: Sequence[Item], step: int, apart: bool, pad_id: int) -> Batch:
         """`batch`, made of `items` (none for a filler), with its responses as the model shall read them.
@@ -45,7 +44,7 @@ class Masker:
         if not self.samples:
             return batch
         batch = replace(batch, static=self._static(items, generators, len(batch.response_ids), pad_id))
-        return batch if apart or self.share_prompt else in_two_rows(batch, pad_id)
+        return batch if apart else in_two_rows(batch, pad_id)
 
     def _masked(
         self, mask: Tensor, rows: Sequence[Row], generators: Sequence[torch.Generator], spans: bool, share: float
@@ -91,13 +90,15 @@ def with_shown(batch: Batch, shown: Tensor) -> Tensor:
 
 
 def in_two_rows(batch: Batch, pad_id: int) -> Batch:
-    """The same with 2B rows to read: prompt and response, then prompt and static response."""
+    """The same with 2B rows to read: prompt and response, then prompt and static response, with the same prompt."""
     prompts = [ids[:n].tolist() for ids, n in zip(batch.input_ids, batch.prompt_lengths.tolist(), strict=True)]
     first = [ids[mask].tolist() for ids, mask in zip(batch.shown_ids, batch.response_mask, strict=True)]
     second = [ids[mask].tolist() for ids, mask in zip(batch.static.shown_ids, batch.static.mask, strict=True)]
     rows = [prompt + response for prompt, response in zip(prompts * 2, [*first, *second], strict=True)]
     ids, mask = pad(rows, pad_id)
-    return replace(batch, input_ids=ids, input_mask=mask)
+    owners = None if batch.owners is None else batch.owners.repeat(2)
+    lengths = batch.prompt_lengths.repeat(2)
+    return replace(batch, input_ids=ids, input_mask=mask, prompt_lengths=lengths, owners=owners)
 
 
 def masked_positions(

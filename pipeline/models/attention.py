@@ -98,27 +98,27 @@ def blocks_of(laid: Laid, rule: Callable, dtype: torch.dtype) -> Blocks:
 
     Padding sees what is before it, so that there is no query without a key.
     """
-    own, at = laid.own, laid.at
-    rows, few = at[own], laid.lengths[own]
-    rest, lengths, starts = at[~own], laid.lengths[~own], laid.starts[~own]
-    spoken = lengths - starts
-    steps = torch.arange(int(spoken.max()) if len(rest) else 0, device=at.device)  # (R,)
-    places = starts[:, None] + steps  # (M, R)
-    queries = rest.gather(1, places.clamp(max=at.shape[1] - 1))
-    keys = rest[:, : int(lengths.max()) if len(rest) else 0]
-    none = torch.zeros((), dtype=torch.int64, device=at.device)
-    every = torch.arange(at.shape[1], device=at.device)
-    sees = rule(none, none, places[:, :, None], every[None, None, : keys.shape[1]])
-    back = at.new_empty(laid.ids.shape[1])
-    back[rows[every < few[:, None]]] = (every < few[:, None]).flatten().nonzero()[:, 0]
-    back[queries[steps < spoken[:, None]]] = rows.numel() + (steps < spoken[:, None]).flatten().nonzero()[:, 0]
-    causal = rule is causal_mask_function
-    rows_see = None if causal else rule(none, none, every[:, None], every[None])
-    if causal or torch.equal(rows_see, torch.ones_like(rows_see).tril()):
+    rows, (queries, keys, places) = laid.at[laid.own], further(laid)
+    every = torch.arange(laid.at.shape[1], device=rows.device)
+    zero = every.new_zeros(())
+    sees = rule(zero, zero, places[:, :, None], every[: keys.shape[1]])  # (M, R, K)
+    rows_see = None if rule is causal_mask_function else rule(zero, zero, every[:, None], every)
+    if rows_see is not None and torch.equal(rows_see, torch.ones_like(rows_see).tril()):
         rows_see = None  # a window as long as the rows
-    else:
-        rows_see = additive(rows_see, dtype)
-    return Blocks(rows, rows_see, queries, keys, additive(sees, dtype)[:, None], back)
+    back = rows.new_empty(laid.ids.shape[1])
+    spoken = torch.arange(queries.shape[1], device=rows.device) < (laid.lengths - laid.starts)[~laid.own][:, None]
+    there = torch.cat([(every < laid.lengths[laid.own][:, None]).flatten(), spoken.flatten()])
+    back[torch.cat([rows.flatten(), queries.flatten()])[there]] = there.nonzero()[:, 0]
+    seen = None if rows_see is None else additive(rows_see, dtype)
+    return Blocks(rows, seen, queries, keys, additive(sees, dtype)[:, None], back)
+
+
+def further(laid: Laid) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the M rows that share another's prompt: where their R own tokens are, where all K are, and the R places."""
+    at, starts, lengths = (x[~laid.own] for x in (laid.at, laid.starts, laid.lengths))
+    longest, width = (int(x.max()) if len(at) else 0 for x in (lengths - starts, lengths))
+    places = starts[:, None] + torch.arange(longest, device=at.device)
+    return at.gather(1, places.clamp(max=at.shape[1] - 1)), at[:, :width], places
 
 
 def read(lm: PreTrainedModel, laid: Laid, **options: Any) -> BaseModelOutputWithPast | None:
@@ -129,9 +129,7 @@ def read(lm: PreTrainedModel, laid: Laid, **options: Any) -> BaseModelOutputWith
     with told(laid) as asked:
         # a mask of ones: without one, transformers takes a place that does not follow for another text's beginning
         ones = torch.ones_like(laid.ids)
-        read = body(lm)(
-            input_ids=laid.ids, attention_mask=ones, position_ids=laid.places, use_cache=False, **options
-        )
+        read = body(lm)(input_ids=laid.ids, attention_mask=ones, position_ids=laid.places, use_cache=False, **options)
     return read if asked else None
 
 

@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 from pipeline.models import checks, loading
 from pipeline.models.late import Late
 from pipeline.models.policy import Policy, RewardModel
-from pipeline.models.start_check import check_config, check_policy
+from pipeline.models.start_check import check_config, check_end_to_end, check_policy
 from pipeline.models.trained_input import template_for
 from pipeline.records import Item, Row
 
@@ -62,6 +62,7 @@ def policy_module(
     checks.check_positions(loading.hugging_face(lm), encoder.max_prompt_length, max_response, whole=False)
     limit = train.max_tokens if train.max_tokens is not None else train.micro_batch_size * max_response
     policy = Policy(lm, limit, late)
+    policy.unpadded = policy.unpadded and train.padding_free
     check_config(loading.hugging_face(lm))
     if late is None:
         start_check(policy, encoder, max_response)
@@ -75,6 +76,7 @@ def start_check(policy: Policy, encoder: Encoder, max_response: int) -> None:
     response = (*prompts[-1][-2:], encoder.eos_id)[-max_response:]
     apart = Packing(len(prompts), None, policy.encoder_decoder, encoder.pad_id)
     items = [Item(None, (Row(ids, response),)) for ids in prompts]
+    check_end_to_end(policy, encoder.max_prompt_length + max_response)
     check_policy(policy, collate(items, range(len(items)), apart), encoder.pad_id)
 
 
@@ -84,8 +86,12 @@ def reward_module(model: ModelSettings, encoder: Encoder, train: TrainSettings, 
     scalar = loading.load_scalar(model, encoder.tokenizer, seed, new_head=True, dtype=weight_type(train), late=late)
     lm = loading.hugging_face(scalar)
     checks.check_positions(lm, encoder.max_prompt_length, encoder.max_response_length, whole=True)
+    scorer = RewardModel(scalar, late)
+    scorer.unpadded = scorer.unpadded and train.padding_free
+    if late is None:
+        check_end_to_end(scorer, encoder.max_prompt_length + encoder.max_response_length)
     enable_checkpointing(scalar, train)
-    return RewardModel(scalar, late)
+    return scorer
 
 
 def late_of(train: TrainSettings) -> Late | None:

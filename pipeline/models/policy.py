@@ -16,7 +16,6 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from pipeline.algorithms import functional
 from pipeline.errors import UserError
 from pipeline.models import attention, router
-from pipeline.models.attention import Laid
 from pipeline.models.checks import HEADS
 from pipeline.models.late import Late
 from pipeline.models.loading import body, hugging_face
@@ -280,8 +279,11 @@ class RewardModel(nn.Module):
         """(B,) float32 scores of prompt + response; `input_ids` holds both, for every architecture."""
         if not self.unpadded:
             return self.score(batch.input_ids, batch.input_mask)
+        lm = hugging_face(self.model)
         laid = attention.lay(batch.input_ids, batch.input_mask, batch.prompt_lengths, batch.owners)
-        return self._outputs_end_to_end(laid)[:, 0]
+        hidden = attention.read(lm, laid).last_hidden_state[0]
+        last = laid.at.gather(1, laid.lengths[:, None] - 1)[:, 0]
+        return lm.score(hidden.index_select(0, last)).float()[:, 0]
 
     def score(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(B,) float32 scores of right-padded `ids` (B, L) with `mask` (B, L) bool."""
@@ -289,8 +291,6 @@ class RewardModel(nn.Module):
 
     def outputs(self, ids: Tensor, mask: Tensor, token_types: Tensor | None = None) -> Tensor:
         """(B, N) float32, all outputs of the head; `token_types` (B, L) are of encoders that are told pairs by them."""
-        if self.unpadded:
-            return self._outputs_end_to_end(attention.lay(ids, mask))
         model = hugging_face(self.model)
         heads = dict(model.named_children())
         if "score" in heads:
@@ -302,13 +302,6 @@ class RewardModel(nn.Module):
             return model(input_ids=ids, attention_mask=mask.long(), **told).logits.float()
         last = mask.sum(1) - 1
         return head(hidden[torch.arange(len(last), device=last.device), last]).float()
-
-    def _outputs_end_to_end(self, laid: Laid) -> Tensor:
-        """(B, N) float32, as `outputs`, of a causal model that reads its rows so."""
-        lm = hugging_face(self.model)
-        hidden = attention.read(lm, laid).last_hidden_state[0]
-        last = laid.at.gather(1, laid.lengths[:, None] - 1)[:, 0]
-        return lm.score(hidden.index_select(0, last)).float()
 
     def _decoder_states(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(B, L, H) of a decoder that reads `ids` one place later, as BART and T5 classifiers do.

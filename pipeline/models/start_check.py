@@ -17,12 +17,14 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from pipeline.data.tokenization import pad
 from pipeline.errors import UserError
-from pipeline.models.loading import hugging_face
-from pipeline.models.policy import Policy, read_by_decoder
+from pipeline.models import attention
+from pipeline.models.loading import body, hugging_face
+from pipeline.models.policy import Policy, RewardModel, read_by_decoder
 from pipeline.records import Batch
 
 logger = logging.getLogger("tiffin")
 
+LONG = 4096  # tokens of the longest row that is tried at the start
 OTHER = "wanted a model that writes text from left to right: name another model"
 
 
@@ -49,6 +51,56 @@ def check_policy(policy: Policy, batch: Batch, pad_id: int) -> None:
         problem = f"gives a token another probability after what is before it than in the whole text ({max(alone):.2g}"
         raise UserError(f"model.path: {type(lm).__name__} {problem} nats), {OTHER}")
     logger.info(f"{type(lm).__name__} takes padding for text: prompts of one length are generated from together")
+
+
+@torch.no_grad()
+def check_end_to_end(module: Policy | RewardModel, longest: int) -> None:
+    """Hold states of rows read end to end against those of padded rows; `longest`: tokens that a row may have.
+
+    Two rows share a prompt, and one is as long as rows may be, up to some thousand tokens: what a layer sees may end
+    there. Where they differ `module.unpadded` becomes False, which is said.
+    """
+    if not module.unpadded:
+        return
+    lm = hugging_face(module.model)
+    lm.eval()
+    laid, ids = _three_rows(lm, max(4, min(longest, LONG)))
+    why = "makes its attention masks by itself"
+    try:
+        read = attention.read(lm, laid)
+        gap = math.inf if read is None else _gap(read.last_hidden_state[0], laid, body(lm)(ids, use_cache=False)[0])
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        gap, why = math.inf, f"asks for a mask of another form ({' '.join(str(error).split())[:100]})"
+    if gap <= (1e-3 if lm.dtype == torch.float32 else 0.1):
+        return
+    module.unpadded = False
+    why = why if gap == math.inf else f"then reads otherwise (by {gap:.2g} of its states)"
+    logger.info(f"{type(lm).__name__} takes rows with padding, not end to end: it {why}")
+
+
+def _three_rows(lm: PreTrainedModel, longest: int) -> tuple[attention.Laid, Tensor]:
+    """Rows of any tokens, one of them of `longest` and two with one prompt; as they are laid, and padded (3, L)."""
+    lengths = torch.tensor([longest, longest // 2 + 1, longest // 2 + 2])
+    ids = torch.randint(
+        lm.config.get_text_config().vocab_size, (3, longest), generator=torch.Generator().manual_seed(0)
+    )
+    prompts = lengths // 2
+    ids[2, : prompts[1]] = ids[1, : prompts[1]]
+    prompts[2] = prompts[1]
+    mask = torch.arange(longest) < lengths[:, None]
+    ids, mask, prompts, owners = (x.to(lm.device) for x in (ids, mask, prompts, torch.tensor([0, 1, 1])))
+    return attention.lay(ids, mask, prompts, owners), ids
+
+
+def _gap(hidden: Tensor, laid: attention.Laid, padded: Tensor) -> float:
+    """By how much of their size states (T, H) differ from those of padded rows (N, L, H): a row's median, at most."""
+    found = []
+    for at, length, wanted in zip(laid.at, laid.lengths.tolist(), padded, strict=True):
+        ours, theirs = hidden[at[:length]].float(), wanted[:length].float()
+        found.append(float(((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).median()))
+    return max(found) if all(map(math.isfinite, found)) else math.inf
 
 
 def check_config(lm: PreTrainedModel) -> None:

@@ -14,7 +14,6 @@ from pipeline.algorithms import functional, supervised
 from pipeline.algorithms.functional import Drawn
 from pipeline.data import dataset
 from pipeline.data.batching import Extent, Packing, Windows, collate
-from pipeline.data.masking import in_two_rows
 from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
 from pipeline.records import Batch, Example, Item, Row
@@ -44,9 +43,7 @@ def trainer(context: Context) -> Trainer:
     items, tested = encode(policy, context.directory, train, held_out[: settings.eval.max_rows], reference_rows)
     items = with_static_rows(items, policy.encoder, settings.static)
     # masks and samples depend on seed, step and row alone, not on batches or ranks
-    masked = masked_packing(
-        policy, settings.masking, settings.seed, samples=algorithm.samples, share_prompt=settings.share_prompt
-    )
+    masked = masked_packing(policy, settings.masking, settings.seed, samples=algorithm.samples)
     draw = epochs_of(items, masked, settings)
     shuffled = settings.seed if settings.shuffle_rewards else None
     composer = Composer(ranks, policy.encoder, rewards, items, context.module, shuffled)
@@ -137,24 +134,26 @@ LIKELIHOOD = Objective(
 
 @torch.no_grad()
 def check_shared(engine: Engine, items: Sequence[Item], packing: Packing, tolerance: float) -> None:
-    """Compare states of the longest and the shortest row, both responses read in one pass, with those of two passes.
+    """Compare states of the longest and the shortest row, both responses read in one pass, with those of padded rows.
 
     A window shows in the longest row alone; padding, beside it, in the shortest.
     Raises UserError where the model reads the rows otherwise when they share a prompt.
     """
     engine.train(False)
-    cure = "name another model" if packing.apart else "set share_prompt=false"
+    cure = "name another model" if packing.apart else "set padding_free=false"
     order = sorted(range(len(items)), key=lambda i: Extent().with_item(items[i]).joined)
     batch = collate(items, [*dict.fromkeys((order[-1], order[0]))], packing)
     together = engine(batch, output="heads")
     masks = (batch.response_mask, batch.static.mask)
+    unpadded, engine.module.unpadded = engine.module.unpadded, False
     apart = [engine(one, output="heads") for one in read_apart(batch, packing)]
+    engine.module.unpadded = unpadded
     for name, ours, alone, mask in zip(("response", "static response"), together, apart, masks, strict=True):
         there = mask.to(ours.device)
         gap = float((ours - alone)[there].abs().max() / alone[there].abs().max()) if bool(mask.any()) else 0.0
         if not gap <= tolerance:
             raise UserError(
-                f"share_prompt: the model reads the {name} beside another one otherwise than "
+                f"model: it reads the {name} beside another one otherwise than "
                 f"alone (its states differ by {gap:.2g} of their size, wanted at most {tolerance}): {cure}"
             )
 
@@ -166,10 +165,10 @@ def read_apart(batch: Batch, packing: Packing) -> tuple[Batch, Batch]:
     second = replace(bare, response_ids=given.ids, response_mask=given.mask, shown_ids=given.shown_ids)
     if packing.apart:
         return bare, second
-    rows = in_two_rows(batch, packing.pad_id) if packing.masker.share_prompt else batch
-    ids, masks = rows.input_ids.chunk(2), rows.input_mask.chunk(2)
-    bare = replace(bare, input_ids=ids[0], input_mask=masks[0])
-    return bare, replace(second, input_ids=ids[1], input_mask=masks[1])
+    size = len(batch.response_ids)
+    cut = {name: getattr(batch, name).split(size) for name in ("input_ids", "input_mask", "prompt_lengths")}
+    alone = ({"owners": None} | {name: parts[i] for name, parts in cut.items()} for i in range(2))
+    return replace(bare, **next(alone)), replace(second, **next(alone))
 
 
 def static_rows(example: Example, encoder: Encoder, which: str) -> tuple[Row, ...]:

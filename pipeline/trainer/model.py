@@ -26,6 +26,7 @@ from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.models import build, loading, lora, mask_token, memory, writing
 from pipeline.models.policy import Policy, RewardModel
+from pipeline.models.start_check import check_end_to_end
 from pipeline.models.trained_input import save_input
 from pipeline.records import Example, Row
 from pipeline.trainer.engine import Engine
@@ -92,10 +93,10 @@ def build_policy(
     say(start, encoder)
     longest = longest or settings.data.max_response_length
     policy = build.policy_module(start, encoder, settings.train, longest, settings.seed, mask)
-    packing = packing_of(settings.train, ranks.world, policy.encoder_decoder, encoder.pad_id)
     memory.warn_where_short(policy.model, settings, ranks.world)
     saved = build.saved_type(settings, start, encoder)
     engine = engine_of(policy, encoder, longest, ranks, settings.train, settings.optimizer)
+    packing = _packing(policy, encoder, settings.train, ranks)
     return Model(engine, encoder, packing, saved, generation_of(settings))
 
 
@@ -134,10 +135,13 @@ def build_reward_model(
     encoder = build.encoder_of(settings, start, texts, scalar=True)
     say(start, encoder)
     scorer = build.reward_module(start, encoder, settings.train, settings.seed)
-    packing = packing_of(settings.train, ranks.world, scorer.encoder_decoder, encoder.pad_id, whole=True)
     memory.warn_where_short(scorer.model, settings, ranks.world)
     saved = build.saved_type(settings, start, encoder)
-    return Model(Engine(scorer, ranks, settings.train, settings.optimizer), encoder, packing, saved)
+    engine = Engine(scorer, ranks, settings.train, settings.optimizer)
+    if scorer.late is not None:
+        longest = encoder.max_prompt_length + encoder.max_response_length
+        ranks.agreed(lambda: check_end_to_end(scorer, longest))
+    return Model(engine, encoder, _packing(scorer, encoder, settings.train, ranks), saved)
 
 
 def build_inference(
@@ -150,8 +154,13 @@ def build_inference(
     longest = max(settings.generation.max_new_tokens, settings.data.max_response_length if logged else 0)
     module = build.policy_module(policy, encoder, settings.train, longest, settings.seed, frozen=True)
     train = settings.train.model_copy(update={"batch_size": ranks.world * (settings.train.micro_batch_size or 1)})
-    packing = packing_of(train, ranks.world, module.encoder_decoder, encoder.pad_id)
-    return Model(engine_of(module, encoder, longest, ranks, train, None), encoder, packing)
+    engine = engine_of(module, encoder, longest, ranks, train, None)
+    return Model(engine, encoder, _packing(module, encoder, train, ranks))
+
+
+def _packing(module: Policy | RewardModel, encoder: Encoder, train: TrainSettings, ranks: Ranks) -> Packing:
+    whole = isinstance(module, RewardModel)
+    return packing_of(train, ranks.world, module.encoder_decoder, encoder.pad_id, whole, module.unpadded)
 
 
 def say(model: ModelSettings, encoder: Encoder) -> None:
@@ -159,14 +168,12 @@ def say(model: ModelSettings, encoder: Encoder) -> None:
     logger.info(f"{model.path or 'a new model'}: {encoder.described()}")
 
 
-def masked_packing(
-    model: Model, masking: Masking, seed: int, *, samples: int = 0, share_prompt: bool = True, spans: bool = False
-) -> Packing:
+def masked_packing(model: Model, masking: Masking, seed: int, *, samples: int = 0, spans: bool = False) -> Packing:
     """The model's packing, for batches whose responses are partly masked; the arguments are those of `Masker`."""
     tables = token_tables(model.encoder.tokenizer, model.engine.module.vocab_size)
     if masking.span != "token":
         tables.require_words()
-    return replace(model.packing, masker=Masker(tables, masking, seed, spans, samples, share_prompt))
+    return replace(model.packing, masker=Masker(tables, masking, seed, spans, samples))
 
 
 def spoken_packing(model: Model) -> Packing:
