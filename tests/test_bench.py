@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.bench import memory, peers, rouge, sampling, semi_offline, startup, steps, utilisation
+from pipeline.bench import drawing, memory, peers, rouge, sampling, semi_offline, startup, steps, utilisation
 from pipeline.bench.measure import Goal, Result, Timing, alternate, compared, peak_megabytes, speed, table
 from pipeline.bench.setup import Setup, even, for_gpu, new_policy, prepare, sft_trainer, singles, with_settings
 from pipeline.config.resolve import resolve
@@ -187,6 +187,19 @@ def test_sampling(setup: Setup) -> None:
     assert all(line.ours > 0 and math.isfinite(line.ratio) for line in lines)
     assert lines[2].ours < lines[2].other and lines[2].ratio > lines[0].ratio  # the graph of all steps costs the more
     assert engines.ratio > 0 and "2 of 8 responses at a time" in engines.note
+
+
+def test_drawing(setup: Setup) -> None:
+    lines = drawing.measure(setup, many=600, few=200)
+    assert [line.goal is None for line in lines] == [False, True, True] * 4
+    assert all(line.ours > 0 for line in lines)
+    items = drawing.items_of(setup, 300)
+    window = drawing.windows(setup, items, "positive", by_length=True)
+    size = setup.settings.train.batch_size
+    drawn = [i for step in range(300 // size) for batch in window.at(step) for i in batch.items]
+    assert sorted(drawn) == list(range(300))
+    batch = window.at(0)[0]
+    assert batch.numbers["advantage"].tolist() == pytest.approx([items.numbers["advantage"][i] for i in batch.items])
 
 
 def test_loop(setup: Setup) -> None:

@@ -61,6 +61,18 @@ def test_a_budget_is_used() -> None:
     assert [len(g) for g in group(items, range(4), Packing(None, 40, False, 0), 1)] == [4]
 
 
+def test_a_call_more_is_worth_much_padding() -> None:
+    # in 160 tokens, where a call is worth a 16th, 10: beside three rows of 20 there is room for one of 18 and all that
+    # follow it (4 x 2 = 8 tokens of padding); not for one of 17 (4 x 3 = 12), with as many to follow
+    def cut(length: int, count: int) -> list[int]:
+        rows = [tiny.row(range(10), range(n - 10)) for n in [20] * 3 + [length] * count]
+        items = [Item(Example(str(i), ""), (row,)) for i, row in enumerate(rows)]
+        return [len(g) for g in group(items, range(len(items)), Packing(None, 160, False, 0), 1)]
+
+    assert cut(18, 4) == [7] and cut(17, 4) == [3, 4]
+    assert cut(17, 3) == [6]  # 3 x 3 = 9
+
+
 def test_micro_batch_size_counts_items() -> None:
     items = tiny.items(7, pairs=True)
     groups = group(items, range(7), BY_COUNT, 1)

@@ -126,13 +126,30 @@ def test_steps_by_length_by_hand():
     # 12 rows in steps of 2 are 6 steps; of the 4 parts that the epoch is sorted in two have one step and two have two:
     # 0 | 1 2 | 3 | 4 5
     assert [sampling._part_of(step, 6) for step in range(6)] == [(0, 1), (1, 3), (1, 3), (3, 4), (4, 6), (4, 6)]
-    lengths = np.array([50, 10, 40, 90, 20, 80, 70, 30, 60, 0, 15, 35])
-    order = sampling.epoch_rows(12, 12, 0, seed=3)
-    draw = sampling.epochs_by_length(lengths, 2, seed=3)
+    # 96 rows in steps of 16: of every part each step has 4 rows that follow one another of each quarter of the lengths
+    lengths = np.random.default_rng(0).permutation(96)
+    order = sampling.epoch_rows(96, 96, 0, seed=3)
+    draw = sampling.epochs_by_length(lengths, 16, seed=3)
+    orders = set()
     for first, stop in ((0, 1), (1, 3), (3, 4), (4, 6)):
-        rows = sorted(order[2 * first : 2 * stop], key=lambda row: lengths[row])
-        wanted = {tuple(rows[start : start + 2]) for start in range(0, len(rows), 2)}
-        assert {tuple(draw(step)) for step in range(first, stop)} == wanted
+        rows = sorted(order[16 * first : 16 * stop], key=lambda row: lengths[row])
+        n = 4 * (stop - first)
+        for share in range(4):
+            quarter = rows[share * n : (share + 1) * n]
+            drawn = [tuple(draw(step)[4 * share : 4 * share + 4]) for step in range(first, stop)]
+            assert sorted(drawn) == sorted(tuple(quarter[start : start + 4]) for start in range(0, n, 4))
+            orders |= {drawn[0] == tuple(quarter[:4])} if n > 4 else set()
+    assert orders == {True, False}  # of some quarters the first step has the shorter ones, of others the second
+
+
+def test_shares_of_sizes_that_four_does_not_divide():
+    """6 and 3 rows of 9: of the quarters 1, 2, 1, 2 rows and 0, 1, 1, 1."""
+    assert [6 * (i + 1) // 4 - 6 * i // 4 for i in range(4)] == [1, 2, 1, 2]
+    lengths = np.arange(9)
+    for seed in range(5):
+        one, two = sampling._by_length(np.arange(9)[::-1], lengths, [6, 3], torch.Generator().manual_seed(seed))
+        assert sorted(one + two) == list(range(9)) and one == sorted(one) and two == sorted(two)
+        assert one[0] == 0 and {*one[1:3], two[0]} == {1, 2, 3} and {one[3], two[1]} == {4, 5}
 
 
 def test_parts_of_an_epoch_are_of_like_size():
@@ -143,16 +160,17 @@ def test_parts_of_an_epoch_are_of_like_size():
         assert sum(sizes) == steps and max(sizes) - min(sizes) <= 1 and len(sizes) >= min(steps, 4)
 
 
-def test_steps_by_length_are_of_like_length_in_no_order_of_length():
+def test_shares_are_of_like_length_and_steps_of_like_many_tokens():
     lengths = some_lengths(10_000)
     draw = sampling.epochs_by_length(lengths, 20, seed=1)
-    steps = [lengths[draw(step)] for step in range(500)]
-    assert np.mean([rows.max() - rows.min() for rows in steps]) < 5  # of 99: 50 steps share them out
-    means = np.array([rows.mean() for rows in steps])
-    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.15  # long ones do not come together
-    assert {tuple(sorted(draw(step))) for step in range(500)}.isdisjoint(
-        tuple(sorted(draw(step))) for step in range(500, 1000)
-    )
+    steps = np.array([lengths[draw(step)] for step in range(500)]).reshape(500, 4, 5)
+    assert np.ptp(steps, 2).mean() < 2.5  # of 99: 50 steps share them out
+    tokens = steps.sum((1, 2))
+    plain = [lengths[sampling.epoch_rows(10_000, 20, step, 1)].sum() for step in range(500)]
+    assert tokens.std() < 0.7 * np.std(plain)
+    assert abs(np.corrcoef(tokens[:-1], tokens[1:])[0, 1]) < 0.15  # long ones do not come together
+    sets = [{tuple(sorted(draw(step))) for step in range(start, start + 500)} for start in (0, 500)]
+    assert not sets[0] & sets[1]  # the next epoch puts others together
 
 
 def test_draws_by_priority_and_length():
@@ -165,7 +183,8 @@ def test_draws_by_priority_and_length():
     for part in (0, 1):  # what is drawn is what as many rows at once are
         rows = [row for step in drawn[part * together : (part + 1) * together] for row in step]
         assert Counter(rows) == Counter(sampling.priority_rows(chances, together * 8, part, seed=5))
-    assert np.mean([np.ptp(lengths[rows]) for rows in drawn]) < 15  # of 99
+    shares = lengths[np.array(drawn)].reshape(-1, 2)
+    assert np.ptp(shares, 1).mean() < 5  # of 99
     assert sampling.priority_by_length(chances, lengths, 8, seed=5)(together + 1) == drawn[together + 1]
     # of 5 rows a step is drawn by itself, or every one of its rows would be the same
     few = sampling.priority_by_length(CHANCES, some_lengths(5), 8, seed=5)

@@ -24,6 +24,7 @@ from pipeline.data.tokenization import pad
 from pipeline.errors import UserError
 from pipeline.records import Batch, Item, Stat
 
+CALLS = 16  # a micro-batch more is worth less padding by this part of max_tokens, about what a call costs by itself
 AT_ONCE = 16_384  # items among which those of like length are put together, where each is read once
 
 Draw = Callable[[int], list[int]]  # step -> indices of the items of that step, the same on every rank
@@ -148,19 +149,25 @@ def group(items: Sequence[Item], indices: Sequence[int], packing: Packing, world
 
 
 def by_budget(items: Sequence[Item], order: Sequence[tuple[int, Extent]], packing: Packing) -> list[list[int]]:
-    """Fill micro-batches greedily up to max_tokens padded tokens. `order` holds indices of items, and their extents."""
+    """Fill micro-batches greedily up to max_tokens padded tokens. `order` holds indices of items, and their extents.
+
+    One ends sooner where rows like the next, as many as there is room for, would be padded by more than a call costs.
+    """
     groups: list[list[int]] = []
-    extent = Extent()
-    for i, own in order:
-        longer = extent.beside_of(own)
-        if groups and longer.tokens(packing) <= packing.max_tokens:
-            groups[-1].append(i)
-            extent = longer
-            continue
+    most, extent, tokens = packing.max_tokens, Extent(), 0
+    for place, (i, own) in enumerate(order):
+        longer, alone = extent.beside_of(own), own.tokens(packing)
+        added = longer.tokens(packing) - tokens
+        if groups and tokens + added <= most:
+            room = min((most - tokens) // max(1, added), len(order) - place)
+            if room * (added - alone) * CALLS <= most:
+                groups[-1].append(i)
+                extent, tokens = longer, tokens + added
+                continue
         # a new micro-batch, which this row alone must fit into
         groups.append([i])
-        extent = own
-        if (tokens := extent.tokens(packing)) > packing.max_tokens:
+        extent, tokens = own, alone
+        if tokens > most:
             raise UserError(
                 f"train.max_tokens: {packing.max_tokens}, but row {items[i].example.id} alone has {tokens} tokens: "
                 "raise it, or lower data.max_prompt_length or data.max_response_length"
@@ -169,10 +176,7 @@ def by_budget(items: Sequence[Item], order: Sequence[tuple[int, Extent]], packin
 
 
 def lengths(items: Sequence[Item], packing: Packing) -> np.ndarray:
-    """(items,) int64, the tokens that each is computed as by itself: those of like length need little padding.
-
-    The same however a step is cut, on every rank.
-    """
+    """(items,) int64, the tokens that each is computed as by itself: the same on every rank, however steps are cut."""
     if not isinstance(items, Items):
         return np.array([Extent.of(item).tokens(packing) for item in items], np.int64)
     parts = []

@@ -20,6 +20,7 @@ from pipeline.errors import UserError
 
 TOGETHER = 50  # steps, at most, whose rows are sorted by length together
 APART = 4  # parts, at least, in which an epoch is sorted: its steps are to differ from those of the next
+SHARES = 4  # of a step, the rows of each of which are of like length: short ones, longer ones ...
 
 
 def epoch_rows(n: int, batch_size: int, step: int, seed: int) -> list[int]:
@@ -38,11 +39,11 @@ def epoch_rows(n: int, batch_size: int, step: int, seed: int) -> list[int]:
 
 
 def epochs_by_length(lengths: np.ndarray, batch_size: int, seed: int) -> Callable[[int], list[int]]:
-    """As `epoch_rows` of a step, with rows of like length in one step: what is read together needs little padding.
+    """As `epoch_rows` of a step, but in each of its SHARES rows are of like length: read together, they are not padded.
 
     lengths (n,), a row's tokens. Of each epoch's permutation the rows of up to TOGETHER steps are sorted by length and
-    cut into steps, which come in a seeded order. Every row still comes once per epoch; where epochs meet in a step it
-    takes of both. The same function of the step whoever asks, in whatever order. Raises UserError where n is 0.
+    shared out, see `_by_length`. Every row still comes once per epoch; where epochs meet in a step it takes of both.
+    The same function of the step whoever asks, in whatever order. Raises UserError where n is 0.
     """
     n = len(lengths)
     refuse_none(n)
@@ -96,10 +97,10 @@ def priority_rows(chances: Chances, batch_size: int, step: int, seed: int) -> li
 
 
 def priority_by_length(chances: Chances, lengths: np.ndarray, batch_size: int, seed: int) -> Callable[[int], list[int]]:
-    """As `priority_rows` of a step, with rows of like length in one step, as `epochs_by_length` has them.
+    """As `priority_rows` of a step, with rows of like length in each share of it, as `epochs_by_length` has them.
 
-    lengths (n,), of all rows. What TOGETHER steps draw is drawn at once, of few rows for fewer steps: a row that is
-    drawn twice for them comes twice in one step.
+    lengths (n,), of all rows. What TOGETHER steps draw is drawn at once, of few rows for fewer steps, as a row that is
+    drawn twice for them may come twice in one step.
     """
     steps = min(TOGETHER, max(1, len(chances.rows) // (APART * batch_size)))
 
@@ -119,14 +120,21 @@ def _part_of(step: int, steps: int) -> tuple[int, int]:
 
 
 def _by_length(rows: np.ndarray, lengths: np.ndarray, sizes: Sequence[int], order: torch.Generator) -> list[list[int]]:
-    """`rows` in groups of these sizes, the lengths of no group within those of another; which has which is drawn."""
+    """`rows` shared out among steps of these sizes: of the shortest quarter each step has rows that follow one another
+    in length, which ones is drawn, and so of the other quarters.
+
+    Steps of one length throughout would need still less padding, but their numbers of tokens would differ by far: the
+    mean over the tokens of a step would make a token of a short row weigh more than one of a long row.
+    """
     rows = rows[np.argsort(lengths[rows], kind="stable")].tolist()
-    groups: list[list[int]] = [[] for _ in sizes]
+    steps: list[list[int]] = [[] for _ in sizes]
     start = 0
-    for place in torch.randperm(len(sizes), generator=order).tolist():
-        groups[place] = rows[start : start + sizes[place]]
-        start += sizes[place]
-    return groups
+    for share in range(SHARES):
+        for place in torch.randperm(len(sizes), generator=order).tolist():
+            stop = start + sizes[place] * (share + 1) // SHARES - sizes[place] * share // SHARES
+            steps[place] += rows[start:stop]
+            start = stop
+    return steps
 
 
 def draw_by_cdf(chances: Chances, u: Sequence[float] | Tensor) -> list[int]:
