@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from pipeline.data.batching import Packing, collate
+from pipeline.data.batching import Packing, collate, group
 from pipeline.models import router
 from pipeline.models.loading import hugging_face
 from pipeline.models.policy import Policy, RewardModel
@@ -136,3 +136,13 @@ def test_the_router_is_balanced_over_what_is_read() -> None:
     together = [torch.cat(layers) for layers in zip(*cut, strict=True)]
     wanted = router.balance_loss(together, torch.ones(1, len(together[0]), dtype=torch.bool), 2)
     torch.testing.assert_close(balance, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_micro_batches_keep_a_prompt_together() -> None:
+    """The rows have 1 + 3, 1 + 8, 9 + 1, 14 + 12, 14 + 2, 14 + 7, 4 + 5, 9 + 9 tokens; 34 are read at once.
+
+    26 + 7, for the second response brings no prompt; 16 + 18; 10 + 9 + 3 + 9.
+    """
+    together = group(items(), range(8), Packing(None, 34, False, 0, unpadded=True), 1)
+    assert together == [[3, 5], [4, 7], [2, 1, 0, 6]]
+    assert group(items(), range(8), Packing(None, 34, False, 0), 1) == [[3], [5], [7], [4], [2, 1, 6], [0]]

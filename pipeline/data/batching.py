@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.config import together
 from pipeline.config.sections import TrainSettings
-from pipeline.data.encoded import Items
+from pipeline.data.encoded import Items, prompt_keys
 from pipeline.data.masking import Masker
 from pipeline.data.tokenization import pad
 from pipeline.errors import UserError
@@ -123,17 +123,38 @@ class Extent(NamedTuple):
         return self.single + self.static
 
 
+class Place(NamedTuple):
+    """An item's place in the order in which micro-batches are filled."""
+
+    item: int
+    extent: Extent  # of it alone
+    follows: bool  # its prompt is that of the item before, and read with that one
+
+
+def in_order(items: Sequence[Item], indices: Sequence[int], packing: Packing) -> list[Place]:
+    """Longest first; where a prompt is read once, items of one prompt follow each other."""
+    alone = dict(zip(indices, Extent.of_each(items, indices), strict=True))
+    if not packing.unpadded:
+        return [Place(i, alone[i], False) for i in sorted(indices, key=lambda i: (-alone[i].joined, i))]
+    prompts = dict(zip(indices, prompt_keys(items, indices), strict=True))
+    leaders: dict[int, tuple[int, int]] = {}
+    for i in indices:
+        leaders[prompts[i]] = min(leaders.get(prompts[i], (1, 0)), (-alone[i].joined, i))
+    order = sorted(indices, key=lambda i: (leaders[prompts[i]], -alone[i].joined, i))
+    before = [None, *(prompts[i] for i in order)]
+    return [Place(i, alone[i], prompts[i] == last) for i, last in zip(order, before, strict=False)]
+
+
 def group(items: Sequence[Item], indices: Sequence[int], packing: Packing, world: int) -> list[list[int]]:
     """Cut `indices` into micro-batches of like length, a multiple of `world` of them.
 
     Longest first, so that the micro-batches at one place of every rank's window are alike.
     Raises UserError where one item alone is over max_tokens.
     """
-    alone = Extent.of_each(items, indices)
-    order = sorted(zip(indices, alone, strict=True), key=lambda one: (-one[1].joined, one[0]))
+    order = in_order(items, indices, packing)
     if packing.micro_batch_size is not None:
         size = packing.micro_batch_size
-        groups = [[i for i, _ in order[start : start + size]] for start in range(0, len(order), size)]
+        groups = [[one.item for one in order[start : start + size]] for start in range(0, len(order), size)]
     else:
         groups = by_budget(items, order, packing)
     if not groups:
@@ -148,15 +169,16 @@ def group(items: Sequence[Item], indices: Sequence[int], packing: Packing, world
     return groups
 
 
-def by_budget(items: Sequence[Item], order: Sequence[tuple[int, Extent]], packing: Packing) -> list[list[int]]:
-    """Fill micro-batches greedily up to max_tokens padded tokens. `order` holds indices of items, and their extents.
+def by_budget(items: Sequence[Item], order: Sequence[Place], packing: Packing) -> list[list[int]]:
+    """Fill micro-batches greedily up to max_tokens, padding included.
 
     One ends sooner where rows like the next, as many as there is room for, would be padded by more than a call costs.
     """
     groups: list[list[int]] = []
     most, extent, tokens = packing.max_tokens, Extent(), 0
-    for place, (i, own) in enumerate(order):
-        longer, alone = extent.beside_of(own), own.tokens(packing)
+    for place, (i, own, follows) in enumerate(order):
+        alone = own.tokens(packing)
+        longer = extent.beside_of(own._replace(text=own.text - own.prompt) if follows else own)
         added = longer.tokens(packing) - tokens
         if groups and tokens + added <= most:
             room = min((most - tokens) // max(1, added), len(order) - place)
@@ -182,7 +204,7 @@ def lengths(items: Sequence[Item], packing: Packing) -> np.ndarray:
     parts = []
     for start in range(0, len(items), AT_ONCE):
         some = Extent.of_items(items, np.arange(start, min(start + AT_ONCE, len(items))))
-        parts.append(some.rows * some.single if packing.unpadded else some.tokens(packing))
+        parts.append(some.tokens(packing))
     return np.concatenate([np.empty(0, np.int64), *parts])
 
 

@@ -123,6 +123,11 @@ class Items(Sequence[Item]):
         """(rows + 1,) where the responses' tokens begin, one after the other, and the last one's end."""
         return np.concatenate([[0], np.cumsum(self.responses, dtype=np.int64)])
 
+    @cached_property
+    def prompt_keys(self) -> np.ndarray:
+        """(items,) a number for each prompt, whatever its tokens."""
+        return examples_of(self).column("prompt")
+
     @property
     def rows_each(self) -> int:
         """How many rows of an item are read."""
@@ -154,6 +159,14 @@ def column(items: Sequence[Item], name: str) -> np.ndarray:
     if isinstance(items, Items):
         return items.numbers[name]
     return np.array([item.numbers[name] for item in items], dtype=np.float64)
+
+
+def prompt_keys(items: Sequence[Item], places: Sequence[int]) -> list[int]:
+    """Of each of these items a number that those have in common which have one prompt."""
+    if isinstance(items, Items):
+        return items.prompt_keys[np.asarray(places, np.int64)].tolist()
+    known: dict[tuple[int, ...], int] = {}
+    return [known.setdefault(items[place].rows[0].prompt_ids, len(known)) for place in places]
 
 
 def examples_of(items: Sequence[Item]) -> Rows:
