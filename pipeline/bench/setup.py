@@ -108,7 +108,10 @@ def model_of(setup: Setup, module: Policy | RewardModel, trained: bool = True) -
     """The module under an engine, with an optimizer if it is to be trained."""
     train, pad_id = setup.settings.train, setup.encoder.pad_id
     engine = Engine(module, setup.ranks, train, setup.settings.optimizer if trained else None)
-    return Model(engine, setup.encoder, packing_of(train, setup.ranks.world, module.encoder_decoder, pad_id))
+    packing = packing_of(
+        train, setup.ranks.world, module.encoder_decoder, pad_id, isinstance(module, RewardModel), module.unpadded
+    )
+    return Model(engine, setup.encoder, packing)
 
 
 def new_trainer(setup: Setup, model: Model, objective: Objective, items: list[Item], packing: Packing) -> Trainer:
@@ -141,9 +144,20 @@ def sft_trainer(setup: Setup, items: list[Item]) -> Trainer:
 def alol_trainer(setup: Setup, items: list[Item]) -> Trainer:
     """A-LOL on the items, with the reference's log-probabilities, and an advantage of 1 each."""
     model, ones = model_of(setup, new_policy(setup)), [1.0] * len(items)
-    items = reference.attached(items, np.concatenate([*reference.logps_in_parts(model.engine, items, model.packing)]))
+    items = with_reference(model, items)
     items = encoded.with_numbers(items, reward=ones, value=[0.0] * len(items), advantage=ones)
     return trainer_of(setup, model, items, ["stage=rl", "algo=alol"])
+
+
+def dpo_trainer(setup: Setup, pairs: list[Item]) -> Trainer:
+    """DPO on pairs, with the reference's log-probabilities of both responses."""
+    model = model_of(setup, new_policy(setup))
+    return trainer_of(setup, model, with_reference(model, pairs), ["stage=rl", "algo=dpo"])
+
+
+def with_reference(model: Model, items: list[Item]) -> Sequence[Item]:
+    """The items with what the model says of their responses before it is trained."""
+    return reference.attached(items, np.concatenate([*reference.logps_in_parts(model.engine, items, model.packing)]))
 
 
 def stepper(trainer: Trainer) -> Callable[[int], None]:
