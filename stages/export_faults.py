@@ -67,7 +67,7 @@ def refuse_occupied(settings: ExportStage) -> None:
     if not there.is_dir() or before.get("to") != str(there):
         raise UserError(f"to: {there} is there already, wanted a new directory: remove it, or name another")
     if others := sorted(sizes(there).keys() - before.get("sizes", {}).keys()):
-        raise UserError(f"to: {there} holds {others[0]}, which no export wrote: move it away, or name another directory")
+        raise UserError(f"to: {there} holds {others[0]}, which no export wrote: move that, or name another directory")
 
 
 def sizes(directory: Path) -> dict[str, int]:
