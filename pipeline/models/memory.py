@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipeline.config.deepspeed import read_ds_config
+from pipeline.config.deepspeed import offloads, read_ds_config
 from pipeline.config.reward_spec import parse
 from pipeline.config.schema import (
     PlanStage,
@@ -169,9 +169,9 @@ def on_device(found: Memory, settings: Training, zero: Mapping[str, Any]) -> Mem
     """The estimate without what is kept in another memory than the model is computed in."""
     if not on_gpu(settings):
         return found
-    if "offload_optimizer" in zero:
+    if offloads(zero, "offload_optimizer"):
         found = found._replace(optimizer=0.0, stepping=0.0)
-    return found._replace(weights=0.0) if "offload_param" in zero else found
+    return found._replace(weights=0.0) if offloads(zero, "offload_param") else found
 
 
 def warn_where_short(model: nn.Module, settings: Training, world: int) -> None:
