@@ -11,8 +11,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 from pipeline.config.sections import ModelSettings
+from pipeline.data.tokenization import Encoder
 from pipeline.models import build, loading
 from pipeline.models.late import Late
+from pipeline.records import Example
+from pipeline.rollout.generate import generate
+from pipeline.trainer import model
 from pipeline.trainer.engine import Engine
 from tests import tiny
 
@@ -133,3 +137,18 @@ def test_adapters_bring_a_scalar_head_as_exact_as_it_is(start: Callable, tmp_pat
     loading.save(tmp_path / "adapters", adapted, adapted.state_dict(), tokenizer)
     opened = loading.load_scalar(at(tmp_path / "adapters"), tokenizer, 0, new_head=True, late=Late(torch.float32))
     assert torch.equal(opened.score.weight, adapted.get_base_model().score.modules_to_save.default.weight)
+
+
+def test_trained_tokens_are_read_where_no_weight_is_whole(start: Callable, tmp_path: Path) -> None:
+    """peft's layer of them reads the weight of another: in the check of a start, and token by token."""
+    train = tiny.train_settings(zero=tiny.cut_whole(tmp_path))
+    settings, encoder = with_r(start("llama", "bf16"), 4), tiny.encoder()
+    masked = Encoder(loading.load_tokenizer(settings, [], mask=True), encoder.template, 64, 64)
+    policy = build.policy_module(settings, masked, train, 64, 0, mask=True)
+    trained = model.engine_of(policy, masked, 64, tiny.ranks(), train, tiny.optimizer_settings())
+    said = tiny.settings("rl").generation.model_copy(update={"max_new_tokens": 3, "do_sample": False})
+    layers, whole = (
+        generate(trained, masked, [Example("a", "the old cat")], said.model_copy(update={"gather": gather}), seed=0)
+        for gather in ("layers", "whole")
+    )
+    assert layers == whole

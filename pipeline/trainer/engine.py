@@ -136,12 +136,28 @@ class Engine:
         """
         self.train(False)
         if self._twin is None or gather == "layers" or (gather == "auto" and not self._whole_fits()):
-            yield self.module
+            with self.in_forward():
+                yield self.module
             return
         with deepspeed.zero.GatheredParameters(list(self.module.parameters())):
             link_tensors(self._twin, self.module)
             yield self._twin.eval()
             unlink_tensors(self._twin)
+
+    @contextmanager
+    def in_forward(self) -> Iterator[None]:
+        """Parts of the module may be called by themselves, also those that read another's weight, as peft's tokens do.
+
+        ZeRO-3 gathers what a part reads of another only where it knows to be in the forward of the whole.
+        """
+        parts = [*self.module.modules()] if self.stage == 3 else []
+        for part in parts:
+            part._parameters._in_forward = True
+        try:
+            yield
+        finally:
+            for part in parts:
+                part._parameters._in_forward = False
 
     def _whole_fits(self) -> bool:
         """Whether all weights fit, on every rank, beside what is in memory now, with a tenth of the rest to spare."""
