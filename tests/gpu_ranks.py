@@ -37,7 +37,7 @@ def norms(device: torch.device) -> dict[str, list[float]]:
     found = {}
     for zero in STAGES:
         trained = tiny.trainer(Policy(tiny.language_model("llama"), 64), zero)
-        assert {buffer.device for buffer in trained.module.buffers()} == {device}
+        assert {buffer.device.type for buffer in trained.module.buffers()} == {device.type}
         found[zero] = tiny.two_steps(trained, tiny.items(9))
     return found
 
