@@ -27,7 +27,7 @@ def main(settings: ExportStage, words: Sequence[str]) -> None:
     run_dir.claim(directory)
     export_faults.refuse_occupied(settings)
     asked, before = export_faults.asked(settings, model.path), export_faults.last(settings)
-    if target.is_dir() and asked.items() <= before.items():
+    if before and export_faults.sizes(target) == before.get("sizes") and asked.items() <= before.items():
         logger.info(f"{target} is this already")
         results = before
     else:
@@ -35,7 +35,7 @@ def main(settings: ExportStage, words: Sequence[str]) -> None:
         said = export(model, target, Form(settings.merge, dtype, settings.max_shard_size))
         files = sorted(target.glob("*.safetensors"))
         size = sum(file.stat().st_size for file in files)
-        results = {**asked, "said": said, "files": [file.name for file in files], "bytes": size}
+        results = {**asked, "said": said, "sizes": export_faults.sizes(target), "bytes": size}
         write_json(directory / going_on.RESULTS, results)
         logger.info(f"{target}: {model.path} in {len(files)} files of weights, {size / 1e9:,.3f} GB. {said}".rstrip())
     if settings.push_to is not None:

@@ -42,7 +42,8 @@ def refuse_state(model: str) -> None:
 
 def target(settings: ExportStage) -> Path:
     """The directory that is to be written."""
-    return Path(settings.to) if settings.to is not None else run_dir.stage_dir(settings, "export") / "model"
+    place = Path(settings.to) if settings.to is not None else run_dir.stage_dir(settings, "export") / "model"
+    return place.absolute()  # as it is noted: of another working directory it is another one
 
 
 def asked(settings: ExportStage, model: str) -> dict[str, Any]:
@@ -59,12 +60,19 @@ def last(settings: ExportStage) -> dict[str, Any]:
 
 
 def refuse_occupied(settings: ExportStage) -> None:
-    """Raises UserError where `to` is there and holds something that no export of this run wrote."""
-    there = target(settings)
+    """Raises UserError where `to` is there and holds something that this run's last export did not write."""
+    there, before = target(settings), last(settings)
     if settings.to is None or not there.exists() or (there.is_dir() and not any(there.iterdir())):
         return
-    if not there.is_dir() or last(settings).get("to") != str(there):
+    if not there.is_dir() or before.get("to") != str(there):
         raise UserError(f"to: {there} is there already, wanted a new directory: remove it, or name another")
+    if others := sorted(sizes(there).keys() - before.get("sizes", {}).keys()):
+        raise UserError(f"to: {there} holds {others[0]}, which no export wrote: move that, or name another directory")
+
+
+def sizes(directory: Path) -> dict[str, int]:
+    """The bytes of everything in `directory`, by name; nothing where there is none."""
+    return {file.name: file.stat().st_size for file in sorted(directory.glob("*"))}
 
 
 def refuse_half(settings: ExportStage, model: str | None) -> None:

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.config import together
-from pipeline.config.deepspeed import read_ds_config, rounded
+from pipeline.config.deepspeed import offloads, read_ds_config, rounded
 from pipeline.config.resolve import Resolved
 from pipeline.config.reward_spec import (
     labels,
@@ -135,7 +135,7 @@ def of_launch(settings: WithModel, stage: str, environ: Mapping[str, str]) -> It
             yield from of_four_bits(settings, zero["stage"])
         if here and settings.optimizer.name == "adamw_8bit" and not importlib.util.find_spec("bitsandbytes"):
             yield f"optimizer.name: adamw_8bit: {together.NO_BITSANDBYTES}, or set optimizer.name=adamw"
-        if here and "offload_optimizer" in zero and not can_offload(environ):
+        if here and offloads(zero, "offload_optimizer") and not can_offload(environ):
             yield (
                 f"train.zero: {settings.train.zero} offloads the optimizer, for which DeepSpeed compiles code, and "
                 f"there is no C++ compiler ({environ.get('CXX', 'c++')}): install one, or wanted a file without offload"

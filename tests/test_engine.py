@@ -19,7 +19,7 @@ from pipeline.algorithms import supervised
 from pipeline.config import deepspeed, together
 from pipeline.data.batching import Packing, Windows, collate
 from pipeline.errors import UserError
-from pipeline.models import loading
+from pipeline.models import loading, plan
 from pipeline.models.loading import hugging_face
 from pipeline.models.policy import Policy
 from pipeline.rollout.generate import _until_end
@@ -360,6 +360,18 @@ def test_every_shipped_config_is_one_deepspeed_reads(name: str, precision: str) 
     assert read.bfloat16_config.enabled == (precision == "bf16")
     assert read.float16_config.enabled == (precision == "fp16")
     assert ("optimizer" in full) == name.endswith("_offload")
+
+
+def test_offload_to_none_is_no_offload(tmp_path: Path) -> None:
+    """As published files say it: the optimizer is ours, and its memory the GPU's."""
+    file, none = tmp_path / "mine.json", {"device": "none", "pin_memory": True}
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_optimizer": none, "offload_param": none}}))
+    full = optimizer.full_config(tiny.train_settings(zero=str(file)), tiny.optimizer_settings())
+    assert "optimizer" not in full
+    words = ["parameters=8B", "bf16=true", "gpus=8", "gpu_memory_gb=80"]
+    plans = [plan.estimate(tiny.settings("plan", *words, f"zero={zero}")) for zero in (file, "zero3")]
+    of_stage_3 = [next(line for line in text.splitlines() if line.startswith("ZeRO-3")) for text in plans]
+    assert of_stage_3[0] == of_stage_3[1] and "host's memory" not in plans[0]
 
 
 def test_all_stages_are_there() -> None:

@@ -195,7 +195,7 @@ def test_numbers_that_float16_does_not_have_are_refused(tmp_path: Path) -> None:
     below = base(tmp_path / "base", lm)
     with pytest.raises(UserError, match=r"float16, but model.embed_tokens.weight reaches 7e\+04.*bfloat16"):
         export(at(below), tmp_path / "out", Form(True, torch.float16, 10**9))
-    assert not (tmp_path / "out").exists()
+    assert not [*tmp_path.glob("out*")]
 
 
 def test_adapters_that_stay_adapters_change_their_type_alone(tmp_path: Path) -> None:
@@ -259,9 +259,26 @@ def test_no_directory_of_somebody_is_written_over(tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.txt").write_text("years of work")
+    (mine / "notes.txt").write_text("on what is there")
+    for place, problem in ((other, "is there already"), (mine, "holds notes.txt, which no export wrote")):
+        with pytest.raises(UserError, match=problem):
+            stage.main(settings(tmp_path, f"to={place}"), [])
+    assert [file.name for file in other.iterdir()] == ["thesis.txt"] and (mine / "notes.txt").is_file()
+
+
+def test_a_relative_directory_is_that_of_where_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_with_sft(tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there" / "a" / "out").mkdir(parents=True)
+    (tmp_path / "there" / "a" / "out" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path / "here")
+    stage.main(settings(tmp_path, "to=a/out"), [])  # `a` is made
+    (tmp_path / "here" / "a" / "out" / "model.safetensors").unlink()
+    stage.main(settings(tmp_path, "to=a/out"), [])  # what is not whole is written again
+    assert (tmp_path / "here" / "a" / "out" / "model.safetensors").is_file()
+    monkeypatch.chdir(tmp_path / "there")
     with pytest.raises(UserError, match="is there already"):
-        stage.main(settings(tmp_path, f"to={other}"), [])
-    assert [file.name for file in other.iterdir()] == ["thesis.txt"]
+        stage.main(settings(tmp_path, "to=a/out", "dtype=float16"), [])
 
 
 def test_a_start_tells_what_is_wrong_before_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,6 +69,18 @@ def test_activations_are_what_autograd_keeps(shape: str) -> None:
         assert 0.7 < estimated / kept[again] < 1.4, (again, estimated, kept[again])
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_eager_kernel_keeps_how_tokens_attend(precision: str) -> None:
+    """4 rows of 64 tokens, 2 layers of 8 heads: 4 x 2 x 8 x 64 x 64 numbers are most of what is kept."""
+    model = tiny.language_model("llama", num_attention_heads=8, attn_implementation="eager")
+    model = model.to(getattr(torch, {"fp32": "float32", "bf16": "bfloat16"}[precision]))
+    settings = training(precision=precision)
+    eager = settings.model.model_copy(update={"attn_implementation": "eager"})
+    size = memory.shape_of(model, settings.model_copy(update={"model": eager}))
+    estimated = memory.memory(size, settings.train, memory.Load(4 * 64, 0), 1, {"stage": 0}).activations
+    assert 0.7 < estimated / kept_bytes(model) < 1.4
+
+
 def test_adapters_keep_no_more_but_train_less() -> None:
     """r = 4 on q, k, v, o (32 x 32) and gate, up, down (32 x 64) of 2 layers: 2 (4 x 4 x 64 + 3 x 4 x 96) = 4,352."""
     settings = training()
@@ -232,6 +244,19 @@ def test_the_plan_counts_what_is_meant(tmp_path: Path) -> None:
     one = planned("zero=zero2_offload", "lora_r=16")
     if not torch.cuda.is_available():
         assert "host's memory" not in one and "or set bf16=true, gradient_checkpointing=true\n" in one
+
+
+def test_reward_models_count_with_what_is_below_their_adapters(tmp_path: Path) -> None:
+    """12 bytes of adapters lie on 1,000 of a model; a pair is two rows of prompt and response."""
+    for name, size in (("below", 1000), ("judge", 12)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(bytes(size))
+    (tmp_path / "judge" / "adapter_config.json").write_text(f'{{"base_model_name_or_path": "{tmp_path / "below"}"}}')
+    words = [f"reward={tmp_path / 'judge'}", f"runs_dir={tmp_path}", "micro_batch_size=3", "max_tokens=null"]
+    words += ["max_prompt_length=48", "max_response_length=16"]
+    alone = memory.load_of(resolve(["stage=rl", "algo=nll", *words]).settings)
+    assert (alone.judges, alone.tokens) == (1012, 3 * 64)
+    assert memory.load_of(resolve(["stage=rl", "algo=dpo", *words[1:]]).settings).tokens == 3 * 2 * 64
 
 
 def system(folder: Path, **files: str) -> Path:

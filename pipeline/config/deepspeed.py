@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,11 @@ def read_ds_config(name: str) -> dict[str, Any]:
         raise UserError(f"{path}{place}: {found}, wanted a DeepSpeed configuration in JSON") from None
     _check(path, config)
     return config
+
+
+def offloads(zero: Mapping[str, Any], part: str) -> bool:
+    """Whether zero_optimization keeps `part`, offload_optimizer or offload_param, elsewhere than it is computed."""
+    return (zero.get(part) or {}).get("device", "none") != "none"
 
 
 def _check(path: Path, config: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pipeline.config.deepspeed import offloads
 from pipeline.config.sections import ModelSettings, OptimizerSettings, ScratchSettings, TrainSettings
 from pipeline.errors import UserError
 
@@ -29,7 +30,7 @@ def fp16_on_gpu(train: TrainSettings, gpu: bool) -> None:
 
 def optimizer_fits(optimizer: OptimizerSettings, train: TrainSettings, zero: Mapping[str, Any]) -> None:
     """The optimizer can be sharded as `train.zero` says; `zero` is the zero_optimization of its file."""
-    stage, offload = zero["stage"], "offload_optimizer" in zero
+    stage, offload = zero["stage"], offloads(zero, "offload_optimizer")
     if optimizer.name == "muon" and (stage or offload):
         # it needs whole matrices; DeepSpeed's own, which gathers them, clips what it has made of the gradient
         problem = "its step is made of whole matrices, and of clipped gradients"

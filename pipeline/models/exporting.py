@@ -47,7 +47,7 @@ def export(model: ModelSettings, directory: Path, form: Form) -> str:
     """
     layers, below = lora.layers_of(model)
     with writing.whole(directory) as part:
-        part.mkdir()
+        part.mkdir(parents=True)
         if layers and not form.merge:
             said = _adapters(Path(model.path), part, form.dtype)
         else:

@@ -66,6 +66,22 @@ def _matrices(model: PreTrainedModel) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.dim() > 1 and parameter not in copied]
 
 
+def make_again(model: PreTrainedModel, made: torch.dtype, wanted: torch.dtype) -> None:
+    """What no file holds, such as a new head or the scale of embeddings: made in `wanted`, not in `made`.
+
+    Of buffers in float32 nothing says whether they are to be exact in every type: they stay so.
+    """
+    for part in model.modules():
+        own = [*part.parameters(recurse=False)]
+        own += [] if made == torch.float32 else part.buffers(recurse=False)
+        new = [tensor for tensor in own if tensor.dtype == made and not vars(tensor).get("_is_hf_initialized")]
+        for tensor in new:
+            tensor.data = tensor.data.to(wanted)
+        if new:
+            part._is_hf_initialized = False
+    model.initialize_weights()  # of these alone
+
+
 def type_of_files(settings: ModelSettings) -> torch.dtype | None:
     """The one type of all weights in the safetensors of a checkpoint; None where there are several, or none."""
     found = {TYPES.get(kind) for file in weight_files(settings) for kind in _kinds(file)}

@@ -21,7 +21,7 @@ from pipeline.config.sections import GenerationSettings, ModelSettings
 from pipeline.errors import UserError
 from pipeline.models import checks, lora, mask_token, writing
 from pipeline.models.checks import NO_REWARD_MODEL, reading
-from pipeline.models.late import Late, type_of_files
+from pipeline.models.late import Late, make_again, type_of_files
 from pipeline.models.lora import Base, with_lora
 from pipeline.models.place import check_files
 from pipeline.models.scratch import small_config, train_tokenizer
@@ -196,10 +196,13 @@ def read_buffers(model: PreTrainedModel, late: Late) -> None:
 
 def read_embeddings(model: PreTrainedModel, late: Late | None) -> None:
     """The embeddings and the output matrix in the type that they are to have, before they grow."""
-    if late is not None:
-        for part in (model.get_input_embeddings(), model.get_output_embeddings()):
-            for parameter in () if part is None else part.parameters():
-                parameter.data = parameter.data.to(late.dtype, copy=True)
+    _read(late, model.get_input_embeddings(), model.get_output_embeddings())
+
+
+def _read(late: Late | None, *parts: nn.Module | None) -> None:
+    for part in parts if late is not None else ():
+        for parameter in () if part is None else part.parameters():
+            parameter.data = parameter.data.to(late.dtype, copy=True)
 
 
 def _load(
@@ -242,18 +245,18 @@ def _from_path(
     layers, below = lora.layers_of(settings)
     base = Base(lora.place(below.path), below.revision)
     if not layers:
-        return _from_checkpoint(auto, settings, config, options, new_head), base
+        return _from_checkpoint(auto, settings, config, options, new_head, late), base
     scalar = layers[-1][1].task_type == "SEQ_CLS"
     if scalar != (auto is transformers.AutoModelForSequenceClassification) and not new_head:
         if scalar:
             raise UserError(f"{settings.path}: its adapters belong to a reward model, wanted a policy's: name another")
         raise UserError(f"{settings.path}: no scalar head (its adapters belong to a policy), {NO_REWARD_MODEL}")
     kinds = [KINDS.get(adapter.task_type, transformers.AutoModelForCausalLM) for _, adapter in layers]
-    model = _from_checkpoint(kinds[0], below, config, options, new_head=scalar)
+    model = _from_checkpoint(kinds[0], below, config, options, scalar, late)
     for (path, adapter), kind, following in zip(layers, kinds, [*kinds[1:], auto], strict=True):
         model, base = _without_adapters(model, base, path, adapter, late)
         if following is not kind:  # a reward model starts from a policy
-            model = _reopened(following, model, settings, config, options, new_head)
+            model = _reopened(following, model, settings, config, options, new_head, late)
     model.name_or_path = settings.path
     return model, base
 
@@ -264,6 +267,7 @@ def _without_adapters(
     """The model below the adapters in `path`, and those; or with them, where they are no plain ones."""
     if tokens := lora.tokens_of(adapter):
         read_embeddings(model, late)
+    _read(late, *(part for name, part in model.named_children() if name in checks.HEADS))  # which adapters may bring
     if mask_token.grow_for(model, tokens):
         base = replace(base, path=None)
     plain = lora.is_plain(adapter)
@@ -283,13 +287,14 @@ def _reopened(
     config: PretrainedConfig,
     options: dict[str, Any],
     new_head: bool,
+    late: Late | None,
 ) -> PreTrainedModel:
     """The same weights as a model of the class `auto`; by no file: transformers writes on the first rank alone."""
     config = copy.deepcopy(config)
     config.get_text_config().vocab_size = model.config.get_text_config().vocab_size
     with reading(settings.path, "weights"), torch.device("meta"):
         kind = type(auto.from_config(config, trust_remote_code=settings.trust_remote_code))
-    return _from_checkpoint(kind, settings, config, options, new_head, model.state_dict())
+    return _from_checkpoint(kind, settings, config, options, new_head, late, model.state_dict())
 
 
 def _from_checkpoint(
@@ -298,15 +303,20 @@ def _from_checkpoint(
     config: PretrainedConfig,
     options: dict[str, Any],
     new_head: bool,
+    late: Late | None = None,
     weights: dict[str, Tensor] | None = None,
 ) -> PreTrainedModel:
     """What `settings.path` holds, or `weights`, as a model of the class `auto`."""
     options = {**options, **_version(settings), "state_dict": weights, "output_loading_info": True}
     if settings.load_in_4bit and weights is None:
         options["quantization_config"] = four_bits(options["dtype"])
+    random = torch.get_rng_state()
     with reading(settings.path, "weights"):  # `check_report` names mismatched sizes
         place = settings.path if weights is None else None
         model, report = auto.from_pretrained(place, config=config, ignore_mismatched_sizes=True, **options)
+    if late is not None and options["dtype"] != late.dtype:
+        torch.set_rng_state(random)
+        make_again(model, options["dtype"], late.dtype)
     if checks.check_report(settings.path, report, model, new_head):
         zero_head(model)
     return model

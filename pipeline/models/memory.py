@@ -9,15 +9,27 @@ keys and values of every token, and under stage 3 all weights, in the place of a
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipeline.config.deepspeed import read_ds_config
+from pipeline.config.deepspeed import offloads, read_ds_config
 from pipeline.config.reward_spec import parse
-from pipeline.config.schema import PlanStage, RlAdvantage, RlPolicy, RlStage, SftStage, Training
+from pipeline.config.schema import (
+    PlanStage,
+    RewardStage,
+    RlAdvantage,
+    RlMasked,
+    RlPairs,
+    RlPolicy,
+    RlStage,
+    SftStage,
+    Training,
+)
 from pipeline.config.sections import TrainSettings
 from pipeline.launch import machine, run_dir
+from pipeline.models.place import read_object
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,6 +40,8 @@ PROGRAM = 0.5 * GB  # Python with torch, transformers and DeepSpeed; on a GPU it
 # What autograd keeps of a layer for each number that the layer's matrices give out. Measured, in float32 and bfloat16:
 # OPT 1.5, GPT-NeoX 2.1, Llama, Mistral and Qwen2 2.2 and 2.4, Phi-3 2.4 and 2.7, Qwen3 2.5 and 2.9, GPT-2 3.2
 KEPT = 2.4
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+ADAPTER_CONFIG = "adapter_config.json"
 
 logger = logging.getLogger("tiffin")
 
@@ -155,9 +169,9 @@ def on_device(found: Memory, settings: Training, zero: Mapping[str, Any]) -> Mem
     """The estimate without what is kept in another memory than the model is computed in."""
     if not on_gpu(settings):
         return found
-    if "offload_optimizer" in zero:
+    if offloads(zero, "offload_optimizer"):
         found = found._replace(optimizer=0.0, stepping=0.0)
-    return found._replace(weights=0.0) if "offload_param" in zero else found
+    return found._replace(weights=0.0) if offloads(zero, "offload_param") else found
 
 
 def warn_where_short(model: nn.Module, settings: Training, world: int) -> None:
@@ -198,7 +212,9 @@ def cures(settings: Training, world: int) -> str:
 def load_of(settings: Training) -> Load:
     """The most padded tokens of one forward on one rank, and of one call of generation; and further models."""
     data, train = settings.data, settings.train
-    tokens = train.max_tokens or train.micro_batch_size * (data.max_prompt_length + data.max_response_length)
+    longest = data.max_prompt_length + data.max_response_length * (2 if isinstance(settings, RlMasked) else 1)
+    pairs = isinstance(settings, RewardStage | RlPairs)
+    tokens = train.max_tokens or train.micro_batch_size * (2 if pairs else 1) * longest
     if not isinstance(settings, SftStage | RlStage):
         return Load(tokens, 0, buffers=on_gpu(settings))
     generation = settings.generation
@@ -226,11 +242,24 @@ def load_of(settings: Training) -> Load:
 
 
 def judges_of(settings: RlStage) -> float:
-    """Bytes of the reward models that every process holds: those of directories, as they were saved."""
+    """Bytes of the reward models that every process holds, as they were saved."""
     trained = run_dir.reward_models(settings)
     names = [name for name, _ in parse(settings.reward)] or [*trained]
-    folders = {Path(trained.get(name, name.rpartition(":")[0] or name)) for name in names}
-    return float(sum(file.stat().st_size for folder in folders for file in folder.glob("*.safetensors")))
+    return float(sum(_saved({trained.get(name, name.rpartition(":")[0] or name) for name in names})))
+
+
+def _saved(models: Iterable[str]) -> Iterator[int]:
+    """Bytes of the weights of each model that is here, a directory or one of the hub's, and of those below adapters."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in models:
+        folder = Path(name)
+        if not folder.is_dir() and HUB_NAME.fullmatch(name):
+            found = [try_to_load_from_cache(name, file) for file in ("config.json", ADAPTER_CONFIG)]
+            folder = next((Path(file).parent for file in found if isinstance(file, str)), folder)
+        yield sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        if (described := folder / ADAPTER_CONFIG).is_file():
+            yield from _saved([read_object(described).get("base_model_name_or_path") or ""])
 
 
 def available_to(settings: Training) -> tuple[float, str]:
@@ -257,7 +286,8 @@ def shape_of(model: nn.Module, settings: Training) -> Shape:
         hidden_size=known.hidden_size,
         layers=known.num_hidden_layers,
         vocab_size=0 if head is None else known.vocab_size,
-        outputs=outputs_of(lm, head, settings.data.max_prompt_length, settings.data.max_response_length),
+        outputs=outputs_of(lm, head, settings.data.max_prompt_length, settings.data.max_response_length)
+        + scores_of(known, settings),
         cache=cache_of(known),
     )
 
@@ -268,6 +298,18 @@ def cache_of(config: PretrainedConfig) -> float:
     width = named.get("head_dim") or named.get("d_kv") or config.hidden_size // heads
     layers = named.get("decoder_layers") or named.get("num_decoder_layers") or config.num_hidden_layers
     return 2.0 * layers * (named.get("num_key_value_heads") or heads) * width
+
+
+def scores_of(config: PretrainedConfig, settings: Training) -> float:
+    """Numbers, as `outputs_of`, in what an eager kernel keeps of a token: how it attends to each of its row.
+
+    In float32, and under half precision once more as it is multiplied. Other kernels keep none.
+    """
+    if settings.model.attn_implementation != "eager":
+        return 0.0
+    longest = settings.data.max_prompt_length + settings.data.max_response_length
+    copies = 1 if settings.train.precision == "fp32" else 3  # of the size of a weight
+    return copies * config.num_hidden_layers * config.num_attention_heads * longest / KEPT
 
 
 def outputs_of(lm: PreTrainedModel, head: nn.Module | None, prompt: int, response: int) -> float:

@@ -38,19 +38,22 @@ def whole(directory: Path) -> Iterator[Path]:
 
     Raises UserError where the disk refuses, and leaves nothing then.
     """
-    part = directory.with_name(directory.name + ".part")
+    part, old = (directory.with_name(directory.name + end) for end in (".part", ".old.part"))
     shutil.rmtree(part, ignore_errors=True)
     try:
         yield part
     except Exception as error:  # safetensors and tokenizers have no class of their own for what the system refuses
+        shutil.rmtree(part, ignore_errors=True)
         if "os error" not in str(error):
             raise
-        shutil.rmtree(part, ignore_errors=True)
         raise UserError(f"{part}: cannot be written ({error}), {ROOM}") from None
     for file in part.glob("*.safetensors"):  # which safetensors writes for their owner alone
         shutil.copymode(part / TOKENIZER_CONFIG, file)
-    shutil.rmtree(directory, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    if directory.exists():  # removing much takes long, and whoever is killed meanwhile shall have one or the other
+        os.replace(directory, old)
     os.replace(part, directory)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 Weights = Mapping[str, Tensor] | Callable[[Callable[[str], bool]], Iterator[tuple[str, Tensor]]]

@@ -67,7 +67,7 @@ class Engine:
             else:
                 client = client_optimizer(module, optimizer)
         if self.stage == 3:
-            cut(module, config, self.dtype)  # after its weights were told apart by their shapes
+            cut(module, config, self.dtype, ranks.device)  # after its weights were told apart by their shapes
         try:
             self._engine = deepspeed.initialize(
                 model=module, optimizer=client, model_parameters=groups, config=config, dist_init_required=False
@@ -136,12 +136,28 @@ class Engine:
         """
         self.train(False)
         if self._twin is None or gather == "layers" or (gather == "auto" and not self._whole_fits()):
-            yield self.module
+            with self.in_forward():
+                yield self.module
             return
         with deepspeed.zero.GatheredParameters(list(self.module.parameters())):
             link_tensors(self._twin, self.module)
             yield self._twin.eval()
             unlink_tensors(self._twin)
+
+    @contextmanager
+    def in_forward(self) -> Iterator[None]:
+        """Parts of the module may be called by themselves, also those that read another's weight, as peft's tokens do.
+
+        ZeRO-3 gathers what a part reads of another only where it knows to be in the forward of the whole.
+        """
+        parts = [*self.module.modules()] if self.stage == 3 else []
+        for part in parts:
+            part._parameters._in_forward = True
+        try:
+            yield
+        finally:
+            for part in parts:
+                part._parameters._in_forward = False
 
     def _whole_fits(self) -> bool:
         """Whether all weights fit, on every rank, beside what is in memory now, with a tenth of the rest to spare."""
@@ -226,8 +242,8 @@ class Engine:
         return {name for name, parameter in named if not parameter.requires_grad}
 
 
-def cut(module: nn.Module, config: dict[str, Any], dtype: torch.dtype) -> None:
-    """Leave each rank its part of every weight, in `dtype`; whole is one at a time.
+def cut(module: nn.Module, config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
+    """Leave each rank its part of every weight, in `dtype`; whole is one at a time. Buffers go to `device` whole.
 
     Weights that are memory-mapped or in another type become whole in memory only then.
     """
@@ -237,6 +253,8 @@ def cut(module: nn.Module, config: dict[str, Any], dtype: torch.dtype) -> None:
     for parameter in module.parameters():
         parameter.data = late.whole(parameter).to(dtype)
         cutter._convert_to_zero_parameters([parameter])
+    for buffer in module.buffers():  # which DeepSpeed leaves where they are, of a module that comes in parts
+        buffer.data = buffer.data.to(device)
 
 
 def mark_experts(module: nn.Module) -> None:

@@ -111,7 +111,8 @@ def engine_of(
     """The policy's engine. One that was cut into parts is checked now, see `build.start_check`."""
     engine = Engine(policy, ranks, train, optimizer)
     if policy.late is not None:
-        ranks.agreed(lambda: build.start_check(policy, encoder, longest))
+        with engine.in_forward():
+            ranks.agreed(lambda: build.start_check(policy, encoder, longest))
     return engine
 
 

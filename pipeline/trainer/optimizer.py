@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pipeline.config import together
-from pipeline.config.deepspeed import read_ds_config
+from pipeline.config.deepspeed import offloads, read_ds_config
 from pipeline.config.sections import OptimizerSettings, TrainSettings
 from pipeline.errors import UserError
 from pipeline.trainer import muon
@@ -33,7 +33,7 @@ def full_config(train: TrainSettings, optimizer: OptimizerSettings | None) -> di
     config["gradient_clipping"] = optimizer.max_grad_norm
     if optimizer.name == "adamw_8bit":  # which is tested here, though not there
         config["zero_allow_untested_optimizer"] = True
-    if "offload_optimizer" in config["zero_optimization"]:
+    if offloads(config["zero_optimization"], "offload_optimizer"):
         config["optimizer"] = {"type": "AdamW", "params": adam_arguments(optimizer)}
     return config
 
