@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import count
 from pathlib import Path
@@ -56,7 +57,7 @@ class Hosts(NamedTuple):
         argv = ["ip", "netns", "exec", self.names[0], sys.executable, "-m", "stages", *words]
         argv += [f"hostfile={self.folder / 'hosts'}"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen(argv, cwd=ROOT, env=self.environment(), **pipes)
+        return subprocess.Popen(argv, cwd=ROOT, env=self.environment(), start_new_session=True, **pipes)
 
     def run(self, *words: str) -> str:
         process = self.start(*words)
@@ -123,7 +124,9 @@ def two_hosts(folder: Path, blind_to: Path | None = None) -> Iterator[Hosts]:
         for place, name in enumerate(names):
             hidden = f"mount -t tmpfs none {blind_to} && " if place == 1 and blind_to is not None else ""
             served = f"{hidden}exec {SSHD} -D -f {folder / 'sshd_config'}"
-            daemon = subprocess.Popen(["ip", "netns", "exec", name, "sh", "-c", served])
+            # it sees its own processes only, all of which end with it
+            own = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+            daemon = subprocess.Popen(["ip", "netns", "exec", name, *own, "sh", "-c", served])
             stack.callback(end, daemon)
         both = Hosts(names, addresses, folder)
         wait_for(both)
@@ -161,7 +164,7 @@ def wait_for(hosts: Hosts) -> None:
 
 
 def end(daemon: subprocess.Popen[bytes]) -> None:
-    daemon.terminate()
+    daemon.kill()  # unshare heeds no SIGTERM
     daemon.wait(10)
 
 
@@ -212,6 +215,31 @@ def test_a_rank_that_dies_on_the_other_host_ends_both_and_the_run_goes_on(
     assert not hosts.ranks(0) and not hosts.ranks(1)
     hosts.run(*words, f"runs_dir={tmp_path / 'killed'}")
     assert weights(tmp_path / "killed/default/sft") == alone
+
+
+def test_sigterm_saves_and_ctrl_c_ends_what_runs_on_both(hosts: Hosts, tmp_path: Path) -> None:
+    """To the command, and to its whole process group; nothing stays behind on either host."""
+    words = ["stage=sft", *(word for word in TINY if not word.startswith(("max_steps", "save_steps")))]
+    words += ["max_steps=9000", "save_steps=null", "logging_steps=1", f"runs_dir={tmp_path / 'runs'}"]
+    logged = tmp_path / "runs/default/sft/metrics.jsonl"
+
+    def stopped(number: int, rows: int, tell: Callable[[int, int], None]) -> tuple[int, str]:
+        process = hosts.start(*words)
+        while not (logged.is_file() and len(logged.read_text().splitlines()) >= rows) and process.poll() is None:
+            time.sleep(0.05)
+        assert hosts.ranks(0) and hosts.ranks(1)
+        tell(process.pid, number)
+        said = process.communicate(timeout=30)[0]
+        assert not hosts.ranks(0) and not hosts.ranks(1), said[-3000:]
+        return process.returncode, "".join(re.findall("^.*tiffin: .*$", said, re.MULTILINE))
+
+    code, told = stopped(signal.SIGTERM, 3, os.kill)
+    assert (code, told.count("stopped by SIGTERM after step"), told.count("tiffin:")) == (75, 2, 2), told  # per host
+    rows = len(logged.read_text().splitlines())
+    code, told = stopped(signal.SIGINT, rows + 2, os.killpg)
+    assert (code, "is saved; the same command goes on from there" in told, told.count("tiffin:")) == (130, True, 1), (
+        told
+    )
 
 
 def test_a_host_that_does_not_see_the_run_says_so(tmp_path: Path) -> None:
