@@ -27,7 +27,7 @@ REQUIREMENTS = [
     "rapidfuzz>=3.0",
     "scikit-learn>=1.5",
 ]
-DEV = ["pytest>=8.0", "ruff>=0.9", "rouge-score>=0.1.2", "psutil>=5.9"]
+DEV = ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.9", "rouge-score>=0.1.2", "psutil>=5.9"]
 
 setup(
     name="tiffin",

@@ -25,6 +25,8 @@ from stages import dry_run, faults, inputs
 HELP = ("stage=help", "--help", "-h")
 TEST, GPU = "stage=test", "gpu"
 GATE = 9 * 60  # seconds that the checks on a GPU may take
+WORKERS = 4  # processes of tests at most: some tests start several more
+ALONE = ("-n", "--numprocesses", "--dist", "-s", "--capture", "--pdb", "--trace", "--collect-only", "--co", "-p")
 
 logger = logging.getLogger("tiffin")
 
@@ -94,11 +96,23 @@ def test(arguments: Sequence[str]) -> int:
             print("stage=test gpu: no GPU here, so that none of its checks is made")
             return 0
         arguments, limit = [*(one for one in arguments if one != GPU), "tests/test_gpu.py", "-rs"], GATE
+    argv, env = [sys.executable, "-m", "pytest", *arguments], dict(os.environ)
+    if together := side_by_side(arguments, len(os.sched_getaffinity(0))):
+        argv += together
+        env.setdefault("OMP_NUM_THREADS", "1")
     with handled(lambda number, frame: None, [signal.SIGINT]):  # pytest sums up what it has done
         try:
-            return subprocess.call([sys.executable, "-m", "pytest", *arguments], cwd=ROOT, timeout=limit)
+            return subprocess.call(argv, cwd=ROOT, env=env, timeout=limit)
         except subprocess.TimeoutExpired:
             raise UserError(f"stage=test gpu: not at its end after {GATE // 60} minutes, and stopped there") from None
+
+
+def side_by_side(arguments: Sequence[str], cores: int) -> list[str]:
+    """Options of pytest-xdist, where it is installed and all tests are asked for: files of tests on several cores."""
+    chosen = any(not one.startswith("-") or one.startswith(ALONE) for one in arguments)
+    if chosen or cores < 2 or importlib.util.find_spec("xdist") is None:
+        return []
+    return ["-n", str(min(cores, WORKERS)), "--dist", "loadfile"]
 
 
 def gpu_here() -> bool:

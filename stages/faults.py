@@ -33,6 +33,7 @@ from pipeline.config.schema import (
     WithModel,
 )
 from pipeline.config.sections import ModelSettings
+from pipeline.config.yaml_layers import parse_overrides
 from pipeline.errors import UserError
 from pipeline.launch import comparison_plan, extensions, going_on, launcher, machine, run_dir
 from pipeline.models import place
@@ -42,13 +43,18 @@ from stages.export_faults import of_export
 from stages.reward_faults import of_rewards
 from stages.row_faults import of_rows, suits
 
+READ_OF_TRAIN = {  # of train.* by stages that train nothing; the rest is there for those that do
+    "generate": ("precision", "zero"),
+    "evaluate": ("precision", "zero", "micro_batch_size", "max_tokens"),
+}
+
 
 def of(steps: Sequence[Resolved], environ: Mapping[str, str]) -> list[str]:
     """The lines of all faults, each once. None of a rank of someone's launcher: ranks find out together."""
     if launcher.is_rank(environ):
         return []
     made: list[Path] = []
-    lines: list[str] = []
+    lines = of_words(steps[0]) if len(steps) == 1 else []  # of several, a word is for those that read it
     scored: list[str] = []
     for step in steps:
         lines += of_step(step, Ahead(made, environ, scored))
@@ -102,6 +108,16 @@ def of_step(step: Resolved, ahead: Ahead) -> list[str]:
     checks = (of_launch(settings, stage, ahead.environ), of_models(settings, ahead), of_rewards(settings, ahead))
     rows = of_rows(settings, ahead, partial(suits, settings=settings, ahead=ahead))
     return [*found, *(line for lines in checks for line in lines), *rows]
+
+
+def of_words(step: Resolved) -> list[str]:
+    """Words that would make no difference to a step."""
+    if (read := READ_OF_TRAIN.get(step.stage)) is None:
+        return []
+    given = [path for path in parse_overrides(step.words) if path[0] == "train" and path[-1] not in read]
+    ours = f"stage={step.stage} reads {', '.join(f'train.{name}' for name in read)} alone"
+    cure = f"leave it out; {step.settings.generation.batch_size} prompts are answered at once (generation.batch_size)"
+    return [f"{'.'.join(path)}: {ours}: {cure}" for path in given]
 
 
 def of_comparison(settings: CompareStage, words: Sequence[str], environ: Mapping[str, str]) -> list[str]:

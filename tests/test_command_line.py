@@ -17,6 +17,7 @@ from pipeline.config.yaml_layers import ROOT
 from pipeline.files import write_json
 from pipeline.launch import environment, machine, run_dir
 from stages import inputs
+from stages.__main__ import side_by_side
 from tests.mistakes import lines, scored
 
 
@@ -157,6 +158,14 @@ def test_dry_run_of_one_stage_begins_nothing(tmp_path: Path):
 def test_test_words_go_to_pytest(tmp_path: Path):
     done = stages("stage=test", "tests/test_command_line.py", "-k", "test_mistakes", "--collect-only", cwd=tmp_path)
     assert done.returncode == 0 and f"{len(MISTAKES)}/" in done.stdout
+
+
+def test_all_tests_share_the_cores_and_chosen_ones_do_not():
+    assert side_by_side(["-q", "-x", "--durations=9"], 2) == ["-n", "2", "--dist", "loadfile"]
+    assert side_by_side([], 64)[:2] == ["-n", "4"]
+    for words in (["tests/test_data.py"], ["-k", "data"], ["-s"], ["--pdb"], ["-n", "3"], ["-n0"], ["-p", "no:xdist"]):
+        assert side_by_side(words, 2) == [], words
+    assert side_by_side([], 1) == []
 
 
 @pytest.mark.skipif(machine.has_gpu(), reason="there is a GPU here")

@@ -38,7 +38,7 @@ IMPORTERS = {
     "tensorboard": ("pipeline/trainer/board.py",),
     "nltk": ("reward_models/_rouge.py",),
 }
-DEVELOPMENT_ONLY = {"pytest", "ruff", "rouge_score", "psutil"}
+DEVELOPMENT_ONLY = {"pytest", "xdist", "ruff", "rouge_score", "psutil"}
 PACKAGE_OF = {
     "yaml": "pyyaml",
     "sklearn": "scikit-learn",

@@ -27,6 +27,7 @@ from stages.faults import of_launch
 
 PYTHON = sys.executable
 DEEPSPEED = [PYTHON, "-m", "deepspeed.launcher.runner"]
+ALONE = [*DEEPSPEED, "--hostfile", "/dev/null"]  # else it reads /job/hostfile where there is one
 OPTIONS = ["--no_local_rank", "--log_level", "error", "--master_port", "29999", "--module", "stages.sft", "lr=1"]
 TORCHRUN = [PYTHON, "-m", "torch.distributed.run", "--nproc-per-node"]
 ALLOCATION = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_NNODES": "2"}
@@ -49,7 +50,7 @@ def settings(**given: object) -> LaunchSettings:
     ("given", "environ", "argv"),
     [
         ({}, {}, [PYTHON, "-m", "stages.sft", "lr=1"]),
-        ({"processes": 2, "master_port": 29999}, {}, [*DEEPSPEED, "--num_gpus", "2", *OPTIONS]),
+        ({"processes": 2, "master_port": 29999}, {}, [*ALONE, "--num_gpus", "2", *OPTIONS]),
         (
             {"processes": 2, "launcher": "torchrun"},
             {},
@@ -90,7 +91,7 @@ def test_hostfile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert argv == [*DEEPSPEED, "--hostfile", str(file), *OPTIONS[:-1], launcher.packed(["lr=1"])]
     file.write_text("localhost slots=3\n")  # no ssh for this machine alone
     argv = command(settings(hostfile=str(file), master_port=29999), "sft", ["lr=1"], {})
-    assert argv == [*DEEPSPEED, "--num_gpus", "3", *OPTIONS]
+    assert argv == [*ALONE, "--num_gpus", "3", *OPTIONS]
 
 
 def test_a_file_for_sbatch_is_what_a_dry_run_prints(tmp_path: Path):

@@ -231,6 +231,26 @@ def test_what_a_checkpoint_says_of_itself_counts(tmp_path: Path, capsys) -> None
     )
 
 
+def test_what_a_file_of_ones_own_holds_counts(tmp_path: Path) -> None:
+    """Its name may stay while it changes, and change while it stays."""
+    mine, copy = (tmp_path / name for name in ("mine.json", "copy.json"))
+    for file in (mine, copy):
+        write_json(file, {"zero_optimization": {"stage": 2, "overlap_comm": False}})
+    begun(tmp_path, world=1)
+    write_json(
+        tmp_path / "sft" / "checkpoints" / "step-000020" / "state.json",
+        {"step": 20, "world": 1, "began": 1, "cut": going_on.cut_of(settings(f"zero={mine}"))},
+    )
+    assert going_on.spoken_cut(tmp_path / "sft", settings(f"zero={copy}"), 1) == ""
+    write_json(mine, {"zero_optimization": {"stage": 3, "overlap_comm": False}})
+    assert going_on.cut_anew(tmp_path / "sft", settings(f"zero={mine}"), 1) == [
+        (f"train.zero: {mine}: zero_optimization.stage", 2, 3)
+    ]
+    assert f"train.zero=zero0 (it was {mine})" in going_on.spoken_cut(tmp_path / "sft", settings(), 1)
+    noted(tmp_path, "Muon", None)
+    assert f"resume with train.zero: {mine}: zero_optimization.stage=2" in refused(tmp_path, f"zero={mine}")
+
+
 def test_what_cannot_be_cut_anew_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun(tmp_path, world=2)
     old = "was written by an older version, for as many processes and one ZeRO stage: resume with gpus=2"

@@ -50,8 +50,9 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
     environ = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     before = HOSTS.read_bytes()
     with ExitStack() as stack:
-        stack.callback(HOSTS.write_bytes, before)
-        HOSTS.write_bytes(before.rstrip(b"\n") + f"\n127.0.0.1 {' '.join(NODES)}\n".encode())
+        stack.callback(os.truncate, HOSTS, len(before))  # it is whole at any time: others read it meanwhile
+        with HOSTS.open("ab") as file:
+            file.write(f"\n127.0.0.1 {' '.join(NODES)}\n".encode())
         files = [f"--{kind}={folder / name}" for kind, name in (("key-file", "munge.key"), ("socket", "munge.socket"))]
         files += [f"--{kind}={folder / name}" for kind, name in (("pid-file", "munge.pid"), ("log-file", "munge.log"))]
         files.append(f"--seed-file={folder / 'munge.seed'}")

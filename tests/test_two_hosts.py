@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
@@ -24,8 +26,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ("ip", "ssh", "ssh-keygen", "pdsh")
 SSHD = "/usr/sbin/sshd"
-TINY = ["data.task=numerals", "data.task_size=60", "batch_size=4", "zero=zero3", "eval.max_rows=4", "save_steps=1"]
-TINY += ["eval.generate=false", "model.scratch.hidden_size=32", "model.scratch.num_heads=2", "max_steps=6"]
+TINY = ["data.task=numerals", "data.task_size=60", "batch_size=4", "zero=zero3", "eval.max_rows=4", "save_steps=null"]
+TINY += ["eval.generate=false", "model.scratch.hidden_size=32", "model.scratch.num_heads=2", "max_steps=60"]
+ODD = 'It costs $5 ($(date)) `id`; 100% "{prompt}"'  # a shell would read it otherwise
+TINY += ["logging_steps=1", f"template.prompt={ODD}"]
 
 NUMBERS = count(os.getpid())  # of pairs of namespaces
 
@@ -56,7 +60,7 @@ class Hosts(NamedTuple):
         argv = ["ip", "netns", "exec", self.names[0], sys.executable, "-m", "stages", *words]
         argv += [f"hostfile={self.folder / 'hosts'}"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen(argv, cwd=ROOT, env=self.environment(), **pipes)
+        return subprocess.Popen(argv, cwd=ROOT, env=self.environment(), start_new_session=True, **pipes)
 
     def run(self, *words: str) -> str:
         process = self.start(*words)
@@ -87,11 +91,8 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> str:
     """What TINY leaves on one host."""
-    return left_alone(tmp_path_factory.mktemp("alone"), TINY)
-
-
-def left_alone(folder: Path, words: list[str]) -> str:
-    argv = [sys.executable, "-m", "stages", "stage=sft", *words, f"runs_dir={folder}", "gpus=2"]
+    folder = tmp_path_factory.mktemp("alone")
+    argv = [sys.executable, "-m", "stages", "stage=sft", *TINY, f"runs_dir={folder}", "gpus=2"]
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     subprocess.run(argv, cwd=ROOT, env=environ, check=True, capture_output=True, timeout=240)
     return weights(folder / "default/sft")
@@ -123,7 +124,9 @@ def two_hosts(folder: Path, blind_to: Path | None = None) -> Iterator[Hosts]:
         for place, name in enumerate(names):
             hidden = f"mount -t tmpfs none {blind_to} && " if place == 1 and blind_to is not None else ""
             served = f"{hidden}exec {SSHD} -D -f {folder / 'sshd_config'}"
-            daemon = subprocess.Popen(["ip", "netns", "exec", name, "sh", "-c", served])
+            # it sees its own processes only, all of which end with it
+            own = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+            daemon = subprocess.Popen(["ip", "netns", "exec", name, *own, "sh", "-c", served])
             stack.callback(end, daemon)
         both = Hosts(names, addresses, folder)
         wait_for(both)
@@ -161,7 +164,7 @@ def wait_for(hosts: Hosts) -> None:
 
 
 def end(daemon: subprocess.Popen[bytes]) -> None:
-    daemon.terminate()
+    daemon.kill()  # unshare heeds no SIGTERM
     daemon.wait(10)
 
 
@@ -174,12 +177,41 @@ def weights(stage: Path) -> str:
     return hashlib.sha256((stage / "model" / "model.safetensors").read_bytes()).hexdigest()
 
 
-def test_two_hosts_are_one_whatever_the_settings_hold(hosts: Hosts, tmp_path: Path) -> None:
-    """Byte for byte; and a setting that a shell would read otherwise arrives as it stands."""
-    words = [*TINY, 'template.prompt=It costs $5 ($(date)) `id`; 100% "{prompt}"']
-    said = hosts.run("stage=sft", *words, f"runs_dir={tmp_path / 'two'}")
-    assert "It costs $5 ($(date)) `id`; 100% " in said
-    assert weights(tmp_path / "two/default/sft") == left_alone(tmp_path / "one", words)
+class Ended(NamedTuple):
+    code: int
+    said: str
+
+    def told(self) -> list[str]:
+        """The lines that are no results."""
+        return re.findall("^.*tiffin: .*$", self.said, re.MULTILINE)
+
+
+def stopped(hosts: Hosts, words: list[str], logged: Path, stop: Callable[[subprocess.Popen[str]], None]) -> Ended:
+    """A start in which `stop` was called after two steps; nothing stays behind on either host."""
+    rows = lambda: len(logged.read_text().splitlines()) if logged.is_file() else 0  # noqa: E731
+    before, process = rows(), hosts.start(*words)
+    while rows() < before + 3 and process.poll() is None:
+        time.sleep(0.02)
+    stop(process)
+    said = process.communicate(timeout=60)[0]
+    assert not hosts.ranks(0) and not hosts.ranks(1), said[-3000:]
+    return Ended(process.returncode, said)
+
+
+def test_what_is_stopped_and_killed_goes_on_and_ends_as_on_one_host(hosts: Hosts, alone: str, tmp_path: Path) -> None:
+    """SIGTERM to the command, the death of a rank on the other host, Ctrl-C to the command's whole process group."""
+    words, stage = ["stage=sft", *TINY, f"runs_dir={tmp_path / 'two'}"], tmp_path / "two/default/sft"
+    start = partial(stopped, hosts, words, stage / "metrics.jsonl")
+    saved = start(lambda process: process.terminate())
+    assert saved.code == 75, saved.said[-3000:]
+    assert len(saved.told()) == 2 and all("stopped by SIGTERM after step" in line for line in saved.told())  # per host
+    killed = start(lambda process: os.kill(hosts.ranks(1)[0], signal.SIGKILL))
+    assert killed.code not in (0, 2) and "Traceback" not in killed.said, killed.said[-3000:]
+    interrupted = start(lambda process: os.killpg(process.pid, signal.SIGINT))
+    (line,) = interrupted.told()
+    assert interrupted.code == 130 and "is saved; the same command goes on from there" in line
+    assert "It costs $5 ($(date)) `id`; 100% " in hosts.run(*words)
+    assert weights(stage) == alone
 
 
 def test_torchrun_meets_on_two_hosts(hosts: Hosts, alone: str, tmp_path: Path) -> None:
@@ -194,24 +226,6 @@ def test_torchrun_meets_on_two_hosts(hosts: Hosts, alone: str, tmp_path: Path) -
     said = [one.communicate(timeout=240)[0] for one in started]
     assert [one.returncode for one in started] == [0, 0], said[0][-2000:] + said[1][-2000:]
     assert weights(tmp_path / "two/default/sft") == alone
-
-
-def test_a_rank_that_dies_on_the_other_host_ends_both_and_the_run_goes_on(
-    hosts: Hosts, alone: str, tmp_path: Path
-) -> None:
-    words = ["stage=sft", *TINY]
-    process = hosts.start(*words, f"runs_dir={tmp_path / 'killed'}")
-    until = time.monotonic() + 200
-    while not (tmp_path / "killed/default/sft/checkpoints/latest").is_file() and time.monotonic() < until:
-        time.sleep(0.05)
-    (rank,) = hosts.ranks(1)
-    os.kill(rank, signal.SIGKILL)
-    said = process.communicate(timeout=60)[0]
-    assert process.returncode not in (0, 2), said[-3000:]
-    assert "Traceback" not in said
-    assert not hosts.ranks(0) and not hosts.ranks(1)
-    hosts.run(*words, f"runs_dir={tmp_path / 'killed'}")
-    assert weights(tmp_path / "killed/default/sft") == alone
 
 
 def test_a_host_that_does_not_see_the_run_says_so(tmp_path: Path) -> None:

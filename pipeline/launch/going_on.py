@@ -34,8 +34,9 @@ FREE = (
     "rewards.judge.budget",
 )
 # What changes how a step is computed, and not what it is: the numbers agree to rounding, and a line says so.
-CUT = ("train.zero", "train.micro_batch_size", "train.max_tokens", "train.gradient_checkpointing")
-OLDER = {"train.group_by_length": False}  # what versions did that had no such setting
+CUT = ("train.zero", "train.micro_batch_size", "train.max_tokens", "train.gradient_checkpointing", "train.padding_free")
+OLDER = {"train.group_by_length": False, "train.padding_free": False}  # what versions did that had no such setting
+ZERO, HELD = "train.zero", "train.zero holds"  # the name of a file, and what it held: a user's own may be edited
 LENGTHS = ("train.max_steps", "train.num_train_epochs")  # these may be raised, to train longer
 CONFIG, INPUTS, RESULTS = "config.yaml", "inputs.json", "results.json"
 CHECKPOINTS, STATE = "checkpoints", "state.json"  # the folder of a stage's checkpoints; the last file of each
@@ -183,16 +184,32 @@ def refuse_other(directory: Path, settings: Common) -> None:
             )
 
 
+def cut_of(settings: Common) -> dict[str, Any]:
+    """What a checkpoint notes of how its steps were computed: CUT, and what the file of train.zero holds."""
+    flat = flatten(settings.model_dump(), ".")
+    return {**{key: flat[key] for key in CUT}, HELD: flatten(read_ds_config(flat[ZERO]), ".")}
+
+
 def cut_anew(directory: Path, settings: Common, ranks: int) -> list[tuple[str, object, object]]:
-    """(key, before, now) of CUT and of the processes, where the newest checkpoint was not computed as `ranks` will."""
+    """(key, before, now) of CUT and of the processes, where the newest checkpoint was not computed as `ranks` will.
+
+    Of train.zero its file's content counts, where it was noted: the keys within that changed if the name has not.
+    """
     newest = checkpoint(directory)
     if newest is None:
         return []
     state, noted = state_of(newest), flatten(load_yaml(directory / CONFIG), ".")
     before = state.get("cut") or {key: noted.get(key) for key in CUT}  # older versions let none of it change
-    given = flatten(settings.model_dump(), ".")
-    compared = [("gpus", state["world"], ranks), *((key, before[key], given.get(key)) for key in CUT)]
-    return [(key, was, now) for key, was, now in compared if was != now]
+    given = cut_of(settings)
+    compared = [("gpus", state["world"], ranks), *((key, before[key], given[key]) for key in CUT)]
+    changed = [(key, was, now) for key, was, now in compared if was != now]
+    if HELD not in before:
+        return changed
+    old, new, name = before[HELD], given[HELD], given[ZERO]
+    if before[ZERO] == name:
+        within = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+        return [*changed, *((f"{ZERO}: {name}: {key}", old.get(key), new.get(key)) for key in within)]
+    return [one for one in changed if one[0] != ZERO or old != new]
 
 
 def spoken_cut(directory: Path, settings: Common, ranks: int) -> str:
@@ -206,7 +223,7 @@ def spoken_cut(directory: Path, settings: Common, ranks: int) -> str:
 
 def refuse_other_ranks(directory: Path, settings: Common, ranks: int) -> None:
     """Raises UserError where the checkpoint to go on from can be read as it was written only, and this is otherwise."""
-    changed = {key: before for key, before, _ in cut_anew(directory, settings, ranks) if key in ("gpus", "train.zero")}
+    changed = {key: before for key, before, _ in cut_anew(directory, settings, ranks) if key.startswith(("gpus", ZERO))}
     if not changed:
         return
     newest = checkpoint(directory)

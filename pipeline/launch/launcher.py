@@ -31,6 +31,8 @@ OF_SLURM = ("launcher=", "launch.launcher=", "nnodes=", "launch.nnodes=", "dry_r
 PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on
 PACKED = "packed:"
 PORTS = range(20_000, 32_000)
+NO_HOSTFILE = os.devnull  # no regular file, so that DeepSpeed reads no hosts, and not those of /job/hostfile either
+ALONE = ["--hostfile", NO_HOSTFILE]
 
 
 def command(settings: LaunchSettings, stage: str, words: Sequence[str], environ: Mapping[str, str]) -> list[str]:
@@ -40,7 +42,7 @@ def command(settings: LaunchSettings, stage: str, words: Sequence[str], environ:
     if launcher == "deepspeed":
         options = ["--no_local_rank", "--log_level", "error", "--master_port", str(_port(settings))]
         resources = _resources(settings)
-        if "--hostfile" in resources:  # a shell of each host reads what it is to run
+        if resources[:2] != ALONE:  # a shell of each host reads what it is to run
             module = [module[0], packed(words)]
         return [sys.executable, "-m", "deepspeed.launcher.runner", *resources, *options, "--module", *module]
     if launcher == "torchrun":
@@ -187,14 +189,15 @@ def hosts(path: Path) -> dict[str, int]:
 def _resources(settings: LaunchSettings) -> list[str]:
     """DeepSpeed's options for the ranks: of this machine, or of a hostfile with several."""
     if settings.hostfile is None:
-        return ["--num_gpus", str(settings.processes)]
+        return [*ALONE, "--num_gpus", str(settings.processes)]
     listed = hosts(Path(settings.hostfile))
     if len(listed) == 1 and next(iter(listed)) in ("localhost", "127.0.0.1", socket.gethostname()):
-        return ["--num_gpus", str(next(iter(listed.values())))]
+        return [*ALONE, "--num_gpus", str(next(iter(listed.values())))]
     if not shutil.which("pdsh"):
         raise UserError("launch.hostfile: several machines need the program pdsh, not found; install it, or use Slurm")
     per_host = ["--num_gpus", str(settings.processes)] if settings.processes > 1 else []
-    return ["--hostfile", settings.hostfile, *per_host]
+    alone = ["--force_multi"] if len(listed) == 1 else []  # else DeepSpeed starts the ranks of one host here
+    return ["--hostfile", settings.hostfile, *alone, *per_host]
 
 
 def _tasks(settings: LaunchSettings, environ: Mapping[str, str]) -> list[str]:

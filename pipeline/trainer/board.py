@@ -5,6 +5,7 @@ Of a tag TensorBoard keeps one kind of data, so that of a histogram ends in /his
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.files import flatten
+from pipeline.files import flatten, write_text
 from pipeline.report import spec
 
 LEFT_OUT = (  # shell patterns of tags that no curve is drawn of
@@ -36,6 +37,9 @@ LEFT_OUT = (  # shell patterns of tags that no curve is drawn of
     "rollout/reward_per_prompt",  # train/reward again
     "semi_offline/hidden_tokens",  # semi_offline/mask_rate again
 )
+
+CURVES = "curves.txt"  # beside the event files: the tags that have a curve, whatever steps are taken again
+SAME = 1e-5  # of a number's size: what an order of sums moves makes no curve
 
 Row = Mapping[str, float | None]  # of metrics.jsonl
 
@@ -66,7 +70,9 @@ class Board:
 
         purge = resume_step + 1 if resume_step else 0
         self._writer = SummaryWriter(str(directory), purge_step=purge, flush_secs=30)
-        self._drawn: set[str] = set()
+        self._curves = directory / CURVES
+        noted = resume_step and self._curves.is_file()
+        self._drawn: set[str] = set(self._curves.read_text(encoding="utf-8").splitlines() if noted else ())
         self._held: dict[str, list[Point]] = {}
         self._laid_out = 0  # curves
         for row in rows if resume_step else ():
@@ -74,12 +80,17 @@ class Board:
                 if tag not in ("step", "time") and value is not None and _has_curve(tag):
                     self._due(tag, Point(row["step"], value, began + row["time"]))
         self._held = {tag: [one for one in held if one.step <= resume_step] for tag, held in self._held.items()}
+        write_text(self._curves, "".join(f"{tag}\n" for tag in sorted(self._drawn)))
 
     def scalar(self, tag: str, value: float, step: int) -> None:
         """A point of a curve; not of the tags LEFT_OUT."""
         if _has_curve(tag):
+            known = tag in self._drawn
             for one in self._due(tag, Point(step, value, time.time())):
                 self._writer.add_scalar(tag, one.value, one.step, walltime=one.time)
+            if tag in self._drawn and not known:
+                with self._curves.open("a", encoding="utf-8") as file:
+                    file.write(f"{tag}\n")
 
     def histogram(self, tag: str, values: Tensor | Sequence[float], step: int) -> None:
         """The distribution of `values` (any shape) as <tag>/histogram; values that are not finite are left out."""
@@ -119,7 +130,7 @@ class Board:
             return [point]
         held = self._held.setdefault(tag, [])
         held.append(point)
-        if point.value == held[0].value:
+        if math.isclose(point.value, held[0].value, rel_tol=SAME):
             return []
         self._drawn.add(tag)
         return self._held.pop(tag)

@@ -107,8 +107,7 @@ def fit(trainer: Trainer) -> None:
         say_resumed(trainer, resumed[0])
     fresh = State(step=0, world=ranks.world, began=ranks.world)
     state, interval, memory = resumed or (fresh, Interval(Metrics()), {})
-    settings = flatten(trainer.settings.model_dump(), ".")
-    cut = {key: settings[key] for key in going_on.CUT}
+    cut = going_on.cut_of(trainer.settings)
     state = replace(state, of=trainer.max_steps, world=ranks.world, began=state.began or state.world, cut=cut)
     trainer.windows.load_state_dict(memory)
     log = RunLog(
