@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
 import signal
+import socket
+import subprocess
+import threading
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -172,6 +177,51 @@ def test_a_killed_process_leaves_neither_an_entry_nor_a_lock() -> None:
     assert entry.table["prompt"].to_pylist() == [[3]] and all("." not in name for name in entries("tokens"))
 
 
+def put(value: int) -> cache.Entry:
+    """An entry of one row."""
+    whole = {"prompt": [[value]], "response": [[4]], "learned": [[]], "flags": [0]}
+    return cache.Cache(Path("cache"), 1).entry(
+        "tokens", value, value, encoded.SCHEMA, lambda one: one.batch(whole) or {}
+    )
+
+
+def test_parts_of_other_machines_stay_while_they_are_written() -> None:
+    ours, theirs, long_ago = (cache.part_of(Path("cache", f"rows-{i}")) for i in range(3))
+    assert ours.name != cache.part_of(Path("cache", "rows-0")).name  # processes may share their number
+    theirs, long_ago = (one.with_name(one.name.replace(f".{cache.host()}.", ".other.")) for one in (theirs, long_ago))
+    for part in (ours, theirs, long_ago):
+        part.mkdir(parents=True)
+        (part / "data.arrow").write_bytes(b"half")
+    for one in (long_ago, long_ago / "data.arrow"):
+        os.utime(one, (1e9, 1e9))
+    put(1)
+    assert [*Path("cache").glob("*.part")] == [theirs]
+
+
+def test_a_lock_that_is_a_file_goes_over_from_a_dead_holder_or_names_it(monkeypatch, caplog, recwarn) -> None:
+    """On a file system without flock, as Lustre may be mounted."""
+
+    def refuse(descriptor: int, how: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(cache, "PATIENCE", 0.1)
+    lock = Path("cache", ".rows.lock")
+    lock.parent.mkdir()
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    lock.write_text(f"{dead.pid}\n{socket.gethostname()}\n")
+    assert put(1).table.num_rows == 1 and not caplog.messages and not lock.exists()
+    lock.write_text("77\nfar-away\n")
+    threading.Timer(0.5, lock.unlink).start()
+    assert put(2).table.num_rows == 1
+    (line,) = caplog.messages
+    assert (
+        line
+        == "cache/.rows.lock: waiting for process 77 on far-away, which reads rows: if it runs no more, remove the file"
+    )
+
+
 def reading(results: multiprocessing.Queue) -> None:
     results.put([row.id for row in splits()[0]])
 
@@ -276,11 +326,12 @@ def test_a_killed_process_that_tokenises_ends_the_start_with_a_line(monkeypatch:
     assert multiprocessing.active_children() == []
 
 
-def test_what_goes_wrong_in_a_process_that_tokenises_is_its_parents_to_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_goes_wrong_in_a_process_that_tokenises_ends_its_parent(monkeypatch: pytest.MonkeyPatch, capfd) -> None:
     monkeypatch.setattr(encoded, "PART", 1)
     assert [*encoded._parts(lambda start: start * 2, 5, 3)] == [0, 2, 4, 6, 8]
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(RuntimeError, match="a process that tokenises rows failed: its own traceback stands above"):
         [*encoded._parts(lambda start: 1 // (3 - start), 5, 2)]
+    assert "ZeroDivisionError" in capfd.readouterr().err
 
 
 def test_processes_that_tokenise_end_where_their_parent_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -266,18 +266,17 @@ def _parts(work: Callable[[int], Part], count: int, workers: int) -> Iterable[Pa
 
 
 def _received(process: BaseProcess, pipe: Connection) -> Part:
-    """The next part of a process. Raises what went wrong there, and UserError where it was killed."""
+    """The next part of a process. Raises RuntimeError where it failed, and UserError where it was killed."""
     try:
-        found = pipe.recv()
+        return pipe.recv()
     except EOFError:
         process.join()
+        if process.exitcode > 0:  # an error of this program, not a user's
+            raise RuntimeError("a process that tokenises rows failed: its own traceback stands above") from None
         raise UserError(
             f"data.workers: a process that tokenises rows died (exit code {process.exitcode}), wanted all its rows: "
             "did memory run out? data.workers=1 takes least"
         ) from None
-    if isinstance(found, Exception):
-        raise found
-    return found
 
 
 def _work(work: Callable[[int], Part], starts: Sequence[int], parents: Connection, pipe: Connection) -> None:
@@ -288,13 +287,7 @@ def _work(work: Callable[[int], Part], starts: Sequence[int], parents: Connectio
     parents.close()  # so that writing fails once the parent is gone, however it went
     with suppress(BrokenPipeError):
         for start in starts:
-            try:
-                pipe.send(work(start))
-            except BrokenPipeError:
-                raise
-            except Exception as error:  # its parent's to tell
-                pipe.send(error)
-                return
+            pipe.send(work(start))
 
 
 def _tokenised(rows: Rows, encoder: Encoder, rows_of: RowsOf, start: int) -> Part:
