@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from pipeline.config.resolve import resolve
-from pipeline.data import cache, convert, dataset, encoded
+from pipeline.data import cache, convert, dataset, encoded, pairs
 from pipeline.data.conversations import learned
 from pipeline.data.rows import Rows
 from pipeline.data.stored import packed, unpacked
@@ -362,3 +362,55 @@ def test_pairs_and_scored_rows_with_other_columns_are_judged_together(folder: st
         *[{"topic": "x", "place": None}] * 2,
         {"topic": None, "place": "y"},
     ]
+
+
+# rows that are made anew
+
+
+def test_rows_keep_rewards_that_are_given_them_through_all_that_is_done_with_rows() -> None:
+    write("rows.jsonl", ROWS)
+    plain, held = splits("data.validation_fraction=0.4")
+    values = np.arange(len(plain)) / 4
+    values[3] = np.nan
+    rows = plain.with_rewards(values)
+    wanted = [replace(row, reward=None if i == 3 else i / 4) for i, row in enumerate(plain)]
+    assert rows == wanted and plain[0].reward == 0.0 and rows.cache is not None
+    assert rows[2:9] == wanted[2:9] and rows.take(values > 2) == [row for row in wanted if (row.reward or 0) > 2]
+    assert [row.reward for row in rows.repeated(np.arange(len(rows)) % 3)][:3] == [0.25, 0.5, 0.5]
+    assert rows + held == [*wanted, *held] and held + rows == [*held, *wanted]
+    for some in (rows, rows + held, rows[2:9], Rows.of([*plain]).with_rewards(values)):
+        assert np.array_equal(some.column("reward"), Rows.of([*some]).column("reward"), equal_nan=True)
+    assert rows.key != plain.key != rows.with_rewards(values + 1).key
+    assert [*rows.made("same", lambda some: some)] == wanted  # written, then read
+
+
+def best_and_worst(rows: list[Example]) -> list[tuple[str, str, float]]:
+    """What pairs are to be made of: completions and margin, of scored rows by prompt."""
+    groups: dict[str, list[Example]] = {}
+    for row in rows:
+        groups.setdefault(row.prompt, []).append(row)
+    ordered = [sorted(group, key=lambda row: -row.reward) for group in groups.values()]
+    ends = [(group[0], next(row for row in group if row.reward == group[-1].reward)) for group in ordered]
+    return [
+        (best.completion, worst.completion, best.reward - worst.reward)
+        for best, worst in ends
+        if best.reward > worst.reward and best.completion != worst.completion
+    ]
+
+
+@pytest.mark.parametrize("folder", [None, "cache"])
+def test_pairs_of_scored_rows_are_the_best_and_the_worst_of_each_prompt(folder: str | None, caplog) -> None:
+    chance = np.random.default_rng(5)
+    rows = [
+        {"prompt": f"p{chance.integers(60)}", "completion": f"c{chance.integers(4)}", "reward": int(chance.integers(5))}
+        for _ in range(200)
+    ]
+    write("rows.jsonl", rows)
+    train, _ = splits("data.validation_fraction=0.05", folder=folder)
+    for _ in range(2):
+        caplog.clear()
+        made = pairs.paired(train)
+        assert [(row.chosen, row.rejected, row.margin) for row in made] == best_and_worst([*train])
+        (line,) = [line for line in caplog.messages if "made of scored rows" in line]
+        assert line.startswith(f"pairs: {len(made)} made of scored rows, 0 given, ") and 30 < len(made) < 60
+    assert len(entries("rows")) == (0 if folder is None else 2)
