@@ -277,9 +277,9 @@ def gold(example: Example) -> tuple[str, ...]:
     return example.references or (() if answer is None else (text_of(answer),))
 
 
-def with_gold(examples: Sequence[Example]) -> list[Example]:
+def with_gold(examples: Sequence[Example]) -> Rows:
     """The examples with what new responses to their prompts are compared with as references."""
-    return [replace(example, references=gold(example)) for example in examples]
+    return Rows.of(examples).made("gold", lambda rows: (replace(row, references=gold(row)) for row in rows))
 
 
 def unique_prompts(examples: Sequence[Example], copies: bool = False) -> UniquePrompts:
