@@ -59,9 +59,9 @@ def of_rows(settings: WithModel, ahead: Ahead, use: Callable[[list[Example]], ob
             continue
         try:
             if number < MOST_HEADS:
-                use(readers.head(file, data.format, filters, data.max_bad_rows, data.columns))
+                use(readers.head(file, data.format, filters, data.max_bad_rows, data.columns, data.streaming))
             else:
-                raw_rows(file)
+                raw_rows(file, streaming=data.streaming)
         except UserError as error:
             yield str(error)
 

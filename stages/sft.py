@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from pipeline.config.schema import SftStage
-from pipeline.data import conversations, convert, dataset
+from pipeline.data import conversations, convert, dataset, encoded
 from pipeline.data.batching import Packing, Windows
+from pipeline.data.encoded import Items
 from pipeline.data.rows import Rows
 from pipeline.launch import run_dir
 from pipeline.launch.entry import run
@@ -67,11 +68,11 @@ def rows_of(settings: SftStage) -> tuple[Rows, Rows, str]:
     return conversations.learned(train, train_on), held_out[: settings.eval.max_rows], train_on
 
 
-def in_fewer_rows(items: Sequence[Item], policy: Model, settings: SftStage) -> Sequence[Item]:
+def in_fewer_rows(items: Items, policy: Model, settings: SftStage) -> Items:
     """Each conversation in one row where that changes nothing, after a word about it."""
     if settings.masking.rate > 0 or policy.packing.encoder_decoder:
         return items
-    joined = conversations.joined(items)
+    joined = encoded.joined(items, f"{run_dir.stage_dir(settings, 'sft')}/train")
     logger.info(f"train: {len(items):,} turns read in {len(joined):,} rows")
     return joined
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
 import signal
+import socket
+import subprocess
+import threading
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -15,7 +20,7 @@ import numpy as np
 import pytest
 
 from pipeline.config.resolve import resolve
-from pipeline.data import cache, convert, dataset, encoded
+from pipeline.data import cache, convert, dataset, encoded, pairs
 from pipeline.data.batching import Extent
 from pipeline.data.conversations import learned
 from pipeline.data.rows import Rows
@@ -173,6 +178,51 @@ def test_a_killed_process_leaves_neither_an_entry_nor_a_lock() -> None:
     assert entry.table["prompt"].to_pylist() == [[3]] and all("." not in name for name in entries("tokens"))
 
 
+def put(value: int) -> cache.Entry:
+    """An entry of one row."""
+    whole = {"prompt": [[value]], "response": [[4]], "learned": [[]], "flags": [0]}
+    return cache.Cache(Path("cache"), 1).entry(
+        "tokens", value, value, encoded.SCHEMA, lambda one: one.batch(whole) or {}
+    )
+
+
+def test_parts_of_other_machines_stay_while_they_are_written() -> None:
+    ours, theirs, long_ago = (cache.part_of(Path("cache", f"rows-{i}")) for i in range(3))
+    assert ours.name != cache.part_of(Path("cache", "rows-0")).name  # processes may share their number
+    theirs, long_ago = (one.with_name(one.name.replace(f".{cache.host()}.", ".other.")) for one in (theirs, long_ago))
+    for part in (ours, theirs, long_ago):
+        part.mkdir(parents=True)
+        (part / "data.arrow").write_bytes(b"half")
+    for one in (long_ago, long_ago / "data.arrow"):
+        os.utime(one, (1e9, 1e9))
+    put(1)
+    assert [*Path("cache").glob("*.part")] == [theirs]
+
+
+def test_a_lock_that_is_a_file_goes_over_from_a_dead_holder_or_names_it(monkeypatch, caplog, recwarn) -> None:
+    """On a file system without flock, as Lustre may be mounted."""
+
+    def refuse(descriptor: int, how: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(cache, "PATIENCE", 0.1)
+    lock = Path("cache", ".rows.lock")
+    lock.parent.mkdir()
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    lock.write_text(f"{dead.pid}\n{socket.gethostname()}\n")
+    assert put(1).table.num_rows == 1 and not caplog.messages and not lock.exists()
+    lock.write_text("77\nfar-away\n")
+    threading.Timer(0.5, lock.unlink).start()
+    assert put(2).table.num_rows == 1
+    (line,) = caplog.messages
+    assert (
+        line
+        == "cache/.rows.lock: waiting for process 77 on far-away, which reads rows: if it runs no more, remove the file"
+    )
+
+
 def reading(results: multiprocessing.Queue) -> None:
     results.put([row.id for row in splits()[0]])
 
@@ -279,11 +329,12 @@ def test_a_killed_process_that_tokenises_ends_the_start_with_a_line(monkeypatch:
     assert multiprocessing.active_children() == []
 
 
-def test_what_goes_wrong_in_a_process_that_tokenises_is_its_parents_to_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_goes_wrong_in_a_process_that_tokenises_ends_its_parent(monkeypatch: pytest.MonkeyPatch, capfd) -> None:
     monkeypatch.setattr(encoded, "PART", 1)
     assert [*encoded._parts(lambda start: start * 2, 5, 3)] == [0, 2, 4, 6, 8]
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(RuntimeError, match="a process that tokenises rows failed: its own traceback stands above"):
         [*encoded._parts(lambda start: 1 // (3 - start), 5, 2)]
+    assert "ZeroDivisionError" in capfd.readouterr().err
 
 
 def test_processes_that_tokenise_end_where_their_parent_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,3 +365,55 @@ def test_pairs_and_scored_rows_with_other_columns_are_judged_together(folder: st
         *[{"topic": "x", "place": None}] * 2,
         {"topic": None, "place": "y"},
     ]
+
+
+# rows that are made anew
+
+
+def test_rows_keep_rewards_that_are_given_them_through_all_that_is_done_with_rows() -> None:
+    write("rows.jsonl", ROWS)
+    plain, held = splits("data.validation_fraction=0.4")
+    values = np.arange(len(plain)) / 4
+    values[3] = np.nan
+    rows = plain.with_rewards(values)
+    wanted = [replace(row, reward=None if i == 3 else i / 4) for i, row in enumerate(plain)]
+    assert rows == wanted and plain[0].reward == 0.0 and rows.cache is not None
+    assert rows[2:9] == wanted[2:9] and rows.take(values > 2) == [row for row in wanted if (row.reward or 0) > 2]
+    assert [row.reward for row in rows.repeated(np.arange(len(rows)) % 3)][:3] == [0.25, 0.5, 0.5]
+    assert rows + held == [*wanted, *held] and held + rows == [*held, *wanted]
+    for some in (rows, rows + held, rows[2:9], Rows.of([*plain]).with_rewards(values)):
+        assert np.array_equal(some.column("reward"), Rows.of([*some]).column("reward"), equal_nan=True)
+    assert rows.key != plain.key != rows.with_rewards(values + 1).key
+    assert [*rows.made("same", lambda some: some)] == wanted  # written, then read
+
+
+def best_and_worst(rows: list[Example]) -> list[tuple[str, str, float]]:
+    """What pairs are to be made of: completions and margin, of scored rows by prompt."""
+    groups: dict[str, list[Example]] = {}
+    for row in rows:
+        groups.setdefault(row.prompt, []).append(row)
+    ordered = [sorted(group, key=lambda row: -row.reward) for group in groups.values()]
+    ends = [(group[0], next(row for row in group if row.reward == group[-1].reward)) for group in ordered]
+    return [
+        (best.completion, worst.completion, best.reward - worst.reward)
+        for best, worst in ends
+        if best.reward > worst.reward and best.completion != worst.completion
+    ]
+
+
+@pytest.mark.parametrize("folder", [None, "cache"])
+def test_pairs_of_scored_rows_are_the_best_and_the_worst_of_each_prompt(folder: str | None, caplog) -> None:
+    chance = np.random.default_rng(5)
+    rows = [
+        {"prompt": f"p{chance.integers(60)}", "completion": f"c{chance.integers(4)}", "reward": int(chance.integers(5))}
+        for _ in range(200)
+    ]
+    write("rows.jsonl", rows)
+    train, _ = splits("data.validation_fraction=0.05", folder=folder)
+    for _ in range(2):
+        caplog.clear()
+        made = pairs.paired(train)
+        assert [(row.chosen, row.rejected, row.margin) for row in made] == best_and_worst([*train])
+        (line,) = [line for line in caplog.messages if "made of scored rows" in line]
+        assert line.startswith(f"pairs: {len(made)} made of scored rows, 0 given, ") and 30 < len(made) < 60
+    assert len(entries("rows")) == (0 if folder is None else 2)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from pipeline.config.resolve import resolve
-from pipeline.data import dataset, readers, splits
+from pipeline.data import dataset, encoded, readers, splits
+from pipeline.data.tokenization import Encoder
 from pipeline.data.write import write_rows
 from pipeline.errors import UserError
-from pipeline.records import Example, Message, Response, Scores
+from pipeline.records import Example, Message, Response, Row, Scores
 from pipeline.rewards import candidates
 from pipeline.rewards.rewards import Rewards, WeightedReward
 from pipeline.rl import semi_offline
@@ -134,28 +137,49 @@ def test_a_completion_is_never_its_own_reference(caplog) -> None:
     assert "1 of 2 completions stand among their own references" in caplog.text
 
 
+def static_rows(row: Example, encoder: Encoder, which: str) -> tuple[Row, ...]:
+    items = encoded.encode([row], encoder, dataset.prompt_rows)
+    return semi_offline.with_static_rows(items, encoder, which)[0].static_rows
+
+
+def test_each_row_keeps_its_own_static_responses(tmp_path: Path) -> None:
+    texts = [["mat"], ["a cat", "mat", "a mat"], ["mat", "ran"]]  # neighbours that end and begin alike
+    given = [{"prompt": "p", "completion": "c", "candidates": some} for some in texts]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in given))
+    data, encoder = (
+        resolve(["stage=sft", f"data.train={tmp_path}/rows.jsonl", "data.validation_fraction=0"]),
+        tiny.encoder(),
+    )
+    for folder in (None, tmp_path / "cache", tmp_path / "cache"):
+        (rows,) = dataset.splits(data.settings.data, 1, ["train"], folder=folder)
+        items = encoded.encode(rows, encoder, dataset.prompt_rows)
+        found = semi_offline.with_static_rows(items, encoder, "random")
+        assert [one.rows for one in found] == [one.rows for one in items]
+        assert [len(one.static_rows) for one in found] == [1, 3, 2]
+        said = [[encoder.decode(row.response_ids) for row in one.static_rows] for one in found]
+        assert said == texts
+
+
 def test_what_static_rl_starts_from() -> None:
     encoder = tiny.encoder()
     texts = {"worst": ["mat"], "best": ["the old dog ran"], "random": list(RANKED.candidates)}
     for which, wanted in {**texts, "reference": ["sat on a mat"]}.items():
-        assert semi_offline.static_rows(RANKED, encoder, which) == tuple(
-            encoder.encode("the cat", text) for text in wanted
-        )
+        assert static_rows(RANKED, encoder, which) == tuple(encoder.encode("the cat", text) for text in wanted)
     without, other = replace(ROW, references=()), replace(ROW, completion="ran", references=("mat",))
-    assert semi_offline.static_rows(without, encoder, "reference") == (encoder.encode("the cat", "sat on a mat"),)
-    assert semi_offline.static_rows(other, encoder, "reference") == (encoder.encode("the cat", "mat"),)
+    assert static_rows(without, encoder, "reference") == (encoder.encode("the cat", "sat on a mat"),)
+    assert static_rows(other, encoder, "reference") == (encoder.encode("the cat", "mat"),)
 
 
 def test_a_static_row_cut_at_the_limit_has_no_eos() -> None:
-    whole = semi_offline.static_rows(RANKED, tiny.encoder(), "best")[0]
-    cut = semi_offline.static_rows(RANKED, tiny.encoder(response_limit=3), "best")[0]
+    whole = static_rows(RANKED, tiny.encoder(), "best")[0]
+    cut = static_rows(RANKED, tiny.encoder(response_limit=3), "best")[0]
     assert whole.response_ids[-1] == tiny.EOS_ID and not whole.cut_response
     assert cut.response_ids == whole.response_ids[:3] and tiny.EOS_ID not in cut.response_ids and cut.cut_response
 
 
 def test_static_rows_without_a_word_are_counted() -> None:
     odd = replace(RANKED, candidates=(" .", "mat", "?!"), candidate_rewards=())
-    rows = semi_offline.static_rows(odd, tiny.encoder(), "random")
+    rows = static_rows(odd, tiny.encoder(), "random")
     assert len(rows) == 3 and semi_offline.wordless(rows, tiny.encoder()) == 2
 
 
@@ -169,7 +193,7 @@ def test_static_rows_without_a_word_are_counted() -> None:
 )
 def test_rows_that_static_rl_cannot_start_from(row: Example, which: str, found: str) -> None:
     with pytest.raises(UserError, match=found):
-        semi_offline.static_rows(row, tiny.encoder(), which)
+        static_rows(row, tiny.encoder(), which)
 
 
 def test_splits_that_are_not_there_are_passed_by(tmp_path) -> None:

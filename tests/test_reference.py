@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 import torch
 
 from pipeline.algorithms import offline
-from pipeline.data import dataset, encoded
+from pipeline.data import cache, dataset, encoded
 from pipeline.data.batching import Extent, Packing, collate
 from pipeline.errors import UserError
 from pipeline.models import loading, value_head
@@ -134,15 +136,20 @@ def test_a_torn_cache_file_is_not_used(tmp_path: Path) -> None:
     ref, items = reference_of(tmp_path), rewarded(6)
     path = ref.cache("ref_logps", ".npy", rows=encoded.tokens_digest(items))
     path.parent.mkdir(parents=True)
-    path.with_name(f"{path.name}.part").write_bytes(b"torn")
+    left, written = cache.part_of(path), cache.part_of(path)  # by one that was killed long ago, by one at work
+    left.write_bytes(b"torn")
+    os.utime(left, (1e9, 1e9))
+    written.write_bytes(b"other")
     assert len(reference.with_ref_logps(ref, items)) == 6 and path.is_file()
+    assert not left.exists() and written.read_bytes() == b"other"
 
 
-def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "uuid4", lambda: UUID(int=0))
     ref, items = reference_of(tmp_path), rewarded(6)
     path = ref.cache("ref_logps", ".npy", rows=encoded.tokens_digest(items))
     path.parent.mkdir(parents=True)
-    path.with_name(f"{path.name}.part").symlink_to("/dev/full")
+    cache.part_of(path).symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left"):
         reference.with_ref_logps(ref, items)
     assert [one.name for one in path.parent.iterdir()] == [".lock"]

@@ -9,7 +9,7 @@ import pytest
 import sentencepiece
 from transformers import MarianTokenizer, PreTrainedTokenizerBase
 
-from pipeline.data import conversations, transcripts
+from pipeline.data import conversations, encoded, transcripts
 from pipeline.data.dataset import completion_rows
 from pipeline.data.encoded import encode
 from pipeline.data.tokenization import Encoder
@@ -101,7 +101,7 @@ def test_turns_are_joined_whatever_ends_them(name: str) -> None:
     tokenizer = byte_pairs(getattr(chats, name))
     encoder, talk = make(tokenizer), turns("hello", "hi there", "two plus two ?", "It is four .")
     rows = conversations.learned([Example("a", talk[:-1], talk[-1].content)], "all")
-    (item,) = conversations.joined(encode(rows, encoder, completion_rows))
+    (item,) = encoded.joined(encode(rows, encoder, completion_rows))
     row, whole, line_end = item.rows[0], own_ids(tokenizer, talk), tokenizer("\n").input_ids
     assert row.prompt_ids + row.response_ids == whole[: len(row)] and set(whole[len(row) :]) <= {*line_end}
     learned = [token for token, is_learned in zip(row.response_ids, row.learned, strict=True) if is_learned]

@@ -52,7 +52,7 @@ SAID: dict[str, str] = {  # names -> what to say of each
     "label_smoothing_factor": "set label_smoothing=0.1: of tokens in stage=sft, of pairs in stage=rl algo=dpo",
     "actor_learning_rate critic_lr": "set learning_rate=1e-5: there is one, for there is no critic",
     "value_model value_pretrain": "leave it out: algo=alol learns what to expect of a prompt by itself, without one",
-    "streaming": "leave it out: rows are read and tokenised once, before the first step",
+    "streaming_dataset stream": "data.streaming=true data.max_rows=100000 reads so many rows of a set and no more",
     "pref_beta": "set beta=0.1 in stage=rl algo=dpo",
     "per_device_eval_batch_size eval_batch_size": (
         "what is evaluated is read in batches of max_tokens=4096 or micro_batch_size=4, as in training; "

@@ -131,6 +131,7 @@ class DataSettings(Section):
     exclude: list[str]
     drop_abrupt: bool
     max_rows: Count | None
+    streaming: bool
     workers: Count | None
     max_bad_rows: Whole
     validation_fraction: Dropped
@@ -161,6 +162,13 @@ class DataSettings(Section):
             raise ValueError(f"columns are given, but task {self.task} makes rows of its own: set data.columns={{}}")
         if self.task is None and self.task_size is not None:
             raise ValueError(f"task_size is {self.task_size}, wanted null without a task: set data.max_rows")
+        if self.streaming and self.max_rows is None:
+            raise ValueError(
+                "streaming is true, but max_rows is null, wanted how many rows to read: data.max_rows=64000 is 1,000 "
+                "steps of 64 rows"
+            )
+        if self.streaming and self.task is not None:
+            raise ValueError(f"streaming is true, but task {self.task} makes its rows: set data.streaming=false")
         return self
 
 

@@ -13,16 +13,20 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache as once_only
+from importlib.metadata import version
 from pathlib import Path
+from socket import gethostname
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pyarrow
-from filelock import FileLock, SoftFileLock
+from filelock import FileLock, SoftFileLock, Timeout
 
 from pipeline.errors import UserError
 from pipeline.files import write_json
@@ -30,6 +34,10 @@ from pipeline.files import write_json
 FORMAT = 1  # raise it where what is stored changes and no code below pipeline/data does
 DATA, META, USES = "data.arrow", "meta.json", "uses.json"
 TOLD = 1 << 30  # bytes of a cache from which its size is said
+LIBRARIES = ("pyarrow", "datasets", "transformers", "tokenizers", "jinja2")  # that read, write templates out, tokenise
+PART = ".part"
+ABANDONED = 3600.0  # seconds without a byte after which another machine's part is nobody's any more
+PATIENCE = 30.0  # seconds of waiting for a lock that a dead process may hold, after which it is said
 
 logger = logging.getLogger("tiffin")
 
@@ -106,8 +114,9 @@ class Cache:
         uses = self._uses() | {user: name}
         write_json(self.folder / USES, uses)
         for other in self.folder.iterdir():
-            if other.is_dir() and other.name not in uses.values():
+            if other.is_dir() and other.suffix != PART and other.name not in uses.values():
                 shutil.rmtree(other, ignore_errors=True)
+        sweep((place for place in self.folder.glob(f"*{PART}") if place.is_dir()), alone=True)
 
     def _tell_size(self) -> None:
         size = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
@@ -118,12 +127,13 @@ class Cache:
     def locked(self) -> Iterator[bool]:
         """Hold the cache; whether it is held.
 
-        On a file system without locks each process makes its own, and the first one's stays.
+        On a file system without locks each process makes its own, and the first one's stays. Where there are none but
+        files that say who holds it, a dead process of this machine loses it; one of another machine is named.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.folder / ".rows.lock")
         try:
-            lock.acquire()
+            _acquire(lock)
         except (OSError, NotImplementedError) as error:
             logger.warning(f"{self.folder}: this file system has no locks ({error}): rows may be read several times")
             yield False
@@ -134,8 +144,7 @@ class Cache:
             lock.release()
 
     def _make(self, place: Path, schema: pyarrow.Schema, make: Make) -> None:
-        part = place.with_name(f"{place.name}.{os.getpid()}.part")
-        shutil.rmtree(part, ignore_errors=True)
+        part = part_of(place)
         part.mkdir()
         try:
             with open(part / DATA, "wb") as file:
@@ -153,6 +162,44 @@ class Cache:
                     raise
         finally:
             shutil.rmtree(part, ignore_errors=True)
+
+
+def _acquire(lock: FileLock) -> None:
+    """Wait for the lock; a file that a process of another machine left is told of, once. Raises OSError, as it does."""
+    try:
+        lock.acquire(PATIENCE)
+    except Timeout:
+        if isinstance(lock, SoftFileLock):  # of any other its holder's death frees it
+            holder = " on ".join(Path(lock.lock_file).read_text("utf-8", "replace").split("\n")[:2])
+            logger.warning(
+                f"{lock.lock_file}: waiting for process {holder}, which reads rows: if it runs no more, remove the file"
+            )
+        lock.acquire()
+
+
+def part_of(place: Path) -> Path:
+    """Where what becomes `place` is written: a name that no other process has, of this machine or another."""
+    return place.with_name(f"{place.name}.{host()}.{uuid4().hex[:12]}{PART}")
+
+
+def host() -> str:
+    """This machine's name, of which no part is an ending."""
+    return gethostname().replace(".", "-")
+
+
+def sweep(parts: Iterable[Path], alone: bool) -> None:
+    """Remove those of `parts` that killed processes left: nobody has written to them for long.
+
+    This machine's are nobody's at once for one who is `alone`, as who holds the lock under which they are written;
+    another machine may not see it.
+    """
+    for part in parts:
+        try:
+            last = max(one.stat().st_mtime for one in (part, *part.glob("*")))
+        except FileNotFoundError:  # complete by now
+            continue
+        if (alone and part.name.split(".")[-3:-2] == [host()]) or time.time() - last > ABANDONED:
+            shutil.rmtree(part, ignore_errors=True) if part.is_dir() else part.unlink(missing_ok=True)
 
 
 def opened(place: Path) -> Entry:
@@ -224,10 +271,7 @@ def digest(*parts: object) -> str:
 @once_only
 def code() -> str:
     """What of the program decides what is stored: our code that reads rows and tokenises them, and the libraries'."""
-    import tokenizers
-    import transformers
-
     ours = Path(__file__).resolve().parent
     files = [*sorted(ours.glob("*.py")), ours.parent / "records.py"]
-    versions = [FORMAT, sys.version, pyarrow.__version__, transformers.__version__, tokenizers.__version__]
+    versions = [FORMAT, sys.version, *map(version, LIBRARIES)]
     return digest(versions, *(file.read_bytes() for file in files))

@@ -9,13 +9,13 @@ which has no EOS in the history, does not, nor does a prompt that lost its begin
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from pipeline.data.messages import answer_of
 from pipeline.data.rows import Rows
 from pipeline.errors import UserError
-from pipeline.records import Example, Item, Row
+from pipeline.records import Example, Row
 
 logger = logging.getLogger("tiffin")
 
@@ -105,17 +105,18 @@ def rewarded_turns(example: Example) -> list[Example]:
     return scored if scored and last.reward is None else [*scored, last]
 
 
-def joined(items: Sequence[Item]) -> list[Item]:
-    """Neighbours of one row each in one row, where the ids of the first begin the prompt of the second."""
-    merged: list[Item] = []
-    for item in items:
-        row = item.rows[0]
-        before = merged[-1].rows[0] if merged else None
+def joined(rows: Iterable[Row]) -> Iterator[tuple[int, Row]]:
+    """Neighbours in one row, where the ids of the first begin the prompt of the second; each with the last's place."""
+    before: Row | None = None
+    for place, row in enumerate(rows):
         if before is not None and row.prompt_ids[: len(before)] == before.prompt_ids + before.response_ids:
-            merged[-1] = replace(item, rows=(_one_row(before, row),))
-        else:
-            merged.append(item)
-    return merged
+            before = _one_row(before, row)
+            continue
+        if before is not None:
+            yield place - 1, before
+        before = row
+    if before is not None:
+        yield place, before
 
 
 def _one_row(before: Row, after: Row) -> Row:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
+from functools import cache as once_only
 from operator import eq
 from pathlib import Path
 from typing import Any
@@ -104,9 +104,9 @@ def _of_files(
     """Of each split the rows before any weight; what is held out is cut from the union."""
     fraction, ids, origin = data.validation_fraction, id_names_of(places), origins(data, names)
     cut = "train" in places and "validation" not in places  # validation is a part of train
-    files = dict.fromkeys(chain.from_iterable(origin.values()))
-    read = {file: _read(file, data, carry, ids[file], cache) for file in files}
-    whole = {name: Rows.whole([*chain.from_iterable(read[file] for file in some)]) for name, some in origin.items()}
+    most = data.max_rows if data.streaming else None
+    read = once_only(lambda file, left: _read(file, data, carry, ids[file], cache, left))  # whatever it serves for
+    whole = {name: Rows.whole([*_first(some, most, read)]) for name, some in origin.items()}
     rows = {name: some.take(slice(data.max_rows if name == "train" else None), name) for name, some in whole.items()}
     asked = [name for name in ("train", "validation") if name in rows]
     if cut and fraction > 0 and asked:
@@ -152,15 +152,30 @@ def held_out(rows: Rows, fraction: float, most: int | None) -> np.ndarray:
     return apart[of_row]
 
 
-def _read(place: str, data: DataSettings, carry: bool, name: str, cache: Cache | None) -> list[Store]:
-    """The rows of a file or hub name; ids begin with `name`, but of a hub set's folders with theirs."""
+def _first(places: Iterable[Any], most: int | None, read: Callable[[Any, int | None], list[Store]]) -> Iterator[Store]:
+    """The stores that `read` makes of the places, one after the other: of so many rows in all, None for all rows."""
+    left = most
+    for place in places:
+        if left == 0:
+            return
+        found = read(place, left)
+        left = None if left is None else left - sum(map(len, found))
+        yield from found
+
+
+def _read(place: str, data: DataSettings, carry: bool, name: str, cache: Cache | None, most: int | None) -> list[Store]:
+    """The first `most` rows of a file or hub name; ids begin with `name`, but of a hub set's folders with theirs."""
     folders = hub.folders(place, data.sources or []) if hub.is_hub_name(place) else {}
     if folders:  # a hub set keeps each source in a folder of its own
         whole = data.model_copy(update={"sources": None})
-        parts = [(source, store) for source, one in folders.items() for store in _read(one, whole, carry, "", cache)]
-        return [replace(store, file=place, fix=replace(store.fix, source=source)) for source, store in parts]
+
+        def of_source(source: str, left: int | None) -> list[Store]:
+            found = _read(folders[source], whole, carry, "", cache, left)
+            return [replace(store, file=place, fix=replace(store.fix, source=source)) for store in found]
+
+        return [*_first(folders, most, of_source)]
     filters = readers.Filters(data.exclude, data.drop_abrupt, data.sources)
-    asked = (place, data.format, filters, data.max_bad_rows, carry, data.columns, name)
+    asked = (place, data.format, filters, data.max_bad_rows, carry, data.columns, name, most)
     if cache is None:
         result = readers.read(*asked)
         return [Store(result.kept, place, fix=result.fix)]
@@ -177,24 +192,28 @@ def stored(cache: Cache, place: str, *asked: Any) -> Store:
         sink = Sink(writer)
         result = readers.read(place, *asked, sink=sink)
         sink.flush()
-        if mark(place) != found:
+        if mark(place, streaming) != found:
             raise UserError(f"{place}: it changed while it was read, wanted a file that stays: start again")
         return result.names.facts() | {"without": result.fix.without, "reward": result.fix.reward}
 
-    found = mark(place)
+    *_, most = asked
+    streaming = most is not None
+    found = mark(place, streaming)
     user = ["file", place, *map(plain, asked)]
     key = [*user, found]
     size = Path(place).stat().st_size if Path(place).is_file() else 0
     before = f"{place}: {size / 1e9:.1f} GB to read, once per machine" if size > LARGE else ""
+    if streaming:
+        before = f"{place}: its first {most:,} rows to read, once per machine"
     entry = cache.entry("rows", user, key, SCHEMA, make, before)
     say(entry.lines)
     fix = Fix(tuple(entry.facts["without"]), entry.facts["reward"])
     return Store(entry, place, digest(key), digest(user), fix, cache)
 
 
-def mark(place: str) -> str:
+def mark(place: str, streaming: bool) -> str:
     """What tells the content of a file, or of a hub data set, from any other."""
-    return hub.mark(place) if hub.is_hub_name(place) else fingerprint(place)
+    return hub.mark(place, streaming) if hub.is_hub_name(place) else fingerprint(place)
 
 
 def plain(value: Any) -> Any:
@@ -258,9 +277,9 @@ def gold(example: Example) -> tuple[str, ...]:
     return example.references or (() if answer is None else (text_of(answer),))
 
 
-def with_gold(examples: Sequence[Example]) -> list[Example]:
+def with_gold(examples: Sequence[Example]) -> Rows:
     """The examples with what new responses to their prompts are compared with as references."""
-    return [replace(example, references=gold(example)) for example in examples]
+    return Rows.of(examples).made("gold", lambda rows: (replace(row, references=gold(row)) for row in rows))
 
 
 def unique_prompts(examples: Sequence[Example], copies: bool = False) -> UniquePrompts:

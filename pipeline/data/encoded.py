@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from itertools import chain
+from itertools import chain, islice
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, overload
@@ -25,7 +25,7 @@ import pyarrow
 import pyarrow.compute as pc
 import torch
 
-from pipeline.data import cache
+from pipeline.data import cache, conversations
 from pipeline.data.cache import Entry, Writer, digest
 from pipeline.data.rows import Rows
 from pipeline.data.stored import hash_of
@@ -229,30 +229,46 @@ def say_once(entry: Entry, encoder: Encoder) -> None:
     encoder.unread.known.update(entry.facts["known"])
 
 
+def joined(items: Items, user: str = "") -> Items:
+    """Items of one row each, neighbours in one where `conversations.joined` finds that it changes nothing.
+
+    Each is the item of its last row otherwise. Kept as the tokens of `encode`, for `user`.
+    """
+    rows = examples_of(items)
+    schema = SCHEMA.append(pyarrow.field("place", pyarrow.int64()))
+
+    def make(writer: Writer) -> Mapping[str, Any]:
+        found = conversations.joined(items._row(place) for place in range(len(items)))
+        while some := [*islice(found, PART)]:
+            places, whole = zip(*some, strict=True)
+            writer.batch(_columns(whole) | {"place": np.array(places)})
+        return {}
+
+    if rows.cache is None:
+        entry = cache.in_memory(schema, make)
+    else:
+        entry = rows.cache.entry("tokens", [user, "joined"], ["joined", tokens_digest(items)], schema, make)
+    places = entry.table["place"].to_numpy()
+    numbers = {name: values[places] for name, values in items.numbers.items()}
+    return Items(rows.take(places, "joined"), entry.table, 1, numbers)
+
+
 @dataclass(frozen=True)
 class Part:
     """The tokens of some rows, flat, with what was said of them."""
 
-    ids: dict[
-        str, tuple[np.ndarray, np.ndarray]
-    ]  # of prompts and responses: (tokens,) int32, (rows + 1,) where each begins
-    learned: list[tuple[bool, ...]]  # of each row, () where all of its response is
-    flags: np.ndarray  # (rows,)
+    columns: dict[str, pyarrow.Array]  # those of SCHEMA
     per: set[int]  # rows of an item
     lines: cache.Lines
     known: set[str]
     error: str = ""  # a user's mistake in the row behind these
-
-    def columns(self) -> dict[str, pyarrow.Array]:
-        lists = {name: pyarrow.ListArray.from_arrays(ends, ids) for name, (ids, ends) in self.ids.items()}
-        return {**lists, "learned": self.learned, "flags": self.flags}
 
 
 def _encode(rows: Rows, encoder: Encoder, rows_of: RowsOf, workers: int, writer: Writer) -> Mapping[str, Any]:
     """Tokenise all rows into `writer`, many in several processes. Raises the UserError of the first bad one."""
     per, known = set[int](), set[str]()
     for part in _parts(partial(_tokenised, rows, encoder.anew(), rows_of), len(rows), workers):
-        writer.batch(part.columns())
+        writer.batch(part.columns)
         per |= part.per
         known |= part.known
         cache.say(part.lines)
@@ -287,18 +303,17 @@ def _parts(work: Callable[[int], Part], count: int, workers: int) -> Iterable[Pa
 
 
 def _received(process: BaseProcess, pipe: Connection) -> Part:
-    """The next part of a process. Raises what went wrong there, and UserError where it was killed."""
+    """The next part of a process. Raises RuntimeError where it failed, and UserError where it was killed."""
     try:
-        found = pipe.recv()
+        return pipe.recv()
     except EOFError:
         process.join()
+        if process.exitcode > 0:  # an error of this program, not a user's
+            raise RuntimeError("a process that tokenises rows failed: its own traceback stands above") from None
         raise UserError(
             f"data.workers: a process that tokenises rows died (exit code {process.exitcode}), wanted all its rows: "
             "did memory run out? data.workers=1 takes least"
         ) from None
-    if isinstance(found, Exception):
-        raise found
-    return found
 
 
 def _work(work: Callable[[int], Part], starts: Sequence[int], parents: Connection, pipe: Connection) -> None:
@@ -309,13 +324,7 @@ def _work(work: Callable[[int], Part], starts: Sequence[int], parents: Connectio
     parents.close()  # so that writing fails once the parent is gone, however it went
     with suppress(BrokenPipeError):
         for start in starts:
-            try:
-                pipe.send(work(start))
-            except BrokenPipeError:
-                raise
-            except Exception as error:  # its parent's to tell
-                pipe.send(error)
-                return
+            pipe.send(work(start))
 
 
 def _tokenised(rows: Rows, encoder: Encoder, rows_of: RowsOf, start: int) -> Part:
@@ -328,16 +337,24 @@ def _tokenised(rows: Rows, encoder: Encoder, rows_of: RowsOf, start: int) -> Par
                 made.append(rows_of(rows[place], encoder))
         except UserError as mistake:
             error = str(mistake)
-    flat = [*chain.from_iterable(made)]
-    ids = {"prompt": _flat([row.prompt_ids for row in flat]), "response": _flat([row.response_ids for row in flat])}
-    flags = [sum(getattr(row, name) << bit for bit, name in enumerate(FLAGS)) for row in flat]
-    learned = [row.learned for row in flat]
-    return Part(ids, learned, np.array(flags, np.uint8), {*map(len, made)}, lines, encoder.unread.known, error)
+    columns = _columns([*chain.from_iterable(made)])
+    return Part(columns, {*map(len, made)}, lines, encoder.unread.known, error)
 
 
-def _flat(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+def _columns(rows: Sequence[Row]) -> dict[str, pyarrow.Array]:
+    """Those of SCHEMA."""
+    flags = [sum(getattr(row, name) << bit for bit, name in enumerate(FLAGS)) for row in rows]
+    return {
+        "prompt": _flat([row.prompt_ids for row in rows]),
+        "response": _flat([row.response_ids for row in rows]),
+        "learned": pyarrow.array([row.learned for row in rows], SCHEMA.field("learned").type),
+        "flags": pyarrow.array(flags, pyarrow.uint8()),
+    }
+
+
+def _flat(rows: Sequence[Sequence[int]]) -> pyarrow.ListArray:
     ends = np.cumsum([0, *map(len, rows)], dtype=np.int32)
-    return np.fromiter(chain.from_iterable(rows), np.int32, count=int(ends[-1])), ends
+    return pyarrow.ListArray.from_arrays(ends, np.fromiter(chain.from_iterable(rows), np.int32, count=int(ends[-1])))
 
 
 def counts(items: Items) -> dict[str, int]:

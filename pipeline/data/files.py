@@ -33,6 +33,7 @@ NESTED = (
 SCORE_MARK = "<#SCORE#>"  # stands in every ranked-candidates cell and in no header
 ARRAY = 'wanted an array of objects, {"data": [...]} or one object per line'
 DECODER = json.JSONDecoder()
+READ_WHOLE = (".json", ".json.gz", ".parquet.gz")
 NO_VALUE = re.compile(r"[ \t\r\n,:]*")  # between the values of sound JSON
 
 
@@ -45,14 +46,15 @@ class RawRow:
     error: str = ""  # why this line is no row; `columns` is then empty
 
 
-def raw_rows(path: str, ranked: bool = False) -> Iterator[RawRow]:
+def raw_rows(path: str, ranked: bool = False, streaming: bool = False) -> Iterator[RawRow]:
     """The rows of a local file, or, where there is none, of a hub data set `owner/name[/folder][@revision][:split]`.
 
     `ranked`: a tsv or txt file has ranked candidates, and so no header line.
-    Raises UserError for a file that is absent, of unknown ending, badly encoded, cut short or damaged.
+    `streaming`: what is not read is not fetched either. Files are read row by row anyway, but for some that are refused
+    then. Raises UserError for a file that is absent, of unknown ending, badly encoded, cut short or damaged.
     """
     if hub.is_hub_name(path):
-        return (RawRow(number, columns) for number, columns in hub.rows(path))
+        return (RawRow(number, columns) for number, columns in hub.rows(path, streaming))
     file = Path(path)
     if not file.exists():
         raise UserError(f"{path}: no such file, wanted a file or a hub name owner/name{_nearby(file)}")
@@ -61,6 +63,11 @@ def raw_rows(path: str, ranked: bool = False) -> Iterator[RawRow]:
     ending = known_ending(file.name)
     if ending is None:
         raise UserError(f"{path}: unknown ending, wanted one of {', '.join(READERS)}, plain or .gz; rename the file")
+    if streaming and path.endswith(READ_WHOLE):
+        raise UserError(
+            f"{path}: data.streaming, but such a file is read whole before its first row, wanted .jsonl, .csv, .tsv "
+            "(each plain or .gz) or .parquet: write it as one of these"
+        )
     return _ranked(path) if ranked and ending in (".tsv", ".txt") else READERS[ending](path)
 
 

@@ -20,6 +20,7 @@ _NAME = re.compile(
     r"(?:@(?P<revision>[\w./-]+))?(?::(?P<first>[\w.-]+)(?::(?P<second>[\w.-]*))?)?"
 )
 UNREADABLE = (OSError, ValueError, RuntimeError)  # the last of sets that want code of their own to be run
+COMMIT = re.compile("[0-9a-f]{40}")  # a revision that names the content for ever
 _FILE_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet", ".gz", ".zst", ".zip", ".arrow")
 
 
@@ -59,10 +60,32 @@ def folders(path: str, sources: Iterable[str]) -> dict[str, str]:
     return {source: f"{name.repository}/{source}{rest}" for source in sources}
 
 
-def rows(path: str) -> Iterator[tuple[int, Mapping[str, object]]]:
-    """(row number from 1, columns). Raises UserError when the hub cannot be reached or knows no such data."""
+def rows(path: str, streaming: bool = False) -> Iterator[tuple[int, Mapping[str, object]]]:
+    """(row number from 1, columns). Raises UserError when the hub cannot be reached or knows no such data.
+
+    With `streaming` they are fetched as they are read, and what is fetched is not kept; else all are downloaded first.
+    """
     split = parse(path).split or "train"
-    yield from enumerate(_ask(path, "load_dataset", split=split), start=1)
+    if streaming:
+        yield from _streamed(path, _ask(path, "load_dataset", split=split, streaming=True))
+    else:
+        yield from enumerate(_ask(path, "load_dataset", split=split), start=1)
+
+
+def _streamed(path: str, found: Iterable[Mapping[str, object]]) -> Iterator[tuple[int, Mapping[str, object]]]:
+    """The numbered rows as they come. Raises UserError where they break off; the library has tried again by then."""
+    from huggingface_hub.errors import HTTPError  # also what has no network
+
+    number = 0
+    try:
+        for number, row in enumerate(found, start=1):
+            yield number, row
+    except (*UNREADABLE, HTTPError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{path}: the stream broke off after {number:,} rows ({reason}), wanted to read on: is the hub reachable? "
+            "Start again"
+        ) from error
 
 
 def split_names(path: str) -> list[str]:
@@ -75,7 +98,7 @@ def of_split(path: str, split: str) -> str:
     return f"{path.removesuffix(':')}:{split}"
 
 
-def _ask(path: str, function: str, **options: str) -> Any:
+def _ask(path: str, function: str, **options: str | bool) -> Any:
     """What a function of the hub's library says of the data set."""
     import datasets  # takes seconds
 
@@ -93,7 +116,16 @@ def _ask(path: str, function: str, **options: str) -> Any:
         ) from error
 
 
-def mark(path: str) -> str:
-    """What names the content of the data set, as its library says: of its files and their revision."""
-    split = parse(path).split or "train"
+def mark(path: str, streaming: bool = False) -> str:
+    """What names the content of the data set, as its library says: of its files and their revision.
+
+    With `streaming` nothing is downloaded for it, and nobody asked where the revision is a whole commit hash.
+    """
+    name = parse(path)
+    split = name.split or "train"
+    if streaming and name.revision is not None and COMMIT.fullmatch(name.revision):
+        return name.revision
+    if streaming:
+        builder = _ask(path, "load_dataset_builder")
+        return f"{builder.hash} {builder.config_id}"
     return _ask(path, "load_dataset", split=split)._fingerprint  # as the library's documentation calls it

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 
-from pipeline.data import convert, dataset, mixing
+import numpy as np
+
+from pipeline.data import convert, dataset
 from pipeline.data.rows import Rows
 from pipeline.errors import UserError
 from pipeline.records import Example
@@ -24,7 +26,7 @@ def paired(rows: Sequence[Example]) -> Rows:
     Pairs of two equal texts stay, and are counted: nothing is learned from them. Raises UserError where there is no
     pair, or none of two different responses, or a row lacks a completion or a reward.
     """
-    pairs = Rows.of(rows if all_pairs(rows) else of_scored(rows))
+    pairs = Rows.of(rows) if all_pairs(rows) else of_scored(rows)
     same = int(pairs.column("same_sides").sum())
     if same == len(pairs):
         raise UserError(
@@ -43,38 +45,46 @@ def paired(rows: Sequence[Example]) -> Rows:
     return pairs
 
 
-def of_scored(rows: Sequence[Example]) -> list[Example]:
+def of_scored(rows: Sequence[Example]) -> Rows:
     """Of each prompt the row of highest reward is chosen, that of lowest is rejected; one line counts all rows.
 
     Scored candidates are such rows. Of equal rewards the first row counts. margin = chosen_reward - rejected_reward
     > 0. Source, references, columns and id are the chosen row's; where the two rows came from one pair, its id comes
-    back. `rewards` are not kept. Rows that are pairs already, without a completion, come first, unchanged.
+    back. `rewards` are not kept. Rows that are pairs already, without a completion, come first, unchanged. Raises
+    UserError for a row without a completion or a reward, and where there is no pair.
     """
-    given: list[Example] = []
-    groups: dict[object, list[Example]] = {}
-    for row in chain.from_iterable(map(convert.each_candidate, rows)):
-        if convert.is_pair(row) and row.completion is None:
-            given.append(row)
-        else:
-            groups.setdefault((mixing.copy_number(row), row.prompt), []).append(convert.with_score(row))
+    rows = Rows.of(rows)
+    if rows.any("scored_candidates"):
+        rows = rows.made("candidates", lambda some: chain.from_iterable(map(convert.each_candidate, some)))
+    return rows.made("pairs", _of_scored)
+
+
+def _of_scored(rows: Rows) -> Iterator[Example]:
+    """The pairs of `of_scored`; of each prompt two rows are read, the others known by their reward."""
+    given = rows.column("is_pair") & ~rows.column("answered")
+    scored = rows.take(~given)
+    for place in np.flatnonzero(~scored.column("answered") | np.isnan(scored.column("reward")))[:1]:
+        convert.with_score(scored[int(place)])  # which raises
+    yield from rows.take(given)
     # the largest contrast of each prompt; what lies between would say less, more often
-    made, alone, tied, between = [], 0, 0, 0
-    for group in groups.values():
-        best, worst = max(group, key=lambda row: row.reward), min(group, key=lambda row: row.reward)
-        if len(group) == 1:
+    rewards, prompts = scored.column("reward"), dataset.UniquePrompts.of(scored, copies=True)
+    made, alone, tied, between = 0, 0, 0, 0
+    for places in map(prompts.group, range(len(prompts))):
+        best, worst = (int(places[found(rewards[places])]) for found in (np.argmax, np.argmin))  # the first of equals
+        if len(places) == 1:
             alone += 1
-        elif best.reward == worst.reward or best.completion == worst.completion:
-            tied += len(group)
+        elif rewards[best] == rewards[worst] or scored[best].completion == scored[worst].completion:
+            tied += len(places)
         else:
-            made.append(_pair(best, worst))
-            between += len(group) - 2
-    if not given and not made:
+            made += 1
+            between += len(places) - 2
+            yield _pair(scored[best], scored[worst])
+    if not given.any() and not made:
         raise UserError("data: no prompt has two rows of different reward, wanted pairs: give chosen and rejected")
     logger.info(
-        f"pairs: {len(made):,} made of scored rows, {len(given):,} given, "
+        f"pairs: {made:,} made of scored rows, {int(given.sum()):,} given, "
         f"{alone:,} rows without a second response, {tied:,} tied, {between:,} between"
     )
-    return [*given, *made]
 
 
 def annotated(rows: Sequence[Example]) -> Rows:

@@ -86,6 +86,7 @@ def read(
     carry: bool = False,
     columns: mapping.Given | None = None,
     name: str = "",
+    most: int | None = None,
     sink: Sink | None = None,
 ) -> ReadResult:
     """The Examples of a local file, or of a hub data set `owner/name[/folder][@revision][:split]`, in their order.
@@ -93,21 +94,23 @@ def read(
     `columns` says which of the file's columns are ours: {our name: theirs}. Without `format` the first row's columns
     decide, those that have a value in one of the first HEAD rows. Ids default to "<name>/<line>", the name to the
     file's stem. With `carry` Examples keep the columns that the format does not use, for rewards. One line is logged.
-    They go into `sink`, where one is given, as they come; else they are in memory as `examples`.
+    They go into `sink`, where one is given, as they come; else they are in memory as `examples`. With `most` reading
+    ends with so many Examples: what follows is neither fetched nor refused.
 
     Raises UserError for an unreadable or empty file, an unknown format, more than `max_bad_rows` bad rows, a filter or
     `columns` that name what is not there, and when no row is left.
     """
     filters = filters or Filters()
-    rows, sound = _peek(path, format)
+    rows, sound = _peek(path, format, streaming=most is not None)
     first = RawRow(sound[0].line, reading.filled([row.columns for row in sound]))
     how = reading.decide(path, sound, format, columns or {})
     _check_flags(path, first, filters.exclude)
-    result = _read_rows(path, rows, how, filters, carry, name, sink)
+    result = _read_rows(path, rows, how, filters, carry, name, sink, most)
     _refuse_bad(path, result, max_bad_rows)
     if not len(result.kept):
         raise _nothing_left(path, result, filters)
-    logger.info(_summary(path, result, how, filters, carry))
+    ended = len(result.kept) == most
+    logger.info(_summary(path, result, how, filters, carry) + "; a stream that is read no further" * ended)
     unread = [name for name, why in result.further.items() if why or not carry]
     others = {name: value for name, value in first.columns.items() if name not in how.judged.attributes}
     if lost := remarks.of_columns(others, [name for name in unread if name not in filters.exclude]):
@@ -116,10 +119,15 @@ def read(
 
 
 def head(
-    path: str, format: str | None, filters: Filters, max_bad_rows: int, columns: mapping.Given | None = None
+    path: str,
+    format: str | None,
+    filters: Filters,
+    max_bad_rows: int,
+    columns: mapping.Given | None = None,
+    streaming: bool = False,
 ) -> Rows:
     """The Examples among the first rows of a local file: what `read` refuses of them is refused, and nothing logged."""
-    rows, sound = _peek(path, format)
+    rows, sound = _peek(path, format, streaming)
     how = reading.decide(path, sound, format, columns or {})
     _check_flags(path, sound[0], filters.exclude)
     rows = iter(rows)
@@ -136,12 +144,12 @@ def _refuse_bad(path: str, result: ReadResult, most: int, more: bool = False) ->
         raise UserError(f"{found}; fix the data, or allow them with data.max_bad_rows={number}")
 
 
-def _peek(path: str, format: str | None) -> tuple[Iterable[RawRow], list[RawRow]]:
+def _peek(path: str, format: str | None, streaming: bool) -> tuple[Iterable[RawRow], list[RawRow]]:
     """(all rows, the sound ones among the first), most of the file's rows still being read one by one."""
     if format is not None and format not in FORMATS:
         known = ", ".join(FORMATS)
         raise UserError(f"data.format: '{format}' is no format, wanted one of {known}{did_you_mean(format, FORMATS)}")
-    rows = iter(raw_rows(path, ranked=format == "candidates_tsv"))
+    rows = iter(raw_rows(path, format == "candidates_tsv", streaming))
     head = [*islice(rows, HEAD)]
     while head and head[-1].error and (row := next(rows, None)):
         head.append(row)
@@ -170,6 +178,7 @@ def _read_rows(
     carry: bool,
     name: str = "",
     sink: Sink | None = None,
+    most: int | None = None,
 ) -> ReadResult:
     """Every row once, from its columns to an Example or to the reason why it is none."""
     name = name or stem(path)
@@ -207,6 +216,8 @@ def _read_rows(
             _keep(result, example, whys)
             result.shortened += how.format == "hh" and parts_early(columns)
             result.overruled += messages.overrules(columns)
+            if len(result.kept) == most:
+                break
     return result
 
 

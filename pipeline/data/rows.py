@@ -6,6 +6,7 @@ which order, is an array of numbers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,7 +15,7 @@ from typing import Any, overload
 import numpy as np
 import pyarrow
 
-from pipeline.data.cache import Cache, Entry, Writer, digest
+from pipeline.data.cache import Cache, Entry, Writer, digest, say
 from pipeline.data.stored import SCHEMA, Names, Sink, copy_of, fact_column, unpacked
 from pipeline.records import Example
 
@@ -90,6 +91,7 @@ class Rows(Sequence[Example]):
     copies: np.ndarray | None = None  # (n,) number of the copy, from 1; None: all are the first
     filled: tuple[str, ...] = ()  # further columns that every row has, None where it brings none
     tag: str = ""  # which part of its files this is
+    rewards: np.ndarray | None = None  # (n,) float64, each row's `reward` from now on, NaN for none; None: its own
 
     @classmethod
     def of(cls, rows: Sequence[Example]) -> Rows:
@@ -126,6 +128,9 @@ class Rows(Sequence[Example]):
         row = self.stores[number].row(at - int(self.starts[number]))
         if len(row.columns) < len(self.filled):
             row = replace(row, columns={**dict.fromkeys(self.filled), **row.columns})
+        if self.rewards is not None:
+            given = float(self.rewards[place])
+            row = replace(row, reward=None if math.isnan(given) else given)
         return row if self.copies is None else copy_of(row, int(self.copies[place]))
 
     def __iter__(self) -> Iterator[Example]:
@@ -140,14 +145,20 @@ class Rows(Sequence[Example]):
 
     def take(self, places: slice | np.ndarray, tag: str = "") -> Rows:
         """Some of the rows: a slice, their places, or a mask."""
-        copies = None if self.copies is None else self.copies[places]
-        return replace(self, order=self.order[places], copies=copies, tag=f"{self.tag}{tag}")
+        copies, rewards = (None if one is None else one[places] for one in (self.copies, self.rewards))
+        return replace(self, order=self.order[places], copies=copies, rewards=rewards, tag=f"{self.tag}{tag}")
+
+    def with_rewards(self, values: Sequence[float] | np.ndarray) -> Rows:
+        """The rows, each with the reward that is given (n,), NaN for none."""
+        assert len(values) == len(self), (len(values), len(self))
+        return replace(self, rewards=np.asarray(values, np.float64))
 
     def repeated(self, counts: np.ndarray) -> Rows:
         """Each row so many times (n,), copies behind it."""
         ends = np.cumsum(counts)
         numbers = np.arange(1, (ends[-1] if len(ends) else 0) + 1) - np.repeat(ends - counts, counts)
-        return replace(self, order=np.repeat(self.order, counts), copies=numbers.astype(np.int32))
+        rewards = None if self.rewards is None else np.repeat(self.rewards, counts)
+        return replace(self, order=np.repeat(self.order, counts), copies=numbers.astype(np.int32), rewards=rewards)
 
     def __add__(self, other: Rows) -> Rows:
         """Both, one after the other."""
@@ -161,11 +172,16 @@ class Rows(Sequence[Example]):
                 [np.ones(len(one), np.int32) if one.copies is None else one.copies for one in (self, other)]
             )
         order = np.concatenate([self.order.astype(np.int64), other.order.astype(np.int64) + shift])
+        rewards = None
+        if self.rewards is not None or other.rewards is not None:
+            rewards = np.concatenate([one.column("reward") for one in (self, other)])
         filled = tuple(dict.fromkeys((*self.filled, *other.filled)))  # what was made of filled rows has all anyway
-        return Rows(stores, order.astype(place_type(stores)), copies, filled, f"{self.tag}+{other.tag}")
+        return Rows(stores, order.astype(place_type(stores)), copies, filled, f"{self.tag}+{other.tag}", rewards)
 
     def column(self, name: str) -> np.ndarray:
         """(n,) of a fact that is known of every row."""
+        if name == "reward" and self.rewards is not None:
+            return self.rewards
         parts = [store.column(name) for store in self.stores]
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.empty(0)
         return whole[self.order]
@@ -181,8 +197,8 @@ class Rows(Sequence[Example]):
         """What names the content, wherever it lies."""
         stores = [one.key + repr(one.fix) for one in self.stores]
         assert self.cache is not None, "rows in a list have no key"
-        copies = self.order[:0] if self.copies is None else self.copies
-        return digest(stores, self.order, copies, self.filled)
+        copies, rewards = (self.order[:0] if one is None else one for one in (self.copies, self.rewards))
+        return digest(stores, self.order, copies, self.filled, rewards)
 
     @property
     def user(self) -> str:
@@ -195,7 +211,10 @@ class Rows(Sequence[Example]):
         return next((one.cache for one in self.stores), None) if all(one.cache for one in self.stores) else None
 
     def made(self, name: str, make: Callable[[Rows], Iterable[Example]]) -> Rows:
-        """The rows that `make` makes of these; beside them, once per machine. `name` says what it does, in full."""
+        """The rows that `make` makes of these; beside them, once per machine. `name` says what it does, in full.
+
+        What it logs is logged each time.
+        """
         if self.cache is None:
             return Rows.of([*make(self)])
 
@@ -209,4 +228,5 @@ class Rows(Sequence[Example]):
 
         user, key = [name, self.user], [name, self.key]
         entry = self.cache.entry("rows", user, key, SCHEMA, write)
+        say(entry.lines)
         return Rows.whole([Store(entry, name, digest(key), digest(user), cache=self.cache)])

@@ -69,6 +69,7 @@ def read_from(data: DataSettings, **places: str) -> DataSettings:
             "exclude": [],
             "drop_abrupt": False,
             "sources": None,
+            "streaming": False,
             **places,
         }
     )

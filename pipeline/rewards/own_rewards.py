@@ -6,6 +6,8 @@ said of the logged response, so that they judge no other text.
 
 from __future__ import annotations
 
+import math
+from array import array
 from collections.abc import Collection, Sequence
 
 from pipeline import plugins
@@ -32,7 +34,8 @@ def values(name: str, rows: Sequence[Example], models: Collection[str] = ()) -> 
     `models` are the run's own, which a wrong name may mean.
     """
     name = name.removeprefix(ROWS)
-    missing = [row for row in rows if name not in brought(row)]
+    found = array("d", (brought(row).get(name, math.nan) for row in rows))  # NaN is no row's own
+    missing = [place for place, value in enumerate(found) if math.isnan(value)]
     if rows and len(missing) == len(rows):
         there, files = names(rows), plugins.available("reward_models", "reward")
         raise UserError(
@@ -41,13 +44,13 @@ def values(name: str, rows: Sequence[Example], models: Collection[str] = ()) -> 
             f"({', '.join(files)}){did_you_mean(name, [*there, *models, *files])}"
         )
     if missing:
-        first, more = missing[0], len(missing) - 1
-        found = f"brings {', '.join(brought(first)) or 'none'}"
+        first, more = rows[missing[0]], len(missing) - 1
+        there = f"brings {', '.join(brought(first)) or 'none'}"
         raise UserError(
-            f"reward {name!r}: row {first.id} {found}, and {more:,} more of {len(rows):,} rows lack it too, "
+            f"reward {name!r}: row {first.id} {there}, and {more:,} more of {len(rows):,} rows lack it too, "
             "wanted a number in each: complete their `rewards`, or leave these rows out"
         )
-    return [brought(row)[name] for row in rows]
+    return found.tolist()
 
 
 def no_judge_of_new_texts(name: str) -> UserError:

@@ -39,6 +39,7 @@ from reward_models._values import checked, shortened
 logger = logging.getLogger("tiffin")
 
 MANY = 16  # different texts, to which a reward that tells texts apart gives different values
+KEPT = 10_000  # texts that are kept to tell them apart: of more the first will do
 EQUAL = 1e-4  # a standard deviation that is none, as a share of the values' size
 
 
@@ -157,13 +158,14 @@ class Rewards:
         """The weighted sum of those that judge each response. Raises UserError for one that none judges."""
         parts = [(reward.weight, normalised[reward.name]) for reward in self.rewards if reward.weight]
         totals = []
-        for i, text in enumerate(completions):
+        for i in range(len(completions)):
             given = [weight * values[i] for weight, values in parts if values[i] is not None]
             if parts and not given:
                 row = f"completion {i}" if ids is None else f"row {ids[i]}"
                 names = ", ".join(reward.name for reward in self.rewards if reward.weight)
+                text = shortened(completions[i])
                 raise UserError(
-                    f"reward: {row}: none of {names} judges '{shortened(text)}' (all returned None), wanted a number "
+                    f"reward: {row}: none of {names} judges '{text}' (all returned None), wanted a number "
                     "from one at least: leave the row out, or add a reward for it"
                 )
             totals.append(sum(given))
@@ -174,8 +176,11 @@ class Rewards:
         for name in [name for name in self._seen if name in normalised]:
             seen = self._seen[name]
             values = normalised[name]
-            seen.texts.update(text for text, value in zip(completions, values, strict=True) if value is not None)
-            seen.left.update(text for text, value in zip(completions, values, strict=True) if value is None)
+            for text, value in zip(completions, values, strict=True):
+                if len(seen.texts) == KEPT:
+                    break
+                if value is not None or len(seen.left) < KEPT:
+                    (seen.left if value is None else seen.texts).add(text)
             seen.values.extend(value for value in values if value is not None)
             if len(seen.left) >= MANY and not seen.texts:
                 del self._seen[name]

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from pipeline.config.reward_spec import ROWS
 from pipeline.config.sections import Scale
@@ -20,10 +24,28 @@ from pipeline.rewards.rewards import Rewards
 from pipeline.trainer.group import Ranks
 from reward_models._trl import TrlFunction
 
+AT_ONCE = 16_384  # texts that a rank asks of a reward in one call
 SCALES = "normalise.json"  # of a stage's directory: what its rewards are standardised by
 NO_SPREAD = 1e-9  # a standard deviation that is rounding alone, as a share of the values' size
 
 logger = logging.getLogger("tiffin")
+
+
+@dataclass(frozen=True)
+class Read(Sequence[str]):
+    """A text of each row, read when it is asked for."""
+
+    rows: Sequence[Example]
+    text: Callable[[Example], str]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self.text(self.rows[place])
+
+    def __iter__(self) -> Iterator[str]:
+        return map(self.text, self.rows)
 
 
 def score_texts(
@@ -46,12 +68,13 @@ def score_logged(
     ranks: Ranks,
     rewards: Rewards,
     rows: Sequence[Example],
-    completions: Sequence[Answer],
+    completions: Sequence[Answer] | None,
     train: int,
     directory: Path | None,
 ) -> Scores:
     """Score the responses that rows hold, as `score_texts`, with the rewards that the rows bring where these are named.
 
+    `completions`: the responses, where they are other ones than the rows' `completion`; then rows are read as needed.
     The first `train` of them say what is standardised by, if nothing did so far. Raises UserError for rows that lack a
     reward which is named.
     """
@@ -59,28 +82,53 @@ def score_logged(
     raw |= {one.name: own_rewards.values(one.own, rows, rewards.models) for one in rewards.own}
     say_what_is_meant(rewards, rows)
     settle(ranks, rewards, {name: values[:train] for name, values in raw.items()}, directory)
-    return rewards.weighed(raw, [text_of(one) for one in completions], [row.id for row in rows])
+    texts = Read(rows, lambda row: text_of(row.completion))
+    if completions is not None:
+        texts = [text_of(one) for one in completions]
+    return rewards.weighed(raw, texts, Read(rows, lambda row: row.id))
 
 
 def raw_scores(
     ranks: Ranks,
     rewards: Rewards,
     examples: Sequence[Example],
-    completions: Sequence[Answer],
+    completions: Sequence[Answer] | None = None,
     ids: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, list[float | None]]:
-    """As `score_texts`, what each function says, by reward."""
+    """As `score_texts`, what each function says, by reward; of the examples' own completions where none are given.
+
+    A rank asks for AT_ONCE texts at a time, so that few examples are in memory.
+    """
     mine = range(ranks.rank, len(examples), ranks.world)
-    own = [examples[i] for i in mine]
-    prompts = [plain_prompt(example) for example in own]
-    answers = [completions[i] for i in mine]
-    texts = [text_of(answer) for answer in answers]
-    columns = reward_columns(own, None if ids is None else [ids[i] for i in mine])
+    found = {one.name: torch.zeros(len(examples), dtype=torch.float64) for one in rewards.functions}
+
+    def judge() -> None:
+        for start in range(0, max(1, len(mine)), AT_ONCE):
+            places = mine[start : start + AT_ONCE]
+            own = [examples[i] for i in places]
+            answers = [one.completion for one in own] if completions is None else [completions[i] for i in places]
+            values = _judged(rewards, own, answers, None if ids is None else [ids[i] for i in places])
+            for name, some in values.items():
+                numbers = [math.nan if value is None else value for value in some]
+                found[name][places.start : places.stop : places.step] = torch.tensor(numbers, dtype=torch.float64)
+
+    ranks.agreed(judge)
+    whole = {name: ranks.all_sum(values) for name, values in found.items()}  # one rank has each
+    return {name: [None if math.isnan(x) else x for x in values.tolist()] for name, values in whole.items()}
+
+
+def _judged(
+    rewards: Rewards,
+    examples: Sequence[Example],
+    answers: Sequence[Answer],
+    ids: Sequence[Sequence[int]] | None,
+) -> dict[str, list[float | None]]:
+    """What each function says of these, by reward."""
+    columns = reward_columns(examples, ids)
     if any(isinstance(answer, Message) for answer in answers):
         columns["raw_completion"] = [[one.given()] if isinstance(one, Message) else None for one in answers]
-    part = ranks.agreed(rewards.begin_raw(prompts, texts, columns))
-    parts = ranks.gather(part)
-    return {name: [parts[i % ranks.world][name][i // ranks.world] for i in range(len(examples))] for name in part}
+    prompts, texts = [plain_prompt(example) for example in examples], [text_of(answer) for answer in answers]
+    return rewards.begin_raw(prompts, texts, columns)()
 
 
 def settle(ranks: Ranks, rewards: Rewards, raw: Mapping[str, Sequence[float | None]], directory: Path | None) -> None:
@@ -147,11 +195,14 @@ def _own(value: Any) -> Any:
     return deepcopy(value) if isinstance(value, list | dict) else value
 
 
-def tell_of_calls(answers: Sequence[Answer]) -> None:
+def tell_of_calls(answers: Iterable[Answer]) -> None:
     """One line where logged answers are more than a text."""
-    if calling := sum(isinstance(answer, Message) for answer in answers):
+    count = calling = 0
+    for answer in answers:
+        count, calling = count + 1, calling + isinstance(answer, Message)
+    if calling:
         logger.info(
-            f"rewards: {calling:,} of {len(answers):,} answers call tools or think: functions read their text and the "
+            f"rewards: {calling:,} of {count:,} answers call tools or think: functions read their text and the "
             "calls as JSON, reward models what the chat template writes"
         )
 

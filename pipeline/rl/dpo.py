@@ -10,6 +10,7 @@ import torch
 
 from pipeline.data import dataset, pairs, sampling
 from pipeline.data.batching import Windows
+from pipeline.data.rows import Rows
 from pipeline.files import fingerprint
 from pipeline.records import Example
 from pipeline.rl.context import Context, splits
@@ -47,10 +48,13 @@ def trainer(context: Context) -> Trainer:
     )
 
 
-def with_shuffled_sides(examples: Sequence[Example], seed: int) -> list[Example]:
+def with_shuffled_sides(examples: Sequence[Example], seed: int) -> Rows:
     """The pairs, each turned round by a fair coin of its own: which response is better can no longer be learned."""
     coins = torch.rand(len(examples), generator=sampling.generator("sides", seed, 0)).tolist()
-    return [
-        replace(pair, chosen=pair.rejected, rejected=pair.chosen) if coin < 0.5 else pair
-        for pair, coin in zip(examples, coins, strict=True)
-    ]
+    return Rows.of(examples).made(
+        f"sides shuffled by {seed}",
+        lambda pairs: (
+            replace(pair, chosen=pair.rejected, rejected=pair.chosen) if coin < 0.5 else pair
+            for pair, coin in zip(pairs, coins, strict=True)
+        ),
+    )

@@ -20,7 +20,7 @@ import transformers
 from torch import Tensor
 
 from pipeline.config.schema import RlStage
-from pipeline.data import encoded
+from pipeline.data import cache, encoded
 from pipeline.data.batching import AT_ONCE, Packing, collate, once, window
 from pipeline.data.cache import digest
 from pipeline.data.encoded import Items
@@ -174,16 +174,16 @@ def cached(path: Path, engine: Engine, compute: Callable[[Path | None], None]) -
     ranks = engine.ranks
     path.parent.mkdir(parents=True, exist_ok=True)
     with run_dir.waiting(path.parent) if ranks.main else nullcontext():
+        if ranks.main:
+            cache.sweep((part for part in path.parent.glob(f"*{cache.PART}") if part.is_file()), alone=False)
         if not ranks.from_main(ranks.main and path.is_file()):  # NFS remembers that others saw none
-            part = path.with_name(f"{path.name}.part")
+            part = cache.part_of(path)
             try:
                 compute(part if ranks.main else None)
-            except Exception:
                 if ranks.main:
-                    part.unlink(missing_ok=True)  # a full disk would stay full
-                raise
-            if ranks.main:
-                part.replace(path)
+                    part.replace(path)
+            finally:
+                part.unlink(missing_ok=True)  # where it went wrong: a full disk would stay full
             ranks.barrier()
     if not path.is_file():
         raise UserError(f"{path}: this machine does not see it, wanted runs_dir on a file system all machines share")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -44,15 +43,14 @@ def with_rewards(
         if settings.rewards.normalise not in ("auto", "none"):
             logger.info("rewards.normalise: the rows' own `reward` stays as it is (reward=reward would change it too)")
         if rewards is not None and rewards.unsettled:  # of new responses
-            raw = scoring.raw_scores(context.ranks, rewards, train, [row.completion for row in train])
+            raw = scoring.raw_scores(context.ranks, rewards, train)
             scoring.settle(context.ranks, rewards, raw, context.directory)
         return train, held_out
     say_what_is_left(rewards, rows)
     scoring.warn_of_equals(rewards, rows)
-    answers = [row.completion for row in rows]
-    scoring.tell_of_calls(answers)
-    totals = scoring.score_logged(context.ranks, rewards, rows, answers, len(train), context.directory).total
-    scored = [replace(row, reward=total) for row, total in zip(rows, totals, strict=True)]
+    scoring.tell_of_calls(row.completion for row in rows)
+    scores = scoring.score_logged(context.ranks, rewards, rows, None, len(train), context.directory)
+    scored = rows.with_rewards(scores.total)
     return scored[: len(train)], scored[len(train) :]
 
 
@@ -85,11 +83,11 @@ def chosen_rows(rows: Sequence[Example], which: str) -> Rows:
     return rows.take(np.sort(ranked[:half] if which == "best_half" else ranked[-half:]), which)
 
 
-def with_shuffled_rewards(rows: Sequence[Example], seed: int) -> list[Example]:
+def with_shuffled_rewards(rows: Sequence[Example], seed: int) -> Rows:
     """The rows with one another's rewards: the same numbers, which say nothing of the responses any more."""
-    order = torch.randperm(len(rows), generator=sampling.generator("shuffle", seed, 0)).tolist()  # of no epoch
-    rewards = Rows.of(rows).column("reward")
-    return [replace(row, reward=float(rewards[i])) for row, i in zip(rows, order, strict=True)]
+    order = torch.randperm(len(rows), generator=sampling.generator("shuffle", seed, 0)).numpy()  # of no epoch
+    rows = Rows.of(rows)
+    return rows.with_rewards(rows.column("reward")[order])
 
 
 def population(items: Sequence[Item], packing: Packing, weight: str, settings: RlStage) -> tuple[Draw, float]:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from pipeline.algorithms import functional, supervised
 from pipeline.algorithms.functional import Drawn
-from pipeline.data import dataset
+from pipeline.data import dataset, encoded
 from pipeline.data.batching import Extent, Packing, Windows, collate
+from pipeline.data.encoded import Items
+from pipeline.data.rows import Rows
 from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
-from pipeline.records import Batch, Example, Item, Row
+from pipeline.records import Answer, Batch, Example, Item, Row
 from pipeline.rl.composition_samples import samples_of
 from pipeline.rl.compositions import Composer
 from pipeline.rl.context import Context, fresh_responses, required_rewards, splits
@@ -41,7 +44,7 @@ def trainer(context: Context) -> Trainer:
     prompts = dataset.unique_prompts(held_out)[: settings.eval.max_rows]
     policy = build_policy(settings, ranks, context.start, mask=True)
     items, tested = encode(policy, context.directory, train, held_out[: settings.eval.max_rows], reference_rows)
-    items = with_static_rows(items, policy.encoder, settings.static)
+    items = with_static_rows(items, policy.encoder, settings.static, f"{context.directory}/static")
     # masks and samples depend on seed, step and row alone, not on batches or ranks
     masked = masked_packing(policy, settings.masking, settings.seed, samples=algorithm.samples)
     draw = epochs_of(items, masked, settings)
@@ -76,15 +79,43 @@ def reference_rows(example: Example, encoder: Encoder) -> tuple[Row, ...]:
     return (encoder.encode(example.prompt, dataset.reference_text(example)),)
 
 
-def with_static_rows(items: Sequence[Item], encoder: Encoder, which: str) -> list[Item]:
+@dataclass(frozen=True, eq=False)
+class StaticItems(Sequence[Item]):
+    """Items with their static responses, made when they are asked for."""
+
+    items: Items
+    static: Items  # one row each: those of an item one after the other
+    ends: np.ndarray  # (items + 1,) where in `static` those of each begin, and the last one's end
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, place: Any) -> Any:
+        place = range(len(self))[place]
+        own = range(int(self.ends[place]), int(self.ends[place + 1]))
+        return replace(self.items[place], static_rows=tuple(self.static[at].rows[0] for at in own))
+
+
+def with_static_rows(items: Items, encoder: Encoder, which: str, user: str = "") -> StaticItems:
     """The items with the static responses that `which` chooses, after a word about them.
 
-    Raises UserError where a row has none.
+    A response without a single word stays. One cut at the limit has no EOS. `user` as of `encoded.encode`. Raises
+    UserError where a row has none.
     """
-    chosen = [replace(item, static_rows=static_rows(item.example, encoder, which)) for item in items]
-    short = wordless([row for item in chosen for row in item.static_rows], encoder)
+    rows = encoded.examples_of(items).made(f"static {which}", partial(_static_examples, which=which))
+    static = encoded.encode(rows, encoder, dataset.completion_rows, user)
+    numbers = rows.column("id")
+    ends = np.concatenate([[0], np.flatnonzero(numbers[1:] != numbers[:-1]) + 1, [len(rows)]])
+    short = wordless((item.rows[0] for item in static), encoder)
     logger.info(f"static responses: {which}, {short:,} of them without a word")
-    return chosen
+    return StaticItems(items, static, ends)
+
+
+def _static_examples(rows: Rows, which: str) -> Iterator[Example]:
+    """Each static response as a row, of which the id is the number of the example's."""
+    for number, row in enumerate(rows):
+        for text in static_texts(row, which):
+            yield Example(str(number), row.prompt, completion=text)
 
 
 @dataclass(frozen=True)
@@ -171,23 +202,21 @@ def read_apart(batch: Batch, packing: Packing) -> tuple[Batch, Batch]:
     return replace(bare, **next(alone)), replace(second, **next(alone))
 
 
-def static_rows(example: Example, encoder: Encoder, which: str) -> tuple[Row, ...]:
+def static_texts(example: Example, which: str) -> Sequence[Answer]:
     """What static RL may start from: the `worst` or the `best` candidate, all of them (`random`), or the `reference`.
 
-    A row without a single word stays. One cut at the limit has no EOS.
     Candidates are taken to stand best first. Raises UserError where the example has none, or no reference text.
     """
     if which == "reference":
-        return reference_rows(example, encoder)
+        return (dataset.reference_text(example),)
     if not example.candidates:
         raise UserError(
             f"{example.id}: no candidates, wanted some for static={which} to start from: make them with bash run.sh "
             "stage=generate num_return_sequences=8, rank them with stage=score of=generate, or set static=reference"
         )
-    chosen = {"worst": example.candidates[-1:], "best": example.candidates[:1], "random": example.candidates}
-    return tuple(encoder.encode(example.prompt, text) for text in chosen[which])
+    return {"worst": example.candidates[-1:], "best": example.candidates[:1], "random": example.candidates}[which]
 
 
-def wordless(rows: Sequence[Row], encoder: Encoder) -> int:
+def wordless(rows: Iterable[Row], encoder: Encoder) -> int:
     """How many of `rows` hold no letter and no digit in what is left of the response."""
     return sum(not any(char.isalnum() for char in encoder.decode(row.response_ids)) for row in rows)
