@@ -57,7 +57,7 @@ def packing_of(train: TrainSettings, world: int, encoder_decoder: bool, pad_id: 
 class Extent(NamedTuple):
     """The size of some items' rows side by side: how many there are, and the longest of each part, in tokens.
 
-    Of many items, each by itself, the lengths may be arrays, (items,): `tokens` reads both.
+    Of many items, each by itself, the numbers may be arrays, (items,): `tokens` and `lengths` read both.
     """
 
     rows: int = 0
@@ -103,6 +103,12 @@ class Extent(NamedTuple):
             return 2 * self.rows * max(self.single, self.beside)
         return self.rows * self.joined
 
+    def lengths(self, packing: Packing) -> tuple[int, ...]:
+        """Of one item: those who are alike in these need little padding beside one another."""
+        if packing.apart:
+            return self.prompt, self.response + self.static
+        return (self.tokens(packing),)
+
     @property
     def joined(self) -> int:
         """Tokens of the longest row of prompt + response, after the longest static response."""
@@ -116,7 +122,7 @@ def group(items: Sequence[Item], indices: Sequence[int], packing: Packing, world
     Raises UserError where one item alone is over max_tokens.
     """
     alone = Extent.of_each(items, indices)
-    order = sorted(zip(indices, alone, strict=True), key=lambda one: (-one[1].joined, one[0]))
+    order = sorted(zip(indices, alone, strict=True), key=lambda one: (*(-n for n in one[1].lengths(packing)), one[0]))
     if packing.micro_batch_size is not None:
         size = packing.micro_batch_size
         groups = [[i for i, _ in order[start : start + size]] for start in range(0, len(order), size)]
@@ -137,7 +143,8 @@ def group(items: Sequence[Item], indices: Sequence[int], packing: Packing, world
 def by_budget(items: Sequence[Item], order: Sequence[tuple[int, Extent]], packing: Packing) -> list[list[int]]:
     """Fill micro-batches greedily up to max_tokens padded tokens. `order` holds indices of items, and their extents.
 
-    One ends sooner where rows like the next, as many as there is room for, would be padded by more than a call costs.
+    One ends sooner where rows like the next, as many as there is room for, would be padded by more than a call costs;
+    not where prompts and responses are padded apart, as the next ones would not be like one another.
     """
     groups: list[list[int]] = []
     most, extent, tokens = packing.max_tokens, Extent(), 0
@@ -146,7 +153,7 @@ def by_budget(items: Sequence[Item], order: Sequence[tuple[int, Extent]], packin
         added = longer.tokens(packing) - tokens
         if groups and tokens + added <= most:
             room = min((most - tokens) // max(1, added), len(order) - place)
-            if room * (added - alone) * CALLS <= most:
+            if packing.apart or room * (added - alone) * CALLS <= most:
                 groups[-1].append(i)
                 extent, tokens = longer, tokens + added
                 continue
@@ -162,14 +169,16 @@ def by_budget(items: Sequence[Item], order: Sequence[tuple[int, Extent]], packin
 
 
 def lengths(items: Sequence[Item], packing: Packing) -> np.ndarray:
-    """(items,) int64, the tokens that each is computed as by itself: the same on every rank, however steps are cut."""
+    """(items, 1 or 2) int32, those of each item: the same on every rank, however steps are cut."""
+    parts = [np.empty((0, 1 + packing.apart), np.int32)]
     if not isinstance(items, Items):
-        return np.array([Extent.of(item).tokens(packing) for item in items], np.int64)
-    parts = []
+        each = [Extent.of(item).lengths(packing) for item in items]
+        return np.array(each, np.int32).reshape(-1, 1 + packing.apart)
     for start in range(0, len(items), AT_ONCE):
         prompt, response, single = items.sizes(np.arange(start, min(start + AT_ONCE, len(items))))
-        parts.append(Extent(items.rows_each, prompt, response, 0, single, 0).tokens(packing))
-    return np.concatenate([np.empty(0, np.int64), *parts])
+        extents = Extent(items.rows_each, prompt, response, 0, single, 0)
+        parts.append(np.stack(extents.lengths(packing), 1).astype(np.int32))
+    return np.concatenate(parts)
 
 
 def window(
