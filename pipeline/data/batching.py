@@ -41,6 +41,7 @@ class Packing:
     whole: bool = False  # put prompt + response into input_ids even for an encoder-decoder (reward models)
     masker: Masker | None = None  # of response tokens
     prompts_once: bool = False  # an encoder reads each prompt of a micro-batch once, however many responses it has
+    unpadded: bool = False  # a causal model reads its rows end to end, and each prompt of a micro-batch once
     suppressed: Tensor | None = None  # (V,) bool: see Batch
 
     @property
