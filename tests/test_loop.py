@@ -288,11 +288,16 @@ def test_padding_is_the_share_of_what_is_read_in_vain() -> None:
     items = [Item(Example(f"{i}", ""), (tiny.row(range(3), range(n)),)) for i, n in enumerate((7, 2, 7))]
     window = Windows(items, lambda _: [0, 1, 2], Packing(2, None, False, 0), 0, 1).at(0)
     # the two of 10 tokens beside each other, that of 5 alone, and a filler of 10: 10 of 35
-    stats = loop.step_stats([*window, collate(items, (), PACKING)], 1.0, 0.1, tiny.ranks())
+    stats = loop.step_stats([*window, collate(items, (), PACKING)], PACKING, 1.0, 0.1, tiny.ranks())
     assert reduce(stats["perf/padding_fraction"]) == pytest.approx(10 / 35)
     # 5 beside 10
-    stats = loop.step_stats([collate(items, (0, 1), PACKING)], 1.0, 0.1, tiny.ranks())
+    stats = loop.step_stats([collate(items, (0, 1), PACKING)], PACKING, 1.0, 0.1, tiny.ranks())
     assert reduce(stats["perf/padding_fraction"]) == pytest.approx(5 / 20)
+    # prompts of 3 and 3, responses of 7 and 2: 5 of 6 + 14
+    apart = Packing(2, None, True, 0)
+    assert loop.padding([collate(items, (0, 1), apart)], apart=True) == (20, 5)
+    unpadded = Packing(2, None, False, 0, unpadded=True)
+    assert "perf/padding_fraction" not in loop.step_stats(window, unpadded, 1.0, 0.1, tiny.ranks())
 
 
 def test_each_row_is_the_mean_of_its_steps(tmp_path: Path, whole: Toy) -> None:

@@ -99,14 +99,15 @@ def test_neighbouring_seeds_give_other_orders():
 def test_no_rows():
     for draw in (
         lambda: sampling.epoch_rows(0, 4, 0, 0),
-        lambda: sampling.epochs_by_length(np.empty(0, np.int64), 4, 0),
+        lambda: sampling.epochs_by_length(np.empty((0, 1), np.int64), 4, 0),
     ):
         with pytest.raises(UserError, match="data: 0 rows to draw from"):
             draw()
 
 
 def some_lengths(n: int) -> np.ndarray:
-    return np.random.default_rng(n).integers(1, 100, n)
+    """(n, 1) from 1 to 99."""
+    return np.random.default_rng(n).integers(1, 100, (n, 1))
 
 
 @pytest.mark.parametrize(("n", "batch_size"), [(1, 1), (1, 4), (7, 3), (7, 20), (64, 8), (100, 7), (1000, 3), (997, 4)])
@@ -127,12 +128,12 @@ def test_steps_by_length_by_hand():
     # 0 | 1 2 | 3 | 4 5
     assert [sampling._part_of(step, 6) for step in range(6)] == [(0, 1), (1, 3), (1, 3), (3, 4), (4, 6), (4, 6)]
     # 96 rows in steps of 16: of every part each step has 4 rows that follow one another of each quarter of the lengths
-    lengths = np.random.default_rng(0).permutation(96)
+    lengths = np.random.default_rng(0).permutation(96)[:, None]
     order = sampling.epoch_rows(96, 96, 0, seed=3)
     draw = sampling.epochs_by_length(lengths, 16, seed=3)
     orders = set()
     for first, stop in ((0, 1), (1, 3), (3, 4), (4, 6)):
-        rows = sorted(order[16 * first : 16 * stop], key=lambda row: lengths[row])
+        rows = sorted(order[16 * first : 16 * stop], key=lambda row: lengths[row, 0])
         n = 4 * (stop - first)
         for share in range(4):
             quarter = rows[share * n : (share + 1) * n]
@@ -145,7 +146,7 @@ def test_steps_by_length_by_hand():
 def test_shares_of_sizes_that_four_does_not_divide():
     """6 and 3 rows of 9: of the quarters 1, 2, 1, 2 rows and 0, 1, 1, 1."""
     assert [6 * (i + 1) // 4 - 6 * i // 4 for i in range(4)] == [1, 2, 1, 2]
-    lengths = np.arange(9)
+    lengths = np.arange(9)[:, None]
     for seed in range(5):
         one, two = sampling._by_length(np.arange(9)[::-1], lengths, [6, 3], torch.Generator().manual_seed(seed))
         assert sorted(one + two) == list(range(9)) and one == sorted(one) and two == sorted(two)
@@ -160,10 +161,25 @@ def test_parts_of_an_epoch_are_of_like_size():
         assert sum(sizes) == steps and max(sizes) - min(sizes) <= 1 and len(sizes) >= min(steps, 4)
 
 
+def test_rows_alike_in_both_lengths_come_together():
+    # prompts of 0 to 15 tokens, responses 0 1 2 3 0 1 2 3 ...: of 4 steps' quarter two parts by prompt, there and back
+    lengths = np.stack([np.arange(16), np.arange(16) % 4], 1)
+    found = sampling._by_both(np.arange(16), lengths, 4)
+    assert lengths[found, 1].tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 3, 3, 2, 2, 1, 1, 0, 0]
+    assert found.tolist() == [0, 4, 1, 5, 2, 6, 3, 7, 11, 15, 10, 14, 9, 13, 8, 12]
+    n = 6000
+    both = np.random.default_rng(1).integers(1, 100, (n, 2))
+    draw = sampling.epochs_by_length(both, 20, seed=1)
+    steps = [draw(step) for step in range(n // 20)]
+    assert sorted(row for rows in steps for row in rows) == list(range(n))
+    spread = np.ptp(both[np.array(steps)].reshape(-1, 5, 2), 1).mean(0)
+    assert (spread < 25).all()  # of 99 either way; the whole quarter's prompts are within 25, random ones within 66
+
+
 def test_shares_are_of_like_length_and_steps_of_like_many_tokens():
     lengths = some_lengths(10_000)
     draw = sampling.epochs_by_length(lengths, 20, seed=1)
-    steps = np.array([lengths[draw(step)] for step in range(500)]).reshape(500, 4, 5)
+    steps = np.array([lengths[draw(step), 0] for step in range(500)]).reshape(500, 4, 5)
     assert np.ptp(steps, 2).mean() < 2.5  # of 99: 50 steps share them out
     tokens = steps.sum((1, 2))
     plain = [lengths[sampling.epoch_rows(10_000, 20, step, 1)].sum() for step in range(500)]
@@ -183,7 +199,7 @@ def test_draws_by_priority_and_length():
     for part in (0, 1):  # what is drawn is what as many rows at once are
         rows = [row for step in drawn[part * together : (part + 1) * together] for row in step]
         assert Counter(rows) == Counter(sampling.priority_rows(chances, together * 8, part, seed=5))
-    shares = lengths[np.array(drawn)].reshape(-1, 2)
+    shares = lengths[np.array(drawn), 0].reshape(-1, 2)
     assert np.ptp(shares, 1).mean() < 5  # of 99
     assert sampling.priority_by_length(chances, lengths, 8, seed=5)(together + 1) == drawn[together + 1]
     # of 5 rows a step is drawn by itself, or every one of its rows would be the same

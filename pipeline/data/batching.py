@@ -60,7 +60,7 @@ def packing_of(
 class Extent(NamedTuple):
     """The size of some items' rows side by side: how many there are, and the longest of each part, in tokens.
 
-    Of many items, each by itself, the lengths may be arrays, (items,): `tokens` reads both.
+    Of many items, each by itself, the numbers may be arrays, (items,): `tokens` and `lengths` read both.
     """
 
     rows: int = 0
@@ -117,6 +117,12 @@ class Extent(NamedTuple):
             return self.text
         return 2 * self.rows * max(self.single, self.beside) if self.beside else self.rows * self.single
 
+    def lengths(self, packing: Packing) -> tuple[int, ...]:
+        """Of one item: those who are alike in these need little padding beside one another."""
+        if packing.apart:
+            return self.prompt, self.response + self.static
+        return (self.tokens(packing),)
+
     @property
     def joined(self) -> int:
         """Tokens of the longest row of prompt + response, after the longest static response."""
@@ -135,7 +141,8 @@ def in_order(items: Sequence[Item], indices: Sequence[int], packing: Packing) ->
     """Longest first; where a prompt is read once, items of one prompt follow each other."""
     alone = dict(zip(indices, Extent.of_each(items, indices), strict=True))
     if not packing.unpadded:
-        return [Place(i, alone[i], False) for i in sorted(indices, key=lambda i: (-alone[i].joined, i))]
+        order = sorted(indices, key=lambda i: (*(-length for length in alone[i].lengths(packing)), i))
+        return [Place(i, alone[i], False) for i in order]
     prompts = dict(zip(indices, prompt_keys(items, indices), strict=True))
     leaders: dict[int, tuple[int, int]] = {}
     for i in indices:
@@ -172,7 +179,8 @@ def group(items: Sequence[Item], indices: Sequence[int], packing: Packing, world
 def by_budget(items: Sequence[Item], order: Sequence[Place], packing: Packing) -> list[list[int]]:
     """Fill micro-batches greedily up to max_tokens, padding included.
 
-    One ends sooner where rows like the next, as many as there is room for, would be padded by more than a call costs.
+    One ends sooner where rows like the next, as many as there is room for, would be padded by more than a call costs;
+    not where prompts and responses are padded apart, as the next ones would not be like one another.
     """
     groups: list[list[int]] = []
     most, extent, tokens = packing.max_tokens, Extent(), 0
@@ -182,7 +190,7 @@ def by_budget(items: Sequence[Item], order: Sequence[Place], packing: Packing) -
         added = longer.tokens(packing) - tokens
         if groups and tokens + added <= most:
             room = min((most - tokens) // max(1, added), len(order) - place)
-            if room * (added - alone) * CALLS <= most:
+            if packing.apart or room * (added - alone) * CALLS <= most:
                 groups[-1].append(i)
                 extent, tokens = longer, tokens + added
                 continue
@@ -198,14 +206,15 @@ def by_budget(items: Sequence[Item], order: Sequence[Place], packing: Packing) -
 
 
 def lengths(items: Sequence[Item], packing: Packing) -> np.ndarray:
-    """(items,) int64, the tokens that each is computed as by itself: the same on every rank, however steps are cut."""
+    """(items, 1 or 2) int32, those of each item: the same on every rank, however steps are cut."""
+    parts = [np.empty((0, 1 + packing.apart), np.int32)]
     if not isinstance(items, Items):
-        return np.array([Extent.of(item).tokens(packing) for item in items], np.int64)
-    parts = []
+        each = [Extent.of(item).lengths(packing) for item in items]
+        return np.array(each, np.int32).reshape(-1, 1 + packing.apart)
     for start in range(0, len(items), AT_ONCE):
         some = Extent.of_items(items, np.arange(start, min(start + AT_ONCE, len(items))))
-        parts.append(some.tokens(packing))
-    return np.concatenate([np.empty(0, np.int64), *parts])
+        parts.append(np.stack(some.lengths(packing), 1).astype(np.int32))
+    return np.concatenate(parts)
 
 
 def window(

@@ -9,7 +9,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -41,9 +41,10 @@ def epoch_rows(n: int, batch_size: int, step: int, seed: int) -> list[int]:
 def epochs_by_length(lengths: np.ndarray, batch_size: int, seed: int) -> Callable[[int], list[int]]:
     """As `epoch_rows` of a step, but in each of its SHARES rows are of like length: read together, they are not padded.
 
-    lengths (n,), a row's tokens. Of each epoch's permutation the rows of up to TOGETHER steps are sorted by length and
-    shared out, see `_by_length`. Every row still comes once per epoch; where epochs meet in a step it takes of both.
-    The same function of the step whoever asks, in whatever order. Raises UserError where n is 0.
+    lengths (n, 1), a row's tokens; (n, 2) where prompts and responses are padded apart. Of each epoch's permutation the
+    rows of up to TOGETHER steps are sorted and shared out, see `_by_length`. Every row still comes once per epoch;
+    where epochs meet in a step it takes of both. The same function of the step whoever asks, in whatever order.
+    Raises UserError where n is 0.
     """
     n = len(lengths)
     refuse_none(n)
@@ -99,8 +100,8 @@ def priority_rows(chances: Chances, batch_size: int, step: int, seed: int) -> li
 def priority_by_length(chances: Chances, lengths: np.ndarray, batch_size: int, seed: int) -> Callable[[int], list[int]]:
     """As `priority_rows` of a step, with rows of like length in each share of it, as `epochs_by_length` has them.
 
-    lengths (n,), of all rows. What TOGETHER steps draw is drawn at once, of few rows for fewer steps, as a row that is
-    drawn twice for them may come twice in one step.
+    lengths (n, 1 or 2), of all rows. What TOGETHER steps draw is drawn at once, of few rows for fewer steps: a row that
+    is drawn twice for them may come twice in one step.
     """
     steps = min(TOGETHER, max(1, len(chances.rows) // (APART * batch_size)))
 
@@ -126,15 +127,26 @@ def _by_length(rows: np.ndarray, lengths: np.ndarray, sizes: Sequence[int], orde
     Steps of one length throughout would need still less padding, but their numbers of tokens would differ by far: the
     mean over the tokens of a step would make a token of a short row weigh more than one of a long row.
     """
-    rows = rows[np.argsort(lengths[rows], kind="stable")].tolist()
+    rows = rows[np.argsort(lengths[rows, 0], kind="stable")]
     steps: list[list[int]] = [[] for _ in sizes]
     start = 0
     for share in range(SHARES):
-        for place in torch.randperm(len(sizes), generator=order).tolist():
-            stop = start + sizes[place] * (share + 1) // SHARES - sizes[place] * share // SHARES
-            steps[place] += rows[start:stop]
-            start = stop
+        counts = [size * (share + 1) // SHARES - size * share // SHARES for size in sizes]
+        alike = rows[start : start + sum(counts)]
+        start += sum(counts)
+        if lengths.shape[1] > 1:
+            alike = _by_both(alike, lengths, len(sizes))
+        places = torch.randperm(len(sizes), generator=order).tolist()
+        for place, stop in zip(places, accumulate(counts[place] for place in places), strict=True):
+            steps[place] += alike[stop - counts[place] : stop].tolist()
     return steps
+
+
+def _by_both(rows: np.ndarray, lengths: np.ndarray, steps: int) -> np.ndarray:
+    """`rows`, sorted by one length, in an order in which neighbours are alike in the other too: to and fro."""
+    parts = np.array_split(rows, round(math.sqrt(steps)))
+    turned = [np.argsort(lengths[part, 1] * (-1) ** place, kind="stable") for place, part in enumerate(parts)]
+    return np.concatenate([part[order] for part, order in zip(parts, turned, strict=True)])
 
 
 def draw_by_cdf(chances: Chances, u: Sequence[float] | Tensor) -> list[int]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeline.config.schema import Training
 from pipeline.data import encoded
-from pipeline.data.batching import Source
+from pipeline.data.batching import Packing, Source
 from pipeline.data.sampling import step_budget
 from pipeline.errors import PreemptedError, UserError
 from pipeline.files import flatten
@@ -210,7 +210,7 @@ def one_step(trainer: Trainer, step: int, interval: Interval) -> str | None:
         logger.warning(f"{trouble}; left out")
     if math.isfinite(norm):
         interval.metrics.add(metrics.stats)
-    interval.add(step_stats(window, norm, rate, ranks), time.monotonic() - began)
+    interval.add(step_stats(window, trainer.model.packing, norm, rate, ranks), time.monotonic() - began)
     return trouble
 
 
@@ -233,25 +233,33 @@ def of_all(stats: Mapping[str, Stat], world: int) -> dict[str, Stat]:
     return {name: Stat(kind, sums / world) for name, (kind, sums) in stats.items()}
 
 
-def step_stats(window: Sequence[Batch], norm: float, rate: float, ranks: Ranks) -> dict[str, Stat]:
+def step_stats(window: Sequence[Batch], packing: Packing, norm: float, rate: float, ranks: Ranks) -> dict[str, Stat]:
     """What the loop itself knows of a step; a norm that is not finite is not counted, its step is.
 
     The means over the interval are those per step, of tokens over all ranks, whatever number of ranks took which step.
     """
     learned = sum(int(batch.response_mask.sum()) for batch in window)
     read = sum(int(batch.input_mask.sum()) for batch in window)
-    computed = sum(batch.input_mask.numel() for batch in window)
-    wasted = computed - sum(int(batch.input_mask.sum()) for batch in window if batch.items)  # fillers are padding too
     finite = math.isfinite(norm)
     shared = {"train/learning_rate": rate, "train/skipped_fraction": 1.0 - finite}
     shared |= {"train/grad_norm": norm} if finite else {}
     own = {"train/learned_tokens": learned, "perf/tokens": read}
     rows = {name: [1.0 / ranks.world, x / ranks.world, x * x / ranks.world] for name, x in shared.items()}
     rows |= {name: [1.0 / ranks.world, x, x * x] for name, x in own.items()}
-    rows = {"train/grad_norm": [0.0, 0.0, 0.0], **rows, "perf/padding_fraction": [computed, wasted, wasted]}
+    rows = {"train/grad_norm": [0.0, 0.0, 0.0], **rows}
+    if not packing.unpadded:
+        computed, wasted = padding(window, packing.apart)
+        rows["perf/padding_fraction"] = [computed, wasted, wasted]
     return {
         name: Stat("mean", torch.tensor(row, dtype=torch.float64, device=ranks.device)) for name, row in rows.items()
     }
+
+
+def padding(window: Sequence[Batch], apart: bool) -> tuple[int, int]:
+    """Tokens that are computed, and those of them that are padding or in fillers; of responses too if apart."""
+    masks = [(batch, mask) for batch in window for mask in (batch.input_mask, batch.response_mask)[: 1 + apart]]
+    computed = sum(mask.numel() for _, mask in masks)
+    return computed, computed - sum(int(mask.sum()) for batch, mask in masks if batch.items)
 
 
 def summary(ranks: Ranks, interval: Interval, tokens: int) -> dict[str, float]:
