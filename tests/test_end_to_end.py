@@ -146,3 +146,15 @@ def test_micro_batches_keep_a_prompt_together() -> None:
     together = group(items(), range(8), Packing(None, 34, False, 0, unpadded=True), 1)
     assert together == [[3, 5], [4, 7], [2, 1, 0, 6]]
     assert group(items(), range(8), Packing(None, 34, False, 0), 1) == [[3], [5], [7], [4], [2, 1, 6], [0]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("unpadded", [True, False])
+def test_log_probabilities_and_states_of_one_pass(unpadded: bool) -> None:
+    policy = Policy(model_of("llama"), max_tokens=64)
+    policy.unpadded, batch = unpadded, batch_of(unpadded)
+    logps, states = policy(batch, output="logp_states")
+    assert torch.equal(logps, policy(batch))
+    for row, (found, length) in enumerate(zip(states, batch.prompt_lengths.tolist(), strict=True)):
+        alone = hugging_face(policy.model).model(batch.input_ids[row : row + 1, :length]).last_hidden_state[0]
+        torch.testing.assert_close(found[:length], alone, rtol=1e-5, atol=1e-5)

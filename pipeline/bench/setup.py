@@ -157,7 +157,8 @@ def dpo_trainer(setup: Setup, pairs: list[Item]) -> Trainer:
 
 def with_reference(model: Model, items: list[Item]) -> Sequence[Item]:
     """The items with what the model says of their responses before it is trained."""
-    return reference.attached(items, np.concatenate([*reference.logps_in_parts(model.engine, items, model.packing)]))
+    parts = [logps for logps, _ in reference.read_in_parts(model.engine, items, model.packing)]
+    return reference.attached(items, np.concatenate(parts))
 
 
 def stepper(trainer: Trainer) -> Callable[[int], None]:

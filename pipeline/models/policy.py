@@ -85,6 +85,7 @@ class Policy(nn.Module):
         smoothed: logp, and (B, T) float32, the mean log-probability over the vocabulary at each response token.
         drawn: both of smoothed, and the four of `functional.Drawn` at the masked tokens of the static responses.
         entropy: (B, T) float32, entropy in nats of the distribution each response token was drawn from.
+        logp_states: logp, and the states of `states`, of one pass.
         states: (B, P, H), last hidden states at prompt positions, P = L: mask them by prompt_lengths.
         heads: (B, T, H), the states that predict the response tokens; with static responses (B, S, H) beside them.
         """
@@ -102,6 +103,9 @@ class Policy(nn.Module):
         if output == "states":
             return self.input_states(batch)
         mask = batch.response_mask
+        if output == "logp_states":
+            prompts, states = self.all_states(batch)
+            return self._of_tokens(states[mask], batch, "logp"), prompts
         if output == "drawn":
             states, static = self.both_states(batch)
             given = batch.static
@@ -109,12 +113,17 @@ class Policy(nn.Module):
                 static[given.masked], self.head, given.uniforms, given.suppressed, self.chunks
             )
             return *self._smoothed(states[mask], batch), *drawn
-        hidden = self.response_states(batch)[mask]  # (N, H)
+        return self._of_tokens(self.response_states(batch)[mask], batch, output)
+
+    def _of_tokens(self, hidden: Tensor, batch: Batch, output: str) -> Tensor | tuple[Tensor, ...]:
+        """What the head says of `hidden` (N, H), which predict the tokens of the responses: logp, smoothed, entropy."""
         if output == "smoothed":
             return self._smoothed(hidden, batch)
         if output == "entropy":
-            return spread(functional.token_entropies(hidden, self.head, self.chunks, batch.suppressed), mask)
-        return spread(functional.token_logps(hidden, self.head, *self._drawn_from(batch)), mask)
+            found = functional.token_entropies(hidden, self.head, self.chunks, batch.suppressed)
+        else:
+            found = functional.token_logps(hidden, self.head, *self._drawn_from(batch))
+        return spread(found, batch.response_mask)
 
     def begun(self, rows: int) -> dict[str, Tensor]:
         """What generate() is given besides prompts: how the decoder of each row begins."""
@@ -160,10 +169,23 @@ class Policy(nn.Module):
 
     def response_states(self, batch: Batch) -> Tensor:
         """(B, T, H): the state from which the head predicts each response token."""
-        if not self.encoder_decoder:
-            hidden, at = self._read(batch)
-            return taken(hidden, before_each(at, batch.prompt_lengths, batch.response_ids.shape[1]))
-        hidden, mask = self.input_states(batch), batch.input_mask.long()
+        if self.encoder_decoder:
+            return self._decoded(batch, self.input_states(batch))
+        hidden, at = self._read(batch)
+        return taken(hidden, before_each(at, batch.prompt_lengths, batch.response_ids.shape[1]))
+
+    def all_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(B, P, H) those at each prompt's places, of the encoder where there is one, and (B, T, H) as above."""
+        if self.encoder_decoder:
+            encoded = self.input_states(batch)
+            return encoded, self._decoded(batch, encoded)
+        hidden, at = self._read(batch)
+        prompts = taken(hidden, at[:, : int(batch.prompt_lengths.max())])
+        return prompts, taken(hidden, before_each(at, batch.prompt_lengths, batch.response_ids.shape[1]))
+
+    def _decoded(self, batch: Batch, hidden: Tensor) -> Tensor:
+        """(B, T, H) that predict the responses, of a decoder that sees what an encoder gave, (B, L, H)."""
+        mask = batch.input_mask.long()
         if batch.owners is not None:  # each prompt was read once, whatever the number of its responses
             hidden, mask = hidden[batch.owners], mask[batch.owners]
         shown = batch.response_ids if batch.shown_ids is None else batch.shown_ids

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,10 +26,12 @@ from pipeline.data.cache import digest
 from pipeline.data.encoded import Items
 from pipeline.errors import UserError
 from pipeline.launch import going_on, run_dir
+from pipeline.models.value_head import ValueHead
 from pipeline.records import Example, Item, Needs
 from pipeline.rl import values
 from pipeline.rl.values import ValueData
 from pipeline.trainer.engine import Engine
+from pipeline.trainer.group import Ranks
 from pipeline.trainer.model import Model
 
 FORMAT = 5  # raise it when what is computed changes
@@ -71,33 +73,46 @@ def annotate(
     Log-probabilities go to `ref_logp`, values to the numbers `value` and `advantage` = reward - value.
     """
     report: dict[str, float] = {}
+    if needs.values:  # which reads the rows, and keeps what both want
+        parts, report = with_values(policy, parts, value_data, needs.ref_logp)
     if needs.ref_logp:
         parts = [with_ref_logps(policy, items) for items in parts]
-    if needs.values:
-        parts, report = with_values(policy, parts, value_data)
     return [*parts], report
 
 
 def with_ref_logps(policy: ReferencePolicy, items: Sequence[Item]) -> Sequence[Item]:
     """The items with the reference's log-probabilities, mapped from a file that rank 0 writes part by part."""
-    model = policy.model
-    path = policy.cache("ref_logps", ".npy", rows=encoded.tokens_digest(items))
 
     def compute(part: Path | None) -> None:
-        total = sum(int(lengths.sum()) for lengths in _lengths(items))
-        # written and not mapped, so that a full disk is an error and no signal
-        with nullcontext() if part is None else open(part, "wb") as file:
-            if file is not None:
-                header = {"descr": "<f4", "fortran_order": False, "shape": (total,)}
-                np.lib.format.write_array_header_1_0(file, header)
-            for logps in logps_in_parts(model.engine, items, model.packing):
-                if file is not None:
-                    file.write(logps.astype("<f4").tobytes())
-            if file is not None:
-                file.flush()
-                os.fsync(file.fileno())
+        read_rows(policy.model, items, part)
 
-    return attached(items, np.load(cached(path, model.engine, compute), mmap_mode="r"))
+    return attached(items, np.load(cached(logps_path(policy, items), policy.model.engine, compute), mmap_mode="r"))
+
+
+def logps_path(policy: ReferencePolicy, items: Sequence[Item]) -> Path:
+    return policy.cache("ref_logps", ".npy", rows=encoded.tokens_digest(items))
+
+
+def read_rows(model: Model, items: Sequence[Item], part: Path | None, head: ValueHead | None = None) -> Tensor | None:
+    """Write the log-probabilities of all response tokens to `part`, where a rank has one, as an array of numpy.
+
+    With `head` returns (items,) float32, the values of the items' prompts, read in the same pass.
+    """
+    total = sum(int(lengths.sum()) for lengths in _lengths(items))
+    found = []
+    # written and not mapped, so that a full disk is an error and no signal
+    with nullcontext() if part is None else open(part, "wb") as file:
+        if file is not None:
+            header = {"descr": "<f4", "fortran_order": False, "shape": (total,)}
+            np.lib.format.write_array_header_1_0(file, header)
+        for logps, some in read_in_parts(model.engine, items, model.packing, head):
+            found.append(some)
+            if file is not None:
+                file.write(logps.astype("<f4").tobytes())
+        if file is not None:
+            file.flush()
+            os.fsync(file.fileno())
+    return None if head is None else torch.cat(found)
 
 
 def attached(items: Sequence[Item], logps: np.ndarray) -> Sequence[Item]:
@@ -110,11 +125,12 @@ def attached(items: Sequence[Item], logps: np.ndarray) -> Sequence[Item]:
 
 
 def with_values(
-    policy: ReferencePolicy, parts: Sequence[Sequence[Item]], data: ValueData
+    policy: ReferencePolicy, parts: Sequence[Sequence[Item]], data: ValueData, ref_logps: bool = False
 ) -> tuple[list[Sequence[Item]], dict[str, float]]:
     """The items of each part with `value` and `advantage`, and how well the head predicts on prompts it did not see.
 
-    Raises UserError as `values.source_of`.
+    Where `ref_logps` will be wanted too and are not known yet, both come from one pass over the rows. Raises UserError
+    as `values.source_of`.
     """
     settings, model = policy.settings, policy.model
     source = values.source_of(settings.value, data.rewards)
@@ -138,7 +154,7 @@ def with_values(
         head, report = values.fit_value(model.engine, targets, model.packing, settings.value, settings.seed)
         found = []
         for items in parts:
-            found.append(values.values_of(model.engine, head, prompts_of(items), model.packing))
+            found.append(values_of(policy, items, head, ref_logps))
             refuse_infinite("values", items, (~found[-1].isfinite()).nonzero().flatten().tolist())
         if part is not None:
             torch.save({"values": found, "report": report}, part)
@@ -150,6 +166,18 @@ def with_values(
         gains = encoded.column(items, "reward") - expected
         valued.append(encoded.with_numbers(items, value=expected, advantage=gains))
     return valued, saved["report"]
+
+
+def values_of(policy: ReferencePolicy, items: Sequence[Item], head: ValueHead, ref_logps: bool) -> Tensor:
+    """(items,) float32, the values of the items' prompts; with `ref_logps` the file of these is there then.
+
+    For whoever holds the lock of the cache.
+    """
+    model, path = policy.model, logps_path(policy, items)
+    if not ref_logps or model.ranks.from_main(model.ranks.main and path.is_file()):
+        return values.values_of(model.engine, head, prompts_of(items), model.packing)
+    with written(path, model.ranks) as part:
+        return read_rows(model, items, part, head)
 
 
 def prompts_of(items: Sequence[Item]) -> Sequence[Item]:
@@ -177,40 +205,56 @@ def cached(path: Path, engine: Engine, compute: Callable[[Path | None], None]) -
         if ranks.main:
             cache.sweep((part for part in path.parent.glob(f"*{cache.PART}") if part.is_file()), alone=False)
         if not ranks.from_main(ranks.main and path.is_file()):  # NFS remembers that others saw none
-            part = cache.part_of(path)
-            try:
-                compute(part if ranks.main else None)
-                if ranks.main:
-                    part.replace(path)
-            finally:
-                part.unlink(missing_ok=True)  # where it went wrong: a full disk would stay full
+            with written(path, ranks) as part:
+                compute(part)
             ranks.barrier()
     if not path.is_file():
         raise UserError(f"{path}: this machine does not see it, wanted runs_dir on a file system all machines share")
     return path
 
 
+@contextmanager
+def written(path: Path, ranks: Ranks) -> Iterator[Path | None]:
+    """Where rank 0 is to write `path`, which is then there, whole or not at all; None on other ranks."""
+    part = cache.part_of(path)
+    try:
+        yield part if ranks.main else None
+        if ranks.main:
+            part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)  # where it went wrong: a full disk would stay full
+
+
 def reference_logps(engine: Engine, items: Sequence[Item], packing: Packing) -> list[Tensor]:
-    """(T,) float32 log-probabilities of the response tokens of each row, of few items. Raises as `logps_in_parts`."""
-    whole = torch.cat([torch.from_numpy(part) for part in logps_in_parts(engine, items, packing)])
+    """(T,) float32 log-probabilities of the response tokens of each row, of few items. Raises as `read_in_parts`."""
+    whole = torch.cat([torch.from_numpy(part) for part, _ in read_in_parts(engine, items, packing)])
     return list(whole.split([int(length) for lengths in _lengths(items) for length in lengths]))
 
 
 @torch.no_grad()
-def logps_in_parts(engine: Engine, items: Sequence[Item], packing: Packing) -> Iterator[np.ndarray]:
+def read_in_parts(
+    engine: Engine, items: Sequence[Item], packing: Packing, head: ValueHead | None = None
+) -> Iterator[tuple[np.ndarray, Tensor | None]]:
     """Log-probabilities of all response tokens, float32, those of some thousand items after the other, on every rank.
+
+    With `head`, beside them, the values of the items' first prompts, (items,) float32: states live for one micro-batch.
 
     Raises UserError, which names the rows, where some are not finite: after the last, of all.
     """
     engine.train(False)
     ill: list[int] = []
+    wanted = {} if head is None else {"output": "logp_states"}
     for start, lengths in zip(range(0, len(items), AT_ONCE), _lengths(items), strict=True):
         some = items[start : start + AT_ONCE]
         per = len(lengths) // len(some)
         ends = np.concatenate([[0], np.cumsum(lengths)])
-        found = torch.zeros(int(ends[-1]))
+        found, values_found = torch.zeros(int(ends[-1])), torch.zeros(len(some))
         for batch in once(some, packing, engine.ranks.rank, engine.ranks.world):
-            logp, n = engine(batch).float().cpu(), len(batch.items)  # (B, T)
+            said, n = engine(batch, **wanted), len(batch.items)
+            if head is not None:
+                said, states = said  # (B, T), (B, P, H)
+                values_found[list(batch.items)] = values.of_states(head, states, batch)
+            logp = said.float().cpu()
             for place, index in enumerate(batch.items):
                 for i in range(per):
                     at, row = index * per + i, place + i * n
@@ -218,7 +262,7 @@ def logps_in_parts(engine: Engine, items: Sequence[Item], packing: Packing) -> I
         found = engine.ranks.all_sum(found)  # one rank has each
         broken = np.flatnonzero(~found.isfinite().numpy())
         ill += [*dict.fromkeys(((np.searchsorted(ends, broken, side="right") - 1) // per + start).tolist())]
-        yield found.numpy()
+        yield found.numpy(), None if head is None else engine.ranks.all_sum(values_found)
     refuse_infinite("reference log-probabilities", items, ill)
 
 

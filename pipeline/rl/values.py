@@ -17,7 +17,7 @@ from pipeline.config.sections import ValueSettings
 from pipeline.data import dataset, encoded, sampling
 from pipeline.data.batching import Packing, once
 from pipeline.models import value_head
-from pipeline.records import Example, Item
+from pipeline.records import Batch, Example, Item
 from pipeline.rewards import rewards as reward_functions
 from pipeline.rewards import scoring
 from pipeline.rewards.rewards import Rewards
@@ -144,11 +144,15 @@ def fit_value(
 def values_of(engine: Engine, head: value_head.ValueHead, items: Sequence[Item], packing: Packing) -> Tensor:
     """(n,) float32: V of each item's prompt; states live for one micro-batch only."""
     engine.train(False)
-    head.eval()
     ranks, found = engine.ranks, torch.zeros(len(items))
     for batch in once(items, packing, ranks.rank, ranks.world):
-        states = engine(batch, output="states")
-        steps = torch.arange(states.shape[1], device=states.device)
-        predicted = head(states, steps < batch.prompt_lengths.to(states.device)[:, None]).cpu()
-        found[list(batch.items)] = predicted[: len(batch.items)].float()
+        found[list(batch.items)] = of_states(head, engine(batch, output="states"), batch)
     return ranks.all_sum(found)  # one rank has each
+
+
+def of_states(head: value_head.ValueHead, states: Tensor, batch: Batch) -> Tensor:
+    """(items,) float32 on the CPU: V by the states (B, P, H) of each item's first prompt."""
+    head.eval()
+    steps = torch.arange(states.shape[1], device=states.device)
+    predicted = head(states, steps < batch.prompt_lengths.to(states.device)[:, None]).cpu()
+    return predicted[: len(batch.items)].float()
