@@ -257,7 +257,7 @@ def step_stats(window: Sequence[Batch], packing: Packing, norm: float, rate: flo
 
 
 def padding(window: Sequence[Batch], apart: bool) -> tuple[int, int]:
-    """Tokens that are computed, and those of them that are padding or in fillers; of responses too, if read apart."""
+    """Tokens that are computed, and those of them that are padding or in fillers; of responses too if apart."""
     masks = [(batch, mask) for batch in window for mask in (batch.input_mask, batch.response_mask)[: 1 + apart]]
     computed = sum(mask.numel() for _, mask in masks)
     return computed, computed - sum(int(mask.sum()) for batch, mask in masks if batch.items)
