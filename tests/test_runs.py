@@ -170,13 +170,14 @@ def test_a_raised_length_goes_on(tmp_path: Path, finished: bool) -> None:
 
 
 def test_what_a_step_draws_stays_as_it_was_begun(tmp_path: Path) -> None:
-    opened(tmp_path, "group_by_length=true")
     begun(tmp_path)
-    assert "train.group_by_length=True, now it is False" in refused(tmp_path, "group_by_length=false")
+    wanted = "train.group_by_length=False, now it is True"
+    assert wanted in refused(tmp_path, "group_by_length=true")
     # begun by a version that knew no such setting
     config = tmp_path / "sft" / "config.yaml"
-    config.write_text(config.read_text().replace("  group_by_length: true\n", ""))
-    assert "train.group_by_length=False, now it is True" in refused(tmp_path, "group_by_length=true")
+    assert "  group_by_length: false\n" in config.read_text()
+    config.write_text(config.read_text().replace("  group_by_length: false\n", ""))
+    assert wanted in refused(tmp_path, "group_by_length=true")
     assert opened(tmp_path, "group_by_length=false")
 
 
