@@ -63,7 +63,7 @@ def packing(policy: Policy, samples: int, size: int | None = None, seed: int = 5
     policy.unpadded = policy.unpadded and changes.pop("unpadded", True)
     masker = Masker(words(), masking(**changes), seed, samples=samples)
     limit = {"micro_batch_size": size, "max_tokens": None if size else 10**6}
-    once = {"encoder_decoder": policy.encoder_decoder, "unpadded": policy.unpadded}
+    once = {"encoder_decoder": policy.encoder_decoder, "unpadded": policy.unpadded, "prompts_once": policy.unpadded}
     return Packing(**limit, **once, pad_id=tiny.PAD_ID, masker=masker)
 
 

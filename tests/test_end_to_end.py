@@ -7,10 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pipeline.data.batching import Packing, collate, group
-from pipeline.models import router
+from pipeline.models import attention, router
 from pipeline.models.loading import hugging_face
 from pipeline.models.policy import Policy, RewardModel
 from pipeline.records import Batch, Example, Item, Row
@@ -58,7 +65,7 @@ def items() -> list[Item]:
 
 def batch_of(unpadded: bool, whole: bool = False) -> Batch:
     made = items()
-    return collate(made, range(len(made)), Packing(99, None, False, 0, whole, unpadded=unpadded))
+    return collate(made, range(len(made)), Packing(99, None, False, 0, whole, unpadded=unpadded, prompts_once=unpadded))
 
 
 def read(module: Policy | RewardModel, unpadded: bool) -> tuple[Tensor, dict[str, Tensor]]:
@@ -99,7 +106,10 @@ def test_each_prompt_is_read_once() -> None:
     )
     policy(batch_of(True))
     assert read == [(1, 28 + 47)]
-    assert tiny.padded_tokens(items(), Packing(99, None, False, 0, unpadded=True)) == 47 + 2 * 1 + 2 * 9 + 3 * 14 + 4
+    assert (
+        tiny.padded_tokens(items(), Packing(99, None, False, 0, unpadded=True, prompts_once=True))
+        == 47 + 2 * 1 + 2 * 9 + 3 * 14 + 4
+    )
 
 
 @torch.no_grad()
@@ -115,7 +125,7 @@ def test_states_of_prompts_are_in_their_places() -> None:
 def test_a_filler_and_rows_without_a_response_are_read() -> None:
     policy = Policy(model_of("llama"), max_tokens=64)
     bare = [replace(item, rows=(replace(item.rows[0], response_ids=()),)) for item in items()]
-    packing = Packing(99, None, False, 0, unpadded=True)
+    packing = Packing(99, None, False, 0, unpadded=True, prompts_once=True)
     states = policy(collate(bare, range(len(bare)), packing), output="states")
     alone = hugging_face(policy.model).model(torch.tensor([bare[3].rows[0].prompt_ids])).last_hidden_state[0]
     torch.testing.assert_close(states[3, :14], alone, rtol=1e-5, atol=1e-5)
@@ -143,7 +153,7 @@ def test_micro_batches_keep_a_prompt_together() -> None:
 
     26 + 7, for the second response brings no prompt; 16 + 18; 10 + 9 + 3 + 9.
     """
-    together = group(items(), range(8), Packing(None, 34, False, 0, unpadded=True), 1)
+    together = group(items(), range(8), Packing(None, 34, False, 0, unpadded=True, prompts_once=True), 1)
     assert together == [[3, 5], [4, 7], [2, 1, 0, 6]]
     assert group(items(), range(8), Packing(None, 34, False, 0), 1) == [[3], [5], [7], [4], [2, 1, 6], [0]]
 
@@ -158,3 +168,21 @@ def test_log_probabilities_and_states_of_one_pass(unpadded: bool) -> None:
     for row, (found, length) in enumerate(zip(states, batch.prompt_lengths.tolist(), strict=True)):
         alone = hugging_face(policy.model).model(batch.input_ids[row : row + 1, :length]).last_hidden_state[0]
         torch.testing.assert_close(found[:length], alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral"])
+def test_rows_for_a_kernel_that_shares_no_prompts(kind: str) -> None:
+    """Where places start anew transformers lets no row see another: so flash attention's varlen is told, and sdpa."""
+    policy = Policy(model_of(kind), max_tokens=64)
+    apart = batch_of(False)
+    laid = attention.lay(apart.input_ids, apart.input_mask)
+    AttentionInterface.register("sdpa", sdpa_attention_forward)
+    found = attention.apart(hugging_face(policy.model), laid).last_hidden_state[0]
+    padded = hugging_face(policy.model).base_model(apart.input_ids).last_hidden_state
+    torch.testing.assert_close(found[laid.at][apart.input_mask], padded[apart.input_mask], rtol=1e-5, atol=1e-5)
+
+
+def test_a_micro_batch_of_rows_that_share_no_prompts_is_not_overfull() -> None:
+    packing = Packing(None, 34, False, 0, unpadded=True)
+    assert group(items(), range(8), packing, 1) == group(items(), range(8), replace(packing, unpadded=False), 1)
+    assert collate(items(), range(8), packing).owners is None

@@ -15,7 +15,7 @@ from pipeline.config.resolve import resolve
 from pipeline.config.schema import BenchStage
 from pipeline.config.yaml_layers import ROOT
 from pipeline.data import convert, dataset, encoded
-from pipeline.data.batching import Packing, Windows, packing_of
+from pipeline.data.batching import Packing, Windows
 from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
 from pipeline.models import build
@@ -26,7 +26,7 @@ from pipeline.trainer.engine import Engine
 from pipeline.trainer.group import Ranks
 from pipeline.trainer.loop import HELD_OUT_LOSS, Evaluation, Trainer, one_step, summary
 from pipeline.trainer.metrics import Interval, Metrics
-from pipeline.trainer.model import Model
+from pipeline.trainer.model import Model, packing_for
 from pipeline.trainer.objective import Objective, objective_of
 from pipeline.trainer.schedule import epochs_of
 
@@ -106,12 +106,9 @@ def new_policy(setup: Setup) -> Policy:
 
 def model_of(setup: Setup, module: Policy | RewardModel, trained: bool = True) -> Model:
     """The module under an engine, with an optimizer if it is to be trained."""
-    train, pad_id = setup.settings.train, setup.encoder.pad_id
+    train = setup.settings.train
     engine = Engine(module, setup.ranks, train, setup.settings.optimizer if trained else None)
-    packing = packing_of(
-        train, setup.ranks.world, module.encoder_decoder, pad_id, isinstance(module, RewardModel), module.unpadded
-    )
-    return Model(engine, setup.encoder, packing)
+    return Model(engine, setup.encoder, packing_for(module, setup.encoder, train, setup.ranks))
 
 
 def new_trainer(setup: Setup, model: Model, objective: Objective, items: list[Item], packing: Packing) -> Trainer:

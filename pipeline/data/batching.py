@@ -40,21 +40,24 @@ class Packing:
     pad_id: int
     whole: bool = False  # put prompt + response into input_ids even for an encoder-decoder (reward models)
     masker: Masker | None = None  # of response tokens
-    prompts_once: bool = False  # an encoder reads each prompt of a micro-batch once, however many responses it has
-    unpadded: bool = False  # a causal model reads its rows end to end, and each prompt of a micro-batch once
+    prompts_once: bool = False  # each prompt of a micro-batch is read once, however many responses it has: see `shared`
+    unpadded: bool = False  # a causal model reads its rows end to end
     suppressed: Tensor | None = None  # (V,) bool: see Batch
 
     @property
     def apart(self) -> bool:
         return self.encoder_decoder and not self.whole
 
+    @property
+    def shared(self) -> bool:
+        """Whether a causal model reads a prompt once; padded rows read it every time."""
+        return self.unpadded and self.prompts_once
 
-def packing_of(
-    train: TrainSettings, world: int, encoder_decoder: bool, pad_id: int, whole: bool = False, unpadded: bool = False
-) -> Packing:
+
+def packing_of(train: TrainSettings, world: int, encoder_decoder: bool, pad_id: int, whole: bool = False) -> Packing:
     """The packing that `train` asks for. Raises UserError where the batch arithmetic leaves a remainder."""
     together.whole_batches(train, world)
-    return Packing(train.micro_batch_size, train.max_tokens, encoder_decoder, pad_id, whole, unpadded=unpadded)
+    return Packing(train.micro_batch_size, train.max_tokens, encoder_decoder, pad_id, whole)
 
 
 class Extent(NamedTuple):
@@ -113,7 +116,7 @@ class Extent(NamedTuple):
         """Tokens of one micro-batch, with what padding there is."""
         if packing.apart:
             return self.rows * (self.prompt + self.response + self.static)
-        if packing.unpadded:
+        if packing.shared:
             return self.text
         return 2 * self.rows * max(self.single, self.beside) if self.beside else self.rows * self.single
 
@@ -140,7 +143,7 @@ class Place(NamedTuple):
 def in_order(items: Sequence[Item], indices: Sequence[int], packing: Packing) -> list[Place]:
     """Longest first; where a prompt is read once, items of one prompt follow each other."""
     alone = dict(zip(indices, Extent.of_each(items, indices), strict=True))
-    if not packing.unpadded:
+    if not packing.shared:
         order = sorted(indices, key=lambda i: (*(-length for length in alone[i].lengths(packing)), i))
         return [Place(i, alone[i], False) for i in order]
     prompts = dict(zip(indices, prompt_keys(items, indices), strict=True))
@@ -243,7 +246,7 @@ def collate(items: Sequence[Item], indices: Sequence[int], packing: Packing, ste
         # the encoder then works once per prompt, not once per response
         places = {ids: place for place, ids in enumerate(dict.fromkeys(read))}
         owners, read = torch.tensor([places[ids] for ids in read]), list(places)
-    elif packing.unpadded:
+    elif packing.shared:
         first: dict[tuple[int, ...], int] = {}
         owners = torch.tensor([first.setdefault(row.prompt_ids, place) for place, row in enumerate(rows)])
     input_ids, input_mask = pad(read, packing.pad_id)

@@ -24,6 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from pipeline.models.loading import body
 
+VARLEN = ("flash_attention_2", "flash_attention_3")  # know by places that start anew where a row begins
 KINDS = {"full_attention", "sliding_attention", "chunked_attention"}  # layers that read by a mask and places alone
 
 
@@ -52,19 +53,27 @@ class Blocks(NamedTuple):
 def reads_end_to_end(lm: PreTrainedModel) -> bool:
     """Whether `lm` can be told of places and blocks: it takes its sdpa from transformers' table, where `attend` is now.
 
-    Not where a layer carries a state along, or picks keys of its own by the mask (DeepSeek's sparse attention), or
-    counts places by itself. Decided by configuration alone, so that all ranks and steps read alike.
+    Or its kernel is one for rows end to end, which shares no prompts. Not where a layer carries a state along, or picks
+    keys of its own by the mask (DeepSeek's sparse attention), or counts places by itself. Decided by configuration
+    alone, so that all ranks and steps read alike.
     """
     config = lm.config.get_text_config()
     named = config.to_dict()
-    if lm.config.is_encoder_decoder or lm.config._attn_implementation != "sdpa" or not lm.is_backend_compatible():
+    kernel = lm.config._attn_implementation
+    if lm.config.is_encoder_decoder or kernel not in ("sdpa", *VARLEN) or not lm.is_backend_compatible():
         return False
     if lm._is_stateful or named.get("alibi") or "index_topk" in named or not KINDS.issuperset(kinds_of(named)):
         return False
     if "position_ids" not in inspect.signature(body(lm).forward).parameters:
         return False
-    AttentionInterface.register("sdpa", attend)
+    if kernel == "sdpa":
+        AttentionInterface.register("sdpa", attend)
     return True
+
+
+def shares_prompts(lm: PreTrainedModel) -> bool:
+    """Whether a model that reads rows end to end can read one prompt for several of them."""
+    return lm.config._attn_implementation == "sdpa"
 
 
 def kinds_of(config: dict[str, Any]) -> set[str]:
@@ -126,11 +135,19 @@ def read(lm: PreTrainedModel, laid: Laid, **options: Any) -> BaseModelOutputWith
 
     None where the model makes its attention masks by itself, so that it was never told of the blocks.
     """
+    if not shares_prompts(lm):
+        return apart(lm, laid, **options)
     with told(laid) as asked:
         # a mask of ones: without one, transformers takes a place that does not follow for another text's beginning
         ones = torch.ones_like(laid.ids)
         read = body(lm)(input_ids=laid.ids, attention_mask=ones, position_ids=laid.places, use_cache=False, **options)
     return read if asked else None
+
+
+def apart(lm: PreTrainedModel, laid: Laid, **options: Any) -> BaseModelOutputWithPast:
+    """As `read`, of rows that share nothing: without a mask, transformers takes place 0 for the beginning of a row."""
+    assert bool(laid.own.all()), "a kernel for rows end to end shares no prompts"
+    return body(lm)(input_ids=laid.ids, position_ids=laid.places, use_cache=False, **options)
 
 
 @contextmanager

@@ -90,7 +90,8 @@ def _three_rows(lm: PreTrainedModel, longest: int) -> tuple[attention.Laid, Tens
     ids[2, : prompts[1]] = ids[1, : prompts[1]]
     prompts[2] = prompts[1]
     mask = torch.arange(longest) < lengths[:, None]
-    ids, mask, prompts, owners = (x.to(lm.device) for x in (ids, mask, prompts, torch.tensor([0, 1, 1])))
+    owners = torch.tensor([0, 1, 1 if attention.shares_prompts(lm) else 2])
+    ids, mask, prompts, owners = (x.to(lm.device) for x in (ids, mask, prompts, owners))
     return attention.lay(ids, mask, prompts, owners), ids
 
 

@@ -65,7 +65,8 @@ def trainer(context: Context) -> Trainer:
     frozen = None
     if context.module.needs(algorithm).ref_logp:
         frozen = frozen_policy(settings, policy, context.start, longest)
-    packing = replace(spoken_packing(policy), prompts_once=True)
+    packing = spoken_packing(policy)
+    packing = replace(packing, prompts_once=packing.prompts_once or packing.apart)
     never = 0 if packing.suppressed is None else int(packing.suppressed.sum())
     rollouts = Rollouts(
         engine=policy.engine,

@@ -24,7 +24,7 @@ from pipeline.data.tokenization import Encoder, coloured
 from pipeline.data.vocabulary import token_tables
 from pipeline.errors import UserError
 from pipeline.files import write_json
-from pipeline.models import build, loading, lora, mask_token, memory, writing
+from pipeline.models import attention, build, loading, lora, mask_token, memory, writing
 from pipeline.models.policy import Policy, RewardModel
 from pipeline.models.start_check import check_end_to_end
 from pipeline.models.trained_input import save_input
@@ -96,7 +96,7 @@ def build_policy(
     memory.warn_where_short(policy.model, settings, ranks.world)
     saved = build.saved_type(settings, start, encoder)
     engine = engine_of(policy, encoder, longest, ranks, settings.train, settings.optimizer)
-    packing = _packing(policy, encoder, settings.train, ranks)
+    packing = packing_for(policy, encoder, settings.train, ranks)
     return Model(engine, encoder, packing, saved, generation_of(settings))
 
 
@@ -142,7 +142,7 @@ def build_reward_model(
     if scorer.late is not None:
         longest = encoder.max_prompt_length + encoder.max_response_length
         ranks.agreed(lambda: check_end_to_end(scorer, longest))
-    return Model(engine, encoder, _packing(scorer, encoder, settings.train, ranks), saved)
+    return Model(engine, encoder, packing_for(scorer, encoder, settings.train, ranks), saved)
 
 
 def build_inference(
@@ -156,12 +156,16 @@ def build_inference(
     module = build.policy_module(policy, encoder, settings.train, longest, settings.seed, frozen=True)
     train = settings.train.model_copy(update={"batch_size": ranks.world * (settings.train.micro_batch_size or 1)})
     engine = engine_of(module, encoder, longest, ranks, train, None)
-    return Model(engine, encoder, _packing(module, encoder, train, ranks))
+    return Model(engine, encoder, packing_for(module, encoder, train, ranks))
 
 
-def _packing(module: Policy | RewardModel, encoder: Encoder, train: TrainSettings, ranks: Ranks) -> Packing:
+def packing_for(module: Policy | RewardModel, encoder: Encoder, train: TrainSettings, ranks: Ranks) -> Packing:
+    """The packing that `train` asks for, as `module` reads rows."""
     whole = isinstance(module, RewardModel)
-    return packing_of(train, ranks.world, module.encoder_decoder, encoder.pad_id, whole, module.unpadded)
+    packing = packing_of(train, ranks.world, module.encoder_decoder, encoder.pad_id, whole)
+    if not module.unpadded:
+        return packing
+    return replace(packing, unpadded=True, prompts_once=attention.shares_prompts(loading.hugging_face(module.model)))
 
 
 def say(model: ModelSettings, encoder: Encoder) -> None:
