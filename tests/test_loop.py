@@ -415,8 +415,9 @@ def test_the_best_weights_that_were_removed_are_missed_before_more_steps_are_tak
     shutil.rmtree(toy.directory / "best")
     with pytest.raises(UserError, match="best: is gone, and the weights of step 6 in it are the best so far"):
         toy.run()
-    shutil.copytree(toy.directory / "model", toy.directory / "best")
+    shutil.copytree(toy.directory / "model", toy.directory / "best.old.part")  # as a kill leaves them
     toy.run()
+    assert (toy.directory / "best" / "config.json").is_file()
 
 
 def test_where_the_last_weights_are_of_unknown_worth_they_are_kept(tmp_path: Path, caplog) -> None:

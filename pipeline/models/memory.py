@@ -9,8 +9,7 @@ keys and values of every token, and under stage 3 all weights, in the place of a
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -40,7 +39,6 @@ PROGRAM = 0.5 * GB  # Python with torch, transformers and DeepSpeed; on a GPU it
 # What autograd keeps of a layer for each number that the layer's matrices give out. Measured, in float32 and bfloat16:
 # OPT 1.5, GPT-NeoX 2.1, Llama, Mistral and Qwen2 2.2 and 2.4, Phi-3 2.4 and 2.7, Qwen3 2.5 and 2.9, GPT-2 3.2
 KEPT = 2.4
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 ADAPTER_CONFIG = "adapter_config.json"
 
 logger = logging.getLogger("tiffin")
@@ -245,21 +243,31 @@ def judges_of(settings: RlStage) -> float:
     """Bytes of the reward models that every process holds, as they were saved."""
     trained = run_dir.reward_models(settings)
     names = [name for name, _ in parse(settings.reward)] or [*trained]
-    return float(sum(_saved({trained.get(name, name.rpartition(":")[0] or name) for name in names})))
+    return float(sum(_saved(trained.get(name, name.rpartition(":")[0] or name)) for name in names))
 
 
-def _saved(models: Iterable[str]) -> Iterator[int]:
-    """Bytes of the weights of each model that is here, a directory or one of the hub's, and of those below adapters."""
+def _saved(model: str, above: tuple[str, ...] = ()) -> int:
+    """Bytes of the weights of a model that is here, a directory or one of the hub's, and of those below adapters."""
+    folder = Path(model) if Path(model).is_dir() else _cached(model)
+    if folder is None:
+        return 0
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if (described := folder / ADAPTER_CONFIG).is_file():
+        below = read_object(described).get("base_model_name_or_path")
+        size += _saved(below, (*above, model)) if below and below not in (*above, model) else 0
+    return size
+
+
+def _cached(name: str) -> Path | None:
+    """Where the hub's cache has a model, if it has it; None also where `name` is none of the hub's."""
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    for name in models:
-        folder = Path(name)
-        if not folder.is_dir() and HUB_NAME.fullmatch(name):
-            found = [try_to_load_from_cache(name, file) for file in ("config.json", ADAPTER_CONFIG)]
-            folder = next((Path(file).parent for file in found if isinstance(file, str)), folder)
-        yield sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        if (described := folder / ADAPTER_CONFIG).is_file():
-            yield from _saved([read_object(described).get("base_model_name_or_path") or ""])
+    try:
+        found = [try_to_load_from_cache(name, file) for file in ("config.json", ADAPTER_CONFIG)]
+    except HFValidationError:
+        return None
+    return next((Path(file).parent for file in found if isinstance(file, str)), None)
 
 
 def available_to(settings: Training) -> tuple[float, str]:

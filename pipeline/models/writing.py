@@ -38,7 +38,7 @@ def whole(directory: Path) -> Iterator[Path]:
 
     Raises UserError where the disk refuses, and leaves nothing then.
     """
-    part, old = (directory.with_name(directory.name + end) for end in (".part", ".old.part"))
+    part, old = directory.with_name(directory.name + ".part"), set_aside(directory)
     shutil.rmtree(part, ignore_errors=True)
     try:
         yield part
@@ -54,6 +54,11 @@ def whole(directory: Path) -> Iterator[Path]:
         os.replace(directory, old)
     os.replace(part, directory)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def set_aside(directory: Path) -> Path:
+    """Where `whole` has the directory that was there while it puts the new one into its place."""
+    return directory.with_name(directory.name + ".old.part")
 
 
 Weights = Mapping[str, Tensor] | Callable[[Callable[[str], bool]], Iterator[tuple[str, Tensor]]]

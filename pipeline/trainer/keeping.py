@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.config.schema import Training
 from pipeline.errors import UserError
 from pipeline.files import CARD, write_text
-from pipeline.models import card
+from pipeline.models import card, writing
 from pipeline.trainer.checkpoint import State, gigabytes
 from pipeline.trainer.facts import facts_of
 from pipeline.trainer.model import Model
@@ -48,8 +48,13 @@ class Shelf:
 
 
 def refuse_lost_best(shelf: Shelf, state: State) -> None:
-    """Raises UserError where the best weights so far, which may be those to keep, were removed by hand."""
+    """Raises UserError where the best weights so far, which may be those to keep, were removed by hand.
+
+    Those that a kill left set aside are put back.
+    """
     best = shelf.directory / "best"
+    if not best.is_dir() and (before := writing.set_aside(best)).is_dir():
+        os.replace(before, best)
     if shelf.settings.train.keep == "best" and state.best_step is not None and not best.is_dir():
         raise UserError(
             f"{best}: is gone, and the weights of step {state.best_step} in it are the best so far: put it back "
