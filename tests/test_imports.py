@@ -6,6 +6,7 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -55,9 +56,16 @@ FILES = sorted(
 TESTS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("*.py"))
 
 
+@cache
+def nodes_of(file: str) -> list[ast.AST]:
+    """Those of its code that say something of other files: imports and classes."""
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom | ast.ClassDef)]
+
+
 def imports(file: str) -> Iterator[str]:
     """Every module that a file imports, at any depth of its code; `from a import b` gives a.b if that is a module."""
-    for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
+    for node in nodes_of(file):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -69,8 +77,7 @@ def imports(file: str) -> Iterator[str]:
 
 def classes(file: str) -> Iterator[str]:
     """The name of every class that a file defines, at any depth of its code."""
-    nodes = ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8")))
-    yield from (node.name for node in nodes if isinstance(node, ast.ClassDef))
+    yield from (node.name for node in nodes_of(file) if isinstance(node, ast.ClassDef))
 
 
 def is_module(name: str) -> bool:

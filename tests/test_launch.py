@@ -23,6 +23,7 @@ from pipeline.launch import launcher
 from pipeline.launch.launcher import command, environment, first_host, hosts, rank_environment
 from pipeline.launch.processes import run
 from stages import STARTING
+from stages.__main__ import main
 from stages.faults import of_launch
 
 PYTHON = sys.executable
@@ -94,24 +95,26 @@ def test_hostfile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert argv == [*ALONE, "--num_gpus", "3", *OPTIONS]
 
 
-def test_a_file_for_sbatch_is_what_a_dry_run_prints(tmp_path: Path):
+def test_a_file_for_sbatch_is_what_a_dry_run_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     """A shell reads it; told to save, it asks for another turn, and other codes are its own."""
-    words = ["-m", "stages", "stage=sft", "task=numerals", "run=mine", "gpus=2", "nnodes=4", "launcher=slurm"]
+    words = ["stage=sft", "task=numerals", "run=mine", "gpus=2", "nnodes=4", "launcher=slurm"]
     words += ["template.prompt=It's $5: {prompt}", 'template.human="\n#SBATCH --nodes=64\n"', "dry_run=true"]
-    root = Path(__file__).resolve().parents[1]
-    env = {**{k: v for k, v in os.environ.items() if not k.startswith("SLURM")}, "PYTHONPATH": str(root)}
-    made = subprocess.run([PYTHON, *words], cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
-    assert "fault" not in made.stderr and "over 8 processes" in made.stdout
-    options, _, rest = made.stdout.partition("\ncd ")
+    for name in [one for one in os.environ if one.startswith("SLURM")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 0
+    made = capsys.readouterr()
+    assert "fault" not in made.err and "over 8 processes" in made.out
+    options, _, rest = made.out.partition("\ncd ")
     assert "--nodes=64" in rest and "--nodes=64" not in options
-    assert "#SBATCH --nodes=4\n#SBATCH --ntasks-per-node=2\n" in made.stdout
+    assert "#SBATCH --nodes=4\n#SBATCH --ntasks-per-node=2\n" in made.out
     called = '#!/bin/sh\necho "$0 $@" >> called\n'
     for name in ("bash", "scontrol"):
         (tmp_path / name).write_text(called + ("exit $CODE\n" if name == "bash" else ""))
         (tmp_path / name).chmod(0o755)
     for code, more in ((75, [f"{tmp_path}/scontrol requeue 7"]), (2, []), (0, [])):
         environ = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CODE": str(code), "SLURM_JOB_ID": "7"}
-        ran = subprocess.run(["/bin/bash", "-c", made.stdout], cwd="/", env=environ, check=False)
+        ran = subprocess.run(["/bin/bash", "-c", made.out], cwd="/", env=environ, check=False)
         assert ran.returncode == code
         begun = f"{tmp_path}/bash run.sh stage=sft task=numerals run=mine gpus=2 template.prompt=It's $5: {{prompt}}"
         begun += ' template.human="\n#SBATCH --nodes=64\n" launcher=srun'
