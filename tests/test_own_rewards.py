@@ -60,6 +60,16 @@ def test_rows_and_functions_are_added_by_weight(tmp_path: Path, caplog) -> None:
     assert "those that the rows bring are not used (brief)" in caplog.text
 
 
+def test_many_rows_are_scored_some_at_a_time(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(scoring, "AT_ONCE", 2)
+    (tmp_path / "calls.py").write_text(
+        "def reward(completions, **columns):\n    return [float(len(completions))] * len(completions)\n"
+    )
+    given = context(tmp_path, f"reward={{helpful: 0.5, length: -1.0, {tmp_path}/calls.py: 10.0}}")
+    # as below, and 10 times the texts of each call: r/1 and r/2, r/3 and r/4
+    assert earned(given) == ([21.0, 19.0, 17.0], [20.0])
+
+
 def test_each_reward_is_normalised_by_its_own_rule(tmp_path: Path) -> None:
     spec = "reward={helpful: 1.0, brief: 2.0, length: 1.0}"
     given = context(tmp_path, spec, "rewards.normalise={helpful: standardise, brief: sigmoid}")

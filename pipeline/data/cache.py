@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache as once_only
 from importlib.metadata import version
@@ -170,10 +170,12 @@ def _acquire(lock: FileLock) -> None:
         lock.acquire(PATIENCE)
     except Timeout:
         if isinstance(lock, SoftFileLock):  # of any other its holder's death frees it
-            holder = " on ".join(Path(lock.lock_file).read_text("utf-8", "replace").split("\n")[:2])
-            logger.warning(
-                f"{lock.lock_file}: waiting for process {holder}, which reads rows: if it runs no more, remove the file"
-            )
+            with suppress(FileNotFoundError):  # free by now
+                holder = " on ".join(Path(lock.lock_file).read_text("utf-8", "replace").split("\n")[:2])
+                logger.warning(
+                    f"{lock.lock_file}: waiting for process {holder or '(unknown)'}, which reads rows: if it runs no "
+                    "more, remove the file"
+                )
         lock.acquire()
 
 
@@ -183,7 +185,7 @@ def part_of(place: Path) -> Path:
 
 
 def host() -> str:
-    """This machine's name, of which no part is an ending."""
+    """This machine's name without dots, at which names of parts are cut."""
     return gethostname().replace(".", "-")
 
 
