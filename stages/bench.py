@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pipeline.bench import drawing, memory, peers, rouge, sampling, semi_offline, setup, startup, steps
+from pipeline.bench import drawing, memory, peers, prompts, rouge, sampling, semi_offline, setup, startup, steps
 from pipeline.bench.measure import Result, table
 from pipeline.config.schema import BenchStage
 from pipeline.files import write_json
@@ -28,6 +28,7 @@ PARTS: dict[str, Callable[[setup.Setup], list[Result]]] = {
     "loop": steps.against_bare,
     "memory": memory.measure,
     "draw": drawing.measure,
+    "prompts": prompts.measure,
     "rouge": rouge.measure,
     "startup": startup.measure,
     "peers": peers.measure,

@@ -123,8 +123,9 @@ SAID: dict[str, str] = {  # names -> what to say of each
         "(the default, but where messages have weights)"
     ),
     "packing sample_packing packing_samples neat_packing pad_to_sequence_len": (
-        "leave it out: rows of like length are read together, up to max_tokens=4096 padded tokens"
+        "leave it out: rows are read end to end (train.padding_free=true), up to max_tokens=4096 tokens at once"
     ),
+    "share_prompt": "leave it out: prompts that rows share are read once, unless padding_free=false",
     "output_dir out_dir out output log_dir save_path save_dir output_path ckpt_path logging_dir": (
         "results go to runs/NAME/STAGE/: set run=NAME, and runs_dir=DIRECTORY for another place than runs/"
     ),

@@ -277,7 +277,9 @@ class GpuSettings(Section):
 
 
 class BenchStage(Training):
-    parts: list[Literal["steps", "semi_offline", "sampling", "loop", "memory", "draw", "rouge", "startup", "peers"]]
+    parts: list[
+        Literal["steps", "semi_offline", "sampling", "loop", "memory", "draw", "prompts", "rouge", "startup", "peers"]
+    ]
     rounds: Count
     steps: Count
     clock: Literal["wall", "cpu"]

@@ -62,7 +62,7 @@ def policy_module(
     checks.check_positions(loading.hugging_face(lm), encoder.max_prompt_length, max_response, whole=False)
     limit = train.max_tokens if train.max_tokens is not None else train.micro_batch_size * max_response
     policy = Policy(lm, limit, late)
-    policy.unpadded = policy.unpadded and train.padding_free
+    choose_reading(policy, train)
     check_config(loading.hugging_face(lm))
     if late is None:
         start_check(policy, encoder, max_response)
@@ -87,11 +87,21 @@ def reward_module(model: ModelSettings, encoder: Encoder, train: TrainSettings, 
     lm = loading.hugging_face(scalar)
     checks.check_positions(lm, encoder.max_prompt_length, encoder.max_response_length, whole=True)
     scorer = RewardModel(scalar, late)
-    scorer.unpadded = scorer.unpadded and train.padding_free
+    choose_reading(scorer, train)
     if late is None:
         check_end_to_end(scorer, encoder.max_prompt_length + encoder.max_response_length)
     enable_checkpointing(scalar, train)
     return scorer
+
+
+def choose_reading(module: Policy | RewardModel, train: TrainSettings) -> None:
+    """Rows end to end, where `train` and the model allow it; says so where the model does not."""
+    lm = loading.hugging_face(module.model)
+    causal = isinstance(module, Policy) and not module.encoder_decoder
+    if train.padding_free and causal and not module.unpadded:
+        why = f"its layers, or attn_implementation={lm.config._attn_implementation}, ask for it"
+        logger.info(f"{type(lm).__name__} reads rows with padding: {why}")
+    module.unpadded = module.unpadded and train.padding_free
 
 
 def late_of(train: TrainSettings) -> Late | None:

@@ -141,7 +141,8 @@ def build_reward_model(
     engine = Engine(scorer, ranks, settings.train, settings.optimizer)
     if scorer.late is not None:
         longest = encoder.max_prompt_length + encoder.max_response_length
-        ranks.agreed(lambda: check_end_to_end(scorer, longest))
+        with engine.in_forward():
+            ranks.agreed(lambda: check_end_to_end(scorer, longest))
     return Model(engine, encoder, packing_for(scorer, encoder, settings.train, ranks), saved)
 
 
