@@ -30,7 +30,7 @@ def measure(setup: Setup) -> list[Result]:
             ours, other = (step(policy, batch_of(setup, length, count, shared)) for shared in (True, False))
             name = f"prompt of {length} responses' length, {count} to each: padded rows / end to end"
             rounds = [(theirs, mine) for mine, theirs in alternate(ours, other, timing)]
-            results.append(compared(name, "s", rounds))
+            results.append(compared(name, "s", rounds, None))
     return results
 
 
