@@ -13,7 +13,19 @@ from typing import Any
 
 import torch
 
-from pipeline.bench import drawing, memory, peers, prompts, rouge, sampling, semi_offline, setup, startup, steps
+from pipeline.bench import (
+    drawing,
+    memory,
+    offline,
+    peers,
+    prompts,
+    rouge,
+    sampling,
+    semi_offline,
+    setup,
+    startup,
+    steps,
+)
 from pipeline.bench.measure import Result, table
 from pipeline.config.schema import BenchStage
 from pipeline.files import write_json
@@ -23,6 +35,7 @@ from pipeline.trainer import group
 
 PARTS: dict[str, Callable[[setup.Setup], list[Result]]] = {
     "steps": steps.against_sft,
+    "offline": offline.measure,
     "semi_offline": semi_offline.measure,
     "sampling": sampling.measure,
     "loop": steps.against_bare,

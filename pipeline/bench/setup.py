@@ -165,7 +165,7 @@ def stepper(trainer: Trainer) -> Callable[[int], None]:
     def step(number: int) -> None:
         one_step(trainer, number, interval)
         if (number + 1) % trainer.settings.train.logging_steps == 0:
-            summary(trainer.engine.ranks, interval)
+            summary(trainer.engine.ranks, interval, 0)
 
     return step
 

@@ -278,7 +278,19 @@ class GpuSettings(Section):
 
 class BenchStage(Training):
     parts: list[
-        Literal["steps", "semi_offline", "sampling", "loop", "memory", "draw", "prompts", "rouge", "startup", "peers"]
+        Literal[
+            "steps",
+            "offline",
+            "semi_offline",
+            "sampling",
+            "loop",
+            "memory",
+            "draw",
+            "prompts",
+            "rouge",
+            "startup",
+            "peers",
+        ]
     ]
     rounds: Count
     steps: Count
