@@ -102,7 +102,7 @@ COMMIT = "ab" * 20
 SENT: list[int] = []  # bytes of files
 
 
-class Shelf(BaseHTTPRequestHandler):
+class BigHub(BaseHTTPRequestHandler):
     """As much of the hub as one data set me/big of large files needs; what is sent of them is counted."""
 
     protocol_version = "HTTP/1.1"
@@ -155,7 +155,7 @@ print(json.dumps([sorted(row.id for row in train + held), train[0].completion, t
 
 def test_of_a_hub_set_what_is_read_is_fetched_once_and_never_kept(tmp_path: Path) -> None:
     """Its library itself, with a hub of files of 41 MB each, of which it asks for 16 MB at a time."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Shelf)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), BigHub)
     Thread(target=server.serve_forever, daemon=True).start()
     environ = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
     environ |= {

@@ -32,7 +32,7 @@ logger = logging.getLogger("tiffin")
 
 
 @dataclass(frozen=True)
-class Read(Sequence[str]):
+class TextsOfRows(Sequence[str]):
     """A text of each row, read when it is asked for."""
 
     rows: Sequence[Example]
@@ -82,10 +82,10 @@ def score_logged(
     raw |= {one.name: own_rewards.values(one.own, rows, rewards.models) for one in rewards.own}
     say_what_is_meant(rewards, rows)
     settle(ranks, rewards, {name: values[:train] for name, values in raw.items()}, directory)
-    texts = Read(rows, lambda row: text_of(row.completion))
+    texts = TextsOfRows(rows, lambda row: text_of(row.completion))
     if completions is not None:
         texts = [text_of(one) for one in completions]
-    return rewards.weighed(raw, texts, Read(rows, lambda row: row.id))
+    return rewards.weighed(raw, texts, TextsOfRows(rows, lambda row: row.id))
 
 
 def raw_scores(
