@@ -25,6 +25,7 @@ from pipeline.errors import UserError
 from pipeline.records import Batch, Item, Stat
 
 CALLS = 16  # a micro-batch more is worth less padding by this part of max_tokens, about what a call costs by itself
+ATTENTION = 4  # tokens that only attention knows take the memory of one that all parts of a layer do, or less
 AT_ONCE = 16_384  # items among which those of like length are put together, where each is read once
 
 Draw = Callable[[int], list[int]]  # step -> indices of the items of that step, the same on every rank
@@ -113,12 +114,14 @@ class Extent(NamedTuple):
         return Extent(self.rows + other.rows, self.text + other.text, *map(max, self[2:], other[2:]))
 
     def tokens(self, packing: Packing) -> int:
-        """Tokens of one micro-batch, with what padding there is."""
+        """Tokens of one micro-batch, with what padding there is.
+
+        Of rows end to end attention alone is padded, and repeats prompts: a part of what such a token costs elsewhere.
+        """
         if packing.apart:
             return self.rows * (self.prompt + self.response + self.static)
-        if packing.shared:
-            return self.text
-        return 2 * self.rows * max(self.single, self.beside) if self.beside else self.rows * self.single
+        padded = 2 * self.rows * max(self.single, self.beside) if self.beside else self.rows * self.single
+        return self.text + (padded - self.text) // ATTENTION if packing.shared else padded
 
     def lengths(self, packing: Packing) -> tuple[int, ...]:
         """Of one item: those who are alike in these need little padding beside one another."""
