@@ -8,17 +8,15 @@ batch, its place or the rank (but for beams that sample, and for the other engin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from pipeline.algorithms import capability
 from pipeline.config.sections import GenerationSettings
-from pipeline.data.sampling import generator
 from pipeline.data.tokenization import Encoder, pad
 from pipeline.errors import UserError
 from pipeline.models import mask_token
@@ -27,9 +25,12 @@ from pipeline.models.loading import hugging_face
 from pipeline.models.policy import Policy
 from pipeline.models.start_check import nothing_inherited
 from pipeline.models.writing import end_ids
-from pipeline.records import Completion, Example, Request, Response, SampleStats
+from pipeline.records import Completion, Example, Request, Response
 from pipeline.rollout import continuous
+from pipeline.rollout.decode import decode, drops_rows
+from pipeline.rollout.drawing import RowSampler, row_sampler
 from pipeline.trainer.engine import Engine
+from pipeline.trainer.group import Ranks
 
 
 def generate(
@@ -46,11 +47,17 @@ def generate(
 
 
 def respond(
-    engine: Engine, encoder: Encoder, requests: Sequence[Request], settings: GenerationSettings, seed: int
+    engine: Engine,
+    encoder: Encoder,
+    requests: Sequence[Request],
+    settings: GenerationSettings,
+    seed: int,
+    to_end: bool = False,
 ) -> list[list[Response]]:
     """The responses to each request; the same on all ranks. Stage 1 of two-stage sampling: no gradient, no dropout.
 
     `temperatures` of the requests stand for those of `settings`, whose `num_return_sequences` only counts for beams.
+    `to_end`: every row is drawn for until the longest of its batch ends, which `SampleStats.drop` is of.
     """
     ranks, size = engine.ranks, settings.batch_size
     if settings.engine == "continuous":  # its ranks make differently many forwards: none may wait for another's layers
@@ -73,13 +80,14 @@ def respond(
             batches, places = [], order[ranks.rank :: ranks.world]
             rows = continuous.respond(module, [requests[i] for i in places], settings, config, seed)
             mine = dict(zip(places, rows, strict=True))
+        decoding = Decoding(module, encoder, config, _in_step(engine, module), not to_end and drops_rows(lm, settings))
         for place in range(0, len(batches), ranks.world):
             number = place + ranks.rank
             batch = batches[number] if number < len(batches) else batches[0]  # idle ranks keep in step
             torch.manual_seed((seed * 1_000_003 + number) % 2**63)  # for beams that sample
             chosen = [requests[i] for i in batch]
-            sampler = row_sampler(chosen, settings, seed) if plain else None
-            rows = _decoded(engine, module, encoder, chosen, config, sampler, number)
+            sampler = row_sampler(chosen, settings, seed, ranks.device) if plain else None
+            rows = _decoded(decoding, chosen, sampler, number)
             if number < len(batches):
                 mine |= dict(zip(batch, rows, strict=True))
     by_request = {i: rows for part in ranks.gather(mine) for i, rows in part.items()}
@@ -131,93 +139,57 @@ def generation_config(settings: GenerationSettings, encoder: Encoder, lm: PreTra
     )
 
 
-@dataclass
-class RowSampler:
-    """Draws each row's next token with that row's own random numbers, so that the rest of the batch changes nothing.
-
-    transformers calls it with the scores (B, V) of one step after another; only the drawn token stays possible.
-    """
-
-    uniforms: Tensor  # (B, max_new_tokens) in [0, 1)
-    temperatures: Tensor  # (B, 1), above 0
-    warpers: LogitsProcessorList  # top_k, top_p
-    # (B, 4) of each step: the drawn token's log-probability under the tempered policy; entropy in nats and largest
-    # probability of the untempered one; largest probability of what was drawn from
-    steps: list[Tensor] = field(default_factory=list)
-
-    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        logps = scores.float().log_softmax(-1)  # of the untempered policy
-        plain = not self.warpers and bool((self.temperatures == 1.0).all())
-        tempered = logps if plain else (logps / self.temperatures.to(logps)).log_softmax(-1)
-        shares = (self.warpers(ids, tempered.clone()).softmax(-1) if self.warpers else tempered.exp()).double()
-        # the distribution function is inverted: in float64, in which a row's sum grows with every likely token
-        sums = shares.cumsum(-1)  # (B, V)
-        points = self.uniforms[:, len(self.steps), None].to(sums) * sums[:, -1:]
-        drawn = torch.searchsorted(sums, points, right=True)  # (B, 1): the first token whose sum exceeds the point
-        entropies = -torch.where(logps > -torch.inf, logps.exp() * logps, 0.0).sum(-1)
-        peaks = logps.amax(-1).exp(), shares.amax(-1).float()
-        self.steps.append(torch.stack((tempered.gather(1, drawn)[:, 0], entropies, *peaks), dim=1))
-        return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
-
-    def stats(self, lengths: Sequence[int], batch: int) -> list[SampleStats]:
-        """Of each row, whose responses have `lengths` tokens, in the batch of that number."""
-        all_stats = []
-        for steps, length in zip(torch.stack(self.steps, dim=1).cpu(), lengths, strict=True):  # (B, steps, 4)
-            logps, entropies, peaks, _ = steps[:length].unbind(1)
-            drop = capability.drop_score(steps[:, 3])  # every step of the batch, those after this row's end too
-            entropy, confidence = float(entropies.double().mean()), capability.confidence(peaks)
-            all_stats.append(SampleStats(logps.clone(), entropy, confidence, drop, batch))
-        return all_stats
+def _in_step(engine: Engine, module: nn.Module) -> Ranks | None:
+    """The ranks, where each forward gathers weights from all of them, and all must make it."""
+    return engine.ranks if engine.stage == 3 and engine.ranks.world > 1 and module is engine.module else None
 
 
-def row_sampler(requests: Sequence[Request], settings: GenerationSettings, seed: int) -> RowSampler:
-    """Draws the responses to `requests`, row by row."""
-    generators = [
-        generator("response", seed, (request.example.id, request.prompt_ids, request.first + copy))
-        for request in requests
-        for copy in range(len(request.temperatures))
-    ]
-    uniforms = torch.stack([torch.rand(settings.max_new_tokens, generator=one) for one in generators])
-    temperatures = torch.tensor([[level] for request in requests for level in request.temperatures])
-    warpers = LogitsProcessorList()
-    if settings.top_k > 0:
-        warpers.append(TopKLogitsWarper(settings.top_k))
-    if settings.top_p < 1.0:
-        warpers.append(TopPLogitsWarper(settings.top_p))
-    return RowSampler(uniforms, temperatures, warpers)
+class Decoding(NamedTuple):
+    """How the rows of a batch are decoded."""
+
+    module: Policy
+    encoder: Encoder
+    config: GenerationConfig
+    synced: Ranks | None  # ranks that must make as many forwards as this one, where they must
+    drops: bool  # rows that have ended
 
 
 def _decoded(
-    engine: Engine,
-    module: Policy,
-    encoder: Encoder,
-    requests: Sequence[Request],
-    config: GenerationConfig,
-    sampler: RowSampler | None,
-    batch: int,
+    how: Decoding, requests: Sequence[Request], sampler: RowSampler | None, batch: int
 ) -> list[list[Completion]]:
     """The completions of each request of the batch of that number."""
-    lm, copies = hugging_face(module.model), [len(request.temperatures) for request in requests]
-    inputs = _inputs(module, encoder, requests, copies if sampler is not None else [1] * len(requests), engine)
-    with nothing_inherited(lm):
-        out = lm.generate(
-            **inputs,
-            generation_config=config,
-            logits_processor=LogitsProcessorList([] if sampler is None else [sampler]),
-            synced_gpus=engine.stage == 3 and engine.ranks.world > 1,
-        )
-    start = len(module.start_ids) if module.encoder_decoder else inputs["attention_mask"].shape[1]
-    rows = [_until_end(row, config.eos_token_id) for row in out[:, start:].tolist()]
+    copies = [len(request.temperatures) for request in requests]
+    read = copies if sampler is not None else [1] * len(requests)
+    if how.drops:
+        any_rank = bool if how.synced is None else how.synced.any
+        said = decode(how.module, requests, read, how.config, sampler, any_rank)
+    else:
+        said = _generated(how, requests, read, sampler)
+    rows = [_until_end(row, how.config.eos_token_id) for row in said.tolist()]
     stats = [None] * len(rows) if sampler is None else sampler.stats([len(ids) for ids in rows], batch)
     results = iter(map(Completion, rows, stats))
     return [[next(results) for _ in range(k)] for k in copies]
 
 
+def _generated(how: Decoding, requests: Sequence[Request], copies: Sequence[int], sampler: RowSampler | None) -> Tensor:
+    """(B, T) what transformers' generate() says to each request `copies` times over, or as often as `how` asks it."""
+    lm = hugging_face(how.module.model)
+    inputs = _inputs(how.module, how.encoder, requests, copies)
+    with nothing_inherited(lm):
+        out = lm.generate(
+            **inputs,
+            generation_config=how.config,
+            logits_processor=LogitsProcessorList([] if sampler is None else [sampler]),
+            synced_gpus=how.synced is not None,
+        )
+    return out[:, len(how.module.start_ids) if how.module.encoder_decoder else inputs["attention_mask"].shape[1] :]
+
+
 def _inputs(
-    module: Policy, encoder: Encoder, requests: Sequence[Request], copies: Sequence[int], engine: Engine
+    module: Policy, encoder: Encoder, requests: Sequence[Request], copies: Sequence[int]
 ) -> dict[str, Tensor | BaseModelOutput]:
     """What generate() reads: each prompt `copies` times over; an encoder has read each of them once."""
-    device = engine.ranks.device
+    device = module.model.device
     side = "right" if module.encoder_decoder else "left"
     ids, mask = pad([request.prompt_ids for request in requests], encoder.pad_id, side=side)
     places = torch.repeat_interleave(torch.tensor(copies)).to(device)
