@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from pipeline.models.policy import Policy
 from pipeline.records import Request
 from pipeline.rollout.drawing import RowSampler
 
+ROOM = 64  # tokens
 ENDED = 0.125  # share of rows that have ended from which they are dropped: their memory is copied once for that
 
 
@@ -114,6 +116,7 @@ def _begun(
     side = "right" if module.encoder_decoder else "left"
     ids, mask = (one.to(device) for one in pad(prompts, config.pad_token_id, side=side))
     mask, cache, states = mask.long(), _nothing_read(lm), None
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     if module.encoder_decoder:
         states = lm.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
         ids = module.begun(len(prompts))["decoder_input_ids"]
@@ -150,3 +153,36 @@ def _logits(lm: PreTrainedModel, going: Going, ids: Tensor) -> Tensor:
 def _nothing_read(lm: PreTrainedModel) -> DynamicCache:
     """Where the layers of a decoder will keep keys and values."""
     return DynamicCache(config=lm.config.get_text_config(decoder=True))
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values of a layer in memory that has room for some tokens more: they are not copied for every one."""
+
+    whole: tuple[Tensor, Tensor]  # (B, heads, T, D) each; `keys` and `values` are the first places of them
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """All keys and values, with those of the new tokens."""
+        start = self.get_seq_length()
+        end = start + key_states.shape[2]
+        if not self.is_initialized:
+            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+            self.whole = key_states, value_states  # a prompt's, which its rows will copy
+        elif end > self.whole[0].shape[2]:
+            self._give_room(end)
+        if start > 0:
+            for whole, new in zip(self.whole, (key_states, value_states), strict=True):
+                whole[:, :, start:end] = new
+        self.keys, self.values = (whole[:, :, :end] for whole in self.whole)
+        return self.keys, self.values
+
+    def _give_room(self, end: int) -> None:
+        self.whole = tuple(
+            torch.cat([one, one.new_empty(*one.shape[:2], end + ROOM - one.shape[2], one.shape[3])], dim=2)
+            for one in (self.keys, self.values)
+        )
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Only the rows at `indices`, one or more times each."""
+        end = self.get_seq_length()
+        self.whole = tuple(one.index_select(0, indices) for one in self.whole)
+        self.keys, self.values = (whole[:, :, :end] for whole in self.whole)
