@@ -32,6 +32,7 @@ from pipeline.models.policy import Policy
 from pipeline.records import Request
 from pipeline.rollout.drawing import RowSampler
 
+LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)  # that remember keys and values alone
 ROOM = 64  # tokens
 ENDED = 0.125  # share of rows that have ended from which they are dropped: their memory is copied once for that
 
@@ -48,9 +49,6 @@ def drops_rows(lm: PreTrainedModel, settings: GenerationSettings) -> bool:
     known = kind.__module__.startswith("transformers.") and kind._supports_default_dynamic_cache()
     alike = kind.prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation
     return plain and known and alike and all(type(layer) in LAYERS for layer in _nothing_read(lm).layers)
-
-
-LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ def decode(
     sampler: RowSampler | None,
     on_some_rank: Callable[[bool], bool],
 ) -> Tensor:
-    """(B, T) the ids of `copies` responses to each request, drawn by `sampler`, or greedily; what follows an end is any.
+    """(B, T) ids of `copies` responses to each request, by `sampler`, or greedily; what follows an end means nothing.
 
     on_some_rank: whether a flag is set on some rank. All ranks make as many steps where this asks them.
     """

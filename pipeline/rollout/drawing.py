@@ -28,7 +28,7 @@ class RowSampler:
         self.known = torch.zeros(*uniforms.shape, 4, device=uniforms.device)
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        """As transformers calls it with the scores (B, V) of one step after another: only what is drawn stays possible."""
+        """As transformers calls it, with the scores (B, V) of one step after another: what is drawn stays possible."""
         return torch.full_like(scores, -torch.inf).scatter(1, self.draw(scores)[:, None], 0.0)
 
     def draw(self, scores: Tensor) -> Tensor:

@@ -1,12 +1,14 @@
 """Where responses come from: here, from the policy.
 
-One generation gathers ZeRO-3's weights once, or each layer's for every token where they do not fit; ranks share the
-prompts, and all make the same number of steps. What is sampled depends on the seed and on the example, never on its
-batch, its place or the rank (but for beams that sample, and for the other engine, continuous.py).
+One generation gathers ZeRO-3's weights once, or each layer's for every token where they do not fit: then all ranks make
+the same number of steps. Ranks share the prompts. What is sampled depends on the seed and on the example, never on its
+batch, its place or the rank (but for beams that sample, and for the other engine, continuous.py). Sampled and greedy
+responses come from decode.py; beams, penalties and least lengths are left to transformers' generate().
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -59,40 +61,67 @@ def respond(
     `temperatures` of the requests stand for those of `settings`, whose `num_return_sequences` only counts for beams.
     `to_end`: every row is drawn for until the longest of its batch ends, which `SampleStats.drop` is of.
     """
-    ranks, size = engine.ranks, settings.batch_size
+    ranks, lm = engine.ranks, hugging_face(engine.module.model)
     if settings.engine == "continuous":  # its ranks make differently many forwards: none may wait for another's layers
         settings = settings.model_copy(update={"gather": "whole"})
-    order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))  # like lengths: little padding
-    batches = batches_of([len(requests[i].prompt_ids) for i in order], size, engine.module.reads_padding)
-    batches = [[order[place] for place in places] for places in batches]
-    lm = hugging_face(engine.module.model)
-    config = generation_config(settings, encoder, lm)
-    config.suppress_tokens = mask_token.suppressed_ids(encoder.tokenizer, lm) or None  # before tokens are drawn
-    config.decoder_start_token_id = next(iter(engine.module.start_ids), None)
-    if plain := settings.do_sample and settings.num_beams == 1:
-        config.num_return_sequences = 1  # each row is one response, and draws with its own random numbers
+    config = _whole_config(settings, encoder, engine.module)
     longest = max((len(request.prompt_ids) for request in requests), default=0)
     check_positions(lm, longest, settings.max_new_tokens, whole=False)
+    order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))  # like lengths: little padding
     cuda = [ranks.device] if ranks.device.type == "cuda" else []
-    mine: dict[int, list[Completion]] = {}
     with engine.generating(settings.gather) as module, torch.no_grad(), torch.random.fork_rng(devices=cuda):
         if settings.engine == "continuous":
-            batches, places = [], order[ranks.rank :: ranks.world]
+            places = order[ranks.rank :: ranks.world]
             rows = continuous.respond(module, [requests[i] for i in places], settings, config, seed)
             mine = dict(zip(places, rows, strict=True))
-        decoding = Decoding(module, encoder, config, _in_step(engine, module), not to_end and drops_rows(lm, settings))
-        for place in range(0, len(batches), ranks.world):
-            number = place + ranks.rank
-            batch = batches[number] if number < len(batches) else batches[0]  # idle ranks keep in step
-            torch.manual_seed((seed * 1_000_003 + number) % 2**63)  # for beams that sample
-            chosen = [requests[i] for i in batch]
-            sampler = row_sampler(chosen, settings, seed, ranks.device) if plain else None
-            rows = _decoded(decoding, chosen, sampler, number)
-            if number < len(batches):
-                mine |= dict(zip(batch, rows, strict=True))
+        else:
+            drops = not to_end and drops_rows(lm, settings)
+            how = Decoding(module, encoder, config, settings, _in_step(engine, module), drops)
+            mine = _in_batches(how, ranks, requests, order, seed)
     by_request = {i: rows for part in ranks.gather(mine) for i, rows in part.items()}
     stops = config.eos_token_id
     return [[_response(encoder, request, one, stops) for one in by_request[i]] for i, request in enumerate(requests)]
+
+
+class Decoding(NamedTuple):
+    """How the rows of a batch are decoded."""
+
+    module: Policy
+    encoder: Encoder
+    config: GenerationConfig
+    settings: GenerationSettings
+    synced: Ranks | None  # ranks that must make as many forwards as this one, where they must
+    drops: bool  # rows that have ended
+
+
+def _in_step(engine: Engine, module: nn.Module) -> Ranks | None:
+    """The ranks, where each forward gathers weights from all of them, and all must make it."""
+    return engine.ranks if engine.stage == 3 and engine.ranks.world > 1 and module is engine.module else None
+
+
+def _in_batches(
+    how: Decoding, ranks: Ranks, requests: Sequence[Request], order: Sequence[int], seed: int
+) -> dict[int, list[Completion]]:
+    """This rank's share of the completions, by the place of the request; `order`: places by the prompts' lengths."""
+    settings, size = how.settings, how.settings.batch_size
+    if how.drops:
+        size = max(1, min(size, math.ceil(len(requests) / ranks.world)))  # every rank has something to do
+    batches = batches_of([len(requests[i].prompt_ids) for i in order], size, how.module.reads_padding)
+    mine: dict[int, list[Completion]] = {}
+    for first in range(0, len(batches), ranks.world):
+        number = first + ranks.rank
+        idle = number >= len(batches)
+        if idle and how.synced is None:
+            break
+        batch = [order[place] for place in batches[0 if idle else number]]  # idle ranks keep in step
+        torch.manual_seed((seed * 1_000_003 + number) % 2**63)  # for beams that sample
+        chosen = [requests[i] for i in batch]
+        plain = settings.do_sample and settings.num_beams == 1
+        sampler = row_sampler(chosen, settings, seed, ranks.device) if plain else None
+        rows = _decoded(how, chosen, sampler, number)
+        if not idle:
+            mine |= dict(zip(batch, rows, strict=True))
+    return mine
 
 
 def batches_of(lengths: Sequence[int], size: int, padded: bool) -> list[range]:
@@ -139,19 +168,15 @@ def generation_config(settings: GenerationSettings, encoder: Encoder, lm: PreTra
     )
 
 
-def _in_step(engine: Engine, module: nn.Module) -> Ranks | None:
-    """The ranks, where each forward gathers weights from all of them, and all must make it."""
-    return engine.ranks if engine.stage == 3 and engine.ranks.world > 1 and module is engine.module else None
-
-
-class Decoding(NamedTuple):
-    """How the rows of a batch are decoded."""
-
-    module: Policy
-    encoder: Encoder
-    config: GenerationConfig
-    synced: Ranks | None  # ranks that must make as many forwards as this one, where they must
-    drops: bool  # rows that have ended
+def _whole_config(settings: GenerationSettings, encoder: Encoder, module: Policy) -> GenerationConfig:
+    """As `generation_config`, with what is never said, how a decoder begins, and one response to each row."""
+    lm = hugging_face(module.model)
+    config = generation_config(settings, encoder, lm)
+    config.suppress_tokens = mask_token.suppressed_ids(encoder.tokenizer, lm) or None  # before tokens are drawn
+    config.decoder_start_token_id = next(iter(module.start_ids), None)
+    if settings.do_sample and settings.num_beams == 1:
+        config.num_return_sequences = 1  # each row is one response, and draws with its own random numbers
+    return config
 
 
 def _decoded(
