@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 
 from pipeline.models.policy import Policy
 from pipeline.records import Example, Request
-from pipeline.rollout.decode import decode, drops_rows
+from pipeline.rollout.decode import Decoding, decode, drops_rows
 from pipeline.rollout.generate import generation_config, respond
 from pipeline.trainer import engine
 from tests import tiny
@@ -138,12 +138,13 @@ def test_ranks_that_are_done_keep_step() -> None:
     said = []
     for others in (False, True):
         with rows_read(lm) as seen, torch.no_grad():
-            ids = decode(speaking.module, asked, [1] * 7, config, None, lambda mine, others=others: mine or others)
+            how = Decoding(speaking.module, config, lm.device, lambda mine, others=others: mine or others)
+            ids = decode(how, asked, [1] * 7, None)
         said.append([row[: row.index(tiny.EOS_ID) + 1] if tiny.EOS_ID in row else row for row in ids.tolist()])
     assert said[0] == said[1] and len(seen) == 16
     asked = [request for request, row in zip(asked, said[0], strict=True) if len(row) < 8]
     with rows_read(lm) as seen, torch.no_grad():
-        decode(speaking.module, asked, [1] * len(asked), config, None, lambda mine: True)
+        decode(how, asked, [1] * len(asked), None)
     assert asked and len(seen) == 16 and set(seen[8:]) == {1}
 
 

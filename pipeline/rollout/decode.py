@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,24 +68,27 @@ class Going:
         return Going(self.rows[places], self.mask[places], self.positions[places], states, self.cache)
 
 
-def decode(
-    module: Policy,
-    requests: Sequence[Request],
-    copies: Sequence[int],
-    config: GenerationConfig,
-    sampler: RowSampler | None,
-    on_some_rank: Callable[[bool], bool],
-) -> Tensor:
+class Decoding(NamedTuple):
+    """How batches are decoded."""
+
+    module: Policy
+    config: GenerationConfig
+    device: torch.device
+    on_some_rank: Callable[[bool], bool] | None  # whether a flag is set on any; None: ranks need not keep step
+
+
+def decode(how: Decoding, requests: Sequence[Request], copies: Sequence[int], sampler: RowSampler | None) -> Tensor:
     """(B, T) ids of `copies` responses to each request, by `sampler`, or greedily; what follows an end means nothing.
 
-    on_some_rank: whether a flag is set on some rank. All ranks make as many steps where this asks them.
+    Ranks that keep step make as many forwards as that which needs most.
     """
-    lm, device = hugging_face(module.model), module.model.device
+    lm, config, device = hugging_face(how.module.model), how.config, how.device
+    on_some_rank = how.on_some_rank or bool
     unspoken = LogitsProcessorList()
     if config.suppress_tokens:
         unspoken.append(SuppressTokensLogitsProcessor(config.suppress_tokens, device=device))
     stops = torch.tensor(config.eos_token_id, device=device)
-    going, logits = _begun(module, lm, requests, copies, config)
+    going, logits = _begun(how, requests, copies)
     said = torch.full((len(going.rows), config.max_new_tokens), config.pad_token_id, device=device)
     ended = torch.zeros(len(said), dtype=torch.bool, device=device)
     for step in range(config.max_new_tokens):
@@ -105,19 +108,17 @@ def decode(
     return said
 
 
-def _begun(
-    module: Policy, lm: PreTrainedModel, requests: Sequence[Request], copies: Sequence[int], config: GenerationConfig
-) -> tuple[Going, Tensor]:
+def _begun(how: Decoding, requests: Sequence[Request], copies: Sequence[int]) -> tuple[Going, Tensor]:
     """All rows, and the logits (B, V) of the first token of each; every distinct prompt is read once."""
-    prompts = list(dict.fromkeys(request.prompt_ids for request in requests))
-    device = module.model.device
+    module, config, device = how.module, how.config, how.device
+    lm, prompts = hugging_face(module.model), list(dict.fromkeys(request.prompt_ids for request in requests))
     side = "right" if module.encoder_decoder else "left"
     ids, mask = (one.to(device) for one in pad(prompts, config.pad_token_id, side=side))
     mask, cache, states = mask.long(), _nothing_read(lm), None
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     if module.encoder_decoder:
         states = lm.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
-        ids = module.begun(len(prompts))["decoder_input_ids"]
+        ids = torch.tensor([module.start_ids] * len(prompts), device=device)
         cache = EncoderDecoderCache(cache, _nothing_read(lm))
     else:
         mask = torch.cat([mask, mask.new_ones(len(prompts), config.max_new_tokens)], dim=1)

@@ -11,10 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -29,10 +28,9 @@ from pipeline.models.start_check import nothing_inherited
 from pipeline.models.writing import end_ids
 from pipeline.records import Completion, Example, Request, Response
 from pipeline.rollout import continuous
-from pipeline.rollout.decode import decode, drops_rows
+from pipeline.rollout.decode import Decoding, decode, drops_rows
 from pipeline.rollout.drawing import RowSampler, row_sampler
 from pipeline.trainer.engine import Engine
-from pipeline.trainer.group import Ranks
 
 
 def generate(
@@ -75,52 +73,40 @@ def respond(
             rows = continuous.respond(module, [requests[i] for i in places], settings, config, seed)
             mine = dict(zip(places, rows, strict=True))
         else:
-            drops = not to_end and drops_rows(lm, settings)
-            how = Decoding(module, encoder, config, settings, _in_step(engine, module), drops)
-            mine = _in_batches(how, ranks, requests, order, seed)
+            waits = engine.stage == 3 and ranks.world > 1 and module is engine.module  # for the others, at each forward
+            how = Decoding(module, config, ranks.device, ranks.any if waits else None)
+            mine = _in_batches(how, engine, [(i, requests[i]) for i in order], settings, seed, to_end)
     by_request = {i: rows for part in ranks.gather(mine) for i, rows in part.items()}
     stops = config.eos_token_id
     return [[_response(encoder, request, one, stops) for one in by_request[i]] for i, request in enumerate(requests)]
 
 
-class Decoding(NamedTuple):
-    """How the rows of a batch are decoded."""
-
-    module: Policy
-    encoder: Encoder
-    config: GenerationConfig
-    settings: GenerationSettings
-    synced: Ranks | None  # ranks that must make as many forwards as this one, where they must
-    drops: bool  # rows that have ended
-
-
-def _in_step(engine: Engine, module: nn.Module) -> Ranks | None:
-    """The ranks, where each forward gathers weights from all of them, and all must make it."""
-    return engine.ranks if engine.stage == 3 and engine.ranks.world > 1 and module is engine.module else None
-
-
 def _in_batches(
-    how: Decoding, ranks: Ranks, requests: Sequence[Request], order: Sequence[int], seed: int
+    how: Decoding,
+    engine: Engine,
+    asked: Sequence[tuple[int, Request]],
+    settings: GenerationSettings,
+    seed: int,
+    to_end: bool,
 ) -> dict[int, list[Completion]]:
-    """This rank's share of the completions, by the place of the request; `order`: places by the prompts' lengths."""
-    settings, size = how.settings, how.settings.batch_size
-    if how.drops:
-        size = max(1, min(size, math.ceil(len(requests) / ranks.world)))  # every rank has something to do
-    batches = batches_of([len(requests[i].prompt_ids) for i in order], size, how.module.reads_padding)
+    """This rank's share of the completions, by their numbers; `asked`: numbered requests, short prompts first."""
+    rank, world, size = engine.ranks.rank, engine.ranks.world, settings.batch_size
+    if drops := not to_end and drops_rows(hugging_face(how.module.model), settings):
+        size = max(1, min(size, math.ceil(len(asked) / world)))  # every rank has something to do
+    batches = batches_of([len(request.prompt_ids) for _, request in asked], size, engine.module.reads_padding)
     mine: dict[int, list[Completion]] = {}
-    for first in range(0, len(batches), ranks.world):
-        number = first + ranks.rank
+    for number in range(rank, math.ceil(len(batches) / world) * world, world):
         idle = number >= len(batches)
-        if idle and how.synced is None:
+        if idle and how.on_some_rank is None:
             break
-        batch = [order[place] for place in batches[0 if idle else number]]  # idle ranks keep in step
+        batch = batches[0 if idle else number]  # idle ranks keep in step
         torch.manual_seed((seed * 1_000_003 + number) % 2**63)  # for beams that sample
-        chosen = [requests[i] for i in batch]
+        places, chosen = zip(*(asked[place] for place in batch), strict=True)
         plain = settings.do_sample and settings.num_beams == 1
-        sampler = row_sampler(chosen, settings, seed, ranks.device) if plain else None
-        rows = _decoded(how, chosen, sampler, number)
+        sampler = row_sampler(chosen, settings, seed, how.device) if plain else None
+        rows = _completions(how, chosen, sampler, number, drops)
         if not idle:
-            mine |= dict(zip(batch, rows, strict=True))
+            mine |= dict(zip(places, rows, strict=True))
     return mine
 
 
@@ -179,17 +165,13 @@ def _whole_config(settings: GenerationSettings, encoder: Encoder, module: Policy
     return config
 
 
-def _decoded(
-    how: Decoding, requests: Sequence[Request], sampler: RowSampler | None, batch: int
+def _completions(
+    how: Decoding, requests: Sequence[Request], sampler: RowSampler | None, batch: int, drops: bool
 ) -> list[list[Completion]]:
-    """The completions of each request of the batch of that number."""
+    """The completions of each request of the batch of that number; `drops`: rows that have ended leave it."""
     copies = [len(request.temperatures) for request in requests]
     read = copies if sampler is not None else [1] * len(requests)
-    if how.drops:
-        any_rank = bool if how.synced is None else how.synced.any
-        said = decode(how.module, requests, read, how.config, sampler, any_rank)
-    else:
-        said = _generated(how, requests, read, sampler)
+    said = (decode if drops else _generated)(how, requests, read, sampler)
     rows = [_until_end(row, how.config.eos_token_id) for row in said.tolist()]
     stats = [None] * len(rows) if sampler is None else sampler.stats([len(ids) for ids in rows], batch)
     results = iter(map(Completion, rows, stats))
@@ -197,28 +179,25 @@ def _decoded(
 
 
 def _generated(how: Decoding, requests: Sequence[Request], copies: Sequence[int], sampler: RowSampler | None) -> Tensor:
-    """(B, T) what transformers' generate() says to each request `copies` times over, or as often as `how` asks it."""
-    lm = hugging_face(how.module.model)
-    inputs = _inputs(how.module, how.encoder, requests, copies)
+    """(B, T) what transformers' generate() says to `copies` rows of each request, or as often as the config asks."""
+    lm, inputs = hugging_face(how.module.model), _inputs(how, requests, copies)
     with nothing_inherited(lm):
         out = lm.generate(
             **inputs,
             generation_config=how.config,
             logits_processor=LogitsProcessorList([] if sampler is None else [sampler]),
-            synced_gpus=how.synced is not None,
+            synced_gpus=how.on_some_rank is not None,
         )
     return out[:, len(how.module.start_ids) if how.module.encoder_decoder else inputs["attention_mask"].shape[1] :]
 
 
-def _inputs(
-    module: Policy, encoder: Encoder, requests: Sequence[Request], copies: Sequence[int]
-) -> dict[str, Tensor | BaseModelOutput]:
+def _inputs(how: Decoding, requests: Sequence[Request], copies: Sequence[int]) -> dict[str, Tensor | BaseModelOutput]:
     """What generate() reads: each prompt `copies` times over; an encoder has read each of them once."""
-    device = module.model.device
+    module = how.module
     side = "right" if module.encoder_decoder else "left"
-    ids, mask = pad([request.prompt_ids for request in requests], encoder.pad_id, side=side)
-    places = torch.repeat_interleave(torch.tensor(copies)).to(device)
-    ids, mask = ids.to(device), mask.long().to(device)
+    ids, mask = pad([request.prompt_ids for request in requests], how.config.pad_token_id, side=side)
+    places = torch.repeat_interleave(torch.tensor(copies)).to(how.device)
+    ids, mask = ids.to(how.device), mask.long().to(how.device)
     if not module.encoder_decoder:
         return {"input_ids": ids[places], "attention_mask": mask[places]}
     states = hugging_face(module.model).get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
