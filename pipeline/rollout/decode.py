@@ -115,7 +115,8 @@ def _begun(how: Decoding, requests: Sequence[Request], copies: Sequence[int]) ->
     side = "right" if module.encoder_decoder else "left"
     ids, mask = (one.to(device) for one in pad(prompts, config.pad_token_id, side=side))
     mask, cache, states = mask.long(), _nothing_read(lm), None
-    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    most = config.max_new_tokens + (len(module.start_ids) if module.encoder_decoder else ids.shape[1])
+    cache.layers = [RoomyLayer(most) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     if module.encoder_decoder:
         states = lm.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
         ids = torch.tensor([module.start_ids] * len(prompts), device=device)
@@ -159,6 +160,11 @@ class RoomyLayer(DynamicLayer):
 
     whole: tuple[Tensor, Tensor]  # (B, heads, T, D) each; `keys` and `values` are the first places of them
 
+    def __init__(self, most: int):
+        """`most`: tokens that there may be."""
+        super().__init__()
+        self.most = most
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """All keys and values, with those of the new tokens."""
         start = self.get_seq_length()
@@ -175,8 +181,9 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def _give_room(self, end: int) -> None:
+        more = max(end, min(end + ROOM, self.most)) - self.get_seq_length()
         self.whole = tuple(
-            torch.cat([one, one.new_empty(*one.shape[:2], end + ROOM - one.shape[2], one.shape[3])], dim=2)
+            torch.cat([one, one.new_empty(*one.shape[:2], more, one.shape[3])], dim=2)
             for one in (self.keys, self.values)
         )
 
