@@ -14,7 +14,8 @@ from transformers.utils import ModelOutput
 
 from pipeline.models.policy import Policy
 from pipeline.records import Example, Request
-from pipeline.rollout.decode import Decoding, decode, drops_rows
+from pipeline.rollout.decode import Decoding, Spoken, decode, drops_rows, joins_rows
+from pipeline.rollout.drawing import row_sampler
 from pipeline.rollout.generate import generation_config, respond
 from pipeline.trainer import engine
 from tests import tiny
@@ -129,28 +130,72 @@ def test_a_prompt_that_comes_twice_is_read_once() -> None:
     assert [one.response_ids for one in groups[-1]] == [one.response_ids for one in alone]
 
 
+@pytest.mark.parametrize("shape", ["llama", "gpt2"])
+def test_rows_that_leave_are_followed_by_others(shape: str) -> None:
+    """Two prompts' rows at a time, seven prompts: read one by one, with no more padding than rows ask for."""
+    speaking, widths = ending(shape), []
+
+    def look(module: nn.Module, given: tuple, asked: dict) -> None:
+        if "attention_mask" in asked:  # generate() leaves it out where there is no padding
+            widths.append(asked["attention_mask"].shape[1])
+
+    hook = speaking.module.model.register_forward_pre_hook(look, with_kwargs=True)
+    (ours, rows), (theirs, all_rows) = both(speaking, max_new_tokens=20, batch_size=2)
+    hook.remove()
+    assert [one.response_ids for one in ours] == [one.response_ids for one in theirs]
+    for one, other in zip(ours, theirs, strict=True):
+        tiny.close(one.stats.logps, other.stats.logps)
+        tiny.close([one.stats.entropy, one.stats.confidence], [other.stats.entropy, other.stats.confidence])
+    steps = [count for count in rows if count != 1]
+    assert max(rows) <= 6 and rows[:2] == [1, 1] and len(steps) < 0.8 * len(all_rows)
+    assert max(widths[: len(rows)]) <= 9 + 20 < len(rows)
+
+
+def test_a_row_that_has_said_all_leaves_whatever_the_others_do() -> None:
+    """40 rows end at once; one goes on, and is full at the 5th token, where 40 that came after the first are not."""
+    speaking = speaker("llama")
+    lm, settings = speaking.module.model, generation(max_new_tokens=5)
+
+    def end_where_asked(module: nn.Module, given: tuple, asked: dict, out: ModelOutput) -> None:
+        out.logits[..., tiny.EOS_ID] = 1e4 if asked["input_ids"][0, 0] == 9 and len(out.logits) == 1 else -1e4
+
+    hook = lm.register_forward_hook(end_where_asked, with_kwargs=True)
+    how = Decoding(speaking.module, generation_config(settings, tiny.encoder(), lm), lm.device, None)
+    asked = [Request(Example("", ""), ids, (1.0,) * k) for ids, k in (((9, 4), 40), ((5, 6), 1), ((7, 8), 40))]
+    batches = (Spoken(how, i, [one], row_sampler([one], settings, 0, lm.device)) for i, one in enumerate(asked))
+    with rows_read(lm) as seen, torch.no_grad():
+        done = [*decode(how, batches, room=41)]
+    hook.remove()
+    assert [one.number for one in done] == [0, 1, 2] and seen == [1, 1, 1, 1, *[41] * 3, 40]
+    assert (done[0].ids[:, 0] == tiny.EOS_ID).all() and all(one.sampler.steps == 5 for one in done[1:])
+
+
 def test_ranks_that_are_done_keep_step() -> None:
     """Where others go on a rank makes as many forwards, of one row, and says nothing more."""
     speaking, asked = speaker("llama"), list(requests())
     lm = speaking.module.model
     settings = generation(max_new_tokens=16, do_sample=False)
     config = generation_config(settings, tiny.encoder(), lm)
-    said = []
-    for others in (False, True):
+
+    def said(asked: list[Request], most: int) -> tuple[list[list[int]], list[int]]:
+        """What each row says where another rank makes `most` forwards, and how many rows the forwards read."""
         with rows_read(lm) as seen, torch.no_grad():
-            how = Decoding(speaking.module, config, lm.device, lambda mine, others=others: mine or others)
-            ids = decode(how, asked, [1] * 7, None)
-        said.append([row[: row.index(tiny.EOS_ID) + 1] if tiny.EOS_ID in row else row for row in ids.tolist()])
-    assert said[0] == said[1] and len(seen) == 16
-    asked = [request for request, row in zip(asked, said[0], strict=True) if len(row) < 8]
-    with rows_read(lm) as seen, torch.no_grad():
-        decode(how, asked, [1] * len(asked), None)
-    assert asked and len(seen) == 16 and set(seen[8:]) == {1}
+            how = Decoding(speaking.module, config, lm.device, lambda mine: mine or len(seen) < most)
+            (spoken,) = decode(how, iter([Spoken(how, 0, asked, None)]), 0)
+        rows = spoken.ids.tolist()
+        return [row[: row.index(tiny.EOS_ID) + 1] if tiny.EOS_ID in row else row for row in rows], seen
+
+    alone, _ = said(asked, 0)
+    assert said(asked, 16)[0] == alone
+    short = [place for place, row in enumerate(alone) if len(row) < 8]
+    again, seen = said([asked[place] for place in short], 16)
+    assert again == [alone[place] for place in short] and len(seen) == 16 and set(seen[8:]) == {1}
 
 
 def test_which_models_and_settings_can() -> None:
     lm, plain = tiny.language_model("llama"), generation()
     assert drops_rows(lm, plain) and drops_rows(lm, generation(do_sample=False, top_k=3))
+    assert joins_rows(lm) and not joins_rows(sliding()) and not joins_rows(tiny.language_model("t5"))
     others = {"num_beams": 2, "min_new_tokens": 1, "no_repeat_ngram_size": 2, "repetition_penalty": 1.1}
     assert not any(drops_rows(lm, generation(**{name: value})) for name, value in others.items())
     ids = {"vocab_size": tiny.V, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 32}

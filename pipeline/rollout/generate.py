@@ -28,9 +28,11 @@ from pipeline.models.start_check import nothing_inherited
 from pipeline.models.writing import end_ids
 from pipeline.records import Completion, Example, Request, Response
 from pipeline.rollout import continuous
-from pipeline.rollout.decode import Decoding, decode, drops_rows
-from pipeline.rollout.drawing import RowSampler, row_sampler
+from pipeline.rollout.decode import Decoding, Spoken, decode, drops_rows, joins_rows
+from pipeline.rollout.drawing import row_sampler
 from pipeline.trainer.engine import Engine
+
+PIECES = 4  # that prompts are read in where they are more than one batch: a piece comes when so many rows have gone
 
 
 def generate(
@@ -90,24 +92,29 @@ def _in_batches(
     to_end: bool,
 ) -> dict[int, list[Completion]]:
     """This rank's share of the completions, by their numbers; `asked`: numbered requests, short prompts first."""
-    rank, world, size = engine.ranks.rank, engine.ranks.world, settings.batch_size
-    if drops := not to_end and drops_rows(hugging_face(how.module.model), settings):
-        size = max(1, min(size, math.ceil(len(asked) / world)))  # every rank has something to do
-    batches = batches_of([len(request.prompt_ids) for _, request in asked], size, engine.module.reads_padding)
-    mine: dict[int, list[Completion]] = {}
-    for number in range(rank, math.ceil(len(batches) / world) * world, world):
-        idle = number >= len(batches)
-        if idle and how.on_some_rank is None:
-            break
-        batch = batches[0 if idle else number]  # idle ranks keep in step
-        torch.manual_seed((seed * 1_000_003 + number) % 2**63)  # for beams that sample
-        places, chosen = zip(*(asked[place] for place in batch), strict=True)
-        plain = settings.do_sample and settings.num_beams == 1
-        sampler = row_sampler(chosen, settings, seed, how.device) if plain else None
-        rows = _completions(how, chosen, sampler, number, drops)
-        if not idle:
-            mine |= dict(zip(places, rows, strict=True))
-    return mine
+    rank, world, lm = engine.ranks.rank, engine.ranks.world, hugging_face(how.module.model)
+    padded, waits = engine.module.reads_padding, how.on_some_rank is not None
+    drops, joins = not to_end and drops_rows(lm, settings), padded and not waits and joins_rows(lm)
+    size, plain = settings.batch_size, settings.do_sample and settings.num_beams == 1
+    if drops:
+        share = max(1, math.ceil(len(asked) / world))  # so that every rank has something to do
+        size = math.ceil(size / PIECES) if joins and size < share else min(size, share)
+    batches = batches_of([len(request.prompt_ids) for _, request in asked], size, padded)
+    numbers = range(rank, math.ceil(len(batches) / world) * world if waits else len(batches), world)
+
+    def begun(number: int) -> Spoken:
+        chosen = [asked[place][1] for place in batches[number if number < len(batches) else 0]]  # idle ranks keep step
+        return Spoken(how, number, chosen, row_sampler(chosen, settings, seed, how.device) if plain else None)
+
+    if drops and joins:
+        most = max((len(request.temperatures) for _, request in asked), default=0) if plain else 1
+        done = decode(how, map(begun, numbers), settings.batch_size * most)
+    elif drops:
+        done = (one for number in numbers for one in decode(how, iter([begun(number)]), 0))
+    else:
+        done = (_generated(how, begun(number), seed) for number in numbers)
+    completed = ((batches[one.number], _completions(how, one)) for one in done if one.number < len(batches))
+    return {asked[place][0]: rows for places, each in completed for place, rows in zip(places, each, strict=True)}
 
 
 def batches_of(lengths: Sequence[int], size: int, padded: bool) -> list[range]:
@@ -165,38 +172,38 @@ def _whole_config(settings: GenerationSettings, encoder: Encoder, module: Policy
     return config
 
 
-def _completions(
-    how: Decoding, requests: Sequence[Request], sampler: RowSampler | None, batch: int, drops: bool
-) -> list[list[Completion]]:
-    """The completions of each request of the batch of that number; `drops`: rows that have ended leave it."""
-    copies = [len(request.temperatures) for request in requests]
-    read = copies if sampler is not None else [1] * len(requests)
-    said = (decode if drops else _generated)(how, requests, read, sampler)
-    rows = [_until_end(row, how.config.eos_token_id) for row in said.tolist()]
-    stats = [None] * len(rows) if sampler is None else sampler.stats([len(ids) for ids in rows], batch)
+def _completions(how: Decoding, spoken: Spoken) -> list[list[Completion]]:
+    """What was said to each request."""
+    rows = [_until_end(row, how.config.eos_token_id) for row in spoken.ids.tolist()]
+    stats, sampler = [None] * len(rows), spoken.sampler
+    if sampler is not None:
+        stats = sampler.stats([len(ids) for ids in rows], spoken.number)
     results = iter(map(Completion, rows, stats))
-    return [[next(results) for _ in range(k)] for k in copies]
+    return [[next(results) for _ in request.temperatures] for request in spoken.requests]
 
 
-def _generated(how: Decoding, requests: Sequence[Request], copies: Sequence[int], sampler: RowSampler | None) -> Tensor:
-    """(B, T) what transformers' generate() says to `copies` rows of each request, or as often as the config asks."""
-    lm, inputs = hugging_face(how.module.model), _inputs(how, requests, copies)
+def _generated(how: Decoding, spoken: Spoken, seed: int) -> Spoken:
+    """What transformers' generate() says, to the end of the longest row; of beams as many as the configuration asks."""
+    lm, inputs = hugging_face(how.module.model), _inputs(how, spoken)
+    torch.manual_seed((seed * 1_000_003 + spoken.number) % 2**63)  # for beams that sample
     with nothing_inherited(lm):
         out = lm.generate(
             **inputs,
             generation_config=how.config,
-            logits_processor=LogitsProcessorList([] if sampler is None else [sampler]),
+            logits_processor=LogitsProcessorList([] if spoken.sampler is None else [spoken.sampler]),
             synced_gpus=how.on_some_rank is not None,
         )
-    return out[:, len(how.module.start_ids) if how.module.encoder_decoder else inputs["attention_mask"].shape[1] :]
+    read = len(how.module.start_ids) if how.module.encoder_decoder else inputs["attention_mask"].shape[1]
+    spoken.ids = out[:, read:]
+    return spoken
 
 
-def _inputs(how: Decoding, requests: Sequence[Request], copies: Sequence[int]) -> dict[str, Tensor | BaseModelOutput]:
-    """What generate() reads: each prompt `copies` times over; an encoder has read each of them once."""
+def _inputs(how: Decoding, spoken: Spoken) -> dict[str, Tensor | BaseModelOutput]:
+    """What generate() reads: each prompt once for each of its rows; an encoder has read each of them once."""
     module = how.module
     side = "right" if module.encoder_decoder else "left"
-    ids, mask = pad([request.prompt_ids for request in requests], how.config.pad_token_id, side=side)
-    places = torch.repeat_interleave(torch.tensor(copies)).to(how.device)
+    ids, mask = pad([request.prompt_ids for request in spoken.requests], how.config.pad_token_id, side=side)
+    places = torch.repeat_interleave(torch.tensor(spoken.copies)).to(how.device)
     ids, mask = ids.to(how.device), mask.long().to(how.device)
     if not module.encoder_decoder:
         return {"input_ids": ids[places], "attention_mask": mask[places]}
