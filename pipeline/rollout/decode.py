@@ -142,8 +142,10 @@ def decode(how: Decoding, batches: Iterator[Spoken], room: int) -> Iterator[Spok
         sizes = [len(one.rows) for one in spoken]
         parts = zip(spoken, unspoken(None, logits).split(sizes), strict=True)
         tokens = torch.cat([one.say(scores) for one, scores in parts])
-        full = [one.steps == how.config.max_new_tokens for one in spoken for _ in one.rows]
-        ended = ended | torch.isin(tokens, stops) | torch.tensor(full, device=how.device)
+        ended = ended | torch.isin(tokens, stops)
+        full = [one.steps == how.config.max_new_tokens for one in spoken]
+        if any(full):
+            ended = torch.cat([some | of_it for some, of_it in zip(ended.split(sizes), full, strict=True)])
         left = len(ended) - int(ended.sum())
         if not on_some_rank(left > 0 or coming is not None):
             yield from spoken
