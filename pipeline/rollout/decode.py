@@ -92,28 +92,28 @@ class Spoken:
 
 
 @dataclass(frozen=True)
-class Read:
+class Remembered:
     """What the model remembers of the rows that go on."""
 
     mask: Tensor  # (B, L) long, of what was read: of a causal model's prompt and response, or of an encoder's prompt
     states: Tensor | None  # (B, L, H) of an encoder
     cache: DynamicCache | EncoderDecoderCache
 
-    def kept(self, places: Tensor) -> Read:
+    def kept(self, places: Tensor) -> Remembered:
         """Only the rows at these places, one or more times each; the cache is changed in place."""
         self.cache.batch_select_indices(places)
         states = None if self.states is None else self.states[places]
-        return Read(self.mask[places], states, self.cache)._trimmed()
+        return Remembered(self.mask[places], states, self.cache)._trimmed()
 
-    def joined(self, other: Read) -> Read:
+    def joined(self, other: Remembered) -> Remembered:
         """With the rows of `other` below."""
         width = max(self.mask.shape[1], other.mask.shape[1])
         for layer, new in zip(self.cache.layers, other.cache.layers, strict=True):
             layer.join(new, width)
         mask = torch.cat([pad_left(one.mask, width, dim=1) for one in (self, other)])
-        return Read(mask, None, self.cache)._trimmed()
+        return Remembered(mask, None, self.cache)._trimmed()
 
-    def _trimmed(self) -> Read:
+    def _trimmed(self) -> Remembered:
         """Without what is padding in all rows, where it can be left off."""
         if self.states is not None or not all(isinstance(layer, RoomyLayer) for layer in self.cache.layers):
             return self
@@ -176,7 +176,7 @@ def _unspoken(how: Decoding) -> LogitsProcessorList:
     return LogitsProcessorList(made)
 
 
-def _begun(how: Decoding, batch: Spoken) -> tuple[Read, Tensor]:
+def _begun(how: Decoding, batch: Spoken) -> tuple[Remembered, Tensor]:
     """All rows of a batch, and the logits (B, V) of the first token of each; every distinct prompt is read once."""
     module, device = how.module, how.device
     lm, prompts = hugging_face(module.model), list(dict.fromkeys(request.prompt_ids for request in batch.requests))
@@ -189,7 +189,7 @@ def _begun(how: Decoding, batch: Spoken) -> tuple[Read, Tensor]:
         states = lm.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
         ids = torch.tensor([module.start_ids] * len(prompts), device=device)
         cache = EncoderDecoderCache(cache, _nothing_read(lm))
-    read = Read(mask, states, cache)
+    read = Remembered(mask, states, cache)
     logits = _logits(lm, read, ids)
     assert cache.get_seq_length() == ids.shape[1], f"{type(lm).__name__} remembers {cache.get_seq_length()} tokens"
     places = {prompt: place for place, prompt in enumerate(prompts)}
@@ -198,14 +198,14 @@ def _begun(how: Decoding, batch: Spoken) -> tuple[Read, Tensor]:
     return read.kept(owners), logits[owners]
 
 
-def _after(lm: PreTrainedModel, read: Read, tokens: Tensor) -> tuple[Read, Tensor]:
+def _after(lm: PreTrainedModel, read: Remembered, tokens: Tensor) -> tuple[Remembered, Tensor]:
     """`read` with `tokens` (B,), and the logits (B, V) of what follows them."""
     if read.states is None:
         read = replace(read, mask=torch.cat([read.mask, read.mask.new_ones(len(tokens), 1)], dim=1))
     return read, _logits(lm, read, tokens[:, None])
 
 
-def _logits(lm: PreTrainedModel, read: Read, ids: Tensor) -> Tensor:
+def _logits(lm: PreTrainedModel, read: Remembered, ids: Tensor) -> Tensor:
     """(B, V) float32: what follows `ids` (B, n), the last that `read` masks, which the cache does not know yet."""
     asked = inspect.signature(lm.forward).parameters
     inputs = {"logits_to_keep": 1} if "logits_to_keep" in asked else {}
