@@ -214,7 +214,9 @@ class SampleStats(NamedTuple):
     logps: Tensor  # (T,) float32, of the tokens, under the policy at the temperature they were drawn at
     entropy: float  # mean nats per token, of the untempered policy
     confidence: float  # 1 + mean of m ln m, m the largest probability at each token
-    drop: float  # 1 + mean of m e^m over all steps of the batch, m of what was drawn from: see algorithms/capability.py
+    # 1 + mean of m e^m over all steps of the batch, m of what was drawn from: see algorithms/capability.py; NaN where
+    # rows left the batch as they ended
+    drop: float
     batch: int  # which batch it was decoded in
 
 

@@ -18,7 +18,8 @@ from pipeline.data.tokenization import Encoder
 from pipeline.models import mask_token, scratch
 from pipeline.models.policy import Policy
 from pipeline.records import Batch, Example, Item, Request, Response, Row
-from pipeline.rollout.generate import RowSampler, plain_sampling, respond
+from pipeline.rollout.drawing import RowSampler
+from pipeline.rollout.generate import plain_sampling, respond
 from pipeline.trainer import engine
 from pipeline.trainer.model import Model, spoken_packing
 from tests import tiny

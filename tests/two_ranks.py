@@ -79,6 +79,16 @@ def speak(trained: engine.Engine, **changes) -> list[tuple[int, ...]]:
     return [answer.response_ids for answer in answers]
 
 
+def speak_in_one_batch(trained: engine.Engine) -> list[tuple[int, ...]]:
+    """A batch that all prompts would fit into is shared out: three of five prompts here, two there."""
+    read: list[int] = []
+    hook = trained.module.model.register_forward_hook(lambda module, given, out: read.append(len(out.logits)))
+    said = speak(trained, do_sample=True, batch_size=64)
+    hook.remove()
+    assert trained.ranks.gather(read[0]) == [3, 2]
+    return said
+
+
 def speak_in_layers(folder: Path, whole: dict) -> None:
     """No weight is ever whole but while it is read: the same words as where all are, and the same steps after them.
 
@@ -137,6 +147,8 @@ def main(folder: Path) -> None:
                 "reference": reference.reference_logps(trained, tiny.items(9), packing),
             }
             assert trained.ranks.gather(speak(trained, do_sample=True))[0] == seen[f"zero{stage}"]["sampled"]
+            if stage == 0:
+                assert speak_in_one_batch(trained) == seen["zero0"]["sampled"]
             after = tiny.two_steps(trained, tiny.items(9))  # training goes on after the weights were gathered
             seen[f"zero{stage}"]["after"] = after
         if stage > 0:

@@ -1,4 +1,4 @@
-"""Two-stage sampling against sampling with the graph kept, on the same weights and prompts; then its two engines.
+"""Two-stage sampling against sampling with the graph kept; ended rows dropped or not; two engines. All on one model.
 
 One stage: every response is decoded with gradient, keys and values of earlier tokens kept, and the graph of all its
 steps lives until the backward pass. Two stages, as on-policy RL does it: generate() without gradient, then one pass
@@ -27,8 +27,9 @@ from pipeline.rollout.generate import plain_sampling, respond
 from pipeline.trainer.model import Model
 
 LESS = Goal(5.0, at_least=True)
+DROPPED = Goal(0.6)
 GOAL_LENGTH = 256  # tokens, at which LESS is the goal
-MEAN_LENGTH = 32.0  # tokens of what the engines sample
+MEAN_LENGTH = 32.0  # tokens of responses that end by chance
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,16 @@ class Sizes:
     scratch: Mapping[str, int]
     attention: str
     prompt: int  # tokens of each prompt
-    lengths: tuple[int, ...]  # tokens of every response; for the engines the most that one may have
+    lengths: tuple[int, ...]  # tokens of every response; of those that end by chance, the most that one may have
     prompts: int
     copies: int = 1  # responses per prompt
 
 
 SMALL = {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 512}
+MIDDLE = {"hidden_size": 256, "num_layers": 4, "num_heads": 4, "vocab_size": 4096}
 LARGE = {"hidden_size": 384, "num_layers": 8, "num_heads": 6, "vocab_size": 8192}
 STAGES = Sizes(SMALL, "eager", 8, (16, 32, 64, 128, GOAL_LENGTH), prompts=4)
+ROWS = Sizes(MIDDLE, "sdpa", 32, (128,), prompts=32, copies=8)
 ENGINES = Sizes(LARGE, "sdpa", 32, (96,), prompts=8, copies=4)
 
 
@@ -61,17 +64,18 @@ class Sampled:
     def module(self) -> Policy:
         return self.model.engine.module
 
-    def responses(self, seed: int, **generation: Any) -> list[Response]:
-        """Plain sampling, as on-policy RL samples, with some settings of the generation set."""
+    def responses(self, seed: int, to_end: bool = False, **generation: Any) -> list[Response]:
+        """Plain sampling, as on-policy RL samples, some settings of the generation set; `to_end`: by generate()."""
         plain = plain_sampling(resolve(["stage=rl", "algo=reinforce"]).settings.generation)
         settings = plain.model_copy(update=generation)
-        groups = respond(self.model.engine, self.setup.encoder, self.requests, settings, seed)
+        groups = respond(self.model.engine, self.setup.encoder, self.requests, settings, seed, to_end)
         return [response for group in groups for response in group]
 
 
-def measure(setup: Setup, stages: Sizes = STAGES, engines: Sizes = ENGINES) -> list[Result]:
+def measure(setup: Setup, stages: Sizes = STAGES, rows: Sizes = ROWS, engines: Sizes = ENGINES) -> list[Result]:
     small = sampled(setup, stages)
-    return [line for length in stages.lengths for line in at_length(small, length)] + [by_engine(setup, engines)]
+    lines = [line for length in stages.lengths for line in at_length(small, length)]
+    return [*lines, by_rows(setup, rows), by_engine(setup, engines)]
 
 
 def sampled(setup: Setup, sizes: Sizes) -> Sampled:
@@ -120,6 +124,22 @@ def one_stage(small: Sampled, length: int) -> Tensor:
         ids = torch.multinomial(logps.detach().exp(), 1, generator=draws)  # (B, 1)
         total = total - logps.gather(1, ids).sum()
     return total
+
+
+def by_rows(setup: Setup, sizes: Sizes) -> Result:
+    """Seconds per token where ended rows are dropped and prompts are read once, and of generate(), in one batch."""
+    ragged = sampled(setup, sizes)
+    ends_by_chance(hugging_face(ragged.module.model), ragged.setup.encoder.eos_id)
+    limits = {"max_new_tokens": max(sizes.lengths), "batch_size": sizes.prompts}
+
+    def take(to_end: bool, seed: int) -> tuple[int, float]:
+        responses: list[Response] = []
+        seconds = timed(lambda: responses.extend(ragged.responses(seed, to_end, **limits)), setup.timing.clock)
+        return sum(len(response.response_ids) for response in responses), seconds
+
+    rounds = in_turns(partial(take, False), partial(take, True), setup.timing.single, lambda steps: 1 / speed(steps))
+    note = f"{sizes.prompts} prompts x {sizes.copies} responses of 1 to {max(sizes.lengths)} tokens"
+    return compared("sampling, ended rows dropped / generate(), time per token", "s", rounds, DROPPED, note)
 
 
 def by_engine(setup: Setup, sizes: Sizes) -> Result:

@@ -181,7 +181,8 @@ class Rollouts:
         if not requests:
             return list(groups)
         seed = self.settings.seed * 1_000_003 + step
-        answers = respond(self.engine, self.encoder, list(requests.values()), sampled(self.settings), seed)
+        to_end = self.settings.sampler.mode == "drop"  # which scores what comes after the end of a response too
+        answers = respond(self.engine, self.encoder, list(requests.values()), sampled(self.settings), seed, to_end)
         more = dict(zip(requests, answers, strict=True))
         return [replace(group, responses=(*group.responses, *more.get(i, ()))) for i, group in enumerate(groups)]
 

@@ -1,24 +1,23 @@
 """Where responses come from: here, from the policy.
 
-One generation gathers ZeRO-3's weights once, or each layer's for every token where they do not fit; ranks share the
-prompts, and all make the same number of steps. What is sampled depends on the seed and on the example, never on its
-batch, its place or the rank (but for beams that sample, and for the other engine, continuous.py).
+One generation gathers ZeRO-3's weights once, or each layer's for every token where they do not fit: then all ranks make
+the same number of steps. Ranks share the prompts. What is sampled depends on the seed and on the example, never on its
+batch, its place or the rank (but for beams that sample, and for the other engine, continuous.py). Sampled and greedy
+responses come from decode.py; beams, penalties and least lengths are left to transformers' generate().
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from pipeline.algorithms import capability
 from pipeline.config.sections import GenerationSettings
-from pipeline.data.sampling import generator
 from pipeline.data.tokenization import Encoder, pad
 from pipeline.errors import UserError
 from pipeline.models import mask_token
@@ -27,9 +26,13 @@ from pipeline.models.loading import hugging_face
 from pipeline.models.policy import Policy
 from pipeline.models.start_check import nothing_inherited
 from pipeline.models.writing import end_ids
-from pipeline.records import Completion, Example, Request, Response, SampleStats
+from pipeline.records import Completion, Example, Request, Response
 from pipeline.rollout import continuous
+from pipeline.rollout.decode import Decoding, Spoken, decode, drops_rows, joins_rows
+from pipeline.rollout.drawing import row_sampler
 from pipeline.trainer.engine import Engine
+
+PIECES = 4  # that prompts are read in where they are more than one batch: a piece comes when so many rows have gone
 
 
 def generate(
@@ -46,45 +49,72 @@ def generate(
 
 
 def respond(
-    engine: Engine, encoder: Encoder, requests: Sequence[Request], settings: GenerationSettings, seed: int
+    engine: Engine,
+    encoder: Encoder,
+    requests: Sequence[Request],
+    settings: GenerationSettings,
+    seed: int,
+    to_end: bool = False,
 ) -> list[list[Response]]:
     """The responses to each request; the same on all ranks. Stage 1 of two-stage sampling: no gradient, no dropout.
 
     `temperatures` of the requests stand for those of `settings`, whose `num_return_sequences` only counts for beams.
+    `to_end`: every row is drawn for until the longest of its batch ends, which `SampleStats.drop` is of.
     """
-    ranks, size = engine.ranks, settings.batch_size
+    ranks, lm = engine.ranks, hugging_face(engine.module.model)
     if settings.engine == "continuous":  # its ranks make differently many forwards: none may wait for another's layers
         settings = settings.model_copy(update={"gather": "whole"})
-    order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))  # like lengths: little padding
-    batches = batches_of([len(requests[i].prompt_ids) for i in order], size, engine.module.reads_padding)
-    batches = [[order[place] for place in places] for places in batches]
-    lm = hugging_face(engine.module.model)
-    config = generation_config(settings, encoder, lm)
-    config.suppress_tokens = mask_token.suppressed_ids(encoder.tokenizer, lm) or None  # before tokens are drawn
-    config.decoder_start_token_id = next(iter(engine.module.start_ids), None)
-    if plain := settings.do_sample and settings.num_beams == 1:
-        config.num_return_sequences = 1  # each row is one response, and draws with its own random numbers
+    config = _whole_config(settings, encoder, engine.module)
     longest = max((len(request.prompt_ids) for request in requests), default=0)
     check_positions(lm, longest, settings.max_new_tokens, whole=False)
+    order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))  # like lengths: little padding
     cuda = [ranks.device] if ranks.device.type == "cuda" else []
-    mine: dict[int, list[Completion]] = {}
     with engine.generating(settings.gather) as module, torch.no_grad(), torch.random.fork_rng(devices=cuda):
         if settings.engine == "continuous":
-            batches, places = [], order[ranks.rank :: ranks.world]
+            places = order[ranks.rank :: ranks.world]
             rows = continuous.respond(module, [requests[i] for i in places], settings, config, seed)
             mine = dict(zip(places, rows, strict=True))
-        for place in range(0, len(batches), ranks.world):
-            number = place + ranks.rank
-            batch = batches[number] if number < len(batches) else batches[0]  # idle ranks keep in step
-            torch.manual_seed((seed * 1_000_003 + number) % 2**63)  # for beams that sample
-            chosen = [requests[i] for i in batch]
-            sampler = row_sampler(chosen, settings, seed) if plain else None
-            rows = _decoded(engine, module, encoder, chosen, config, sampler, number)
-            if number < len(batches):
-                mine |= dict(zip(batch, rows, strict=True))
+        else:
+            waits = engine.stage == 3 and ranks.world > 1 and module is engine.module  # for the others, at each forward
+            how = Decoding(module, config, ranks.device, ranks.any if waits else None)
+            mine = _in_batches(how, engine, [(i, requests[i]) for i in order], settings, seed, to_end)
     by_request = {i: rows for part in ranks.gather(mine) for i, rows in part.items()}
     stops = config.eos_token_id
     return [[_response(encoder, request, one, stops) for one in by_request[i]] for i, request in enumerate(requests)]
+
+
+def _in_batches(
+    how: Decoding,
+    engine: Engine,
+    asked: Sequence[tuple[int, Request]],
+    settings: GenerationSettings,
+    seed: int,
+    to_end: bool,
+) -> dict[int, list[Completion]]:
+    """This rank's share of the completions, by their numbers; `asked`: numbered requests, short prompts first."""
+    rank, world, lm = engine.ranks.rank, engine.ranks.world, hugging_face(how.module.model)
+    padded, waits = engine.module.reads_padding, how.on_some_rank is not None
+    drops, joins = not to_end and drops_rows(lm, settings), padded and not waits and joins_rows(lm)
+    size, plain = settings.batch_size, settings.do_sample and settings.num_beams == 1
+    if drops:
+        share = max(1, math.ceil(len(asked) / world))  # so that every rank has something to do
+        size = math.ceil(size / PIECES) if joins and size < share else min(size, share)
+    batches = batches_of([len(request.prompt_ids) for _, request in asked], size, padded)
+    numbers = range(rank, math.ceil(len(batches) / world) * world if waits else len(batches), world)
+
+    def begun(number: int) -> Spoken:
+        chosen = [asked[place][1] for place in batches[number if number < len(batches) else 0]]  # idle ranks keep step
+        return Spoken(how, number, chosen, row_sampler(chosen, settings, seed, how.device) if plain else None)
+
+    if drops and joins:
+        most = max((len(request.temperatures) for _, request in asked), default=0) if plain else 1
+        done = decode(how, map(begun, numbers), settings.batch_size * most)
+    elif drops:
+        done = (one for number in numbers for one in decode(how, iter([begun(number)]), 0))
+    else:
+        done = (_generated(how, begun(number), seed) for number in numbers)
+    completed = ((batches[one.number], _completions(how, one)) for one in done if one.number < len(batches))
+    return {asked[place][0]: rows for places, each in completed for place, rows in zip(places, each, strict=True)}
 
 
 def batches_of(lengths: Sequence[int], size: int, padded: bool) -> list[range]:
@@ -131,97 +161,50 @@ def generation_config(settings: GenerationSettings, encoder: Encoder, lm: PreTra
     )
 
 
-@dataclass
-class RowSampler:
-    """Draws each row's next token with that row's own random numbers, so that the rest of the batch changes nothing.
-
-    transformers calls it with the scores (B, V) of one step after another; only the drawn token stays possible.
-    """
-
-    uniforms: Tensor  # (B, max_new_tokens) in [0, 1)
-    temperatures: Tensor  # (B, 1), above 0
-    warpers: LogitsProcessorList  # top_k, top_p
-    # (B, 4) of each step: the drawn token's log-probability under the tempered policy; entropy in nats and largest
-    # probability of the untempered one; largest probability of what was drawn from
-    steps: list[Tensor] = field(default_factory=list)
-
-    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        logps = scores.float().log_softmax(-1)  # of the untempered policy
-        plain = not self.warpers and bool((self.temperatures == 1.0).all())
-        tempered = logps if plain else (logps / self.temperatures.to(logps)).log_softmax(-1)
-        shares = (self.warpers(ids, tempered.clone()).softmax(-1) if self.warpers else tempered.exp()).double()
-        # the distribution function is inverted: in float64, in which a row's sum grows with every likely token
-        sums = shares.cumsum(-1)  # (B, V)
-        points = self.uniforms[:, len(self.steps), None].to(sums) * sums[:, -1:]
-        drawn = torch.searchsorted(sums, points, right=True)  # (B, 1): the first token whose sum exceeds the point
-        entropies = -torch.where(logps > -torch.inf, logps.exp() * logps, 0.0).sum(-1)
-        peaks = logps.amax(-1).exp(), shares.amax(-1).float()
-        self.steps.append(torch.stack((tempered.gather(1, drawn)[:, 0], entropies, *peaks), dim=1))
-        return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
-
-    def stats(self, lengths: Sequence[int], batch: int) -> list[SampleStats]:
-        """Of each row, whose responses have `lengths` tokens, in the batch of that number."""
-        all_stats = []
-        for steps, length in zip(torch.stack(self.steps, dim=1).cpu(), lengths, strict=True):  # (B, steps, 4)
-            logps, entropies, peaks, _ = steps[:length].unbind(1)
-            drop = capability.drop_score(steps[:, 3])  # every step of the batch, those after this row's end too
-            entropy, confidence = float(entropies.double().mean()), capability.confidence(peaks)
-            all_stats.append(SampleStats(logps.clone(), entropy, confidence, drop, batch))
-        return all_stats
+def _whole_config(settings: GenerationSettings, encoder: Encoder, module: Policy) -> GenerationConfig:
+    """As `generation_config`, with what is never said, how a decoder begins, and one response to each row."""
+    lm = hugging_face(module.model)
+    config = generation_config(settings, encoder, lm)
+    config.suppress_tokens = mask_token.suppressed_ids(encoder.tokenizer, lm) or None  # before tokens are drawn
+    config.decoder_start_token_id = next(iter(module.start_ids), None)
+    if settings.do_sample and settings.num_beams == 1:
+        config.num_return_sequences = 1  # each row is one response, and draws with its own random numbers
+    return config
 
 
-def row_sampler(requests: Sequence[Request], settings: GenerationSettings, seed: int) -> RowSampler:
-    """Draws the responses to `requests`, row by row."""
-    generators = [
-        generator("response", seed, (request.example.id, request.prompt_ids, request.first + copy))
-        for request in requests
-        for copy in range(len(request.temperatures))
-    ]
-    uniforms = torch.stack([torch.rand(settings.max_new_tokens, generator=one) for one in generators])
-    temperatures = torch.tensor([[level] for request in requests for level in request.temperatures])
-    warpers = LogitsProcessorList()
-    if settings.top_k > 0:
-        warpers.append(TopKLogitsWarper(settings.top_k))
-    if settings.top_p < 1.0:
-        warpers.append(TopPLogitsWarper(settings.top_p))
-    return RowSampler(uniforms, temperatures, warpers)
+def _completions(how: Decoding, spoken: Spoken) -> list[list[Completion]]:
+    """What was said to each request."""
+    rows = [_until_end(row, how.config.eos_token_id) for row in spoken.ids.tolist()]
+    stats, sampler = [None] * len(rows), spoken.sampler
+    if sampler is not None:
+        stats = sampler.stats([len(ids) for ids in rows], spoken.number)
+    results = iter(map(Completion, rows, stats))
+    return [[next(results) for _ in request.temperatures] for request in spoken.requests]
 
 
-def _decoded(
-    engine: Engine,
-    module: Policy,
-    encoder: Encoder,
-    requests: Sequence[Request],
-    config: GenerationConfig,
-    sampler: RowSampler | None,
-    batch: int,
-) -> list[list[Completion]]:
-    """The completions of each request of the batch of that number."""
-    lm, copies = hugging_face(module.model), [len(request.temperatures) for request in requests]
-    inputs = _inputs(module, encoder, requests, copies if sampler is not None else [1] * len(requests), engine)
+def _generated(how: Decoding, spoken: Spoken, seed: int) -> Spoken:
+    """What transformers' generate() says, to the end of the longest row; of beams as many as the configuration asks."""
+    lm, inputs = hugging_face(how.module.model), _inputs(how, spoken)
+    torch.manual_seed((seed * 1_000_003 + spoken.number) % 2**63)  # for beams that sample
     with nothing_inherited(lm):
         out = lm.generate(
             **inputs,
-            generation_config=config,
-            logits_processor=LogitsProcessorList([] if sampler is None else [sampler]),
-            synced_gpus=engine.stage == 3 and engine.ranks.world > 1,
+            generation_config=how.config,
+            logits_processor=LogitsProcessorList([] if spoken.sampler is None else [spoken.sampler]),
+            synced_gpus=how.on_some_rank is not None,
         )
-    start = len(module.start_ids) if module.encoder_decoder else inputs["attention_mask"].shape[1]
-    rows = [_until_end(row, config.eos_token_id) for row in out[:, start:].tolist()]
-    stats = [None] * len(rows) if sampler is None else sampler.stats([len(ids) for ids in rows], batch)
-    results = iter(map(Completion, rows, stats))
-    return [[next(results) for _ in range(k)] for k in copies]
+    read = len(how.module.start_ids) if how.module.encoder_decoder else inputs["attention_mask"].shape[1]
+    spoken.ids = out[:, read:]
+    return spoken
 
 
-def _inputs(
-    module: Policy, encoder: Encoder, requests: Sequence[Request], copies: Sequence[int], engine: Engine
-) -> dict[str, Tensor | BaseModelOutput]:
-    """What generate() reads: each prompt `copies` times over; an encoder has read each of them once."""
-    device = engine.ranks.device
+def _inputs(how: Decoding, spoken: Spoken) -> dict[str, Tensor | BaseModelOutput]:
+    """What generate() reads: each prompt once for each of its rows; an encoder has read each of them once."""
+    module = how.module
     side = "right" if module.encoder_decoder else "left"
-    ids, mask = pad([request.prompt_ids for request in requests], encoder.pad_id, side=side)
-    places = torch.repeat_interleave(torch.tensor(copies)).to(device)
-    ids, mask = ids.to(device), mask.long().to(device)
+    ids, mask = pad([request.prompt_ids for request in spoken.requests], how.config.pad_token_id, side=side)
+    places = torch.repeat_interleave(torch.tensor(spoken.copies)).to(how.device)
+    ids, mask = ids.to(how.device), mask.long().to(how.device)
     if not module.encoder_decoder:
         return {"input_ids": ids[places], "attention_mask": mask[places]}
     states = hugging_face(module.model).get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
