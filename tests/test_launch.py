@@ -99,7 +99,9 @@ def test_a_file_for_sbatch_is_what_a_dry_run_prints(tmp_path: Path, monkeypatch:
     """A shell reads it; told to save, it asks for another turn, and other codes are its own."""
     words = ["stage=sft", "task=numerals", "run=mine", "gpus=2", "nnodes=4", "launcher=slurm"]
     words += ["template.prompt=It's $5: {prompt}", 'template.human="\n#SBATCH --nodes=64\n"', "dry_run=true"]
-    for name in [one for one in os.environ if one.startswith("SLURM")]:
+    # which the file's allocation will have: the command itself sees them in its plan
+    for name in {"SLURM_JOB_ID", "SLURM_NNODES", "SLURM_NTASKS", *(one for one in os.environ if "SLURM" in one)}:
+        monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
     assert main(words) == 0

@@ -171,12 +171,13 @@ def with_values(
 def values_of(policy: ReferencePolicy, items: Sequence[Item], head: ValueHead, ref_logps: bool) -> Tensor:
     """(items,) float32, the values of the items' prompts; with `ref_logps` the file of these is there then.
 
+    It may be there before: values are read in the same way all the same, so that they are the same to the last bit.
     For whoever holds the lock of the cache.
     """
-    model, path = policy.model, logps_path(policy, items)
-    if not ref_logps or model.ranks.from_main(model.ranks.main and path.is_file()):
+    model = policy.model
+    if not ref_logps:
         return values.values_of(model.engine, head, prompts_of(items), model.packing)
-    with written(path, model.ranks) as part:
+    with written(logps_path(policy, items), model.ranks) as part:
         return read_rows(model, items, part, head)
 
 
