@@ -157,7 +157,8 @@ def with_values(
             found.append(values_of(policy, items, head, ref_logps))
             refuse_infinite("values", items, (~found[-1].isfinite()).nonzero().flatten().tolist())
         if part is not None:
-            torch.save({"values": found, "report": report}, part)
+            with open(part, "wb") as file:  # by its path it would hold its name, which is another each time
+                torch.save({"values": found, "report": report}, file)
 
     saved = torch.load(cached(policy.cache("values", **key), model.engine, compute), weights_only=True, mmap=True)
     valued = []
