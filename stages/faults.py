@@ -125,6 +125,8 @@ def of_launch(settings: WithModel, stage: str, environ: Mapping[str, str]) -> It
         yield f"launch.processes: gpus={wanted}, but this machine has {gpus} for it: wanted gpus={gpus} at most"
     if here and isinstance(settings, Training | GenerateStage | EvaluateStage):
         yield from told(lambda: together.fp16_on_gpu(settings.train, machine.has_gpu()))
+    if isinstance(settings, EvaluateStage):
+        yield from told(lambda: [inputs.spoken(settings, name) for name in inputs.policies(settings)])
     if isinstance(settings, RewardStage) and settings.train.router_aux_loss_coef:
         found = settings.train.router_aux_loss_coef
         yield f"train.router_aux_loss_coef: {found}, but a reward model's router is left as it is: set 0"
