@@ -253,9 +253,8 @@ def _check_whole(server: Server, ask: Ask, choice: Choice, most: int) -> None:
     """Raises UserError where the server left something out of the prompt, or out of a response of `most` tokens."""
     length, whose = len(ask.request.prompt_ids), f"row {ask.request.example.id}"
     if server.manner == "ids" and choice.read not in (None, length):
-        raise server.address.error(
-            f"{whose}: it read {choice.read} of {length} tokens of the prompt: raise its context"
-        )
+        problem = f"it read {choice.read} tokens of a prompt of {length}, wanted all"
+        raise server.address.error(f"{whose}: {problem}: raise its context")
     if choice.end not in ("stop", "length"):
         raise server.address.error(f"{whose}: its response ended by {choice.end!r}, wanted stop or length")
     if choice.end == "length" and choice.written is not None and choice.written < most:
