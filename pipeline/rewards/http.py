@@ -40,7 +40,7 @@ class PassingError(Exception):
     """What came instead of an answer, and the seconds that the server asks for before another try, if it does."""
 
 
-class RefusedError(UserError):
+class NotTakenError(UserError):
     """The server is there, and does not take this request."""
 
 
@@ -199,7 +199,7 @@ def _once(server: Address, body: bytes) -> bytes:
         raise PassingError(problem, float(wait) if wait.isdecimal() else 0.0)
     if status in (401, 403):
         raise server.error(f"{problem}, wanted 200: give the right key in {server.key_name}")
-    raise server.error(f"{problem}, wanted 200: correct the address or the data", RefusedError)
+    raise server.error(f"{problem}, wanted 200: correct the address or the data", NotTakenError)
 
 
 def _exchange(server: Address, body: bytes | None) -> tuple[int, Mapping[str, str], bytes]:

@@ -44,7 +44,7 @@ TOLD = {
 }
 
 
-class Server(NamedTuple):
+class Served(NamedTuple):
     """One that is there, and how it wants to be asked."""
 
     address: http.Address
@@ -52,7 +52,7 @@ class Server(NamedTuple):
     manner: Manner
 
 
-class Ask(NamedTuple):
+class Wanted(NamedTuple):
     """One response that is wanted: to which request, its number among those to that prompt, its temperature."""
 
     request: Request
@@ -101,10 +101,10 @@ def respond(
         problem = f"{settings.engine} with an encoder-decoder, wanted a causal model"
         raise UserError(f"generation.engine: {problem}: set generation.engine=generate")
     engine, how = settings.engine, settings.server
-    server = Server(_address(engine, how), *ranks.on_main(lambda: found(engine, settings.served_model, how, encoder)))
+    server = Served(_address(engine, how), *ranks.on_main(lambda: found(engine, settings.served_model, how, encoder)))
     if server.manner == "text" and settings.do_sample and settings.top_k > 0:
         raise server.address.error(f"generation.top_k is {settings.top_k}, which it does not take, wanted top_k=0")
-    asks = [Ask(one, copy, level) for one in requests for copy, level in enumerate(one.temperatures)]
+    asks = [Wanted(one, copy, level) for one in requests for copy, level in enumerate(one.temperatures)]
 
     mine = ranks.agreed(lambda: _said(server, encoder, asks[ranks.rank :: ranks.world], config, seed))
     parts = [iter(part) for part in ranks.gather(mine)]
@@ -161,16 +161,16 @@ def _manner(address: http.Address, model: str, encoder: Encoder) -> Manner:
     ids = tuple(encoder.tokenizer(PROBE)["input_ids"])
     config = GenerationConfig(max_new_tokens=1, do_sample=False, eos_token_id=[encoder.eos_id], pad_token_id=0)
     config.top_k, config.top_p = 0, 1.0
-    ask = Ask(Request(Example("", PROBE), ids, (1.0,)), 0, 1.0)
+    ask = Wanted(Request(Example("", PROBE), ids, (1.0,)), 0, 1.0)
     refused = ""
     for manner in ("ids", "config", "text"):
-        server = Server(address, model, manner)
+        server = Served(address, model, manner)
         content = body(server, ask, PROBE, config, 0)
         if manner == "config":
             content.pop("max_tokens")  # whoever does not read the configuration writes on
         try:
             answer = http.patiently(address, json.dumps(content).encode("ascii"), Event())
-        except http.RefusedError as error:
+        except http.NotTakenError as error:
             refused = str(error)
             continue
         choice = _choice(address, answer)
@@ -204,7 +204,7 @@ def sent(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> Prompt:
     return Prompt(texts[-1] if fit is None else fit, fit is not None)
 
 
-def body(server: Server, ask: Ask, text: str, config: GenerationConfig, seed: int) -> dict[str, Any]:
+def body(server: Served, ask: Wanted, text: str, config: GenerationConfig, seed: int) -> dict[str, Any]:
     """One request, in the server's manner. Nothing is left to what its model's own configuration says."""
     sampled = config.do_sample
     own = generator("response", seed, (ask.request.example.id, ask.request.prompt_ids, ask.request.first + ask.copy))
@@ -228,13 +228,13 @@ def body(server: Server, ask: Ask, text: str, config: GenerationConfig, seed: in
     }
 
 
-def _said(server: Server, encoder: Encoder, asks: Sequence[Ask], config: GenerationConfig, seed: int) -> list[Said]:
+def _said(server: Served, encoder: Encoder, asks: Sequence[Wanted], config: GenerationConfig, seed: int) -> list[Said]:
     """What the server writes to each of `asks`. Tokenizers are not for threads: only requests go out in them."""
     written = server.manner != "ids"
     prompts = [sent(encoder.tokenizer, ask.request.prompt_ids) if written else Prompt("", True) for ask in asks]
     bodies = [body(server, ask, prompt.text, config, seed) for ask, prompt in zip(asks, prompts, strict=True)]
 
-    def answered(one: tuple[Ask, dict[str, Any]], over: Event) -> Choice:
+    def answered(one: tuple[Wanted, dict[str, Any]], over: Event) -> Choice:
         choice = _choice(server.address, http.patiently(server.address, json.dumps(one[1]).encode("ascii"), over))
         _check_whole(server, one[0], choice, config.max_new_tokens)
         return choice
@@ -249,7 +249,7 @@ def _said(server: Server, encoder: Encoder, asks: Sequence[Ask], config: Generat
     return said
 
 
-def _check_whole(server: Server, ask: Ask, choice: Choice, most: int) -> None:
+def _check_whole(server: Served, ask: Wanted, choice: Choice, most: int) -> None:
     """Raises UserError where the server left something out of the prompt, or out of a response of `most` tokens."""
     length, whose = len(ask.request.prompt_ids), f"row {ask.request.example.id}"
     if server.manner == "ids" and choice.read not in (None, length):
