@@ -20,7 +20,7 @@ from pipeline.config.sections import GenerationSettings
 from pipeline.errors import UserError
 from pipeline.rollout import same_words
 from pipeline.rollout.generate import generate
-from stages import inputs
+from stages import faults, inputs
 from tests import tiny
 from tests.test_http_reward import free_port
 from tests.test_rollout import PROMPTS, generation, ids_of, speaker
@@ -156,7 +156,28 @@ def test_each_response_has_a_seed_and_a_temperature_of_its_own() -> None:
     assert ids_of(some) == ids_of(first[4:8])  # whatever is asked for beside it
     assert len({one["seed"] for one in heard}) == len(first) == 12
     assert sorted(one["temperature"] for one in heard) == [0.5] * 6 + [1.0] * 6
-    assert all((one["top_p"], one["top_k"], one["min_p"], one["repetition_penalty"]) == (1, -1, 0, 1) for one in heard)
+
+
+@pytest.mark.parametrize("manner", ["ids", "config", "text"])
+def test_nothing_of_a_draw_is_left_to_the_servers_own_configuration(manner: str) -> None:
+    speaking, encoder = speaker("llama"), tiny.encoder()
+    writer = Writer(speaking.module.model, manner)
+    with serving(writer) as address:
+        for top_p, top_k in ((1.0, 0), (0.9, 0 if manner == "text" else 5)):
+            narrow = by(address, do_sample=True, temperature=0.7, top_p=top_p, top_k=top_k)
+            generate(speaking, encoder, PROMPTS[:1], narrow, 0)
+    narrow, whole = writer.heard[-1], writer.heard[-2]
+    own = json.loads(narrow.get("generation_config", "{}"))
+    assert narrow["temperature"] == 0.7 and narrow["max_tokens"] == 8
+    if manner == "config":
+        wanted = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 5, "eos_token_id": [tiny.EOS_ID]}
+        assert {name: own[name] for name in wanted} == wanted
+        assert json.loads(whole["generation_config"])["top_k"] == 0
+    else:
+        assert (narrow["top_p"], whole["top_p"]) == (0.9, 1.0)
+    if manner == "ids":
+        assert (narrow["top_k"], whole["top_k"], whole["min_p"], whole["repetition_penalty"]) == (5, -1, 0, 1)
+        assert whole["stop_token_ids"] == [tiny.EOS_ID]
 
 
 def test_what_passes_is_asked_again() -> None:
@@ -248,6 +269,16 @@ def test_what_is_no_engine(engine: str) -> None:
     with pytest.raises(UserError, match=r"generation\.engine: .*wanted") as caught:
         tiny.settings("generate", f"generation.engine={engine}")
     assert "pass@" not in str(caught.value)
+
+
+def test_faults_that_need_no_server() -> None:
+    address = "generation.engine=http://h:1/v1"
+    named = tiny.settings("generate", address, "generation.server.key_variable=MY_KEY")
+    (line,) = faults.of_launch(named, "generate", {})
+    assert line.startswith("generation.server.key_variable: the environment has no MY_KEY")
+    assert [*faults.of_launch(named, "generate", {"MY_KEY": "x"})] == []
+    (line,) = faults.of_launch(tiny.settings("evaluate", address, "policies={sft: a, rl: b}"), "evaluate", {})
+    assert line.startswith("generation.served_model: null, but policies are sft, rl")
 
 
 def test_each_policy_of_an_evaluation_has_its_name_at_the_server() -> None:

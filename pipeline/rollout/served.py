@@ -12,6 +12,7 @@ Sources: OpenAI's reference of /v1/completions; vLLM's, of its further fields; t
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -104,6 +105,8 @@ def respond(
     server = Served(_address(engine, how), *ranks.on_main(lambda: found(engine, settings.served_model, how, encoder)))
     if server.manner == "text" and settings.do_sample and settings.top_k > 0:
         raise server.address.error(f"generation.top_k is {settings.top_k}, which it does not take, wanted top_k=0")
+    config = copy.deepcopy(config)
+    config.top_p, config.top_k = settings.top_p, settings.top_k  # which here are not transformers' to apply
     asks = [Wanted(one, copy, level) for one in requests for copy, level in enumerate(one.temperatures)]
 
     mine = ranks.agreed(lambda: _said(server, encoder, asks[ranks.rank :: ranks.world], config, seed))
@@ -220,11 +223,12 @@ def body(server: Served, ask: Wanted, text: str, config: GenerationConfig, seed:
     content |= {"logit_bias": {str(i): -100 for i in banned}} if banned else {}
     if server.manner == "text":
         return content | {"prompt": text}
-    content |= {"top_k": config.top_k or -1, "min_p": 0.0, "repetition_penalty": 1.0} if sampled else {}
+    content |= {"top_k": config.top_k or -1, "min_p": 0.0} if sampled else {}
     return content | {
         "prompt": list(ask.request.prompt_ids),
         "stop_token_ids": config.eos_token_id,
         "return_token_ids": True,
+        "repetition_penalty": 1.0,
     }
 
 
