@@ -150,9 +150,8 @@ def _model(address: http.Address, served: str | None) -> str:
         names = [one["id"] for one in json.loads(answer)["data"]]
     except (ValueError, LookupError, TypeError, RecursionError):
         problem = f"it answered {status} and no list of models ({http.first_line(answer)})"
-        raise address.error(
-            f"{problem}, wanted one: say what it calls the model with generation.served_model="
-        ) from None
+        cure = "does the address end as it should, in /v1? If so, set generation.served_model=, what it calls the model"
+        raise address.error(f"{problem}, wanted one: {cure}") from None
     if len(names) != 1:
         problem = f"it has {len(names)} models ({', '.join(map(str, names[:LISTED]))})"
         raise address.error(f"{problem}, wanted one, or its name: set generation.served_model=")
@@ -177,8 +176,8 @@ def _manner(address: http.Address, model: str, encoder: Encoder) -> Manner:
             refused = str(error)
             continue
         choice = _choice(address, answer)
-        as_here, one = choice.read in (None, len(ids)), choice.written == 1
-        if (as_here and (one or choice.written is None)) if manner == "ids" else one:
+        one = choice.written == 1 or (manner != "config" and choice.written is None)
+        if one and (manner != "ids" or choice.read in (None, len(ids))):
             return manner
         refused = f"asked for one token, it read {choice.read} and wrote {choice.written}, wanted {len(ids)} and 1"
         refused = str(address.error(f"{refused}: does it serve this model?"))
