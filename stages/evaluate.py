@@ -22,6 +22,7 @@ from pipeline.records import Example, Response
 from pipeline.report import gains as report_gains
 from pipeline.rewards import build, scoring
 from pipeline.rewards.rewards import Rewards
+from pipeline.rollout import same_words
 from pipeline.rollout.generate import generate, plain_sampling
 from pipeline.trainer import evaluation, gains, group, markdown
 from pipeline.trainer.board import Board
@@ -98,9 +99,11 @@ def answered(
     # the first policy comes last: by then it can say how likely it finds the others' responses
     for name in [*names[1:], names[0]]:
         policy = build_inference(settings, ranks, models[name], logged=bool(logged))
-        answers = generate(policy.engine, policy.encoder, prompts, settings.generation, settings.seed)
-        free = plain_sampling(settings.generation)
-        same = free == settings.generation
+        generation = inputs.spoken(settings, name)
+        same_words.compare(policy.engine, policy.encoder, prompts[0], generation)
+        answers = generate(policy.engine, policy.encoder, prompts, generation, settings.seed)
+        free = plain_sampling(generation)
+        same = free == generation
         drawn = answers if same else generate(policy.engine, policy.encoder, prompts, free, settings.seed)
         logps = evaluation.response_logps(policy.engine, drawn, spoken_packing(policy))
         sampled[name] = drawn, logps, policy.encoder.tokenizer

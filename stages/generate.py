@@ -18,6 +18,7 @@ from pipeline.launch.entry import run
 from pipeline.records import Example, Response
 from pipeline.rewards import build, candidates, scoring
 from pipeline.rewards.candidates import Gathered
+from pipeline.rollout import same_words
 from pipeline.rollout.generate import generate
 from pipeline.trainer import evaluation, group
 from pipeline.trainer.model import Model, build_inference
@@ -44,6 +45,7 @@ def main(settings: GenerateStage, words: Sequence[str]) -> None:
         scoring.try_rewards(ranks, rewards, next(iter(prompts.values()))[0], written=False)
     results: dict[str, object] = {}
     policy = build_inference(settings, ranks, model)
+    same_words.compare(policy.engine, policy.encoder, next(iter(prompts.values()))[0], settings.generation)
     for split, rows in prompts.items():
         chosen = rows[: settings.max_rows]
         answers = responses(policy, chosen, settings, split)

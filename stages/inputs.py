@@ -21,7 +21,7 @@ from pipeline.config.schema import (
     ScoreStage,
     SftStage,
 )
-from pipeline.config.sections import DataSettings, ModelSettings, Split
+from pipeline.config.sections import DataSettings, GenerationSettings, ModelSettings, Split
 from pipeline.config.yaml_layers import load_yaml
 from pipeline.data.places import files_of
 from pipeline.data.splits import SPLITS, origins, read_from, split_places
@@ -163,6 +163,19 @@ def policies(settings: EvaluateStage) -> dict[str, str]:
             f"{start['revision']}, wanted the same: give model.revision={start['revision']}, or policies="
         )
     return {"start": start["path"], "rl": "rl"}
+
+
+def spoken(settings: EvaluateStage, policy: str) -> GenerationSettings:
+    """How responses of `policy` are made. Raises UserError where nothing says which model of a server it is."""
+    generation, names = settings.generation, policies(settings)
+    served = generation.served_model
+    if not generation.by_server or (not isinstance(served, dict) and len(names) == 1):
+        return generation
+    if isinstance(served, dict) and policy in served:
+        return generation.model_copy(update={"served_model": served[policy]})
+    cure = f"generation.served_model='{{{', '.join(f'{name}: NAME' for name in names)}}}'"
+    problem = f"{served or 'null'}, but policies are {', '.join(names)}, wanted what the server calls each"
+    raise UserError(f"generation.served_model: {problem}: set {cure}, or policies= of one")
 
 
 def rl_model(settings: RlStage) -> ModelSettings:

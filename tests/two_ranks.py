@@ -5,6 +5,7 @@ Rank 0 writes what it saw to FOLDER/seen.pt; any assertion that fails on either 
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from pipeline.trainer.checkpoint import Checkpoints, State
 from pipeline.trainer.metrics import Interval, Metrics
 from reward_models import length
 from tests import tiny
+from tests.test_served import Writer, serving
 
 PROMPTS = [Example(str(i), " ".join(tiny.WORDS[i : 2 * i + 1])) for i in range(5)]
 
@@ -131,6 +133,21 @@ def start_a_reward_model(ranks: group.Ranks, folder: Path) -> None:
     assert torch.equal(scorer.get_input_embeddings().weight, wanted)
 
 
+def ask_a_server(trained: engine.Engine, said: list[tuple[int, ...]]) -> None:
+    """Both ranks send their share of the requests; what fails for one of them ends both."""
+    with contextlib.ExitStack() as stack:
+        writer = Writer(trained.module.model)
+        address = trained.ranks.from_main(stack.enter_context(serving(writer)) if trained.ranks.main else None)
+        assert speak(trained, do_sample=False, engine=address) == said
+        trained.ranks.barrier()
+        if trained.ranks.main:
+            assert len(writer.heard) == 1 + len(PROMPTS)  # one to find out how
+            writer.changed = {"choices": []}
+        with pytest.raises(UserError, match="it gave 0 responses"):
+            speak(trained, do_sample=False, engine=address)
+        trained.ranks.barrier()
+
+
 def main(folder: Path) -> None:
     ranks = tiny.ranks()
     talk(ranks)
@@ -149,6 +166,7 @@ def main(folder: Path) -> None:
             assert trained.ranks.gather(speak(trained, do_sample=True))[0] == seen[f"zero{stage}"]["sampled"]
             if stage == 0:
                 assert speak_in_one_batch(trained) == seen["zero0"]["sampled"]
+                ask_a_server(trained, seen["zero0"]["greedy"])
             after = tiny.two_steps(trained, tiny.items(9))  # training goes on after the weights were gathered
             seen[f"zero{stage}"]["after"] = after
         if stage > 0:

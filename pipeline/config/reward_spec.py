@@ -30,14 +30,14 @@ def judge_address(name: str) -> str:
     return name.removeprefix(JUDGE).rstrip("/")
 
 
-def web_address(text: str) -> SplitResult:
+def web_address(text: str, key: str = TOKEN) -> SplitResult:
     """The parts of an address that is nothing but http or https, host, port and path.
 
-    Raises ValueError for another; the message shows no address that may hold a password or a key.
+    `key`: where a key belongs. Raises ValueError for another; the message shows no address that may hold a password.
     """
     if any(sign in text for sign in "@?#"):
         found = "an address with a user, a password or what follows a '?' or '#'"
-        raise ValueError(f"{found}, wanted none of it, for settings are kept and shown: give the key in {TOKEN}")
+        raise ValueError(f"{found}, wanted none of it, for settings are kept and shown: give the key in {key}")
     wanted = f"{text!r}, wanted http://HOST:PORT/PATH or https://"
     if not text.isascii() or any(sign.isspace() or not sign.isprintable() for sign in text):
         raise ValueError(f"{wanted} without spaces, other characters as %XX")

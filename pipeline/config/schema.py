@@ -60,6 +60,11 @@ class SftStage(Training):
     masking: Masking
     generation: sections.GenerationSettings
 
+    @model_validator(mode="after")
+    def speaks_itself(self) -> SftStage:
+        self.generation.refuse_server()
+        return self
+
 
 class RewardStage(Training):
     name: ResultName
@@ -86,6 +91,11 @@ class RlStage(Training):
     reward: RewardSpec
     rewards: sections.RewardSettings
     generation: sections.GenerationSettings
+
+    @model_validator(mode="after")
+    def speaks_itself(self) -> RlStage:
+        self.generation.refuse_server()
+        return self
 
     def last_without_speaking(self) -> None:
         """Of methods whose weights only the reward of fresh responses can choose. Raises ValueError where there are
@@ -187,6 +197,14 @@ class GenerateStage(WithModel):
     reward: RewardSpec
     rewards: sections.RewardSettings
     generation: sections.GenerationSettings
+
+    @model_validator(mode="after")
+    def one_policy(self) -> GenerateStage:
+        if isinstance(served := self.generation.served_model, dict):
+            raise ValueError(
+                f"generation.served_model: {served}, wanted the name of one model, for there is one policy"
+            )
+        return self
 
 
 def shard_size(given: str | int) -> int:

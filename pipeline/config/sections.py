@@ -8,6 +8,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
+from pipeline.config.reward_spec import web_address
+
 # in a stage directory
 STAGE_FILES = ("model", "best", "last", "checkpoints", "tensorboard", "samples", "held_out", "non_finite")
 
@@ -33,6 +35,15 @@ def day(value: str) -> str:
     except ValueError:
         raise ValueError(f"{value!r}, wanted a date as in 2026-03-01") from None
     return value
+
+
+def engine_name(value: str) -> str:
+    """`value`, which must name what generates: one of ours, or the address of a server. Raises ValueError."""
+    if "://" in value:
+        web_address(value, "the variable that generation.server.key_variable names")
+    elif value not in ("generate", "continuous"):
+        raise ValueError(f"{value!r}, wanted generate, continuous or the address of a server, http://HOST:PORT/v1")
+    return value.rstrip("/")
 
 
 def verdict_pattern(value: str) -> str:
@@ -237,8 +248,21 @@ class EvalSettings(Section):
     num_samples: Whole
 
 
+class ServerSettings(Section):
+    """How a server that writes responses is asked: one request for each response."""
+
+    key_variable: str | None
+    concurrency: Annotated[int, Field(ge=1, le=256)]
+    timeout: Positive
+    retries: Whole
+    backoff: NotNegative
+    max_answer_mb: Positive
+
+
 class GenerationSettings(Section):
-    engine: Literal["generate", "continuous"]
+    engine: Annotated[str, AfterValidator(engine_name)]
+    served_model: str | dict[str, str] | None
+    server: ServerSettings
     gather: Literal["auto", "whole", "layers"]
     max_new_tokens: Count
     min_new_tokens: Whole
@@ -273,9 +297,10 @@ class GenerationSettings(Section):
         plain = {"num_beams": 1, "top_p": 1.0, "top_k": 0, "min_new_tokens": 0}
         plain |= {"no_repeat_ngram_size": 0, "repetition_penalty": 1.0}
         other = [f"{name} is {getattr(self, name)}" for name, value in plain.items() if getattr(self, name) != value]
-        if self.engine == "continuous" and other:
+        other = [one for one in other if not (self.by_server and one.startswith("top_"))]  # a server narrows as we do
+        if self.engine != "generate" and other:
             raise ValueError(
-                f"{other[0]} with engine continuous, wanted plain sampling or greedy decoding: set "
+                f"{other[0]} with engine {self.engine}, wanted plain sampling or greedy decoding: set "
                 "generation.engine=generate"
             )
         if self.engine == "continuous" and self.gather == "layers":
@@ -283,6 +308,20 @@ class GenerationSettings(Section):
                 "gather is layers with engine continuous, wanted whole or auto, or generation.engine=generate"
             )
         return self
+
+    @property
+    def by_server(self) -> bool:
+        """Whether a server writes the responses."""
+        return "://" in self.engine
+
+    def refuse_server(self) -> None:
+        """Raises ValueError where a server would have to write for a model that is being trained."""
+        if self.by_server:
+            raise ValueError(
+                f"generation.engine: {self.engine}, but training changes the weights, and a server keeps those that it "
+                "has read: set generation.engine=generate or continuous; a server writes for stage=generate and "
+                "stage=evaluate, of a model that is trained"
+            )
 
 
 class HttpSettings(Section):

@@ -32,6 +32,7 @@ FREE = (
     "rewards.workers",
     "data.workers",
     "rewards.judge.budget",
+    "generation.server",
 )
 # What changes how a step is computed, and not what it is: the numbers agree to rounding, and a line says so.
 CUT = ("train.zero", "train.micro_batch_size", "train.max_tokens", "train.gradient_checkpointing", "train.padding_free")

@@ -22,11 +22,12 @@ import urllib3
 from urllib3.exceptions import HTTPError
 
 from pipeline.config.reward_spec import TOKEN, token, web_address
-from pipeline.config.sections import HttpSettings
+from pipeline.config.sections import HttpSettings, ServerSettings
 from pipeline.errors import UserError
 from pipeline.records import RewardFunction
 from reward_models._values import shortened
 
+OPENAI_KEY = "OPENAI_API_KEY"
 LONGEST_WAIT = 60.0  # seconds between two tries
 MEGABYTE = 10**6
 CHUNK = 2**16  # bytes read at a time
@@ -39,17 +40,31 @@ class PassingError(Exception):
     """What came instead of an answer, and the seconds that the server asks for before another try, if it does."""
 
 
+class NotTakenError(UserError):
+    """The server is there, and does not take this request."""
+
+
+class Purpose(NamedTuple):
+    """What a server is asked for, as messages say it."""
+
+    name: str = "reward"
+    section: str = "rewards.http"  # of the settings
+    wanted: str = "numbers: is this a reward?"
+    again: str = "; the same command goes on from the last checkpoint"
+
+
 class Address(NamedTuple):
     """Whom to ask, and how patiently."""
 
     address: str
     pool: urllib3.PoolManager
-    settings: HttpSettings
+    settings: HttpSettings | ServerSettings
     key_name: str = TOKEN  # the environment variable with its key
+    purpose: Purpose = Purpose()
 
-    def error(self, complaint: str) -> UserError:
+    def error(self, complaint: str, kind: type[UserError] = UserError) -> UserError:
         key = self.pool.headers.get("Authorization", "").removeprefix("Bearer ")
-        return UserError(f"reward {self.address}: {complaint.replace(key, '***') if key else complaint}")
+        return kind(f"{self.purpose.name} {self.address}: {complaint.replace(key, '***') if key else complaint}")
 
 
 def connect(name: str, settings: HttpSettings) -> RewardFunction:
@@ -75,7 +90,14 @@ def connect(name: str, settings: HttpSettings) -> RewardFunction:
     return reward
 
 
-def opened(address: str, settings: HttpSettings, key: str, key_name: str) -> Address:
+def key_variable(address: str, given: str | None) -> str:
+    """The environment variable whose key is sent; "" for none. A key meant for OpenAI goes to no http:// address."""
+    if given is not None:
+        return given
+    return OPENAI_KEY if address.startswith("https:") else ""
+
+
+def opened(address: str, settings: HttpSettings | ServerSettings, key: str, key_name: str) -> Address:
     """Whom to ask at `address`; `key`, "" for none, goes out with each request. Nothing is sent yet."""
     web_address(address)
     headers = {"Content-Type": "application/json", "Accept": "application/json", "Connection": "close"}
@@ -122,9 +144,13 @@ def at_once(server: Address, ask: Callable[[One, Event], Got], requests: Sequenc
 
 def listens(server: Address, address: str) -> None:
     """Raises UserError where nobody answers a GET of `address`, or the key is refused; any other answer will do."""
-    server = server._replace(address=address)
+    answered(server._replace(address=address))
+
+
+def answered(server: Address, body: bytes | None = None) -> tuple[int, bytes]:
+    """Status and body of the answer to a single try, a GET without a `body`. Raises UserError as `listens`."""
     try:
-        status, _, answer = _exchange(server, None)
+        status, _, answer = _exchange(server, body)
     except HTTPError as error:
         problem = _unanswered(server, error)
         if isinstance(problem, PassingError):
@@ -133,6 +159,7 @@ def listens(server: Address, address: str) -> None:
     if status in (401, 403):
         said = f" ({line})" if (line := first_line(answer)) else ""
         raise server.error(f"it answered {status}{said}, wanted 200: give the right key in {server.key_name}")
+    return status, answer
 
 
 def patiently(server: Address, body: bytes, over: Event) -> bytes:
@@ -147,8 +174,9 @@ def patiently(server: Address, body: bytes, over: Event) -> bytes:
             break
         wait *= 2
     problem += f"; {tries} tries in {time.monotonic() - since:.0f} s"
-    cure = "see to the server, or be more patient with rewards.http.retries= and rewards.http.timeout="
-    raise server.error(f"{problem}, wanted an answer: {cure}; the same command goes on from the last checkpoint")
+    section = server.purpose.section
+    cure = f"see to the server, or be more patient with {section}.retries= and {section}.timeout="
+    raise server.error(f"{problem}, wanted an answer: {cure}{server.purpose.again}")
 
 
 def _once(server: Address, body: bytes) -> bytes:
@@ -169,8 +197,9 @@ def _once(server: Address, body: bytes) -> bytes:
     if status == 429 or status >= 500:
         wait = headers.get("Retry-After", "")
         raise PassingError(problem, float(wait) if wait.isdecimal() else 0.0)
-    cure = f"give the right key in {server.key_name}" if status in (401, 403) else "correct the address or the data"
-    raise server.error(f"{problem}, wanted 200: {cure}")
+    if status in (401, 403):
+        raise server.error(f"{problem}, wanted 200: give the right key in {server.key_name}")
+    raise server.error(f"{problem}, wanted 200: correct the address or the data", NotTakenError)
 
 
 def _exchange(server: Address, body: bytes | None) -> tuple[int, Mapping[str, str], bytes]:
@@ -185,8 +214,8 @@ def _exchange(server: Address, body: bytes | None) -> tuple[int, Mapping[str, st
         while piece := response.read1(CHUNK):
             answer += piece
             if len(answer) > limit * MEGABYTE:
-                problem = f"its answer is larger than {limit:g} MB, wanted numbers: is this a reward?"
-                raise server.error(f"{problem} rewards.http.max_answer_mb= sets the limit")
+                problem = f"its answer is larger than {limit:g} MB, wanted {server.purpose.wanted}"
+                raise server.error(f"{problem} {server.purpose.section}.max_answer_mb= sets the limit")
             if time.monotonic() > deadline:
                 raise HTTPError from TimeoutError()
     return response.status, response.headers, bytes(answer)

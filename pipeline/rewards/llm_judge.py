@@ -26,8 +26,6 @@ from pipeline.rewards import http, verdicts
 
 logger = logging.getLogger("tiffin")
 
-DEFAULT_KEY = "OPENAI_API_KEY"
-
 
 class Ask(NamedTuple):
     """One request: the name of its answers in the cache, its body, and the row that it is about."""
@@ -63,19 +61,12 @@ def check(name: str, settings: JudgeSettings, environ: Mapping[str, str]) -> Non
     if settings.model is None:
         problem = "null, wanted what the server calls the model that judges"
         raise UserError(f"rewards.judge.model: {problem}: set rewards.judge.model=NAME")
-    variable = key_variable(name, settings)
+    variable = http.key_variable(judge_address(name), settings.key_variable)
     if variable and not key_in(variable, environ):
         cure = f"export {variable}=..." + (
             "" if settings.key_variable else ", or name another in rewards.judge.key_variable="
         )
         raise UserError(f"reward {name}: the environment has no {variable}, wanted the key of the judge: {cure}")
-
-
-def key_variable(name: str, settings: JudgeSettings) -> str:
-    """The environment variable whose key is sent; "" for none. A key meant for OpenAI goes to no http:// address."""
-    if settings.key_variable is not None:
-        return settings.key_variable
-    return DEFAULT_KEY if judge_address(name).startswith("https:") else ""
 
 
 def connect(name: str, settings: JudgeSettings, how: HttpSettings, cache: Path) -> RewardFunction:
@@ -84,7 +75,7 @@ def connect(name: str, settings: JudgeSettings, how: HttpSettings, cache: Path) 
     `cache`: a directory of this run, which ranks share. Raises UserError where the judge is not there.
     """
     check(name, settings, os.environ)
-    variable = key_variable(name, settings)
+    variable = http.key_variable(judge_address(name), settings.key_variable)
     key, address = key_in(variable, os.environ) if variable else "", judge_address(name)
     server = http.opened(address + "/chat/completions", how, key, variable or "rewards.judge.key_variable")
     http.listens(server, address + "/models")

@@ -27,7 +27,7 @@ from pipeline.models.policy import Policy
 from pipeline.models.start_check import nothing_inherited
 from pipeline.models.writing import end_ids
 from pipeline.records import Completion, Example, Request, Response
-from pipeline.rollout import continuous
+from pipeline.rollout import continuous, served
 from pipeline.rollout.decode import Decoding, Spoken, decode, drops_rows, joins_rows
 from pipeline.rollout.drawing import row_sampler
 from pipeline.trainer.engine import Engine
@@ -67,6 +67,10 @@ def respond(
     config = _whole_config(settings, encoder, engine.module)
     longest = max((len(request.prompt_ids) for request in requests), default=0)
     check_positions(lm, longest, settings.max_new_tokens, whole=False)
+    if settings.by_server:
+        rows = served.respond(ranks, encoder, requests, settings, config, seed)
+        both = zip(requests, rows, strict=True)
+        return [[_response(encoder, request, one, config.eos_token_id) for one in of] for request, of in both]
     order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))  # like lengths: little padding
     cuda = [ranks.device] if ranks.device.type == "cuda" else []
     with engine.generating(settings.gather) as module, torch.no_grad(), torch.random.fork_rng(devices=cuda):
