@@ -230,6 +230,10 @@ def test_what_a_checkpoint_says_of_itself_counts(tmp_path: Path, capsys) -> None
     assert "gpus=1 (it was 2), train.zero=zero0 (it was zero3): " in going_on.spoken_cut(
         tmp_path / "sft", settings(), 1
     )
+    del cut["train.padding_free"]  # as versions wrote it that only read padded rows
+    write_json(file, {"step": 20, "world": 2, "began": 1, "cut": cut})
+    found = going_on.cut_anew(tmp_path / "sft", settings("zero=zero3"), 2)
+    assert found == [("train.padding_free", False, True)]
 
 
 def test_what_a_file_of_ones_own_holds_counts(tmp_path: Path) -> None:

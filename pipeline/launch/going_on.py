@@ -200,7 +200,7 @@ def cut_anew(directory: Path, settings: Common, ranks: int) -> list[tuple[str, o
     if newest is None:
         return []
     state, noted = state_of(newest), flatten(load_yaml(directory / CONFIG), ".")
-    before = state.get("cut") or {key: noted.get(key) for key in CUT}  # older versions let none of it change
+    before = OLDER | (state.get("cut") or {key: noted[key] for key in CUT if key in noted})  # which older ones kept
     given = cut_of(settings)
     compared = [("gpus", state["world"], ranks), *((key, before[key], given[key]) for key in CUT)]
     changed = [(key, was, now) for key, was, now in compared if was != now]
