@@ -112,7 +112,8 @@ def side_by_side(arguments: Sequence[str], cores: int) -> list[str]:
     chosen = any(not one.startswith("-") or one.startswith(ALONE) for one in arguments)
     if chosen or cores < 2 or importlib.util.find_spec("xdist") is None:
         return []
-    return ["-n", str(min(cores, WORKERS)), "--dist", "loadfile"]
+    # in their order: those that fork come before those that leave a process large
+    return ["-n", str(min(cores, WORKERS)), "--dist", "loadfile", "--no-loadscope-reorder"]
 
 
 def gpu_here() -> bool:

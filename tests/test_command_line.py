@@ -166,7 +166,9 @@ def test_test_words_go_to_pytest(tmp_path: Path):
 
 
 def test_all_tests_share_the_cores_and_chosen_ones_do_not():
-    assert side_by_side(["-q", "-x", "--durations=9"], 2) == ["-n", "2", "--dist", "loadfile"]
+    assert side_by_side(["-q", "-x", "--durations=9"], 2) == [
+        *["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
+    ]
     assert side_by_side([], 64)[:2] == ["-n", "4"]
     for words in (["tests/test_data.py"], ["-k", "data"], ["-s"], ["--pdb"], ["-n", "3"], ["-n0"], ["-p", "no:xdist"]):
         assert side_by_side(words, 2) == [], words

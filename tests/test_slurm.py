@@ -28,7 +28,10 @@ TINY = ["data.task=numerals", "data.task_size=200", "batch_size=4", "zero=zero3"
 TINY += ["eval.generate=false", "model.scratch.hidden_size=32", "model.scratch.num_heads=2", "max_steps=40"]
 
 missing = [name for name in TOOLS if shutil.which(name) is None] + (["root"] if os.geteuid() != 0 else [])
-pytestmark = pytest.mark.skipif(bool(missing), reason=f"a Slurm of one machine wants {', '.join(missing)}")
+pytestmark = [
+    pytest.mark.skipif(bool(missing), reason=f"a Slurm of one machine wants {', '.join(missing)}"),
+    pytest.mark.usefixtures("whole_machine"),
+]
 
 
 @contextmanager

@@ -42,7 +42,10 @@ if not missing:  # root within a container may not make them
         missing.append("network namespaces")
     else:
         subprocess.run(["ip", "netns", "del", probe], capture_output=True, check=False)
-pytestmark = pytest.mark.skipif(bool(missing), reason=f"two hosts in namespaces want {', '.join(missing)}")
+pytestmark = [
+    pytest.mark.skipif(bool(missing), reason=f"two hosts in namespaces want {', '.join(missing)}"),
+    pytest.mark.usefixtures("whole_machine"),
+]
 
 
 class Hosts(NamedTuple):
