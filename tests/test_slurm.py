@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -95,9 +96,9 @@ def until(true: Callable[[], bool], seconds: float) -> None:
 
 
 def test_a_job_is_told_to_save_is_requeued_and_goes_on(tmp_path: Path) -> None:
-    (tmp_path / "slurm").mkdir()
     runs, log = tmp_path / "runs", tmp_path / "log"
-    with slurm(tmp_path / "slurm") as environ:
+    # of a short name: sockets in it may have no more than some hundred letters
+    with TemporaryDirectory() as folder, slurm(Path(folder)) as environ:
         words = ["stage=sft", *TINY, f"runs_dir={runs}", "launcher=slurm", "nnodes=2", "dry_run=true"]
         file = said(environ, sys.executable, "-m", "stages", *words)
         (tmp_path / "job.sh").write_text(file.replace("bash run.sh", f"{sys.executable} -m stages"))
