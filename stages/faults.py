@@ -44,8 +44,8 @@ from stages.reward_faults import of_rewards
 from stages.row_faults import of_rows, suits
 
 READ_OF_TRAIN = {  # of train.* by stages that train nothing; the rest is there for those that do
-    "generate": ("precision", "zero"),
-    "evaluate": ("precision", "zero", "micro_batch_size", "max_tokens"),
+    "generate": ("precision", "zero", "padding_free"),
+    "evaluate": ("precision", "zero", "padding_free", "micro_batch_size", "max_tokens"),
 }
 
 
