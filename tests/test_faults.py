@@ -148,8 +148,8 @@ def test_what_is_right_has_no_fault(words: list[str]) -> None:
         (["stage=sft", "data.train=answers.jsonl", "attn_implementation=flash_attention_2"], "set sdpa"),
         (
             ["stage=generate", "policy=MODEL", "data.test=prompts.jsonl", "max_tokens=99"],
-            "train.max_tokens: stage=generate reads train.precision, train.zero, train.padding_free alone: leave it out; "
-            "64 prompts are",
+            "train.max_tokens: stage=generate reads train.precision, train.zero, train.padding_free alone: "
+            "leave it out; 64 prompts are",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
