@@ -36,7 +36,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     install_requires=REQUIREMENTS,
-    extras_require={"dev": DEV, "bitsandbytes": ["bitsandbytes>=0.48"]},  # 8-bit AdamW, models of 4 bits
+    extras_require={
+        "dev": DEV,
+        "bitsandbytes": ["bitsandbytes>=0.48"],  # 8-bit AdamW, models of 4 bits
+        "vader": ["vaderSentiment>=3.3"],  # reward=vader
+    },
     entry_points={"console_scripts": ["tiffin = stages.__main__:tiffin"]},
     packages=[*find_packages(include=["pipeline", "pipeline.*", "stages", "reward_models"]), "ds_configs"],
     package_data={

@@ -1,12 +1,14 @@
 """Methods side by side: a recipe once per seed, RL once per variant, one evaluation, then tables and a page.
 
-Leaves in runs/<run>/compare/: results.json, {variant: {metric: spread over seeds}}; table.md; compare.html; logs/.
+Leaves in runs/<run>/compare/: results.json, {variant: {metric: spread over seeds}}; table.md; compare.html; gain.svg;
+logs/.
 """
 
 from __future__ import annotations
 
 import json
 import shlex
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from pipeline.launch.entry import run
 from pipeline.report import comparison
 from pipeline.report.stage_checks import series_of, spent
 
-BASELINES = (comparison_plan.START, "nll")
+PLAIN = "nll"  # the method that is fine-tuning and no more
 OF_RL = {"advantage/kept_fraction": "rl/kept_fraction", "value/r2": "rl/value_r2"}  # known before the first step
 
 
@@ -39,13 +41,17 @@ def main(settings: CompareStage, words: Sequence[str]) -> None:
 def write(directory: Path, plan: Study) -> None:
     """The comparison from what the steps left."""
     by_seed = {seed: numbers(results, plan) for seed, results in plan.results.items()}
-    table, seeds = comparison.summary(by_seed, BASELINES), list(plan.results)
-    text = comparison.markdown(table, BASELINES, seeds)
-    write_text(directory / "table.md", text)
+    baselines = (plan.start, PLAIN)
+    table, seeds = comparison.summary(by_seed, baselines), list(plan.results)
+    text = comparison.markdown(table, baselines, seeds)
     write_json(directory / "results.json", table)
     title = f"Comparison: {directory.parent.resolve().name}"
-    write_text(directory / "compare.html", comparison.document(title, table, BASELINES, seeds))
-    print(f"{text}\n{directory / 'table.md'}, {directory / 'compare.html'}, {directory / 'results.json'}", flush=True)
+    files = {"table.md": text, "compare.html": comparison.document(title, table, baselines, seeds)}
+    if drawn := comparison.gain_picture(table, plan.start):
+        files["gain.svg"] = drawn
+    for name, content in files.items():
+        write_text(directory / name, content)
+    print(f"{text}\n{', '.join(str(directory / name) for name in [*files, 'results.json'])}", flush=True)
 
 
 def numbers(results: Results, plan: Study) -> dict[str, dict[str, float]]:
@@ -59,6 +65,13 @@ def numbers(results: Results, plan: Study) -> dict[str, dict[str, float]]:
         left = json.loads((directory / "results.json").read_text(encoding="utf-8"))
         by_variant[variant] |= {f"rl/{name}": value for name, value in spent(series_of(rows)).items()}
         by_variant[variant]["rl/seconds"] = left["seconds"]
+        steps = [row["perf/step_seconds"] for row in rows if "perf/step_seconds" in row]
+        by_variant[variant]["rl/step_seconds"] = statistics.fmean(steps)
+    if PLAIN in results.variants:
+        for variant in results.variants:
+            by_variant[variant]["rl/cost"] = (
+                by_variant[variant]["rl/step_seconds"] / by_variant[PLAIN]["rl/step_seconds"]
+            )
     return by_variant
 
 

@@ -7,6 +7,7 @@ import json
 import signal
 from collections import Counter
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -15,7 +16,7 @@ from pipeline.errors import UserError
 from pipeline.launch import comparison_plan, scheduler
 from pipeline.launch.comparison_plan import Task
 from pipeline.records import Example
-from pipeline.report import comparison
+from pipeline.report import comparison, figure
 from pipeline.rl import rows as rl_rows
 
 RECIPE = """
@@ -47,6 +48,21 @@ def planned(*words: str) -> comparison_plan.Study:
 
 
 # variants and seeds
+
+
+def test_a_recipe_without_sft_compares_with_the_model_it_names():
+    found = planned("recipe=smollm2", "algos=nll,alol", "seeds=1", "model=somewhere")
+    assert found.start == "start"
+    last = found.tasks[-1].step.settings
+    assert last.policies == {"start": "somewhere", "nll": "rl/nll", "alol": "rl/alol"}
+    assert planned("recipe=demo", "algos=nll", "seeds=1").start == "sft"
+
+
+def test_rows_are_scored_only_for_those_who_learn_from_scores():
+    """Where a metric compares with the logged text itself, that text has no score."""
+    for algos, wanted in (("esrl", False), ("esrl,nll", True)):
+        stages = [task.step.stage for task in planned("recipe=numerals", f"algos={algos}", "seeds=1").tasks]
+        assert ("score" in stages) == wanted
 
 
 def test_candidates_are_made_before_they_are_scored_and_learned_from():
@@ -241,6 +257,20 @@ def test_the_page_has_a_mark_per_seed_and_variant():
     assert "&lt;b&gt;" in html and "alol, seed 1" in html
 
 
+def test_the_picture_of_gains_is_a_file_with_intervals():
+    table = comparison.summary(FOUND, ["sft"])
+    (alol,) = figure.gained(table, "reward", "sft", "objective/kl")  # the start is at 0 by definition
+    assert alol.name == "alol" and alol.distance == (2.0, 2.0, 2.0)
+    assert alol.gain == pytest.approx((0.3, 0.1, 0.5))  # of two seeds from the least to the greatest
+    drawn = ElementTree.fromstring(comparison.gain_picture(table, "sft"))
+    words = [one.text for one in drawn.iter("{http://www.w3.org/2000/svg}text")]
+    assert "alol" in words and "reward, over sft" in words
+    alone = {"sft": {"reward": 1.0, "reward_se": 0.3}, "alol": {"reward": 1.5, "reward_se": 0.4, "objective/kl": 2.0}}
+    (alol,) = figure.gained(comparison.summary({1: alone}, ["sft"]), "reward", "sft", "objective/kl")
+    assert alol.gain == pytest.approx((0.5, 0.5 - 1.645 * 0.5, 0.5 + 1.645 * 0.5))  # 0.3 and 0.4 make 0.5
+    assert comparison.gain_picture(comparison.summary({1: {"sft": {}, "alol": {}}}, ["sft"]), "sft") is None
+
+
 # settings of rl that controls use
 
 
@@ -294,7 +324,8 @@ def test_a_comparison_end_to_end(recipe: str, tmp_path: Path, capsys: pytest.Cap
     assert 0 < shuffled["second/mean"]["mean"] < 1  # through the sigmoid, as the first
     assert results["nll"]["rl/kept_fraction"]["mean"] == 1
     assert "| shuffled |" in (folder / "table.md").read_text()
-    assert "<svg" in (folder / "compare.html").read_text()
+    assert "<svg" in (folder / "compare.html").read_text() and (folder / "gain.svg").is_file()
+    assert results["nll"]["rl/cost"]["mean"] == 1 and results["shuffled"]["rl/cost"]["mean"] > 0
     other = resolve([*words, "data.task_size=40"])
     with pytest.raises(UserError, match=r"was started with data\.task_size=48, now it is 40"):
         importlib.import_module("stages.compare").main(other.settings, list(other.words))

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 from pipeline.config.resolve import Resolved, reaching, resolve, resolve_steps, unread
 from pipeline.config.reward_spec import labelled, labels, parse
-from pipeline.config.schema import CompareStage
+from pipeline.config.schema import CompareStage, RlMasked, RlPolicy
 from pipeline.config.yaml_layers import WHOLE, Layer, Leaf, as_word, merge, parse_overrides
 from pipeline.errors import UserError
 from pipeline.launch import run_dir
 
 SECOND = "second:"  # what the labels of the next home's reward models begin with
-START = "sft"  # the policy all variants start from
+STARTS = ("sft", "start")  # the policy all variants start from: the run's own, or, of a recipe without sft, its model
 PLACE = "stage=compare"
 NOT_BEFORE = ("rl", "evaluate", "report")  # a recipe's steps that make no home
 OWN = {*CompareStage.model_fields, "stage", "dry_run"} - {"launch", "runs_dir"}  # words that are not passed on
@@ -64,6 +64,7 @@ class Study:
     """The tasks, none before those it waits for; where each seed's results will be; the rewards' weights."""
 
     tasks: list[Task]
+    start: str  # the name of the policy that all variants start from
     results: Mapping[int, Results]
     weights: Mapping[str, float]  # of the rewards that `reward=` names; the others weigh 1
 
@@ -73,7 +74,9 @@ def plan(settings: CompareStage, words: Sequence[str]) -> Study:
     variants, everyone, seeds = variants_of(settings), layer_of(settings.rl), seeds_of(settings.seeds)
     common = passed_on(words)
     homes = homes_of(settings, seeds)
-    before = {home: _home_tasks(home, common, settings.share_before and home != homes[0]) for home in homes}
+    rl = _recipe_steps(homes[0], common)[1]
+    scored = any(reads_scores(variant_step(rl, everyone, own, name)) for name, own in variants.items())
+    before = {home: _home_tasks(home, common, settings.share_before and home != homes[0], scored) for home in homes}
     tasks = [task for made in before.values() for task in made]
     results, weights = {}, {}
     for seed in seeds:
@@ -87,14 +90,15 @@ def plan(settings: CompareStage, words: Sequence[str]) -> Study:
         waits = _names(before[home])
         learned = {name: variant_step(rl, everyone, own, name + ending) for name, own in variants.items()}
         made = {name: Task(step, waits, seed) for name, step in learned.items()}
-        policies = {START: START, **{name: f"rl/{name}{ending}" for name in made}}
+        start, place = _start(rl, before[home])
+        policies = {start: place, **{name: f"rl/{name}{ending}" for name in made}}
         judged = _evaluation_step(settings, evaluation, ending, policies, judges)
         last = Task(judged, waits | _names([*made.values(), *judges]), seed)
         tasks += [*made.values(), last]
         results[seed] = Results(last.directory, {name: task.directory for name, task in made.items()})
         weighed = dict(parse(judged.settings.reward))
         weights = {label: weighed[name] for name, label in labels(weighed).items()}
-    return Study(tasks, results, weights)
+    return Study(tasks, start, results, weights)
 
 
 def variants_of(settings: CompareStage) -> dict[str, Layer]:
@@ -103,8 +107,9 @@ def variants_of(settings: CompareStage) -> dict[str, Layer]:
     algos = [name.strip() for name in algos if name.strip()]
     named = [*((name, {"algo": name}) for name in algos), *settings.variants.items()]
     for place, (name, _) in enumerate(named):
-        if not re.fullmatch(r"[\w.-]+", name) or name == START:
-            raise UserError(f"{PLACE}: variant {name!r}, wanted letters, digits, '_', '-' or '.', and not {START!r}")
+        if not re.fullmatch(r"[\w.-]+", name) or name in STARTS:
+            wanted = f"letters, digits, '_', '-' or '.', and not {' or '.join(map(repr, STARTS))}"
+            raise UserError(f"{PLACE}: variant {name!r}, wanted {wanted}")
         if name in [other for other, _ in named[:place]]:
             raise UserError(f"{PLACE}: variant {name} is given twice; give it once in algos= and variants=")
     if not named:
@@ -153,6 +158,15 @@ def variant_step(rl: Resolved, everyone: Layer, own: Layer, name: str) -> Resolv
     return resolve(_as_words({**kept, ("name",): Leaf(name, PLACE)}))
 
 
+def _start(rl: Resolved, before: Sequence[Task]) -> tuple[str, str]:
+    """What the policy that all variants start from is called, and where it is. Raises UserError where it is nowhere."""
+    if any(task.step.stage == "sft" for task in before):
+        return STARTS[0], "sft"
+    if rl.settings.model.path is None:
+        raise UserError(f"{PLACE}: the recipe has no sft step and names no model, wanted one to start from: set model=")
+    return STARTS[1], rl.settings.model.path
+
+
 def _evaluation_step(
     settings: CompareStage, step: Resolved, ending: str, policies: Mapping[str, str], judges: Sequence[Task]
 ) -> Resolved:
@@ -164,13 +178,21 @@ def _evaluation_step(
     return _changed(asked, layer_of({"policies": policies, "monitors": monitors or []}))
 
 
-def _home_tasks(home: Home, common: Sequence[str], rewards_only: bool) -> list[Task]:
-    """The steps before rl, in order; reward models wait for what is no reward model, the others for all before them."""
+def reads_scores(rl: Resolved) -> bool:
+    """Whether this step learns from logged rows, or pairs, by their scores."""
+    return not isinstance(rl.settings, RlPolicy | RlMasked)
+
+
+def _home_tasks(home: Home, common: Sequence[str], rewards_only: bool, scored: bool) -> list[Task]:
+    """The steps before rl, in order; reward models wait for what is no reward model, the others for all before them.
+
+    Logged rows are scored once where a variant learns from that; candidates where the recipe says so.
+    """
     steps, rl, _ = _recipe_steps(home, common)
     if rewards_only:
         steps = [step for step in steps if step.stage in ("sft", "reward")]
         steps = steps if any(step.stage == "reward" for step in steps) else []
-    elif any(step.stage == "reward" for step in steps) or rl.settings.reward is not None:
+    elif scored and (any(step.stage == "reward" for step in steps) or rl.settings.reward is not None):
         steps = [*(step for step in steps if step.stage != "score"), _score_step(steps, home, common)]
     tasks: list[Task] = []
     for step in steps:

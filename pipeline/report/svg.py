@@ -63,12 +63,13 @@ class Frame(NamedTuple):
 
     x: tuple[float, float]
     y: tuple[float, float]
+    height: float = HEIGHT
 
     def px(self, step: float) -> float:
         return LEFT + (step - self.x[0]) / (self.x[1] - self.x[0]) * (WIDTH - LEFT - RIGHT)
 
     def py(self, value: float) -> float:
-        return HEIGHT - BOTTOM - (value - self.y[0]) / (self.y[1] - self.y[0]) * (HEIGHT - TOP - BOTTOM)
+        return self.height - BOTTOM - (value - self.y[0]) / (self.y[1] - self.y[0]) * (self.height - TOP - BOTTOM)
 
 
 def line_chart(plot: Plot, description: str) -> str:
@@ -77,13 +78,19 @@ def line_chart(plot: Plot, description: str) -> str:
     parts = [_band(plot, frame), _grid(frame)]
     parts += [_curve(curve, frame) for curve in plot.curves]
     parts += [_marked_level(value, words, frame) for value, words in plot.marks]
-    return _svg("".join(parts), description, HEIGHT)
+    return element("".join(parts), description, HEIGHT)
 
 
 def scatter(marks: Sequence[Mark], name: str, description: str) -> str:
     """An <svg> with a mark for each; `name` stands below the horizontal axis."""
-    frame = Frame(_range([mark.x for mark in marks]), _range([mark.y for mark in marks]))
-    bottom, rows, columns = HEIGHT - BOTTOM, ticks(*frame.y, 4), ticks(*frame.x, 4)
+    frame = Frame(range_of([mark.x for mark in marks]), range_of([mark.y for mark in marks]))
+    drawn = "".join(mark(one.place, one.words, frame.px(one.x), frame.py(one.y)) for one in marks)
+    return element(axes(frame, name) + drawn, description, HEIGHT + 14)
+
+
+def axes(frame: Frame, name: str) -> str:
+    """Lines at round numbers both ways, with their values, and `name` below the horizontal axis."""
+    bottom, rows, columns = frame.height - BOTTOM, ticks(*frame.y, 4), ticks(*frame.x, 4)
     parts = [_levels(frame, rows, _tick_texts(rows, frame.y))]
     parts += [
         _upright(frame.px(x), TOP, bottom, f'stroke="{GRID}"')
@@ -91,9 +98,7 @@ def scatter(marks: Sequence[Mark], name: str, description: str) -> str:
         for x, text in zip(columns, _tick_texts(columns, frame.x), strict=True)
     ]
     place = f'x="{WIDTH - RIGHT:g}" y="{bottom + 30:g}" text-anchor="end" fill="{QUIET}"'
-    parts += [f"<text {place}>{escape(name)}</text>"]
-    parts += [mark(one.place, one.words, frame.px(one.x), frame.py(one.y)) for one in marks]
-    return _svg("".join(parts), description, HEIGHT + 14)
+    return "".join(parts) + f"<text {place}>{escape(name)}</text>"
 
 
 def ridges(rows: Sequence[Ridge], edges: Sequence[float], name: str, description: str) -> str:
@@ -112,7 +117,7 @@ def ridges(rows: Sequence[Ridge], edges: Sequence[float], name: str, description
     ]
     parts += [_upright(frame.px(rows[0].mean), TOP + ROOM, bottom, f'stroke="{INK}" stroke-dasharray="2 3"')]
     place = f'x="{WIDTH - RIGHT:g}" y="{bottom + 30:g}" text-anchor="end" fill="{QUIET}"'
-    return _svg("".join(parts) + f"<text {place}>{escape(name)}</text>", description, bottom + 36)
+    return element("".join(parts) + f"<text {place}>{escape(name)}</text>", description, bottom + 36)
 
 
 def _ridge(row: Ridge, edges: Sequence[float], frame: Frame, place: int) -> str:
@@ -138,12 +143,12 @@ def mark(place: int, words: str, x: float, y: float) -> str:
     return f"<{name} {where} {style}><title>{escape(words)}</title></{name}>"
 
 
-def _range(values: Sequence[float]) -> tuple[float, float]:
+def range_of(values: Sequence[float]) -> tuple[float, float]:
     room = (max(values) - min(values)) * 0.06 or abs(max(values)) * 0.06 or 1.0
     return min(values) - room, max(values) + room
 
 
-def _svg(content: str, description: str, height: float) -> str:
+def element(content: str, description: str, height: float) -> str:
     """The <svg> element around `content`."""
     box = f'viewBox="0 0 {WIDTH:g} {height:g}" role="img" aria-label="{escape(description)}" font-size="11"'
     return f"<svg {box}>{content}</svg>"
