@@ -264,7 +264,7 @@ def test_what_a_server_cannot_do_is_refused(words: list[str], complaint: str) ->
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("engine", ["vllm", "http://", "http://user:pass@host/v1"])
+@pytest.mark.parametrize("engine", ["vllm", "continuous", "http://", "http://user:pass@host/v1"])
 def test_what_is_no_engine(engine: str) -> None:
     with pytest.raises(UserError, match=r"generation\.engine: .*wanted") as caught:
         tiny.settings("generate", f"generation.engine={engine}")

@@ -2,8 +2,8 @@
 
 One generation gathers ZeRO-3's weights once, or each layer's for every token where they do not fit: then all ranks make
 the same number of steps. Ranks share the prompts. What is sampled depends on the seed and on the example, never on its
-batch, its place or the rank (but for beams that sample, and for the other engine, continuous.py). Sampled and greedy
-responses come from decode.py; beams, penalties and least lengths are left to transformers' generate().
+batch, its place or the rank (but for beams that sample). Sampled and greedy responses come from decode.py; beams,
+penalties and least lengths are left to transformers' generate().
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pipeline.models.policy import Policy
 from pipeline.models.start_check import nothing_inherited
 from pipeline.models.writing import end_ids
 from pipeline.records import Completion, Example, Request, Response
-from pipeline.rollout import continuous, served
+from pipeline.rollout import served
 from pipeline.rollout.decode import Decoding, Spoken, decode, drops_rows, joins_rows
 from pipeline.rollout.drawing import row_sampler
 from pipeline.trainer.engine import Engine
@@ -62,8 +62,6 @@ def respond(
     `to_end`: every row is drawn for until the longest of its batch ends, which `SampleStats.drop` is of.
     """
     ranks, lm = engine.ranks, hugging_face(engine.module.model)
-    if settings.engine == "continuous":  # its ranks make differently many forwards: none may wait for another's layers
-        settings = settings.model_copy(update={"gather": "whole"})
     config = _whole_config(settings, encoder, engine.module)
     longest = max((len(request.prompt_ids) for request in requests), default=0)
     check_positions(lm, longest, settings.max_new_tokens, whole=False)
@@ -74,14 +72,9 @@ def respond(
     order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))  # like lengths: little padding
     cuda = [ranks.device] if ranks.device.type == "cuda" else []
     with engine.generating(settings.gather) as module, torch.no_grad(), torch.random.fork_rng(devices=cuda):
-        if settings.engine == "continuous":
-            places = order[ranks.rank :: ranks.world]
-            rows = continuous.respond(module, [requests[i] for i in places], settings, config, seed)
-            mine = dict(zip(places, rows, strict=True))
-        else:
-            waits = engine.stage == 3 and ranks.world > 1 and module is engine.module  # for the others, at each forward
-            how = Decoding(module, config, ranks.device, ranks.any if waits else None)
-            mine = _in_batches(how, engine, [(i, requests[i]) for i in order], settings, seed, to_end)
+        waits = engine.stage == 3 and ranks.world > 1 and module is engine.module  # for the others, at each forward
+        how = Decoding(module, config, ranks.device, ranks.any if waits else None)
+        mine = _in_batches(how, engine, [(i, requests[i]) for i in order], settings, seed, to_end)
     by_request = {i: rows for part in ranks.gather(mine) for i, rows in part.items()}
     stops = config.eos_token_id
     return [[_response(encoder, request, one, stops) for one in by_request[i]] for i, request in enumerate(requests)]
