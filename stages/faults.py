@@ -141,7 +141,7 @@ def of_launch(settings: WithModel, stage: str, environ: Mapping[str, str]) -> It
         yield f"launch.processes: gpus={wanted}, but this machine has {gpus} for it: wanted gpus={gpus} at most"
     if here and isinstance(settings, Training | GenerateStage | EvaluateStage):
         yield from told(lambda: together.fp16_on_gpu(settings.train, machine.has_gpu()))
-    if isinstance(settings, GenerateStage | EvaluateStage) and settings.generation.by_server:
+    if isinstance(settings, RlStage | GenerateStage | EvaluateStage) and settings.generation.by_server:
         variable = settings.generation.server.key_variable
         if variable and not environ.get(variable, "").strip():
             problem = f"the environment has no {variable}, wanted the key of {settings.generation.engine}"

@@ -82,6 +82,12 @@ class SamplerSettings(Section):
         data: sections.DataSettings,
     ) -> None:
         """Raise ValueError where these do not go with the other sections; `algorithm` holds algorithms/online.py's."""
+        if generation.by_server and self.mode == "drop":
+            raise ValueError(
+                f"sampler.mode is drop with generation.engine={generation.engine}, wanted another, for it scores what "
+                "comes after the end of a response, which no server writes: set sampler.mode=drop_fixed, or "
+                "generation.engine=generate"
+            )
         self._check_comparison(algorithm)
         if self.probe is not None:
             self._check_probe(algorithm)

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, fi
 from pipeline.config.reward_spec import web_address
 
 # in a stage directory
-STAGE_FILES = ("model", "best", "last", "checkpoints", "tensorboard", "samples", "held_out", "non_finite")
+STAGE_FILES = ("model", "best", "last", "checkpoints", "tensorboard", "samples", "held_out", "non_finite", "handed")
 
 
 def folder_name(value: str) -> str:
@@ -308,13 +308,11 @@ class GenerationSettings(Section):
         """Whether a server writes the responses."""
         return "://" in self.engine
 
-    def refuse_server(self) -> None:
-        """Raises ValueError where a server would have to write for a model that is being trained."""
-        if self.by_server:
+    def one_model(self) -> None:
+        """Raises ValueError where servers of several policies are named."""
+        if isinstance(self.served_model, dict):
             raise ValueError(
-                f"generation.engine: {self.engine}, but training changes the weights, and a server keeps those that it "
-                "has read: set generation.engine=generate; a server writes for stage=generate and "
-                "stage=evaluate, of a model that is trained"
+                f"generation.served_model: {self.served_model}, wanted the name of one model, for there is one policy"
             )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -31,6 +31,7 @@ from pipeline.rewards import scoring
 from pipeline.rewards.rewards import Rewards
 from pipeline.rl import reference
 from pipeline.rl.context import Context, fresh_responses, required_rewards, splits
+from pipeline.rollout import drawn_elsewhere
 from pipeline.rollout.allocation import Sampler, prompt_key, spoken_sampler
 from pipeline.rollout.generate import plain_sampling, respond
 from pipeline.rollout.groups import (
@@ -44,6 +45,7 @@ from pipeline.rollout.groups import (
     untempered,
     valued,
 )
+from pipeline.rollout.served import Served
 from pipeline.trainer.engine import Engine
 from pipeline.trainer.loop import REWARD, Evaluation, Trainer
 from pipeline.trainer.model import Model, build_policy, frozen_policy, spoken_packing
@@ -79,6 +81,7 @@ def trainer(context: Context) -> Trainer:
         settings=settings,
         algorithm=algorithm,
         sampler=Sampler(settings.sampler, policy.engine.module.vocab_size - never, algorithm.queue_size),
+        server=partial(context.served, policy),
     )
     logger.info(f"train: {len(prompts):,} prompts, {spoken_sampler(settings)}, sampled at every step")
     return Trainer(
@@ -130,14 +133,16 @@ class Rollouts:
     settings: RlPolicy
     algorithm: Any
     sampler: Sampler
+    server: Callable[[], Served | None] = lambda: None  # with the weights of now, where one writes the responses
     items: Sequence[Item] = ()  # of the last step
     groups: Sequence[Group] = ()  # and its prompts with their responses
     stats: Mapping[str, Stat] = field(default_factory=dict)
+    handing_seconds: float = 0.0  # of this step
     last: int | None = None  # the step that `groups` are of, while the sampler does not know them yet
 
     def at(self, step: int) -> list[Batch]:
         """This rank's micro-batches of the responses to the prompts of `step`."""
-        began, ranks = time.monotonic(), self.engine.ranks
+        began, ranks, self.handing_seconds = time.monotonic(), self.engine.ranks, 0.0
         self._learn()
         examples = [self.prompts[i] for i in self.draw(step)]
         groups = self._sampled(examples, step)
@@ -152,6 +157,8 @@ class Rollouts:
         self.items = items if self.settings.sampler.tempered else untempered(items)
         stats = statistics(self.groups, self.settings.sampler, queue_mean, generated)
         stats["perf/sampling_seconds"] = mean_stat(torch.tensor([time.monotonic() - began]))
+        if self.settings.generation.by_server:
+            stats["perf/hand_over_seconds"] = mean_stat(torch.tensor([self.handing_seconds]))
         self.stats = {name: Stat(kind, sums.to(ranks.device)) for name, (kind, sums) in stats.items()}
         plan = window(self.items, range(len(learned)), self.packing, ranks.rank, ranks.world)
         return [collate(self.items, indices, self.packing, step) for indices in plan]
@@ -182,7 +189,12 @@ class Rollouts:
             return list(groups)
         seed = self.settings.seed * 1_000_003 + step
         to_end = self.settings.sampler.mode == "drop"  # which scores what comes after the end of a response too
-        answers = respond(self.engine, self.encoder, list(requests.values()), sampled(self.settings), seed, to_end)
+        asked, how, began = list(requests.values()), sampled(self.settings), time.monotonic()
+        server = self.server()
+        self.handing_seconds += time.monotonic() - began
+        answers = respond(self.engine, self.encoder, asked, how, seed, to_end, server)
+        if how.by_server:
+            answers = drawn_elsewhere.with_stats(self.engine, self.packing, asked, answers)
         more = dict(zip(requests, answers, strict=True))
         return [replace(group, responses=(*group.responses, *more.get(i, ()))) for i, group in enumerate(groups)]
 

@@ -30,22 +30,30 @@ from pipeline.records import Completion, Example, Request, Response
 from pipeline.rollout import served
 from pipeline.rollout.decode import Decoding, Spoken, decode, drops_rows, joins_rows
 from pipeline.rollout.drawing import row_sampler
+from pipeline.rollout.served import Served
 from pipeline.trainer.engine import Engine
 
 PIECES = 4  # that prompts are read in where they are more than one batch: a piece comes when so many rows have gone
 
 
 def generate(
-    engine: Engine, encoder: Encoder, examples: Sequence[Example], settings: GenerationSettings, seed: int
+    engine: Engine,
+    encoder: Encoder,
+    examples: Sequence[Example],
+    settings: GenerationSettings,
+    seed: int,
+    server: Served | None = None,
 ) -> list[Response]:
     """`num_return_sequences` responses per example, those of one example side by side; the same list on all ranks.
 
-    The j-th response to a prompt is drawn at the j-th of `temperatures`, cyclically, where these are given.
+    The j-th response to a prompt is drawn at the j-th of `temperatures`, cyclically, where these are given. `server` as
+    of `respond`.
     """
     levels = settings.temperatures or [settings.temperature]
     each = tuple(levels[copy % len(levels)] for copy in range(settings.num_return_sequences))
     requests = [Request(example, tuple(encoder.encode_prompt(example.prompt)[0]), each) for example in examples]
-    return [response for group in respond(engine, encoder, requests, settings, seed) for response in group]
+    groups = respond(engine, encoder, requests, settings, seed, server=server)
+    return [response for group in groups for response in group]
 
 
 def respond(
@@ -55,18 +63,20 @@ def respond(
     settings: GenerationSettings,
     seed: int,
     to_end: bool = False,
+    server: Served | None = None,
 ) -> list[list[Response]]:
     """The responses to each request; the same on all ranks. Stage 1 of two-stage sampling: no gradient, no dropout.
 
     `temperatures` of the requests stand for those of `settings`, whose `num_return_sequences` only counts for beams.
     `to_end`: every row is drawn for until the longest of its batch ends, which `SampleStats.drop` is of.
+    `server`: one that has this policy's weights, where `settings` name a server; None: who is there has them.
     """
     ranks, lm = engine.ranks, hugging_face(engine.module.model)
     config = _whole_config(settings, encoder, engine.module)
     longest = max((len(request.prompt_ids) for request in requests), default=0)
     check_positions(lm, longest, settings.max_new_tokens, whole=False)
     if settings.by_server:
-        rows = served.respond(ranks, encoder, requests, settings, config, seed)
+        rows = served.respond(ranks, encoder, requests, settings, config, seed, server)
         both = zip(requests, rows, strict=True)
         return [[_response(encoder, request, one, config.eos_token_id) for one in of] for request, of in both]
     order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))  # like lengths: little padding
