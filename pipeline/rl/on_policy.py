@@ -9,6 +9,7 @@ Source: Wang et al., "ESRL: Efficient Sampling-based Reinforcement Learning for 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -45,7 +46,7 @@ from pipeline.rollout.groups import (
     untempered,
     valued,
 )
-from pipeline.rollout.served import Served
+from pipeline.rollout.served import Served, remark
 from pipeline.trainer.engine import Engine
 from pipeline.trainer.loop import REWARD, Evaluation, Trainer
 from pipeline.trainer.model import Model, build_policy, frozen_policy, spoken_packing
@@ -53,6 +54,11 @@ from pipeline.trainer.schedule import epochs, steps_for
 
 logger = logging.getLogger("tiffin")
 
+NOT_OF_THE_POLICY = (
+    "generation.engine: the tokens that the server drew are less likely than draws of the policy by {:.2g} nats each "
+    "({:.0f} standard errors): has it the weights that it was handed, and does it draw at the temperature it is told, "
+    "from all tokens? rollout/surprise goes on to say (0: draws of the policy)"
+)
 TURN = 1_000_000  # more than the responses that a prompt has at once
 
 
@@ -138,11 +144,12 @@ class Rollouts:
     groups: Sequence[Group] = ()  # and its prompts with their responses
     stats: Mapping[str, Stat] = field(default_factory=dict)
     handing_seconds: float = 0.0  # of this step
+    surprises: list[float] = field(default_factory=list)  # of this step
     last: int | None = None  # the step that `groups` are of, while the sampler does not know them yet
 
     def at(self, step: int) -> list[Batch]:
         """This rank's micro-batches of the responses to the prompts of `step`."""
-        began, ranks, self.handing_seconds = time.monotonic(), self.engine.ranks, 0.0
+        began, ranks, self.handing_seconds, self.surprises = time.monotonic(), self.engine.ranks, 0.0, []
         self._learn()
         examples = [self.prompts[i] for i in self.draw(step)]
         groups = self._sampled(examples, step)
@@ -159,6 +166,7 @@ class Rollouts:
         stats["perf/sampling_seconds"] = mean_stat(torch.tensor([time.monotonic() - began]))
         if self.settings.generation.by_server:
             stats["perf/hand_over_seconds"] = mean_stat(torch.tensor([self.handing_seconds]))
+            stats["rollout/surprise"] = mean_stat(torch.tensor(self.surprises))
         self.stats = {name: Stat(kind, sums.to(ranks.device)) for name, (kind, sums) in stats.items()}
         plan = window(self.items, range(len(learned)), self.packing, ranks.rank, ranks.world)
         return [collate(self.items, indices, self.packing, step) for indices in plan]
@@ -193,8 +201,11 @@ class Rollouts:
         server = self.server()
         self.handing_seconds += time.monotonic() - began
         answers = respond(self.engine, self.encoder, asked, how, seed, to_end, server)
-        if how.by_server:
-            answers = drawn_elsewhere.with_stats(self.engine, self.packing, asked, answers)
+        if server is not None:
+            answers, surprise = drawn_elsewhere.with_stats(self.engine, self.packing, asked, answers)
+            self.surprises += [] if math.isnan(surprise.mean) else [surprise.mean]
+            if abs(surprise.errors) > drawn_elsewhere.STRANGE:
+                remark(server, "surprise", NOT_OF_THE_POLICY.format(*surprise))
         more = dict(zip(requests, answers, strict=True))
         return [replace(group, responses=(*group.responses, *more.get(i, ()))) for i, group in enumerate(groups)]
 

@@ -61,6 +61,7 @@ class HandOver:
         purpose = served.PURPOSE._replace(again=http.Purpose().again)
         self.address = served.address_of(self.engine, settings.generation.server)._replace(purpose=purpose)
         self.way: Way | None = None  # known on rank 0
+        self.lets_go = True  # of models before, when it is told to
         self.server: Served | None = None
         self.version = -1  # of the weights that the server has
 
@@ -77,7 +78,7 @@ class HandOver:
         model.export(place)
         name = ranks.on_main(lambda: self._tell(model, place))
         if first:
-            manner = ranks.on_main(lambda: self._manner(model, name, place))
+            manner = ranks.on_main(lambda: self._manner(model, name))
             self.server = Served(self.address, name, manner, set())
         self.server, self.version = self.server._replace(model=name), model.engine.updates
         return self.server
@@ -132,35 +133,43 @@ class HandOver:
                 body = {"method": "reload_weights", "kwargs": {"weights_path": str(place)}}
                 return self._post("/collective_rpc", body) and self._post("/reset_prefix_cache", {})
             case "name":
-                if self.way is None:
-                    self._refuse_any_name(place)
-                if not self._post("/reset", {}, once=True) and self.server is None:
-                    logger.warning(
-                        f"generation.engine: {self.engine} has no /reset: it keeps the weights of each step until it "
-                        "drops them itself (transformers serve: --model-timeout)"
-                    )
+                self.lets_go = self._post("/reset", {}, once=True)
                 return True
 
-    def _refuse_any_name(self, place: Path) -> None:
-        """Raises UserError where the server answers for a model that is not there: it would never change its own."""
-        body = {"model": f"{place}.none", "prompt": served.PROBE, "max_tokens": 1}
-        status, _ = http.answered(self.address, json.dumps(body).encode("ascii"))
-        if status == 200:
-            problem = f"it answers whatever model is asked for, and knows no way to change its own, {WANTED}"
-            raise self.address.error(problem.format(place=self.folder))
+    def _manner(self, model: Model, name: str) -> served.Manner:
+        """How the server wants to be asked, found out with the first weights; said, with the way that it took them.
 
-    def _manner(self, model: Model, name: str, place: Path) -> served.Manner:
-        """How the server wants to be asked, found out with the first weights; said, with the way that it took them."""
+        Raises UserError where it answers whatever model is asked for: then it has not read the one that it was told.
+        """
+        wanted = WANTED.format(place=self.folder)
         try:
             manner = served.manner_of(self.address, name, model.encoder)
         except UserError as error:
-            raise UserError(f"{error}; {WANTED.format(place=place)}") from None
+            raise UserError(f"{error}; {wanted}") from None
+        if self.way == "name":
+            absent = served.probe(Served(self.address, f"{name}.none", manner), model.encoder)
+            if http.answered(self.address, absent)[0] == 200:
+                problem = "it answers whatever model is asked for, and knows no way to change its own"
+                raise self.address.error(f"{problem}, {wanted}")
         if manner == "ids":
-            place = self.address._replace(address=self.engine.removesuffix("/v1") + "/tokenize")
-            served.check_tokens(place, name, model.encoder.tokenizer)
-        how = f"takes the weights {TOLD[self.way]}, before each step that samples"
-        logger.info(f"generation.engine: {self.engine} writes the responses, and {how}; {served.TOLD[manner]}")
+            tokens = self.address._replace(address=self.engine.removesuffix("/v1") + "/tokenize")
+            served.check_tokens(tokens, name, model.encoder.tokenizer)
+        self._say(manner)
         return manner
+
+    def _say(self, manner: served.Manner) -> None:
+        """What was found out."""
+        how = f"takes its weights {TOLD[self.way]} whenever they have changed"
+        logger.info(
+            f"generation.engine: {self.engine} writes the responses of the policy, and {how}; {served.TOLD[manner]}"
+        )
+        if not self.lets_go:
+            logger.warning(
+                f"generation.engine: {self.engine} has no /reset: it keeps the weights of each step until it drops them "
+                "itself (transformers serve: --model-timeout)"
+            )
+        if self.way in ("adapters", "name") and (name := self.settings.generation.served_model) is not None:
+            logger.warning(f"generation.served_model: {name} is not asked for: each hand-over has a name of its own")
 
     def _unload(self, name: str, once: bool = False) -> None:
         self._post("/v1/unload_lora_adapter", {"lora_name": name}, once)

@@ -182,18 +182,10 @@ def model_of(address: http.Address, served: str | None) -> str:
 
 def manner_of(address: http.Address, model: str, encoder: Encoder) -> Manner:
     """The first of the ways to ask that the server takes, tried with one token."""
-    ids = tuple(encoder.tokenizer(PROBE)["input_ids"])
-    config = GenerationConfig(max_new_tokens=1, do_sample=False, eos_token_id=[encoder.eos_id], pad_token_id=0)
-    config.top_k, config.top_p = 0, 1.0
-    ask = Wanted(Request(Example("", PROBE), ids, (1.0,)), 0, 1.0)
-    refused = ""
+    ids, refused = encoder.tokenizer(PROBE)["input_ids"], ""
     for manner in ("ids", "config", "text"):
-        server = Served(address, model, manner)
-        content = body(server, ask, PROBE, config, 0)
-        if manner == "config":
-            content.pop("max_tokens")  # whoever does not read the configuration writes on
         try:
-            answer = http.patiently(address, json.dumps(content).encode("ascii"), Event())
+            answer = http.patiently(address, probe(Served(address, model, manner), encoder), Event())
         except http.NotTakenError as error:
             refused = str(error)
             continue
@@ -204,6 +196,17 @@ def manner_of(address: http.Address, model: str, encoder: Encoder) -> Manner:
         refused = f"asked for one token, it read {choice.read} and wrote {choice.written}, wanted {len(ids)} and 1"
         refused = str(address.error(f"{refused}: does it serve this model?"))
     raise UserError(refused)
+
+
+def probe(server: Served, encoder: Encoder) -> bytes:
+    """A request for one token."""
+    config = GenerationConfig(max_new_tokens=1, do_sample=False, eos_token_id=[encoder.eos_id], pad_token_id=0)
+    config.top_k, config.top_p = 0, 1.0
+    ids = tuple(encoder.tokenizer(PROBE)["input_ids"])
+    content = body(server, Wanted(Request(Example("", PROBE), ids, (1.0,)), 0, 1.0), PROBE, config, 0)
+    if server.manner == "config":
+        content.pop("max_tokens")  # whoever does not read the configuration writes on
+    return json.dumps(content).encode("ascii")
 
 
 def check_tokens(address: http.Address, model: str, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -269,9 +272,11 @@ def _said(server: Served, encoder: Encoder, asks: Sequence[Wanted], config: Gene
     for ask, prompt, choice in zip(asks, prompts, choices, strict=True):
         as_text = written or choice.ids is None
         ids = _ids_of(encoder, prompt.text, choice.text) if as_text else choice.ids
-        if choice.end == "stop" and (not ids or ids[-1] not in config.eos_token_id):
+        # transformers calls it length, too, where the last token that there was room for is the end, which is no text
+        ended = choice.end == "stop" or (server.manner == "config" and choice.written == len(ids) + 1)
+        if ended and (not ids or ids[-1] not in config.eos_token_id):
             ids = [*ids, encoder.eos_id]
-        one_end = choice.end != "stop" or len(config.eos_token_id) == 1  # else which it was is not said
+        one_end = not ended or len(config.eos_token_id) == 1  # else which it was is not said
         exact = not as_text or (one_end and choice.written == len(ids))
         said.append(Said(ids, prompt.as_here and choice.read in (None, len(ask.request.prompt_ids)), exact))
     return said
