@@ -165,8 +165,8 @@ class HandOver:
         )
         if not self.lets_go:
             logger.warning(
-                f"generation.engine: {self.engine} has no /reset: it keeps the weights of each step until it drops them "
-                "itself (transformers serve: --model-timeout)"
+                f"generation.engine: {self.engine} has no /reset: it keeps the weights of each step until it drops "
+                "them itself (transformers serve: --model-timeout)"
             )
         if self.way in ("adapters", "name") and (name := self.settings.generation.served_model) is not None:
             logger.warning(f"generation.served_model: {name} is not asked for: each hand-over has a name of its own")
