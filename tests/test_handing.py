@@ -18,7 +18,6 @@ from pipeline.errors import UserError
 from pipeline.models import loading
 from pipeline.models.policy import Policy
 from pipeline.records import Request
-from pipeline.rollout import same_words
 from pipeline.rollout.drawn_elsewhere import surprise, with_stats
 from pipeline.rollout.generate import generate, plain_sampling, respond
 from pipeline.rollout.handing import HandOver, opened
@@ -110,12 +109,9 @@ def test_it_writes_as_the_policy_now_does(
             for rate in (0.0, 5.0):
                 tiny.step(speaking, tiny.items(5), range(5), PACKING, rate)
                 server = hand_over.to_server(model)
-                answers = generate(speaking, encoder, PROMPTS, given.generation, 0, server)
-                assert [one.text for one in answers] == [
-                    one.text for one in generate(speaking, encoder, PROMPTS, generation(), 0)
-                ]
-                assert same_words.compare(speaking, encoder, PROMPTS[0], given.generation, server)
+                answers = generate(speaking, encoder, PROMPTS[:3], given.generation, 0, server)
                 said.append([one.text for one in answers])
+                assert said[-1] == [one.text for one in generate(speaking, encoder, PROMPTS[:3], generation(), 0)]
                 before = len(taker.told)
                 assert hand_over.to_server(model) is server and len(taker.told) == before  # it has these
                 assert len([*(tmp_path / "rl" / "handed").iterdir()]) == 1
@@ -138,9 +134,9 @@ def test_what_it_drew_is_known_as_if_it_were_drawn_here() -> None:
         assert one.stats.confidence == pytest.approx(other.stats.confidence, abs=1e-5)
     assert abs(strange.errors) < 4
     hot = respond(
-        speaking, encoder, [one._replace(temperatures=(9.0,) * 8) for one in asked], generation(do_sample=True), 3
+        speaking, encoder, [one._replace(temperatures=(9.0,) * 4) for one in asked], generation(do_sample=True), 3
     )
-    alike = [one._replace(temperatures=(1.0,) * 8) for one in asked]
+    alike = [one._replace(temperatures=(1.0,) * 4) for one in asked]
     assert with_stats(speaking, PACKING, alike, hot)[1].errors > 6  # drawn from another distribution
 
 
@@ -163,10 +159,10 @@ def test_steps_learn_from_what_a_server_wrote(tmp_path: Path) -> None:
         rollouts.settings = rollouts.settings.model_copy(update={"generation": generated})
         hand_over = HandOver(rollouts.settings, tmp_path)
         rollouts.server = lambda: hand_over.to_server(model)
-        seen = rolling.run(trainer)
+        seen = rolling.run(trainer, steps=2)
         hand_over.close()
-    assert len(seen) == rolling.STEPS and all(one["ids"] for one in seen)
-    assert [path for path, _ in taker.told].count("/reset") == rolling.STEPS + 1  # one for each step, and the last
+    assert len(seen) == 2 and all(one["ids"] for one in seen)
+    assert [path for path, _ in taker.told].count("/reset") == 2 + 1  # one for each step, and the last
     assert {"perf/hand_over_seconds", "rollout/surprise"} <= rollouts.stats.keys()
     for group in rollouts.groups:
         for one in group.responses:
