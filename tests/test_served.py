@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from pipeline.errors import UserError
 from pipeline.rollout import same_words
 from pipeline.rollout.generate import generate
 from stages import faults, inputs
+from stages.ahead import Ahead
 from tests import tiny
 from tests.test_http_reward import free_port
 from tests.test_rollout import PROMPTS, generation, ids_of, speaker
@@ -289,6 +291,14 @@ def test_faults_that_need_no_server() -> None:
     assert any("has no MY_KEY" in one for one in faults.of_launch(trained, "rl", {}))
     (line,) = faults.of_launch(tiny.settings("evaluate", address, "policies={sft: a, rl: b}"), "evaluate", {})
     assert line.startswith("generation.served_model: null, but policies are sft, rl")
+
+
+def test_an_encoder_decoder_is_told_before_a_start(tmp_path: Path) -> None:
+    for shape in ("t5", "llama"):
+        tiny.language_model(shape).config.save_pretrained(tmp_path / shape)
+        words = ("generate", f"policy={tmp_path / shape}", "generation.engine=http://h:1/v1")
+        lines = [*faults.of_models(tiny.settings(*words), Ahead([], {}, []))]
+        assert len(lines) == (shape == "t5") and all("with an encoder-decoder" in line for line in lines)
 
 
 def test_each_policy_of_an_evaluation_has_its_name_at_the_server() -> None:
