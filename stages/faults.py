@@ -141,7 +141,7 @@ def of_launch(settings: WithModel, stage: str, environ: Mapping[str, str]) -> It
         yield f"launch.processes: gpus={wanted}, but this machine has {gpus} for it: wanted gpus={gpus} at most"
     if here and isinstance(settings, Training | GenerateStage | EvaluateStage):
         yield from told(lambda: together.fp16_on_gpu(settings.train, machine.has_gpu()))
-    if isinstance(settings, GenerateStage | EvaluateStage) and settings.generation.by_server:
+    if isinstance(settings, RlStage | GenerateStage | EvaluateStage) and settings.generation.by_server:
         variable = settings.generation.server.key_variable
         if variable and not environ.get(variable, "").strip():
             problem = f"the environment has no {variable}, wanted the key of {settings.generation.engine}"
@@ -195,7 +195,8 @@ def of_models(settings: WithModel, ahead: Ahead) -> Iterator[str]:
         if ahead.holds(model.path):
             continue
         if model.path is not None:
-            yield from told(partial(place.check, model.path))
+            unsound = told(partial(place.check, model.path))
+            yield from unsound or of_served(settings, Path(model.path))
         else:
             yield from told(partial(together.heads, model.scratch))
             yield from told(partial(together.adapters, model))
@@ -203,6 +204,16 @@ def of_models(settings: WithModel, ahead: Ahead) -> Iterator[str]:
         if model.attn_implementation == "flash_attention_2" and missing:
             problem = "flash_attention_2 is of the package flash-attn, which is not installed here"
             yield f"model.attn_implementation: {problem}: install it, or set sdpa"
+
+
+def of_served(settings: WithModel, model: Path) -> Iterator[str]:
+    """Why a server cannot write for a sound `model`; nothing is known of one on the hub."""
+    if not isinstance(settings, RlStage | GenerateStage | EvaluateStage) or not settings.generation.by_server:
+        return
+    config = model / "config.json"
+    if config.is_file() and place.read_object(config).get("is_encoder_decoder"):
+        problem = f"{settings.generation.engine} with an encoder-decoder ({model}), wanted a causal model"
+        yield f"generation.engine: {problem}: set generation.engine=generate"
 
 
 Given = Callable[[], ModelSettings]  # may raise UserError

@@ -11,8 +11,9 @@ from pipeline.launch.entry import run
 from pipeline.rewards.build import build_rewards
 from pipeline.rl import dpo, offline, on_policy, semi_offline
 from pipeline.rl.context import Context
+from pipeline.rollout import handing
 from pipeline.trainer import group
-from pipeline.trainer.loop import fit
+from pipeline.trainer.loop import Trainer, fit
 from pipeline.trainer.objective import objective_of
 from pipeline.trainer.opening import open_stage
 from stages import inputs
@@ -38,13 +39,20 @@ def main(settings: RlStage, words: Sequence[str]) -> None:
     module, algorithm, objective = objective_of(settings.algorithm)
     logged = module.RESPONSES == "data"
     rewards = build_rewards(settings, settings.reward, settings.rewards, ranks.device, logged=logged)
-    context = Context(settings, ranks, directory, start, data, rewards, rewards_key, module, algorithm, objective)
-    trainer = TRAINERS[module.RESPONSES](context)
-    if not settings.eval.generate:
-        tag = trainer.best_metric.tag
-        kept = f"{tag} of held-out rows chooses the weights" if settings.train.keep == "best" else "the last are kept"
-        logger.info(f"eval.generate: false, so no evaluation samples responses: {kept}")
-    fit(trainer)
+    with handing.opened(settings, ranks, directory) as server:
+        given = settings, ranks, directory, start, data, rewards, rewards_key, module, algorithm, objective, server
+        trainer = TRAINERS[module.RESPONSES](Context(*given))
+        if not settings.eval.generate:
+            say_what_chooses(trainer)
+        fit(trainer)
+
+
+def say_what_chooses(trainer: Trainer) -> None:
+    """One line of where weights come from, where no evaluation samples responses."""
+    tag = trainer.best_metric.tag
+    best = trainer.settings.train.keep == "best"
+    kept = f"{tag} of held-out rows chooses the weights" if best else "the last are kept"
+    logger.info(f"eval.generate: false, so no evaluation samples responses: {kept}")
 
 
 if __name__ == "__main__":

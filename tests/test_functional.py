@@ -91,6 +91,20 @@ def test_token_logps_is_float32_of_bfloat16_input():
 
 
 @pytest.mark.parametrize("chunks", [1, 3])
+def test_token_stats_by_hand(chunks):
+    # probabilities 1/8, 2/8, 5/8; at temperature 1/2 they are 1/30, 4/30, 25/30; without the third id 1/3, 2/3
+    hidden, ids, levels = torch.tensor([[1.0, 2.0, 5.0]] * 2).log(), torch.tensor([0, 1]), torch.tensor([1.0, 0.5])
+    logps, entropies, peaks = f.token_stats(hidden, lambda x: x, ids, chunks, levels)
+    torch.testing.assert_close(logps, torch.tensor([1 / 8, 4 / 30]).log())
+    entropy = -sum(p * math.log(p) for p in (1 / 8, 2 / 8, 5 / 8))
+    torch.testing.assert_close(entropies, torch.tensor([entropy, entropy]))
+    torch.testing.assert_close(peaks, torch.tensor([5 / 8, 5 / 8]))
+    logps, _, peaks = f.token_stats(hidden, lambda x: x, ids, chunks, None, torch.tensor([False, False, True]))
+    torch.testing.assert_close(logps, torch.tensor([1 / 3, 2 / 3]).log())
+    torch.testing.assert_close(peaks, torch.tensor([2 / 3, 2 / 3]))
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
 def test_token_entropies_by_hand(chunks):
     # uniform over 2: ln 2; certain: 0 (0 ln 0 = 0, also for a logit of -inf); 1/4 and 3/4: .25 ln 4 + .75 ln (4/3)
     hidden = torch.tensor([[0.0, 0.0], [0.0, -math.inf], [0.0, math.log(3.0)]], requires_grad=True)

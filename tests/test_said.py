@@ -102,16 +102,13 @@ def test_a_response_of_blanks_is_empty_and_another_keeps_its_own() -> None:
     assert found.rows[0].candidates == ("    yes\n", "yes") and (found.empty, found.repeated) == (1, 0)
 
 
-@pytest.mark.parametrize("engine", ["generate", "continuous"])
 @pytest.mark.parametrize("sampled", [False, True])
-def test_responses_end_at_every_end_of_the_checkpoint(engine: str, sampled: bool) -> None:
+def test_responses_end_at_every_end_of_the_checkpoint(sampled: bool) -> None:
     """What the model says freely, cut after the first of the ends: in ids, in the text and in the statistics."""
     examples = [Example(str(i), text) for i, text in enumerate(tiny.WORDS[:6])]
     speaking, encoder = speaker("llama"), tiny.encoder()
     lm = speaking.module.model
-    settings = generation(engine=engine, max_new_tokens=24)
-    if sampled and engine == "generate":
-        settings = settings.model_copy(update={"do_sample": True})
+    settings = generation(max_new_tokens=24, do_sample=sampled)
     free = generate(speaking, encoder, examples, settings, 3)
     own = lm.generation_config.eos_token_id
     # two more tokens that the model likes to say

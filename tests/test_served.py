@@ -6,10 +6,11 @@ import json
 import logging
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from pipeline.errors import UserError
 from pipeline.rollout import same_words
 from pipeline.rollout.generate import generate
 from stages import faults, inputs
+from stages.ahead import Ahead
 from tests import tiny
 from tests.test_http_reward import free_port
 from tests.test_rollout import PROMPTS, generation, ids_of, speaker
@@ -43,6 +45,8 @@ class Writer:
     fails: list[int] = field(default_factory=list)  # statuses of the next answers
     changed: dict[str, Any] = field(default_factory=dict)  # in each answer but that to the first request
     tokens: list[int] | None = None  # what /tokenize says
+    other: Callable[[str, dict[str, Any]], tuple[int, dict[str, Any]]] | None = None  # answers to other paths
+    chosen: Callable[[str], PreTrainedModel | None] | None = None  # the model of a name; None: `lm` has every name
     heard: list[dict[str, Any]] = field(default_factory=list)
     lock: Any = field(default_factory=threading.Lock)
 
@@ -52,18 +56,21 @@ class Writer:
             return self.fails.pop(0), {"error": "odd"}
         if unknown := asked.keys() - KNOWN[self.manner]:
             return 422, {"error": f"unknown: {', '.join(sorted(unknown))}"}
+        lm = self.lm if self.chosen is None else self.chosen(asked["model"])
+        if lm is None:
+            return 404, {"error": "no such model"}
         if isinstance(asked["prompt"], list) != (self.manner == "ids"):
             return 400, {"error": "prompt must be another"}
         given = asked["prompt"]
         ids = given if isinstance(given, list) else tiny.tokenizer()(given)["input_ids"]
-        said = self.written(ids, asked)
+        said = self.written(lm, ids, asked)
         text = tiny.tokenizer().decode(said, skip_special_tokens=True)
         choice = {"text": text, "finish_reason": "stop" if said[-1] == tiny.EOS_ID else "length"}
         choice |= {"token_ids": said} if asked.get("return_token_ids") else {}
         whole = {"choices": [choice], "usage": {"prompt_tokens": len(ids), "completion_tokens": len(said)}}
         return 200, whole | (self.changed if len(self.heard) > 1 else {})
 
-    def written(self, ids: list[int], asked: dict[str, Any]) -> list[int]:
+    def written(self, lm: PreTrainedModel, ids: list[int], asked: dict[str, Any]) -> list[int]:
         """By transformers, of the prompt alone."""
         own = json.loads(asked.get("generation_config", "{}"))
         hot = asked["temperature"] if self.manner != "config" else own.get("temperature", 0.0)
@@ -72,7 +79,7 @@ class Writer:
         config = GenerationConfig(max_new_tokens=asked.get("max_tokens") or own["max_new_tokens"], **how)
         prompt = torch.tensor([ids])
         torch.manual_seed(asked["seed"])
-        out = self.lm.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
+        out = lm.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
         return out[0, len(ids) :].tolist()
 
 
@@ -90,6 +97,8 @@ def serving(writer: Writer) -> Iterator[str]:
             with writer.lock:
                 if self.path == "/v1/completions":
                     self.answer(*writer.completion(asked))
+                elif writer.other is not None:
+                    self.answer(*writer.other(self.path, asked))
                 else:
                     known = self.path == "/tokenize" and writer.tokens is not None
                     self.answer(*((200, {"tokens": writer.tokens}) if known else (404, {"detail": "Not Found"})))
@@ -252,8 +261,9 @@ def test_other_weights_are_noticed(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["rl", "algo=esrl"], "but training changes the weights"),
-        (["sft"], "but training changes the weights"),
+        (["rl", "algo=esrl_drop", "top_k=0", "top_p=1.0"], "sampler.mode is drop with generation.engine=http"),
+        (["rl", "generation.served_model={a: b}"], "wanted the name of one model"),
+        (["sft"], "but stage=sft hands no server the weights that it changes"),
         (["generate", "num_beams=2"], "num_beams is 2 with engine http://"),
         (["generate", "generation.served_model={a: b}"], "wanted the name of one model"),
     ],
@@ -264,7 +274,7 @@ def test_what_a_server_cannot_do_is_refused(words: list[str], complaint: str) ->
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("engine", ["vllm", "http://", "http://user:pass@host/v1"])
+@pytest.mark.parametrize("engine", ["vllm", "continuous", "http://", "http://user:pass@host/v1"])
 def test_what_is_no_engine(engine: str) -> None:
     with pytest.raises(UserError, match=r"generation\.engine: .*wanted") as caught:
         tiny.settings("generate", f"generation.engine={engine}")
@@ -277,8 +287,18 @@ def test_faults_that_need_no_server() -> None:
     (line,) = faults.of_launch(named, "generate", {})
     assert line.startswith("generation.server.key_variable: the environment has no MY_KEY")
     assert [*faults.of_launch(named, "generate", {"MY_KEY": "x"})] == []
+    trained = tiny.settings("rl", "algo=esrl", address, "generation.server.key_variable=MY_KEY")
+    assert any("has no MY_KEY" in one for one in faults.of_launch(trained, "rl", {}))
     (line,) = faults.of_launch(tiny.settings("evaluate", address, "policies={sft: a, rl: b}"), "evaluate", {})
     assert line.startswith("generation.served_model: null, but policies are sft, rl")
+
+
+def test_an_encoder_decoder_is_told_before_a_start(tmp_path: Path) -> None:
+    for shape in ("t5", "llama"):
+        tiny.language_model(shape).config.save_pretrained(tmp_path / shape)
+        words = ("generate", f"policy={tmp_path / shape}", "generation.engine=http://h:1/v1")
+        lines = [*faults.of_models(tiny.settings(*words), Ahead([], {}, []))]
+        assert len(lines) == (shape == "t5") and all("with an encoder-decoder" in line for line in lines)
 
 
 def test_each_policy_of_an_evaluation_has_its_name_at_the_server() -> None:

@@ -194,6 +194,31 @@ def token_entropies(hidden: Tensor, head: Head, chunks: int = 1, suppressed: Ten
     return torch.cat([torch.special.entr(one.softmax(-1)).sum(-1) for one in logits])  # entr(p) = -p ln p, 0 for p = 0
 
 
+@torch.no_grad()
+def token_stats(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    chunks: int = 1,
+    temperatures: Tensor | None = None,
+    suppressed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Three (N,) float32 without gradient: what is known of each target as a draw.
+
+    The log-probability that `token_logps` gives; of the untempered distribution the entropy in nats, and the largest
+    probability. Arguments and calls of the head as in `token_logps`.
+    """
+    assert chunks >= 1, f"chunks is {chunks}"
+    divisors = [None] * chunks if temperatures is None else temperatures.tensor_split(chunks)
+    parts = []
+    for rows, ids, levels in zip(hidden.tensor_split(chunks), targets.tensor_split(chunks), divisors, strict=True):
+        logps = _logits(head, rows, None, suppressed).log_softmax(-1)
+        drawn = logps if levels is None else (logps / levels[:, None]).log_softmax(-1)
+        entropies = torch.special.entr(logps.exp()).sum(-1)
+        parts.append((drawn.gather(1, ids[:, None])[:, 0], entropies, logps.amax(-1).exp()))
+    return tuple(torch.cat(values) for values in zip(*parts, strict=True))
+
+
 def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """The sum of x where the mask is True, over `dim` or over everything; the mask broadcasts to x.
 

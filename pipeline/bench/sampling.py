@@ -1,4 +1,4 @@
-"""Two-stage sampling against sampling with the graph kept; ended rows dropped or not; two engines. All on one model.
+"""Two-stage sampling against sampling with the graph kept; ended rows dropped or not. All on one model.
 
 One stage: every response is decoded with gradient, keys and values of earlier tokens kept, and the graph of all its
 steps lives until the backward pass. Two stages, as on-policy RL does it: generate() without gradient, then one pass
@@ -46,10 +46,8 @@ class Sizes:
 
 SMALL = {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 512}
 MIDDLE = {"hidden_size": 256, "num_layers": 4, "num_heads": 4, "vocab_size": 4096}
-LARGE = {"hidden_size": 384, "num_layers": 8, "num_heads": 6, "vocab_size": 8192}
 STAGES = Sizes(SMALL, "eager", 8, (16, 32, 64, 128, GOAL_LENGTH), prompts=4)
 ROWS = Sizes(MIDDLE, "sdpa", 32, (128,), prompts=32, copies=8)
-ENGINES = Sizes(LARGE, "sdpa", 32, (96,), prompts=8, copies=4)
 
 
 @dataclass(frozen=True)
@@ -72,10 +70,10 @@ class Sampled:
         return [response for group in groups for response in group]
 
 
-def measure(setup: Setup, stages: Sizes = STAGES, rows: Sizes = ROWS, engines: Sizes = ENGINES) -> list[Result]:
+def measure(setup: Setup, stages: Sizes = STAGES, rows: Sizes = ROWS) -> list[Result]:
     small = sampled(setup, stages)
     lines = [line for length in stages.lengths for line in at_length(small, length)]
-    return [*lines, by_rows(setup, rows), by_engine(setup, engines)]
+    return [*lines, by_rows(setup, rows)]
 
 
 def sampled(setup: Setup, sizes: Sizes) -> Sampled:
@@ -140,25 +138,6 @@ def by_rows(setup: Setup, sizes: Sizes) -> Result:
     rounds = in_turns(partial(take, False), partial(take, True), setup.timing.single, lambda steps: 1 / speed(steps))
     note = f"{sizes.prompts} prompts x {sizes.copies} responses of 1 to {max(sizes.lengths)} tokens"
     return compared("sampling, ended rows dropped / generate(), time per token", "s", rounds, DROPPED, note)
-
-
-def by_engine(setup: Setup, sizes: Sizes) -> Result:
-    """Tokens per second of both engines, in turns, on responses of very different lengths."""
-    ragged = sampled(setup, sizes)
-    ends_by_chance(hugging_face(ragged.module.model), ragged.setup.encoder.eos_id)
-    size = max(1, sizes.prompts // 4)  # several batches: continuous batching has somebody to take a place
-
-    def take(engine: str, seed: int) -> tuple[int, float]:
-        limits, responses = {"max_new_tokens": max(sizes.lengths), "batch_size": size}, []
-        seconds = timed(lambda: responses.extend(ragged.responses(seed, engine=engine, **limits)), setup.timing.clock)
-        return sum(len(response.response_ids) for response in responses), seconds
-
-    sides = (partial(take, engine) for engine in ("continuous", "generate"))
-    rounds = in_turns(*sides, setup.timing.single, speed)
-    weights = sum(weight.numel() for weight in ragged.module.parameters()) / 1e6
-    at_a_time, all_of_them = size * sizes.copies, sizes.prompts * sizes.copies
-    note = f"Llama of {weights:.0f} M, {at_a_time} of {all_of_them} responses at a time"
-    return compared("sampling engines, continuous / generate", "tok/s", rounds, None, note)
 
 
 def ends_by_chance(lm: nn.Module, eos: int) -> None:

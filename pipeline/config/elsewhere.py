@@ -161,8 +161,8 @@ SAID: dict[str, str] = {  # names -> what to say of each
         "not offered; zero=zero3 shards the weights"
     ),
     "vllm use_vllm vllm_mode vllm_num_engines vllm_gpu_memory_utilization": (
-        "vLLM opens the model/ that a stage leaves, and writes for stage=generate and stage=evaluate: "
-        "generation.engine=http://HOST:PORT/v1; training samples here (generation.engine=continuous is as vLLM does)"
+        "vLLM opens the model/ that a stage leaves, and writes for stage=generate, stage=evaluate and stage=rl: "
+        "generation.engine=http://HOST:PORT/v1"
     ),
     "torch_compile compile use_liger_kernel liger_kernel use_unsloth neftune_noise_alpha tf32 rpo_alpha use_rslora "
     "modules_to_save lora_modules_to_save lora_bias": "not offered; leave it out",

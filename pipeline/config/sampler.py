@@ -82,8 +82,12 @@ class SamplerSettings(Section):
         data: sections.DataSettings,
     ) -> None:
         """Raise ValueError where these do not go with the other sections; `algorithm` holds algorithms/online.py's."""
-        if generation.engine == "continuous":
-            self._check_engine()
+        if generation.by_server and self.mode == "drop":
+            raise ValueError(
+                f"sampler.mode is drop with generation.engine={generation.engine}, wanted another, for it scores what "
+                "comes after the end of a response, which no server writes: set sampler.mode=drop_fixed, or "
+                "generation.engine=generate"
+            )
         self._check_comparison(algorithm)
         if self.probe is not None:
             self._check_probe(algorithm)
@@ -113,20 +117,6 @@ class SamplerSettings(Section):
     def tempered(self) -> bool:
         """Whether any response may be drawn at another temperature than 1."""
         return (self.temperature_min, self.temperature_max) != (1.0, 1.0)
-
-    def _check_engine(self) -> None:
-        """Continuous batching gives log-probabilities of the drawn tokens, and nothing else of the distributions."""
-        cure = "set generation.engine=generate"
-        if self.mode in ("drop", "drop_fixed") or self.capability == "confidence":
-            found = f"sampler.mode is {self.mode} and sampler.capability is {self.capability}"
-            raise ValueError(
-                f"{found}, wanted neither drop nor confidence, which engine continuous does not report: {cure}"
-            )
-        if self.tempered and self.capability != "reward" and self.mode == "dynamic":
-            raise ValueError(
-                f"sampler.temperature_max is {self.temperature_max} with capability {self.capability}, wanted 1.0: "
-                f"engine continuous does not report the entropy at others: {cure}, or sampler.capability=reward"
-            )
 
     def _check_comparison(self, algorithm: Mapping[str, Any]) -> None:
         """Enough responses to a prompt, where these are compared with one another."""

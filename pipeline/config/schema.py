@@ -62,7 +62,11 @@ class SftStage(Training):
 
     @model_validator(mode="after")
     def speaks_itself(self) -> SftStage:
-        self.generation.refuse_server()
+        if self.generation.by_server:
+            raise ValueError(
+                f"generation.engine: {self.generation.engine}, but stage=sft hands no server the weights that it "
+                "changes: set generation.engine=generate; a server writes for stage=rl, generate and evaluate"
+            )
         return self
 
 
@@ -93,8 +97,8 @@ class RlStage(Training):
     generation: sections.GenerationSettings
 
     @model_validator(mode="after")
-    def speaks_itself(self) -> RlStage:
-        self.generation.refuse_server()
+    def one_policy(self) -> RlStage:
+        self.generation.one_model()
         return self
 
     def last_without_speaking(self) -> None:
@@ -200,10 +204,7 @@ class GenerateStage(WithModel):
 
     @model_validator(mode="after")
     def one_policy(self) -> GenerateStage:
-        if isinstance(served := self.generation.served_model, dict):
-            raise ValueError(
-                f"generation.served_model: {served}, wanted the name of one model, for there is one policy"
-            )
+        self.generation.one_model()
         return self
 
 

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, fi
 from pipeline.config.reward_spec import web_address
 
 # in a stage directory
-STAGE_FILES = ("model", "best", "last", "checkpoints", "tensorboard", "samples", "held_out", "non_finite")
+STAGE_FILES = ("model", "best", "last", "checkpoints", "tensorboard", "samples", "held_out", "non_finite", "handed")
 
 
 def folder_name(value: str) -> str:
@@ -41,8 +41,8 @@ def engine_name(value: str) -> str:
     """`value`, which must name what generates: one of ours, or the address of a server. Raises ValueError."""
     if "://" in value:
         web_address(value, "the variable that generation.server.key_variable names")
-    elif value not in ("generate", "continuous"):
-        raise ValueError(f"{value!r}, wanted generate, continuous or the address of a server, http://HOST:PORT/v1")
+    elif value != "generate":
+        raise ValueError(f"{value!r}, wanted generate or the address of a server, http://HOST:PORT/v1")
     return value.rstrip("/")
 
 
@@ -294,18 +294,12 @@ class GenerationSettings(Section):
 
     @model_validator(mode="after")
     def one_engine(self) -> GenerationSettings:
-        plain = {"num_beams": 1, "top_p": 1.0, "top_k": 0, "min_new_tokens": 0}
-        plain |= {"no_repeat_ngram_size": 0, "repetition_penalty": 1.0}
+        plain = {"num_beams": 1, "min_new_tokens": 0, "no_repeat_ngram_size": 0, "repetition_penalty": 1.0}
         other = [f"{name} is {getattr(self, name)}" for name, value in plain.items() if getattr(self, name) != value]
-        other = [one for one in other if not (self.by_server and one.startswith("top_"))]  # a server narrows as we do
-        if self.engine != "generate" and other:
+        if self.by_server and other:
             raise ValueError(
                 f"{other[0]} with engine {self.engine}, wanted plain sampling or greedy decoding: set "
                 "generation.engine=generate"
-            )
-        if self.engine == "continuous" and self.gather == "layers":
-            raise ValueError(
-                "gather is layers with engine continuous, wanted whole or auto, or generation.engine=generate"
             )
         return self
 
@@ -314,13 +308,11 @@ class GenerationSettings(Section):
         """Whether a server writes the responses."""
         return "://" in self.engine
 
-    def refuse_server(self) -> None:
-        """Raises ValueError where a server would have to write for a model that is being trained."""
-        if self.by_server:
+    def one_model(self) -> None:
+        """Raises ValueError where servers of several policies are named."""
+        if isinstance(self.served_model, dict):
             raise ValueError(
-                f"generation.engine: {self.engine}, but training changes the weights, and a server keeps those that it "
-                "has read: set generation.engine=generate or continuous; a server writes for stage=generate and "
-                "stage=evaluate, of a model that is trained"
+                f"generation.served_model: {self.served_model}, wanted the name of one model, for there is one policy"
             )
 
 

@@ -43,7 +43,7 @@ CONFIG, INPUTS, RESULTS = "config.yaml", "inputs.json", "results.json"
 CHECKPOINTS, STATE = "checkpoints", "state.json"  # the folder of a stage's checkpoints; the last file of each
 PIECES = "pieces-{}.json"  # of each, what a rank held of the weights
 # model/ is no draft
-UNSAVED = ("best", "last", "non_finite", "samples", "held_out", "tensorboard", "checkpoints", "data.json")
+UNSAVED = ("best", "last", "handed", "non_finite", "samples", "held_out", "tensorboard", "checkpoints", "data.json")
 UNSAVED += ("normalise.json", "metrics.jsonl", "rewards.jsonl", "train.jsonl", "validation.jsonl", "test.jsonl")
 
 logger = logging.getLogger("tiffin")

@@ -38,6 +38,7 @@ class Form:
     merge: bool
     dtype: torch.dtype | None  # None: as it is
     most_bytes: int  # of a shard
+    quiet: bool = False  # about what merging rounds away
 
 
 def export(model: ModelSettings, directory: Path, form: Form) -> str:
@@ -73,15 +74,15 @@ def _whole_model(model: ModelSettings, part: Path, form: Form) -> str:
     config.save_pretrained(part)
     if parts.lm.can_generate():  # until the file of the model itself is copied over it, if there is one
         parts.lm.generation_config.to_json_file(part / GENERATION_CONFIG_NAME)
-    return " ".join(_told(parts, dtype))
+    return " ".join(_told(parts, dtype, form.quiet))
 
 
-def _told(parts: merging.Parts, dtype: torch.dtype) -> Iterator[str]:
+def _told(parts: merging.Parts, dtype: torch.dtype, quiet: bool) -> Iterator[str]:
     kind, came = (str(one).removeprefix("torch.") for one in (dtype, parts.dtype))
     if parts.adapted:
         yield f"The adapters of training are merged into it, in {len(parts.adapted)} of its modules."
     yield f"Its weights are {kind}." if dtype == parts.dtype else f"Its weights are {kind}; they were {came}."
-    if parts.adapted and dtype != torch.float32:
+    if parts.adapted and dtype != torch.float32 and not quiet:
         lost = f"{torch.finfo(dtype).eps / 2:.2%}"
         logger.info(f"dtype: {kind}: of what adapters add, less than {lost} of a weight may be rounded away")
 

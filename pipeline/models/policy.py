@@ -85,6 +85,7 @@ class Policy(nn.Module):
         smoothed: logp, and (B, T) float32, the mean log-probability over the vocabulary at each response token.
         drawn: both of smoothed, and the four of `functional.Drawn` at the masked tokens of the static responses.
         entropy: (B, T) float32, entropy in nats of the distribution each response token was drawn from.
+        draws: three (B, T) float32, those of `functional.token_stats`, without gradient.
         logp_states: logp, and the states of `states`, of one pass.
         states: (B, P, H), last hidden states at prompt positions, P = L: mask them by prompt_lengths.
         heads: (B, T, H), the states that predict the response tokens; with static responses (B, S, H) beside them.
@@ -116,9 +117,12 @@ class Policy(nn.Module):
         return self._of_tokens(self.response_states(batch)[mask], batch, output)
 
     def _of_tokens(self, hidden: Tensor, batch: Batch, output: str) -> Tensor | tuple[Tensor, ...]:
-        """What the head says of `hidden` (N, H), which predict the tokens of the responses: logp, smoothed, entropy."""
+        """What the head says of `hidden` (N, H), which predict the tokens of the responses, by the name `output`."""
         if output == "smoothed":
             return self._smoothed(hidden, batch)
+        if output == "draws":
+            found = functional.token_stats(hidden, self.head, *self._drawn_from(batch))
+            return tuple(spread(one, batch.response_mask) for one in found)
         if output == "entropy":
             found = functional.token_entropies(hidden, self.head, self.chunks, batch.suppressed)
         else:

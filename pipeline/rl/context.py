@@ -19,7 +19,10 @@ from pipeline.launch import run_dir
 from pipeline.records import Example
 from pipeline.rewards import scoring
 from pipeline.rewards.rewards import Rewards
+from pipeline.rollout import same_words
 from pipeline.rollout.generate import generate
+from pipeline.rollout.handing import HandOver
+from pipeline.rollout.served import Served
 from pipeline.trainer import evaluation
 from pipeline.trainer.group import Ranks
 from pipeline.trainer.loop import Evaluation
@@ -43,11 +46,16 @@ class Context:
     module: RlModule
     algorithm: Any  # its settings
     objective: Objective
+    hand_over: HandOver | None = None  # to the server that writes responses, where one does
 
     @property
     def judge(self) -> Rewards | None:
         """What judges any text by the very sum that is trained on; None where rows bring a part of it."""
         return None if self.rewards is None or self.rewards.own else self.rewards
+
+    def served(self, model: Model) -> Served | None:
+        """The server with the weights that `model` has now; None where responses come from here."""
+        return None if self.hand_over is None else self.hand_over.to_server(model)
 
 
 def splits(context: Context) -> tuple[Rows, Rows]:
@@ -88,7 +96,10 @@ def fresh_responses(context: Context, model: Model, prompts: Sequence[Example]) 
     settings = context.settings
     if not settings.eval.generate:
         return Evaluation({})
-    responses = generate(model.engine, model.encoder, prompts, settings.generation, settings.seed)
+    server = context.served(model)
+    if server is not None and prompts:
+        same_words.compare(model.engine, model.encoder, prompts[0], settings.generation, server)
+    responses = generate(model.engine, model.encoder, prompts, settings.generation, settings.seed, server)
     statistics, histograms, scores = evaluation.completion_statistics(responses), {}, None
     if context.rewards is not None and context.rewards.functions:
         scores = scoring.score_responses(model.ranks, context.rewards, responses)

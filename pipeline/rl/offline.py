@@ -41,7 +41,7 @@ def trainer(context: Context) -> Trainer:
 
     # what the reference says, before the first step changes it
     reference = ReferencePolicy(policy, settings, fingerprint(context.start.path))
-    value_data = ValueData(prompts, items, context.judge, context.rewards_key)
+    value_data = ValueData(prompts, items, context.judge, context.rewards_key, context.hand_over)
     (items, held_out), facts = annotate(reference, (items, held_out), needs, value_data)
     if "reward" in held_out[0].numbers and not needs.ref_logp:
         held_out = with_ref_logps(reference, held_out)  # what was gained is told by ratios to it

@@ -9,8 +9,9 @@ Source: Wang et al., "ESRL: Efficient Sampling-based Reinforcement Learning for 
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -31,6 +32,7 @@ from pipeline.rewards import scoring
 from pipeline.rewards.rewards import Rewards
 from pipeline.rl import reference
 from pipeline.rl.context import Context, fresh_responses, required_rewards, splits
+from pipeline.rollout import drawn_elsewhere
 from pipeline.rollout.allocation import Sampler, prompt_key, spoken_sampler
 from pipeline.rollout.generate import plain_sampling, respond
 from pipeline.rollout.groups import (
@@ -44,6 +46,7 @@ from pipeline.rollout.groups import (
     untempered,
     valued,
 )
+from pipeline.rollout.served import Served, remark
 from pipeline.trainer.engine import Engine
 from pipeline.trainer.loop import REWARD, Evaluation, Trainer
 from pipeline.trainer.model import Model, build_policy, frozen_policy, spoken_packing
@@ -51,6 +54,11 @@ from pipeline.trainer.schedule import epochs, steps_for
 
 logger = logging.getLogger("tiffin")
 
+NOT_OF_THE_POLICY = (
+    "generation.engine: the tokens that the server drew are less likely than draws of the policy by {:.2g} nats each "
+    "({:.0f} standard errors): has it the weights that it was handed, and does it draw at the temperature it is told, "
+    "from all tokens? rollout/surprise goes on to say (0: draws of the policy)"
+)
 TURN = 1_000_000  # more than the responses that a prompt has at once
 
 
@@ -79,6 +87,7 @@ def trainer(context: Context) -> Trainer:
         settings=settings,
         algorithm=algorithm,
         sampler=Sampler(settings.sampler, policy.engine.module.vocab_size - never, algorithm.queue_size),
+        server=partial(context.served, policy),
     )
     logger.info(f"train: {len(prompts):,} prompts, {spoken_sampler(settings)}, sampled at every step")
     return Trainer(
@@ -130,14 +139,17 @@ class Rollouts:
     settings: RlPolicy
     algorithm: Any
     sampler: Sampler
+    server: Callable[[], Served | None] = lambda: None  # with the weights of now, where one writes the responses
     items: Sequence[Item] = ()  # of the last step
     groups: Sequence[Group] = ()  # and its prompts with their responses
     stats: Mapping[str, Stat] = field(default_factory=dict)
+    handing_seconds: float = 0.0  # of this step
+    surprises: list[float] = field(default_factory=list)  # of this step
     last: int | None = None  # the step that `groups` are of, while the sampler does not know them yet
 
     def at(self, step: int) -> list[Batch]:
         """This rank's micro-batches of the responses to the prompts of `step`."""
-        began, ranks = time.monotonic(), self.engine.ranks
+        began, ranks, self.handing_seconds, self.surprises = time.monotonic(), self.engine.ranks, 0.0, []
         self._learn()
         examples = [self.prompts[i] for i in self.draw(step)]
         groups = self._sampled(examples, step)
@@ -152,6 +164,9 @@ class Rollouts:
         self.items = items if self.settings.sampler.tempered else untempered(items)
         stats = statistics(self.groups, self.settings.sampler, queue_mean, generated)
         stats["perf/sampling_seconds"] = mean_stat(torch.tensor([time.monotonic() - began]))
+        if self.settings.generation.by_server:
+            stats["perf/hand_over_seconds"] = mean_stat(torch.tensor([self.handing_seconds]))
+            stats["rollout/surprise"] = mean_stat(torch.tensor(self.surprises))
         self.stats = {name: Stat(kind, sums.to(ranks.device)) for name, (kind, sums) in stats.items()}
         plan = window(self.items, range(len(learned)), self.packing, ranks.rank, ranks.world)
         return [collate(self.items, indices, self.packing, step) for indices in plan]
@@ -182,7 +197,15 @@ class Rollouts:
             return list(groups)
         seed = self.settings.seed * 1_000_003 + step
         to_end = self.settings.sampler.mode == "drop"  # which scores what comes after the end of a response too
-        answers = respond(self.engine, self.encoder, list(requests.values()), sampled(self.settings), seed, to_end)
+        asked, how, began = list(requests.values()), sampled(self.settings), time.monotonic()
+        server = self.server()
+        self.handing_seconds += time.monotonic() - began
+        answers = respond(self.engine, self.encoder, asked, how, seed, to_end, server)
+        if server is not None:
+            answers, surprise = drawn_elsewhere.with_stats(self.engine, self.packing, asked, answers)
+            self.surprises += [] if math.isnan(surprise.mean) else [surprise.mean]
+            if abs(surprise.errors) > drawn_elsewhere.STRANGE:
+                remark(server, "surprise", NOT_OF_THE_POLICY.format(*surprise))
         more = dict(zip(requests, answers, strict=True))
         return [replace(group, responses=(*group.responses, *more.get(i, ()))) for i, group in enumerate(groups)]
 

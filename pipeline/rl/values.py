@@ -22,6 +22,7 @@ from pipeline.rewards import rewards as reward_functions
 from pipeline.rewards import scoring
 from pipeline.rewards.rewards import Rewards
 from pipeline.rollout.generate import generate
+from pipeline.rollout.handing import HandOver
 from pipeline.trainer.engine import Engine
 from pipeline.trainer.model import Model
 
@@ -36,6 +37,7 @@ class ValueData:
     logged: Sequence[Item]  # with `reward`
     rewards: Rewards | None
     rewards_key: object  # names the rewards in the cache's key
+    hand_over: HandOver | None = None  # to the server that writes the responses, where one does
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ def value_targets(model: Model, rl: RlStage, data: ValueData, source: Literal["p
             update={"do_sample": True, "num_beams": 1, "num_return_sequences": settings.samples_per_prompt}
         )
         logger.info(settings.spoken_cost(len(prompts), generation.max_new_tokens))
-        answers = generate(model.engine, model.encoder, prompts, generation, rl.seed)
+        server = None if data.hand_over is None else data.hand_over.to_server(model)
+        answers = generate(model.engine, model.encoder, prompts, generation, rl.seed, server)
         limit = f"generation.max_new_tokens={generation.max_new_tokens}"
         cut = sum(not answer.finished for answer in answers)
         dataset.warn_of_cuts(cut, len(answers), limit, "sampled for V, which are judged without their end")

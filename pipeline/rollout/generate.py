@@ -2,8 +2,8 @@
 
 One generation gathers ZeRO-3's weights once, or each layer's for every token where they do not fit: then all ranks make
 the same number of steps. Ranks share the prompts. What is sampled depends on the seed and on the example, never on its
-batch, its place or the rank (but for beams that sample, and for the other engine, continuous.py). Sampled and greedy
-responses come from decode.py; beams, penalties and least lengths are left to transformers' generate().
+batch, its place or the rank (but for beams that sample). Sampled and greedy responses come from decode.py; beams,
+penalties and least lengths are left to transformers' generate().
 """
 
 from __future__ import annotations
@@ -27,25 +27,33 @@ from pipeline.models.policy import Policy
 from pipeline.models.start_check import nothing_inherited
 from pipeline.models.writing import end_ids
 from pipeline.records import Completion, Example, Request, Response
-from pipeline.rollout import continuous, served
+from pipeline.rollout import served
 from pipeline.rollout.decode import Decoding, Spoken, decode, drops_rows, joins_rows
 from pipeline.rollout.drawing import row_sampler
+from pipeline.rollout.served import Served
 from pipeline.trainer.engine import Engine
 
 PIECES = 4  # that prompts are read in where they are more than one batch: a piece comes when so many rows have gone
 
 
 def generate(
-    engine: Engine, encoder: Encoder, examples: Sequence[Example], settings: GenerationSettings, seed: int
+    engine: Engine,
+    encoder: Encoder,
+    examples: Sequence[Example],
+    settings: GenerationSettings,
+    seed: int,
+    server: Served | None = None,
 ) -> list[Response]:
     """`num_return_sequences` responses per example, those of one example side by side; the same list on all ranks.
 
-    The j-th response to a prompt is drawn at the j-th of `temperatures`, cyclically, where these are given.
+    The j-th response to a prompt is drawn at the j-th of `temperatures`, cyclically, where these are given. `server` as
+    of `respond`.
     """
     levels = settings.temperatures or [settings.temperature]
     each = tuple(levels[copy % len(levels)] for copy in range(settings.num_return_sequences))
     requests = [Request(example, tuple(encoder.encode_prompt(example.prompt)[0]), each) for example in examples]
-    return [response for group in respond(engine, encoder, requests, settings, seed) for response in group]
+    groups = respond(engine, encoder, requests, settings, seed, server=server)
+    return [response for group in groups for response in group]
 
 
 def respond(
@@ -55,33 +63,28 @@ def respond(
     settings: GenerationSettings,
     seed: int,
     to_end: bool = False,
+    server: Served | None = None,
 ) -> list[list[Response]]:
     """The responses to each request; the same on all ranks. Stage 1 of two-stage sampling: no gradient, no dropout.
 
     `temperatures` of the requests stand for those of `settings`, whose `num_return_sequences` only counts for beams.
     `to_end`: every row is drawn for until the longest of its batch ends, which `SampleStats.drop` is of.
+    `server`: one that has this policy's weights, where `settings` name a server; None: who is there has them.
     """
     ranks, lm = engine.ranks, hugging_face(engine.module.model)
-    if settings.engine == "continuous":  # its ranks make differently many forwards: none may wait for another's layers
-        settings = settings.model_copy(update={"gather": "whole"})
     config = _whole_config(settings, encoder, engine.module)
     longest = max((len(request.prompt_ids) for request in requests), default=0)
     check_positions(lm, longest, settings.max_new_tokens, whole=False)
     if settings.by_server:
-        rows = served.respond(ranks, encoder, requests, settings, config, seed)
+        rows = served.respond(ranks, encoder, requests, settings, config, seed, server)
         both = zip(requests, rows, strict=True)
         return [[_response(encoder, request, one, config.eos_token_id) for one in of] for request, of in both]
     order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))  # like lengths: little padding
     cuda = [ranks.device] if ranks.device.type == "cuda" else []
     with engine.generating(settings.gather) as module, torch.no_grad(), torch.random.fork_rng(devices=cuda):
-        if settings.engine == "continuous":
-            places = order[ranks.rank :: ranks.world]
-            rows = continuous.respond(module, [requests[i] for i in places], settings, config, seed)
-            mine = dict(zip(places, rows, strict=True))
-        else:
-            waits = engine.stage == 3 and ranks.world > 1 and module is engine.module  # for the others, at each forward
-            how = Decoding(module, config, ranks.device, ranks.any if waits else None)
-            mine = _in_batches(how, engine, [(i, requests[i]) for i in order], settings, seed, to_end)
+        waits = engine.stage == 3 and ranks.world > 1 and module is engine.module  # for the others, at each forward
+        how = Decoding(module, config, ranks.device, ranks.any if waits else None)
+        mine = _in_batches(how, engine, [(i, requests[i]) for i in order], settings, seed, to_end)
     by_request = {i: rows for part in ranks.gather(mine) for i, rows in part.items()}
     stops = config.eos_token_id
     return [[_response(encoder, request, one, stops) for one in by_request[i]] for i, request in enumerate(requests)]

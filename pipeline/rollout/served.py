@@ -51,6 +51,7 @@ class Served(NamedTuple):
     address: http.Address
     model: str
     manner: Manner
+    told: set[str] | None = None  # remarks on one that writes for a training, which are made once; None: on each call
 
 
 class Wanted(NamedTuple):
@@ -79,10 +80,11 @@ class Choice(NamedTuple):
 
 
 class Said(NamedTuple):
-    """What a server wrote, and whether it read the prompt as the very tokens that it is here."""
+    """What a server wrote; whether it read the prompt as the very tokens that it is here, and drew these very ids."""
 
     ids: list[int]
     as_here: bool
+    exact: bool
 
 
 def respond(
@@ -92,17 +94,18 @@ def respond(
     settings: GenerationSettings,
     config: GenerationConfig,
     seed: int,
+    server: Served | None = None,
 ) -> list[list[Completion]]:
     """The completions of each request, the same on all ranks; `config` says how they are drawn and end.
 
-    Nothing is known of how likely they were. Raises UserError, on all ranks, where the server is not there, cannot do
-    what is asked, or does not give one whole response to each request.
+    Nothing is known of how likely they were. `server`: whom to ask; None: the model that `settings` say. Raises
+    UserError, on all ranks, where the server is not there, cannot do what is asked, or does not give one whole response
+    to each request.
     """
-    if encoder.encoder_decoder:
-        problem = f"{settings.engine} with an encoder-decoder, wanted a causal model"
-        raise UserError(f"generation.engine: {problem}: set generation.engine=generate")
-    engine, how = settings.engine, settings.server
-    server = Served(_address(engine, how), *ranks.on_main(lambda: found(engine, settings.served_model, how, encoder)))
+    refuse_encoder_decoder(settings.engine, encoder)
+    if server is None:
+        asked = settings.engine, settings.served_model, settings.server, encoder
+        server = Served(address_of(settings.engine, settings.server), *ranks.on_main(lambda: found(*asked)))
     if server.manner == "text" and settings.do_sample and settings.top_k > 0:
         raise server.address.error(f"generation.top_k is {settings.top_k}, which it does not take, wanted top_k=0")
     config = copy.deepcopy(config)
@@ -113,15 +116,34 @@ def respond(
     parts = [iter(part) for part in ranks.gather(mine)]
     answers = [next(parts[i % ranks.world]) for i in range(len(asks))]
     if unlike := sum(not one.as_here for one in answers):
-        logger.warning(
-            f"generation.engine: {unlike:,} of {len(answers):,} prompts are other tokens to the server than here: it "
-            "takes them as text alone"
+        text = f"{unlike:,} of {len(answers):,} prompts are other tokens to the server than here"
+        remark(server, "prompts", f"generation.engine: {text}: it takes them as text alone")
+    if server.told is not None and (unlike := sum(not one.exact for one in answers)):
+        text = (
+            f"{unlike:,} of {len(answers):,} responses may have been drawn as other tokens than those that are learned"
         )
+        remark(server, "ids", f"generation.engine: {text}: they came as text, which was tokenised anew")
     results = iter(answers)
     return [[Completion(next(results).ids, None) for _ in one.temperatures] for one in requests]
 
 
-def _address(engine: str, how: ServerSettings) -> http.Address:
+def remark(server: Served, kind: str, line: str) -> None:
+    """A warning; of one that writes for a training only the first of its `kind`."""
+    if server.told is not None:
+        if kind in server.told:
+            return
+        server.told.add(kind)
+    logger.warning(line)
+
+
+def refuse_encoder_decoder(engine: str, encoder: Encoder) -> None:
+    """Raises UserError for what no server reads."""
+    if encoder.encoder_decoder:
+        problem = f"{engine} with an encoder-decoder, wanted a causal model"
+        raise UserError(f"generation.engine: {problem}: set generation.engine=generate")
+
+
+def address_of(engine: str, how: ServerSettings) -> http.Address:
     """Where completions are asked for; nothing is sent yet."""
     variable = http.key_variable(engine, how.key_variable)
     key = key_in(variable, os.environ) if variable else ""
@@ -132,16 +154,16 @@ def _address(engine: str, how: ServerSettings) -> http.Address:
 @cache
 def found(engine: str, served: str | None, how: ServerSettings, encoder: Encoder) -> tuple[str, Manner]:
     """What the server calls its model, and how it wants to be asked: found out, and said, once. Raises UserError."""
-    address = _address(engine, how)
-    model = _model(address._replace(address=f"{engine}/models"), served)
-    manner = _manner(address, model, encoder)
+    address = address_of(engine, how)
+    model = model_of(address._replace(address=f"{engine}/models"), served)
+    manner = manner_of(address, model, encoder)
     if manner == "ids":
-        _check_tokens(address._replace(address=engine.removesuffix("/v1") + "/tokenize"), model, encoder.tokenizer)
+        check_tokens(address._replace(address=engine.removesuffix("/v1") + "/tokenize"), model, encoder.tokenizer)
     logger.info(f"generation.engine: {engine}: {model} writes the responses; {TOLD[manner]}")
     return model, manner
 
 
-def _model(address: http.Address, served: str | None) -> str:
+def model_of(address: http.Address, served: str | None) -> str:
     """The name to ask for: `served`, else that of the only model there."""
     status, answer = http.answered(address)
     if served is not None:
@@ -158,20 +180,12 @@ def _model(address: http.Address, served: str | None) -> str:
     return str(names[0])
 
 
-def _manner(address: http.Address, model: str, encoder: Encoder) -> Manner:
+def manner_of(address: http.Address, model: str, encoder: Encoder) -> Manner:
     """The first of the ways to ask that the server takes, tried with one token."""
-    ids = tuple(encoder.tokenizer(PROBE)["input_ids"])
-    config = GenerationConfig(max_new_tokens=1, do_sample=False, eos_token_id=[encoder.eos_id], pad_token_id=0)
-    config.top_k, config.top_p = 0, 1.0
-    ask = Wanted(Request(Example("", PROBE), ids, (1.0,)), 0, 1.0)
-    refused = ""
+    ids, refused = encoder.tokenizer(PROBE)["input_ids"], ""
     for manner in ("ids", "config", "text"):
-        server = Served(address, model, manner)
-        content = body(server, ask, PROBE, config, 0)
-        if manner == "config":
-            content.pop("max_tokens")  # whoever does not read the configuration writes on
         try:
-            answer = http.patiently(address, json.dumps(content).encode("ascii"), Event())
+            answer = http.patiently(address, probe(Served(address, model, manner), encoder), Event())
         except http.NotTakenError as error:
             refused = str(error)
             continue
@@ -184,7 +198,18 @@ def _manner(address: http.Address, model: str, encoder: Encoder) -> Manner:
     raise UserError(refused)
 
 
-def _check_tokens(address: http.Address, model: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def probe(server: Served, encoder: Encoder) -> bytes:
+    """A request for one token."""
+    config = GenerationConfig(max_new_tokens=1, do_sample=False, eos_token_id=[encoder.eos_id], pad_token_id=0)
+    config.top_k, config.top_p = 0, 1.0
+    ids = tuple(encoder.tokenizer(PROBE)["input_ids"])
+    content = body(server, Wanted(Request(Example("", PROBE), ids, (1.0,)), 0, 1.0), PROBE, config, 0)
+    if server.manner == "config":
+        content.pop("max_tokens")  # whoever does not read the configuration writes on
+    return json.dumps(content).encode("ascii")
+
+
+def check_tokens(address: http.Address, model: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises UserError where the server says that it reads a text as other tokens; not all of them say anything."""
     asked = {"model": model, "prompt": PROBE, "content": PROBE, "add_special_tokens": False}
     status, answer = http.answered(address, json.dumps(asked).encode("ascii"))
@@ -245,10 +270,15 @@ def _said(server: Served, encoder: Encoder, asks: Sequence[Wanted], config: Gene
     choices = http.at_once(server.address, answered, list(zip(asks, bodies, strict=True)))
     said = []
     for ask, prompt, choice in zip(asks, prompts, choices, strict=True):
-        ids = _ids_of(encoder, prompt.text, choice.text) if written or choice.ids is None else choice.ids
-        if choice.end == "stop" and (not ids or ids[-1] not in config.eos_token_id):
+        as_text = written or choice.ids is None
+        ids = _ids_of(encoder, prompt.text, choice.text) if as_text else choice.ids
+        # transformers calls it length, too, where the last token that there was room for is the end, which is no text
+        ended = choice.end == "stop" or (server.manner == "config" and choice.written == len(ids) + 1)
+        if ended and (not ids or ids[-1] not in config.eos_token_id):
             ids = [*ids, encoder.eos_id]
-        said.append(Said(ids, prompt.as_here and choice.read in (None, len(ask.request.prompt_ids))))
+        one_end = not ended or len(config.eos_token_id) == 1  # else which it was is not said
+        exact = not as_text or (one_end and choice.written == len(ids))
+        said.append(Said(ids, prompt.as_here and choice.read in (None, len(ask.request.prompt_ids)), exact))
     return said
 
 

@@ -50,6 +50,7 @@ class Engine:
         self.dtype = PRECISIONS[train.precision]
         self._twin = hookless_twin(module) if self.stage == 3 else None
         self._said_layers = False
+        self.updates = 0  # how many times weights were changed or read since the start
         self._half = train.precision != "fp32"
         if optimizer is None and self.stage < 3:
             self._engine = module.to(ranks.device)
@@ -110,6 +111,7 @@ class Engine:
         for part in self._engine.optimizer.param_groups:
             part["lr"] = learning_rate
         norm = None if self.stage else self._plain_norm()
+        self.updates += 1
         if norm is not None and not norm.isfinite():  # every other optimizer of DeepSpeed looks for itself
             self._engine.zero_grad()
             return float(norm)
@@ -214,6 +216,7 @@ class Engine:
 
         Raises UserError where such cannot read it.
         """
+        self.updates += 1
         if not directory.is_dir():
             raise UserError(f"{directory}: no checkpoint to resume from, wanted one that this run saved")
         before = partitions.noted(directory, self.ranks.rank)
