@@ -23,6 +23,7 @@ from pipeline.config.schema import (
     RlMasked,
     RlOffline,
     RlPolicy,
+    RlSamples,
     ScoreStage,
     SftStage,
     WithModel,
@@ -63,6 +64,8 @@ def of_rewards(settings: WithModel, ahead: Ahead) -> Iterator[str]:
             yield from found
         elif isinstance(settings, RlAdvantage) and settings.value.targets == "policy":
             yield str(no_targets_of_policy())
+        elif isinstance(settings, RlSamples) and settings.reference_samples.targets == "policy":
+            yield str(no_targets_of_policy("reference_samples"))
 
 
 def scores_logged(settings: WithModel) -> bool:

@@ -425,6 +425,7 @@ def test_an_algorithm_has_the_settings_that_it_reads(file: Path):
     assert module.RESPONSES in RL_KINDS and isinstance(settings, RL_KINDS[module.RESPONSES])
     needs, found = module.needs(algorithm), settings.model_dump()
     assert ("value" in found) == needs.values
+    assert ("reference_samples" in found) == needs.samples
     assert ("ratio_tolerance" in found) == needs.ref_logp
 
 

@@ -24,7 +24,18 @@ Settings = offline.Settings
 NAN = math.nan
 F64 = torch.float64
 
-NLL = Settings(weight="one", ratio="none", clip=None, probability_floor=0.0, kl_beta=0.0, kl_form="none")
+NLL = Settings(
+    weight="one",
+    ratio="none",
+    clip=None,
+    probability_floor=0.0,
+    kl_beta=0.0,
+    kl_form="none",
+    baseline="value",
+    shift=0.0,
+    temperature=1.0,
+    weight_limit=20.0,
+)
 WBC = dataclasses.replace(NLL, weight="reward")
 R_GOLD = dataclasses.replace(WBC, ratio="probability", probability_floor=0.1)
 R_LOL = dataclasses.replace(WBC, ratio="sequence", clip=0.9)
@@ -33,6 +44,12 @@ REF_FREE = dataclasses.replace(A_LOL, ratio="none")
 SEQ = dataclasses.replace(A_LOL, ratio="token")
 KL = dataclasses.replace(REF_FREE, kl_beta=0.2, kl_form="released")
 K3 = dataclasses.replace(KL, kl_form="k3")
+DFT = dataclasses.replace(NLL, ratio="probability")
+IW_SFT = dataclasses.replace(NLL, ratio="mean")
+AWR = dataclasses.replace(NLL, weight="exponential")
+ASYMRE = dataclasses.replace(NLL, weight="signed", shift=0.1)
+TOPR = dataclasses.replace(NLL, weight="signed", baseline="rows", ratio="tapered")
+GROUPED = dataclasses.replace(TOPR, baseline="group", ratio="sequence", clip=0.2, kl_beta=0.04, kl_form="k3")
 ALL = {
     "nll": NLL,
     "wbc": WBC,
@@ -43,6 +60,12 @@ ALL = {
     "a_lol_seq": SEQ,
     "a_lol_kl": KL,
     "k3": K3,
+    "dft": DFT,
+    "iw_sft": IW_SFT,
+    "awr": AWR,
+    "asymre": ASYMRE,
+    "topr": TOPR,
+    "grpo_offline": GROUPED,
 }
 
 LOGP = [[-1.0, -0.5, -2.0], [-0.2, -3.0, -9.9], [-0.1, -0.4, -0.3]]
@@ -61,7 +84,7 @@ def make_batch(mask=MASK, ref=REF, reward=REWARD, value=VALUE, items=None):
         prompt_lengths=torch.ones(len(mask), dtype=torch.long),
         response_ids=torch.zeros_like(mask, dtype=torch.long),
         response_mask=mask,
-        numbers={"reward": reward, "value": value, "advantage": reward - value},
+        numbers={"reward": reward, "value": value, "advantage": reward - value, "standard_advantage": reward - value},
         ref_logp=None if ref is None else torch.tensor(ref, dtype=F64),
     )
 
@@ -126,10 +149,13 @@ def loop_loss(settings, batch, logp):
     for b, row in enumerate(logp):
         tokens = [t for t in range(len(row)) if batch.response_mask[b, t]]
         ref = batch.ref_logp[b].tolist()
+        gain = float(batch.numbers["advantage"][b])
         row_weight = {
             "one": 1.0,
             "reward": float(batch.numbers["reward"][b]),
-            "advantage": max(float(batch.numbers["advantage"][b]), 0.0),
+            "advantage": max(gain, 0.0),
+            "exponential": min(math.exp(gain / settings.temperature), settings.weight_limit),
+            "signed": gain + settings.shift,
         }[settings.weight]
         bounds = (0.0, math.inf) if settings.clip is None else (1 - settings.clip, 1 + settings.clip)
         of_sequence = math.exp(sum(row[t] - ref[t] for t in tokens))
@@ -139,6 +165,8 @@ def loop_loss(settings, batch, logp):
                 "none": 1.0,
                 "sequence": min(max(of_sequence, bounds[0]), bounds[1]),
                 "token": min(max(of_token, bounds[0]), bounds[1]),
+                "mean": min(max(of_sequence ** (1 / len(tokens)), bounds[0]), bounds[1]),
+                "tapered": min(of_sequence, 1.0) if row_weight < 0 else 1.0,
                 "probability": max(math.exp(row[t]), settings.probability_floor),
             }[settings.ratio]
             kl = {"none": 0.0, "released": row[t] - ref[t], "k3": of_token - 1 - (row[t] - ref[t])}
@@ -491,11 +519,16 @@ def test_statistics_follow_the_settings():
 
 def test_needs():
     assert offline.needs(NLL) == Needs()
-    assert offline.needs(WBC) == offline.needs(R_GOLD) == Needs(rewards=True)
-    assert offline.needs(R_LOL) == Needs(rewards=True, ref_logp=True)
-    assert offline.needs(REF_FREE) == Needs(rewards=True, values=True)
-    assert offline.needs(A_LOL) == offline.needs(SEQ) == Needs(rewards=True, values=True, ref_logp=True)
-    assert offline.needs(KL) == offline.needs(K3) == Needs(rewards=True, values=True, ref_logp=True)
+    rewarded = Needs(rewards=True, weighed_by="reward")
+    assert offline.needs(WBC) == offline.needs(R_GOLD) == rewarded
+    assert offline.needs(R_LOL) == rewarded._replace(ref_logp=True)
+    valued = Needs(rewards=True, values=True, baseline="value", weighed_by="advantage")
+    assert offline.needs(REF_FREE) == offline.needs(ASYMRE) == valued
+    assert offline.needs(AWR) == valued._replace(weighed_by="standard_advantage")
+    for settings in (A_LOL, SEQ, KL, K3):
+        assert offline.needs(settings) == valued._replace(ref_logp=True)
+    assert offline.needs(TOPR) == valued._replace(values=False, ref_logp=True, baseline="rows")
+    assert offline.needs(IW_SFT) == Needs(ref_logp=True)
 
 
 @pytest.mark.parametrize(
@@ -508,8 +541,13 @@ def test_needs():
         ({"probability_floor": 1.1}, r"probability_floor: 1.1, wanted a number in \[0, 1\]"),
         ({"kl_beta": -1.0}, "kl_beta: -1.0, wanted a number >= 0"),
         ({"kl_beta": 0.2}, "kl_beta: 0.2, wanted 0 where kl_form is none"),
-        ({"weight": "advantages"}, "weight: 'advantages', wanted one, reward, advantage"),
-        ({"ratio": "row"}, "ratio: 'row', wanted none, sequence, token, probability"),
+        ({"weight": "advantages"}, "weight: 'advantages', wanted one, reward, advantage, exponential, signed"),
+        ({"ratio": "row"}, "ratio: 'row', wanted none, sequence, token, mean, tapered, probability"),
+        ({"baseline": "mean"}, "baseline: 'mean', wanted value, prompt, group, rows"),
+        ({"shift": NAN}, "shift: nan, wanted a finite number"),
+        ({"temperature": 0.0}, "temperature: 0.0, wanted a number > 0"),
+        ({"weight_limit": NAN}, "weight_limit: nan, wanted a number > 0"),
+        ({"ratio": "tapered"}, "ratio: tapered with weight advantage, wanted weight signed"),
         ({"kl_form": "k1"}, "kl_form: 'k1', wanted none, released, k3"),
     ],
 )
