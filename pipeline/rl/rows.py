@@ -163,7 +163,7 @@ def population(
 
 
 def teaching(weights: torch.Tensor, baseline: str) -> torch.Tensor:
-    """(kept,) the rows whose weight is not 0; how many others there are is said. Raises UserError where there is none."""
+    """(kept,) the rows whose weight is not 0; how many others there are is said. Raises UserError where all are 0."""
     kept = weights.nonzero().flatten()
     grouped = baseline in ("prompt", "group")
     why = "the only row of its prompt, or of one whose rewards are all alike" if grouped else "what was expected"

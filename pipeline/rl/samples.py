@@ -41,9 +41,8 @@ def compared(rows: Sequence[Example], which: str) -> Rows:
         problem = f"data, but each of {len(rows):,} {which} rows is the only one of its prompt"
         raise UserError(f"reference_samples.targets: {problem}: wanted two or more, or targets=policy and a reward=")
     if left := int((~kept).sum()):
-        logger.info(
-            f"reference_samples: {left:,} of {len(rows):,} {which} rows left out: the only ones of their prompts"
-        )
+        found = f"{left:,} of {len(rows):,} {which} rows are left out"
+        logger.info(f"reference_samples: {found}, each the only one of its prompt")
     return rows.take(kept, "compared")
 
 
@@ -55,7 +54,7 @@ def with_samples(
     numbers_of: NumbersOf,
 ) -> list[Sequence[Item]]:
     """The items of each part with the numbers that `numbers_of` makes of their rewards, and of those of the reference's
-    responses to their prompt, or of the prompt's own rows in that part. `data.prompts` are replaced by those of the parts.
+    responses to their prompt, or of the prompt's own rows in that part. Of `data` what judges is read.
     """
     if source == "data":
         return [with_numbers(items, None, numbers_of) for items in parts]
