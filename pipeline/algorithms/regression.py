@@ -97,7 +97,7 @@ def quantile(rewards: Tensor, samples: Tensor) -> Tensor:
 
 
 def optimal_value(samples: Tensor, beta: float) -> Tensor:
-    """() beta ln mean exp(samples / beta) of samples (n,): from their mean, as beta grows, to the largest, as it falls."""
+    """() beta ln mean exp(samples / beta) of samples (n,): their mean for large beta, the largest for small."""
     return beta * ((samples / beta).logsumexp(0) - math.log(len(samples)))
 
 

@@ -13,7 +13,7 @@ import torch
 
 from pipeline.algorithms import estimates
 from pipeline.data import convert, dataset, encoded
-from pipeline.data.batching import Windows
+from pipeline.data.batching import Draw, Packing, Windows
 from pipeline.data.dataset import UniquePrompts
 from pipeline.files import fingerprint
 from pipeline.records import Example, Item, Needs, text_of
@@ -53,10 +53,8 @@ def trainer(context: Context) -> Trainer:
         held_out = with_ref_logps(reference, held_out)  # what was gained is told by ratios to it
 
     # which rows, for how long
-    by, weights = needs.weighed_by or "one", None
-    if needs.weighed_by is not None:
-        weights = context.module.row_weights(torch.from_numpy(encoded.column(items, by)), context.algorithm)
-    draw, facts["advantage/kept_fraction"] = rows.population(items, policy.packing, by, settings, weights)
+    draw, shares = drawn(context, items, policy.packing)
+    facts |= shares
     logger.info(spoken(facts))
     kept = facts["advantage/kept_fraction"] if settings.scale_steps else 1.0
     watched = WatchedRows(held_out, prompts[: settings.eval.max_rows], items, facts)
@@ -72,6 +70,18 @@ def trainer(context: Context) -> Trainer:
         prepare=partial(check_start, context, policy, items, draw(0)),
         kept_fraction=kept,
     )
+
+
+def drawn(context: Context, items: Sequence[Item], packing: Packing) -> tuple[Draw, dict[str, float]]:
+    """How rows are drawn; which share of them can be, and, where it is not those above 0, which share is above 0."""
+    settings, needs, by = context.settings, context.module.needs(context.algorithm), None
+    if needs.weighed_by is not None:
+        by = context.module.row_weights(torch.from_numpy(encoded.column(items, needs.weighed_by)), context.algorithm)
+    draw, kept = rows.population(items, packing, needs.weighed_by or "one", settings, by)
+    shares = {"advantage/kept_fraction": kept}
+    if "advantage" in items[0].numbers and settings.algorithm.settings.get("weight") != "advantage":
+        shares["advantage/raised_fraction"] = float((encoded.column(items, "advantage") > 0).mean())
+    return draw, shares
 
 
 def with_numbers(
