@@ -1,6 +1,6 @@
 """Learning from fixed responses by regression: the log-ratio of a response is to be what its reward says it should be.
 
-    loss = sum over sequences of  scale * (target - beta * lr)^2,   lr = ln pi - ln pi_ref of the response, with gradient
+    loss = sum over sequences of  scale * (target - beta * lr)^2,  lr = ln pi - ln pi_ref of the response, with gradient
 
 | method    | target            | scale |
 |-----------|-------------------|-------|
