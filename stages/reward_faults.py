@@ -52,6 +52,8 @@ def of_rewards(settings: WithModel, ahead: Ahead) -> Iterator[str]:
             yield from told(partial(refuse_standardise, settings.rewards.normalise))
     if not names and not known and isinstance(settings, RlMasked | RlPolicy):
         yield str(no_judge_of_new_texts(settings.algo, settings.run))
+    if not names and not known and isinstance(settings, RlSamples) and settings.reference_samples.targets == "policy":
+        yield str(no_targets_of_policy("reference_samples"))
     yield from told(partial(_named.check_reads, settings.rewards.reads, [*names, *watched.values()], known))
     for name in [*names, *watched.values()]:
         if is_judge(name):
