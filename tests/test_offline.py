@@ -34,7 +34,7 @@ NLL = Settings(
     kl_form="none",
     baseline="value",
     shift=0.0,
-    temperature=1.0,
+    weight_temperature=1.0,
     weight_limit=20.0,
 )
 WBC = dataclasses.replace(NLL, weight="reward")
@@ -155,7 +155,7 @@ def loop_loss(settings, batch, logp):
             "one": 1.0,
             "reward": float(batch.numbers["reward"][b]),
             "advantage": max(gain, 0.0),
-            "exponential": min(math.exp(gain / settings.temperature), settings.weight_limit),
+            "exponential": min(math.exp(gain / settings.weight_temperature), settings.weight_limit),
             "signed": gain + settings.shift,
         }[settings.weight]
         bounds = (0.0, math.inf) if settings.clip is None else (1 - settings.clip, 1 + settings.clip)
@@ -546,7 +546,7 @@ def test_needs():
         ({"ratio": "row"}, "ratio: 'row', wanted none, sequence, token, mean, tapered, probability"),
         ({"baseline": "mean"}, "baseline: 'mean', wanted value, prompt, group, rows"),
         ({"shift": NAN}, "shift: nan, wanted a finite number"),
-        ({"temperature": 0.0}, "temperature: 0.0, wanted a number > 0"),
+        ({"weight_temperature": 0.0}, "weight_temperature: 0.0, wanted a number > 0"),
         ({"weight_limit": NAN}, "weight_limit: nan, wanted a number > 0"),
         ({"ratio": "tapered"}, "ratio: tapered with weight advantage, wanted weight signed"),
         ({"kl_form": "k1"}, "kl_form: 'k1', wanted none, released, k3"),
@@ -579,7 +579,10 @@ def test_wrong_shapes_name_the_tensor():
 BY_HAND = {
     "awr": (AWR, [1.349859 * 3.5, 1.221403 * 3.2, 0.740818 * 0.8]),  # e^A
     "awr_limited": (dataclasses.replace(AWR, weight_limit=1.25), [1.25 * 3.5, 1.221403 * 3.2, 0.740818 * 0.8]),
-    "awr_sharper": (dataclasses.replace(AWR, temperature=0.1), [20 * 3.5, 7.389056 * 3.2, 0.049787 * 0.8]),  # e^3 > 20
+    "awr_sharper": (
+        dataclasses.replace(AWR, weight_temperature=0.1),
+        [20 * 3.5, 7.389056 * 3.2, 0.049787 * 0.8],
+    ),  # e^3 > 20
     "asymre": (ASYMRE, [0.4 * 3.5, 0.3 * 3.2, -0.2 * 0.8]),
     "topr": (TOPR, [0.3 * 3.5, 0.2 * 3.2, -0.3 * 0.8]),  # rho = 14.9 of the last -> 1
     "iw_sft": (IW_SFT, [0.765928 * 3.5, 0.406570 * 3.2, 2.459603 * 0.8]),  # e^(-.8/3), e^(-1.8/2), e^(2.7/3)
@@ -615,11 +618,11 @@ def test_reductions_to_known_methods():
     by_gain = make_batch(reward=[0.3, 0.2, 0.2])
     kept = make_batch([MASK[0], MASK[2]], [REF[0], REF[2]], [1.0, 1.0], [0.0, 0.0])
     pairs = [
-        ((dataclasses.replace(AWR, temperature=1e12), make_batch()), (NLL, make_batch())),
+        ((dataclasses.replace(AWR, weight_temperature=1e12), make_batch()), (NLL, make_batch())),
         ((DFT, ones), (dataclasses.replace(R_GOLD, probability_floor=0.0), ones)),
         ((TOPR, positive), (WBC, by_gain)),
         ((dataclasses.replace(ASYMRE, shift=0.0), positive), (REF_FREE, positive)),
-        ((dataclasses.replace(AWR, weight_limit=1e-9, temperature=1e9), make_batch()), None),
+        ((dataclasses.replace(AWR, weight_limit=1e-9, weight_temperature=1e9), make_batch()), None),
     ]
     for (settings, batch), other in pairs:
         found = value_and_gradient(settings, batch)

@@ -15,14 +15,14 @@
 | a_lol_ref_free | advantage   | value    | none        |                                 |
 | a_lol_seq      | advantage   | value    | token       | clip 0.9                        |
 | a_lol_kl       | advantage   | value    | none        | kl_form released, kl_beta 0.2   |
-| awr            | exponential | value    | none        | temperature 1, weight_limit 20  |
+| awr            | exponential | value    | none        | weight_temperature 1            |
 | asymre         | signed      | value    | none        | shift 0.1                       |
 | topr           | signed      | rows     | tapered     |                                 |
 | grpo_offline   | signed      | group    | sequence    | clip 0.2, kl_form k3            |
 
 Row weight: 1; the reward R; or of the advantage A = R - baseline:
 - advantage: its positive part;
-- exponential: min(exp(Z / temperature), weight_limit), with Z = A in standard deviations of the rows learned from;
+- exponential: min(exp(Z / weight_temperature), weight_limit), Z = A in standard deviations of the rows learned from;
 - signed: A + shift, which may be negative: such a row is pushed DOWN, see below.
 Baseline, computed once before the first step: V(prompt); the mean reward of the prompt's rows; `group`: the same, and A
 is divided by their (population) standard deviation; or the mean reward of all rows learned from.
@@ -110,7 +110,7 @@ class Settings:
     kl_form: Literal["none", "released", "k3"]
     baseline: Literal["value", "prompt", "group", "rows"]  # what the advantage is over
     shift: float  # added to the advantage of weight `signed`
-    temperature: float  # of weight `exponential`, in standard deviations of the advantage
+    weight_temperature: float  # of weight `exponential`, in standard deviations of the advantage
     weight_limit: float  # upper bound of weight `exponential`
 
     def __post_init__(self) -> None:
@@ -132,7 +132,7 @@ class Settings:
             raise ValueError(f"kl_beta: {self.kl_beta}, wanted 0 where kl_form is none, or kl_form released or k3")
         if not math.isfinite(self.shift):
             raise ValueError(f"shift: {self.shift}, wanted a finite number")
-        for name in ("temperature", "weight_limit"):
+        for name in ("weight_temperature", "weight_limit"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: {getattr(self, name)}, wanted a number > 0")
         if self.ratio == "tapered" and self.weight != "signed":
@@ -252,7 +252,7 @@ ROW_WEIGHTS = {
     "reward": lambda known, settings: known,
     "advantage": lambda known, settings: known.clamp(min=0.0),
     "exponential": lambda known, settings: (
-        (known / settings.temperature).clamp(max=math.log(settings.weight_limit)).exp()
+        (known / settings.weight_temperature).clamp(max=math.log(settings.weight_limit)).exp()
     ),
     "signed": lambda known, settings: known + settings.shift,
 }  # (n,) -> (n,)
