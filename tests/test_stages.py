@@ -142,7 +142,7 @@ def test_every_algorithm_trains(runs: Path, algo: str) -> None:
     ],
 )
 def test_rows_are_lowered_or_fitted_to_samples(runs: Path, algo: str, word: str, tag: str) -> None:
-    """Of negative weights, and of rewards of the start model's own responses, which a second run finds in the cache."""
+    """Of negative weights, and of rewards of the start model's own responses."""
     words = [f"algo={algo}", "reward=length", word, "max_steps=2", "learning_rate=1e-3", "data.task_size=24"]
     train("rl", runs.parent, f"name={algo}", *words, "generation.max_new_tokens=4")
     first, *_, last = rows(runs / "rl" / algo / "metrics.jsonl")

@@ -11,7 +11,7 @@ import torch
 
 from pipeline.config.schema import RlStage
 from pipeline.config.sections import BestRows
-from pipeline.data import convert, dataset, encoded, sampling
+from pipeline.data import convert, encoded, sampling
 from pipeline.data.batching import Draw, Packing, lengths
 from pipeline.data.rows import Rows
 from pipeline.data.stored import CHOSEN, REJECTED
@@ -99,14 +99,12 @@ def best_rows(rows: Rows, best: BestRows) -> Rows:
     if not kept.any():
         problem = f"none of {len(rows):,} rows has a reward of {best.at_least:.4g} (the highest: {rewards.max():.4g})"
         raise UserError(f"best.at_least: {problem}, wanted a limit that some reach")
-    prompts = dataset.unique_prompts(rows)
+    _, groups, counts = np.unique(rows.column("prompt"), return_inverse=True, return_counts=True)
     if best.of_prompt is not None:
-        among = np.zeros(len(rows), bool)
-        for i in range(len(prompts)):
-            group = prompts.group(i)
-            among[group[np.argsort(-rewards[group], kind="stable")[: best.of_prompt]]] = True
-        kept &= among
-    logger.info(f"rows=best: {int(kept.sum()):,} of {len(rows):,} rows, of {len(prompts):,} prompts ({best.spoken()})")
+        order = np.lexsort((-rewards, groups))  # prompt by prompt, the best first
+        places = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+        kept[order[places >= best.of_prompt]] = False
+    logger.info(f"rows=best: {int(kept.sum()):,} of {len(rows):,} rows, of {len(counts):,} prompts ({best.spoken()})")
     if kept.all():
         logger.warning("rows=best leaves no row out: it is rows=all (best.at_least=R sets a limit to the reward)")
     return rows.take(kept, f"best {best.of_prompt} {best.at_least}")

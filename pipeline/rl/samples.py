@@ -32,11 +32,9 @@ def compared(rows: Sequence[Example], which: str) -> Rows:
 
     Raises UserError where there is none.
     """
-    rows, prompts = Rows.of(rows), dataset.unique_prompts(rows)
-    kept = np.zeros(len(rows), bool)
-    for i in range(len(prompts)):
-        group = prompts.group(i)
-        kept[group] = len(group) > 1
+    rows = Rows.of(rows)
+    _, groups, counts = np.unique(rows.column("prompt"), return_inverse=True, return_counts=True)
+    kept = counts[groups] > 1
     if not kept.any():
         problem = f"data, but each of {len(rows):,} {which} rows is the only one of its prompt"
         raise UserError(f"reference_samples.targets: {problem}: wanted two or more, or targets=policy and a reward=")
