@@ -195,6 +195,10 @@ class Needs(NamedTuple):
     values: bool = False
     ref_logp: bool = False
     output: str = "logp"  # what the policy has to compute: see Policy.forward
+    # what the number `advantage` is the reward over: value | prompt | group | rows; "": nobody asks
+    baseline: str = ""
+    samples: bool = False  # rewards of several responses of the reference to each prompt
+    weighed_by: str | None = None  # the number of an item that decides how often it is drawn; None: all alike
 
 
 class Stat(NamedTuple):

@@ -23,6 +23,7 @@ from pipeline.config.schema import (
     RlMasked,
     RlOffline,
     RlPolicy,
+    RlSamples,
     ScoreStage,
     SftStage,
     WithModel,
@@ -49,8 +50,8 @@ def of_rewards(settings: WithModel, ahead: Ahead) -> Iterator[str]:
         yield from told(lambda: check_normalise(settings.rewards.normalise, [*used, *watched]))
         if not scores_logged(settings):
             yield from told(partial(refuse_standardise, settings.rewards.normalise))
-    if not names and not known and isinstance(settings, RlMasked | RlPolicy):
-        yield str(no_judge_of_new_texts(settings.algo, settings.run))
+    if not names and not known:
+        yield from of_no_judge(settings)
     yield from told(partial(_named.check_reads, settings.rewards.reads, [*names, *watched.values()], known))
     for name in [*names, *watched.values()]:
         if is_judge(name):
@@ -63,6 +64,18 @@ def of_rewards(settings: WithModel, ahead: Ahead) -> Iterator[str]:
             yield from found
         elif isinstance(settings, RlAdvantage) and settings.value.targets == "policy":
             yield str(no_targets_of_policy())
+        elif isinstance(settings, RlSamples) and settings.reference_samples.targets == "policy":
+            yield str(no_targets_of_policy("reference_samples"))
+
+
+def of_no_judge(settings: WithModel) -> Iterator[str]:
+    """What a stage without any reward cannot do."""
+    if isinstance(settings, RlMasked | RlPolicy):
+        yield str(no_judge_of_new_texts(settings.algo, settings.run))
+    if isinstance(settings, RlAdvantage) and settings.value.targets == "policy":
+        yield str(no_targets_of_policy())
+    if isinstance(settings, RlSamples) and settings.reference_samples.targets == "policy":
+        yield str(no_targets_of_policy("reference_samples"))
 
 
 def scores_logged(settings: WithModel) -> bool:

@@ -113,5 +113,5 @@ def suits(examples: Sequence[Example], settings: WithModel, ahead: Ahead) -> Non
 
 def needs_rewards(settings: RlOffline) -> bool:
     """Whether rows must bring rewards, unless a model of the run judges them."""
-    weighed = settings.algorithm.settings["weight"] != "one" or settings.rows != "all" or settings.shuffle_rewards
-    return weighed and settings.reward is None
+    read = settings.algorithm.settings.get("weight") != "one"  # those without weigh all alike by what they aim at
+    return (read or settings.rows != "all" or settings.shuffle_rewards) and settings.reward is None

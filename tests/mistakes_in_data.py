@@ -179,7 +179,7 @@ DATA = [
         "a control that online RL has not",
         "rl",
         f"{FROM} algo=reinforce reward=length shuffle_rewards=true",
-        ("command line", "shuffle_rewards: algo=reinforce has no such", "belongs to algo=.*alol, dpo, nll"),
+        ("command line", "shuffle_rewards: algo=reinforce has no such", "belongs to algo=.*alol,.* dpo,.* nll"),
         rows(lines(answers())),
     ),
     Mistake(

@@ -35,6 +35,17 @@ from tests import masked, tiny
 
 ALGO = Path(__file__).parents[1] / "stages" / "algo"
 APART = ("semi_offline", "dpo", "reinforce", "mrt", "esrl", "esrl_drop")  # the last two sample otherwise, and no more
+APART += (
+    "rft",
+    "iw_sft",
+    "dft",
+    "awr",
+    "asymre",
+    "topr",
+    "grpo_offline",
+    "qrpo",
+    "a_star_po",
+)  # cut as those they are like
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 BUDGET = Packing(None, 40, False, tiny.PAD_ID)  # micro-batches of 2 to 4 rows, 1 to 4 pairs
 DRAWN = ((0, 1, 2, 3, 4), (8, 1, 8), (4,))  # rows of each step; on two ranks the last one leaves a filler

@@ -28,6 +28,7 @@ THRESHOLDS = {
     "repetition": [(0.2, FINE), (0.21, LOOK), (0.5, LOOK), (0.51, TROUBLE)],
     "cut": [(0.2, FINE), (0.21, LOOK), (0.5, LOOK), (0.51, TROUBLE)],
     "kl": [(0.019, LOOK), (0.02, FINE), (10.0, FINE), (10.1, LOOK)],
+    "lowered": [(1.0, FINE), (1.5, FINE), (1.51, LOOK), (3.0, LOOK), (3.1, TROUBLE)],
     "kept": [(0.19, LOOK), (0.2, FINE), (0.8, FINE), (0.81, LOOK)],
     "value_r2": [(-0.01, TROUBLE), (0.0, LOOK), (0.13, LOOK), (0.2, FINE)],
     "clip": [(0.5, FINE), (0.51, LOOK), (0.95, LOOK)],
@@ -159,6 +160,11 @@ def test_curves_of_rl():
     expected = {"non_finite": 0.1, "grad_spike": 6.0, "length": 4.0, "kept": 0.5, "value_r2": 0.13}
     assert values == pytest.approx({**expected, "clip": 0.75, "ess": 0.5})
     assert found["clip"].text == "75% (25% at the lower bound, 50% at the upper bound)"
+    # of a method that learns from all rows the kept share says nothing; 120 nats are twice 60
+    rows[0] |= {"advantage/raised_fraction": 0.5}
+    rows[-1] |= {"eval/logps/lowered": -120.0, "eval/logps/ref_lowered": -60.0}
+    found = of_stage("rl", series_of(rows), {}, {})
+    assert "kept" not in found and found["lowered"].value == 2.0
     assert judge("value_r2", found["value_r2"]).means.startswith("it hardly foresees which prompts")
 
 

@@ -9,11 +9,12 @@ import torch
 
 from pipeline.algorithms import offline
 from pipeline.algorithms.functional import merge, reduce
+from pipeline.config.sections import BestRows
 from pipeline.data.batching import Packing
 from pipeline.errors import UserError
-from pipeline.records import Batch, Needs
+from pipeline.records import Batch, Example, Needs
 from pipeline.rewards.rewards import Rewards, WeightedReward
-from pipeline.rl import rows
+from pipeline.rl import baselines, rows
 from pipeline.rl.context import Context
 from pipeline.rl.offline import best_metric, spoken
 from pipeline.trainer import loop
@@ -24,7 +25,18 @@ Settings = offline.Settings
 NAN = math.nan
 F64 = torch.float64
 
-NLL = Settings(weight="one", ratio="none", clip=None, probability_floor=0.0, kl_beta=0.0, kl_form="none")
+NLL = Settings(
+    weight="one",
+    ratio="none",
+    clip=None,
+    probability_floor=0.0,
+    kl_beta=0.0,
+    kl_form="none",
+    baseline="value",
+    shift=0.0,
+    weight_temperature=1.0,
+    weight_limit=20.0,
+)
 WBC = dataclasses.replace(NLL, weight="reward")
 R_GOLD = dataclasses.replace(WBC, ratio="probability", probability_floor=0.1)
 R_LOL = dataclasses.replace(WBC, ratio="sequence", clip=0.9)
@@ -33,6 +45,12 @@ REF_FREE = dataclasses.replace(A_LOL, ratio="none")
 SEQ = dataclasses.replace(A_LOL, ratio="token")
 KL = dataclasses.replace(REF_FREE, kl_beta=0.2, kl_form="released")
 K3 = dataclasses.replace(KL, kl_form="k3")
+DFT = dataclasses.replace(NLL, ratio="probability")
+IW_SFT = dataclasses.replace(NLL, ratio="mean")
+AWR = dataclasses.replace(NLL, weight="exponential")
+ASYMRE = dataclasses.replace(NLL, weight="signed", shift=0.1)
+TOPR = dataclasses.replace(NLL, weight="signed", baseline="rows", ratio="tapered")
+GROUPED = dataclasses.replace(TOPR, baseline="group", ratio="sequence", clip=0.2, kl_beta=0.04, kl_form="k3")
 ALL = {
     "nll": NLL,
     "wbc": WBC,
@@ -43,6 +61,12 @@ ALL = {
     "a_lol_seq": SEQ,
     "a_lol_kl": KL,
     "k3": K3,
+    "dft": DFT,
+    "iw_sft": IW_SFT,
+    "awr": AWR,
+    "asymre": ASYMRE,
+    "topr": TOPR,
+    "grpo_offline": GROUPED,
 }
 
 LOGP = [[-1.0, -0.5, -2.0], [-0.2, -3.0, -9.9], [-0.1, -0.4, -0.3]]
@@ -61,7 +85,7 @@ def make_batch(mask=MASK, ref=REF, reward=REWARD, value=VALUE, items=None):
         prompt_lengths=torch.ones(len(mask), dtype=torch.long),
         response_ids=torch.zeros_like(mask, dtype=torch.long),
         response_mask=mask,
-        numbers={"reward": reward, "value": value, "advantage": reward - value},
+        numbers={"reward": reward, "value": value, "advantage": reward - value, "standard_advantage": reward - value},
         ref_logp=None if ref is None else torch.tensor(ref, dtype=F64),
     )
 
@@ -126,10 +150,13 @@ def loop_loss(settings, batch, logp):
     for b, row in enumerate(logp):
         tokens = [t for t in range(len(row)) if batch.response_mask[b, t]]
         ref = batch.ref_logp[b].tolist()
+        gain = float(batch.numbers["advantage"][b])
         row_weight = {
             "one": 1.0,
             "reward": float(batch.numbers["reward"][b]),
-            "advantage": max(float(batch.numbers["advantage"][b]), 0.0),
+            "advantage": max(gain, 0.0),
+            "exponential": min(math.exp(gain / settings.weight_temperature), settings.weight_limit),
+            "signed": gain + settings.shift,
         }[settings.weight]
         bounds = (0.0, math.inf) if settings.clip is None else (1 - settings.clip, 1 + settings.clip)
         of_sequence = math.exp(sum(row[t] - ref[t] for t in tokens))
@@ -139,6 +166,8 @@ def loop_loss(settings, batch, logp):
                 "none": 1.0,
                 "sequence": min(max(of_sequence, bounds[0]), bounds[1]),
                 "token": min(max(of_token, bounds[0]), bounds[1]),
+                "mean": min(max(of_sequence ** (1 / len(tokens)), bounds[0]), bounds[1]),
+                "tapered": min(of_sequence, 1.0) if row_weight < 0 else 1.0,
                 "probability": max(math.exp(row[t]), settings.probability_floor),
             }[settings.ratio]
             kl = {"none": 0.0, "released": row[t] - ref[t], "k3": of_token - 1 - (row[t] - ref[t])}
@@ -491,11 +520,16 @@ def test_statistics_follow_the_settings():
 
 def test_needs():
     assert offline.needs(NLL) == Needs()
-    assert offline.needs(WBC) == offline.needs(R_GOLD) == Needs(rewards=True)
-    assert offline.needs(R_LOL) == Needs(rewards=True, ref_logp=True)
-    assert offline.needs(REF_FREE) == Needs(rewards=True, values=True)
-    assert offline.needs(A_LOL) == offline.needs(SEQ) == Needs(rewards=True, values=True, ref_logp=True)
-    assert offline.needs(KL) == offline.needs(K3) == Needs(rewards=True, values=True, ref_logp=True)
+    rewarded = Needs(rewards=True, weighed_by="reward")
+    assert offline.needs(WBC) == offline.needs(R_GOLD) == rewarded
+    assert offline.needs(R_LOL) == rewarded._replace(ref_logp=True)
+    valued = Needs(rewards=True, values=True, baseline="value", weighed_by="advantage")
+    assert offline.needs(REF_FREE) == offline.needs(ASYMRE) == valued
+    assert offline.needs(AWR) == valued._replace(weighed_by="standard_advantage")
+    for settings in (A_LOL, SEQ, KL, K3):
+        assert offline.needs(settings) == valued._replace(ref_logp=True)
+    assert offline.needs(TOPR) == valued._replace(values=False, ref_logp=True, baseline="rows")
+    assert offline.needs(IW_SFT) == Needs(ref_logp=True)
 
 
 @pytest.mark.parametrize(
@@ -508,8 +542,13 @@ def test_needs():
         ({"probability_floor": 1.1}, r"probability_floor: 1.1, wanted a number in \[0, 1\]"),
         ({"kl_beta": -1.0}, "kl_beta: -1.0, wanted a number >= 0"),
         ({"kl_beta": 0.2}, "kl_beta: 0.2, wanted 0 where kl_form is none"),
-        ({"weight": "advantages"}, "weight: 'advantages', wanted one, reward, advantage"),
-        ({"ratio": "row"}, "ratio: 'row', wanted none, sequence, token, probability"),
+        ({"weight": "advantages"}, "weight: 'advantages', wanted one, reward, advantage, exponential, signed"),
+        ({"ratio": "row"}, "ratio: 'row', wanted none, sequence, token, mean, tapered, probability"),
+        ({"baseline": "mean"}, "baseline: 'mean', wanted value, prompt, group, rows"),
+        ({"shift": NAN}, "shift: nan, wanted a finite number"),
+        ({"weight_temperature": 0.0}, "weight_temperature: 0.0, wanted a number > 0"),
+        ({"weight_limit": NAN}, "weight_limit: nan, wanted a number > 0"),
+        ({"ratio": "tapered"}, "ratio: tapered with weight advantage, wanted weight signed"),
         ({"kl_form": "k1"}, "kl_form: 'k1', wanted none, released, k3"),
     ],
 )
@@ -534,3 +573,164 @@ def test_wrong_shapes_name_the_tensor():
         offline.loss(make_logp(), dataclasses.replace(batch, numbers={"advantage": torch.zeros(2)}), A_LOL)
     with pytest.raises(AssertionError, match=r"logp: shape is \(1, 3\), but response_mask has \(3, 3\)"):
         offline.loss(make_logp(LOGP[:1]), batch, NLL)
+
+
+# rows that are chosen, raised and lowered: N = 3.5, 3.2, .8, A = .3, .2, -.3, ln rho = -.8, -1.8, 2.7
+BY_HAND = {
+    "awr": (AWR, [1.349859 * 3.5, 1.221403 * 3.2, 0.740818 * 0.8]),  # e^A
+    "awr_limited": (dataclasses.replace(AWR, weight_limit=1.25), [1.25 * 3.5, 1.221403 * 3.2, 0.740818 * 0.8]),
+    "awr_sharper": (
+        dataclasses.replace(AWR, weight_temperature=0.1),
+        [20 * 3.5, 7.389056 * 3.2, 0.049787 * 0.8],
+    ),  # e^3 > 20
+    "asymre": (ASYMRE, [0.4 * 3.5, 0.3 * 3.2, -0.2 * 0.8]),
+    "topr": (TOPR, [0.3 * 3.5, 0.2 * 3.2, -0.3 * 0.8]),  # rho = 14.9 of the last -> 1
+    "iw_sft": (IW_SFT, [0.765928 * 3.5, 0.406570 * 3.2, 2.459603 * 0.8]),  # e^(-.8/3), e^(-1.8/2), e^(2.7/3)
+    # p * nll of each token: .367879 + .303265 + .270671; .163746 + .149361; .090484 + .268128 + .222245
+    "dft": (DFT, [0.941815, 0.313107, 0.580857]),
+    # .8 and 1.2 bound rho; k3 as in the golden statistics: .389282, 1.156738, 7.029416 - 3
+    "grpo_offline": (
+        GROUPED,
+        [
+            0.3 * 0.8 * 3.5 + 0.04 * 0.389282,
+            0.2 * 0.8 * 3.2 + 0.04 * 1.156738,
+            -0.3 * 1.2 * 0.8 + 0.04 * 4.029416,
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_more_weights_by_hand(name):
+    settings, wanted = BY_HAND[name]
+    for row in range(3):
+        cut = slice(row, row + 1)
+        batch = make_batch(MASK[cut], REF[cut], REWARD[cut], VALUE[cut])
+        found, gradient = value_and_gradient(settings, batch, LOGP[cut])
+        close(found, wanted[row], atol=3e-6)
+        if name in ("awr", "asymre", "topr", "iw_sft"):  # a weight for all tokens
+            close(gradient.sum() / sum(MASK[row]), -wanted[row] / [3.5, 3.2, 0.8][row], atol=3e-6)
+
+
+def test_reductions_to_known_methods():
+    ones, zero_or_one = make_batch(reward=[1.0, 1.0, 1.0]), make_batch(reward=[1.0, 0.0, 1.0])
+    positive = make_batch(reward=[0.8, 0.3, 0.3], value=[0.5, 0.1, 0.1])  # A = .3, .2, .2
+    by_gain = make_batch(reward=[0.3, 0.2, 0.2])
+    kept = make_batch([MASK[0], MASK[2]], [REF[0], REF[2]], [1.0, 1.0], [0.0, 0.0])
+    pairs = [
+        ((dataclasses.replace(AWR, weight_temperature=1e12), make_batch()), (NLL, make_batch())),
+        ((DFT, ones), (dataclasses.replace(R_GOLD, probability_floor=0.0), ones)),
+        ((TOPR, positive), (WBC, by_gain)),
+        ((dataclasses.replace(ASYMRE, shift=0.0), positive), (REF_FREE, positive)),
+        ((dataclasses.replace(AWR, weight_limit=1e-9, weight_temperature=1e9), make_batch()), None),
+    ]
+    for (settings, batch), other in pairs:
+        found = value_and_gradient(settings, batch)
+        wanted = (0.0, torch.zeros_like(found[1])) if other is None else value_and_gradient(*other)
+        close(found[0], wanted[0], atol=1e-8)
+        close(found[1], wanted[1], atol=1e-8)
+    # iw-SFT with the ratio of the bound: R-LOL on rewards of 0 and 1, of which the rows of 0 were left out
+    whole = dataclasses.replace(IW_SFT, ratio="sequence", clip=0.9)
+    left = value_and_gradient(whole, kept, [LOGP[0], LOGP[2]])
+    right = value_and_gradient(R_LOL, zero_or_one)
+    same(left[0], right[0])
+    same(left[1], right[1][[0, 2]])
+
+
+@pytest.mark.parametrize(
+    ("settings", "push"),
+    [
+        (TOPR, 0.3 * math.exp(-50)),  # fades with the response
+        (GROUPED, 0.3 * 0.8 - 0.04),  # the clip keeps .8 of it, of which k3 takes .04
+        (dataclasses.replace(GROUPED, kl_beta=0.24), 0.0),  # kl_beta = |weight| * factor holds the row
+        (ASYMRE, 0.2),
+    ],
+)
+def test_what_bounds_a_row_that_is_lowered(settings, push):
+    """d loss / d ln pi of a response of one token, A = -.3, that is e^50 times less likely than it was."""
+    _, gradient = value_and_gradient(settings, make_batch([[1]], [[-1.0]], [0.0], [0.3]), [[-51.0]])
+    close(gradient, [[push]], atol=1e-12)
+
+
+@pytest.mark.parametrize("settings", [ASYMRE, TOPR, GROUPED])
+def test_the_worse_row_goes_down_and_the_better_one_up(settings):
+    batch = make_batch(ref=LOGP, reward=[0.8, 0.3, 0.3], value=[0.5, 0.1, 0.8])
+    _, gradient = value_and_gradient(settings, batch)
+    assert (gradient[0] < 0).all() and (gradient[2] > 0).all()
+    lowered = offline.loss(make_logp(), batch, settings)[1]["logps/lowered"]
+    assert reduce(lowered) == pytest.approx(-0.8)  # the last row's alone
+
+
+# what the advantage is over
+
+
+def grouped(*rewards, prompts):
+    made = tiny.items(len(rewards), reward=lambda i: rewards[i])
+    return [
+        dataclasses.replace(item, rows=(dataclasses.replace(item.rows[0], prompt_ids=(prompt,)),))
+        for item, prompt in zip(made, prompts, strict=True)
+    ]
+
+
+def test_advantages_over_means():
+    learned = grouped(1.0, 3.0, 0.5, 2.0, 2.0, 2.0, 5.0, prompts=[7, 7, 8, 9, 9, 9, 7])  # mean 15.5 / 7
+    held_out = grouped(1.0, 2.0, prompts=[7, 7])
+
+    def advantages(baseline):
+        parts = baselines.with_advantages((learned, held_out), baseline)
+        return [[item.numbers["advantage"] for item in part] for part in parts]
+
+    assert advantages("rows")[1] == pytest.approx([1 - 15.5 / 7, 2 - 15.5 / 7])  # that of the rows learned from
+    assert advantages("prompt") == [[-2.0, 0.0, 0.0, 0.0, 0.0, 0.0, 2.0], [-0.5, 0.5]]
+    scaled = 2 / math.sqrt(8 / 3)  # of 1, 3, 5
+    assert advantages("group")[0] == pytest.approx([-scaled, 0, 0, 0, 0, 0, scaled])
+    assert advantages("group")[1] == pytest.approx([-1.0, 1.0])
+
+
+def test_advantages_in_standard_deviations():
+    parts = [tiny.items(2, advantage=lambda i: 4.0 * i), tiny.items(1, advantage=lambda i: 6.0)]  # 2 +- 2
+    found = baselines.with_standard_advantages(parts)
+    assert [item.numbers["standard_advantage"] for part in found for item in part] == [-1.0, 1.0, 2.0]
+    alike = baselines.with_standard_advantages([tiny.items(2, advantage=lambda i: 0.1)])
+    assert [item.numbers["standard_advantage"] for item in alike[0]] == [0.0, 0.0]  # all weigh 1
+
+
+def drawn_rows(algo, *words, **numbers):
+    settings = tiny.settings("rl", f"algo={algo}", *words)
+    items = tiny.items(6, **numbers)
+    weights = torch.tensor([item.numbers["advantage"] for item in items])
+    draw, kept = rows.population(items, Packing(None, 99, False, 0), "advantage", settings, weights)
+    return {i for step in range(8) for i in draw(step)}, kept
+
+
+def test_rows_of_negative_weight_are_drawn(caplog):
+    numbers = {"advantage": lambda i: [0.5, 0.0, -0.5, 0.0, 1.0, -1.0][i]}
+    assert drawn_rows("grpo_offline", **numbers) == ({0, 2, 4, 5}, 4 / 6)
+    assert "2 of 6 rows teach nothing and are left out: each is the only row of its prompt" in caplog.text
+    assert drawn_rows("topr", "sampling=positive", **numbers) == ({0, 4}, 2 / 6)
+    with pytest.raises(UserError, match=r"none of 6 rows has a weight: each is the only row.*baseline=value"):
+        drawn_rows("grpo_offline", advantage=lambda i: 0.0)
+    with pytest.raises(UserError, match=r"sampling is priority, but weights of algo=topr may be negative"):
+        tiny.settings("rl", "algo=topr", "sampling=priority")
+
+
+def test_the_best_rows_of_each_prompt(caplog):
+    made = [
+        Example(f"r{i}", prompt, completion=str(i), reward=reward)
+        for i, (prompt, reward) in enumerate([("p", 1.0), ("q", 3.0), ("p", 2.0), ("p", 2.0), ("q", 0.0), ("s", -1.0)])
+    ]
+
+    def best(of_prompt, at_least):
+        chosen = rows.chosen_rows(made, "best", BestRows(of_prompt=of_prompt, at_least=at_least))
+        return [row.id for row in chosen]
+
+    assert best(1, None) == ["r1", "r2", "r5"]  # of equal ones the first
+    assert "rows=best: 3 of 6 rows, of 3 prompts (the 1 best of each prompt)" in caplog.text
+    assert best(2, None) == ["r1", "r2", "r3", "r4", "r5"]
+    assert best(None, 1.0) == ["r0", "r1", "r2", "r3"] and best(1, 1.0) == ["r1", "r2"]
+    caplog.clear()
+    assert len(best(9, None)) == 6 and "rows=best leaves no row out" in caplog.text
+    with pytest.raises(UserError, match=r"best.at_least: none of 6 rows has a reward of 4 \(the highest: 3\)"):
+        best(1, 4.0)
+    with pytest.raises(UserError, match="of_prompt and at_least are both null"):
+        tiny.settings("rl", "algo=rft", "best.of_prompt=null")

@@ -10,7 +10,7 @@ from uuid import UUID
 import pytest
 import torch
 
-from pipeline.algorithms import offline
+from pipeline.algorithms import offline, regression
 from pipeline.data import cache, dataset, encoded
 from pipeline.data.batching import Extent, Packing, collate
 from pipeline.errors import UserError
@@ -18,7 +18,7 @@ from pipeline.models import loading, value_head
 from pipeline.models.policy import Policy
 from pipeline.records import Example, Item
 from pipeline.rewards.rewards import Rewards, WeightedReward
-from pipeline.rl import reference, values
+from pipeline.rl import reference, samples, values
 from pipeline.rl.reference import ReferencePolicy
 from pipeline.rl.values import ValueData
 from pipeline.trainer.model import Model
@@ -83,7 +83,7 @@ def test_the_loss_with_the_cache_is_the_live_loss(tmp_path: Path) -> None:
     items = reference.with_ref_logps(ref, rewarded(9))
     tiny.two_steps(ref.model.engine, items)
     batch = collate(items, range(9), WHOLE)
-    settings = offline.Settings("advantage", "sequence", 0.9, 0.1, 0.0, "none")
+    settings = offline.Settings("advantage", "sequence", 0.9, 0.1, 0.0, "none", "value", 0.0, 1.0, 20.0)
     logp = ref.model.engine(batch)
     cached, _ = offline.loss(logp, batch, settings)
     with torch.no_grad():
@@ -278,3 +278,29 @@ def test_values_under_another_scale_or_weight_are_others(tmp_path: Path) -> None
         judged_by(*given)
         judged_by(*given)
         assert len([*(tmp_path / "default" / "cache").glob("values-*.pt")]) == i
+
+
+def test_samples_are_judged_once_for_any_temperature(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Three rows of two prompts, the last held out: V* of either beta comes from the same file."""
+    words = ("algo=a_star_po", "reference_samples.per_prompt=3", "generation.max_new_tokens=4")
+    ref = reference_of(tmp_path, "llama", *words)
+    rows = [Example(f"{i}", ("the cat", "a mat")[i // 2], completion="dog", reward=float(i)) for i in range(3)]
+    items = encoded.encode(rows, ref.model.encoder, dataset.completion_rows)
+    data = ValueData([], items, Rewards([WeightedReward("length", 1.0, length.reward)]), "key")
+    seen = []
+
+    def with_samples(beta: float) -> list[float]:
+        def numbers_of(rewards: torch.Tensor, drawn: torch.Tensor) -> dict[str, torch.Tensor]:
+            seen.append(drawn.tolist())
+            return {"advantage": rewards - regression.optimal_value(drawn, beta)}
+
+        parts = samples.with_samples(ref, (items[:2], items[2:]), data, "policy", numbers_of)
+        return [item.numbers["advantage"] for part in parts for item in part]
+
+    sharp, flat = with_samples(1e-6), with_samples(1e6)
+    assert seen[:2] == seen[2:] and [len(drawn) for drawn in seen] == [3, 3, 3, 3]
+    for found, chosen in ((sharp, max), (flat, lambda drawn: sum(drawn) / 3)):
+        of_prompts = [chosen(drawn) for drawn in seen[:2]]
+        assert found == pytest.approx([0.0 - of_prompts[0], 1.0 - of_prompts[0], 2.0 - of_prompts[1]], abs=1e-4)
+    said = "2 prompts x 3 responses x at most 4 tokens = 24 tokens to sample"
+    assert caplog.text.count(said) == 1 and len(list(tmp_path.rglob("samples-*.npy"))) == 1

@@ -10,6 +10,7 @@ import pytest
 
 from pipeline import files
 from pipeline.config.yaml_layers import load_yaml
+from pipeline.config.yaml_text import dump_yaml
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.launch import going_on, run_dir
@@ -234,6 +235,19 @@ def test_what_a_checkpoint_says_of_itself_counts(tmp_path: Path, capsys) -> None
     write_json(file, {"step": 20, "world": 2, "began": 1, "cut": cut})
     found = going_on.cut_anew(tmp_path / "sft", settings("zero=zero3"), 2)
     assert found == [("train.padding_free", False, True)]
+
+
+def test_offline_rl_of_fewer_weights_goes_on(tmp_path: Path) -> None:
+    """As versions noted it that had V(x) alone to compare with, and no choice of the best rows."""
+    noted = tiny.settings("rl", "algo=alol").model_dump()
+    own = noted["algorithm"]["settings"]
+    missing = ("baseline", "shift", "weight_temperature", "weight_limit")
+    noted["algorithm"] = {**noted["algorithm"], "settings": {k: own[k] for k in own if k not in missing}}
+    del noted["best"]
+    (tmp_path / "config.yaml").write_text(dump_yaml(noted))
+    assert going_on.differences(tmp_path, tiny.settings("rl", "algo=alol")) == []
+    other = tiny.settings("rl", "algo=alol", "algorithm.settings.shift=0.1")
+    assert going_on.differences(tmp_path, other) == [("algorithm.settings.shift", 0.0, 0.1)]
 
 
 def test_what_a_file_of_ones_own_holds_counts(tmp_path: Path) -> None:

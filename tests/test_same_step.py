@@ -48,6 +48,7 @@ FORMULAS: dict[str, Callable[[Tensor, Tensor, float, float], Tensor]] = {
     "a_lol_ref_free": lambda n, ref, r, a: max(a, 0) * n.sum(),
     "a_lol_kl": lambda n, ref, r, a: max(a, 0) * n.sum() + 0.2 * (ref.sum() - n.sum()),
     "a_lol_k3": lambda n, ref, r, a: max(a, 0) * n.sum() + 0.2 * ((ref - n).exp() - 1 - (ref - n)).sum(),
+    "dro": lambda n, ref, r, a: (a - 0.1 * (ref.sum() - n.sum())) ** 2 / 2,
     "supervised": lambda n, ref, r, a: n.sum(),
 }
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -131,6 +132,31 @@ def test_every_algorithm_trains(runs: Path, algo: str) -> None:
         assert "value/r2" in lines[0]
     if algo == "nll":
         assert lines[0]["advantage/kept_fraction"] == 1
+
+
+@pytest.mark.parametrize(
+    ("algo", "word", "tag"),
+    [
+        ("topr", "sampling=all", "eval/logps/lowered"),
+        ("qrpo", "reference_samples.per_prompt=2", "regression/target"),
+    ],
+)
+def test_rows_are_lowered_or_fitted_to_samples(runs: Path, algo: str, word: str, tag: str) -> None:
+    """Of negative weights, and of rewards of the start model's own responses."""
+    words = [f"algo={algo}", "reward=length", word, "max_steps=2", "learning_rate=1e-3", "data.task_size=24"]
+    train("rl", runs.parent, f"name={algo}", *words, "generation.max_new_tokens=4")
+    first, *_, last = rows(runs / "rl" / algo / "metrics.jsonl")
+    assert first["eval/logps/policy"] == pytest.approx(first["eval/logps/ref"]) != last["eval/logps/policy"]
+    assert last[tag] is not None and last["train/grad_norm"] > 0
+    logged.check(runs / "rl" / algo)
+    samples = list((runs / "cache").glob("samples-*.npy"))
+    assert len(samples) == (algo == "qrpo")
+    if algo == "topr":
+        assert 0 < first["advantage/raised_fraction"] < 1 == first["advantage/kept_fraction"]
+        return
+    found = np.load(samples[0])
+    assert found.shape[1] == 2 and len(found) > 24  # held-out prompts, too
+    assert first["eval/regression/prediction"] == pytest.approx(0.0, abs=1e-5)
 
 
 ON_POLICY = {

@@ -21,6 +21,11 @@ from pipeline.records import Batch, Stat
 Head = Callable[[Tensor], Tensor]  # hidden states (N, H) -> logits (N, V)
 
 EQUAL_REWARDS = 1e-12  # below this difference rewards are those of one text, and teach nothing
+LOGGED_NUMBERS = {  # tags of mean and standard deviation; `reward` is what TRL calls that of the policy's own responses
+    "reward": ("logged/reward", "logged/reward_std"),
+    "value": ("value/mean", "value/std"),
+    "advantage": ("advantage/mean", "advantage/std"),
+}
 K3_LARGEST_LOG_RATIO = 20.0  # e^20 = 5e8: beyond it a single token would drown the batch, and float32 overflows at 88
 
 
@@ -235,6 +240,22 @@ def sequence_logp(logp: Tensor, mask: Tensor) -> Tensor:
     return masked_sum(logp, mask, dim=1)
 
 
+def token_log_ratio(logp: Tensor, batch: Batch) -> Tensor:
+    """(B, T) ln(pi / pi_ref) of each token, 0 outside the responses.
+
+    Raises UserError where the batch brings no ref_logp, or one of another shape.
+    """
+    if batch.ref_logp is None:
+        raise UserError("ref_logp: the batch has none, wanted the reference's log-probabilities of its responses")
+    found, wanted = tuple(batch.ref_logp.shape), tuple(logp.shape)
+    if len(found) == 2 and found[0] == wanted[0] and found[1] != wanted[1]:
+        cure = "was the cache made with another max_length?"
+        raise UserError(f"ref_logp: T is {found[1]}, but logp has T = {wanted[1]} ({cure})")
+    if found != wanted:
+        raise UserError(f"ref_logp: shape is {found}, but logp has (B, T) = {wanted}")
+    return torch.where(batch.response_mask, logp - batch.ref_logp, 0.0)
+
+
 def clip_ratio(log_ratio: Tensor, clip: float | None) -> Tensor:
     """exp(log_ratio) limited to [1 - clip, 1 + clip]; clip in [0, 1), or None for no limit.
 
@@ -295,6 +316,38 @@ def item_numbers(batch: Batch, name: str, like: Tensor) -> Tensor:
             f"{name}: shape is {tuple(values.shape)}, wanted ({found},), one per item, for at most {len(like)} rows"
         )
     return F.pad(values.to(like.dtype), (0, len(like) - found))
+
+
+@torch.no_grad()
+def logged_stats(logp: Tensor, batch: Batch, per_sequence: Tensor) -> dict[str, Stat]:
+    """What is logged of logged responses, whatever is learned from them; logp (B, T), per_sequence (B,) their losses.
+
+    logps/* are nats per response; logged/kl is k3 per response: KL(reference, policy).
+    """
+    rows = batch.sequence_mask
+    stats = {
+        "loss": mean_stat(per_sequence, rows),
+        "logps/policy": mean_stat(sequence_logp(logp, batch.response_mask), rows),
+    }
+    for name, (mean, std) in LOGGED_NUMBERS.items():
+        if name in batch.numbers:
+            values = item_numbers(batch, name, like=logp)
+            stats |= {mean: mean_stat(values, rows), std: std_stat(values, rows)}
+    if batch.ref_logp is not None:
+        stats["logged/kl"] = mean_stat(k3(token_log_ratio(logp, batch)).sum(1), rows)
+        stats["logps/ref"] = mean_stat(sequence_logp(batch.ref_logp, batch.response_mask), rows)
+    return stats
+
+
+@torch.no_grad()
+def lowered_stats(logp: Tensor, batch: Batch, lowered: Tensor) -> dict[str, Stat]:
+    """logps/lowered, nats per response, of the rows that are to become less likely, lowered (B,) bool; beside it the
+    reference's."""
+    counted = lowered & batch.sequence_mask
+    stats = {"logps/lowered": mean_stat(sequence_logp(logp, batch.response_mask), counted)}
+    if batch.ref_logp is not None:
+        stats["logps/ref_lowered"] = mean_stat(sequence_logp(batch.ref_logp, batch.response_mask), counted)
+    return stats
 
 
 def mean_stat(values: Tensor, mask: Tensor | None = None) -> Stat:

@@ -100,11 +100,11 @@ def no_judge_of_new_texts(algo: str, run: str) -> UserError:
     )
 
 
-def no_targets_of_policy() -> UserError:
-    """Of values that are to be learned from new responses, without a reward that judges them."""
+def no_targets_of_policy(section: str = "value") -> UserError:
+    """Of values, or what `section` sets, that are to come of new responses, without a reward that judges them."""
     return UserError(
-        "value.targets: policy, but nothing can score new responses: give a reward= that judges any text, "
-        "or value.targets=data"
+        f"{section}.targets: policy, but nothing can score new responses: give a reward= that judges any text, "
+        f"or {section}.targets=data"
     )
 
 

@@ -114,10 +114,20 @@ class RlStage(Training):
 class RlOffline(RlStage):
     """Of an algorithm that learns from logged responses."""
 
-    rows: Literal["all", "chosen", "best_half", "worst_half"]
+    rows: Literal["all", "chosen", "best_half", "worst_half", "best"]
+    best: sections.BestRows
     shuffle_rewards: bool
     sampling: Literal["priority", "positive", "all"]
     scale_steps: bool
+
+    @model_validator(mode="after")
+    def draws_by_weights(self) -> RlOffline:
+        if self.sampling == "priority" and self.algorithm.settings.get("weight") == "signed":
+            raise ValueError(
+                f"sampling is priority, but weights of algo={self.algo} may be negative, and no row is drawn so often: "
+                "wanted all, or positive, which leaves such rows out"
+            )
+        return self
 
 
 class RlRatio(RlOffline):
@@ -134,6 +144,12 @@ class RlAdvantage(RlOffline):
 
 class RlAdvantageRatio(RlAdvantage, RlRatio):
     """Of one that does both."""
+
+
+class RlSamples(RlRatio):
+    """Of one that compares rewards with those of several responses of the start model to the same prompt."""
+
+    reference_samples: sections.ReferenceSamples
 
 
 class RlPairs(RlStage):
@@ -168,6 +184,7 @@ class RlPolicy(RlStage):
         return self
 
 
+COMPARING = ("sequence", "token", "mean", "tapered")  # ratios to the start model, of algorithms.offline
 RL_KINDS = {"data": RlOffline, "pairs": RlPairs, "masked data": RlMasked, "policy": RlPolicy}  # by RESPONSES
 
 
@@ -175,8 +192,11 @@ def rl_record(responses: str, settings: Mapping[str, Any]) -> type[RlStage]:
     """The settings of stage=rl with an algorithm of these RESPONSES and these settings of its own."""
     if responses != "data":
         return RL_KINDS[responses]
-    compares = settings.get("ratio") in ("sequence", "token") or settings.get("kl_form", "none") != "none"
-    if settings.get("weight") == "advantage":
+    target, weight = settings.get("target"), settings.get("weight")
+    if target is not None:  # a regression
+        return RlAdvantageRatio if target == "advantage" else RlSamples
+    compares = settings.get("ratio") in COMPARING or settings.get("kl_form", "none") != "none"
+    if weight in ("advantage", "exponential", "signed") and settings.get("baseline") == "value":
         return RlAdvantageRatio if compares else RlAdvantage
     return RlRatio if compares else RlOffline
 
@@ -321,7 +341,7 @@ class BenchStage(Training):
 STAGES: dict[str, tuple[type[Common], ...]] = {  # several records where the algorithm decides which settings there are
     "sft": (SftStage,),
     "reward": (RewardStage,),
-    "rl": (RlOffline, RlRatio, RlAdvantage, RlAdvantageRatio, RlPairs, RlMasked, RlPolicy),
+    "rl": (RlOffline, RlRatio, RlAdvantage, RlAdvantageRatio, RlSamples, RlPairs, RlMasked, RlPolicy),
     "score": (ScoreStage,),
     "audit": (AuditStage,),
     "generate": (GenerateStage,),

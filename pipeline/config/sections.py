@@ -422,6 +422,37 @@ class ValueSettings(Section):
         )
 
 
+class ReferenceSamples(Section):
+    targets: Literal["auto", "policy", "data"]
+    per_prompt: Annotated[int, Field(ge=2)]
+
+    def spoken_cost(self, prompts: int | None, max_new_tokens: int) -> str:
+        """What is sampled from the policy before the first step, in words; `prompts`: how many the rows have."""
+        whole = "" if prompts is None else f" = {prompts * self.per_prompt * max_new_tokens:,} tokens"
+        taken = "every prompt" if prompts is None else f"{prompts:,} prompts"
+        return (
+            f"reference_samples: {taken} x {self.per_prompt} responses x at most {max_new_tokens} tokens{whole} to "
+            "sample before the first step (data.max_rows or reference_samples.per_prompt make it less; "
+            "reference_samples.targets=data: none)"
+        )
+
+
+class BestRows(Section):
+    of_prompt: Count | None
+    at_least: float | None
+
+    @model_validator(mode="after")
+    def some_limit(self) -> BestRows:
+        if self.of_prompt is None and self.at_least is None:
+            raise ValueError("of_prompt and at_least are both null, wanted one of them: how many, or how good")
+        return self
+
+    def spoken(self) -> str:
+        """The limits in words."""
+        most = [f"the {self.of_prompt} best of each prompt"] if self.of_prompt is not None else []
+        return ", ".join([*most, *([f"reward at least {self.at_least:.4g}"] if self.at_least is not None else [])])
+
+
 class LaunchSettings(Section):
     processes: Count
     hostfile: str | None

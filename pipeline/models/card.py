@@ -25,6 +25,16 @@ PAPERS = {  # by what algo= and the stages are called
     "esrl": "Wang et al., AAAI 2024, arXiv 2308.02223",
     "reinforce": "Williams, Machine Learning 1992",
     "mrt": "Shen et al., ACL 2016, arXiv 1512.02433",
+    "rft": "Dong et al., RAFT, arXiv 2304.06767; Gulcehre et al., ReST, arXiv 2308.08998",
+    "dft": "Wu et al., arXiv 2508.05629",
+    "iw_sft": "Qin and Springenberg, arXiv 2507.12856",
+    "awr": "Peng et al., arXiv 1910.00177",
+    "asymre": "Arnal et al., NeurIPS 2025, arXiv 2506.20520",
+    "topr": "Le Roux et al., arXiv 2503.14286",
+    "grpo_offline": "Shao et al., DeepSeekMath, arXiv 2402.03300, of whose group advantages it is made",
+    "dro": "Richemond et al., arXiv 2405.19107",
+    "qrpo": "Matrenok et al., arXiv 2507.08068",
+    "a_star_po": "Brantley et al., NeurIPS 2025, arXiv 2505.20686",
 }
 TRAINED = "Trained with Tiffin."
 AS_ADAPTERS = ", as LoRA adapters"

@@ -22,6 +22,7 @@ from pipeline.config.schema import (
     RlMasked,
     RlPairs,
     RlPolicy,
+    RlSamples,
     RlStage,
     SftStage,
     Training,
@@ -226,6 +227,8 @@ def load_of(settings: Training) -> Load:
         calls.append((train.batch_size, sampler.k_max if sampler.mode == "dynamic" else sampler.k))
     if isinstance(settings, RlAdvantage) and settings.value.targets != "data":
         calls.append((settings.value.most_prompts("policy"), settings.value.samples_per_prompt))
+    if isinstance(settings, RlSamples) and settings.reference_samples.targets != "data":
+        calls.append((generation.batch_size, settings.reference_samples.per_prompt))
     rows = max((min(prompts, generation.batch_size) * each for prompts, each in calls), default=0)
     reference = isinstance(settings, RlPolicy) and settings.algorithm.settings.get("kl_beta", 0) > 0
     judges = judges_of(settings) if isinstance(settings, RlStage) else 0.0

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.schema import PlanStage, RewardStage, RlAdvantage, Training
+from pipeline.config.schema import PlanStage, RewardStage, RlAdvantage, RlSamples, Training
 from pipeline.config.sections import ModelSettings
 from pipeline.launch import launcher, machine
 from pipeline.models.memory import (
@@ -68,6 +68,8 @@ def estimate(settings: Training) -> str:
     if isinstance(settings, RlAdvantage) and settings.value.targets != "data":
         most = settings.value.most_prompts("policy")
         lines.append(settings.value.spoken_cost(most, settings.generation.max_new_tokens))
+    if isinstance(settings, RlSamples) and settings.reference_samples.targets != "data":
+        lines.append(settings.reference_samples.spoken_cost(None, settings.generation.max_new_tokens))
     if not load.reference:
         lines.append("one model in memory: no reference is kept beside it")
     return "\n".join(lines)

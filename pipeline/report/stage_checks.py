@@ -199,6 +199,23 @@ def _clip(left: Left) -> Reading | None:
     return Reading(sum(ends.values()), f"{sum(ends.values()):.0%} ({parts})")
 
 
+def _kept(left: Left) -> Reading | None:
+    """The share of the rows that is learned from, of methods that choose by the advantage; others learn from all."""
+    chooses = "advantage/mean" in left.series or "value/r2" in left.series
+    if not chooses or "advantage/raised_fraction" in left.series:
+        return None
+    return _end(left.values("advantage/kept_fraction"), share=True)
+
+
+def _lowered(left: Left) -> Reading | None:
+    """How many times the nats of the start model the responses are now that are to become less likely."""
+    now, start = left.values("eval/logps/lowered"), left.values("eval/logps/ref_lowered")
+    if not now or not start or start[-1] >= 0:
+        return None
+    factor = now[-1] / start[-1]
+    return Reading(factor, f"{number(start[-1])} to {number(now[-1])} nats, {number(factor)} times as many")
+
+
 def _masked_gap(place: int) -> Take:
     """By how much masked inputs raise the held-out loss, at the first evaluation (0) or at the last (-1), in nats."""
 
@@ -273,6 +290,8 @@ OF_KIND: Mapping[str, Mapping[str, Take]] = {
     },
     "rl": {
         "clip": _clip,
+        "kept": _kept,
+        "lowered": _lowered,
         "masked_start": _masked_gap(0),
         "carried_over": _carried_over,
         "estimated_gain": _estimated_gain,

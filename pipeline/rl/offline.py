@@ -7,17 +7,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from pipeline.algorithms import estimates
 from pipeline.data import convert, dataset, encoded
-from pipeline.data.batching import Windows
+from pipeline.data.batching import Draw, Packing, Windows
 from pipeline.data.dataset import UniquePrompts
 from pipeline.files import fingerprint
 from pipeline.records import Example, Item, Needs, text_of
-from pipeline.rl import rows
+from pipeline.rl import baselines, rows, samples, values
 from pipeline.rl.context import Context, fresh_responses, splits
 from pipeline.rl.reference import ReferencePolicy, annotate, check_ratio, with_ref_logps
 from pipeline.rl.values import ValueData
@@ -36,6 +36,11 @@ def trainer(context: Context) -> Trainer:
     """The offline family: every row's response, reward, reference log-probability and value are known beforehand."""
     settings, ranks, needs = context.settings, context.ranks, context.module.needs(context.algorithm)
     train, tested, prompts = rewarded_rows(context, needs)
+    source = None
+    if needs.samples:
+        source = values.source_of(settings.reference_samples.targets, context.judge, "reference_samples")
+    if source == "data":
+        train, tested = samples.compared(train, "training"), samples.compared(tested, "held-out")
     policy = build_policy(settings, ranks, context.start)
     items, held_out = encode(policy, context.directory, train, tested, dataset.completion_rows)
 
@@ -43,11 +48,13 @@ def trainer(context: Context) -> Trainer:
     reference = ReferencePolicy(policy, settings, fingerprint(context.start.path))
     value_data = ValueData(prompts, items, context.judge, context.rewards_key, context.hand_over)
     (items, held_out), facts = annotate(reference, (items, held_out), needs, value_data)
+    items, held_out = with_numbers(context, reference, (items, held_out), value_data, source)
     if "reward" in held_out[0].numbers and not needs.ref_logp:
         held_out = with_ref_logps(reference, held_out)  # what was gained is told by ratios to it
 
     # which rows, for how long
-    draw, facts["advantage/kept_fraction"] = rows.population(items, policy.packing, context.algorithm.weight, settings)
+    draw, shares = drawn(context, items, policy.packing)
+    facts |= shares
     logger.info(spoken(facts))
     kept = facts["advantage/kept_fraction"] if settings.scale_steps else 1.0
     watched = WatchedRows(held_out, prompts[: settings.eval.max_rows], items, facts)
@@ -63,6 +70,37 @@ def trainer(context: Context) -> Trainer:
         prepare=partial(check_start, context, policy, items, draw(0)),
         kept_fraction=kept,
     )
+
+
+def drawn(context: Context, items: Sequence[Item], packing: Packing) -> tuple[Draw, dict[str, float]]:
+    """How rows are drawn; which share of them can be, and, where it is not those above 0, which share is above 0."""
+    settings, needs, by = context.settings, context.module.needs(context.algorithm), None
+    if needs.weighed_by is not None:
+        by = context.module.row_weights(torch.from_numpy(encoded.column(items, needs.weighed_by)), context.algorithm)
+    draw, kept = rows.population(items, packing, needs.weighed_by or "one", settings, by)
+    shares = {"advantage/kept_fraction": kept}
+    if "advantage" in items[0].numbers and settings.algorithm.settings.get("weight") != "advantage":
+        shares["advantage/raised_fraction"] = float((encoded.column(items, "advantage") > 0).mean())
+    return draw, shares
+
+
+def with_numbers(
+    context: Context,
+    reference: ReferencePolicy,
+    parts: Sequence[Sequence[Item]],
+    data: ValueData,
+    source: Literal["policy", "data"] | None,
+) -> Sequence[Sequence[Item]]:
+    """The items of each part with what the algorithm weighs by, or aims at, beside values; `source`: of samples."""
+    needs = context.module.needs(context.algorithm)
+    if needs.baseline not in ("", "value"):
+        parts = baselines.with_advantages(parts, needs.baseline)
+    if needs.weighed_by == "standard_advantage":
+        parts = baselines.with_standard_advantages(parts)
+    if source is not None:
+        numbers_of = partial(context.module.sample_numbers, settings=context.algorithm)
+        parts = samples.with_samples(reference, parts, data, source, numbers_of)
+    return parts
 
 
 def spoken(facts: Mapping[str, float]) -> str:
@@ -83,7 +121,7 @@ def rewarded_rows(context: Context, needs: Needs) -> tuple[Sequence[Example], Se
     wanted = needs.rewards or settings.rows != "all" or settings.shuffle_rewards
     if wanted or (context.rewards is not None and (context.rewards.own or context.rewards.unsettled)):
         train, held_out = rows.with_rewards(context, train, held_out)
-    train = rows.chosen_rows(train, settings.rows)
+    train = rows.chosen_rows(train, settings.rows, settings.best)
     if settings.shuffle_rewards:
         train = rows.with_shuffled_rewards(train, settings.seed)
     return train, held_out, prompts

@@ -133,20 +133,13 @@ def with_values(
     as `values.source_of`.
     """
     settings, model = policy.settings, policy.model
-    source = values.source_of(settings.value, data.rewards)
-    judges = data.rewards.rewards if data.rewards is not None else ()
-    began = model.ranks.on_main(lambda: going_on.first_ranks(run_dir.stage_dir(settings, "rl")))
-    # all that the values depend on: another judge, seed or number of ranks gives others; other ranks that go on with a
-    # stage learn from the values that it began with
+    source = values.source_of(settings.value.targets, data.rewards)
+    # all that the values depend on
     key = {
         "rows": [encoded.tokens_digest(items) for items in parts],
         "logged": digest(encoded.column(data.logged, "reward")) if source == "data" else None,
-        "prompts": prompts_digest(data.prompts, source == "policy"),
-        "judge": [data.rewards_key, [[one.name, one.weight, one.normalise] for one in judges]],
         "value": [source, settings.value.model_dump()],
-        "generation": settings.generation.model_dump(),
-        "seed": settings.seed,
-        "world": began or model.ranks.world,
+        **sampling_key(policy, data, source == "policy"),
     }
 
     def compute(part: Path | None) -> None:
@@ -167,6 +160,21 @@ def with_values(
         gains = encoded.column(items, "reward") - expected
         valued.append(encoded.with_numbers(items, value=expected, advantage=gains))
     return valued, saved["report"]
+
+
+def sampling_key(policy: ReferencePolicy, data: ValueData, sampled: bool) -> dict[str, object]:
+    """What the rewards of fresh responses to `data.prompts` depend on: another judge, seed or number of ranks gives
+    others; other ranks that go on with a stage learn from what it began with."""
+    settings, ranks = policy.settings, policy.model.ranks
+    judges = data.rewards.rewards if data.rewards is not None else ()
+    began = ranks.on_main(lambda: going_on.first_ranks(run_dir.stage_dir(settings, "rl")))
+    return {
+        "prompts": prompts_digest(data.prompts, sampled),
+        "judge": [data.rewards_key, [[one.name, one.weight, one.normalise] for one in judges]],
+        "generation": settings.generation.model_dump(),
+        "seed": settings.seed,
+        "world": began or ranks.world,
+    }
 
 
 def values_of(policy: ReferencePolicy, items: Sequence[Item], head: ValueHead, ref_logps: bool) -> Tensor:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from pipeline.config.schema import RlStage
+from pipeline.config.sections import BestRows
 from pipeline.data import convert, encoded, sampling
 from pipeline.data.batching import Draw, Packing, lengths
 from pipeline.data.rows import Rows
@@ -27,6 +28,7 @@ NOTHING_POSITIVE = {  # the cure, by what weighs a row
     "reward": "raise the rewards above 0, or set algo=alol, which subtracts what was to be expected",
     "advantage": "no response did better than expected of its prompt: are all rewards alike, or on another scale than "
     "those that values were learned from?",
+    "standard_advantage": "are all rewards numbers?",
 }
 
 
@@ -62,11 +64,12 @@ def say_what_is_left(rewards: Rewards, rows: Sequence[Example]) -> None:
         logger.info(f"rewards: those that the rows bring are not used ({', '.join(left)}){anew}")
 
 
-def chosen_rows(rows: Sequence[Example], which: str) -> Rows:
+def chosen_rows(rows: Sequence[Example], which: str, best: BestRows | None = None) -> Rows:
     """The rows to learn from, in their order, by `rows=` of the settings.
 
     all; chosen, all but the rejected side of pairs; best_half and worst_half of n rows, n / 2 of them rounded up, by
-    reward (of equal rewards the first row counts as better). Raises UserError for `chosen` where no row is of a pair.
+    reward; best, as `best` says, see `best_rows`. Of equal rewards the first row counts as better. Raises UserError for
+    `chosen` where no row is of a pair, and for `best` where none is good enough.
     """
     rows = Rows.of(rows)
     if which == "all":
@@ -78,9 +81,33 @@ def chosen_rows(rows: Sequence[Example], which: str) -> Rows:
                 f"{REJECTED}: score pairs with data.responses=both, or set rows=best_half"
             )
         return rows.take(np.array([not row.id.endswith(REJECTED) for row in rows]), which)
+    if which == "best":
+        assert best is not None
+        return best_rows(rows, best)
     ranked = np.argsort(-rows.column("reward"), kind="stable")
     half = math.ceil(len(rows) / 2)
     return rows.take(np.sort(ranked[:half] if which == "best_half" else ranked[-half:]), which)
+
+
+def best_rows(rows: Rows, best: BestRows) -> Rows:
+    """The `of_prompt` best rows of each prompt, of those whose reward is at least `at_least`; null: no such limit.
+
+    How many these are is said. Raises UserError where none is good enough.
+    """
+    rewards = rows.column("reward")
+    kept = np.ones(len(rows), bool) if best.at_least is None else rewards >= best.at_least
+    if not kept.any():
+        problem = f"none of {len(rows):,} rows has a reward of {best.at_least:.4g} (the highest: {rewards.max():.4g})"
+        raise UserError(f"best.at_least: {problem}, wanted a limit that some reach")
+    _, groups, counts = np.unique(rows.column("prompt"), return_inverse=True, return_counts=True)
+    if best.of_prompt is not None:
+        order = np.lexsort((-rewards, groups))  # prompt by prompt, the best first
+        places = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+        kept[order[places >= best.of_prompt]] = False
+    logger.info(f"rows=best: {int(kept.sum()):,} of {len(rows):,} rows, of {len(counts):,} prompts ({best.spoken()})")
+    if kept.all():
+        logger.warning("rows=best leaves no row out: it is rows=all (best.at_least=R sets a limit to the reward)")
+    return rows.take(kept, f"best {best.of_prompt} {best.at_least}")
 
 
 def with_shuffled_rewards(rows: Sequence[Example], seed: int) -> Rows:
@@ -90,15 +117,24 @@ def with_shuffled_rewards(rows: Sequence[Example], seed: int) -> Rows:
     return rows.with_rewards(rows.column("reward")[order])
 
 
-def population(items: Sequence[Item], packing: Packing, weight: str, settings: RlStage) -> tuple[Draw, float]:
+def population(
+    items: Sequence[Item], packing: Packing, weight: str, settings: RlStage, weights: torch.Tensor | None = None
+) -> tuple[Draw, float]:
     """The draw that `sampling` asks for, by the row weight of the algorithm; and the share of rows that can be drawn.
 
-    `weight` is the number that weighs a row: reward or advantage; "one" weighs all alike. Raises UserError where no row
-    has a positive weight.
+    `weight` is the number that weighs a row: reward, advantage or standard_advantage; "one" weighs all alike. `weights`
+    (n,) are what the algorithm makes of it; None: the number itself. Where the algorithm's weight is `signed`, rows of
+    negative weight are learned from too, and only those of weight 0 teach nothing and are left out, which is said.
+    Raises UserError where no row has a positive weight; of signed ones, where all are 0.
     """
     size, seed, n = settings.train.batch_size, settings.seed, len(items)
-    weights = torch.ones(n) if weight == "one" else torch.from_numpy(encoded.column(items, weight))
-    kept = (weights > 0).nonzero().flatten() if settings.sampling == "all" else sampling.survivors(weights)
+    if weights is None:
+        weights = torch.ones(n) if weight == "one" else torch.from_numpy(encoded.column(items, weight))
+    signed = settings.algorithm.settings.get("weight") == "signed"
+    if signed and settings.sampling == "all":
+        kept = teaching(weights, settings.algorithm.settings["baseline"])
+    else:
+        kept = (weights > 0).nonzero().flatten() if settings.sampling == "all" else sampling.survivors(weights)
     if not len(kept):
         raise UserError(
             f"sampling: all, but none of {n} rows has a positive {weight} (largest {float(weights.max()):.4g}), wanted "
@@ -116,9 +152,26 @@ def population(items: Sequence[Item], packing: Packing, weight: str, settings: R
         if known is None:
             return lambda step: sampling.priority_rows(chances, size, step, seed), len(kept) / n
         return sampling.priority_by_length(chances, known, size, seed), len(kept) / n
-    pool = torch.arange(n) if settings.sampling == "all" else kept
+    pool = torch.arange(n) if settings.sampling == "all" and not signed else kept
     if known is None:
         draw = epochs(len(pool), size, seed)
     else:
         draw = sampling.epochs_by_length(known[pool.numpy()], size, seed)
     return lambda step: pool[draw(step)].tolist(), len(kept) / n
+
+
+def teaching(weights: torch.Tensor, baseline: str) -> torch.Tensor:
+    """(kept,) the rows whose weight is not 0; how many others there are is said. Raises UserError where all are 0."""
+    kept = weights.nonzero().flatten()
+    grouped = baseline in ("prompt", "group")
+    why = "the only row of its prompt, or of one whose rewards are all alike" if grouped else "what was expected"
+    if not len(kept):
+        cure = (
+            "give several responses to each prompt, or set algorithm.settings.baseline=value"
+            if grouped
+            else ("are all rewards alike?")
+        )
+        raise UserError(f"sampling: none of {len(weights):,} rows has a weight: each is {why}: {cure}")
+    if left := len(weights) - len(kept):
+        logger.info(f"sampling: {left:,} of {len(weights):,} rows teach nothing and are left out: each is {why}")
+    return kept

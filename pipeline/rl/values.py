@@ -51,18 +51,36 @@ class Targets:
     high: float
 
 
-def source_of(settings: ValueSettings, rewards: Rewards | None) -> Literal["policy", "data"]:
+def source_of(
+    targets: Literal["auto", "policy", "data"], rewards: Rewards | None, section: str = "value"
+) -> Literal["policy", "data"]:
     """Which responses V learns from: fresh ones where `rewards` can judge them, else logged ones, which is said.
 
-    Raises UserError where fresh ones are wanted, but nothing can judge them.
+    With another `section` of the settings than `value`: which rewards are compared with. Raises UserError where fresh
+    ones are wanted, but nothing can judge them.
     """
-    if settings.targets == "policy" and rewards is None:
-        raise no_targets_of_policy()
-    if settings.targets == "auto" and rewards is None:
-        logger.info("values: V is learned from the logged rewards, as nothing judges new responses (value.targets)")
-    if settings.targets == "auto":
+    if targets == "policy" and rewards is None:
+        raise no_targets_of_policy(section)
+    if targets == "auto" and rewards is None:
+        what = "values: V is learned from" if section == "value" else f"{section}: they are"
+        logger.info(f"{what} the logged rewards, as nothing judges new responses ({section}.targets)")
+    if targets == "auto":
         return "data" if rewards is None else "policy"
-    return settings.targets
+    return targets
+
+
+def sampled_rewards(
+    model: Model, rl: RlStage, prompts: Sequence[Example], count: int, data: ValueData, use: str
+) -> Tensor:
+    """(prompts, count) float64: the rewards of `count` fresh responses to each prompt; `use` says what for."""
+    generation = rl.generation.model_copy(update={"do_sample": True, "num_beams": 1, "num_return_sequences": count})
+    server = None if data.hand_over is None else data.hand_over.to_server(model)
+    answers = generate(model.engine, model.encoder, prompts, generation, rl.seed, server)
+    cut = sum(not answer.finished for answer in answers)
+    limit = f"generation.max_new_tokens={generation.max_new_tokens}"
+    dataset.warn_of_cuts(cut, len(answers), limit, f"sampled for {use}, which are judged without their end")
+    totals = scoring.score_responses(model.ranks, data.rewards, answers).total
+    return torch.tensor(totals, dtype=torch.float64).view(len(prompts), count)
 
 
 def value_targets(model: Model, rl: RlStage, data: ValueData, source: Literal["policy", "data"]) -> Targets:
@@ -71,18 +89,9 @@ def value_targets(model: Model, rl: RlStage, data: ValueData, source: Literal["p
     most = settings.most_prompts(source)
     if source == "policy":
         prompts = dataset.unique_prompts(data.prompts)[:most]
-        generation = rl.generation.model_copy(
-            update={"do_sample": True, "num_beams": 1, "num_return_sequences": settings.samples_per_prompt}
-        )
-        logger.info(settings.spoken_cost(len(prompts), generation.max_new_tokens))
-        server = None if data.hand_over is None else data.hand_over.to_server(model)
-        answers = generate(model.engine, model.encoder, prompts, generation, rl.seed, server)
-        limit = f"generation.max_new_tokens={generation.max_new_tokens}"
-        cut = sum(not answer.finished for answer in answers)
-        dataset.warn_of_cuts(cut, len(answers), limit, "sampled for V, which are judged without their end")
-        totals = scoring.score_responses(model.ranks, data.rewards, answers).total
-        n = settings.samples_per_prompt
-        expected = [statistics.fmean(totals[i * n : (i + 1) * n]) for i in range(len(prompts))]
+        logger.info(settings.spoken_cost(len(prompts), rl.generation.max_new_tokens))
+        found = sampled_rewards(model, rl, prompts, settings.samples_per_prompt, data, "V")
+        expected = [statistics.fmean(one) for one in found.tolist()]
     else:
         unique, rewards = (
             dataset.unique_prompts(encoded.examples_of(data.logged)),
