@@ -67,7 +67,7 @@ def loss(logp: Tensor, batch: Batch, settings: Settings) -> tuple[Tensor, dict[s
 def log_ratios(logp: Tensor, batch: Batch) -> Tensor:
     """(B,) ln(pi / pi_ref) of each response, 0 for fillers."""
     if batch.ref_logp is None:
-        raise UserError("ref_logp: the batch has none, wanted the reference's log-probabilities of both responses")
+        raise UserError("ref_logp: the batch has none, wanted the reference's log-probabilities of its responses")
     if batch.ref_logp.shape != logp.shape:
         raise UserError(
             f"ref_logp: shape is {tuple(batch.ref_logp.shape)}, but logp has {tuple(logp.shape)} "
