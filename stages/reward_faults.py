@@ -22,6 +22,7 @@ from pipeline.config.schema import (
     RlAdvantage,
     RlMasked,
     RlOffline,
+    RlScored,
     RlPolicy,
     ScoreStage,
     SftStage,
@@ -67,7 +68,7 @@ def of_rewards(settings: WithModel, ahead: Ahead) -> Iterator[str]:
 
 def scores_logged(settings: WithModel) -> bool:
     """Whether a stage scores responses that rows hold, so that these may bring a part of the reward."""
-    return isinstance(settings, ScoreStage | RlOffline)
+    return isinstance(settings, ScoreStage | RlOffline | RlScored)
 
 
 def of_own_reward(name: str, settings: WithModel, ahead: Ahead, first: Callable[[], FirstRows]) -> list[str]:

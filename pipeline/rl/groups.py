@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from pipeline.algorithms.groups import reward_name
-from pipeline.data import dataset, encoded, sampling
+from pipeline.data import dataset, sampling
 from pipeline.data.batching import Windows
 from pipeline.data.dataset import UniquePrompts
 from pipeline.data.encoded import Items

@@ -95,8 +95,8 @@ def with_labels(items: Items, held_out: Items, settings: Settings) -> tuple[Item
     if threshold is None:
         if rewards.min() == rewards.max():
             raise UserError(
-                f"threshold: null, but all {len(rewards):,} rows have the reward {rewards[0]:g}, wanted rows of several "
-                "rewards, or threshold= to say whether that is a desirable one"
+                f"threshold: null, but all {len(rewards):,} rows have the reward {rewards[0]:g}, wanted rows of "
+                "different rewards, or threshold= to say whether that is a desirable one"
             )
         threshold = float(rewards.mean())
     good = int((rewards >= threshold).sum())
