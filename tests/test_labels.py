@@ -167,7 +167,7 @@ def test_labels_and_weights_by_hand(rewards, changes, desirable, weight):
 
 
 def test_equal_rewards_are_refused_without_a_threshold_and_one_label_is_told(caplog):
-    with pytest.raises(UserError, match="threshold: null, but all 3 rows have the reward 0.1"):
+    with pytest.raises(UserError, match=r"threshold: null, but all 3 rows have the reward 0\.1"):
         learning.with_labels(encoded([0.1] * 3), encoded([0.1]), KTO)  # of which the mean is a hair above
     learning.with_labels(encoded([0.1] * 3), encoded([0.1]), dataclasses.replace(KTO, threshold=1.0))
     assert "all rows have one label" in caplog.text
@@ -192,7 +192,7 @@ def test_mismatched_rows_are_of_other_prompts_and_every_such_row_may_come():
     found = [learning.of_other_prompts(rows, torch.Generator().manual_seed(seed)) for seed in range(60)]
     met = {(i, int(j)) for places in found for i, j in enumerate(places)}
     assert met == {(i, j) for i in range(6) for j in range(6) if "abbcbb"[i] != "abbcbb"[j]}
-    with pytest.raises(UserError, match="all 4 rows have one prompt.*algo=bco"):
+    with pytest.raises(UserError, match=r"all 4 rows have one prompt.*algo=bco"):
         learning.of_other_prompts(rows.take(np.array([1, 2, 4, 5])), torch.Generator())
 
 

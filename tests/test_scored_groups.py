@@ -130,7 +130,7 @@ def test_at_the_start_better_rows_go_up(settings, loss):
 
 @pytest.mark.parametrize("settings", [VARIANCE, NCA])
 def test_equal_rewards_teach_nothing_at_the_start_and_say_so(settings):
-    total, gradient, stats = value_and_gradient(settings, REF, batch_of(MASK, REF, [[0.7, 0.7]]))
+    _, gradient, stats = value_and_gradient(settings, REF, batch_of(MASK, REF, [[0.7, 0.7]]))
     assert gradient[0][0] == pytest.approx(0) and gradient[1][0] == pytest.approx(0)
     assert stats["groups/equal_rewards"] == 1 and math.isnan(stats["rewards/margins"])
 
