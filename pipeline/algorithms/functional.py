@@ -210,6 +210,18 @@ def sequence_logp(logp: Tensor, mask: Tensor) -> Tensor:
     return masked_sum(logp, mask, dim=1)
 
 
+def log_ratios(logp: Tensor, batch: Batch) -> Tensor:
+    """(B,) ln(pi / pi_ref) of each whole response, 0 for fillers. Raises UserError where the batch lacks pi_ref's."""
+    if batch.ref_logp is None:
+        raise UserError("ref_logp: the batch has none, wanted the reference's log-probabilities of its responses")
+    if batch.ref_logp.shape != logp.shape:
+        raise UserError(
+            f"ref_logp: shape is {tuple(batch.ref_logp.shape)}, but logp has {tuple(logp.shape)} "
+            "(was the cache made with another max_length?)"
+        )
+    return torch.where(batch.response_mask, logp - batch.ref_logp, 0.0).sum(1)
+
+
 def clip_ratio(log_ratio: Tensor, clip: float | None) -> Tensor:
     """exp(log_ratio) limited to [1 - clip, 1 + clip]; clip in [0, 1), or None for no limit.
 

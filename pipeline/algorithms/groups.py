@@ -32,8 +32,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.algorithms.dpo import log_ratios
-from pipeline.algorithms.functional import item_numbers, masked_sum, mean_stat, sequence_logp
+from pipeline.algorithms.functional import item_numbers, log_ratios, masked_sum, mean_stat, sequence_logp
 from pipeline.records import Batch, Needs, Stat
 
 MEAN_OVER = "items"
