@@ -162,8 +162,10 @@ def responses() -> tuple[Item, ...]:
 
 @cache
 def labelled() -> tuple[Item, ...]:
-    """The rows with labels."""
-    numbers = [{"desirable": float(i % 3 != 1), "weight": 1.0 + (i % 3 == 1)} for i in range(9)]
+    """The rows with labels, and a reference point for where no step makes one."""
+    numbers = [
+        {"desirable": float(i % 3 != 1), "weight": 1.0 + (i % 3 == 1), "reference_point": 0.05} for i in range(9)
+    ]
     return tuple(replace(item, numbers=found) for item, found in zip(rows(), numbers, strict=True))
 
 

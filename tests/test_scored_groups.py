@@ -210,7 +210,10 @@ def test_groups_hold_every_row_of_prompts_with_enough(caplog):
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        ("aabbc", "group_size: 3, but no prompt of train has .* 2, of 3 prompts.*: set group_size=2"),
+        (
+            "aabbc",
+            "group_size: 3, but no prompt of train has .* 2, of 3 prompts.*: set algorithm.settings.group_size=2",
+        ),
         ("abc", "the most have 1, of 3 prompts.*: set algo=alol"),
     ],
 )

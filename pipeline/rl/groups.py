@@ -95,9 +95,13 @@ def groups_of(rows: Rows, size: int, seed: int, what: str) -> np.ndarray:
     whole = counts >= size
     if not whole.any():
         raise UserError(
-            f"group_size: {size}, but no prompt of {what} has as many scored rows (the most have {counts.max()}, of "
-            f"{len(counts):,} prompts), wanted some: "
-            + (f"set group_size={counts.max()}" if counts.max() > 1 else "set algo=alol, which takes rows alone")
+            f"algorithm.settings.group_size: {size}, but no prompt of {what} has as many scored rows (the most have "
+            f"{counts.max()}, of {len(counts):,} prompts), wanted some: "
+            + (
+                f"set algorithm.settings.group_size={counts.max()}"
+                if counts.max() > 1
+                else "set algo=alol, which takes rows alone"
+            )
         )
     kept, begins = counts[whole], prompts.ends[:-1][whole]
     filled = -(-kept // size) * size  # rounded up

@@ -95,8 +95,8 @@ def with_labels(items: Items, held_out: Items, settings: Settings) -> tuple[Item
     if threshold is None:
         if rewards.min() == rewards.max():
             raise UserError(
-                f"threshold: null, but all {len(rewards):,} rows have the reward {rewards[0]:g}, wanted rows of "
-                "different rewards, or threshold= to say whether that is a desirable one"
+                f"algorithm.settings.threshold: null, but all {len(rewards):,} rows have the reward {rewards[0]:g}, "
+                "wanted different ones, or algorithm.settings.threshold=0.5 to say from which on a row is desirable"
             )
         threshold = float(rewards.mean())
     good = int((rewards >= threshold).sum())
