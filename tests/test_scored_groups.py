@@ -11,8 +11,10 @@ from torch.nn import functional as F
 from pipeline.algorithms import groups
 from pipeline.algorithms.functional import reduce
 from pipeline.data import convert
+from pipeline.data.batching import Packing, collate
 from pipeline.data.rows import Rows
 from pipeline.errors import UserError
+from pipeline.models.policy import Policy
 from pipeline.records import Batch, Example, Needs
 from pipeline.rl import groups as learning
 from tests import tiny
@@ -230,6 +232,28 @@ def test_items_of_groups():
     assert made[1].numbers == {"reward_1": 0.5, "reward_2": 0.0} and made[1].example == rows[4].example
     assert [len(logp) for logp in made[2].ref_logp] == [len(row.response_ids) for row in made[2].rows]
     assert [item.rows for item in made[1:]] == [made[1].rows, made[2].rows]
+
+
+def test_a_group_reads_its_prompt_once():
+    """Two groups of three rows: the same loss and gradients as of rows one below the other with padding."""
+    rows = [
+        dataclasses.replace(row, rows=(dataclasses.replace(row.rows[0], prompt_ids=(5, 6, 7, 8 + i // 3)),))
+        for i, row in enumerate(tiny.items(6, reward=lambda i: i * 5 % 7 / 6))
+    ]
+    rows = [dataclasses.replace(row, ref_logp=(torch.full((len(row.rows[0].response_ids),), -5.0),)) for row in rows]
+    made, three = learning.GroupedItems(rows, np.arange(6).reshape(2, 3)), dataclasses.replace(NCA, group_size=3)
+    found = []
+    for once in (False, True):
+        policy = Policy(tiny.language_model("llama", num_hidden_layers=1), 64)
+        assert policy.unpadded
+        policy.unpadded = once
+        batch = collate(made, [0, 1], Packing(9, None, False, tiny.PAD_ID, unpadded=once, prompts_once=once))
+        total, _ = groups.loss(policy(batch), batch, three)
+        total.backward()
+        found.append((total.detach(), {name: p.grad for name, p in policy.named_parameters()}))
+    assert batch.owners.tolist() == [0, 1] * 3 and total > 0
+    tiny.close(found[1][0], found[0][0])
+    tiny.close(found[1][1], found[0][1])
 
 
 def test_a_pair_beside_a_completion_is_two_rows_more():

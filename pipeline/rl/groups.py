@@ -94,14 +94,11 @@ def groups_of(rows: Rows, size: int, seed: int, what: str) -> np.ndarray:
     order = prompts.places[np.lexsort((keys[prompts.places], np.repeat(np.arange(len(counts)), counts)))]
     whole = counts >= size
     if not whole.any():
+        most = counts.max()
+        cure = f"set algorithm.settings.group_size={most}" if most > 1 else "set algo=alol, which takes rows alone"
         raise UserError(
             f"algorithm.settings.group_size: {size}, but no prompt of {what} has as many scored rows (the most have "
-            f"{counts.max()}, of {len(counts):,} prompts), wanted some: "
-            + (
-                f"set algorithm.settings.group_size={counts.max()}"
-                if counts.max() > 1
-                else "set algo=alol, which takes rows alone"
-            )
+            f"{most}, of {len(counts):,} prompts), wanted some: {cure}"
         )
     kept, begins = counts[whole], prompts.ends[:-1][whole]
     filled = -(-kept // size) * size  # rounded up
