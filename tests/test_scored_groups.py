@@ -191,8 +191,9 @@ def test_wrong_settings_and_batches_are_named():
 # how groups are made
 
 
-def rows_of(prompts):
-    return Rows.of([Example(str(i), prompt, completion=f"said {i}") for i, prompt in enumerate(prompts)])
+def rows_of(prompts, reward=float):
+    rows = [Example(str(i), prompt, completion=f"said {i}", reward=reward(i)) for i, prompt in enumerate(prompts)]
+    return Rows.of(rows)
 
 
 def test_groups_hold_every_row_of_prompts_with_enough(caplog):
@@ -207,6 +208,9 @@ def test_groups_hold_every_row_of_prompts_with_enough(caplog):
     assert "4 of 2 rows each, of 2 prompts; 1 rows come twice to fill groups up; 1 rows of prompts with" in caplog.text
     assert (found == learning.groups_of(rows, 2, 7, "train")).all()  # the same each time; another by another seed
     assert any((found != learning.groups_of(rows, 2, seed, "train")).any() for seed in range(4))
+    assert "equal" not in caplog.text
+    learning.groups_of(rows_of("aabb", lambda i: i // 2), 2, 7, "train")
+    assert "the rewards of each are equal" in caplog.text
 
 
 @pytest.mark.parametrize(

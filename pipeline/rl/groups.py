@@ -104,11 +104,18 @@ def groups_of(rows: Rows, size: int, seed: int, what: str) -> np.ndarray:
     filled = -(-kept // size) * size  # rounded up
     within = np.arange(filled.sum()) - np.repeat(np.cumsum(filled) - filled, filled)
     places = order[np.repeat(begins, filled) + within % np.repeat(kept, filled)].reshape(-1, size)
+    rewards = rows.column("reward")[places]
+    equal = int((rewards.max(1) == rewards.min(1)).sum())
     left, twice = int(counts[~whole].sum()), int((filled - kept).sum())
     logger.info(
         f"groups of {what}: {len(places):,} of {size} rows each, of {int(whole.sum()):,} prompts; {twice:,} rows come "
         f"twice to fill groups up; {left:,} rows of prompts with fewer than {size} are left out"
+        + (f"; {equal:,} groups have equal rewards" if equal else "")
     )
+    if equal == len(places):
+        logger.warning(
+            f"groups of {what}: the rewards of each are equal, so that nothing tells good responses from bad"
+        )
     return places
 
 
