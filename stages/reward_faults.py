@@ -24,6 +24,7 @@ from pipeline.config.schema import (
     RlOffline,
     RlPolicy,
     RlSamples,
+    RlScored,
     ScoreStage,
     SftStage,
     WithModel,
@@ -80,7 +81,7 @@ def of_no_judge(settings: WithModel) -> Iterator[str]:
 
 def scores_logged(settings: WithModel) -> bool:
     """Whether a stage scores responses that rows hold, so that these may bring a part of the reward."""
-    return isinstance(settings, ScoreStage | RlOffline)
+    return isinstance(settings, ScoreStage | RlOffline | RlScored)
 
 
 def of_own_reward(name: str, settings: WithModel, ahead: Ahead, first: Callable[[], FirstRows]) -> list[str]:

@@ -9,7 +9,7 @@ from pipeline.config.schema import RlStage
 from pipeline.launch import run_dir
 from pipeline.launch.entry import run
 from pipeline.rewards.build import build_rewards
-from pipeline.rl import dpo, offline, on_policy, semi_offline
+from pipeline.rl import dpo, groups, labels, offline, on_policy, semi_offline
 from pipeline.rl.context import Context
 from pipeline.rollout import handing
 from pipeline.trainer import group
@@ -24,6 +24,8 @@ TRAINERS = {
     "data": offline.trainer,
     "masked data": semi_offline.trainer,
     "pairs": dpo.trainer,
+    "labels": labels.trainer,
+    "groups": groups.trainer,
     "policy": on_policy.trainer,
 }  # by the algorithm's RESPONSES
 
@@ -37,7 +39,7 @@ def main(settings: RlStage, words: Sequence[str]) -> None:
         return
     rewards_key = {name: mark for name, mark in started.items() if name.startswith("reward ")}
     module, algorithm, objective = objective_of(settings.algorithm)
-    logged = module.RESPONSES == "data"
+    logged = module.RESPONSES in ("data", "labels", "groups")
     rewards = build_rewards(settings, settings.reward, settings.rewards, ranks.device, logged=logged)
     with handing.opened(settings, ranks, directory) as server:
         given = settings, ranks, directory, start, data, rewards, rewards_key, module, algorithm, objective, server

@@ -14,6 +14,7 @@ from pipeline.config.schema import (
     RewardStage,
     RlOffline,
     RlPairs,
+    RlScored,
     RlStage,
     ScoreStage,
     SftStage,
@@ -104,6 +105,10 @@ def suits(examples: Sequence[Example], settings: WithModel, ahead: Ahead) -> Non
         for one in [] if all(map(convert.is_pair, examples)) else examples:
             for row in [] if convert.is_pair(one) else convert.each_candidate(one):
                 convert.with_score(row)
+    elif isinstance(settings, RlScored):
+        rows = convert.to_scored(convert.parted(examples), "both")
+        if settings.reward is None and not ahead.reward_models(settings):
+            convert.judged(convert.with_sides(rows) if settings.algorithm.file == "labels" else rows, settings.run)
     elif isinstance(settings, ScoreStage | RlOffline):
         rows = [one for one in examples if isinstance(settings, RlOffline) or not one.candidates]
         rows = convert.to_scored(rows, settings.data.responses)

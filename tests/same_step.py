@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import LlamaForSequenceClassification, PreTrainedModel
@@ -24,6 +25,8 @@ from pipeline.data.masking import Masker
 from pipeline.models.policy import Policy, RewardModel
 from pipeline.records import Item
 from pipeline.rl.compositions import Composer
+from pipeline.rl.groups import GroupedItems
+from pipeline.rl.labels import LabelledWindows, Midpoint, Mismatched, noted
 from pipeline.trainer import loop
 from pipeline.trainer.engine import Engine
 from pipeline.trainer.group import Ranks
@@ -46,6 +49,7 @@ APART += (
     "qrpo",
     "a_star_po",
 )  # cut as those they are like
+APART += ("kto", "bco", "agro", "rebel", "nca")  # rebel is agro, and nca's formula alone differs
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 BUDGET = Packing(None, 40, False, tiny.PAD_ID)  # micro-batches of 2 to 4 rows, 1 to 4 pairs
 DRAWN = ((0, 1, 2, 3, 4), (8, 1, 8), (4,))  # rows of each step; on two ranks the last one leaves a filler
@@ -62,7 +66,10 @@ class Case:
     scalar: bool = False  # scores, not log-probabilities
     masked: bool = False  # from masked tokens of static responses
     sampled: bool = False  # from responses whose coefficients are known, and references among them
+    labels: bool = False  # from rows against a reference point
+    groups: bool = False  # from groups of three rows
     shape: str = "llama"
+    stages: tuple[str, ...] = STAGES
 
 
 @cache
@@ -84,8 +91,15 @@ def cases() -> dict[str, Case]:
         "reinforce_mixed": ["algo=reinforce", *mixed_in],
         "mrt": ["algo=mrt"],
     }
+    changed = ("beta=0.5", "undesirable_weight=2")
+    labels = {name: tiny.settings("rl", f"algo={name}", *changed).algorithm for name in ("kto", "bco")}
+    agro = ("algo=agro", "algorithm.settings.group_size=3")
     return {
         **dict(sorted(offline.items())),
+        # kto alone reads more in a step than others do
+        "kto": Case(labels["kto"], labels=True, stages=("zero0", "zero3")),
+        "bco": Case(labels["bco"], labels=True, stages=("zero0",)),
+        "agro": Case(tiny.settings("rl", *agro).algorithm, groups=True, stages=("zero0",)),
         **{name: Case(tiny.settings("rl", *words).algorithm, sampled=True) for name, words in sampled.items()},
         "a_lol_k3": Case(tiny.settings("rl", "algo=a_lol_kl", "algorithm.settings.kl_form=k3").algorithm),
         "supervised": Case(tiny.settings("sft").algorithm),
@@ -157,6 +171,32 @@ def responses() -> tuple[Item, ...]:
     return tuple(found)
 
 
+@cache
+def labelled() -> tuple[Item, ...]:
+    """The rows with labels, and a reference point for where no step makes one."""
+    numbers = [
+        {"desirable": float(i % 3 != 1), "weight": 1.0 + (i % 3 == 1), "reference_point": 0.05} for i in range(9)
+    ]
+    return tuple(replace(item, numbers=found) for item, found in zip(rows(), numbers, strict=True))
+
+
+@cache
+def mismatched() -> tuple[Item, ...]:
+    """The rows' prompts with one another's responses, which the reference finds less likely than the model does."""
+    given = rows()
+    turned = [
+        replace(item, rows=(replace(item.rows[0], response_ids=given[(i + 4) % 9].rows[0].response_ids),))
+        for i, item in enumerate(given)
+    ]
+    return tuple(replace(item, ref_logp=(item.ref_logp[0] - 0.25,)) for item in referred(turned))
+
+
+@cache
+def grouped() -> GroupedItems:
+    """Nine groups of the rows."""
+    return GroupedItems(rows(), np.array([[i, (i + 2) % 9, (i + 5) % 9] for i in range(9)]))
+
+
 def without_reference(items: Sequence[Item]) -> tuple[Item, ...]:
     return tuple(replace(item, ref_logp=()) for item in items)
 
@@ -167,11 +207,15 @@ def with_static_rows() -> tuple[Item, ...]:
     return tuple(masked.items(9, choices=2, longest=4))
 
 
-def items_of(case: Case) -> tuple[Item, ...]:
+def items_of(case: Case) -> Sequence[Item]:
     if case.masked:
         return with_static_rows()
     if case.sampled:
         return responses() if case.algorithm.settings["kl_beta"] else without_reference(responses())
+    if case.labels:
+        return labelled()
+    if case.groups:
+        return grouped()
     return pairs() if case.pairs else rows()
 
 
@@ -191,6 +235,8 @@ def masker() -> Masker:
 
 def packing_of(case: Case, packing: Packing) -> Packing:
     """`packing` as the case's rows need it."""
+    if case.groups and packing.max_tokens:
+        return replace(packing, max_tokens=60)  # for three rows of up to 19 tokens
     if not case.masked:
         return packing
     return replace(packing, encoder_decoder=case.shape == "t5", masker=masker())
@@ -208,10 +254,17 @@ def trainer_of(case: Case, trained: Engine, items: Sequence[Item], packing: Pack
     """What the loop is given to take the steps of DRAWN; nothing is evaluated, logged or exported."""
     ranks = trained.ranks
     changed = {"train": tiny.train_settings(), "optimizer": tiny.optimizer_settings(**OPTIMIZER)}
+    objective = objective_for(case, ranks, items)
+    windows = Windows(items, lambda step: list(DRAWN[step]), packing_of(case, packing), ranks.rank, ranks.world)
+    if case.labels:
+        own = case.algorithm.settings
+        others = (Mismatched(trained, packing, own["beta"], mismatched(), ()), Midpoint(ranks))
+        point = others[own["objective"] == "bco"]
+        objective, windows = noted(objective, point), LabelledWindows(windows, point, ranks)
     return Trainer(
         model=Model(trained, tiny.encoder(), packing),
-        objective=objective_for(case, ranks, items),
-        windows=Windows(items, lambda step: list(DRAWN[step]), packing_of(case, packing), ranks.rank, ranks.world),
+        objective=objective,
+        windows=windows,
         evaluate=lambda step: Evaluation({}),
         settings=tiny.settings("sft").model_copy(update=changed),
         max_steps=len(DRAWN),
@@ -257,7 +310,10 @@ def steps(case: Case, zero: str, packing: Packing, folder: Path) -> dict:
 def main(folder: Path) -> None:
     ranks = tiny.ranks()
     gc.freeze()  # every start of ZeRO-3 collects garbage: 0.3 s over all that was imported, nothing over the rest
-    seen = {zero: {name: steps(case, zero, BUDGET, folder) for name, case in cases().items()} for zero in STAGES}
+    seen = {
+        zero: {name: steps(case, zero, BUDGET, folder) for name, case in cases().items() if zero in case.stages}
+        for zero in STAGES
+    }
     if ranks.main:
         torch.save(seen, folder / "seen.pt")
     ranks.barrier()

@@ -438,7 +438,10 @@ def test_an_algorithm_has_the_settings_that_it_reads(file: Path):
         ),
         (["algo=nll", "value.epochs=2"], "it belongs to algo=a_lol_kl, a_lol_ref_free, a_lol_seq, alol"),
         (["algo=a_lol", "mask_rate=0.2"], "masking.rate: algo=alol has no such setting; it belongs to algo=semi_offl"),
-        (["algo=esrl", "algorithm.file=supervised"], "file: 'supervised', wanted one of dpo, offline, online, regr"),
+        (
+            ["algo=esrl", "algorithm.file=supervised"],
+            "file: 'supervised', wanted one of dpo, groups, labels, offline, online, regr",
+        ),
         (["recipe=demo", "sampler.k=4"], "command line: sampler.k: algo=alol has no such setting"),
     ],
 )

@@ -88,8 +88,9 @@ def test_held_out_statistics(name: str) -> None:
     judged = engine.Engine(same_step.module(case), tiny.ranks(), tiny.train_settings(), None)
     items = list(same_step.items_of(case))
     mixed = [items[i] for i in ORDER]
-    found = [evaluation.held_out_loss(judged, objective, items, packing) for packing in packings(False)]
-    found += [evaluation.held_out_loss(judged, objective, mixed, packing) for packing in packings(False)[1:3]]
+    cuts = [same_step.packing_of(case, packing) for packing in packings(False)]
+    found = [evaluation.held_out_loss(judged, objective, items, packing) for packing in cuts]
+    found += [evaluation.held_out_loss(judged, objective, mixed, packing) for packing in cuts[1:3]]
     assert found[0]["eval/loss"] != 0
     all_alike(found)
 

@@ -50,6 +50,33 @@ def test_dpo_with_dropout_is_stopped_before_its_first_step(runs: Path) -> None:
         train("rl", runs.parent, "algo=dpo", "name=dropped", "model.dropout=0.3", "max_steps=1", *SHORT)
 
 
+@pytest.mark.parametrize(
+    ("algo", "more", "start"),
+    [("agro", ["algorithm.settings.group_size=3", "beta=0.05"], 0.25), ("kto", ["threshold=0.4", "beta=0.5"], 1 / 3)],
+)
+def test_scored_rows_of_a_prompt_and_labels_are_learned(
+    runs: Path, tmp_path: Path, algo: str, more: list[str], start: float
+) -> None:
+    """Rewards 1, .5 and 0 of each prompt: their variance is .25; of kto, two good rows weigh as much as one bad, so
+    that of weights 1/2, 1/2 and 1 half is 1/3 each on average. At the end the good rows are the likelier ones."""
+    answers = (("Put {} in hot water.", 1.0), ("Boil {} for long.", 0.5), ("Do not ask {} of me.", 0.0))
+    lines = [
+        {"prompt": f"How do I boil egg {i}?", "completion": text.format(i), "reward": reward}
+        for i in range(16)
+        for text, reward in answers
+    ]
+    more = [word.replace("threshold", "algorithm.settings.threshold") for word in more]
+    words = [*written(tmp_path, lines), f"algo={algo}", *more, *SHORT, f"name={algo}"]
+    train("rl", runs.parent, *words, "max_steps=8", "learning_rate=3e-3")
+    found = rows(runs / "rl" / algo / "metrics.jsonl")
+    rounded = 16 * tiny.rounding(found[0]["eval/logps/chosen"])
+    assert found[0]["eval/loss"] == pytest.approx(start, abs=rounded)
+    assert found[1]["train/loss"] == pytest.approx(start, abs=0.1 if algo == "kto" else rounded)  # of the rows drawn
+    assert found[-1]["eval/rewards/accuracies"] > 0.8
+    assert found[-1]["eval/rewards/chosen"] > found[-1]["eval/rewards/rejected"] + 0.05
+    logged.check(runs / "rl" / algo)
+
+
 def written(folder: Path, lines: list[dict]) -> list[str]:
     """The words that name a file of these rows."""
     path = folder / "rows.jsonl"

@@ -17,7 +17,7 @@ from pipeline.models.policy import Policy
 from pipeline.trainer.checkpoint import Checkpoints, State
 from pipeline.trainer.metrics import Interval, Metrics
 from tests import sameness, tiny
-from tests.test_stages import SHORT, SMALL_TRAIN, run, train
+from tests.test_stages import SHORT, SMALL_TRAIN, rows, run, train
 
 KILLS = [
     ["stage=sft", "processes=2", "kills=2", "seed=4", "refuse=", "zero=zero2"],
@@ -49,6 +49,7 @@ def test_a_checkpoint_is_not_written_over_itself(tmp_path: Path) -> None:
 
 CONSTANT = ["lr_scheduler_type=constant", "warmup_ratio=0", "learning_rate=1e-3", "eval_steps=2", "save_steps=3"]
 VALUES = ["value.max_prompts=16", "value.samples_per_prompt=2", "value.epochs=2", "scale_steps=false"]
+LABELS = ["algo=bco", "name=bco", *CONSTANT, *SHORT]
 LONGER = {"sft": [*CONSTANT, *SHORT], "rl": ["algo=alol", *CONSTANT, *SHORT, *VALUES]}
 
 
@@ -77,6 +78,14 @@ def test_trained_longer_it_is_as_if_it_had_been_so_from_the_start(tmp_path: Path
     train("rl", longer, *LONGER["rl"], "max_steps=2")
     train("rl", longer, *LONGER["rl"], "max_steps=4")
     assert unlike(once / "default" / "rl", longer / "default" / "rl") == []
+
+    # whose reference point is made of all steps before
+    train("rl", once, *LABELS, "max_steps=4")
+    train("rl", longer, *LABELS, "max_steps=2")
+    train("rl", longer, *LABELS, "max_steps=4")
+    assert unlike(once / "default" / "rl" / "bco", longer / "default" / "rl" / "bco") == []
+    points = [row.get("train/rewards/reference_point") for row in rows(longer / "default/rl/bco/metrics.jsonl")]
+    assert 0.0 not in points[-2:]
 
 
 # what has changed

@@ -26,9 +26,10 @@ from pipeline.trainer.engine import Engine
 from pipeline.trainer.model import Model
 from pipeline.trainer.objective import objective_of
 from tests import masked, same_step, tiny
-from tests.same_step import DRAWN, STAGES
+from tests.same_step import DRAWN
 
 NAMES = list(same_step.cases())
+CUTS = [(name, zero) for name, case in same_step.cases().items() for zero in case.stages]
 
 # by hand
 
@@ -67,6 +68,38 @@ def dpo_loss(name: str, chosen: Tensor, rejected: Tensor) -> Tensor:
     if name == "dpo":
         return F.softplus(0.1 * (rejected - chosen))
     return 0.9 * F.softplus(0.5 * (rejected - chosen)) + 0.1 * F.softplus(0.5 * (chosen - rejected))
+
+
+def log_ratio(model: nn.Module, item: Item, place: int = 0) -> Tensor:
+    """ln(pi / pi_ref) of a whole response."""
+    return (same_step.own_logps(model, item, place) - item.ref_logp[place]).sum()
+
+
+def reference_point(name: str, model: nn.Module, drawn: Sequence[int], step: int) -> float:
+    """kto's by the mismatched rows of the step; bco's by all rows of the steps before, `SEEN` in this process."""
+    if step == 0:
+        SEEN.clear()
+    if name == "bco":
+        classes = [[value for good, value in SEEN if good == wanted] for wanted in (0, 1)]
+        means = [sum(values) / len(values) for values in classes if values]
+        return sum(means) / len(means) if means else 0.0
+    with torch.no_grad():
+        return max(0.0, 0.5 * sum(float(log_ratio(model, same_step.mismatched()[i])) for i in drawn) / len(drawn))
+
+
+SEEN: list[tuple[float, float]] = []  # labels and implicit rewards
+
+
+def compared_loss(name: str, model: nn.Module, item: Item) -> Tensor:
+    """Of a row against its reference point, or of the rows of a group against one another."""
+    if name == "agro":
+        left = [item.numbers[f"reward_{i + 1}"] - 0.1 * log_ratio(model, item, i) for i in range(3)]
+        mean = sum(left) / 3
+        return sum((d - mean) ** 2 for d in left) / 2
+    implicit = 0.5 * log_ratio(model, item)
+    SEEN.append((item.numbers["desirable"], float(implicit)))
+    m = (implicit - item.numbers["reference_point"]) * (1 if item.numbers["desirable"] else -1)
+    return item.numbers["weight"] * (1 - torch.sigmoid(m) if name == "kto" else F.softplus(-m))
 
 
 def inverse(probabilities: Tensor, uniforms: Tensor) -> list[list[int]]:
@@ -136,6 +169,8 @@ def item_loss(name: str, model: nn.Module, item: Item, step: int = 0) -> tuple[T
     if case.pairs and not case.scalar:
         chosen, rejected = ((same_step.own_logps(model, item, i) - item.ref_logp[i]).sum() for i in (0, 1))
         return dpo_loss(name, chosen, rejected), 1
+    if case.labels or case.groups:
+        return compared_loss(name, model, item), 1
     if case.scalar:
         ids = [torch.tensor([row.prompt_ids + row.response_ids]) for row in item.rows]
         scores = [model(input_ids=row).logits[0, 0] for row in ids]
@@ -172,6 +207,9 @@ def by_hand(name: str, mean: Callable[[Losses], Tensor] = exact) -> dict:
     found = {"loss": [], "grad_norm": []}
     for step, drawn in enumerate(DRAWN):
         optimizer.zero_grad()
+        if case.labels:
+            point = {"reference_point": reference_point(name, model, drawn, step)}
+            items = [replace(item, numbers=item.numbers | point) for item in items]
         loss = mean([item_loss(name, model, items[i], step) for i in drawn])
         loss.backward()
         found["loss"].append(float(loss))
@@ -226,14 +264,12 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return tiny.on_two_processes("tests.same_step", tmp_path_factory.mktemp("same_step"))
 
 
-@pytest.mark.parametrize("zero", STAGES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "zero"), CUTS)
 def test_two_ranks_are_one(seen: dict, right: dict, name: str, zero: str) -> None:
     same(seen[zero][name], right[name])
 
 
-@pytest.mark.parametrize("zero", STAGES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "zero"), CUTS)
 def test_one_by_one_or_all_at_once(right: dict, tmp_path: Path, name: str, zero: str) -> None:
     for size in (1, 5):
         packing = Packing(size, None, False, tiny.PAD_ID)

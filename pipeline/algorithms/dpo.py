@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.algorithms.functional import masked_sum, mean_stat, sequence_logp
-from pipeline.errors import UserError
+from pipeline.algorithms.functional import log_ratios, masked_sum, mean_stat, sequence_logp
 from pipeline.records import Batch, Needs, Stat
 
 MEAN_OVER = "pairs"
@@ -62,18 +61,6 @@ def loss(logp: Tensor, batch: Batch, settings: Settings) -> tuple[Tensor, dict[s
     per_pair = -(1 - e) * F.logsigmoid(m) - e * F.logsigmoid(-m)  # (P,)
     stats = _statistics(chosen, rejected, counted, per_pair) | _likelihoods(logp, batch, counted)
     return masked_sum(per_pair, counted), stats
-
-
-def log_ratios(logp: Tensor, batch: Batch) -> Tensor:
-    """(B,) ln(pi / pi_ref) of each response, 0 for fillers."""
-    if batch.ref_logp is None:
-        raise UserError("ref_logp: the batch has none, wanted the reference's log-probabilities of both responses")
-    if batch.ref_logp.shape != logp.shape:
-        raise UserError(
-            f"ref_logp: shape is {tuple(batch.ref_logp.shape)}, but logp has {tuple(logp.shape)} "
-            "(was the cache made with another max_length?)"
-        )
-    return torch.where(batch.response_mask, logp - batch.ref_logp, 0.0).sum(1)
 
 
 @torch.no_grad()

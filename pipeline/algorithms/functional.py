@@ -256,6 +256,11 @@ def token_log_ratio(logp: Tensor, batch: Batch) -> Tensor:
     return torch.where(batch.response_mask, logp - batch.ref_logp, 0.0)
 
 
+def log_ratios(logp: Tensor, batch: Batch) -> Tensor:
+    """(B,) ln(pi / pi_ref) of each whole response, 0 for fillers. Raises UserError as `token_log_ratio`."""
+    return token_log_ratio(logp, batch).sum(1)
+
+
 def clip_ratio(log_ratio: Tensor, clip: float | None) -> Tensor:
     """exp(log_ratio) limited to [1 - clip, 1 + clip]; clip in [0, 1), or None for no limit.
 

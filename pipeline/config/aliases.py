@@ -10,7 +10,8 @@ SECTION_OF = {  # settings that may be given without their section
     "adam_beta2 adam_epsilon max_grad_norm",
     "generation": "max_new_tokens min_new_tokens do_sample temperature temperatures top_p top_k num_beams "
     "length_penalty no_repeat_ngram_size repetition_penalty num_return_sequences",
-    "algorithm.settings": "clip kl_beta kl_form beta objective label_smoothing missing_eos_penalty",
+    "algorithm.settings": "clip kl_beta kl_form beta objective label_smoothing missing_eos_penalty "
+    "desirable_weight undesirable_weight",
 }
 ALIASES: dict[str, str] = {
     **{name: f"{section}.{name}" for section, names in SECTION_OF.items() for name in names.split()},

@@ -81,7 +81,7 @@ SAID: dict[str, str] = {  # names -> what to say of each
     ),
     "num_generations n_samples_per_prompt rloo_k group_size n_samples": (
         "responses per prompt: sampler.k=8 in stage=rl algo=reinforce, mrt or esrl; num_return_sequences=8 in "
-        "stage=generate"
+        "stage=generate; rows of a prompt that are compared: algorithm.settings.group_size=4 in algo=agro and nca"
     ),
     "epsilon cliprange clip_range eps_clip": (
         "clip=0.9 is half the width of the ratio's interval around 1, in stage=rl algo=alol, a_lol_seq and r_lol"
@@ -202,7 +202,6 @@ METHODS: dict[str, str] = {  # as stage= or algo=
     "rloo": "it is stage=rl algo=reinforce reward=NAME, whose baseline is leave-one-out",
     "reinforce++": "set stage=rl algo=reinforce reward=NAME",
     **dict.fromkeys(("orpo", "simpo", "ipo", "cpo", "slic"), PAIRS),
-    "kto": "not offered; give each row a reward, 1 where its label is true, else 0: stage=rl algo=alol",
     **dict.fromkeys(("raft", "rejection_sampling", "best_of_n", "rest"), "set stage=rl algo=rft"),
     **dict.fromkeys(("offline", "offline_rl", "lol_rl"), "set stage=rl algo=alol"),
     **dict.fromkeys(("sft", "train", "finetune", "fine_tune", "pt", "pretrain"), "set stage=sft"),

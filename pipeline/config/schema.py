@@ -159,6 +159,13 @@ class RlPairs(RlStage):
     ratio_tolerance: RatioTolerance
 
 
+class RlScored(RlStage):
+    """Of an algorithm that learns from rows with labels, or from groups of scored rows, against the start model."""
+
+    shuffle_rewards: bool
+    ratio_tolerance: RatioTolerance
+
+
 class RlMasked(RlStage):
     """Of an algorithm that masks tokens of static responses and samples others in their places."""
 
@@ -185,7 +192,14 @@ class RlPolicy(RlStage):
 
 
 COMPARING = ("sequence", "token", "mean", "tapered")  # ratios to the start model, of algorithms.offline
-RL_KINDS = {"data": RlOffline, "pairs": RlPairs, "masked data": RlMasked, "policy": RlPolicy}  # by RESPONSES
+RL_KINDS = {  # by RESPONSES
+    "data": RlOffline,
+    "pairs": RlPairs,
+    "labels": RlScored,
+    "groups": RlScored,
+    "masked data": RlMasked,
+    "policy": RlPolicy,
+}
 
 
 def rl_record(responses: str, settings: Mapping[str, Any]) -> type[RlStage]:
@@ -341,7 +355,7 @@ class BenchStage(Training):
 STAGES: dict[str, tuple[type[Common], ...]] = {  # several records where the algorithm decides which settings there are
     "sft": (SftStage,),
     "reward": (RewardStage,),
-    "rl": (RlOffline, RlRatio, RlAdvantage, RlAdvantageRatio, RlSamples, RlPairs, RlMasked, RlPolicy),
+    "rl": (RlOffline, RlRatio, RlAdvantage, RlAdvantageRatio, RlSamples, RlPairs, RlScored, RlMasked, RlPolicy),
     "score": (ScoreStage,),
     "audit": (AuditStage,),
     "generate": (GenerateStage,),

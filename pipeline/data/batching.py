@@ -204,8 +204,9 @@ def by_budget(items: Sequence[Item], order: Sequence[Place], packing: Packing) -
         groups.append([i])
         extent, tokens = own, alone
         if tokens > most:
+            which = "row" if own.rows == 1 else f"{own.rows} rows of"
             raise UserError(
-                f"train.max_tokens: {packing.max_tokens}, but row {items[i].example.id} alone has {tokens} tokens: "
+                f"train.max_tokens: {packing.max_tokens}, but {which} {items[i].example.id} alone has {tokens} tokens: "
                 "raise it, or lower data.max_prompt_length or data.max_response_length"
             )
     return groups

@@ -8,6 +8,7 @@ response has the higher reward.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -21,6 +22,8 @@ from pipeline.data.rows import Rows
 from pipeline.data.stored import CHOSEN, PAIRED, REJECTED, is_pair
 from pipeline.errors import UserError
 from pipeline.records import Example, text_of
+
+logger = logging.getLogger("tiffin")
 
 CANDIDATE = "/candidate-"  # and those of rows of candidates, before their number
 
@@ -90,6 +93,35 @@ def _scored(rows: Sequence[Example], which: Literal["chosen", "both"]) -> Iterat
         if which == "both":
             other = {"completion": example.rejected, "reward": example.rejected_reward}
             yield replace(chosen, id=example.id + REJECTED, **other)
+
+
+def parted(examples: Sequence[Example]) -> Rows:
+    """A row that holds a pair beside its completion as two rows, the completion and the pair; others as they are."""
+    rows = Rows.of(examples)
+    if not (rows.column("is_pair") & rows.column("answered")).any():
+        return rows
+    return rows.made("parted", lambda some: chain.from_iterable(map(_parted, some)))
+
+
+def _parted(row: Example) -> list[Example]:
+    if not is_pair(row) or row.completion is None:
+        return [row]
+    return [replace(row, **dict.fromkeys(PAIRED)), replace(row, completion=None, reward=None, rewards={})]
+
+
+def with_sides(examples: Sequence[Example]) -> Rows:
+    """The sides of pairs with 1 for a chosen and 0 for a rejected response as their reward, which is said.
+
+    Rows of which one has a reward, or is no side of a pair, stay as they are.
+    """
+    rows = Rows.of(examples)
+    if not np.isnan(rows.column("reward")).all() or rows.any("by_name"):
+        return rows
+    ids = [row.id for row in rows]
+    if not all(one.endswith((CHOSEN, REJECTED)) for one in ids):
+        return rows
+    logger.info("labels: no row has a reward, and all are of pairs: the chosen response is desirable, the other is not")
+    return rows.with_rewards([float(one.endswith(CHOSEN)) for one in ids])
 
 
 def with_score(row: Example) -> Example:

@@ -181,6 +181,8 @@ def content(items: Items) -> list[object]:
 
 def has_prompts(items: Sequence[Item]) -> bool:
     """Whether any row has a prompt; plain text has none."""
+    if not isinstance(items, Items):
+        return any(len(item.example.prompt) > 0 for item in items)
     return bool((~np.isin(examples_of(items).column("prompt"), [hash_of(""), hash_of(())])).any())
 
 

@@ -212,8 +212,9 @@ def load_of(settings: Training) -> Load:
     """The most padded tokens of one forward on one rank, and of one call of generation; and further models."""
     data, train = settings.data, settings.train
     longest = data.max_prompt_length + data.max_response_length * (2 if isinstance(settings, RlMasked) else 1)
-    pairs = isinstance(settings, RewardStage | RlPairs)
-    tokens = train.max_tokens or train.micro_batch_size * (2 if pairs else 1) * longest
+    rows_each = 2 if isinstance(settings, RewardStage | RlPairs) else 1
+    rows_each = settings.algorithm.settings.get("group_size", rows_each)
+    tokens = train.max_tokens or train.micro_batch_size * rows_each * longest
     if not isinstance(settings, SftStage | RlStage):
         return Load(tokens, 0, buffers=on_gpu(settings))
     generation = settings.generation

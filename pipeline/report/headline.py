@@ -168,7 +168,9 @@ def _watched(results: Numbers) -> list[Watched]:
     """What a training may be judged by, the best first: only a reward of its own responses is the policy's reward."""
     own = Watched(f"eval/{REWARD}", "held-out reward", True)
     language = "eval/perplexity" in results  # sft's: the loss is of language, and not of weighted rows
-    pairs = Watched("eval/rewards/accuracies", "held-out pairs in the right order", True, LOGGED)
+    labelled = "eval/rewards/reference_point" in results
+    which = "held-out rows on their label's side" if labelled else "held-out pairs in the right order"
+    pairs = Watched("eval/rewards/accuracies", which, True, LOGGED)
     return [own, pairs, Watched(LOSS, "held-out loss", False, "" if language else LOGGED)]
 
 

@@ -1,0 +1,30 @@
+"""Scored rows for methods that compare responses: every response of the data, with its reward."""
+
+from __future__ import annotations
+
+from pipeline.data import convert, dataset
+from pipeline.data.dataset import UniquePrompts
+from pipeline.data.rows import Rows
+from pipeline.rl import rows
+from pipeline.rl.context import Context, splits
+
+
+def scored_rows(context: Context, sides: bool) -> tuple[Rows, Rows, UniquePrompts]:
+    """Rows to learn from and held-out ones, all with a reward, shuffled as set; and all held-out prompts, each once.
+
+    Of pairs both responses are rows. With `sides` a row that holds a pair beside its completion is that completion
+    alone, and pairs that nobody scored are labelled by their sides; without, all three are rows. Raises UserError where
+    a row has no reward, and nothing gives it one.
+    """
+    settings = context.settings
+    read = splits(context)
+    train, held_out = (convert.to_scored(some if sides else convert.parted(some), "both") for some in read)
+    prompts = dataset.unique_prompts(held_out)
+    held_out = held_out[: settings.eval.max_rows]
+    if sides and settings.reward is None:
+        both = convert.with_sides(train + held_out)
+        train, held_out = both[: len(train)], both[len(train) :]
+    train, held_out = rows.with_rewards(context, train, held_out)
+    if settings.shuffle_rewards:
+        train = rows.with_shuffled_rewards(train, settings.seed)
+    return train, held_out, prompts
