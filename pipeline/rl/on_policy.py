@@ -27,7 +27,7 @@ from pipeline.data import dataset
 from pipeline.data.batching import Draw, Packing, collate, window
 from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
-from pipeline.records import Batch, Example, Item, Request, Row, Stat
+from pipeline.records import Batch, Example, Item, Request, Response, Row, Stat
 from pipeline.rewards import scoring
 from pipeline.rewards.rewards import Rewards
 from pipeline.rl import reference
@@ -195,19 +195,23 @@ class Rollouts:
                 requests[i] = Request(group.example, group.prompt_ids, temperatures, turn * TURN + start)
         if not requests:
             return list(groups)
+        more = dict(zip(requests, self._answers(list(requests.values()), step), strict=True))
+        return [replace(group, responses=(*group.responses, *more.get(i, ()))) for i, group in enumerate(groups)]
+
+    def _answers(self, requests: Sequence[Request], step: int) -> list[list[Response]]:
+        """The responses to each request; of a server with what is known of those that are sampled here."""
         seed = self.settings.seed * 1_000_003 + step
         to_end = self.settings.sampler.mode == "drop"  # which scores what comes after the end of a response too
-        asked, how, began = list(requests.values()), sampled(self.settings), time.monotonic()
-        server = self.server()
+        began, server = time.monotonic(), self.server()
         self.handing_seconds += time.monotonic() - began
-        answers = respond(self.engine, self.encoder, asked, how, seed, to_end, server)
-        if server is not None:
-            answers, surprise = drawn_elsewhere.with_stats(self.engine, self.packing, asked, answers)
-            self.surprises += [] if math.isnan(surprise.mean) else [surprise.mean]
-            if abs(surprise.errors) > drawn_elsewhere.STRANGE:
-                remark(server, "surprise", NOT_OF_THE_POLICY.format(*surprise))
-        more = dict(zip(requests, answers, strict=True))
-        return [replace(group, responses=(*group.responses, *more.get(i, ()))) for i, group in enumerate(groups)]
+        answers = respond(self.engine, self.encoder, requests, sampled(self.settings), seed, to_end, server)
+        if server is None:
+            return answers
+        known, surprise = drawn_elsewhere.with_stats(self.engine, self.packing, requests, answers)
+        self.surprises += [] if math.isnan(surprise.mean) else [surprise.mean]
+        if abs(surprise.errors) > drawn_elsewhere.STRANGE:
+            remark(server, "surprise", NOT_OF_THE_POLICY.format(*surprise))
+        return known
 
     def _kept(self, groups: Sequence[Group]) -> list[Group]:
         """The groups without what the dropping modes leave out: a share of each decoded batch, or of all."""
