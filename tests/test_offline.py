@@ -732,5 +732,8 @@ def test_the_best_rows_of_each_prompt(caplog):
     assert len(best(9, None)) == 6 and "rows=best leaves no row out" in caplog.text
     with pytest.raises(UserError, match=r"best.at_least: none of 6 rows has a reward of 4 \(the highest: 3\)"):
         best(1, 4.0)
+    shuffled = rows.learned_rows(made, tiny.settings("rl", "algo=rft", "shuffle_rewards=true"))
+    assert [row.id for row in shuffled] != ["r1", "r2", "r5"]  # a control: they are no better than others
+    assert [row.id for row in rows.learned_rows(made, tiny.settings("rl", "algo=rft"))] == ["r1", "r2", "r5"]
     with pytest.raises(UserError, match="of_prompt and at_least are both null"):
         tiny.settings("rl", "algo=rft", "best.of_prompt=null")

@@ -80,7 +80,8 @@ def drawn(context: Context, items: Sequence[Item], packing: Packing) -> tuple[Dr
     draw, kept = rows.population(items, packing, needs.weighed_by or "one", settings, by)
     shares = {"advantage/kept_fraction": kept}
     if "advantage" in items[0].numbers and settings.algorithm.settings.get("weight") != "advantage":
-        shares["advantage/raised_fraction"] = float((encoded.column(items, "advantage") > 0).mean())
+        learned = slice(None) if by is None else (by != 0).numpy()
+        shares["advantage/raised_fraction"] = float((encoded.column(items, "advantage")[learned] > 0).mean())
     return draw, shares
 
 
@@ -121,10 +122,7 @@ def rewarded_rows(context: Context, needs: Needs) -> tuple[Sequence[Example], Se
     wanted = needs.rewards or settings.rows != "all" or settings.shuffle_rewards
     if wanted or (context.rewards is not None and (context.rewards.own or context.rewards.unsettled)):
         train, held_out = rows.with_rewards(context, train, held_out)
-    train = rows.chosen_rows(train, settings.rows, settings.best)
-    if settings.shuffle_rewards:
-        train = rows.with_shuffled_rewards(train, settings.seed)
-    return train, held_out, prompts
+    return rows.learned_rows(train, settings), held_out, prompts
 
 
 def best_metric(context: Context, held_out: Sequence[Item]) -> BestMetric:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from pipeline.config.schema import RlStage
+from pipeline.config.schema import RlOffline, RlStage
 from pipeline.config.sections import BestRows
 from pipeline.data import convert, encoded, sampling
 from pipeline.data.batching import Draw, Packing, lengths
@@ -62,6 +62,18 @@ def say_what_is_left(rewards: Rewards, rows: Sequence[Example]) -> None:
     if left := [name for name in own_rewards.names(rows) if name not in used]:
         anew = "" if used else ": reward= scores them anew"
         logger.info(f"rewards: those that the rows bring are not used ({', '.join(left)}){anew}")
+
+
+def learned_rows(rows: Sequence[Example], settings: RlOffline) -> Rows:
+    """The rows that are chosen, with one another's rewards where these are shuffled.
+
+    The best rows are chosen by the shuffled rewards: of a method that learns from these and reads rewards no further,
+    nothing else would make a control. Halves are chosen before, so that what is known of them stays true.
+    """
+    if settings.shuffle_rewards and settings.rows == "best":
+        return chosen_rows(with_shuffled_rewards(rows, settings.seed), settings.rows, settings.best)
+    chosen = chosen_rows(rows, settings.rows, settings.best)
+    return with_shuffled_rewards(chosen, settings.seed) if settings.shuffle_rewards else chosen
 
 
 def chosen_rows(rows: Sequence[Example], which: str, best: BestRows | None = None) -> Rows:
