@@ -177,8 +177,8 @@ def test_sides_of_pairs_are_labels_where_nothing_has_a_reward():
     pairs = [Example(f"{i}", "p", chosen="good", rejected="bad") for i in range(2)]
     rows = convert.with_sides(convert.to_scored(pairs, "both"))
     assert [(row.completion, row.reward) for row in rows] == [("good", 1.0), ("bad", 0.0)] * 2
-    scored = [*pairs, Example("c", "p", completion="so", reward=0.5)]
-    rows = convert.with_sides(convert.to_scored(scored, "both"))
+    mixed = [*pairs, Example("c", "p", completion="so", reward=0.5)]
+    rows = convert.with_sides(convert.to_scored(mixed, "both"))
     assert [row.reward for row in rows] == [None] * 4 + [0.5]
     others = convert.to_scored(pairs[:1], "both")  # held out: one row's reward decides for both
     assert [row.reward for part in scored.by_sides(rows, others) for row in part] == [None] * 4 + [0.5, None, None]
