@@ -173,13 +173,17 @@ def test_equal_rewards_are_refused_without_a_threshold_and_one_label_is_told(cap
     assert "all rows have one label" in caplog.text
 
 
-def test_sides_of_pairs_are_labels_where_nothing_has_a_reward(caplog):
+def test_sides_of_pairs_are_labels_where_nothing_has_a_reward():
     pairs = [Example(f"{i}", "p", chosen="good", rejected="bad") for i in range(2)]
     rows = convert.with_sides(convert.to_scored(pairs, "both"))
     assert [(row.completion, row.reward) for row in rows] == [("good", 1.0), ("bad", 0.0)] * 2
-    scored = [*pairs, Example("c", "p", completion="so", reward=0.5)]
-    rows = convert.with_sides(convert.to_scored(scored, "both"))
+    mixed = [*pairs, Example("c", "p", completion="so", reward=0.5)]
+    rows = convert.with_sides(convert.to_scored(mixed, "both"))
     assert [row.reward for row in rows] == [None] * 4 + [0.5]
+    others = convert.to_scored(pairs[:1], "both")  # held out: one row's reward decides for both
+    assert [row.reward for part in scored.by_sides(rows, others) for row in part] == [None] * 4 + [0.5, None, None]
+    sided = scored.by_sides(others, others)
+    assert [row.reward for part in sided for row in part] == [1.0, 0.0] * 2
     alone = [*pairs, Example("c", "p", completion="so")]
     assert all(row.reward is None for row in convert.with_sides(convert.to_scored(alone, "both")))
 

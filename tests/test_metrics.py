@@ -291,7 +291,7 @@ def test_a_disabled_log_writes_nothing(tmp_path):
     [
         ({"eval/loss": 2.0, "eval/reward": 1.5, "eval/logged/reward": 9.0}, ", held-out reward 1.5"),
         ({"eval/loss": 2.0, "eval/accuracy": 0.75}, ", held-out accuracy 0.75"),
-        ({"eval/loss": 2.0, "eval/rewards/accuracies": 0.75}, ", held-out pairs in order 0.75"),
+        ({"eval/loss": 2.0, "eval/rewards/accuracies": 0.75}, ", held-out accuracy 0.75"),
         ({"eval/loss": 2.0, "eval/reward": math.nan}, ", held-out reward not finite"),
         ({"eval/loss": 2.0, "eval/logged/reward": 9.0}, ", held-out loss 2"),  # nothing judges the responses
         ({}, ""),

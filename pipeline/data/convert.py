@@ -8,7 +8,6 @@ response has the higher reward.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -22,8 +21,6 @@ from pipeline.data.rows import Rows
 from pipeline.data.stored import CHOSEN, PAIRED, REJECTED, is_pair
 from pipeline.errors import UserError
 from pipeline.records import Example, text_of
-
-logger = logging.getLogger("tiffin")
 
 CANDIDATE = "/candidate-"  # and those of rows of candidates, before their number
 
@@ -110,7 +107,7 @@ def _parted(row: Example) -> list[Example]:
 
 
 def with_sides(examples: Sequence[Example]) -> Rows:
-    """The sides of pairs with 1 for a chosen and 0 for a rejected response as their reward, which is said.
+    """The sides of pairs with 1 for a chosen and 0 for a rejected response as their reward.
 
     Rows of which one has a reward, or is no side of a pair, stay as they are.
     """
@@ -120,7 +117,6 @@ def with_sides(examples: Sequence[Example]) -> Rows:
     ids = [row.id for row in rows]
     if not all(one.endswith((CHOSEN, REJECTED)) for one in ids):
         return rows
-    logger.info("labels: no row has a reward, and all are of pairs: the chosen response is desirable, the other is not")
     return rows.with_rewards([float(one.endswith(CHOSEN)) for one in ids])
 
 

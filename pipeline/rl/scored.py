@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+
 from pipeline.data import convert, dataset
 from pipeline.data.dataset import UniquePrompts
 from pipeline.data.rows import Rows
 from pipeline.rl import rows
 from pipeline.rl.context import Context, splits
+
+logger = logging.getLogger("tiffin")
 
 
 def scored_rows(context: Context, sides: bool) -> tuple[Rows, Rows, UniquePrompts]:
@@ -22,9 +26,18 @@ def scored_rows(context: Context, sides: bool) -> tuple[Rows, Rows, UniquePrompt
     prompts = dataset.unique_prompts(held_out)
     held_out = held_out[: settings.eval.max_rows]
     if sides and settings.reward is None:
-        both = convert.with_sides(train + held_out)
-        train, held_out = both[: len(train)], both[len(train) :]
+        train, held_out = by_sides(train, held_out)
     train, held_out = rows.with_rewards(context, train, held_out)
     if settings.shuffle_rewards:
         train = rows.with_shuffled_rewards(train, settings.seed)
     return train, held_out, prompts
+
+
+def by_sides(train: Rows, held_out: Rows) -> tuple[Rows, Rows]:
+    """Both with rewards by the sides of pairs, where no row of either has another, which is said."""
+    rows_of_both = train + held_out
+    sided = convert.with_sides(rows_of_both)
+    if sided is rows_of_both:
+        return train, held_out
+    logger.info("labels: no row has a reward, and all are of pairs: the chosen response is desirable, the other is not")
+    return sided[: len(train)], sided[len(train) :]

@@ -26,7 +26,7 @@ PLAIN_SECONDS = 10.0  # between two progress lines where there is no terminal to
 HELD_OUT = {  # of these the first that is known stands beside the progress bar: what the policy itself earns, if judged
     "eval/reward": "held-out reward",
     "eval/accuracy": "held-out accuracy",
-    "eval/rewards/accuracies": "held-out pairs in order",
+    "eval/rewards/accuracies": "held-out accuracy",
     "eval/gain/estimate": "estimated gain",
     "eval/loss": "held-out loss",
 }
