@@ -161,8 +161,8 @@ def _of_texts(
             return cut_ids(ids, filled(reads, texts, setting, kept), max_length)
         return pair_ids(tokenizer, *(filled(one, texts, setting) for one in reads), max_length)
 
-    told = reads if isinstance(reads, str) else " and, as a pair, ".join(reads)
-    return _Reader(read, max_length, f"reads {told!r}")
+    told = repr(reads) if isinstance(reads, str) else f"{reads[0]!r} and {reads[1]!r} as a pair"
+    return _Reader(read, max_length, f"reads {told}")
 
 
 def read_as_trained(

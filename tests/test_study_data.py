@@ -47,7 +47,7 @@ WANTED = {
             "prompt": "Knowledge: Beans climb.<|endoftext|>Hi<|endoftext|>Beans?",
             "completion": "They climb.",
             "knowledge": "Beans climb.",
-            "history": "Hi<|endoftext|>Beans?",
+            "turns": "Hi<|endoftext|>Beans?",
         },
     ),
 }

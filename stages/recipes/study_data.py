@@ -83,9 +83,9 @@ def faith_dial(load: Load) -> dict[str, Rows]:
     for split in ("train", "validation", "test"):
         made[split] = []
         for row in load("McGill-NLP/FaithDial", revision=PARQUET, split=split):
-            knowledge, history = row["knowledge"].strip(), end.join(row["history"]).strip()
-            prompt = f"Knowledge: {knowledge}{end}{history}"
-            given = {"knowledge": knowledge, "history": history}
+            knowledge, turns = row["knowledge"].strip(), end.join(row["history"]).strip()
+            prompt = f"Knowledge: {knowledge}{end}{turns}"
+            given = {"knowledge": knowledge, "turns": turns}
             made[split].append({"prompt": prompt, "completion": row["response"].strip(), **given})
     return made
 
