@@ -5,6 +5,8 @@ It wants responses from which it learns how common each word is, so it is named 
     from reward_models.tfidf import learned_from
 
     reward = learned_from("rows/train.jsonl", "completion")
+
+A stage that goes on compares your file, and the rows if they are among its data too, but not a file of other rows.
 """
 
 from __future__ import annotations
