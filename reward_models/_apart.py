@@ -1,7 +1,7 @@
-"""What classifiers read that read no conversation: a completion alone, or a prompt and a completion as a pair.
+"""What classifiers read that read no conversation: a completion alone, a pair of texts, or a text made of several.
 
-Both are encoded as transformers' own pipeline for text classification does, but that special tokens spelled in a text
-stay text, and that a pair that is too long loses its prompt's beginning first.
+All are encoded as transformers' own pipeline for text classification does, but that special tokens spelled in a text
+of the data stay text, and that a pair that is too long loses its first text's beginning first.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+from pipeline.data.text_ids import TextIds
 from pipeline.errors import UserError
 from pipeline.records import Answer, Message, text_of
 
@@ -32,12 +33,17 @@ def pair_ids(
 ) -> Ids:
     """A prompt and a completion; one that fills all loses its end, and the prompt is empty."""
     text = text_of(answer)
-    asked = prompt if isinstance(prompt, str) else _said(prompt)
     room = max_length - tokenizer.num_special_tokens_to_add(pair=True)
     own = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     if len(own) >= room:
         return _ids(_encoded(tokenizer, ["", text], max_length, "only_second", "right"))
-    return _ids(_encoded(tokenizer, [asked, text], max_length, "only_first", "left"))
+    return _ids(_encoded(tokenizer, [said(prompt), text], max_length, "only_first", "left"))
+
+
+def cut_ids(ids: TextIds, marked: str, max_length: int) -> Ids:
+    """A text of which what `ids` has marked is no special token; one that is too long loses its beginning."""
+    whole, room = ids.whole(marked), max_length - len(ids.before) - len(ids.after)
+    return Ids([*ids.before, *whole[max(len(whole) - room, 0) :], *ids.after])
 
 
 def refuse_no_pairs(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -49,9 +55,11 @@ def refuse_no_pairs(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def _said(turns: Sequence[Message]) -> str:
-    """A chat as one text: what the user says, or "role: content" paragraphs of several turns."""
-    return turns[0].content if len(turns) == 1 else "\n\n".join(f"{turn.role}: {turn.content}" for turn in turns)
+def said(prompt: str | Sequence[Message]) -> str:
+    """A prompt as one text: of a chat what the user says, or "role: content" paragraphs of several turns."""
+    if isinstance(prompt, str):
+        return prompt
+    return prompt[0].content if len(prompt) == 1 else "\n\n".join(f"{turn.role}: {turn.content}" for turn in prompt)
 
 
 def _encoded(

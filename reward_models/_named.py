@@ -109,9 +109,9 @@ def check(name: str) -> None:
         output(model)
 
 
-def check_reads(reads: str | Mapping[str, str], names: Collection[str], trained: Collection[str]) -> None:
+def check_reads(reads: str | list | Mapping[str, Any], names: Collection[str], trained: Collection[str]) -> None:
     """Raises UserError where `rewards.reads` names what is none of the rewards `names`, or no classifier."""
-    for name in () if isinstance(reads, str) else reads:
+    for name in reads if isinstance(reads, Mapping) else ():
         if name not in names:
             found = ", ".join(names) or "none"
             raise UserError(f"rewards.reads.{name}: no such reward, wanted one of {found}{did_you_mean(name, names)}")

@@ -10,23 +10,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.config.sections import ModelSettings, Reads, TemplateSettings
+from pipeline.config.sections import READ, ModelSettings, Reads, TemplateSettings
 from pipeline.data import messages
+from pipeline.data.text_ids import TextIds
 from pipeline.data.tokenization import Encoder, pad
 from pipeline.errors import UserError
 from pipeline.models.checks import positions
 from pipeline.models.loading import hugging_face, load_scalar, load_tokenizer
 from pipeline.models.policy import RewardModel
 from pipeline.models.trained_input import saved_input
-from pipeline.records import Answer, Message, RewardFunction
+from pipeline.records import Answer, Message, RewardFunction, text_of
 from reward_models import _named
-from reward_models._apart import Ids, completion_ids, pair_ids, refuse_no_pairs
+from reward_models._apart import Ids, completion_ids, cut_ids, pair_ids, refuse_no_pairs, said
+from reward_models._filled import filled, texts_of
 
 logger = logging.getLogger("tiffin")
 
@@ -47,7 +49,7 @@ def load(
         template, max_length: for classifiers that did not come from `stage=reward`; those that did read rows as they
             were trained to. The others read under their own chat template where they have one, unless kind is text.
             max_length is in tokens of prompt + response; the prompt loses its beginning first.
-        reads: what those others read.
+        reads: what those others read; texts with {fields} get the columns of the data.
 
     Raises UserError where there is no such model, or it has no such output.
     """
@@ -74,7 +76,9 @@ def load(
     limit = positions(hugging_face(scorer.model))
 
     def reward(prompts: Sequence[str], completions: Sequence[str], **columns: Sequence) -> list[float]:
-        rows = [reader.read(*row) for row in _as_messages(prompts, completions, columns)]
+        given = ({name: values[i] for name, values in columns.items()} for i in range(len(prompts)))
+        texts = zip(_as_messages(prompts, completions, columns), given, strict=True)
+        rows = [reader.read(*both, row) for both, row in texts]
         longest = max((len(row.ids) for row in rows), default=0)
         if limit is not None and longest > limit:
             problem = f"{reader.max_length} lets {longest} tokens through, but {name} has {limit} positions"
@@ -98,9 +102,9 @@ def _as_messages(
 
 
 class _Reader(NamedTuple):
-    """How a model reads a prompt and a completion, in words too, and its longest row in tokens."""
+    """How a model reads a prompt, a completion and a row's columns, in words too, and its longest row in tokens."""
 
-    read: Callable[[str | Sequence[Message], Answer], Ids]
+    read: Callable[[str | Sequence[Message], Answer, Mapping[str, Any]], Ids]
     max_length: int
     described: str
 
@@ -121,20 +125,44 @@ def _reader(
             raise UserError(f"rewards.reads: {reads} for {name}, which reads as it was trained to: wanted auto for it")
         lengths = trained.max_prompt_length, trained.max_response_length, trained.keep_of_prompt
         encoder, limit = Encoder(tokenizer, trained.template, *lengths, encoder_decoder), sum(lengths[:2])
-        return _Reader(lambda *row: Ids(read_as_trained(encoder, *row, limit)), limit, encoder.described())
+        return _Reader(lambda *row: Ids(read_as_trained(encoder, *row[:2], limit)), limit, encoder.described())
+    if reads not in READ:
+        return _of_texts(name, tokenizer, template, max_length, reads)
     alone = _named.label_of(name) is not None and tokenizer.chat_template is None and not encoder_decoder
     if reads == "completion" or (reads == "auto" and alone):
         told = "reads the completion alone"
-        return _Reader(lambda _, text: completion_ids(tokenizer, text, max_length), max_length, told)
+        return _Reader(lambda _, text, __: completion_ids(tokenizer, text, max_length), max_length, told)
     if reads == "pair":
         refuse_no_pairs(name, tokenizer)
         told = "reads prompt and completion as a pair"
-        return _Reader(lambda prompt, text: pair_ids(tokenizer, prompt, text, max_length), max_length, told)
+        return _Reader(lambda *row: pair_ids(tokenizer, *row[:2], max_length), max_length, told)
     kind = template.model_copy(update={"kind": "text" if template.kind == "text" else "auto"})
     encoder = Encoder(tokenizer, kind, max_length, max_length, "end", encoder_decoder=encoder_decoder)
     read = read_as_trained if encoder.template.kind == "text" else read_conversation
     told = f"reads prompt and completion as one text, {encoder.described()}"
-    return _Reader(lambda *row: Ids(read(encoder, *row, max_length)), max_length, told)
+    return _Reader(lambda *row: Ids(read(encoder, *row[:2], max_length)), max_length, told)
+
+
+def _of_texts(
+    name: str, tokenizer: PreTrainedTokenizerBase, template: TemplateSettings, max_length: int, reads: str | list[str]
+) -> _Reader:
+    """Reads the texts that `rewards.reads` gives it, one or a pair, with what the row has in their fields.
+
+    Special tokens spelled in these texts are tokens in a single one; those in a row's are if `template` says so.
+    """
+    setting, ids = f"rewards.reads.{name}", TextIds(tokenizer)
+    kept = str if template.special_tokens == "token" else ids.marked
+    if not isinstance(reads, str):
+        refuse_no_pairs(name, tokenizer)
+
+    def read(prompt: str | Sequence[Message], answer: Answer, row: Mapping[str, Any]) -> Ids:
+        texts = texts_of(said(prompt), text_of(answer), row)
+        if isinstance(reads, str):
+            return cut_ids(ids, filled(reads, texts, setting, kept), max_length)
+        return pair_ids(tokenizer, *(filled(one, texts, setting) for one in reads), max_length)
+
+    told = repr(reads) if isinstance(reads, str) else f"{reads[0]!r} and {reads[1]!r} as a pair"
+    return _Reader(read, max_length, f"reads {told}")
 
 
 def read_as_trained(

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast, TextClassificationPipeline
 
 from pipeline.config.resolve import resolve
+from pipeline.config.sections import Reads
 from pipeline.errors import UserError
 from pipeline.rewards.build import build_rewards
 from pipeline.rewards.rewards import is_learned
@@ -47,9 +48,11 @@ def classifier(directory: Path, problem: str | None = None, labels: list[str] = 
     return TextClassificationPipeline(model=model, tokenizer=tokenizer, top_k=None)
 
 
-def values(name: str, prompts: list[str], texts: list[str], reads: str = "auto", max_length: int = 40) -> list[float]:
+def values(
+    name: str, prompts: list[str], texts: list[str], reads: Reads = "auto", max_length: int = 40, **columns: list
+) -> list[float]:
     model = tiny.settings("sft").model
-    return learned.load(name, model, tiny.PLAIN, max_length, 2, CPU, reads)(prompts, texts)
+    return learned.load(name, model, tiny.PLAIN, max_length, 2, CPU, reads)(prompts, texts, **columns)
 
 
 def of_pipeline(own: TextClassificationPipeline, asked: list, label: str) -> list[float]:
@@ -80,6 +83,38 @@ def test_pairs_are_what_transformers_makes_of_them(tmp_path: Path) -> None:
     tiny.close(cut, of_pipeline(own, [{"text": "a cat", "text_pair": TEXTS[0]}], "fine"))
     full = values(f"{tmp_path}:fine", ["a cat"], ["the old cat ran away"], "pair", max_length=7)
     tiny.close(full, of_pipeline(own, [{"text": "", "text_pair": "the old cat ran"}], "fine"))
+
+
+def test_texts_of_ones_own_are_read_as_transformers_reads_them(tmp_path: Path) -> None:
+    """With special tokens where the setting spells them, and none where a row does; columns by name."""
+    own, name = classifier(tmp_path), f"{tmp_path}:fine"
+    facts = {"facts": ["the dog", "{completion}"], "id": ["r0", "r1"]}
+    found = values(name, ["a cat"] * 2, TEXTS[:2], "{prompt} [SEP] {completion} {facts}", **facts)
+    said = ["a cat [SEP] the old cat ran the dog", "a cat [SEP] a dog sat {completion}"]
+    tiny.close(found, of_pipeline(own, said, "fine"))
+    (spelled,), (token,) = (
+        values(name, ["a"], TEXTS[2:], "[SEP] {completion}"),
+        of_pipeline(own, ["[SEP] " + TEXTS[2]], "fine"),
+    )
+    assert abs(spelled - token) > 1e-3
+    pairs = [{"text": one, "text_pair": text} for one, text in zip(facts["facts"], TEXTS, strict=False)]
+    found = values(name, ["a"] * 2, TEXTS[:2], ["{facts}", "{completion}"], **facts)
+    tiny.close(found, of_pipeline(own, pairs, "fine"))
+    cut = values(name, ["sat sat a"], TEXTS[:1], "{prompt} [SEP] {completion}", max_length=8)  # without [CLS], [SEP]: 6
+    tiny.close(cut, of_pipeline(own, ["a [SEP] the old cat ran"], "fine"))
+    with pytest.raises(UserError, match=r"rewards\.reads\..*:fine: \{fact\}: row r0 has no such value, wanted one of"):
+        values(name, ["a"] * 2, TEXTS[:2], ["{fact}", "{completion}"], **facts)
+
+
+def test_a_column_that_a_classifier_reads_is_carried(tmp_path: Path) -> None:
+    classifier(tmp_path)
+    words = ["stage=score", "data.path=x", f"reward={tmp_path}:fine", f"runs_dir={tmp_path}"]
+    for reads, carried in (("pair", False), ("'{prompt} {completion}'", False), ("['{facts}', '{completion}']", True)):
+        settings = resolve([*words, f"rewards.reads={reads}"]).settings
+        rewards = build_rewards(settings, settings.reward, settings.rewards, CPU)
+        assert rewards is not None and rewards.reads_columns == carried
+    with pytest.raises(UserError, match=r"rewards\.reads: 'pairs', wanted auto, .*did you mean 'pair'"):
+        resolve([*words, "rewards.reads=pairs"])
 
 
 def test_a_spelled_token_is_text(tmp_path: Path) -> None:

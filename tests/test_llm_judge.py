@@ -13,6 +13,7 @@ from pipeline.config.sections import JudgeSettings
 from pipeline.errors import UserError
 from pipeline.rewards import verdicts
 from pipeline.rewards.llm_judge import check, connect
+from reward_models._filled import filled
 from stages import faults
 from tests.test_http_reward import Answer, free_port, how, serving
 
@@ -78,11 +79,11 @@ def test_other_ways_to_say_a_verdict():
 
 def test_texts_are_not_read_as_templates():
     texts = {"prompt": "{completion}", "completion": "{id} \\1", "id": "r1", "facts": {"a": [1]}, "reference": None}
-    assert verdicts.filled('{prompt}|{completion}|{facts}|{"score": 1}', texts) == (
+    assert filled('{prompt}|{completion}|{facts}|{"score": 1}', texts, verdicts.SETTING) == (
         '{completion}|{id} \\1|{"a": [1]}|{"score": 1}'
     )
     with pytest.raises(UserError, match=r"\{reference\}: row r1 has no such value, wanted one of prompt, completion"):
-        verdicts.filled("{reference}", texts)
+        filled("{reference}", texts, verdicts.SETTING)
 
 
 def test_what_is_sent_and_what_comes_back(tmp_path: Path):

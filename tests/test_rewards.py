@@ -354,3 +354,18 @@ def test_resolve_refuses_what_cannot_be_called_as_a_reward(tmp_path, name, said)
 def test_length_counts_characters_where_words_have_no_blanks():
     # 2, 1 and 3 characters against 2, 1, 3: all of them would be one word between blanks
     assert length_correlation([2.0, 1.0, 3.0], ["你好", "好", "ดีคก"]) == pytest.approx(1.0)
+
+
+def test_words_that_tell_more_are_worth_more(tmp_path, monkeypatch):
+    """TF-IDF by hand: of 3 responses, ln(4 / 3) + 1 = 1.287682 of a word that two have, ln(4 / 2) + 1 = 1.693147."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.csv").write_text("completion\nRed fox\nred hen\naa bb cc dd ee\n")
+    for name, given in (("mine", '"rows.csv"'), ("other", '"rows.csv", "answer"')):
+        text = f"from reward_models.tfidf import learned_from\n\nreward = learned_from({given})\n"
+        (tmp_path / f"{name}.py").write_text(text)
+    reward = resolve("mine.py", no_model, no_server, {})
+    texts = ["red fox!", "dd aa bb ee cc", "none of it", [{"role": "assistant", "content": "hen"}]]
+    # (1.287682 + 1.693147) / 2 / sqrt(1.287682^2 + 1.693147^2) = 0.700655, 2 / 10 of it; 1 / sqrt(5), all of it
+    assert reward(["p"] * 4, texts) == pytest.approx([0.140131, 0.447214, 0.0, 0.1], abs=1e-6)
+    with pytest.raises(UserError, match=r"rows\.csv: no row has a text in the column 'answer'"):
+        resolve("other.py", no_model, no_server, {})(["p"], ["red"])

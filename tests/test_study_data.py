@@ -28,6 +28,9 @@ HUB = {  # the first columns of each set, under the names that its card gives th
     ],
     "allenai/scitldr": [{"source": ["We do x.", "It works."], "target": ["X works.", "x"], "paper_id": "a"}],
     "bentrevett/multi30k": [{"en": "Two dogs.", "de": "Zwei Hunde."}],
+    "McGill-NLP/FaithDial": [
+        {"dialog_idx": 0, "response": "They climb. ", "history": ["Hi", "Beans?"], "knowledge": "Beans climb."}
+    ],
 }
 WANTED = {
     "hh_preference": ("hh", {"source": "harmless-base"}),
@@ -38,6 +41,15 @@ WANTED = {
         {"prompt": "We do x. It works.", "completion": "X works.", "references": ["X works.", "x"]},
     ),
     "multi30k_de_en": ("supervised", {"prompt": "Zwei Hunde.", "completion": "Two dogs."}),
+    "faith_dial": (
+        "supervised",
+        {
+            "prompt": "Knowledge: Beans climb.<|endoftext|>Hi<|endoftext|>Beans?",
+            "completion": "They climb.",
+            "knowledge": "Beans climb.",
+            "turns": "Hi<|endoftext|>Beans?",
+        },
+    ),
 }
 
 

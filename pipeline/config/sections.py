@@ -9,7 +9,9 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from pipeline.config.reward_spec import web_address
+from pipeline.errors import did_you_mean
 
+READ = ("auto", "conversation", "pair", "completion")  # by a classifier
 # in a stage directory
 STAGE_FILES = ("model", "best", "last", "checkpoints", "tensorboard", "samples", "held_out", "non_finite", "handed")
 
@@ -46,6 +48,18 @@ def engine_name(value: str) -> str:
     return value.rstrip("/")
 
 
+def what_is_read(value: str | list[str]) -> str | list[str]:
+    """`value`, what a classifier reads: a word of READ, a text with {completion}, or two of which one has it.
+
+    Raises ValueError.
+    """
+    texts, wanted = ([value], 1) if isinstance(value, str) else (value, 2)
+    if value in READ or (len(texts) == wanted and any("{completion}" in text for text in texts)):
+        return value
+    words = f"wanted {', '.join(READ)}, a text with {{completion}} in it, or two texts of which one has it"
+    raise ValueError(f"{value!r}, {words}{did_you_mean(value, READ) if isinstance(value, str) else ''}")
+
+
 def verdict_pattern(value: str) -> str:
     """`value`, which must be json:KEY or a regular expression with one group. Raises ValueError."""
     if value.startswith("json:") and value != "json:":
@@ -69,7 +83,7 @@ Seed = Annotated[int, Field(ge=0, le=10**9)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 FolderName = Annotated[str, AfterValidator(folder_name)]
 ResultName = Annotated[str, AfterValidator(result_name)]
-Reads = Literal["auto", "conversation", "pair", "completion"]
+Reads = Annotated[str | list[str], AfterValidator(what_is_read)]
 Split = Literal["train", "validation", "test"]
 
 

@@ -10,13 +10,14 @@ import torch
 
 from pipeline.config.reward_spec import ROWS, check_normalise, is_address, is_judge, labels, parse, refuse_standardise
 from pipeline.config.schema import WithModel
-from pipeline.config.sections import RewardSettings, Scale
+from pipeline.config.sections import Reads, RewardSettings, Scale
 from pipeline.launch import run_dir
 from pipeline.records import RewardFunction
 from pipeline.rewards import http, llm_judge
 from pipeline.rewards.rewards import Rewards, WeightedReward, is_learned, is_own, resolve
 from pipeline.rewards.workers import RewardWorkers
 from reward_models import _named, learned
+from reward_models._filled import columns_of
 
 logger = logging.getLogger("tiffin")
 
@@ -48,7 +49,7 @@ def build_rewards(
     _named.check_reads(read.reads, [name for _, name, _ in named], trained)
 
     def load_learned(name: str) -> RewardFunction:
-        how = read.reads if isinstance(read.reads, str) else read.reads.get(name, "auto")
+        how = reads(read, name)
         return learned.load(name, settings.model, template, read.max_length, read.batch_size, device, how)
 
     def served(address: str) -> RewardFunction:
@@ -66,7 +67,8 @@ def build_rewards(
         if logged and is_own(name, trained):
             return WeightedReward(label, weight, None, way, reads_columns=False, own=name.removeprefix(ROWS))
         function = resolve(name, load_learned, served, trained)
-        return WeightedReward(label, weight, function, way, reads_columns=not model, given=name)
+        columns = not model or bool(columns_of(reads(read, name)))
+        return WeightedReward(label, weight, function, way, reads_columns=columns, given=name)
 
     if named and not logged:
         refuse_standardise(read.normalise)
@@ -74,6 +76,11 @@ def build_rewards(
     apart = {one.name: name for one, (_, name, _) in zip(built, named, strict=True) if in_workers(one, name, trained)}
     workers = RewardWorkers(apart, read.workers) if apart and read.workers else None
     return Rewards(built, workers, trained) if built else None
+
+
+def reads(read: RewardSettings, name: str) -> Reads:
+    """What the classifier `name` reads."""
+    return read.reads.get(name, "auto") if isinstance(read.reads, Mapping) else read.reads
 
 
 def labelled_names(

@@ -23,6 +23,7 @@ from pipeline.config.sections import HttpSettings, JudgeSettings
 from pipeline.errors import UserError
 from pipeline.records import RewardFunction
 from pipeline.rewards import http, verdicts
+from reward_models._filled import texts_of
 
 logger = logging.getLogger("tiffin")
 
@@ -105,9 +106,7 @@ def judged(
 
 def _ask(judge: Judge, prompt: str, completion: str, row: Mapping[str, Any]) -> Ask:
     """The request about one text. Its name in the cache holds all that the answer depends on."""
-    references = row.get("references") or [None]
-    texts = {**row, "prompt": prompt, "completion": completion, "reference": references[0]}
-    settings = judge.settings
+    settings, texts = judge.settings, texts_of(prompt, completion, row)
     content = {"model": settings.model, "messages": verdicts.messages(settings, texts)}
     content[settings.max_tokens_name] = settings.max_tokens
     content |= {} if settings.temperature is None else {"temperature": settings.temperature}

@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.config.sections import JudgeSettings
-from pipeline.errors import UserError
+from reward_models._filled import filled
 from reward_models._values import shortened
 
-FIELD = re.compile(r"\{([A-Za-z_]\w*)\}")  # {"score": 5} of an example in JSON is none
+SETTING = "rewards.judge.prompt"
 
 
 class NoVerdictError(Exception):
@@ -26,23 +26,8 @@ class NoVerdictError(Exception):
 def messages(judge: JudgeSettings, texts: Mapping[str, Any]) -> list[dict[str, str]]:
     """The messages of a request; `texts` are the template's fields by name. Raises UserError where one is missing."""
     if isinstance(judge.prompt, str):
-        return [{"role": "user", "content": filled(judge.prompt, texts)}]
-    return [{"role": turn.role, "content": filled(turn.content, texts)} for turn in judge.prompt]
-
-
-def filled(template: str, texts: Mapping[str, Any]) -> str:
-    """`template` with each {field} replaced, texts as they are and all else as JSON. Raises UserError."""
-
-    def text_of(match: re.Match) -> str:
-        name = match[1]
-        value = texts.get(name)
-        if value is None:
-            problem = f"{{{name}}}: row {texts.get('id', '?')} has no such value"
-            names = ", ".join(key for key, given in texts.items() if given is not None)
-            raise UserError(f"rewards.judge.prompt: {problem}, wanted one of {names}: correct the template or the rows")
-        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-    return FIELD.sub(text_of, template)
+        return [{"role": "user", "content": filled(judge.prompt, texts, SETTING)}]
+    return [{"role": turn.role, "content": filled(turn.content, texts, SETTING)} for turn in judge.prompt]
 
 
 def value(judge: JudgeSettings, answer: str) -> float:

@@ -76,7 +76,23 @@ def multi30k_de_en(load: Load) -> dict[str, Rows]:
     }
 
 
-STUDIES = {study.__name__: study for study in (hh_preference, tldr_reddit, squad_qg, scitldr, multi30k_de_en)}
+def faith_dial(load: Load) -> dict[str, Rows]:
+    """Answers that keep to a piece of knowledge: it and the turns so far make the prompt, and are columns too."""
+    end = "<|endoftext|>"  # of a turn, in DialoGPT's texts
+    made = {}
+    for split in ("train", "validation", "test"):
+        made[split] = []
+        for row in load("McGill-NLP/FaithDial", revision=PARQUET, split=split):
+            knowledge, turns = row["knowledge"].strip(), end.join(row["history"]).strip()
+            prompt = f"Knowledge: {knowledge}{end}{turns}"
+            given = {"knowledge": knowledge, "turns": turns}
+            made[split].append({"prompt": prompt, "completion": row["response"].strip(), **given})
+    return made
+
+
+STUDIES = {
+    study.__name__: study for study in (hh_preference, tldr_reddit, squad_qg, scitldr, multi30k_de_en, faith_dial)
+}
 
 
 def write(folder: Path, made: Mapping[str, Rows]) -> None:
