@@ -16,6 +16,7 @@ from pipeline.data.rows import Rows
 from pipeline.errors import UserError
 from pipeline.records import Batch, Example, Needs
 from pipeline.rl import labels as learning
+from pipeline.rl import scored
 from tests import tiny
 
 KTO = labels.Settings("kto", beta=0.1, desirable_weight=None, undesirable_weight=1.0, threshold=None)
