@@ -26,7 +26,7 @@ from pipeline.models.policy import Policy, RewardModel
 from pipeline.records import Item
 from pipeline.rl.compositions import Composer
 from pipeline.rl.groups import GroupedItems
-from pipeline.rl.labels import LabelledWindows, Midpoint, Mismatched, noted
+from pipeline.rl.reference_points import LabelledWindows, Midpoint, Mismatched, noted
 from pipeline.trainer import loop
 from pipeline.trainer.engine import Engine
 from pipeline.trainer.group import Ranks

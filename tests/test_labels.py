@@ -16,7 +16,7 @@ from pipeline.data.rows import Rows
 from pipeline.errors import UserError
 from pipeline.records import Batch, Example, Needs
 from pipeline.rl import labels as learning
-from pipeline.rl import scored
+from pipeline.rl import reference_points, scored
 from tests import tiny
 
 KTO = labels.Settings("kto", beta=0.1, desirable_weight=None, undesirable_weight=1.0, threshold=None)
@@ -194,11 +194,11 @@ def test_sides_of_pairs_are_labels_where_nothing_has_a_reward():
 
 def test_mismatched_rows_are_of_other_prompts_and_every_such_row_may_come():
     rows = Rows.of([Example(str(i), "abbcbb"[i], completion=f"said {i}") for i in range(6)])
-    found = [learning.of_other_prompts(rows, torch.Generator().manual_seed(seed)) for seed in range(60)]
+    found = [reference_points.of_other_prompts(rows, torch.Generator().manual_seed(seed)) for seed in range(60)]
     met = {(i, int(j)) for places in found for i, j in enumerate(places)}
     assert met == {(i, j) for i in range(6) for j in range(6) if "abbcbb"[i] != "abbcbb"[j]}
     with pytest.raises(UserError, match=r"all 4 rows have one prompt.*algo=bco"):
-        learning.of_other_prompts(rows.take(np.array([1, 2, 4, 5])), torch.Generator())
+        reference_points.of_other_prompts(rows.take(np.array([1, 2, 4, 5])), torch.Generator())
 
 
 def stats_of(chosen, rejected):
@@ -210,7 +210,7 @@ def stats_of(chosen, rejected):
 
 def test_the_midpoint_is_that_of_the_steps_before():
     """Of +.4 and +.2, -.1: means .4 and .05 -> .225; then of .4, 0 and .2, -.1, -.3, -.2: .2 and -.1 -> .05."""
-    point = learning.Midpoint(tiny.ranks())
+    point = reference_points.Midpoint(tiny.ranks())
     assert point.of_step(0, []) == 0.0
     point.note(stats_of([0.4], [0.2]))
     point.note(stats_of([], [-0.1]))  # another micro-batch
@@ -219,7 +219,7 @@ def test_the_midpoint_is_that_of_the_steps_before():
     point.note(stats_of([0.0], [-0.3, -0.2]))
     assert point.state_dict(1) == before
     memory = json.loads(json.dumps(point.state_dict(2)))
-    again = learning.Midpoint(tiny.ranks())
+    again = reference_points.Midpoint(tiny.ranks())
     again.load_state_dict(memory)
     assert again.of_step(2, []) == point.of_step(2, []) == pytest.approx(0.05)
     point.note(stats_of([NAN], [0.0]))  # of a step that is skipped
@@ -227,7 +227,7 @@ def test_the_midpoint_is_that_of_the_steps_before():
 
 
 def test_of_one_class_alone_the_midpoint_is_its_mean():
-    point = learning.Midpoint(tiny.ranks())
+    point = reference_points.Midpoint(tiny.ranks())
     point.of_step(0, [])
     point.note(stats_of([0.4, 0.2], []))
     assert point.of_step(1, []) == pytest.approx(0.3)

@@ -4,9 +4,9 @@
     kto   w * (1 - sigmoid(m))      z = max(0, mean of beta * ln(pi / pi_ref) over responses to other prompts)
     bco   w * -ln sigmoid(m)        z = half the sum of the two classes' running means of beta * ln(pi / pi_ref)
 
-w is the weight of the class. z carries no gradient and is the same for all rows of a step: `pipeline/rl/labels.py` says
-what it is made of. At pi = pi_ref z is 0, and the losses are w / 2 and w ln 2. kto's gradient fades on both sides of z,
-so that rows that are far on the wrong side are given up as mislabelled; bco's is largest there.
+w is the weight of the class. z carries no gradient and is the same for all rows of a step; what it is made of says
+pipeline/rl/reference_points.py. At pi = pi_ref z is 0, and the losses are w / 2 and w ln 2. kto's gradient fades on
+both sides of z, so that rows that are far on the wrong side are given up as mislabelled; bco's is largest there.
 
 Sources: Ethayarajh et al., "KTO: Model Alignment as Prospect Theoretic Optimization" (ICML 2024, arXiv 2402.01306);
 Jung et al., "Binary Classifier Optimization for Large Language Model Alignment" (ACL 2025, arXiv 2404.04656). Read for
