@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pipeline.algorithms import functional
+from pipeline.algorithms.stats import reduce
 from pipeline.data.batching import Packing
 from pipeline.data.sampling import epoch_rows
 from pipeline.models.policy import Policy
@@ -138,7 +138,7 @@ def run(trainer: Trainer, first: int = 0, steps: int = STEPS) -> list[dict[str, 
                 "plan": [(group.key, group.allocation.k, group.allocation.temperature) for group in groups],
                 "ids": [[response.response_ids for response in group.responses] for group in groups],
                 "advantages": [list(group.advantages) for group in groups],
-                "stats": {name: functional.reduce(stat) for name, stat in trainer.windows.stats.items()},
+                "stats": {name: reduce(stat) for name, stat in trainer.windows.stats.items()},
                 "logged": interval.close(trainer.engine.ranks.all_sum)[0],
             }
         )

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pipeline.algorithms import functional as f
+from pipeline.algorithms import stats
 from pipeline.errors import UserError
 from pipeline.records import Batch
 from tests import tiny
@@ -193,34 +194,34 @@ def test_statistics_by_hand():
     x = torch.tensor([[1.0, 3.0], [NAN, 8.0]], requires_grad=True)
     mask = torch.tensor([[True, True], [False, True]])
     # mean 12/3 = 4; variance (9 + 1 + 16)/3 = 8.6667; share 12^2 / (3 * (1 + 9 + 64)) = 144/222
-    assert f.reduce(f.mean_stat(x, mask)) == 4.0
-    assert f.reduce(f.std_stat(x, mask)) == pytest.approx(math.sqrt(26 / 3))
-    assert f.reduce(f.ess_stat(x, mask)) == pytest.approx(144 / 222)
-    assert f.mean_stat(x, mask).sums.tolist() == [3.0, 12.0, 74.0]
-    assert f.mean_stat(x, mask).sums.dtype == torch.float64
-    assert not f.mean_stat(x, mask).sums.requires_grad
+    assert stats.reduce(stats.mean_stat(x, mask)) == 4.0
+    assert stats.reduce(stats.std_stat(x, mask)) == pytest.approx(math.sqrt(26 / 3))
+    assert stats.reduce(stats.ess_stat(x, mask)) == pytest.approx(144 / 222)
+    assert stats.mean_stat(x, mask).sums.tolist() == [3.0, 12.0, 74.0]
+    assert stats.mean_stat(x, mask).sums.dtype == torch.float64
+    assert not stats.mean_stat(x, mask).sums.requires_grad
 
 
 def test_statistics_edges():
     nothing = torch.zeros(0)
-    for make in (f.mean_stat, f.std_stat, f.ess_stat):
-        assert math.isnan(f.reduce(make(nothing)))
-    assert math.isnan(f.reduce(f.ess_stat(torch.zeros(3))))  # weights that are all zero
-    assert f.reduce(f.ess_stat(torch.full((5,), 0.3))) == pytest.approx(1.0)
-    assert f.reduce(f.ess_stat(torch.tensor([1.0, 0.0, 0.0, 0.0]))) == 0.25
-    assert f.reduce(f.std_stat(torch.full((3,), 0.1))) == pytest.approx(0.0, abs=1e-8)
-    assert f.reduce(f.mean_stat(torch.tensor([True, False]))) == 0.5
+    for make in (stats.mean_stat, stats.std_stat, stats.ess_stat):
+        assert math.isnan(stats.reduce(make(nothing)))
+    assert math.isnan(stats.reduce(stats.ess_stat(torch.zeros(3))))  # weights that are all zero
+    assert stats.reduce(stats.ess_stat(torch.full((5,), 0.3))) == pytest.approx(1.0)
+    assert stats.reduce(stats.ess_stat(torch.tensor([1.0, 0.0, 0.0, 0.0]))) == 0.25
+    assert stats.reduce(stats.std_stat(torch.full((3,), 0.1))) == pytest.approx(0.0, abs=1e-8)
+    assert stats.reduce(stats.mean_stat(torch.tensor([True, False]))) == 0.5
 
 
-@pytest.mark.parametrize("make", [f.mean_stat, f.std_stat, f.ess_stat])
+@pytest.mark.parametrize("make", [stats.mean_stat, stats.std_stat, stats.ess_stat])
 def test_merged_parts_are_the_whole(make):
     x = torch.tensor([0.2, 0.9, 1.5, 0.1, 2.0])
-    assert f.reduce(f.merge(make(x[:1]), make(x[1:]))) == pytest.approx(f.reduce(make(x)))
+    assert stats.reduce(stats.merge(make(x[:1]), make(x[1:]))) == pytest.approx(stats.reduce(make(x)))
 
 
 def test_different_statistics_do_not_merge():
     with pytest.raises(AssertionError, match="a mean cannot be merged with a std"):
-        f.merge(f.mean_stat(torch.ones(1)), f.std_stat(torch.ones(1)))
+        stats.merge(stats.mean_stat(torch.ones(1)), stats.std_stat(torch.ones(1)))
 
 
 @pytest.mark.parametrize("chunks", [1, 2])

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from pipeline.algorithms import labels
-from pipeline.algorithms.functional import mean_stat, reduce
+from pipeline.algorithms.stats import mean_stat, reduce
 from pipeline.data import convert
 from pipeline.data.rows import Rows
 from pipeline.errors import UserError

@@ -18,7 +18,7 @@ import transformers
 from safetensors.torch import load_file
 
 from pipeline.algorithms import offline, supervised
-from pipeline.algorithms.functional import reduce
+from pipeline.algorithms.stats import reduce
 from pipeline.data.batching import Packing, Windows, collate
 from pipeline.errors import PreemptedError, UserError
 from pipeline.models.policy import Policy

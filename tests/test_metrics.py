@@ -11,7 +11,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pipeline.algorithms.functional import mean_stat, std_stat
+from pipeline.algorithms.stats import mean_stat, std_stat
 from pipeline.errors import UserError
 from pipeline.files import flatten, read_metrics, write_json
 from pipeline.launch import provenance

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.algorithms import offline
-from pipeline.algorithms.functional import merge, reduce
+from pipeline.algorithms.stats import merge, reduce
 from pipeline.config.sections import BestRows
 from pipeline.data.batching import Packing
 from pipeline.errors import UserError

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from pipeline.algorithms import functional, online
-from pipeline.algorithms.functional import reduce
 from pipeline.algorithms.online import GroupStats
+from pipeline.algorithms.stats import reduce
 from pipeline.models.policy import token_temperatures
 from pipeline.records import Batch
 from pipeline.rollout.allocation import Record, Sampler

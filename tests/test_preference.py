@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.algorithms import preference
-from pipeline.algorithms.functional import reduce
+from pipeline.algorithms.stats import reduce
 from pipeline.errors import UserError
 from pipeline.records import Batch, Needs
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.algorithms import regression
-from pipeline.algorithms.functional import merge, reduce
+from pipeline.algorithms.stats import merge, reduce
 from pipeline.errors import UserError
 from pipeline.records import Batch, Example, Needs
 from pipeline.rl import samples

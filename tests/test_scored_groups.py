@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from pipeline.algorithms import groups
-from pipeline.algorithms.functional import reduce
+from pipeline.algorithms.stats import reduce
 from pipeline.data import convert
 from pipeline.data.batching import Packing, collate
 from pipeline.data.rows import Rows

@@ -11,7 +11,7 @@ import torch
 
 from pipeline.algorithms import semi_offline
 from pipeline.algorithms.functional import Drawn, draw_tokens, group_advantages, smoothed_logps
-from pipeline.algorithms.functional import reduce as reduced
+from pipeline.algorithms.stats import reduce as reduced
 from pipeline.records import Batch, StaticBatch
 from tests import tiny
 

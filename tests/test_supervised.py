@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipeline.algorithms import offline, supervised
-from pipeline.algorithms.functional import reduce
+from pipeline.algorithms.stats import reduce
 from pipeline.records import Batch, Needs
 from tests import tiny
 

@@ -32,7 +32,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.algorithms.functional import item_numbers, log_ratios, masked_sum, mean_stat, sequence_logp
+from pipeline.algorithms.functional import item_numbers, log_ratios, masked_sum, sequence_logp
+from pipeline.algorithms.stats import mean_stat
 from pipeline.records import Batch, Needs, Stat
 
 MEAN_OVER = "items"

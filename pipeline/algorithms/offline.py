@@ -80,16 +80,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pipeline.algorithms.functional import (
-    clip_ratio,
-    ess_stat,
-    item_numbers,
-    k3,
-    logged_stats,
-    lowered_stats,
-    mean_stat,
-    token_log_ratio,
-)
+from pipeline.algorithms.functional import clip_ratio, item_numbers, k3, token_log_ratio
+from pipeline.algorithms.stats import ess_stat, logged_stats, lowered_stats, mean_stat
 from pipeline.records import Batch, Needs, Stat
 
 MEAN_OVER = "sequences"

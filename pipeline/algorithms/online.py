@@ -59,6 +59,7 @@ import torch
 from torch import Tensor
 
 from pipeline.algorithms import functional
+from pipeline.algorithms.stats import mean_stat, std_stat
 from pipeline.records import Batch, Needs, Stat
 
 MEAN_OVER = ("prompts", "targets")  # of L_RL, of L_MLE
@@ -185,14 +186,14 @@ def loss(output: Tensor | tuple[Tensor, Tensor], batch: Batch, settings: Setting
     known = {}
     if batch.ref_logp is not None:
         divergences = torch.where(mask, functional.k3(batch.ref_logp - torch.where(mask, logp, 0.0)), 0.0).sum(1)
-        known["objective/kl"] = functional.mean_stat(divergences, sampled)
+        known["objective/kl"] = mean_stat(divergences, sampled)
         if settings.kl_in == "loss":
             per_sequence = per_sequence + settings.kl_beta * number["share"] * divergences
     learned = mask & (present & (number["target"] > 0))[:, None]
     smoothed = functional.smoothed_nll(logp, logp if means is None else means, learned, settings.label_smoothing)
     rl, mle = torch.where(sampled, per_sequence, 0.0).sum(), smoothed.sum()
     if settings.sft_weight > 0:
-        known["loss/mle"] = functional.mean_stat(smoothed, learned)
+        known["loss/mle"] = mean_stat(smoothed, learned)
     stats = {"loss": _over(rl, number["leads"].sum()), **known, **_statistics(whole, number, mask, sampled)}
     return torch.stack([settings.rl_weight * rl, settings.sft_weight * mle]), stats
 
@@ -207,10 +208,10 @@ def _statistics(whole: Tensor, number: dict[str, Tensor], mask: Tensor, sampled:
     lengths = mask.sum(1)
     gap = (whole.detach() - number["behaviour"]).abs() / lengths.clamp(min=1)
     return {
-        "logps/policy": functional.mean_stat(whole, sampled),
-        "rollout/logp_gap": functional.mean_stat(gap, sampled),
-        "advantage/std": functional.std_stat(number["advantage"], sampled),
-        "reward": functional.mean_stat(number["reward"], sampled),
-        "reward_std": functional.std_stat(number["reward"], sampled),
-        "completions/mean_length": functional.mean_stat(lengths.double(), sampled),
+        "logps/policy": mean_stat(whole, sampled),
+        "rollout/logp_gap": mean_stat(gap, sampled),
+        "advantage/std": std_stat(number["advantage"], sampled),
+        "reward": mean_stat(number["reward"], sampled),
+        "reward_std": std_stat(number["reward"], sampled),
+        "completions/mean_length": mean_stat(lengths.double(), sampled),
     }

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.algorithms.functional import item_numbers, masked_sum, mean_stat, std_stat
+from pipeline.algorithms.functional import item_numbers, masked_sum
+from pipeline.algorithms.stats import mean_stat, std_stat
 from pipeline.records import Batch, Needs, Stat
 
 MEAN_OVER = "items"

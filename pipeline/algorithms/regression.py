@@ -40,7 +40,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pipeline.algorithms.functional import item_numbers, logged_stats, lowered_stats, mean_stat, token_log_ratio
+from pipeline.algorithms.functional import item_numbers, token_log_ratio
+from pipeline.algorithms.stats import logged_stats, lowered_stats, mean_stat
 from pipeline.records import Batch, Needs, Stat
 
 MEAN_OVER = "sequences"

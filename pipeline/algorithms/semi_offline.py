@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from pipeline.algorithms import functional
+from pipeline.algorithms.stats import mean_stat, std_stat
 from pipeline.records import Batch, Needs, Stat, StaticBatch
 
 MEAN_OVER = ("sequences", "tokens")  # of L_RL, of L_MLE
@@ -79,9 +80,9 @@ def loss(output: tuple[Tensor, ...], batch: Batch, settings: Settings) -> tuple[
     nll = torch.where(mask, -logp, 0.0)
     smoothed = functional.smoothed_nll(logp, means, mask, settings.label_smoothing)
     totals = torch.stack([settings.rl_weight * per_sequence.sum(), smoothed.sum()])
-    stats = {"loss/mle": functional.mean_stat(smoothed, mask), "loss": functional.mean_stat(nll, mask)}
-    stats["logps/policy"] = functional.mean_stat(functional.sequence_logp(logp, mask), batch.sequence_mask)
-    stats["loss/rl"] = functional.mean_stat(per_sequence, batch.sequence_mask)
+    stats = {"loss/mle": mean_stat(smoothed, mask), "loss": mean_stat(nll, mask)}
+    stats["logps/policy"] = mean_stat(functional.sequence_logp(logp, mask), batch.sequence_mask)
+    stats["loss/rl"] = mean_stat(per_sequence, batch.sequence_mask)
     return totals, stats | _statistics(drawn, static, weights, batch.sequence_mask)
 
 
@@ -101,14 +102,14 @@ def _statistics(drawn: functional.Drawn, static: StaticBatch, weights: Tensor, p
     counts = static.masked.sum(1).double()  # (B,)
     deviations = static.rewards.std(1, unbiased=False)
     return {
-        "semi_offline/mask_rate": functional.mean_stat(static.masked, static.mask),
-        "semi_offline/hidden_tokens": functional.mean_stat(counts, present),
-        "semi_offline/nothing_hidden": functional.mean_stat((counts == 0).double(), present),
-        "semi_offline/equal_rewards": functional.mean_stat((weights == 0).all(1).double(), present),
-        "semi_offline/reward_spread": functional.mean_stat(deviations, present),
-        "semi_offline/own_tokens": functional.mean_stat((drawn.ids == static.ids[static.masked][:, None]).double()),
-        "advantage/std": functional.std_stat(weights, present[:, None]),
-        "semi_offline/reward": functional.mean_stat(static.rewards, present[:, None]),
-        "semi_offline/reward_std": functional.std_stat(static.rewards, present[:, None]),
-        "semi_offline/entropy": functional.mean_stat(drawn.entropy),
+        "semi_offline/mask_rate": mean_stat(static.masked, static.mask),
+        "semi_offline/hidden_tokens": mean_stat(counts, present),
+        "semi_offline/nothing_hidden": mean_stat((counts == 0).double(), present),
+        "semi_offline/equal_rewards": mean_stat((weights == 0).all(1).double(), present),
+        "semi_offline/reward_spread": mean_stat(deviations, present),
+        "semi_offline/own_tokens": mean_stat((drawn.ids == static.ids[static.masked][:, None]).double()),
+        "advantage/std": std_stat(weights, present[:, None]),
+        "semi_offline/reward": mean_stat(static.rewards, present[:, None]),
+        "semi_offline/reward_std": std_stat(static.rewards, present[:, None]),
+        "semi_offline/entropy": mean_stat(drawn.entropy),
     }

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.algorithms.functional import mean_stat, sequence_logp, smoothed_nll
+from pipeline.algorithms.functional import sequence_logp, smoothed_nll
+from pipeline.algorithms.stats import mean_stat
 from pipeline.records import Batch, Needs, Stat
 
 MEAN_OVER = "tokens"

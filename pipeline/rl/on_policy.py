@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pipeline.algorithms import capability
-from pipeline.algorithms.functional import mean_stat
+from pipeline.algorithms.stats import mean_stat
 from pipeline.config.schema import RlPolicy
 from pipeline.config.sections import GenerationSettings
 from pipeline.data import dataset

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.algorithms.functional import mean_stat
+from pipeline.algorithms.stats import mean_stat
 from pipeline.data import dataset, encoded, sampling
 from pipeline.data.batching import Packing, Windows, collate, window
 from pipeline.data.dataset import UniquePrompts

@@ -38,7 +38,8 @@ def compared(rows: Sequence[Example], which: str) -> Rows:
     kept = counts[groups] > 1
     if not kept.any():
         problem = f"data, but each of {len(rows):,} {which} rows is the only one of its prompt"
-        raise UserError(f"reference_samples.targets: {problem}: wanted two or more, or targets=policy and a reward=")
+        cure = "wanted two or more, or reference_samples.targets=policy and a reward="
+        raise UserError(f"reference_samples.targets: {problem}: {cure}")
     if left := int((~kept).sum()):
         found = f"{left:,} of {len(rows):,} {which} rows are left out"
         logger.info(f"reference_samples: {found}, each the only one of its prompt")

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from pipeline.algorithms import online
-from pipeline.algorithms.functional import EQUAL_REWARDS, mean_stat
+from pipeline.algorithms.functional import EQUAL_REWARDS
 from pipeline.algorithms.online import GroupStats
+from pipeline.algorithms.stats import mean_stat
 from pipeline.config.sampler import SamplerSettings
 from pipeline.records import Example, Item, Response, Row, Stat
 from pipeline.rollout.allocation import Allocation, Record

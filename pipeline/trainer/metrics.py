@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from pipeline.algorithms.functional import merge, reduce
+from pipeline.algorithms.stats import merge, reduce
 from pipeline.records import Stat
 
 TRL_GROUPS = ("completions", "logps", "rewards")  # what TRL logs under names with a slash, it logs as train/...
