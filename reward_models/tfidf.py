@@ -6,7 +6,8 @@ It wants responses from which it learns how common each word is, so it is named 
 
     reward = learned_from("rows/train.jsonl", "completion")
 
-A stage that goes on compares your file, and the rows if they are among its data too, but not a file of other rows.
+A stage that goes on, and what is cached of rewards, know your file, and the rows if they are among the data too. With
+other rows in a file of the same name give yours another name, or V and samples stay those of the words before.
 """
 
 from __future__ import annotations

@@ -120,6 +120,8 @@ def test_fillers_contribute_nothing():
         ({"beta": 0.0}, "beta: 0.0, wanted a number > 0"),
         ({"desirable_weight": -1.0}, "desirable_weight: -1.0, wanted null or a number >= 0"),
         ({"undesirable_weight": NAN}, "undesirable_weight: nan, wanted a number >= 0"),
+        ({"undesirable_weight": 0.0, "desirable_weight": None}, "undesirable_weight: 0, and no row of the other class"),
+        ({"threshold": NAN}, "threshold: nan, wanted null or a number"),
     ],
 )
 def test_settings_out_of_range(wrong, message):
@@ -199,6 +201,13 @@ def test_mismatched_rows_are_of_other_prompts_and_every_such_row_may_come():
     assert met == {(i, j) for i in range(6) for j in range(6) if "abbcbb"[i] != "abbcbb"[j]}
     with pytest.raises(UserError, match=r"all 4 rows have one prompt.*algo=bco"):
         reference_points.of_other_prompts(rows.take(np.array([1, 2, 4, 5])), torch.Generator())
+
+
+def test_held_out_rows_meet_responses_to_other_prompts_too():
+    train = Rows.of([Example(str(i), "abb"[i], completion="said") for i in range(3)])
+    held_out = Rows.of([Example(str(i), "abc"[i % 3], completion="said") for i in range(60)])
+    found = reference_points.of_any_prompt(train, held_out, torch.Generator().manual_seed(1))
+    assert all("abb"[place] != "abc"[i % 3] for i, place in enumerate(found))
 
 
 def stats_of(chosen, rejected):

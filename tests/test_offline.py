@@ -549,6 +549,7 @@ def test_needs():
         ({"weight_temperature": 0.0}, "weight_temperature: 0.0, wanted a number > 0"),
         ({"weight_limit": NAN}, "weight_limit: nan, wanted a number > 0"),
         ({"ratio": "tapered"}, "ratio: tapered with weight advantage, wanted weight signed"),
+        ({"baseline": "group", "shift": 0.1}, "shift: 0.1 with baseline group, wanted 0"),
         ({"kl_form": "k1"}, "kl_form: 'k1', wanted none, released, k3"),
     ],
 )
@@ -685,6 +686,12 @@ def test_advantages_over_means():
     scaled = 2 / math.sqrt(8 / 3)  # of 1, 3, 5
     assert advantages("group")[0] == pytest.approx([-scaled, 0, 0, 0, 0, 0, scaled])
     assert advantages("group")[1] == pytest.approx([-1.0, 1.0])
+
+
+def test_rewards_that_differ_by_rounding_alone_are_one():
+    items = grouped(1e5 + 0.1, 1e5 + 0.1, 1e5 + 0.1, 0.73, 0.7300001, prompts=[7, 7, 7, 8, 8])
+    (found,) = baselines.with_advantages([items], "group")
+    assert [item.numbers["advantage"] for item in found] == [0.0] * 5
 
 
 def test_advantages_in_standard_deviations():

@@ -19,7 +19,7 @@ from pipeline.models.policy import Policy
 from pipeline.records import Example, Item
 from pipeline.rewards.rewards import Rewards, WeightedReward
 from pipeline.rl import reference, samples, values
-from pipeline.rl.reference import ReferencePolicy
+from pipeline.rl.reference import ReferencePolicy, sampling_key
 from pipeline.rl.values import ValueData
 from pipeline.trainer.model import Model
 from reward_models import length
@@ -304,3 +304,8 @@ def test_samples_are_judged_once_for_any_temperature(tmp_path: Path, caplog: pyt
         assert found == pytest.approx([0.0 - of_prompts[0], 1.0 - of_prompts[0], 2.0 - of_prompts[1]], abs=1e-4)
     said = "2 prompts x 3 responses x at most 4 tokens = 24 tokens to sample"
     assert caplog.text.count(said) == 1 and len(list(tmp_path.rglob("samples-*.npy"))) == 1
+    # of prompts cut otherwise, or rewards read otherwise, they are others
+    for name, value in (("data", {"max_prompt_length": 7}), ("rewards", {"max_length": 7})):
+        section = getattr(ref.settings, name).model_copy(update=value)
+        other = replace(ref, settings=ref.settings.model_copy(update={name: section}))
+        assert sampling_key(other, data, sampled=True) != sampling_key(ref, data, sampled=True)

@@ -224,6 +224,8 @@ def test_rows_alone_cannot_be_compared(caplog):
     rows = [Example(f"r{i}", prompt, completion="a", reward=1.0) for i, prompt in enumerate("pqpr")]
     assert [row.id for row in samples.compared(rows, "training")] == ["r0", "r2"]
     assert "2 of 4 training rows are left out, each the only one of its prompt" in caplog.text
+    copies = [dataclasses.replace(rows[1], id=name) for name in ("r1", "r1/copy-2")]  # as weights of files make them
+    assert [row.id for row in samples.compared([rows[0], rows[2], *copies], "training")] == ["r0", "r2"]
     with pytest.raises(UserError, match="each of 2 held-out rows is the only one of its prompt: wanted two or more"):
         samples.compared(rows[1:3], "held-out")
 

@@ -25,6 +25,7 @@ authors' code, without the 0.01 that it adds to the first response's reward.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,7 +58,7 @@ class Settings:
                 f"group_size: {self.group_size}, wanted at least 2: one row has nothing to be compared with"
             )
         for name in ("beta", "alpha"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: {getattr(self, name)}, wanted a number > 0")
 
 

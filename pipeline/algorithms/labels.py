@@ -16,6 +16,7 @@ BCOTrainer of older versions, without its weights by embeddings of prompts).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,12 +45,16 @@ class Settings:
     def __post_init__(self) -> None:
         if self.objective not in LOSSES:
             raise ValueError(f"objective: {self.objective!r}, wanted {', '.join(LOSSES)}")
-        if not self.beta > 0:
+        if not 0 < self.beta < math.inf:
             raise ValueError(f"beta: {self.beta}, wanted a number > 0")
-        if self.desirable_weight is not None and not self.desirable_weight >= 0:
+        if self.desirable_weight is not None and not 0 <= self.desirable_weight < math.inf:
             raise ValueError(f"desirable_weight: {self.desirable_weight}, wanted null or a number >= 0")
-        if not self.undesirable_weight >= 0:
+        if not 0 <= self.undesirable_weight < math.inf:
             raise ValueError(f"undesirable_weight: {self.undesirable_weight}, wanted a number >= 0")
+        if not (self.desirable_weight or self.undesirable_weight):
+            raise ValueError("undesirable_weight: 0, and no row of the other class counts either, wanted one above 0")
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise ValueError(f"threshold: {self.threshold}, wanted null or a number")
 
 
 def needs(settings: Settings) -> Needs:

@@ -22,7 +22,8 @@
 
 Row weight: 1; the reward R; or of the advantage A = R - baseline:
 - advantage: its positive part;
-- exponential: min(exp(Z / weight_temperature), weight_limit), Z = A in standard deviations of the rows learned from;
+- exponential: min(exp(Z / weight_temperature), weight_limit), Z = A less its mean,
+  in standard deviations, over the rows learned from;
 - signed: A + shift, which may be negative: such a row is pushed DOWN, see below.
 Baseline, computed once before the first step: V(prompt); the mean reward of the prompt's rows; `group`: the same, and A
 is divided by their (population) standard deviation; or the mean reward of all rows learned from.
@@ -124,6 +125,9 @@ class Settings:
             raise ValueError(f"kl_beta: {self.kl_beta}, wanted 0 where kl_form is none, or kl_form released or k3")
         if not math.isfinite(self.shift):
             raise ValueError(f"shift: {self.shift}, wanted a finite number")
+        if self.shift and self.baseline in ("prompt", "group"):
+            problem = f"shift: {self.shift} with baseline {self.baseline}"
+            raise ValueError(f"{problem}, wanted 0: rows that compare with nothing would be learned from")
         for name in ("weight_temperature", "weight_limit"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: {getattr(self, name)}, wanted a number > 0")

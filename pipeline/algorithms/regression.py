@@ -15,7 +15,9 @@ for every response, whoever wrote it: V*(x) = beta ln E_ref[exp(r / beta)].
 - optimal_advantage: r - V*(x), with V* of the rewards r_j of n responses of the reference to x:
   value_beta ln mean_j exp(r_j / value_beta); value_beta null: beta. With few samples V* is too low on average.
 - quantile: q - beta ln Z, q in [0, 1] the share of the reference's n responses to x whose reward is at most r. q is
-  uniform under the reference, whatever the reward's scale, so that Z = beta (exp(1 / beta) - 1) is known exactly.
+  uniform under the reference, whatever the reward's scale, so that Z = beta (exp(1 / beta) - 1) is known exactly, where
+  rewards never tie and samples are many. Ties and few samples raise q, and all targets with it: at beta = 0.1 by 0.04
+  (0.4 nats of the log-ratio) for 8 samples, by 0.10 where the row is one of 4, by 0.12 for rewards of 0 and 1 alone.
 
 The square bounds the method: no row is pushed beyond its target, target / beta nats from the reference. Under Adam
 `scale` and the factor beta of the gradient, -2 scale beta (target - beta lr), decide little but where it is clipped.

@@ -127,6 +127,8 @@ class RlOffline(RlStage):
                 f"sampling is priority, but weights of algo={self.algo} may be negative, and no row is drawn so often: "
                 "wanted all, or positive, which leaves such rows out"
             )
+        if self.sampling != "all" and self.algorithm.file == "regression":
+            raise ValueError(f"sampling is {self.sampling}, but algo={self.algo} weighs no row, wanted all")
         return self
 
 

@@ -27,7 +27,10 @@ CHARTS = {  # over the KL: (title, caption)
 }
 
 GAIN = "Gain over distance"
-GAIN_CAPTION = "Bars go from the least seed to the greatest; of one seed they hold 90 %. Also in gain.svg."
+GAIN_CAPTION = (
+    "Bars go from the least seed to the greatest; of one seed they hold 90 %, where the standard error is known. "
+    "Also in gain.svg."
+)
 
 Metrics = Mapping[str, float]  # tag -> number, of one variant and seed
 Table = Mapping[str, Mapping[str, Mapping[str, Any]]]  # {variant: {tag: spread}}

@@ -54,7 +54,8 @@ def picture(found: Sequence[Gained], gain: str, distance: str) -> str:
 def gained(table: Mapping[str, Mapping[str, Mapping[str, Any]]], tag: str, start: str, distance: str) -> list[Gained]:
     """Of a comparison's `{variant: {tag: spread}}` all that have a difference to `start` and a distance from it.
 
-    The intervals are from the least seed to the greatest; of one seed 90 % by the standard errors, where there are.
+    The intervals are from the least seed to the greatest; of one seed 90 % by the standard errors of both policies, as
+    if their responses were to other prompts. Without standard errors they are the numbers themselves.
     """
     found = []
     for place, (name, metrics) in enumerate(table.items()):

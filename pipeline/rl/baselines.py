@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.algorithms.functional import EQUAL_REWARDS
 from pipeline.data import encoded
 from pipeline.records import Item
 
+ALIKE = 1e-6  # of the largest: rewards that differ by less are those of one text, judged in another batch
 Parts = Sequence[Sequence[Item]]  # the rows to learn from, then held-out ones
 
 
@@ -32,9 +32,10 @@ def of_prompts(items: Sequence[Item], scaled: bool) -> np.ndarray:
     counts = np.bincount(groups)
     centred = rewards - (np.bincount(groups, rewards) / counts)[groups]
     # rewards of one text are alike but for rounding
-    spread = np.zeros(len(counts))
+    spread, largest = np.zeros(len(counts)), np.zeros(len(counts))
     np.maximum.at(spread, groups, np.abs(centred))
-    centred = np.where(spread[groups] > EQUAL_REWARDS, centred, 0.0)
+    np.maximum.at(largest, groups, np.abs(rewards))
+    centred = np.where((spread > ALIKE * largest)[groups], centred, 0.0)
     if not scaled:
         return centred
     deviations = np.sqrt(np.bincount(groups, centred**2) / counts)[groups]
@@ -46,7 +47,7 @@ def with_standard_advantages(parts: Parts) -> list[Sequence[Item]]:
     0 where all of these are alike."""
     learned = encoded.column(parts[0], "advantage")
     mean, deviation = learned.mean(), learned.std()
-    scale = 1 / deviation if deviation > EQUAL_REWARDS else 0.0
+    scale = 1 / deviation if deviation > ALIKE * np.abs(learned).max() else 0.0
     return [
         encoded.with_numbers(items, standard_advantage=(encoded.column(items, "advantage") - mean) * scale)
         for items in parts

@@ -80,8 +80,8 @@ def drawn(context: Context, items: Sequence[Item], packing: Packing) -> tuple[Dr
     draw, kept = rows.population(items, packing, needs.weighed_by or "one", settings, by)
     shares = {"advantage/kept_fraction": kept}
     if "advantage" in items[0].numbers and settings.algorithm.settings.get("weight") != "advantage":
-        learned = slice(None) if by is None else (by != 0).numpy()
-        shares["advantage/raised_fraction"] = float((encoded.column(items, "advantage")[learned] > 0).mean())
+        raised = encoded.column(items, "advantage") > 0 if by is None else by[by != 0].numpy() > 0
+        shares["advantage/raised_fraction"] = float(raised.mean())
     return draw, shares
 
 

@@ -168,9 +168,11 @@ def sampling_key(policy: ReferencePolicy, data: ValueData, sampled: bool) -> dic
     settings, ranks = policy.settings, policy.model.ranks
     judges = data.rewards.rewards if data.rewards is not None else ()
     began = ranks.on_main(lambda: going_on.first_ranks(run_dir.stage_dir(settings, "rl")))
+    read = settings.rewards.model_dump(include={"reads", "max_length", "judge"}, exclude={"judge": {"budget"}})
     return {
         "prompts": prompts_digest(data.prompts, sampled),
-        "judge": [data.rewards_key, [[one.name, one.weight, one.normalise] for one in judges]],
+        "cut": [settings.data.max_prompt_length, settings.data.keep_of_prompt],
+        "judge": [data.rewards_key, [[one.name, one.weight, one.normalise] for one in judges], read],
         "generation": settings.generation.model_dump(),
         "seed": settings.seed,
         "world": began or ranks.world,

@@ -7,8 +7,9 @@ kto  z = max(0, mean of beta * ln(pi / pi_ref)) over one mismatched row for each
      that the reference's log-probabilities are cached as all others. (The paper, and TRL, turn the responses of a
      micro-batch round by one place, and take that micro-batch's mean.)
 bco  z = half the sum of the two classes' means of beta * ln(pi / pi_ref), over all rows of the steps before; 0 at the
-     first, as every ratio then is 1. Nothing is read for it. (TRL takes the mean over the rows of both classes, those
-     of the present micro-batch among them: for classes of one size the same, a step later.)
+     first, as every ratio then is 1; that of one class while no row of the other was seen. Nothing is read for it.
+     (TRL takes the mean over the rows of both classes, those of the present micro-batch among them: for classes of one
+     size the same, a step later.)
 """
 
 from __future__ import annotations
@@ -185,8 +186,7 @@ def mismatched_items(context: Context, policy: Model, train: Rows, held_out: Row
     """For each row its prompt with a response of training to another prompt, which the seed decides."""
     order = sampling.generator("mismatched", context.settings.seed, 0)
     apart = of_other_prompts(train, order)
-    # prompts that are held out are none of training
-    anywhere = torch.randint(len(train), (len(held_out),), generator=order).numpy()
+    anywhere = of_any_prompt(train, held_out, order)
     parts = {"train": (train, apart), "validation": (held_out, anywhere)}
     found = []
     for split, (some, places) in parts.items():
@@ -195,6 +195,15 @@ def mismatched_items(context: Context, policy: Model, train: Rows, held_out: Row
         user = f"{context.directory}/mismatched {split}"
         found.append(encoded.encode(made, policy.encoder, dataset.completion_rows, user))
     return found[0], found[1]
+
+
+def of_any_prompt(train: Rows, held_out: Rows, order: torch.Generator) -> np.ndarray:
+    """(n,) for each held-out row the place of a row of training of another prompt; there are two prompts at least."""
+    own, prompts = held_out.column("prompt"), train.column("prompt")
+    places = torch.randint(len(train), (len(held_out),), generator=order).numpy()
+    while (same := own == prompts[places]).any():
+        places = np.where(same, (places + 1) % len(train), places)
+    return places
 
 
 def _with_responses(rows: Rows, of: Rows, places: np.ndarray) -> Iterator[Example]:

@@ -13,6 +13,7 @@ from pipeline.config.schema import RlOffline, RlStage
 from pipeline.config.sections import BestRows
 from pipeline.data import convert, encoded, sampling
 from pipeline.data.batching import Draw, Packing, lengths
+from pipeline.data.dataset import UniquePrompts
 from pipeline.data.rows import Rows
 from pipeline.data.stored import CHOSEN, REJECTED
 from pipeline.errors import UserError
@@ -111,7 +112,10 @@ def best_rows(rows: Rows, best: BestRows) -> Rows:
     if not kept.any():
         problem = f"none of {len(rows):,} rows has a reward of {best.at_least:.4g} (the highest: {rewards.max():.4g})"
         raise UserError(f"best.at_least: {problem}, wanted a limit that some reach")
-    _, groups, counts = np.unique(rows.column("prompt"), return_inverse=True, return_counts=True)
+    prompts = UniquePrompts.of(rows, copies=True)
+    counts = np.diff(prompts.ends)
+    groups = np.empty(len(rows), np.int64)
+    groups[prompts.places] = np.repeat(np.arange(len(counts)), counts)
     if best.of_prompt is not None:
         order = np.lexsort((-rewards, groups))  # prompt by prompt, the best first
         places = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -148,10 +152,9 @@ def population(
     else:
         kept = (weights > 0).nonzero().flatten() if settings.sampling == "all" else sampling.survivors(weights)
     if not len(kept):
-        raise UserError(
-            f"sampling: all, but none of {n} rows has a positive {weight} (largest {float(weights.max()):.4g}), wanted "
-            f"one to learn from: {NOTHING_POSITIVE[weight]}"
-        )
+        found = f"none of {n} rows has a positive {weight} (largest {float(weights.max()):.4g})"
+        cure = NOTHING_POSITIVE[weight]
+        raise UserError(f"sampling: {settings.sampling}, but {found}, wanted one to learn from: {cure}")
     if settings.sampling == "all" and weight == "reward" and (below := int((weights < 0).sum())):
         logger.warning(
             f"sampling: all, and {below:,} of {n:,} rows have a reward below 0: they are made less likely, the "

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data import dataset, encoded
+from pipeline.data.dataset import UniquePrompts
 from pipeline.data.rows import Rows
 from pipeline.errors import UserError
 from pipeline.records import Example, Item
@@ -34,8 +35,10 @@ def compared(rows: Sequence[Example], which: str) -> Rows:
     Raises UserError where there is none.
     """
     rows = Rows.of(rows)
-    _, groups, counts = np.unique(rows.column("prompt"), return_inverse=True, return_counts=True)
-    kept = counts[groups] > 1
+    prompts = UniquePrompts.of(rows, copies=True)  # a copy of a row is no other row
+    counts = np.diff(prompts.ends)
+    kept = np.empty(len(rows), bool)
+    kept[prompts.places] = np.repeat(counts > 1, counts)
     if not kept.any():
         problem = f"data, but each of {len(rows):,} {which} rows is the only one of its prompt"
         cure = "wanted two or more, or reference_samples.targets=policy and a reward="

@@ -133,7 +133,8 @@ class HandOver:
                 body = {"method": "reload_weights", "kwargs": {"weights_path": str(place)}}
                 return self._post("/collective_rpc", body) and self._post("/reset_prefix_cache", {})
             case "name":
-                self.lets_go = self._post("/reset", {}, once=True)
+                if self.server is None or self.lets_go:
+                    self.lets_go = self._post("/reset", {}, once=self.server is None)
                 return True
 
     def _manner(self, model: Model, name: str) -> served.Manner:

@@ -276,6 +276,9 @@ def _said(server: Served, encoder: Encoder, asks: Sequence[Wanted], config: Gene
         ended = choice.end == "stop" or (server.manner == "config" and choice.written == len(ids) + 1)
         if ended and (not ids or ids[-1] not in config.eos_token_id):
             ids = [*ids, encoder.eos_id]
+        if not ids:
+            problem = f"row {ask.request.example.id}: it wrote nothing that could be read, and no end"
+            raise server.address.error(f"{problem}, wanted a token at least: does it leave special tokens out?")
         one_end = not ended or len(config.eos_token_id) == 1  # else which it was is not said
         exact = not as_text or (one_end and choice.written == len(ids))
         said.append(Said(ids, prompt.as_here and choice.read in (None, len(ask.request.prompt_ids)), exact))
