@@ -28,7 +28,7 @@ from pipeline.data.batching import Packing, collate
 from pipeline.errors import UserError
 from pipeline.models import loading
 from pipeline.models.policy import Policy, RewardModel
-from pipeline.models.start_check import check_head
+from pipeline.models.start_check import check_head, own_logps
 from pipeline.records import Batch, Item
 from tests import tiny
 
@@ -173,6 +173,18 @@ def test_check_head_knows_barts_bias() -> None:
     policy = policy_of("bart")
     policy.model.final_logits_bias.copy_(torch.randn(1, tiny.V) * 3)
     check_head(policy, batch_of(policy, tiny.items(3), 1))
+
+
+def test_in_half_precision_one_token_may_be_off_by_rounding_and_a_text_may_not() -> None:
+    policy = policy_of("llama")
+    batch = batch_of(policy, tiny.items(3), 0)
+    policy.model.to(torch.bfloat16)
+    rows = own_logps(policy, batch)
+    one = [torch.cat([row[:-1], row[-1:] - 0.4]) if len(row) > 2 else row for row in rows]
+    assert any(len(row) > 2 for row in rows)
+    check_head(policy, batch, one)
+    with pytest.raises(UserError, match="changes its logits, or reads a padded batch"):
+        check_head(policy, batch, [row - 0.4 for row in rows])
 
 
 SIZES = {

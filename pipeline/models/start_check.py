@@ -163,12 +163,16 @@ def check_head(policy: Policy, batch: Batch, rows: Sequence[Tensor] | None = Non
 
     Raises UserError where they differ, so that the architecture does something that is not known here.
     """
-    lm = hugging_face(policy.model)
-    expected = torch.cat(own_logps(policy, batch) if rows is None else list(rows))
-    difference = float((policy(batch)[batch.response_mask] - expected).abs().max())
-    if math.isnan(difference):
+    exact = hugging_face(policy.model).dtype == torch.float32
+    expected = own_logps(policy, batch) if rows is None else rows
+    found = [said[mask] for said, mask in zip(policy(batch), batch.response_mask, strict=True)]
+    apart = [(ours - row).abs() for ours, row in zip(found, expected, strict=True)]
+    # rounding to half precision grows over many layers, and one token among others takes most of it
+    difference = max(float(one.max() if exact else one.median()) for one in apart)
+    if any(one.isnan().any() for one in apart):
         raise UserError("model.path: the model gives NaN on two words: its weights are damaged, wanted finite numbers")
-    if not difference <= (1e-3 if lm.dtype == torch.float32 else 0.1):
+    if not close([difference], exact):
+        lm = hugging_face(policy.model)
         problem = f"in a way that is not known here (log-probabilities differ by {difference:.3g} nats), {OTHER}"
         raise UserError(f"model.path: {type(lm).__name__} changes its logits, or reads a padded batch, {problem}")
 
