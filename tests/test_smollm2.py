@@ -48,7 +48,7 @@ def test_fine_tuning(way: str, precision: str, tmp_path: Path) -> None:
 def test_a_reward_model(way: str, precision: str, tmp_path: Path) -> None:
     words = [word for word in SMALL if not word.startswith("generation")]
     run = carry_out(tmp_path, "stage=reward", *words, *WAYS[way], f"precision={precision}")
-    trained(run / "reward", f"{way} {precision}")
+    trained(run / "reward" / "preference", f"{way} {precision}")
 
 
 @pytest.mark.parametrize(
@@ -64,6 +64,7 @@ def test_a_reward_model(way: str, precision: str, tmp_path: Path) -> None:
 )
 def test_reinforcement_learning(algo: str, way: str, precision: str, tmp_path: Path) -> None:
     own = {"alol": ["value.max_prompts=4", "value.epochs=1"], "esrl": ["sampler.k=2"], "mrt": ["sampler.k=2"]}
+    own["semi_offline"] = ["static=reference"]
     words = [f"algo={algo}", *own.get(algo, []), *SMALL, *WAYS[way], f"precision={precision}", "start_from=model"]
     run = carry_out(tmp_path, "stage=rl", *words, "reward=length" if algo != "semi_offline" else "reward=rouge")
     trained(run / "rl", f"{algo} {way} {precision}")
