@@ -65,13 +65,12 @@ def numbers(results: Results, plan: Study) -> dict[str, dict[str, float]]:
         left = json.loads((directory / "results.json").read_text(encoding="utf-8"))
         by_variant[variant] |= {f"rl/{name}": value for name, value in spent(series_of(rows)).items()}
         by_variant[variant]["rl/seconds"] = left["seconds"]
-        steps = [row["perf/step_seconds"] for row in rows if "perf/step_seconds" in row]
-        by_variant[variant]["rl/step_seconds"] = statistics.fmean(steps)
-    if PLAIN in results.variants:
-        for variant in results.variants:
-            by_variant[variant]["rl/cost"] = (
-                by_variant[variant]["rl/step_seconds"] / by_variant[PLAIN]["rl/step_seconds"]
-            )
+        if steps := [row["perf/step_seconds"] for row in rows if "perf/step_seconds" in row]:
+            by_variant[variant]["rl/step_seconds"] = statistics.fmean(steps)
+    plain = by_variant.get(PLAIN, {}).get("rl/step_seconds")
+    for variant in results.variants:
+        if plain and "rl/step_seconds" in by_variant[variant]:
+            by_variant[variant]["rl/cost"] = by_variant[variant]["rl/step_seconds"] / plain
     return by_variant
 
 
