@@ -27,7 +27,14 @@ REQUIREMENTS = [
     "rapidfuzz>=3.0",
     "scikit-learn>=1.5",
 ]
-DEV = ["pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.9", "rouge-score>=0.1.2", "psutil>=5.9"]
+DEV = [
+    "pytest>=8.0",
+    "pytest-xdist>=3.6",
+    "ruff>=0.9",
+    "rouge-score>=0.1.2",
+    "psutil>=5.9",
+    "sentence-transformers>=5.0",
+]
 
 setup(
     name="tiffin",
@@ -39,6 +46,7 @@ setup(
     extras_require={
         "dev": DEV,
         "bitsandbytes": ["bitsandbytes>=0.48"],  # 8-bit AdamW, models of 4 bits
+        "similarity": ["sentence-transformers>=5.0"],  # reward_models/similarity.py
         "vader": ["vaderSentiment>=3.3"],  # reward=vader
     },
     entry_points={"console_scripts": ["tiffin = stages.__main__:tiffin"]},

@@ -48,6 +48,7 @@ PACKAGE_OF = {
 NOT_INSTALLED = {
     "bitsandbytes": "an extra, of which most have no need",
     "comet": "asks for versions that clash with training's: served from an environment of its own",
+    "sentence_transformers": "an extra, for one reward",
     "vaderSentiment": "an extra, for studies",
     "trl": "the peer that speed is compared with, in an environment of its own",
 }

@@ -8,6 +8,11 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 from pipeline.config.resolve import resolve as resolve_words
 from pipeline.config.reward_spec import parse
@@ -354,6 +359,26 @@ def test_resolve_refuses_what_cannot_be_called_as_a_reward(tmp_path, name, said)
 def test_length_counts_characters_where_words_have_no_blanks():
     # 2, 1 and 3 characters against 2, 1, 3: all of them would be one word between blanks
     assert length_correlation([2.0, 1.0, 3.0], ["你好", "好", "ดีคก"]) == pytest.approx(1.0)
+
+
+def test_what_is_nearer_to_a_reference_is_worth_more(tmp_path, monkeypatch):
+    """Embeddings by hand: a text's is the mean of its words', red (1, 0), fox (0, 1), old (-1, 0)."""
+    words = {"red": 0, "fox": 1, "old": 2, "[UNK]": 3}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    vectors = np.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, 0.0]], dtype=np.float32)
+    SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_weights=vectors)]).save(str(tmp_path / "near"))
+    monkeypatch.chdir(tmp_path)
+    text = 'from reward_models.similarity import judged_by\n\nreward = judged_by("near")\n'
+    (tmp_path / "mine.py").write_text(text)
+    reward = resolve("mine.py", no_model, no_server, {})
+    texts = ["red", "old", "red fox", [{"role": "assistant", "content": "fox"}]]
+    references = [["red fox"], ["red fox"], ["fox", "old red fox fox"], ["old", "fox"]]
+    # cos 45, cos 135, the better of cos 45 and that to (0, 1/2), which is cos 45 too, and 1
+    expected = [0.5**0.5, -(0.5**0.5), 0.5**0.5, 1.0]
+    assert reward(["p"] * 4, texts, references=references) == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(ValueError, match="completion 1 'fox' has no references, which similarity compares with"):
+        reward(["p"] * 2, ["red", "fox"], references=[["red"], []])
 
 
 def test_words_that_tell_more_are_worth_more(tmp_path, monkeypatch):
