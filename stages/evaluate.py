@@ -33,8 +33,10 @@ from stages import inputs
 
 logger = logging.getLogger("tiffin")
 
+SAMPLED = "sampled/"
 SHOWN = {
     "reward": "reward",
+    f"{SAMPLED}reward": "sampled",
     "completions/mean_words": "words",
     "completions/distinct_2": "distinct-2",
     "logged/nll": "nll",
@@ -110,6 +112,10 @@ def answered(
         scores = None if rewards is None else scoring.score_responses(ranks, rewards, answers)
         texts = [answer.text for answer in answers]
         results[name] = {} if scores is None else evaluation.reward_statistics(scores, texts)
+        if settings.judge_samples and rewards is not None and not same:
+            scored = scoring.score_responses(ranks, rewards, drawn)
+            judged = evaluation.reward_statistics(scored, [answer.text for answer in drawn])
+            results[name] |= {f"{SAMPLED}{tag}": value for tag, value in judged.items()}
         results[name] |= evaluation.completion_statistics(answers)
         rows[name] = evaluation.sample_rows(answers, scores, len(answers), policy=name)
         if logged:

@@ -191,12 +191,34 @@ def test_which_rows_are_held_out(tmp_path: Path) -> None:
     assert of("data.train=x", "data.validation_fraction=0.5")[1][1].startswith("policy rl learned from rows of x")
 
 
-def test_an_evaluation_without_a_judge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two models of other weights, 40 scored rows: samples, KL, and an estimate by each reward of the rows."""
+def two_models(tmp_path: Path) -> str:
+    """`policies=` of two models of other weights."""
     for name, seed in (("sft", 0), ("rl", 1)):
         place = tmp_path / "models" / name
         tiny.language_model("llama", seed).save_pretrained(place)
         tiny.tokenizer().save_pretrained(place)
+    return f"policies={{sft: {tmp_path}/models/sft, rl: {tmp_path}/models/rl}}"
+
+
+def test_a_greedy_evaluation_judges_its_plain_samples_too(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "test.jsonl", [{"prompt": f"the dog {i}"} for i in range(6)])
+    given = [two_models(tmp_path), f"data.test={tmp_path}/test.jsonl", "reward=length", "generation.max_new_tokens=9"]
+    given += ["data.max_prompt_length=40"]
+    found = {}
+    for name, own in {"greedy": ["judge_samples=true"], "drawn": ["do_sample=true", "judge_samples=true"]}.items():
+        step = resolve(["stage=evaluate", f"runs_dir={tmp_path}", f"name={name}", *given, *own])
+        evaluate.main(step.settings, list(step.words))
+        (file,) = tmp_path.glob(f"default/evaluate*/{name}/results.json")
+        found[name] = json.loads(file.read_text())
+    greedy, drawn = found["greedy"]["rl"], found["drawn"]["rl"]
+    assert greedy["reward"] != greedy["sampled/reward"]
+    sampled = {tag: value for tag, value in greedy.items() if tag.startswith("sampled/")}
+    assert sampled == {f"sampled/{tag}": drawn[tag] for tag in drawn if tag.startswith("reward")}
+
+
+def test_an_evaluation_without_a_judge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two models of other weights, 40 scored rows: samples, KL, and an estimate by each reward of the rows."""
+    policies = two_models(tmp_path)
     texts = ("the cat", "a dog and a cat", "the")
     rows = [
         {
@@ -208,7 +230,6 @@ def test_an_evaluation_without_a_judge(tmp_path: Path, capsys: pytest.CaptureFix
         for i in range(40)
     ]
     write_jsonl(tmp_path / "test.jsonl", rows)
-    policies = f"policies={{sft: {tmp_path}/models/sft, rl: {tmp_path}/models/rl}}"
     given = [policies, f"data.test={tmp_path}/test.jsonl", "max_rows=4", "num_samples=2", "generation.max_new_tokens=5"]
     given += ["data.max_prompt_length=40", "data.max_response_length=40"]
     step = resolve(["stage=evaluate", f"runs_dir={tmp_path}", *given])

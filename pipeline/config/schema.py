@@ -276,6 +276,7 @@ class EvaluateStage(WithModel):
     split: Split
     max_rows: Count
     max_logged: Count
+    judge_samples: bool
     num_samples: Whole
     train: sections.TrainSettings
     reward: RewardSpec

@@ -14,6 +14,7 @@ from pipeline.report.numbers import fixed
 from pipeline.report.spec import ORACLE, match
 
 KL, X_NAME = "objective/kl", "KL from the start"
+GAINED = {"oracle/mean": "oracle", "sampled/reward": "reward of samples", "reward": "reward"}  # the first that is there
 SECOND = "rewards/second:*/mean"  # of the reward models of another seed
 CHARTS = {  # over the KL: (title, caption)
     "reward": ("Reward", "What the policies were trained to raise. More is only better while the others follow."),
@@ -50,6 +51,8 @@ COLUMNS = (
     Column("second/mean", "second", 3, True),
     Column("oracle/mean", "oracle", 3, True),
     Column("rewards/*/mean", "{}", 3, True),
+    Column("sampled/reward", "sampled: reward", 3, True),
+    Column("sampled/rewards/*/mean", "sampled: {}", 3, True),
     Column("gain/estimate", "estimated gain", 3),
     Column("completions/mean_words", "words", 1, True),
     Column("completions/distinct_2", "distinct-2", 3, True),
@@ -143,14 +146,13 @@ def tables(table: Table, baselines: Sequence[str]) -> list[tuple[str, list[str],
 def gain_picture(table: Table, start: str) -> str | None:
     """What each policy gained over how far it went, an <svg> that can be a file; None where nothing was judged.
 
-    By the oracle where there is one, else by the reward.
+    By the oracle where there is one, else by the reward: that of plain samples, as the distance is, where it is known.
     """
-    tag = next((one for one in ("oracle/mean", "reward") if one in table[start]), None)
+    tag = next((one for one in GAINED if one in table[start]), None)
     found = [] if tag is None else figure.gained(table, tag, start, KL)
     if not found:
         return None
-    judge = "oracle" if tag == "oracle/mean" else "reward"
-    return figure.picture(found, f"{judge}, over {start}", f"{X_NAME}, nats per response")
+    return figure.picture(found, f"{GAINED[tag]}, over {start}", f"{X_NAME}, nats per response")
 
 
 def scatter(tag: str, table: Table, description: str) -> str:

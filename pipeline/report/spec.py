@@ -79,6 +79,13 @@ METRICS = (
     Metric(ORACLE, "True {} (oracle)", +1, "unseen", "known by construction, never trained on"),
     Metric("rewards/*/mean", "Reward: {}", +1, "parts", "one reward, before weights"),
     Metric(
+        "sampled/reward",
+        "Reward of plain samples",
+        +1,
+        "",
+        "temperature 1, where the answers above are decoded otherwise",
+    ),
+    Metric(
         *("gain/known", "Estimated gain over the first", 0, "estimated_gain"),
         "by the rows' own rewards: from how likely their responses are, sampled at temperature 1",
     ),
