@@ -17,6 +17,7 @@ from pipeline.report import svg
 HEIGHT = 300.0  # at least: more where there are many names
 HEAD = 14.0  # above the plot, for what the vertical axis shows
 LINE, SIZE, LETTER = 10.0, 8.5, 5.2  # of the names: from one to the next, their letters' height, a wide letter's width
+TITLE_LETTER = 6.0  # a wide letter's width, of the words along the axes
 GAP, SIGN = 16.0, 9.0  # from the plot to the mark that stands before a name, and from there to the name
 CROWDED = 6  # where half of the policies lie in the first sixth of the way, the horizontal axis is logarithmic
 DEEPEST = 1000  # from the greatest distance to the least that a logarithmic axis tells apart from 0
@@ -55,7 +56,7 @@ def picture(found: Sequence[Gained], gain: str, distance: str) -> str:
     parts += [_whiskers(one, frame) for one in found]
     parts += [_name(one, frame, y) for one, y in zip(found, _heights(found, frame), strict=True)]
     parts += [_mark(one, frame.px(one.distance.mean), frame.py(one.gain.mean)) for one in found]
-    width = svg.WIDTH + GAP + SIGN + LETTER * max(len(one.name) for one in found)
+    width = max(svg.WIDTH + GAP + SIGN + LETTER * max(len(one.name) for one in found), TITLE_LETTER * len(gain))
     drawn = (
         f'<style>{_colours()}</style><rect width="100%" height="100%" fill="{svg.PAPER}"/>'
         f'<text x="4" y="12" fill="{svg.QUIET}">{escape(gain)}</text>'

@@ -60,6 +60,8 @@ def figures(text: str) -> dict[str, str]:
                 below = [table for table in tables if table.line > number and gain_column(table) is not None]
                 if not below:
                     raise UserError(f"RESULTS.md:{number}: no table of gains (+0.12) below {image} in its section")
+                if image in found:
+                    raise UserError(f"RESULTS.md:{number}: {image} is shown above too, wanted a name for each figure")
                 found[image] = drawn(below[0], tables)
     return found
 
@@ -106,9 +108,11 @@ def drawn(table: Published, of_section: Sequence[Published]) -> str:
     policies = {name: row for name, row in table.lines.items() if not is_start(row, table.head)}
     gains = {name: reach(row[column]) for name, row in policies.items() if is_gain(row[column])}
     axis, far = distances_of(table, of_section, gains)
+    missing = [name for name in gains if name not in far]
     found = [Gained(i, name, far[name], gain) for i, (name, gain) in enumerate(gains.items()) if name in far]
     bars = "bars: least to greatest seed" if any(gain.low < gain.high for gain in gains.values()) else "no intervals"
-    return picture(found, f"gain, {plain(table.head[column])} ({bars})", axis)
+    left_out = f"; no distance is known of {', '.join(missing)}" if missing else ""
+    return picture(found, f"gain, {plain(table.head[column])} ({bars}){left_out}", axis)
 
 
 def is_start(row: Sequence[str], head: Sequence[str]) -> bool:
@@ -118,7 +122,7 @@ def is_start(row: Sequence[str], head: Sequence[str]) -> bool:
 def distances_of(
     table: Published, of_section: Sequence[Published], names: Iterable[str]
 ) -> tuple[str, dict[str, Reach]]:
-    """What the horizontal axis is called, with those of `names` that have no number; where on it the others lie."""
+    """What the horizontal axis is called, and where on it those of `names` lie that have a number."""
     for words, axis in DISTANCES.items():
         for one in (table, *of_section):
             column = next((i for i, title in enumerate(one.head) if words in title), None)
@@ -126,9 +130,7 @@ def distances_of(
                 continue
             told = {name: reach(one.lines[name][column]) for name in names if name in one.lines}
             if far := {name: value for name, value in told.items() if value is not None}:
-                missing = [name for name in names if name not in far]
-                title = axis or plain(one.head[column])
-                return title + (f"; not known of {', '.join(missing)}" if missing else ""), far
+                return axis or plain(one.head[column]), far
     raise UserError(f"RESULTS.md:{table.line}: no column of the section is named by one of {', '.join(DISTANCES)}")
 
 
