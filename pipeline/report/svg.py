@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from statistics import fmean
 from typing import NamedTuple
@@ -16,6 +16,12 @@ PAPER, WORD = "var(--paper)", "var(--word)"
 WIDTH, HEIGHT = 380.0, 200.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 12.0, 10.0, 26.0  # margins around the plot
 RADIUS = 3.6  # of a mark
+CORNERS = (  # in radii from the middle: of a square, a triangle, a diamond, a triangle on its tip
+    ((-1, -1), (1, -1), (1, 1), (-1, 1)),
+    ((0, -1), (1, 1), (-1, 1)),
+    ((0, -1.3), (1.3, 0), (0, 1.3), (-1.3, 0)),
+    ((-1, -1), (1, -1), (0, 1)),
+)
 RIDGE, ROOM = 60.0, 20.0  # height of one histogram, and of its words above
 POINTS = 90  # of one curve in the picture; more are drawn as means with the span around them
 
@@ -88,14 +94,20 @@ def scatter(marks: Sequence[Mark], name: str, description: str) -> str:
     return element(axes(frame, name) + drawn, description, HEIGHT + 14)
 
 
-def axes(frame: Frame, name: str) -> str:
-    """Lines at round numbers both ways, with their values, and `name` below the horizontal axis."""
-    bottom, rows, columns = frame.height - BOTTOM, ticks(*frame.y, 4), ticks(*frame.x, 4)
+def axes(frame: Frame, name: str, columns: Mapping[float, str] | None = None) -> str:
+    """Lines at round numbers both ways, with their values, and `name` below the horizontal axis.
+
+    `columns`: {place on the horizontal axis: what stands there}, where that axis is not linear.
+    """
+    bottom, rows = frame.height - BOTTOM, ticks(*frame.y, 4)
+    if columns is None:
+        places = ticks(*frame.x, 4)
+        columns = dict(zip(places, _tick_texts(places, frame.x), strict=True))
     parts = [_levels(frame, rows, _tick_texts(rows, frame.y))]
     parts += [
         _upright(frame.px(x), TOP, bottom, f'stroke="{GRID}"')
         + f'<text x="{frame.px(x):.1f}" y="{bottom + 15:g}" text-anchor="middle" fill="{QUIET}">{text}</text>'
-        for x, text in zip(columns, _tick_texts(columns, frame.x), strict=True)
+        for x, text in columns.items()
     ]
     place = f'x="{WIDTH - RIGHT:g}" y="{bottom + 30:g}" text-anchor="end" fill="{QUIET}"'
     return "".join(parts) + f"<text {place}>{escape(name)}</text>"
@@ -132,15 +144,14 @@ def _ridge(row: Ridge, edges: Sequence[float], frame: Frame, place: int) -> str:
 
 
 def mark(place: int, words: str, x: float, y: float) -> str:
-    """The first round of colours are circles, then come squares, then triangles."""
+    """The first round of colours are circles, then come squares, triangles, diamonds, and triangles on their tips."""
     style = f'fill="{COLOURS[place % len(COLOURS)]}" fill-opacity=".8" stroke="{INK}" stroke-width=".5"'
-    r = RADIUS
-    name, where = (
-        ("circle", f'cx="{x:.1f}" cy="{y:.1f}" r="{r}"'),
-        ("rect", f'x="{x - r:.1f}" y="{y - r:.1f}" width="{2 * r}" height="{2 * r}"'),
-        ("polygon", f'points="{x:.1f},{y - r:.1f} {x + r:.1f},{y + r:.1f} {x - r:.1f},{y + r:.1f}"'),
-    )[min(place // len(COLOURS), 2)]
-    return f"<{name} {where} {style}><title>{escape(words)}</title></{name}>"
+    r, title = RADIUS, f"<title>{escape(words)}</title>"
+    shape = place // len(COLOURS)
+    if shape == 0:
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{r}" {style}>{title}</circle>'
+    corners = CORNERS[min(shape, len(CORNERS)) - 1]
+    return f'<polygon points="{_points([(x + dx * r, y + dy * r) for dx, dy in corners])}" {style}>{title}</polygon>'
 
 
 def range_of(values: Sequence[float]) -> tuple[float, float]:
@@ -148,9 +159,9 @@ def range_of(values: Sequence[float]) -> tuple[float, float]:
     return min(values) - room, max(values) + room
 
 
-def element(content: str, description: str, height: float) -> str:
+def element(content: str, description: str, height: float, width: float = WIDTH) -> str:
     """The <svg> element around `content`."""
-    box = f'viewBox="0 0 {WIDTH:g} {height:g}" role="img" aria-label="{escape(description)}" font-size="11"'
+    box = f'viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(description)}" font-size="11"'
     return f"<svg {box}>{content}</svg>"
 
 
