@@ -22,8 +22,9 @@ from pipeline.data.text_ids import TextIds
 from pipeline.data.tokenization import Encoder, pad
 from pipeline.errors import UserError
 from pipeline.models.checks import positions
-from pipeline.models.loading import hugging_face, load_scalar, load_tokenizer
+from pipeline.models.loading import hugging_face, load_scalar
 from pipeline.models.policy import RewardModel
+from pipeline.models.tokenizers import load_tokenizer
 from pipeline.models.trained_input import saved_input
 from pipeline.records import Answer, Message, RewardFunction, text_of
 from reward_models import _named

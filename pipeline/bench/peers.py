@@ -23,7 +23,7 @@ from pipeline.bench.setup import Setup, alol_trainer, dpo_trainer, even, new_pol
 from pipeline.data import dataset, encoded
 from pipeline.data import pairs as pairing
 from pipeline.errors import UserError
-from pipeline.models import build, loading
+from pipeline.models import build, writing
 from pipeline.records import Item
 from pipeline.trainer.loop import Trainer
 
@@ -160,7 +160,7 @@ def peer_job(setup: Setup, match: Match, options: dict[str, Any]) -> dict[str, A
     rows.write_text("".join(json.dumps(row) + "\n" for row in match.rows), encoding="utf-8")
     if not (folder / "model").is_dir():
         policy = new_policy(setup)
-        loading.save(folder / "model", policy.model, policy.model.state_dict(), setup.encoder.tokenizer)
+        writing.save(folder / "model", policy.model, policy.model.state_dict(), setup.encoder.tokenizer)
     options = {
         **options,
         "per_device_train_batch_size": per_call,

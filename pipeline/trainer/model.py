@@ -58,7 +58,7 @@ class Model:
         if self.ranks.main:
             scalar = isinstance(self.engine.module, RewardModel)
             then = partial(save_input, encoder=encoder, asked=asked, scalar=scalar)
-            loading.save(directory, lm, self._weights, encoder.tokenizer, then, encoder.stop_ids, kind, self.generation)
+            writing.save(directory, lm, self._weights, encoder.tokenizer, then, encoder.stop_ids, kind, self.generation)
         else:
             for wanted in writing.passes(lm):
                 deque(self._weights(wanted), maxlen=0)
