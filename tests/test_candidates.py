@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.resolve import resolve
-from pipeline.data import dataset, encoded, readers, splits
+from pipeline.data import dataset, encoding, readers, splits
 from pipeline.data.tokenization import Encoder
 from pipeline.data.write import write_rows
 from pipeline.errors import UserError
@@ -138,7 +138,7 @@ def test_a_completion_is_never_its_own_reference(caplog) -> None:
 
 
 def static_rows(row: Example, encoder: Encoder, which: str) -> tuple[Row, ...]:
-    items = encoded.encode([row], encoder, dataset.prompt_rows)
+    items = encoding.encode([row], encoder, encoding.prompt_rows)
     return semi_offline.with_static_rows(items, encoder, which)[0].static_rows
 
 
@@ -152,7 +152,7 @@ def test_each_row_keeps_its_own_static_responses(tmp_path: Path) -> None:
     )
     for folder in (None, tmp_path / "cache", tmp_path / "cache"):
         (rows,) = dataset.splits(data.settings.data, 1, ["train"], folder=folder)
-        items = encoded.encode(rows, encoder, dataset.prompt_rows)
+        items = encoding.encode(rows, encoder, encoding.prompt_rows)
         found = semi_offline.with_static_rows(items, encoder, "random")
         assert [one.rows for one in found] == [one.rows for one in items]
         assert [len(one.static_rows) for one in found] == [1, 3, 2]

@@ -91,8 +91,8 @@ def test_responses_are_cut_on_the_right_and_lose_eos() -> None:
 
 
 def test_cuts_are_counted() -> None:
-    from pipeline.data.dataset import completion_rows
-    from pipeline.data.encoded import counts, encode
+    from pipeline.data.encoded import counts
+    from pipeline.data.encoding import completion_rows, encode
     from pipeline.records import Example
 
     rows = [Example("a", "the cat sat on a mat", "ran"), Example("b", "the", "cat sat on a mat and ran")]

@@ -20,7 +20,7 @@ import torch
 from pipeline.bench import setup as prepared
 from pipeline.bench.measure import Goal, Result, Timing, compared, in_turns, speed, timed
 from pipeline.bench.setup import Setup, alol_trainer, dpo_trainer, even, new_policy, sft_trainer, singles
-from pipeline.data import dataset, encoded
+from pipeline.data import encoding
 from pipeline.data import pairs as pairing
 from pipeline.errors import UserError
 from pipeline.models import build, writing
@@ -121,7 +121,7 @@ def matches(setup: Setup, shape: str) -> Iterator[Match]:
     """The four comparisons on rows that are `ragged`, or all `even`."""
     size = setup.settings.train.batch_size
     items, rows = singles(setup), pairing.paired(setup.rows)
-    pairs = encoded.encode(rows, setup.encoder, dataset.pair_rows)
+    pairs = encoding.encode(rows, setup.encoder, encoding.pair_rows)
     if shape == "even":
         items, pairs = even(items, LENGTH, LENGTH), even(pairs, LENGTH, LENGTH)
     pair_rows = [pair_row(item) for item in pairs]

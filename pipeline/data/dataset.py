@@ -20,10 +20,9 @@ from pipeline.data.rows import Fix, Rows, Store
 from pipeline.data.splits import Places, id_names_of, origins, split_places
 from pipeline.data.stored import SCHEMA, Sink
 from pipeline.data.template import prompt_text, response_text
-from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
 from pipeline.files import fingerprint
-from pipeline.records import Answer, Example, Row, text_of
+from pipeline.records import Answer, Example, text_of
 
 logger = logging.getLogger("tiffin")
 
@@ -251,18 +250,6 @@ def warn_of_cuts(cut: int, total: int, limit: str, what: str) -> None:
     """Say so where more than a tenth of `total` responses lose their end to `limit`, a setting with its value."""
     if cut > CUTS_TOLD * total:
         logger.warning(f"{limit} cuts {cut:,} of {total:,} responses {what}: raise it")
-
-
-def completion_rows(example: Example, encoder: Encoder) -> tuple[Row, ...]:
-    return (encoder.encode(example.prompt, example.completion),)
-
-
-def pair_rows(example: Example, encoder: Encoder) -> tuple[Row, ...]:
-    return (encoder.encode(example.prompt, example.chosen), encoder.encode(example.prompt, example.rejected))
-
-
-def prompt_rows(example: Example, encoder: Encoder) -> tuple[Row, ...]:
-    return (encoder.encode(example.prompt, None),)
 
 
 def gold(example: Example) -> tuple[str, ...]:

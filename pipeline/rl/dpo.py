@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from pipeline.data import dataset, pairs, sampling
+from pipeline.data import dataset, encoding, pairs, sampling
 from pipeline.data.batching import Windows
 from pipeline.data.rows import Rows
 from pipeline.files import fingerprint
@@ -29,7 +29,7 @@ def trainer(context: Context) -> Trainer:
         train = with_shuffled_sides(train, settings.seed)
     prompts = dataset.unique_prompts(held_out)[: settings.eval.max_rows]
     policy = build_policy(settings, ranks, context.start)
-    items, tested = encode(policy, context.directory, train, held_out[: settings.eval.max_rows], dataset.pair_rows)
+    items, tested = encode(policy, context.directory, train, held_out[: settings.eval.max_rows], encoding.pair_rows)
 
     # what the reference says, before the first step changes it
     reference = ReferencePolicy(policy, settings, fingerprint(context.start.path))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from pipeline.algorithms.groups import reward_name
-from pipeline.data import dataset, sampling
+from pipeline.data import encoding, sampling
 from pipeline.data.batching import Windows
 from pipeline.data.dataset import UniquePrompts
 from pipeline.data.encoded import Items
@@ -41,7 +41,7 @@ def trainer(context: Context) -> Trainer:
         groups_of(rows, size, settings.seed, what) for rows, what in ((train, "train"), (tested, "validation"))
     )
     policy = build_policy(settings, ranks, context.start)
-    parts = encode(policy, context.directory, train, tested, dataset.completion_rows)
+    parts = encode(policy, context.directory, train, tested, encoding.completion_rows)
 
     # what the reference says of each row, before the first step changes it; the same file as of other methods
     reference = ReferencePolicy(policy, settings, fingerprint(context.start.path))

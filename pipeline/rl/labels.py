@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 
 from pipeline.algorithms.labels import Settings
-from pipeline.data import dataset, encoded
+from pipeline.data import encoded, encoding
 from pipeline.data.batching import Windows
 from pipeline.data.encoded import Items
 from pipeline.errors import UserError
@@ -40,7 +40,7 @@ def trainer(context: Context) -> Trainer:
     settings, ranks, algorithm = context.settings, context.ranks, context.algorithm
     train, tested, prompts = scored_rows(context, sides=True)
     policy = build_policy(settings, ranks, context.start)
-    items, held_out = encode(policy, context.directory, train, tested, dataset.completion_rows)
+    items, held_out = encode(policy, context.directory, train, tested, encoding.completion_rows)
     items, held_out, facts = with_labels(items, held_out, algorithm)
 
     # what the reference says, before the first step changes it

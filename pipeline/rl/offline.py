@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from pipeline.algorithms import estimates
-from pipeline.data import convert, dataset, encoded
+from pipeline.data import convert, dataset, encoded, encoding
 from pipeline.data.batching import Draw, Packing, Windows
 from pipeline.data.dataset import UniquePrompts
 from pipeline.files import fingerprint
@@ -42,7 +42,7 @@ def trainer(context: Context) -> Trainer:
     if source == "data":
         train, tested = samples.compared(train, "training"), samples.compared(tested, "held-out")
     policy = build_policy(settings, ranks, context.start)
-    items, held_out = encode(policy, context.directory, train, tested, dataset.completion_rows)
+    items, held_out = encode(policy, context.directory, train, tested, encoding.completion_rows)
 
     # what the reference says, before the first step changes it
     reference = ReferencePolicy(policy, settings, fingerprint(context.start.path))

@@ -13,7 +13,7 @@ import torch
 
 from pipeline.algorithms import functional, supervised
 from pipeline.algorithms.functional import Drawn
-from pipeline.data import dataset, encoded
+from pipeline.data import dataset, encoded, encoding
 from pipeline.data.batching import Extent, Packing, Windows, collate
 from pipeline.data.encoded import Items
 from pipeline.data.rows import Rows
@@ -103,7 +103,7 @@ def with_static_rows(items: Items, encoder: Encoder, which: str, user: str = "")
     UserError where a row has none.
     """
     rows = encoded.examples_of(items).made(f"static {which}", partial(_static_examples, which=which))
-    static = encoded.encode(rows, encoder, dataset.completion_rows, user)
+    static = encoding.encode(rows, encoder, encoding.completion_rows, user)
     numbers = rows.column("id")
     ends = np.concatenate([[0], np.flatnonzero(numbers[1:] != numbers[:-1]) + 1, [len(rows)]])
     short = wordless((item.rows[0] for item in static), encoder)

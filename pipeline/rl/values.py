@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeline.config.reward_spec import no_targets_of_policy
 from pipeline.config.schema import RlStage
 from pipeline.config.sections import ValueSettings
-from pipeline.data import dataset, encoded, sampling
+from pipeline.data import dataset, encoded, encoding, sampling
 from pipeline.data.batching import Packing, once
 from pipeline.models import value_head
 from pipeline.records import Batch, Example, Item
@@ -100,7 +100,7 @@ def value_targets(model: Model, rl: RlStage, data: ValueData, source: Literal["p
         prompts = unique[:most]
         expected = [statistics.fmean(rewards[unique.group(i)].tolist()) for i in range(len(prompts))]
     # a share of the prompts chooses the best epoch and is never fitted
-    items = encoded.encode(prompts, model.encoder, dataset.prompt_rows)
+    items = encoding.encode(prompts, model.encoder, encoding.prompt_rows)
     low, high = value_range(data.rewards, expected)
     order = sampling.epoch_rows(len(prompts), len(prompts), 0, rl.seed)
     mask = torch.zeros(len(prompts), dtype=torch.bool)

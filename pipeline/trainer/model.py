@@ -16,7 +16,7 @@ from pipeline.config import together
 from pipeline.config.deepspeed import read_ds_config
 from pipeline.config.schema import EvaluateStage, GenerateStage, Masking, RewardStage, RlStage, SftStage, Training
 from pipeline.config.sections import GenerationSettings, ModelSettings, OptimizerSettings, TrainSettings
-from pipeline.data import dataset, encoded, remarks
+from pipeline.data import dataset, encoded, encoding, remarks
 from pipeline.data.batching import Packing, packing_of
 from pipeline.data.encoded import Items
 from pipeline.data.masking import Masker
@@ -203,7 +203,7 @@ def encode(
     """Both as items. Says what they come to, shows the first with its tokens, and leaves data.json in `directory`."""
     parts = {"train": train, "validation": held_out}
     learned, tested = (
-        encoded.encode(rows, model.encoder, rows_of, f"{directory}/{split}") for split, rows in parts.items()
+        encoding.encode(rows, model.encoder, rows_of, f"{directory}/{split}") for split, rows in parts.items()
     )
     if len({repr(one) for one in model.ranks.gather([encoded.content(learned), encoded.content(tested)])}) > 1:
         raise UserError(
