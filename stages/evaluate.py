@@ -15,6 +15,7 @@ from pipeline.config.reward_spec import labelled
 from pipeline.config.schema import EvaluateStage
 from pipeline.config.sections import ModelSettings
 from pipeline.data import dataset
+from pipeline.data.prompts import unique_prompts
 from pipeline.files import flatten, write_json, write_jsonl
 from pipeline.launch import run_dir
 from pipeline.launch.entry import run
@@ -60,7 +61,7 @@ def main(settings: EvaluateStage, words: Sequence[str]) -> None:
         logger.warning(line)
     carry = rewards is not None and rewards.reads_columns
     (rows,) = dataset.splits(settings.data, settings.seed, [split], carry, run_dir.cache(settings))
-    prompts = dataset.unique_prompts(rows)[: settings.max_rows]
+    prompts = unique_prompts(rows)[: settings.max_rows]
     if rewards is not None:
         scoring.try_rewards(ranks, rewards, prompts[0], written=True)
     logged = gains.logged(rows)[: settings.max_logged]

@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.config.resolve import resolve
 from pipeline.data import dataset, encoding, readers, splits
+from pipeline.data.prompts import gold, unique_prompts
 from pipeline.data.tokenization import Encoder
 from pipeline.data.write import write_rows
 from pipeline.errors import UserError
@@ -97,7 +98,7 @@ def test_rows_to_judge() -> None:
 
 def test_a_prompt_asked_once_has_the_references_of_all_its_rows() -> None:
     second, other = Example("b", "the cat", "ran far", ("ran", "ran far")), Example("c", "a dog")
-    asked = dataset.unique_prompts([ROW, other, second])
+    asked = unique_prompts([ROW, other, second])
     assert asked == [replace(ROW, references=("sat on a mat", "ran", "ran far")), other]
 
 
@@ -117,8 +118,8 @@ def test_a_prompt_asked_once_has_the_references_of_all_its_rows() -> None:
     ],
 )
 def test_what_new_responses_are_compared_with(row: Example, wanted: tuple[str, ...]) -> None:
-    assert dataset.gold(row) == wanted
-    assert [asked.references for asked in dataset.unique_prompts([row])] == [wanted]
+    assert gold(row) == wanted
+    assert [asked.references for asked in unique_prompts([row])] == [wanted]
 
 
 def test_a_completion_is_never_its_own_reference(caplog) -> None:

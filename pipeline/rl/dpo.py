@@ -8,8 +8,9 @@ from functools import partial
 
 import torch
 
-from pipeline.data import dataset, encoding, pairs, sampling
+from pipeline.data import encoding, pairs, sampling
 from pipeline.data.batching import Windows
+from pipeline.data.prompts import unique_prompts
 from pipeline.data.rows import Rows
 from pipeline.files import fingerprint
 from pipeline.records import Example
@@ -27,7 +28,7 @@ def trainer(context: Context) -> Trainer:
     train, held_out = (pairs.paired(rows) for rows in splits(context))
     if settings.shuffle_rewards:
         train = with_shuffled_sides(train, settings.seed)
-    prompts = dataset.unique_prompts(held_out)[: settings.eval.max_rows]
+    prompts = unique_prompts(held_out)[: settings.eval.max_rows]
     policy = build_policy(settings, ranks, context.start)
     items, tested = encode(policy, context.directory, train, held_out[: settings.eval.max_rows], encoding.pair_rows)
 

@@ -15,8 +15,8 @@ import torch
 from pipeline.algorithms.groups import reward_name
 from pipeline.data import encoding, sampling
 from pipeline.data.batching import Windows
-from pipeline.data.dataset import UniquePrompts
 from pipeline.data.encoded import Items
+from pipeline.data.prompts import UniquePrompts
 from pipeline.data.rows import Rows
 from pipeline.errors import UserError
 from pipeline.files import fingerprint

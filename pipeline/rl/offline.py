@@ -12,9 +12,9 @@ from typing import Any, Literal
 import torch
 
 from pipeline.algorithms import estimates
-from pipeline.data import convert, dataset, encoded, encoding
+from pipeline.data import convert, encoded, encoding
 from pipeline.data.batching import Draw, Packing, Windows
-from pipeline.data.dataset import UniquePrompts
+from pipeline.data.prompts import UniquePrompts, unique_prompts
 from pipeline.files import fingerprint
 from pipeline.records import Example, Item, Needs, text_of
 from pipeline.rl import baselines, rows, samples, values
@@ -117,7 +117,7 @@ def rewarded_rows(context: Context, needs: Needs) -> tuple[Sequence[Example], Se
     all held-out prompts, each once."""
     settings, data = context.settings, context.data
     train, held_out = (convert.to_scored(examples, data.responses) for examples in splits(context))
-    prompts = dataset.unique_prompts(held_out)
+    prompts = unique_prompts(held_out)
     held_out = held_out[: settings.eval.max_rows]
     wanted = needs.rewards or settings.rows != "all" or settings.shuffle_rewards
     if wanted or (context.rewards is not None and (context.rewards.own or context.rewards.unsettled)):

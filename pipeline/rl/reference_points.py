@@ -26,8 +26,8 @@ from torch import Tensor
 from pipeline.algorithms.stats import mean_stat
 from pipeline.data import encoding, sampling
 from pipeline.data.batching import Packing, Windows, collate, window
-from pipeline.data.dataset import UniquePrompts
 from pipeline.data.encoded import Items
+from pipeline.data.prompts import UniquePrompts
 from pipeline.data.rows import Rows
 from pipeline.errors import UserError
 from pipeline.records import Batch, Example, Item, Stat

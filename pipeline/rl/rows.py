@@ -13,7 +13,7 @@ from pipeline.config.schema import RlOffline, RlStage
 from pipeline.config.sections import BestRows
 from pipeline.data import convert, encoded, sampling
 from pipeline.data.batching import Draw, Packing, lengths
-from pipeline.data.dataset import UniquePrompts
+from pipeline.data.prompts import UniquePrompts
 from pipeline.data.rows import Rows
 from pipeline.data.stored import CHOSEN, REJECTED
 from pipeline.errors import UserError

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data import dataset, encoded
-from pipeline.data.dataset import UniquePrompts
+from pipeline.data import encoded
+from pipeline.data.prompts import UniquePrompts, unique_prompts
 from pipeline.data.rows import Rows
 from pipeline.errors import UserError
 from pipeline.records import Example, Item
@@ -64,7 +64,7 @@ def with_samples(
     whole = Rows.of(encoded.examples_of(parts[0]))
     for items in parts[1:]:
         whole = whole + encoded.examples_of(items)
-    prompts = dataset.unique_prompts(whole)
+    prompts = unique_prompts(whole)
     samples = rewards_of_samples(policy, prompts, data)
     each = np.empty(len(whole), np.int64)  # the prompt of each row
     for i in range(len(prompts)):

@@ -16,6 +16,7 @@ from pipeline.config.schema import RlStage
 from pipeline.config.sections import ValueSettings
 from pipeline.data import dataset, encoded, encoding, sampling
 from pipeline.data.batching import Packing, once
+from pipeline.data.prompts import unique_prompts
 from pipeline.models import value_head
 from pipeline.records import Batch, Example, Item
 from pipeline.rewards import rewards as reward_functions
@@ -88,13 +89,13 @@ def value_targets(model: Model, rl: RlStage, data: ValueData, source: Literal["p
     settings = rl.value
     most = settings.most_prompts(source)
     if source == "policy":
-        prompts = dataset.unique_prompts(data.prompts)[:most]
+        prompts = unique_prompts(data.prompts)[:most]
         logger.info(settings.spoken_cost(len(prompts), rl.generation.max_new_tokens))
         found = sampled_rewards(model, rl, prompts, settings.samples_per_prompt, data, "V")
         expected = [statistics.fmean(one) for one in found.tolist()]
     else:
         unique, rewards = (
-            dataset.unique_prompts(encoded.examples_of(data.logged)),
+            unique_prompts(encoded.examples_of(data.logged)),
             encoded.column(data.logged, "reward"),
         )
         prompts = unique[:most]
