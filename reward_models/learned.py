@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.config.sections import READ, ModelSettings, Reads, TemplateSettings
+from pipeline.config.rewards import READ, Reads
+from pipeline.config.sections import ModelSettings, TemplateSettings
 from pipeline.data import messages
 from pipeline.data.text_ids import TextIds
 from pipeline.data.tokenization import Encoder, pad

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.config.sections import Scale
+from pipeline.config.rewards import Scale
 from pipeline.data.batching import Packing
 from pipeline.errors import UserError
 from pipeline.models import loading, writing

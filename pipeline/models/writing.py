@@ -19,7 +19,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
-from pipeline.config.sections import GenerationSettings
+from pipeline.config.generation import GenerationSettings
 from pipeline.errors import ROOM, UserError
 from pipeline.files import CARD
 from pipeline.models import checks, lora, mask_token

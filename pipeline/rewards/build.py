@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from pipeline.config.reward_spec import ROWS, check_normalise, is_address, is_judge, labels, parse, refuse_standardise
+from pipeline.config.rewards import Reads, RewardSettings, Scale
 from pipeline.config.schema import WithModel
-from pipeline.config.sections import Reads, RewardSettings, Scale
 from pipeline.launch import run_dir
 from pipeline.records import RewardFunction
 from pipeline.rewards import http, llm_judge

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from pipeline.algorithms import capability
 from pipeline.algorithms.stats import mean_stat
+from pipeline.config.generation import GenerationSettings
 from pipeline.config.schema import RlPolicy
-from pipeline.config.sections import GenerationSettings
 from pipeline.data.batching import Draw, Packing, collate, window
 from pipeline.data.prompts import reference_text, unique_prompts
 from pipeline.data.tokenization import Encoder

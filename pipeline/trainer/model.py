@@ -14,8 +14,9 @@ from torch import Tensor
 
 from pipeline.config import together
 from pipeline.config.deepspeed import read_ds_config
+from pipeline.config.generation import GenerationSettings
 from pipeline.config.schema import EvaluateStage, GenerateStage, Masking, RewardStage, RlStage, SftStage, Training
-from pipeline.config.sections import GenerationSettings, ModelSettings, OptimizerSettings, TrainSettings
+from pipeline.config.sections import ModelSettings, OptimizerSettings, TrainSettings
 from pipeline.data import dataset, encoded, encoding, remarks
 from pipeline.data.batching import Packing, packing_of
 from pipeline.data.encoded import Items
