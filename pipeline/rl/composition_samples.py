@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.algorithms.functional import Drawn
+from pipeline.algorithms.logits import Drawn
 from pipeline.data import vocabulary
 from pipeline.data.prompts import reference_text
 from pipeline.data.template import Prompt

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from pipeline.algorithms import functional, supervised
-from pipeline.algorithms.functional import Drawn
+from pipeline.algorithms.logits import Drawn
 from pipeline.data import encoded, encoding
 from pipeline.data.batching import Extent, Packing, Windows, collate
 from pipeline.data.encoded import Items
