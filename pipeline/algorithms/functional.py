@@ -18,6 +18,24 @@ EQUAL_REWARDS = 1e-12  # below this difference rewards are those of one text, an
 K3_LARGEST_LOG_RATIO = 20.0  # e^20 = 5e8: beyond it a single token would drown the batch, and float32 overflows at 88
 
 
+def check_aligned(logp: Tensor, batch: Batch) -> None:
+    """Assert that logp is (B, T), indexed as response_ids are."""
+    found, wanted = tuple(logp.shape), tuple(batch.response_mask.shape)
+    assert found == wanted, f"logp: shape is {found}, but response_mask has {wanted}"
+
+
+def whole_groups(batch: Batch, k: int) -> Tensor:
+    """(G,) bool: which groups of k responses are there; the others are fillers. Two responses are a pair.
+
+    A batch has all first responses of its groups, then all second ones in the same order, and so on: B = k * groups.
+    """
+    present, groups = batch.sequence_mask, len(batch.response_mask) // k
+    assert len(present) == k * groups, f"response_mask: {len(present)} rows, wanted a multiple of {k}"
+    of_groups = present.view(k, groups)
+    assert torch.equal(of_groups.all(0), of_groups.any(0)), "response_mask: a group lacks a response"
+    return of_groups[0]
+
+
 def smoothed_nll(logp: Tensor, means: Tensor, mask: Tensor, label_smoothing: float) -> Tensor:
     """(B, T): (1 - e) nll + e u, u = - mean over the vocabulary of logp, and 0 where `mask` is False.
 

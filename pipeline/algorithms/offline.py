@@ -81,7 +81,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pipeline.algorithms.functional import clip_ratio, item_numbers, k3, token_log_ratio
+from pipeline.algorithms.functional import check_aligned, clip_ratio, item_numbers, k3, token_log_ratio
 from pipeline.algorithms.stats import ess_stat, logged_stats, lowered_stats, mean_stat
 from pipeline.records import Batch, Needs, Stat
 
@@ -159,8 +159,8 @@ def loss(logp: Tensor, batch: Batch, settings: Settings) -> tuple[Tensor, dict[s
     What lies under the mask and in filler sequences has no influence. Raises UserError naming the reward, advantage or
     ref_logp that is missing or has a wrong shape.
     """
+    check_aligned(logp, batch)
     mask = batch.response_mask
-    assert logp.shape == mask.shape, f"logp: shape is {tuple(logp.shape)}, but response_mask has {tuple(mask.shape)}"
     nll = torch.where(mask, -logp, 0.0)  # (B, T) >= 0
     per_sequence = (weights(logp, batch, settings) * nll).sum(1)  # (B,)
     per_sequence = per_sequence + settings.kl_beta * KL_TERMS[settings.kl_form](logp, batch)

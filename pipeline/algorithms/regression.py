@@ -42,7 +42,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pipeline.algorithms.functional import item_numbers, token_log_ratio
+from pipeline.algorithms.functional import check_aligned, item_numbers, token_log_ratio
 from pipeline.algorithms.stats import logged_stats, lowered_stats, mean_stat
 from pipeline.records import Batch, Needs, Stat
 
@@ -115,8 +115,7 @@ def loss(logp: Tensor, batch: Batch, settings: Settings) -> tuple[Tensor, dict[s
     What lies under the mask and in filler sequences has no influence. Raises UserError naming the advantage, quantile
     or ref_logp that is missing or has a wrong shape.
     """
-    mask = batch.response_mask
-    assert logp.shape == mask.shape, f"logp: shape is {tuple(logp.shape)}, but response_mask has {tuple(mask.shape)}"
+    check_aligned(logp, batch)
     rows = batch.sequence_mask
     target = item_numbers(batch, NUMBERS[settings.target], like=logp)  # (B,)
     if settings.target == "quantile":

@@ -6,6 +6,7 @@ Nothing here carries a gradient.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -50,6 +51,37 @@ def lowered_stats(logp: Tensor, batch: Batch, lowered: Tensor) -> dict[str, Stat
     if batch.ref_logp is not None:
         stats["logps/ref_lowered"] = mean_stat(sequence_logp(batch.ref_logp, batch.response_mask), counted)
     return stats
+
+
+@torch.no_grad()
+def side_stats(
+    implicit: Tensor,
+    logp: Tensor,
+    batch: Batch,
+    sides: Callable[[Tensor], tuple[Tensor, Tensor]],
+    counted: tuple[Tensor, Tensor],
+) -> dict[str, Stat]:
+    """Of chosen and of rejected responses: rewards/*, the implicit rewards beta * ln(pi / pi_ref), implicit (B,); and
+    logps/*, nats per response, beside the reference's.
+
+    `sides` makes of numbers of the rows (B,) those of the chosen and those of the rejected ones; `counted` says which
+    of either count. Where logps/chosen falls too, the policy moves away from both, to what nobody has seen.
+    """
+    of_rows = {
+        "rewards/": implicit,
+        "logps/": sequence_logp(logp, batch.response_mask),
+        "logps/ref_": sequence_logp(batch.ref_logp, batch.response_mask),
+    }
+    return {
+        f"{prefix}{side}": mean_stat(numbers, rows)
+        for prefix, values in of_rows.items()
+        for side, numbers, rows in zip(("chosen", "rejected"), sides(values), counted, strict=True)
+    }
+
+
+def right(better: Tensor, worse: Tensor | float) -> Tensor:
+    """float64: 1 where `better` is the larger of the two, else 0; a tie, as at the start, is half right."""
+    return (better > worse).double() + 0.5 * (better == worse).double()
 
 
 def mean_stat(values: Tensor, mask: Tensor | None = None) -> Stat:
