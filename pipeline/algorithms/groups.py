@@ -104,7 +104,7 @@ def _nca(implicit: Tensor, rewards: Tensor, settings: Settings) -> Tensor:
 
 @torch.no_grad()
 def _statistics(logp: Tensor, batch: Batch, implicit: Tensor, rewards: Tensor, counted: Tensor) -> dict[str, Stat]:
-    """Of implicit rewards (B,), by rewards (G, K). Chosen and rejected are the best and the worst row of each group whose
+    """Of implicit rewards (B,) by rewards (G, K). Chosen and rejected are the best and the worst row of a group whose
     rewards differ; rewards/accuracies are of all pairs of rows of different reward."""
     k, differ = rewards.shape[1], counted & (rewards.amax(1) > rewards.amin(1))
     rows = of_groups(implicit, k)  # (G, K)
