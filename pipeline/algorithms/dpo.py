@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.algorithms.functional import check_aligned, log_ratios, masked_sum, whole_groups
+from pipeline.algorithms.functional import check_aligned, masked_sum, sequence_log_ratios, whole_groups
 from pipeline.algorithms.stats import mean_stat, right, side_stats
 from pipeline.records import Batch, Needs, Stat
 
@@ -53,7 +53,7 @@ def loss(logp: Tensor, batch: Batch, settings: Settings) -> tuple[Tensor, dict[s
     """
     check_aligned(logp, batch)
     counted = whole_groups(batch, 2)  # (P,)
-    implicit = settings.beta * log_ratios(logp, batch)  # (B,)
+    implicit = settings.beta * sequence_log_ratios(logp, batch)  # (B,)
     chosen, rejected = implicit.split(len(counted))  # (P,) each
     m, e = chosen - rejected, settings.label_smoothing
     per_pair = -(1 - e) * F.logsigmoid(m) - e * F.logsigmoid(-m)  # (P,)

@@ -60,7 +60,7 @@ def sequence_logp(logp: Tensor, mask: Tensor) -> Tensor:
     return masked_sum(logp, mask, dim=1)
 
 
-def token_log_ratio(logp: Tensor, batch: Batch) -> Tensor:
+def token_log_ratios(logp: Tensor, batch: Batch) -> Tensor:
     """(B, T) ln(pi / pi_ref) of each token, 0 outside the responses.
 
     Raises UserError where the batch brings no ref_logp, or one of another shape.
@@ -76,9 +76,9 @@ def token_log_ratio(logp: Tensor, batch: Batch) -> Tensor:
     return torch.where(batch.response_mask, logp - batch.ref_logp, 0.0)
 
 
-def log_ratios(logp: Tensor, batch: Batch) -> Tensor:
-    """(B,) ln(pi / pi_ref) of each whole response, 0 for fillers. Raises UserError as `token_log_ratio`."""
-    return token_log_ratio(logp, batch).sum(1)
+def sequence_log_ratios(logp: Tensor, batch: Batch) -> Tensor:
+    """(B,) ln(pi / pi_ref) of each whole response, 0 for fillers. Raises UserError as `token_log_ratios`."""
+    return token_log_ratios(logp, batch).sum(1)
 
 
 def clip_ratio(log_ratio: Tensor, clip: float | None) -> Tensor:

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.algorithms.functional import check_aligned, item_numbers, log_ratios, masked_sum, whole_groups
+from pipeline.algorithms.functional import check_aligned, item_numbers, masked_sum, sequence_log_ratios, whole_groups
 from pipeline.algorithms.stats import mean_stat, right, side_stats
 from pipeline.records import Batch, Needs, Stat
 
@@ -81,7 +81,7 @@ def loss(logp: Tensor, batch: Batch, settings: Settings) -> tuple[Tensor, dict[s
     """
     check_aligned(logp, batch)
     k, counted = settings.group_size, whole_groups(batch, settings.group_size)  # (G,)
-    implicit = settings.beta * log_ratios(logp, batch)  # (B,)
+    implicit = settings.beta * sequence_log_ratios(logp, batch)  # (B,)
     rewards = torch.stack([item_numbers(batch, reward_name(i), like=logp[: len(counted)]) for i in range(k)], 1)
     per_group = LOSSES[settings.objective](of_groups(implicit, k), rewards, settings)  # (G,)
     stats = {"loss": mean_stat(per_group, counted)} | _statistics(logp, batch, implicit, rewards, counted)

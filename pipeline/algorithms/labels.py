@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.algorithms.functional import check_aligned, item_numbers, log_ratios, masked_sum
+from pipeline.algorithms.functional import check_aligned, item_numbers, masked_sum, sequence_log_ratios
 from pipeline.algorithms.stats import mean_stat, right, side_stats
 from pipeline.records import Batch, Needs, Stat
 
@@ -71,7 +71,7 @@ def loss(logp: Tensor, batch: Batch, settings: Settings) -> tuple[Tensor, dict[s
     """
     check_aligned(logp, batch)
     desirable = item_numbers(batch, "desirable", like=logp) == 1  # (B,)
-    implicit = settings.beta * log_ratios(logp, batch)  # (B,)
+    implicit = settings.beta * sequence_log_ratios(logp, batch)  # (B,)
     gap = implicit - item_numbers(batch, "reference_point", like=logp)
     m = torch.where(desirable, gap, -gap)
     per_row = item_numbers(batch, "weight", like=logp) * LOSSES[settings.objective](m)

@@ -81,7 +81,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pipeline.algorithms.functional import check_aligned, clip_ratio, item_numbers, k3, token_log_ratio
+from pipeline.algorithms.functional import (
+    check_aligned,
+    clip_ratio,
+    item_numbers,
+    k3,
+    sequence_log_ratios,
+    token_log_ratios,
+)
 from pipeline.algorithms.stats import ess_stat, logged_stats, lowered_stats, mean_stat
 from pipeline.records import Batch, Needs, Stat
 
@@ -183,9 +190,9 @@ def _row_weight(logp: Tensor, batch: Batch, settings: Settings) -> Tensor:
     return row_weights(known, settings)
 
 
-def log_ratio(logp: Tensor, batch: Batch, settings: Settings) -> Tensor:
+def _log_rho(logp: Tensor, batch: Batch, settings: Settings) -> Tensor:
     """ln(pi / pi_ref): (B, T) of each token for ratio `token`, else (B, 1), of the whole response or their mean."""
-    tokens = token_log_ratio(logp, batch)
+    tokens = token_log_ratios(logp, batch)
     if settings.ratio == "token":
         return tokens
     whole = tokens.sum(1, keepdim=True)
@@ -202,7 +209,7 @@ def _statistics(logp: Tensor, batch: Batch, settings: Settings, per_sequence: Te
 
 def _ratio_statistics(logp: Tensor, batch: Batch, settings: Settings) -> dict[str, Stat]:
     """Of the ratio as it enters the weights, after the clip: over tokens for `token`, else over responses."""
-    log_rho = log_ratio(logp, batch, settings)  # (B, 1) or (B, T)
+    log_rho = _log_rho(logp, batch, settings)  # (B, 1) or (B, T)
     counted = batch.response_mask if settings.ratio == "token" else batch.sequence_mask[:, None]
     rho = clip_ratio(log_rho, settings.clip)
     stats = {"ratio/mean": mean_stat(rho, counted), "ratio/ess": ess_stat(rho, counted)}
@@ -227,13 +234,13 @@ def _probability_statistics(logp: Tensor, batch: Batch, settings: Settings) -> d
 
 
 def _clipped_ratio(logp: Tensor, batch: Batch, settings: Settings) -> Tensor:
-    return clip_ratio(log_ratio(logp, batch, settings), settings.clip)
+    return clip_ratio(_log_rho(logp, batch, settings), settings.clip)
 
 
 def _tapered(logp: Tensor, batch: Batch, settings: Settings) -> Tensor:
     """(B, 1) the ratio of the response, 1 at most, where the row weight is negative; else 1."""
     lowered = (_row_weight(logp, batch, settings) < 0)[:, None]
-    return torch.where(lowered, log_ratio(logp, batch, settings).clamp(max=0.0).exp(), 1.0)
+    return torch.where(lowered, _log_rho(logp, batch, settings).clamp(max=0.0).exp(), 1.0)
 
 
 WEIGHED_BY = {  # the number of an item that its weight is made of
@@ -262,8 +269,8 @@ TOKEN_FACTORS = {
 }  # -> (B, 1) or (B, T)
 KL_TERMS = {
     "none": lambda logp, batch: logp.new_zeros(len(logp)),
-    "released": lambda logp, batch: token_log_ratio(logp, batch).sum(1),  # N_ref - N
-    "k3": lambda logp, batch: k3(token_log_ratio(logp, batch)).sum(1),
+    "released": sequence_log_ratios,  # N_ref - N
+    "k3": lambda logp, batch: k3(token_log_ratios(logp, batch)).sum(1),
 }  # -> (B,)
 RATIO_STATISTICS = {
     "none": lambda logp, batch, settings: {},

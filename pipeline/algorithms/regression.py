@@ -42,7 +42,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pipeline.algorithms.functional import check_aligned, item_numbers, token_log_ratio
+from pipeline.algorithms.functional import check_aligned, item_numbers, sequence_log_ratios
 from pipeline.algorithms.stats import logged_stats, lowered_stats, mean_stat
 from pipeline.records import Batch, Needs, Stat
 
@@ -120,13 +120,13 @@ def loss(logp: Tensor, batch: Batch, settings: Settings) -> tuple[Tensor, dict[s
     target = item_numbers(batch, NUMBERS[settings.target], like=logp)  # (B,)
     if settings.target == "quantile":
         target = target - settings.beta * log_partition(settings.beta)
-    found = settings.beta * token_log_ratio(logp, batch).sum(1)
-    gap = torch.where(rows, target - found, 0.0)
+    implicit = settings.beta * sequence_log_ratios(logp, batch)  # (B,)
+    gap = torch.where(rows, target - implicit, 0.0)
     per_sequence = settings.scale * gap.square()
     stats = logged_stats(logp, batch, per_sequence) | lowered_stats(logp, batch, target < 0)
     stats |= {
         "regression/target": mean_stat(target, rows),
-        "regression/prediction": mean_stat(found, rows),
+        "regression/prediction": mean_stat(implicit, rows),
         "regression/error": mean_stat(gap.square(), rows),
     }
     return per_sequence.sum(), stats

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pipeline.algorithms.functional import item_numbers, k3, sequence_logp, token_log_ratio
+from pipeline.algorithms.functional import item_numbers, k3, sequence_logp, token_log_ratios
 from pipeline.records import Batch, Stat
 
 LOGGED_NUMBERS = {  # tags of mean and standard deviation; `reward` is what TRL calls that of the policy's own responses
@@ -37,7 +37,7 @@ def logged_stats(logp: Tensor, batch: Batch, per_sequence: Tensor) -> dict[str, 
             values = item_numbers(batch, name, like=logp)
             stats |= {mean: mean_stat(values, rows), std: std_stat(values, rows)}
     if batch.ref_logp is not None:
-        stats["logged/kl"] = mean_stat(k3(token_log_ratio(logp, batch)).sum(1), rows)
+        stats["logged/kl"] = mean_stat(k3(token_log_ratios(logp, batch)).sum(1), rows)
         stats["logps/ref"] = mean_stat(sequence_logp(batch.ref_logp, batch.response_mask), rows)
     return stats
 
