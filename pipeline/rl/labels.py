@@ -14,10 +14,9 @@ from pipeline.data import encoded, encoding
 from pipeline.data.batching import Windows
 from pipeline.data.encoded import Items
 from pipeline.errors import UserError
-from pipeline.files import fingerprint
 from pipeline.rl.context import Context
 from pipeline.rl.offline import WatchedRows, best_metric, check_start, evaluate
-from pipeline.rl.reference import ReferencePolicy, with_ref_logps
+from pipeline.rl.reference import reference_of, with_ref_logps
 from pipeline.rl.reference_points import (
     POINT,
     LabelledWindows,
@@ -44,7 +43,7 @@ def trainer(context: Context) -> Trainer:
     items, held_out, facts = with_labels(items, held_out, algorithm)
 
     # what the reference says, before the first step changes it
-    reference = ReferencePolicy(policy, settings, fingerprint(context.start.path))
+    reference = reference_of(context, policy)
     items, held_out = (with_ref_logps(reference, part) for part in (items, held_out))
     if algorithm.objective == "kto":
         others = mismatched_items(context, policy, train, tested)

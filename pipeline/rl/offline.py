@@ -15,11 +15,10 @@ from pipeline.algorithms import estimates
 from pipeline.data import convert, encoded, encoding
 from pipeline.data.batching import Draw, Packing, Windows
 from pipeline.data.prompts import UniquePrompts, unique_prompts
-from pipeline.files import fingerprint
 from pipeline.records import Example, Item, Needs, text_of
 from pipeline.rl import baselines, rows, samples, values
 from pipeline.rl.context import Context, fresh_responses, splits
-from pipeline.rl.reference import ReferencePolicy, annotate, check_ratio, with_ref_logps
+from pipeline.rl.reference import ReferencePolicy, annotate, check_ratio, reference_of, with_ref_logps
 from pipeline.rl.values import ValueData
 from pipeline.trainer import evaluation
 from pipeline.trainer.loop import GAIN, HELD_OUT_LOSS, REWARD, BestMetric, Evaluation, Trainer
@@ -45,10 +44,10 @@ def trainer(context: Context) -> Trainer:
     items, held_out = encode(policy, context.directory, train, tested, encoding.completion_rows)
 
     # what the reference says, before the first step changes it
-    reference = ReferencePolicy(policy, settings, fingerprint(context.start.path))
+    reference = reference_of(context, policy)
     value_data = ValueData(prompts, items, context.judge, context.rewards_key, context.hand_over)
     (items, held_out), facts = annotate(reference, (items, held_out), needs, value_data)
-    items, held_out = with_numbers(context, reference, (items, held_out), value_data, source)
+    items, held_out = with_own_numbers(context, reference, (items, held_out), value_data, source)
     if "reward" in held_out[0].numbers and not needs.ref_logp:
         held_out = with_ref_logps(reference, held_out)  # what was gained is told by ratios to it
 
@@ -85,14 +84,15 @@ def drawn(context: Context, items: Sequence[Item], packing: Packing) -> tuple[Dr
     return draw, shares
 
 
-def with_numbers(
+def with_own_numbers(
     context: Context,
     reference: ReferencePolicy,
     parts: Sequence[Sequence[Item]],
     data: ValueData,
     source: Literal["policy", "data"] | None,
 ) -> Sequence[Sequence[Item]]:
-    """The items of each part with what the algorithm weighs by, or aims at, beside values; `source`: of samples."""
+    """The items of each part with what the algorithm weighs rows by, or aims at, where that is not their reward over V:
+    another baseline, or what rewards of the reference's responses say, which come from `source`."""
     needs = context.module.needs(context.algorithm)
     if needs.baseline not in ("", "value"):
         parts = baselines.with_advantages(parts, needs.baseline)

@@ -60,7 +60,7 @@ def with_samples(
     responses to their prompt, or of the prompt's own rows in that part. Of `data` what judges is read.
     """
     if source == "data":
-        return [with_numbers(items, None, numbers_of) for items in parts]
+        return [by_prompts(items, None, numbers_of) for items in parts]
     whole = Rows.of(encoded.examples_of(parts[0]))
     for items in parts[1:]:
         whole = whole + encoded.examples_of(items)
@@ -71,7 +71,7 @@ def with_samples(
         each[prompts.group(i)] = i
     ends = np.cumsum([0, *map(len, parts)])
     return [
-        with_numbers(items, samples[each[start : start + len(items)]], numbers_of)
+        by_prompts(items, samples[each[start : start + len(items)]], numbers_of)
         for items, start in zip(parts, ends, strict=False)
     ]
 
@@ -93,7 +93,7 @@ def rewards_of_samples(policy: ReferencePolicy, prompts: Sequence[Example], data
     return np.load(cached(policy.cache("samples", ".npy", **key), model.engine, compute))
 
 
-def with_numbers(items: Sequence[Item], samples: np.ndarray | None, numbers_of: NumbersOf) -> Sequence[Item]:
+def by_prompts(items: Sequence[Item], samples: np.ndarray | None, numbers_of: NumbersOf) -> Sequence[Item]:
     """The items with the numbers of `numbers_of`, prompt by prompt: samples (items, n), each row's prompt's; None: the
     rewards of the prompt's own rows."""
     rewards = torch.from_numpy(encoded.column(items, "reward"))
