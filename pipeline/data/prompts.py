@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from operator import eq
 from typing import Any
 
@@ -86,6 +87,13 @@ class UniquePrompts(Sequence[Example]):
         return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
 
     __hash__ = None
+
+    @cached_property
+    def of_rows(self) -> np.ndarray:
+        """(rows,) int64, which of the prompts each row has."""
+        found = np.empty(len(self.places), np.int64)
+        found[self.places] = np.repeat(np.arange(len(self)), np.diff(self.ends))
+        return found
 
     def group(self, place: int) -> np.ndarray:
         """Where the rows of a prompt stand."""

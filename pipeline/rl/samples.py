@@ -36,9 +36,7 @@ def compared(rows: Sequence[Example], which: str) -> Rows:
     """
     rows = Rows.of(rows)
     prompts = UniquePrompts.of(rows, copies=True)  # a copy of a row is no other row
-    counts = np.diff(prompts.ends)
-    kept = np.empty(len(rows), bool)
-    kept[prompts.places] = np.repeat(counts > 1, counts)
+    kept = (np.diff(prompts.ends) > 1)[prompts.of_rows]
     if not kept.any():
         problem = f"data, but each of {len(rows):,} {which} rows is the only one of its prompt"
         cure = "wanted two or more, or reference_samples.targets=policy and a reward="
@@ -65,13 +63,10 @@ def with_samples(
     for items in parts[1:]:
         whole = whole + encoded.examples_of(items)
     prompts = unique_prompts(whole)
-    samples = rewards_of_samples(policy, prompts, data)
-    each = np.empty(len(whole), np.int64)  # the prompt of each row
-    for i in range(len(prompts)):
-        each[prompts.group(i)] = i
+    samples = rewards_of_samples(policy, prompts, data)[prompts.of_rows]  # (rows, n)
     ends = np.cumsum([0, *map(len, parts)])
     return [
-        by_prompts(items, samples[each[start : start + len(items)]], numbers_of)
+        by_prompts(items, samples[start : start + len(items)], numbers_of)
         for items, start in zip(parts, ends, strict=False)
     ]
 
