@@ -21,9 +21,9 @@
 | grpo_offline   | signed      | group    | sequence    | clip 0.2, kl_form k3            |
 
 Row weight: 1; the reward R; or of the advantage A = R - baseline:
-- advantage: its positive part;
-- exponential: min(exp(Z / weight_temperature), weight_limit), Z = A less its mean,
-  in standard deviations, over the rows learned from;
+- advantage: its positive part, A+;
+- exponential: min(exp(Z / weight_temperature), weight_limit), Z = A less its mean, in standard deviations, both of the
+  rows learned from;
 - signed: A + shift, which may be negative: such a row is pushed DOWN, see below.
 Baseline, computed once before the first step: V(prompt); the mean reward of the prompt's rows; `group`: the same, and A
 is divided by their (population) standard deviation; or the mean reward of all rows learned from.
@@ -163,8 +163,8 @@ def row_weights(numbers: Tensor, settings: Settings) -> Tensor:
 def loss(logp: Tensor, batch: Batch, settings: Settings) -> tuple[Tensor, dict[str, Stat]]:
     """The sum of the sequences' losses, and its statistics; logp (B, T) is the policy's, aligned to response_ids.
 
-    What lies under the mask and in filler sequences has no influence. Raises UserError naming the reward, advantage or
-    ref_logp that is missing or has a wrong shape.
+    What lies under the mask and in fillers has no influence. Raises UserError naming the number of `WEIGHED_BY`, or the
+    ref_logp, that is missing or has a wrong shape.
     """
     check_aligned(logp, batch)
     mask = batch.response_mask
@@ -184,7 +184,7 @@ def weights(logp: Tensor, batch: Batch, settings: Settings) -> Tensor:
 
 
 def _row_weight(logp: Tensor, batch: Batch, settings: Settings) -> Tensor:
-    """(B,) of rows; what fillers have means nothing."""
+    """(B,) the rows' weights; what fillers have means nothing."""
     number = WEIGHED_BY[settings.weight]
     known = logp.new_zeros(len(logp)) if number is None else item_numbers(batch, number, like=logp)
     return row_weights(known, settings)
@@ -269,7 +269,7 @@ TOKEN_FACTORS = {
 }  # -> (B, 1) or (B, T)
 KL_TERMS = {
     "none": lambda logp, batch: logp.new_zeros(len(logp)),
-    "released": sequence_log_ratios,  # N_ref - N
+    "released": sequence_log_ratios,
     "k3": lambda logp, batch: k3(token_log_ratios(logp, batch)).sum(1),
 }  # -> (B,)
 RATIO_STATISTICS = {

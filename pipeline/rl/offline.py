@@ -32,7 +32,8 @@ logger = logging.getLogger("tiffin")
 
 
 def trainer(context: Context) -> Trainer:
-    """The offline family: every row's response, reward, reference log-probability and value are known beforehand."""
+    """The offline family, and regression: every row's reward is known beforehand, and all that the method compares it
+    with."""
     settings, ranks, needs = context.settings, context.ranks, context.module.needs(context.algorithm)
     train, tested, prompts = rewarded_rows(context, needs)
     source = None
@@ -72,7 +73,8 @@ def trainer(context: Context) -> Trainer:
 
 
 def drawn(context: Context, items: Sequence[Item], packing: Packing) -> tuple[Draw, dict[str, float]]:
-    """How rows are drawn; which share of them can be, and, where it is not those above 0, which share is above 0."""
+    """How rows are drawn; and which share of them can be. Of a method that has advantages, but learns from other rows
+    than those above 0, also which share these are."""
     settings, needs, by = context.settings, context.module.needs(context.algorithm), None
     if needs.weighed_by is not None:
         by = context.module.row_weights(torch.from_numpy(encoded.column(items, needs.weighed_by)), context.algorithm)

@@ -30,9 +30,9 @@ logger = logging.getLogger("tiffin")
 
 
 def compared(rows: Sequence[Example], which: str) -> Rows:
-    """The rows whose prompt has two or more, where logged rewards are what is compared with; how many others is said.
+    """The rows whose prompt has another row too, where logged rewards are what rows are compared with.
 
-    Raises UserError where there is none.
+    How many are left out is said. Raises UserError where none is kept.
     """
     rows = Rows.of(rows)
     prompts = UniquePrompts.of(rows, copies=True)  # a copy of a row is no other row
@@ -89,8 +89,10 @@ def rewards_of_samples(policy: ReferencePolicy, prompts: Sequence[Example], data
 
 
 def by_prompts(items: Sequence[Item], samples: np.ndarray | None, numbers_of: NumbersOf) -> Sequence[Item]:
-    """The items with the numbers of `numbers_of`, prompt by prompt: samples (items, n), each row's prompt's; None: the
-    rewards of the prompt's own rows."""
+    """The items with the numbers of `numbers_of`, which is called once for each prompt with the rewards of its rows.
+
+    samples (items, n): rewards of the reference's responses to each item's prompt; None: the rewards of its own rows.
+    """
     rewards = torch.from_numpy(encoded.column(items, "reward"))
     _, groups = np.unique(encoded.prompt_keys(items, range(len(items))), return_inverse=True)
     order = np.argsort(groups, kind="stable")

@@ -100,7 +100,7 @@ class StaticItems(Sequence[Item]):
 def with_static_rows(items: Items, encoder: Encoder, which: str, user: str = "") -> StaticItems:
     """The items with the static responses that `which` chooses, after a word about them.
 
-    A response without a single word stays. One cut at the limit has no EOS. `user` as of `encoded.encode`. Raises
+    A response without a single word stays. One cut at the limit has no EOS. `user` as of `encoding.encode`. Raises
     UserError where a row has none.
     """
     rows = encoded.examples_of(items).made(f"static {which}", partial(_static_examples, which=which))
