@@ -33,9 +33,8 @@ def main(settings: RewardStage, words: Sequence[str]) -> None:
         return
     module, algorithm, objective = objective_of(settings.algorithm)
     train, held_out = rows_of(settings, module, algorithm)
-    made = (
-        encoding.pair_rows if pairs.all_pairs(train) else encoding.completion_rows
-    )  # else responses with a score each
+    # pairs, or responses with a score each
+    made = encoding.pair_rows if pairs.all_pairs(train) else encoding.completion_rows
 
     scorer = build_reward_model(settings, ranks, start, partial(dataset.texts, train, settings.template))
     items, tested = encode(scorer, directory, train, held_out, made)

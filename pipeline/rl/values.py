@@ -94,10 +94,8 @@ def value_targets(model: Model, rl: RlStage, data: ValueData, source: Literal["p
         found = sampled_rewards(model, rl, prompts, settings.samples_per_prompt, data, "V")
         expected = [statistics.fmean(one) for one in found.tolist()]
     else:
-        unique, rewards = (
-            unique_prompts(encoded.examples_of(data.logged)),
-            encoded.column(data.logged, "reward"),
-        )
+        unique = unique_prompts(encoded.examples_of(data.logged))
+        rewards = encoded.column(data.logged, "reward")
         prompts = unique[:most]
         expected = [statistics.fmean(rewards[unique.group(i)].tolist()) for i in range(len(prompts))]
     # a share of the prompts chooses the best epoch and is never fitted
