@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.config.sections import READ, ModelSettings, Reads, TemplateSettings
+from pipeline.config.rewards import READ, Reads
+from pipeline.config.sections import ModelSettings, TemplateSettings
 from pipeline.data import messages
 from pipeline.data.text_ids import TextIds
 from pipeline.data.tokenization import Encoder, pad
 from pipeline.errors import UserError
 from pipeline.models.checks import positions
-from pipeline.models.loading import hugging_face, load_scalar, load_tokenizer
+from pipeline.models.loading import hugging_face, load_scalar
 from pipeline.models.policy import RewardModel
+from pipeline.models.tokenizers import load_tokenizer
 from pipeline.models.trained_input import saved_input
 from pipeline.records import Answer, Message, RewardFunction, text_of
 from reward_models import _named
@@ -31,6 +33,12 @@ from reward_models._apart import Ids, completion_ids, cut_ids, pair_ids, refuse_
 from reward_models._filled import filled, texts_of
 
 logger = logging.getLogger("tiffin")
+
+SAID = {  # of what an output means
+    "score": "",
+    "probability of all": ", the probability among all labels",
+    "probability of each": ", the probability of this label",
+}
 
 
 def load(
@@ -55,39 +63,40 @@ def load(
     """
     named = _named.located(_named.parts(name) or _named.NamedModel(name))
     output = _named.output(named)
-    settings = model.model_copy(
-        update={
-            "path": named.path,
-            "revision": named.revision,
-            "dropout": 0.0,
-            "lora": model.lora.model_copy(update={"r": 0}),
-        }
-    )
+    settings = _settings_of(named, model)
     tokenizer = load_tokenizer(settings, [])
     if tokenizer.eos_token is None:
         tokenizer.eos_token = tokenizer.sep_token  # BERT and its kin end a text with [SEP]
     weights = load_scalar(settings, tokenizer, seed=0, new_head=False, dtype="auto", outputs=output.count)
     scorer = RewardModel(weights).eval()
     reader = _reader(name, settings, tokenizer, template, max_length, scorer.encoder_decoder, reads)
-    means = {"score": "", "probability of all": ", the probability among all labels"}.get(
-        output.means, ", the probability of this label"
-    )
-    logger.info(f"reward {name}: {reader.described}{means}")
+    logger.info(f"reward {name}: {reader.described}{SAID[output.means]}")
     limit = positions(hugging_face(scorer.model))
 
     def reward(prompts: Sequence[str], completions: Sequence[str], **columns: Sequence) -> list[float]:
         given = ({name: values[i] for name, values in columns.items()} for i in range(len(prompts)))
         texts = zip(_as_messages(prompts, completions, columns), given, strict=True)
         rows = [reader.read(*both, row) for both, row in texts]
-        longest = max((len(row.ids) for row in rows), default=0)
-        if limit is not None and longest > limit:
-            problem = f"{reader.max_length} lets {longest} tokens through, but {name} has {limit} positions"
-            raise UserError(f"rewards.max_length: {problem}, wanted no more: set rewards.max_length={limit}")
+        refuse_longer(name, rows, limit, reader.max_length)
         scores = score(scorer.to(device), rows, tokenizer.pad_token_id, batch_size, device, output)
         scorer.cpu()  # between two scorings the device belongs to the policy
         return scores
 
     return reward
+
+
+def _settings_of(named: _named.NamedModel, model: ModelSettings) -> ModelSettings:
+    """`model` for one that is only read: without dropout and new adapters."""
+    lora = model.lora.model_copy(update={"r": 0})
+    return model.model_copy(update={"path": named.path, "revision": named.revision, "dropout": 0.0, "lora": lora})
+
+
+def refuse_longer(name: str, rows: Sequence[Ids], limit: int | None, max_length: int) -> None:
+    """Raises UserError where a row has more tokens than the model has positions, None for any number."""
+    longest = max((len(row.ids) for row in rows), default=0)
+    if limit is not None and longest > limit:
+        problem = f"{max_length} lets {longest} tokens through, but {name} has {limit} positions"
+        raise UserError(f"rewards.max_length: {problem}, wanted no more: set rewards.max_length={limit}")
 
 
 def _as_messages(

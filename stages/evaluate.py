@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -15,6 +16,7 @@ from pipeline.config.reward_spec import labelled
 from pipeline.config.schema import EvaluateStage
 from pipeline.config.sections import ModelSettings
 from pipeline.data import dataset
+from pipeline.data.prompts import unique_prompts
 from pipeline.files import flatten, write_json, write_jsonl
 from pipeline.launch import run_dir
 from pipeline.launch.entry import run
@@ -44,6 +46,14 @@ SHOWN = {
 }
 
 
+class PlainSamples(NamedTuple):
+    """What a policy drew by plain sampling, how likely it finds each token of that, and what it writes it with."""
+
+    responses: list[Response]
+    logps: list[Tensor]
+    tokenizer: PreTrainedTokenizerBase
+
+
 def main(settings: EvaluateStage, words: Sequence[str]) -> None:
     ranks = group.start(settings.launch.ddp_timeout)
     directory = run_dir.stage_dir(settings, "evaluate")
@@ -62,7 +72,7 @@ def main(settings: EvaluateStage, words: Sequence[str]) -> None:
         logger.warning(line)
     carry = rewards is not None and rewards.reads_columns
     (rows,) = dataset.splits(settings.data, settings.seed, [split], carry, run_dir.cache(settings))
-    prompts = dataset.unique_prompts(rows)[: settings.max_rows]
+    prompts = unique_prompts(rows)[: settings.max_rows]
     if rewards is not None:
         scoring.try_rewards(ranks, rewards, prompts[0], written=True)
     logged = gains.logged(rows)[: settings.max_logged]
@@ -93,7 +103,7 @@ def answered(
     In the policies' order. The first policy, the reference, is opened last, so that one model is in memory at a time.
     """
     names = list(models)
-    sampled: dict[str, tuple[list[Response], list, PreTrainedTokenizerBase]] = {}
+    sampled: dict[str, PlainSamples] = {}
     known = gains.rewarded(logged)
     found: dict[str, gains.Read] = {}
     results: dict[str, dict[str, float]] = {}
@@ -101,14 +111,7 @@ def answered(
     # the first policy comes last: by then it can say how likely it finds the others' responses
     for name in [*names[1:], names[0]]:
         policy = build_inference(settings, ranks, models[name], logged=bool(logged))
-        generation = inputs.spoken(settings, name)
-        same_words.compare(policy.engine, policy.encoder, prompts[0], generation)
-        answers = generate(policy.engine, policy.encoder, prompts, generation, settings.seed)
-        free = plain_sampling(generation)
-        same = free == generation
-        drawn = answers if same else generate(policy.engine, policy.encoder, prompts, free, settings.seed)
-        logps = evaluation.response_logps(policy.engine, drawn, spoken_packing(policy))
-        sampled[name] = drawn, logps, policy.encoder.tokenizer
+        answers, sampled[name] = spoken(settings, policy, name, prompts)
         scores = None if rewards is None else scoring.score_responses(ranks, rewards, answers)
         texts = [answer.text for answer in answers]
         results[name] = {} if scores is None else evaluation.reward_statistics(scores, texts)
@@ -123,13 +126,26 @@ def answered(
             results[name]["logged/nll"] = gains.nll(found[name])
         if name == names[0]:
             for other, theirs in sampled.items():
-                results[other] |= distance(policy, name, other, *theirs)
+                results[other] |= distance(policy, name, other, theirs)
         del policy
         gc.collect()
     gains.say_of_rows(logged, found, known)
     for other in names[1:] if known else []:
         results[other] |= gained(found, names[0], other, known)
     return {name: results[name] for name in names}, {name: rows[name] for name in names}
+
+
+def spoken(
+    settings: EvaluateStage, policy: Model, name: str, prompts: list[Example]
+) -> tuple[list[Response], PlainSamples]:
+    """The policy's responses to the prompts; and responses by plain sampling, the same ones where it is asked for."""
+    generation = inputs.spoken(settings, name)
+    same_words.compare(policy.engine, policy.encoder, prompts[0], generation)
+    answers = generate(policy.engine, policy.encoder, prompts, generation, settings.seed)
+    free = plain_sampling(generation)
+    drawn = answers if free == generation else generate(policy.engine, policy.encoder, prompts, free, settings.seed)
+    logps = evaluation.response_logps(policy.engine, drawn, spoken_packing(policy))
+    return answers, PlainSamples(drawn, logps, policy.encoder.tokenizer)
 
 
 def gained(
@@ -162,28 +178,23 @@ def show(
     board.close()
 
 
-def distance(
-    reference: Model,
-    name: str,
-    other: str,
-    responses: Sequence[Response],
-    logps: Sequence[Tensor],
-    tokenizer: PreTrainedTokenizerBase,
-) -> dict[str, float]:
-    """The KL of policy `other`, which gave `responses`, from the reference called `name`.
+def distance(reference: Model, name: str, other: str, sampled: PlainSamples) -> dict[str, float]:
+    """The KL of policy `other`, which gave the responses of `sampled`, from the reference called `name`.
 
     Each reads a prompt as its own template writes it. Nothing where their tokens differ: the ids of one are other texts
     to the other, and its likelihood of the same texts would be that of other events. Both are said.
     """
-    if not evaluation.same_tokens(tokenizer, reference.encoder.tokenizer, responses):
+    responses = sampled.responses
+    if not evaluation.same_tokens(sampled.tokenizer, reference.encoder.tokenizer, responses):
         logger.warning(f"policy {other}: its tokens are not those of {name}, so there is no KL between the two")
         return {}
     asked = [replace(r, prompt_ids=reference.encoder.encode_prompt(r.example.prompt)[0]) for r in responses]
-    if any(ours.prompt_ids != theirs.prompt_ids for ours, theirs in zip(asked, responses, strict=True)):
+    if any(ours.prompt_ids != given.prompt_ids for ours, given in zip(asked, responses, strict=True)):
         logger.info(
             f"policy {other}: its prompts are written otherwise than those of {name}: KL of each as it reads them"
         )
-    return evaluation.sampled_kl(logps, evaluation.response_logps(reference.engine, asked, spoken_packing(reference)))
+    theirs = evaluation.response_logps(reference.engine, asked, spoken_packing(reference))
+    return evaluation.sampled_kl(sampled.logps, theirs)
 
 
 def table(results: dict[str, dict[str, float]]) -> str:

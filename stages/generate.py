@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from pipeline.config.schema import GenerateStage
 from pipeline.data import dataset
+from pipeline.data.prompts import unique_prompts
 from pipeline.data.write import write_rows
 from pipeline.files import write_json
 from pipeline.launch import run_dir
@@ -40,7 +41,7 @@ def main(settings: GenerateStage, words: Sequence[str]) -> None:
     if settings.reward is not None:
         rewards = build.build_rewards(settings, settings.reward, settings.rewards, ranks.device)
     splits = dataset.splits(settings.data, settings.seed, settings.splits, True, run_dir.cache(settings))
-    prompts = {split: dataset.unique_prompts(rows) for split, rows in zip(settings.splits, splits, strict=True)}
+    prompts = {split: unique_prompts(rows) for split, rows in zip(settings.splits, splits, strict=True)}
     if rewards is not None:
         scoring.try_rewards(ranks, rewards, next(iter(prompts.values()))[0], written=False)
     results: dict[str, object] = {}

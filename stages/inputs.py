@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import plugins
+from pipeline.config.generation import GenerationSettings
 from pipeline.config.reward_spec import labelled, parse, words_for
 from pipeline.config.schema import (
     AuditStage,
@@ -21,7 +22,7 @@ from pipeline.config.schema import (
     ScoreStage,
     SftStage,
 )
-from pipeline.config.sections import DataSettings, GenerationSettings, ModelSettings, Split
+from pipeline.config.sections import DataSettings, ModelSettings, Split
 from pipeline.config.yaml_layers import load_yaml
 from pipeline.data.places import files_of
 from pipeline.data.splits import SPLITS, origins, read_from, split_places

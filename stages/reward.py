@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pipeline.config.schema import RewardStage
-from pipeline.data import dataset, pairs
+from pipeline.data import dataset, encoding, pairs
 from pipeline.data.batching import Windows, once
 from pipeline.data.rows import Rows
 from pipeline.launch import run_dir
@@ -33,7 +33,8 @@ def main(settings: RewardStage, words: Sequence[str]) -> None:
         return
     module, algorithm, objective = objective_of(settings.algorithm)
     train, held_out = rows_of(settings, module, algorithm)
-    made = dataset.pair_rows if pairs.all_pairs(train) else dataset.completion_rows  # else responses with a score each
+    # pairs, or responses with a score each
+    made = encoding.pair_rows if pairs.all_pairs(train) else encoding.completion_rows
 
     scorer = build_reward_model(settings, ranks, start, partial(dataset.texts, train, settings.template))
     items, tested = encode(scorer, directory, train, held_out, made)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from pipeline.config.schema import ScoreStage
 from pipeline.data import dataset
+from pipeline.data.prompts import unique_prompts
 from pipeline.data.write import write_rows
 from pipeline.files import write_json
 from pipeline.launch import run_dir
@@ -45,7 +46,7 @@ def main(settings: ScoreStage, words: Sequence[str]) -> None:
         rows = dataset.judgeable(examples, data)
         if split == wanted[0]:
             # candidates are compared with what new responses to the prompt are
-            first = dataset.unique_prompts(rows[:1])[0] if rows[0].candidates else rows[0]
+            first = unique_prompts(rows[:1])[0] if rows[0].candidates else rows[0]
             scoring.try_rewards(ranks, rewards, first, written=False)
         judged = candidates.judged(ranks, rewards, rows, directory)
         if ranks.main:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from pipeline.config.schema import SftStage
-from pipeline.data import conversations, convert, dataset, encoded
+from pipeline.data import conversations, convert, dataset, encoding
 from pipeline.data.batching import Packing, Windows
 from pipeline.data.encoded import Items
 from pipeline.data.rows import Rows
@@ -41,7 +41,7 @@ def main(settings: SftStage, words: Sequence[str]) -> None:
         settings, ranks, settings.model, texts=partial(dataset.texts, train, settings.template), mask=masks
     )
     watched = conversations.watched(held_out, train_on)
-    items, tested = encode(policy, directory, train, watched, dataset.completion_rows)
+    items, tested = encode(policy, directory, train, watched, encoding.completion_rows)
     packing = masked_packing(policy, settings.masking, settings.seed, spans=True) if masks else policy.packing
     if train_on == "all":
         items = in_fewer_rows(items, policy, settings)
@@ -72,7 +72,7 @@ def in_fewer_rows(items: Items, policy: Model, settings: SftStage) -> Items:
     """Each conversation in one row where that changes nothing, after a word about it."""
     if settings.masking.rate > 0 or policy.packing.encoder_decoder:
         return items
-    joined = encoded.joined(items, f"{run_dir.stage_dir(settings, 'sft')}/train")
+    joined = encoding.joined(items, f"{run_dir.stage_dir(settings, 'sft')}/train")
     logger.info(f"train: {len(items):,} turns read in {len(joined):,} rows")
     return joined
 

@@ -34,7 +34,7 @@ from pipeline.config.sections import ModelSettings
 from pipeline.data.batching import Packing, collate
 from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
-from pipeline.models import factors, loading
+from pipeline.models import factors, loading, tokenizers, writing
 from pipeline.models.policy import Policy, RewardModel
 from pipeline.records import Batch, Example, Item
 from pipeline.rollout.generate import generate
@@ -52,7 +52,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Mo
 
     def make(shape: str, **changes: Any) -> ModelSettings:
         model = tiny.language_model(shape, **changes)
-        loading.save(Path("models") / shape, model, model.state_dict(), tiny.tokenizer())
+        writing.save(Path("models") / shape, model, model.state_dict(), tiny.tokenizer())
         return tiny.settings("sft").model.model_copy(update={"path": f"models/{shape}"})
 
     return make
@@ -71,7 +71,7 @@ def trained(
     settings: ModelSettings, directory: str, seed: int, mask: bool = False, dtype: torch.dtype = torch.float32
 ) -> Policy:
     """A policy after three steps, saved to `directory` as a stage saves it."""
-    tokenizer = loading.load_tokenizer(settings, [], mask)
+    tokenizer = tokenizers.load_tokenizer(settings, [], mask)
     policy = Policy(loading.load_policy(settings, tokenizer, seed, dtype, mask), 64).eval()
     learn(policy, seed)
     save(policy, directory, tokenizer)
@@ -89,7 +89,7 @@ def learn(module: Policy | RewardModel, seed: int = 0) -> None:
 
 
 def save(module: Policy | RewardModel, directory: str, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-    loading.save(Path(directory), module.model, module.model.state_dict(), tokenizer or tiny.tokenizer())
+    writing.save(Path(directory), module.model, module.model.state_dict(), tokenizer or tiny.tokenizer())
 
 
 @torch.no_grad()
@@ -155,7 +155,7 @@ def test_a_row_for_the_mask_lies_where_peft_finds_it(
         for opened in by_peft(f"{name}/model", tmp_path / "elsewhere", monkeypatch):
             assert opened.get_input_embeddings().weight.shape[0] % 64 == 0
             tiny.close(logps(opened), module(batch_of(module)), 256)
-    tokenizer = loading.load_tokenizer(at(settings, "rl/model"), [])
+    tokenizer = tokenizers.load_tokenizer(at(settings, "rl/model"), [])
     speech = tiny.settings("rl").generation.model_copy(update={"max_new_tokens": 6})
     speaker = Engine(policy, tiny.ranks(), tiny.train_settings(), None)
     (said,) = generate(speaker, Encoder(tokenizer, tiny.PLAIN, 64, 64), [Example("1", "a cat")], speech, 0)
@@ -240,7 +240,7 @@ def test_half_precision_keeps_what_adapters_learned(start: Callable, caplog: pyt
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.01)
-    loading.save(Path("sft"), model, model.state_dict(), tiny.tokenizer())
+    writing.save(Path("sft"), model, model.state_dict(), tiny.tokenizer())
     for form in ({"r": 4}, {"r": 0}):
         frozen = not form["r"]
         opened = loading.load_policy(at(settings, "sft", **form), tiny.tokenizer(), 0, torch.bfloat16, frozen=frozen)
@@ -283,7 +283,7 @@ def scores_elsewhere(model: nn.Module, directory: str, texts: list[str], **paddi
 
 
 def scorer_of(settings: ModelSettings, directory: str, r: int) -> tuple[RewardModel, PreTrainedTokenizerBase]:
-    tokenizer = loading.load_tokenizer(settings, [], scalar=True)
+    tokenizer = tokenizers.load_tokenizer(settings, [], scalar=True)
     scorer = RewardModel(loading.load_scalar(settings, tokenizer, 0, new_head=True)).eval()
     for name, parameter in scorer.named_parameters():
         if parameter.requires_grad and (r or "score" in name):
@@ -337,7 +337,7 @@ def test_sharded_adapters_are_saved_whole(start: Callable, tmp_path: Path, monke
     engine = tiny.trainer(policy, "zero3", precision="bf16")
     tiny.two_steps(engine, tiny.items(9))
     own = {name.removeprefix("model."): weight for name, weight in engine.state_dict().items()}
-    loading.save(Path("rl"), policy.model, own, tiny.tokenizer())
+    writing.save(Path("rl"), policy.model, own, tiny.tokenizer())
     place = "base_model.model.model.layers.0.mlp.up_proj"
     below, above = (factors.factors_of(policy.model, own, name)[place] for name in ("below", "default"))
     assert below[1].abs().max() > 0 and above[1].abs().max() > 0

@@ -37,7 +37,7 @@ from transformers import (
 
 from pipeline.data.batching import Packing, collate
 from pipeline.errors import UserError
-from pipeline.models import build, checks, loading
+from pipeline.models import build, checks, loading, writing
 from pipeline.models.policy import Policy
 from pipeline.records import Example
 from pipeline.rollout.generate import batches_of, generate
@@ -93,7 +93,7 @@ def test_experts_are_saved_and_opened_again(tmp_path: Path, name: str) -> None:
     """transformers holds the experts of a layer as one tensor, and writes them one by one."""
     model = model_of(name)
     weights = dict(model.named_parameters())
-    loading.save(tmp_path / name, model, weights, tiny.tokenizer())
+    writing.save(tmp_path / name, model, weights, tiny.tokenizer())
     batch = collate(tiny.items(4), range(4), Packing(None, 10**6, False, tiny.PAD_ID))
     assert torch.equal(opened(tmp_path / name, "sdpa")(batch), Policy(model, 64)(batch))
 
@@ -104,7 +104,7 @@ def test_experts_are_saved_and_opened_again(tmp_path: Path, name: str) -> None:
         save_file(pieces, file)
 
     with pytest.raises(RuntimeError, match="elements were saved of"):
-        loading.save(tmp_path / "less", model, weights, tiny.tokenizer(), then=lose_an_expert)
+        writing.save(tmp_path / "less", model, weights, tiny.tokenizer(), then=lose_an_expert)
 
 
 @torch.no_grad()
@@ -120,7 +120,7 @@ def test_adapters_of_experts_upon_adapters(tmp_path: Path) -> None:
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
         said, place = Policy(policy, 64).eval()(batch), tmp_path / stage / "model"
-        loading.save(place, policy, policy.state_dict(), tiny.tokenizer())
+        writing.save(place, policy, policy.state_dict(), tiny.tokenizer())
         tiny.close(opened(place, "sdpa")(batch), said, 256)
         tiny.close(Policy(AutoPeftModelForCausalLM.from_pretrained(place), 64).eval()(batch), said, 256)
     assert (tmp_path / "rl" / "lora_base").is_dir() and not (tmp_path / "sft" / "lora_base").exists()

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from pipeline.config.resolve import resolve
-from pipeline.data import cache, convert, dataset, encoded, pairs
+from pipeline.data import cache, convert, dataset, encoded, encoding, pairs
 from pipeline.data.batching import Extent
 from pipeline.data.conversations import learned
 from pipeline.data.rows import Rows
@@ -252,16 +252,16 @@ def test_a_damaged_entry_is_not_believed() -> None:
 
 
 def tokens(
-    rows: Rows, encoder=None, made: Callable = dataset.completion_rows, user: str = "sft/train"
+    rows: Rows, encoder=None, made: Callable = encoding.completion_rows, user: str = "sft/train"
 ) -> encoded.Items:
-    return encoded.encode(rows, encoder or tiny.encoder(), made, user)
+    return encoding.encode(rows, encoder or tiny.encoder(), made, user)
 
 
 def test_tokens_are_made_once_and_are_those_of_the_encoder() -> None:
     write("rows.jsonl", ROWS)
     train, _ = splits()
     items, written = tokens(train), entries("tokens")
-    assert [item.rows for item in items] == [dataset.completion_rows(row, tiny.encoder()) for row in train]
+    assert [item.rows for item in items] == [encoding.completion_rows(row, tiny.encoder()) for row in train]
     assert [item.numbers for item in items] == [{"reward": row.reward} for row in train]
     assert [item.example for item in items] == train
     assert [item.rows for item in tokens(splits()[0])] == [item.rows for item in items] and entries("tokens") == written
@@ -281,7 +281,7 @@ def test_other_words_templates_or_limits_are_other_tokens() -> None:
     added.tokenizer.add_tokens(["Assistant"])
     short.max_response_length = 2
     found = [tokens(train, one) for one in (plain, added, short, tiny.encoder(system="Be kind."))]
-    found.append(tokens(train, made=dataset.prompt_rows))
+    found.append(tokens(train, made=encoding.prompt_rows))
     assert len({one.key for one in (plain, added, short)}) == 3 and len({*map(encoded.tokens_digest, found)}) >= 4
     assert len(entries("tokens")) == 1  # that of the last: one user needs one
     tokens(held, user="sft/validation")
@@ -289,8 +289,8 @@ def test_other_words_templates_or_limits_are_other_tokens() -> None:
 
 
 def test_several_processes_make_the_same_tokens_and_stop_at_the_same_row(monkeypatch) -> None:
-    monkeypatch.setattr(encoded, "LEAST", 8)
-    monkeypatch.setattr(encoded, "PART", 3)
+    monkeypatch.setattr(encoding, "LEAST", 8)
+    monkeypatch.setattr(encoding, "PART", 3)
     write("rows.jsonl", ROWS)
     one, two = (tokens(splits("data.workers=1", folder="one")[0]), tokens(splits("data.workers=2", folder="two")[0]))
     assert [item.rows for item in one] == [item.rows for item in two]
@@ -304,7 +304,7 @@ def test_several_processes_make_the_same_tokens_and_stop_at_the_same_row(monkeyp
 def not_the_last_ones(example: Example, encoder) -> tuple:
     if int(example.id.removeprefix("rows/")) > 20:
         raise UserError(f"{example.id}: as there")
-    return dataset.completion_rows(example, encoder)
+    return encoding.completion_rows(example, encoder)
 
 
 def test_turns_of_conversations_are_kept_as_rows() -> None:
@@ -317,7 +317,7 @@ def test_turns_of_conversations_are_kept_as_rows() -> None:
 
 def test_a_killed_process_that_tokenises_ends_the_start_with_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """As the kernel kills it where memory runs out: waiting for its rows would never end."""
-    monkeypatch.setattr(encoded, "PART", 1)
+    monkeypatch.setattr(encoding, "PART", 1)
 
     def work(start: int) -> int:
         if start == 3:
@@ -325,24 +325,24 @@ def test_a_killed_process_that_tokenises_ends_the_start_with_a_line(monkeypatch:
         return start
 
     with pytest.raises(UserError, match=r"data.workers: .* died \(exit code -9\).*data.workers=1"):
-        [*encoded._parts(work, 8, 2)]
+        [*encoding._parts(work, 8, 2)]
     assert multiprocessing.active_children() == []
 
 
 def test_what_goes_wrong_in_a_process_that_tokenises_ends_its_parent(monkeypatch: pytest.MonkeyPatch, capfd) -> None:
-    monkeypatch.setattr(encoded, "PART", 1)
-    assert [*encoded._parts(lambda start: start * 2, 5, 3)] == [0, 2, 4, 6, 8]
+    monkeypatch.setattr(encoding, "PART", 1)
+    assert [*encoding._parts(lambda start: start * 2, 5, 3)] == [0, 2, 4, 6, 8]
     with pytest.raises(RuntimeError, match="a process that tokenises rows failed: its own traceback stands above"):
-        [*encoded._parts(lambda start: 1 // (3 - start), 5, 2)]
+        [*encoding._parts(lambda start: 1 // (3 - start), 5, 2)]
     assert "ZeroDivisionError" in capfd.readouterr().err
 
 
 def test_processes_that_tokenise_end_where_their_parent_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoded, "PART", 1)
+    monkeypatch.setattr(encoding, "PART", 1)
     ended, alive = multiprocessing.Pipe(duplex=False)  # its end is read once nobody holds `alive` any more
 
     def parent() -> None:
-        for _ in encoded._parts(lambda start: bytes(1 << 17), 1000, 3):
+        for _ in encoding._parts(lambda start: bytes(1 << 17), 1000, 3):
             os.kill(os.getpid(), signal.SIGKILL)
 
     process = multiprocessing.get_context("fork").Process(target=parent)

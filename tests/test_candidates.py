@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.resolve import resolve
-from pipeline.data import dataset, encoded, readers, splits
+from pipeline.data import dataset, encoding, readers, splits
+from pipeline.data.prompts import gold, unique_prompts
 from pipeline.data.tokenization import Encoder
 from pipeline.data.write import write_rows
 from pipeline.errors import UserError
@@ -97,7 +98,7 @@ def test_rows_to_judge() -> None:
 
 def test_a_prompt_asked_once_has_the_references_of_all_its_rows() -> None:
     second, other = Example("b", "the cat", "ran far", ("ran", "ran far")), Example("c", "a dog")
-    asked = dataset.unique_prompts([ROW, other, second])
+    asked = unique_prompts([ROW, other, second])
     assert asked == [replace(ROW, references=("sat on a mat", "ran", "ran far")), other]
 
 
@@ -117,8 +118,8 @@ def test_a_prompt_asked_once_has_the_references_of_all_its_rows() -> None:
     ],
 )
 def test_what_new_responses_are_compared_with(row: Example, wanted: tuple[str, ...]) -> None:
-    assert dataset.gold(row) == wanted
-    assert [asked.references for asked in dataset.unique_prompts([row])] == [wanted]
+    assert gold(row) == wanted
+    assert [asked.references for asked in unique_prompts([row])] == [wanted]
 
 
 def test_a_completion_is_never_its_own_reference(caplog) -> None:
@@ -138,7 +139,7 @@ def test_a_completion_is_never_its_own_reference(caplog) -> None:
 
 
 def static_rows(row: Example, encoder: Encoder, which: str) -> tuple[Row, ...]:
-    items = encoded.encode([row], encoder, dataset.prompt_rows)
+    items = encoding.encode([row], encoder, encoding.prompt_rows)
     return semi_offline.with_static_rows(items, encoder, which)[0].static_rows
 
 
@@ -152,7 +153,7 @@ def test_each_row_keeps_its_own_static_responses(tmp_path: Path) -> None:
     )
     for folder in (None, tmp_path / "cache", tmp_path / "cache"):
         (rows,) = dataset.splits(data.settings.data, 1, ["train"], folder=folder)
-        items = encoded.encode(rows, encoder, dataset.prompt_rows)
+        items = encoding.encode(rows, encoder, encoding.prompt_rows)
         found = semi_offline.with_static_rows(items, encoder, "random")
         assert [one.rows for one in found] == [one.rows for one in items]
         assert [len(one.static_rows) for one in found] == [1, 3, 2]

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast, TextClassificationPipeline
 
 from pipeline.config.resolve import resolve
-from pipeline.config.sections import Reads
+from pipeline.config.rewards import Reads
 from pipeline.errors import UserError
 from pipeline.rewards.build import build_rewards
 from pipeline.rewards.rewards import is_learned

@@ -13,6 +13,7 @@ import pytest
 from pyarrow import parquet
 
 from pipeline.data import convert, dataset, pairs, readers
+from pipeline.data.prompts import unique_prompts
 from pipeline.data.write import write_rows
 from pipeline.errors import UserError
 from pipeline.records import Example, Response
@@ -115,7 +116,7 @@ def test_conversions_keep_them(capsys: pytest.CaptureFixture) -> None:
     answers = [Response(ROW, "the cat", text, (3,), (4, 2), True) for text in ("x", "y")]
     assert [candidates.gathered(answers, n).rows[0].columns for n in (1, 2)] == [KEPT, KEPT]
     capsys.readouterr()
-    first = dataset.unique_prompts([ROW, replace(ROW, columns={}), replace(ROW, prompt="q")])
+    first = unique_prompts([ROW, replace(ROW, columns={}), replace(ROW, prompt="q")])
     assert [row.columns for row in first] == [KEPT, KEPT]
     said = "1 of 2 prompts have rows of different columns: the first row's count\n"
     assert capsys.readouterr().out == said

@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from pipeline.data import dataset, encoded
+from pipeline.data import encoding
 from pipeline.data.batching import Extent, Packing, Windows, collate, group, lengths, once, packing_of, window
 from pipeline.errors import UserError
 from pipeline.records import Example, Item
@@ -84,7 +84,7 @@ def test_micro_batch_size_counts_items() -> None:
 @pytest.mark.parametrize("packing", [BUDGET, APART, WHOLE])
 def test_lengths_are_the_tokens_of_each_item_alone(packing: Packing) -> None:
     pairs = [Example(f"{i}", "the cat " * (i % 3), chosen="a mat " * i, rejected="dog") for i in range(6)]
-    table = encoded.encode(pairs, tiny.encoder(), dataset.pair_rows)
+    table = encoding.encode(pairs, tiny.encoder(), encoding.pair_rows)
     wanted = [[tiny.padded_tokens([item], packing)] for item in table]
     if packing.apart:
         wanted = [[max(len(getattr(row, part)) for row in item.rows) for part in PARTS] for item in table]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.resolve import resolve
-from pipeline.data import dataset
+from pipeline.data import encoding
 from pipeline.data.batching import Packing
 from pipeline.errors import UserError
 from pipeline.models import plan
@@ -75,7 +75,7 @@ def test_many_cut_responses_are_told(tmp_path: Path, capfd: pytest.CaptureFixtur
     """3 tokens hold " cat" and EOS; a tenth of 20 rows is 2."""
     words = ["cat sat on a mat"] * long + ["cat"] * (20 - long)
     rows = [Example(str(i), "the", completion=word) for i, word in enumerate(words)]
-    encode(model(), tmp_path, rows, rows[:1], dataset.completion_rows)
+    encode(model(), tmp_path, rows, rows[:1], encoding.completion_rows)
     said = capfd.readouterr().err
     wanted = f"tiffin: data.max_response_length=3 cuts {long} of 20 responses to learn from, which then teach no end"
     assert (wanted in said) == told and (told or not said)

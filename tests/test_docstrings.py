@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from pipeline.data.dataset import gold
+from pipeline.data.prompts import gold
 from pipeline.errors import UserError
 from pipeline.tasks.docstrings import SPLIT_SHARES, examples, first_sentence
 from pipeline.tasks.shares import split_of

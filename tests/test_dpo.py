@@ -169,5 +169,5 @@ def test_what_is_missing_or_misshapen_is_named():
         dpo.loss(logp, batch_of(MASK, None), PLAIN)
     with pytest.raises(UserError, match="ref_logp: T is 1, but logp has T = 2"):
         dpo.loss(logp, batch_of(MASK, [[0.0], [0.0]]), PLAIN)
-    with pytest.raises(AssertionError, match="a pair has only one response"):
+    with pytest.raises(AssertionError, match="a group lacks a response"):
         dpo.loss(logp, batch_of([[True, True], [False, False]], REF), PLAIN)

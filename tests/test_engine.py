@@ -19,7 +19,7 @@ from pipeline.algorithms import supervised
 from pipeline.config import deepspeed, together
 from pipeline.data.batching import Packing, Windows, collate
 from pipeline.errors import UserError
-from pipeline.models import loading, plan
+from pipeline.models import loading, plan, writing
 from pipeline.models.loading import hugging_face
 from pipeline.models.policy import Policy
 from pipeline.rollout.generate import _until_end
@@ -242,7 +242,7 @@ def test_export_under_zero_3_is_what_transformers_loads(tmp_path: Path, shape: s
     assert {name: weight.shape for name, weight in weights.items() if name in names} == {
         n: p.shape for n, p in names.items()
     }
-    loading.save(tmp_path / "model", trained.module.model, weights, tiny.tokenizer())
+    writing.save(tmp_path / "model", trained.module.model, weights, tiny.tokenizer())
     auto = AutoModelForCausalLM if shape == "llama" else AutoModelForSeq2SeqLM
     loaded, report = auto.from_pretrained(tmp_path / "model", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
@@ -259,7 +259,7 @@ def test_a_save_that_lost_a_weight_is_not_renamed(tmp_path: Path) -> None:
     module = tiny.language_model("llama")
     weights = {**module.state_dict(), "model.norm.weight": torch.empty(0)}
     with pytest.raises(RuntimeError, match=r"model\.norm\.weight"):
-        loading.save(tmp_path / "model", module, weights, tiny.tokenizer())
+        writing.save(tmp_path / "model", module, weights, tiny.tokenizer())
     assert not (tmp_path / "model").exists()
 
 
@@ -285,7 +285,7 @@ def test_checkpoints_are_exact(tmp_path: Path, zero: str, precision: str) -> Non
 )
 def test_checkpoints_of_adapters_are_exact_without_what_is_below(tmp_path: Path, zero: str, precision: str) -> None:
     start = tiny.language_model("llama", vocab_size=6400)
-    loading.save(tmp_path / "m", start, start.state_dict(), tiny.tokenizer())
+    writing.save(tmp_path / "m", start, start.state_dict(), tiny.tokenizer())
     chosen = tiny.settings("sft").model
     chosen = chosen.model_copy(update={"path": str(tmp_path / "m"), "lora": chosen.lora.model_copy(update={"r": 4})})
 
@@ -321,7 +321,7 @@ def test_nothing_to_load(tmp_path: Path) -> None:
 @pytest.mark.parametrize("lora", [0, 4])
 def test_generation_under_zero_3_leaves_training_as_it_was(tmp_path: Path, lora: int) -> None:
     start = tiny.language_model("llama")
-    loading.save(tmp_path / "m", start, start.state_dict(), tiny.tokenizer())
+    writing.save(tmp_path / "m", start, start.state_dict(), tiny.tokenizer())
     chosen = tiny.settings("sft").model
     chosen = chosen.model_copy(update={"path": str(tmp_path / "m"), "lora": chosen.lora.model_copy(update={"r": lora})})
     found = []

@@ -24,7 +24,7 @@ from pipeline.trainer import evaluation
 from pipeline.trainer.board import Board
 from pipeline.trainer.model import Model
 from pipeline.trainer.objective import Objective
-from stages.evaluate import distance, show, table
+from stages.evaluate import PlainSamples, distance, show, table
 from tests import tiny
 
 
@@ -222,11 +222,11 @@ def policy(prompt: str = "{prompt}", tokens: PreTrainedTokenizerBase | None = No
     return Model(tiny.trainer(Policy(tiny.language_model("llama"), 64)), encoder, Packing(1, None, False, tiny.PAD_ID))
 
 
-def sampled(of: Model) -> tuple[list[Response], list[torch.Tensor], PreTrainedTokenizerBase]:
+def sampled(of: Model) -> PlainSamples:
     """Two responses of tokens that all vocabularies share, and their log-probabilities."""
     prompt = of.encoder.encode_prompt("the cat")[0]
     drawn = [Response(Example(str(ids), "the cat"), "", "", prompt, ids, True) for ids in ((5, 7, 2), (9, 2))]
-    return drawn, evaluation.response_logps(of.engine, drawn, of.packing), of.encoder.tokenizer
+    return PlainSamples(drawn, evaluation.response_logps(of.engine, drawn, of.packing), of.encoder.tokenizer)
 
 
 def with_more_tokens() -> PreTrainedTokenizerBase:
@@ -238,26 +238,27 @@ def with_more_tokens() -> PreTrainedTokenizerBase:
 
 def test_a_policy_with_one_more_token_is_as_far_as_without(caplog) -> None:
     """Equal weights that read equal prompts are at distance 0."""
-    found = distance(policy(), "a", "b", *sampled(policy(tokens=with_more_tokens())))
+    found = distance(policy(), "a", "b", sampled(policy(tokens=with_more_tokens())))
     assert found["objective/kl"] == pytest.approx(0.0, abs=1e-6) and not caplog.text
 
 
 def test_there_is_no_kl_between_other_tokens(caplog) -> None:
     other = scratch.train_tokenizer(["quite another text with words of its own"] * 4, tiny.V)
-    assert distance(policy(), "a", "b", *sampled(policy(tokens=other))) == {}
+    assert distance(policy(), "a", "b", sampled(policy(tokens=other))) == {}
     assert caplog.messages == ["policy b: its tokens are not those of a, so there is no KL between the two"]
     # a token that only one of the two has was drawn
-    drawn, logps, tokens = sampled(policy(tokens=with_more_tokens()))
-    drawn[1] = replace(drawn[1], response_ids=(tokens.convert_tokens_to_ids("[MASK]"), 2))
-    assert distance(policy(), "a", "b", drawn, logps, tokens) == {}
+    drawn = sampled(policy(tokens=with_more_tokens()))
+    mask = drawn.tokenizer.convert_tokens_to_ids("[MASK]")
+    drawn.responses[1] = replace(drawn.responses[1], response_ids=(mask, 2))
+    assert distance(policy(), "a", "b", drawn) == {}
 
 
 def test_each_policy_reads_prompts_as_its_template_writes_them(caplog) -> None:
     caplog.set_level("INFO")
     one, other = policy(), policy("a dog: {prompt}")
-    own, as_read = (evaluation.response_logps(p.engine, sampled(p)[0], p.packing) for p in (other, one))
+    own, as_read = (evaluation.response_logps(p.engine, sampled(p).responses, p.packing) for p in (other, one))
     assert any(float((a - b).abs().max()) > 0.01 for a, b in zip(own, as_read, strict=True))  # the prompt counts
-    assert distance(one, "a", "b", *sampled(other)) == pytest.approx(evaluation.sampled_kl(own, as_read))
+    assert distance(one, "a", "b", sampled(other)) == pytest.approx(evaluation.sampled_kl(own, as_read))
     assert "policy b: its prompts are written otherwise than those of a" in caplog.text
 
 

@@ -26,7 +26,7 @@ from transformers import (
 from pipeline.config.sections import ModelSettings
 from pipeline.errors import UserError
 from pipeline.files import CARD, write_json
-from pipeline.models import card, loading, merging
+from pipeline.models import card, merging, writing
 from pipeline.models.exporting import Form, export
 from stages import export as stage
 from stages import export_faults
@@ -44,7 +44,7 @@ def auto_of(lm: PreTrainedModel) -> type:
 
 def base(directory: Path, lm: PreTrainedModel, dtype: torch.dtype = torch.float32) -> Path:
     lm = lm.to(dtype)
-    loading.save(directory, lm, lm.state_dict(), tiny.tokenizer())
+    writing.save(directory, lm, lm.state_dict(), tiny.tokenizer())
     return directory
 
 

@@ -7,6 +7,7 @@ import torch
 
 from pipeline.algorithms import functional as f
 from pipeline.algorithms import stats
+from pipeline.algorithms.logits import smoothed_logps, token_entropies, token_logps, token_stats
 from pipeline.errors import UserError
 from pipeline.records import Batch
 from tests import tiny
@@ -24,7 +25,7 @@ def value_and_gradients(n, chunks, temperatures=None):
     torch.manual_seed(1)
     hidden = torch.randn(n, 4, requires_grad=True)
     targets = torch.arange(n) % 7
-    logps = f.token_logps(hidden, head, targets, chunks, temperatures)
+    logps = token_logps(hidden, head, targets, chunks, temperatures)
     (logps * torch.arange(1, n + 1)).sum().backward()
     return logps.detach(), hidden.grad, head.weight.grad, head.bias.grad
 
@@ -32,10 +33,10 @@ def value_and_gradients(n, chunks, temperatures=None):
 def test_token_logps_by_hand():
     # logits ln 1, ln 2, ln 5 of total 8: probabilities 1/8, 2/8, 5/8; the hidden state is the logits
     hidden = torch.tensor([[1.0, 2.0, 5.0], [1.0, 2.0, 5.0]]).log()
-    logps = f.token_logps(hidden, lambda x: x, torch.tensor([0, 2]))
+    logps = token_logps(hidden, lambda x: x, torch.tensor([0, 2]))
     torch.testing.assert_close(logps, torch.tensor([1 / 8, 5 / 8]).log())
     # temperature 1/2 squares the odds: 1, 4, 25 of total 30
-    hot = f.token_logps(hidden, lambda x: x, torch.tensor([0, 2]), temperatures=torch.tensor([0.5, 0.5]))
+    hot = token_logps(hidden, lambda x: x, torch.tensor([0, 2]), temperatures=torch.tensor([0.5, 0.5]))
     torch.testing.assert_close(hot, torch.tensor([1 / 30, 25 / 30]).log())
 
 
@@ -52,7 +53,7 @@ def test_chunked_logits_are_not_kept_for_backward():
         head, widths = make_head(), []
         hidden = torch.randn(12, 4, requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(lambda x: widths.append(x.shape[-1:]) or x, lambda x: x):
-            f.token_logps(hidden, head, torch.zeros(12, dtype=torch.long), chunks)
+            token_logps(hidden, head, torch.zeros(12, dtype=torch.long), chunks)
         return widths
 
     assert torch.Size([7]) in widths_saved(1)  # (12, V) kept
@@ -68,7 +69,7 @@ def test_every_rank_calls_the_head_equally_often(n):
         return head(rows)
 
     hidden = torch.randn(n, 4, requires_grad=True)
-    f.token_logps(hidden, counting, torch.zeros(n, dtype=torch.long), chunks=4).sum().backward()
+    token_logps(hidden, counting, torch.zeros(n, dtype=torch.long), chunks=4).sum().backward()
     assert len(calls) == 8  # four in forward, four recomputed in backward, empty or not
     assert sum(calls) == 2 * n
 
@@ -77,7 +78,7 @@ def test_every_rank_calls_the_head_equally_often(n):
 def test_no_rows_still_reach_backward(chunks):
     head = make_head()
     hidden = torch.zeros(0, 4, requires_grad=True)
-    logps = f.token_logps(hidden, head, torch.zeros(0, dtype=torch.long), chunks)
+    logps = token_logps(hidden, head, torch.zeros(0, dtype=torch.long), chunks)
     assert logps.shape == (0,)
     logps.sum().backward()
     assert hidden.grad.shape == (0, 4)
@@ -86,7 +87,7 @@ def test_no_rows_still_reach_backward(chunks):
 
 def test_token_logps_is_float32_of_bfloat16_input():
     hidden = torch.tensor([[0.0, 100.0]], dtype=torch.bfloat16)
-    logps = f.token_logps(hidden, lambda x: x, torch.tensor([0]))
+    logps = token_logps(hidden, lambda x: x, torch.tensor([0]))
     assert logps.dtype == torch.float32
     assert logps.item() == -100.0  # no inf: logsumexp(0, 100) = 100
 
@@ -95,12 +96,12 @@ def test_token_logps_is_float32_of_bfloat16_input():
 def test_token_stats_by_hand(chunks):
     # probabilities 1/8, 2/8, 5/8; at temperature 1/2 they are 1/30, 4/30, 25/30; without the third id 1/3, 2/3
     hidden, ids, levels = torch.tensor([[1.0, 2.0, 5.0]] * 2).log(), torch.tensor([0, 1]), torch.tensor([1.0, 0.5])
-    logps, entropies, peaks = f.token_stats(hidden, lambda x: x, ids, chunks, levels)
+    logps, entropies, peaks = token_stats(hidden, lambda x: x, ids, chunks, levels)
     torch.testing.assert_close(logps, torch.tensor([1 / 8, 4 / 30]).log())
     entropy = -sum(p * math.log(p) for p in (1 / 8, 2 / 8, 5 / 8))
     torch.testing.assert_close(entropies, torch.tensor([entropy, entropy]))
     torch.testing.assert_close(peaks, torch.tensor([5 / 8, 5 / 8]))
-    logps, _, peaks = f.token_stats(hidden, lambda x: x, ids, chunks, None, torch.tensor([False, False, True]))
+    logps, _, peaks = token_stats(hidden, lambda x: x, ids, chunks, None, torch.tensor([False, False, True]))
     torch.testing.assert_close(logps, torch.tensor([1 / 3, 2 / 3]).log())
     torch.testing.assert_close(peaks, torch.tensor([2 / 3, 2 / 3]))
 
@@ -109,10 +110,10 @@ def test_token_stats_by_hand(chunks):
 def test_token_entropies_by_hand(chunks):
     # uniform over 2: ln 2; certain: 0 (0 ln 0 = 0, also for a logit of -inf); 1/4 and 3/4: .25 ln 4 + .75 ln (4/3)
     hidden = torch.tensor([[0.0, 0.0], [0.0, -math.inf], [0.0, math.log(3.0)]], requires_grad=True)
-    entropies = f.token_entropies(hidden, lambda x: x, chunks)
+    entropies = token_entropies(hidden, lambda x: x, chunks)
     torch.testing.assert_close(entropies, torch.tensor([0.693147, 0.0, 0.562335]))
     assert not entropies.requires_grad
-    assert f.token_entropies(hidden[:0], lambda x: x, chunks).shape == (0,)
+    assert token_entropies(hidden[:0], lambda x: x, chunks).shape == (0,)
 
 
 def test_masked_sum_ignores_nan_in_value_and_gradient():
@@ -235,9 +236,9 @@ def test_suppressed_ids_are_no_part_of_the_vocabulary(chunks):
     found, wanted = [], []
     for seen, rows, ids, never in ((found, weight, targets, suppressed), (wanted, weight[kept], places, None)):
         x = hidden.clone().requires_grad_()
-        logps, means = f.smoothed_logps(x, lambda h, rows=rows: h @ rows.T, ids, chunks, suppressed=never)
+        logps, means = smoothed_logps(x, lambda h, rows=rows: h @ rows.T, ids, chunks, suppressed=never)
         (factors[0] * logps + factors[1] * means).sum().backward()
-        alone = f.token_logps(hidden, lambda h, rows=rows: h @ rows.T, ids, chunks, suppressed=never)
-        entropies = f.token_entropies(hidden, lambda h, rows=rows: h @ rows.T, chunks, never)
+        alone = token_logps(hidden, lambda h, rows=rows: h @ rows.T, ids, chunks, suppressed=never)
+        entropies = token_entropies(hidden, lambda h, rows=rows: h @ rows.T, chunks, never)
         seen += [logps.detach(), means.detach(), x.grad, alone, entropies]
     tiny.close(found, wanted)

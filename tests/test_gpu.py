@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pipeline.algorithms.functional import token_logps
+from pipeline.algorithms.logits import token_logps
 from pipeline.bench import steps
 from pipeline.bench.measure import peak_megabytes
 from pipeline.bench.setup import prepare

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pipeline.data.batching import Packing
 from pipeline.errors import UserError
-from pipeline.models import loading
+from pipeline.models import loading, writing
 from pipeline.models.policy import Policy
 from pipeline.records import Request
 from pipeline.rollout.drawn_elsewhere import surprise, with_stats
@@ -86,7 +86,7 @@ def trained(folder: Path, lora: int) -> tuple[Model, Any]:
     start = tiny.language_model("llama")
     with torch.no_grad():
         start.get_output_embeddings().weight[tiny.EOS_ID] *= 4.0
-    loading.save(folder, start, start.state_dict(), tiny.tokenizer())
+    writing.save(folder, start, start.state_dict(), tiny.tokenizer())
     settings = tiny.settings("rl", "algo=reinforce", f"model={folder}", f"lora_r={lora}")
     lm = loading.load_policy(settings.model, tiny.tokenizer(), seed=0)
     return Model(tiny.trainer(Policy(lm, 64)), tiny.encoder(), PACKING), settings

@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.config.resolve import resolve
 from pipeline.config.reward_spec import TOKEN, web_address
-from pipeline.config.sections import HttpSettings
+from pipeline.config.rewards import HttpSettings
 from pipeline.errors import UserError
 from pipeline.records import Example, Message
 from pipeline.rewards.http import connect

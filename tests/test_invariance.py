@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from pipeline.data.batching import Packing, collate
-from pipeline.models import loading
+from pipeline.models import loading, writing
 from pipeline.models.policy import Policy, RewardModel
 from pipeline.records import Example, Item, Response
 from pipeline.rl import reference
@@ -134,7 +134,7 @@ def encoder_only(kind: str) -> torch.nn.Module:
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
 def test_encoders_score_alike_in_any_company(tmp_path: Path, kind: str) -> None:
     model = encoder_only(kind)
-    loading.save(tmp_path / kind, model, model.state_dict(), tiny.tokenizer())
+    writing.save(tmp_path / kind, model, model.state_dict(), tiny.tokenizer())
     scorer, items = RewardModel(model), tiny.items(9)
     with torch.no_grad():
         together = scorer(collate(items, range(9), packings(False, whole=True)[3]))
@@ -166,7 +166,7 @@ def test_an_encoder_reads_between_the_tokens_that_its_tokenizer_names(tmp_path: 
     inner.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
     names = {name: f"[{name[:3].upper()}]" for name in ("pad_token", "unk_token", "cls_token", "sep_token")}
     tokenizer, model = PreTrainedTokenizerFast(tokenizer_object=inner, **names), encoder_only("bert")
-    loading.save(tmp_path / "bert", model, model.state_dict(), tokenizer)
+    writing.save(tmp_path / "bert", model, model.state_dict(), tokenizer)
     settings = tiny.settings("sft").model
     reward = learned.load(str(tmp_path / "bert"), settings, tiny.PLAIN, 64, 2, torch.device("cpu"))
     found = reward(["the old cat", "a dog"], ["ran far away", "sat"])
@@ -177,7 +177,7 @@ def test_an_encoder_reads_between_the_tokens_that_its_tokenizer_names(tmp_path: 
 def scorer_of(tmp_path: Path, shape: str) -> RewardModel:
     """A reward model of any shape whose head says something."""
     language = tiny.language_model(shape)
-    loading.save(tmp_path / shape, language, language.state_dict(), tiny.tokenizer())
+    writing.save(tmp_path / shape, language, language.state_dict(), tiny.tokenizer())
     settings = tiny.settings("reward").model.model_copy(update={"path": str(tmp_path / shape)})
     return RewardModel(tiny.spread(loading.load_scalar(settings, tiny.tokenizer(), 0, new_head=True)).eval())
 

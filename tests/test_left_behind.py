@@ -23,7 +23,7 @@ from pipeline.config.sections import TemplateSettings
 from pipeline.config.yaml_layers import ROOT
 from pipeline.data.tokenization import Encoder
 from pipeline.files import CARD, fingerprint, write_json
-from pipeline.models import card, loading
+from pipeline.models import card, tokenizers, writing
 from pipeline.models.trained_input import save_input
 from pipeline.trainer import facts
 from pipeline.trainer.checkpoint import Checkpoints, State
@@ -209,7 +209,7 @@ def test_a_pipeline_answers_as_trained_and_without_a_warning(runs: Path, caplog:
         hf_logging.disable_propagation()
     assert not caplog.messages and not [one for one in caught if "generat" in str(one.message)]
     settings = tiny.settings("sft", f"model={directory}")
-    encoder = Encoder(loading.load_tokenizer(settings.model, []), settings.template, 40, 12)
+    encoder = Encoder(tokenizers.load_tokenizer(settings.model, []), settings.template, 40, 12)
     torch.manual_seed(0)
     prompt = torch.tensor([encoder.encode_prompt(CHAT[0]["content"])[0]])
     ids = answer.model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt))[0, prompt.shape[1] :]
@@ -225,7 +225,7 @@ def test_names_that_transformers_4_knows_too(tmp_path: Path) -> None:
     scaled["original_max_position_embeddings"] = 64
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=tiny.V, rope_parameters=scaled, **sizes))
-    loading.save(tmp_path / "m", model, model.state_dict(), known)
+    writing.save(tmp_path / "m", model, model.state_dict(), known)
     told = json.loads((tmp_path / "m" / "tokenizer_config.json").read_text())
     assert told["tokenizer_class"] == "PreTrainedTokenizerFast" and "extra_special_tokens" not in told
     assert told["additional_special_tokens"] == ["<|im_start|>", "<|im_end|>"]
@@ -248,7 +248,9 @@ def test_a_reward_model_is_scored_elsewhere_as_here(tmp_path: Path, own: str | N
     place = classifier_at(tmp_path / "c", chat_tokenizer(own))
     settings = tiny.settings("sft")
     template: TemplateSettings = settings.template.model_copy(update={"system": "Be kind. "})
-    encoder = Encoder(loading.load_tokenizer(settings.model.model_copy(update={"path": place}), []), template, 64, 24)
+    encoder = Encoder(
+        tokenizers.load_tokenizer(settings.model.model_copy(update={"path": place}), []), template, 64, 24
+    )
     save_input(Path(place), encoder, scalar=True)
     answers = ["sat on the mat", "ran"]
     reward = learned.load(place, settings.model, settings.template, 64, 2, torch.device("cpu"))

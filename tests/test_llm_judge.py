@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.resolve import resolve
-from pipeline.config.sections import JudgeSettings
+from pipeline.config.rewards import JudgeSettings
 from pipeline.errors import UserError
 from pipeline.rewards import verdicts
 from pipeline.rewards.llm_judge import check, connect

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 from pipeline.config.sections import ModelSettings
 from pipeline.data.tokenization import Encoder
-from pipeline.models import build, loading
+from pipeline.models import build, loading, tokenizers, writing
 from pipeline.models.late import Late
 from pipeline.records import Example
 from pipeline.rollout.generate import generate
@@ -33,17 +33,17 @@ def start(tmp_path: Path) -> Callable[..., ModelSettings]:
         settings = tiny.settings("sft").model
         at = tmp_path / f"{shape}-{kept}"
         if not at.exists():
-            loading.save(at, model, model.state_dict(), tiny.tokenizer(), dtype=TYPES[kept])
+            writing.save(at, model, model.state_dict(), tiny.tokenizer(), dtype=TYPES[kept])
         settings = settings.model_copy(update={"path": str(at)})
         if not r:
             return settings
-        tokenizer = loading.load_tokenizer(settings, [], tokens)
+        tokenizer = tokenizers.load_tokenizer(settings, [], tokens)
         adapted = loading.load_policy(with_r(settings, r), tokenizer, 1, mask=tokens)
         torch.manual_seed(3)
         for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.data += 0.1 * torch.randn_like(parameter)
-        loading.save(tmp_path / "sft", adapted, adapted.state_dict(), tokenizer)
+        writing.save(tmp_path / "sft", adapted, adapted.state_dict(), tokenizer)
         return settings.model_copy(update={"path": str(tmp_path / "sft")})
 
     return make
@@ -56,7 +56,7 @@ def with_r(settings: ModelSettings, r: int) -> ModelSettings:
 def engine_of(settings: ModelSettings, zero: str, precision: str, kind: str) -> Engine:
     """The engine as a stage makes it; kind: policy, masked, read (only) or scalar."""
     train = tiny.train_settings(zero=zero, precision=precision)
-    tokenizer = loading.load_tokenizer(settings, [], kind == "masked", kind == "scalar")
+    tokenizer = tokenizers.load_tokenizer(settings, [], kind == "masked", kind == "scalar")
     encoder = tiny.encoder()
     encoder = encoder.__class__(tokenizer, encoder.template, 64, 64, "end", encoder.encoder_decoder)
     if kind == "scalar":
@@ -132,9 +132,9 @@ def test_adapters_bring_a_scalar_head_as_exact_as_it_is(start: Callable, tmp_pat
         return with_r(plain.model_copy(update={"path": str(place)}), r)
 
     below = tiny.spread(loading.load_scalar(plain, tokenizer, 0, new_head=True))
-    loading.save(tmp_path / "below", below, below.state_dict(), tokenizer, dtype=torch.bfloat16)
+    writing.save(tmp_path / "below", below, below.state_dict(), tokenizer, dtype=torch.bfloat16)
     adapted = tiny.spread(loading.load_scalar(at(tmp_path / "below", r=2), tokenizer, 0, new_head=True))
-    loading.save(tmp_path / "adapters", adapted, adapted.state_dict(), tokenizer)
+    writing.save(tmp_path / "adapters", adapted, adapted.state_dict(), tokenizer)
     opened = loading.load_scalar(at(tmp_path / "adapters"), tokenizer, 0, new_head=True, late=Late(torch.float32))
     assert torch.equal(opened.score.weight, adapted.get_base_model().score.modules_to_save.default.weight)
 
@@ -143,7 +143,7 @@ def test_trained_tokens_are_read_where_no_weight_is_whole(start: Callable, tmp_p
     """peft's layer of them reads the weight of another: in the check of a start, and token by token."""
     train = tiny.train_settings(zero=tiny.cut_whole(tmp_path))
     settings, encoder = with_r(start("llama", "bf16"), 4), tiny.encoder()
-    masked = Encoder(loading.load_tokenizer(settings, [], mask=True), encoder.template, 64, 64)
+    masked = Encoder(tokenizers.load_tokenizer(settings, [], mask=True), encoder.template, 64, 64)
     policy = build.policy_module(settings, masked, train, 64, 0, mask=True)
     trained = model.engine_of(policy, masked, 64, tiny.ranks(), train, tiny.optimizer_settings())
     said = tiny.settings("rl").generation.model_copy(update={"max_new_tokens": 3, "do_sample": False})

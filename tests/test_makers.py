@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.data import conversations, encoded
+from pipeline.data import conversations, encoding
 from pipeline.data.cuts import fewer_turns
-from pipeline.data.dataset import completion_rows
-from pipeline.data.encoded import encode
+from pipeline.data.encoding import completion_rows, encode
 from pipeline.data.readers import read
 from pipeline.data.tokenization import Encoder
 from pipeline.data.written_template import for_others
@@ -176,7 +175,7 @@ def test_every_answer_and_call_is_learned_and_no_result(name: str, tmp_path: Pat
     encoder, tokenizer = encoder_of(name), makers.tokenizer_of(name)
     apart = encode(conversations.learned([example], "all"), encoder, completion_rows)
     assert [item.example.id for item in apart] == ["rows/1/turn-1", "rows/1/turn-2", "rows/1"]
-    rows = [item.rows[0] for item in encoded.joined(apart)]
+    rows = [item.rows[0] for item in encoding.joined(apart)]
     said = [
         [token for token, is_learned in zip(row.response_ids, conversations.marks(row), strict=True) if is_learned]
         for row in rows

@@ -34,7 +34,7 @@ from pipeline.config.sections import ModelSettings
 from pipeline.data.batching import Packing, collate
 from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
-from pipeline.models import checks, loading, mask_token, scratch
+from pipeline.models import checks, loading, mask_token, scratch, tokenizers, writing
 from pipeline.models.policy import Policy, RewardModel
 from pipeline.models.start_check import check_head
 from pipeline.records import Example, Item
@@ -90,7 +90,7 @@ def language_model(shape: str, rows: int) -> PreTrainedModel:
 def saved(tmp_path: Path, shape: str, rows: int, tokenizer: PreTrainedTokenizerBase | None = None) -> ModelSettings:
     """Settings that load a saved random model."""
     model = language_model(shape, rows)
-    loading.save(tmp_path / "base", model, model.state_dict(), plain() if tokenizer is None else tokenizer)
+    writing.save(tmp_path / "base", model, model.state_dict(), plain() if tokenizer is None else tokenizer)
     return opened_at(tmp_path / "base")
 
 
@@ -128,12 +128,12 @@ def test_a_scratch_vocabulary_gets_a_last_token(tmp_path: Path) -> None:
 
 def test_a_tokenizer_is_masked_only_when_asked(tmp_path: Path) -> None:
     settings = saved(tmp_path, "llama", ROWS)
-    assert loading.load_tokenizer(settings, []).mask_token is None
-    assert loading.load_tokenizer(settings, [], mask=True).mask_token_id == ROWS
+    assert tokenizers.load_tokenizer(settings, []).mask_token is None
+    assert tokenizers.load_tokenizer(settings, [], mask=True).mask_token_id == ROWS
     new = tiny.settings("sft").model
     texts = [TEXT] * 4
-    assert loading.load_tokenizer(new, texts).mask_token is None
-    assert loading.load_tokenizer(new, texts, mask=True).mask_token == "<mask>"
+    assert tokenizers.load_tokenizer(new, texts).mask_token is None
+    assert tokenizers.load_tokenizer(new, texts, mask=True).mask_token == "<mask>"
 
 
 def words(*extra: str, **roles: str) -> PreTrainedTokenizerBase:
@@ -172,14 +172,14 @@ def test_real_vocabularies(tmp_path: Path) -> None:
     mask_token.with_mask(t5)
     assert (t5.mask_token_id, len(t5)) == (32099, length)  # as in the released runs
     assert t5(TEXT)["input_ids"] == before
-    gpt2 = loading.with_pad(GPT2Tokenizer.from_pretrained(DATA / "gpt2"))
+    gpt2 = tokenizers.with_pad(GPT2Tokenizer.from_pretrained(DATA / "gpt2"))
     before = gpt2(TEXT)["input_ids"]
     mask_token.with_mask(gpt2)
     assert (gpt2.mask_token_id, len(gpt2)) == (50257, 50258)
     assert gpt2(TEXT)["input_ids"] == before
     for tokenizer in (t5, gpt2):
         tokenizer.save_pretrained(tmp_path / tokenizer.mask_token.strip("<>"))
-        again = loading.load_tokenizer(opened_at(tmp_path / tokenizer.mask_token.strip("<>")), [])
+        again = tokenizers.load_tokenizer(opened_at(tmp_path / tokenizer.mask_token.strip("<>")), [])
         assert (again.mask_token_id, len(again)) == (tokenizer.mask_token_id, len(tokenizer))
         assert again(TEXT)["input_ids"] == tokenizer(TEXT)["input_ids"]
 
@@ -221,9 +221,9 @@ def test_a_grown_model_is_reopened_as_it_was(tmp_path: Path, shape: str) -> None
     model = loading.load_policy(saved(tmp_path, shape, ROWS), masked(), 0, mask=True)
     with torch.no_grad():
         model.get_input_embeddings().weight[MASK_ID] += 0.5  # learned
-    loading.save(tmp_path / "sft", model, model.state_dict(), masked())
+    writing.save(tmp_path / "sft", model, model.state_dict(), masked())
     settings = opened_at(tmp_path / "sft")
-    tokenizer = loading.load_tokenizer(settings, [])
+    tokenizer = tokenizers.load_tokenizer(settings, [])
     assert tokenizer.mask_token_id == MASK_ID
     for mask in (True, False):
         again = loading.load_policy(settings, tokenizer, 0, mask=mask)
@@ -251,7 +251,7 @@ def test_what_pretraining_taught_the_mask_stays(tmp_path: Path) -> None:
     hole.add_tokens([AddedToken("<extra_id_0>", special=True)])
     for tokenizer in (own, hole):
         settings = saved(tmp_path, "t5", ROWS + 10, tokenizer)
-        model = loading.load_policy(settings, loading.load_tokenizer(settings, [], mask=True), 0, mask=True)
+        model = loading.load_policy(settings, tokenizers.load_tokenizer(settings, [], mask=True), 0, mask=True)
         assert torch.equal(model.shared.weight, language_model("t5", ROWS + 10).shared.weight)
 
 
@@ -259,7 +259,7 @@ def test_a_reserved_token_starts_as_the_mean(tmp_path: Path) -> None:
     tokenizer = plain()
     tokenizer.add_tokens([AddedToken("<|reserved_special_token_0|>", special=True), AddedToken("<x>", special=True)])
     settings = saved(tmp_path, "llama", ROWS + 2, tokenizer)
-    model = loading.load_policy(settings, loading.load_tokenizer(settings, [], mask=True), 0, mask=True)
+    model = loading.load_policy(settings, tokenizers.load_tokenizer(settings, [], mask=True), 0, mask=True)
     first = language_model("llama", ROWS + 2).get_input_embeddings().weight
     assert model.config.vocab_size == ROWS + 2
     others = torch.arange(ROWS + 2) != ROWS
@@ -281,12 +281,12 @@ def test_a_checkpoint_for_summaries_opens_and_speaks_as_elsewhere(tmp_path: Path
     """As BART's: its mask token has no row, and `generate` of transformers makes it say BOS before all else."""
     model = language_model("bart", ROWS)
     model.generation_config.update(forced_bos_token_id=1)
-    loading.save(tmp_path / "base", model, model.state_dict(), masked())
+    writing.save(tmp_path / "base", model, model.state_dict(), masked())
     settings = opened_at(tmp_path / "base")
-    tokenizer = loading.load_tokenizer(settings, [], mask)
+    tokenizer = tokenizers.load_tokenizer(settings, [], mask)
     policy = loading.load_policy(settings, tokenizer, 0, mask=mask)
     assert policy.config.vocab_size == GROWN
-    loading.save(tmp_path / "sft", policy, policy.state_dict(), tokenizer)
+    writing.save(tmp_path / "sft", policy, policy.state_dict(), tokenizer)
 
     speech = tiny.settings("rl").generation.model_copy(update={"max_new_tokens": 6})
     speaker = engine.Engine(Policy(policy, 64), tiny.ranks(), tiny.train_settings(), None)
@@ -309,7 +309,7 @@ def test_what_generation_forces_takes_a_place() -> None:
 
 def test_separate_embeddings_are_refused(tmp_path: Path) -> None:
     model = tiny.language_model("bart", vocab_size=ROWS, tie_word_embeddings=False)
-    loading.save(tmp_path / "base", model, model.state_dict(), plain())
+    writing.save(tmp_path / "base", model, model.state_dict(), plain())
     with pytest.raises(UserError, match=r"model\.path: .*base reads and writes with separate embeddings"):
         loading.load_policy(opened_at(tmp_path / "base"), masked(), 0, mask=True)
 
@@ -349,13 +349,13 @@ def test_adapters_learn_the_row_and_come_back(tmp_path: Path, shape: str, rows: 
     learn(first)
     row = first.get_parameter(trained[0])[0]
     assert not torch.allclose(row, base.get_input_embeddings().weight[MASK_ID], atol=1e-3)
-    loading.save(tmp_path / "sft", first, first.state_dict(), tokenizer)
+    writing.save(tmp_path / "sft", first, first.state_dict(), tokenizer)
     with safe_open(tmp_path / "sft" / "adapter_model.safetensors", "pt") as file:
         others = [name for name in file.keys() if "lora_" not in name]  # noqa: SIM118  (safe_open is no mapping)
         assert others == [trained[0].removesuffix(".default")]  # the row, not the matrix
     # the next stage's policy, which does or does not go on learning the mask
     below = opened_at(tmp_path / "sft")
-    again = loading.load_tokenizer(below, [])
+    again = tokenizers.load_tokenizer(below, [])
     assert again.mask_token_id == MASK_ID
     for mask in (True, False):
         opened = loading.load_policy(below, again, 0, mask=mask)
@@ -366,7 +366,7 @@ def test_adapters_learn_the_row_and_come_back(tmp_path: Path, shape: str, rows: 
         assert torch.equal(logits_of(on_top, MASK_ID), logits_of(reference, MASK_ID))
         assert mask == any("trainable_tokens" in name for name, p in on_top.named_parameters() if p.requires_grad)
         learn(on_top)
-        loading.save(tmp_path / "rl", on_top, on_top.state_dict(), again)
+        writing.save(tmp_path / "rl", on_top, on_top.state_dict(), again)
         last = loading.load_policy(opened_at(tmp_path / "rl"), again, 0)
         tiny.close(logits_of(last, MASK_ID), logits_of(on_top, MASK_ID), 256)  # merged and not
         assert not torch.allclose(logits_of(last, MASK_ID), logits_of(opened, MASK_ID), atol=1e-2)
@@ -388,7 +388,7 @@ def test_a_row_is_learned_once(tmp_path: Path) -> None:
 def test_a_reward_model_starts_from_grown_adapters(tmp_path: Path) -> None:
     policy = loading.load_policy(with_lora(saved(tmp_path, "llama", ROWS)), masked(), 0, mask=True)
     learn(policy)
-    loading.save(tmp_path / "sft", policy, policy.state_dict(), masked())
+    writing.save(tmp_path / "sft", policy, policy.state_dict(), masked())
     below = opened_at(tmp_path / "sft")
     scorer = RewardModel(loading.load_scalar(with_lora(below), masked(), 0, new_head=True)).eval()
     items = [Item(None, (tiny.row([5, 6], [7, MASK_ID, 2]),))]
@@ -396,7 +396,7 @@ def test_a_reward_model_starts_from_grown_adapters(tmp_path: Path) -> None:
     with torch.no_grad():
         torch.nn.init.normal_(loading.hugging_face(scorer.model).score.weight)
         wanted = scorer(batch)
-    loading.save(tmp_path / "reward", scorer.model, scorer.model.state_dict(), masked())
+    writing.save(tmp_path / "reward", scorer.model, scorer.model.state_dict(), masked())
     opened = RewardModel(loading.load_scalar(opened_at(tmp_path / "reward"), masked(), 0, False)).eval()
     tiny.close(opened(batch), wanted)
 
@@ -444,7 +444,7 @@ def test_exports_tell_other_tools_to_be_silent(tmp_path: Path, lora: bool) -> No
     settings = saved(tmp_path, "llama", ROWS)
     assert GenerationConfig.from_pretrained(settings.path).suppress_tokens is None
     model = loading.load_policy(with_lora(settings) if lora else settings, masked(), 0, mask=True)
-    loading.save(tmp_path / "sft", model, model.state_dict(), masked())
+    writing.save(tmp_path / "sft", model, model.state_dict(), masked())
     suppressed = json.loads((tmp_path / "sft" / "generation_config.json").read_text())["suppress_tokens"]
     assert suppressed == list(range(MASK_ID, GROWN))
     assert model.generation_config.suppress_tokens is None

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import torch
 
-from pipeline.algorithms.functional import Drawn
+from pipeline.algorithms.logits import Drawn
 from pipeline.records import Example, Scores
 from pipeline.rl import composition_samples
 from pipeline.rl.compositions import Compositions, composed_ids

@@ -10,6 +10,7 @@ import pytest
 from pipeline.config.resolve import resolve
 from pipeline.data import conversations, convert, dataset, messages
 from pipeline.data.fields import RowError
+from pipeline.data.prompts import gold
 from pipeline.data.readers import read
 from pipeline.data.write import row_of
 from pipeline.errors import UserError
@@ -161,7 +162,7 @@ def test_a_last_turn_of_weight_0_teaches_nothing(tmp_path: Path, caplog: pytest.
     assert "train_on=last: 1 of 2 turns have weight 0: not learned" in caplog.text
     with pytest.raises(UserError, match=r"a/1: weight 0, as all 1 turns have that train_on=all learns, wanted 1"):
         conversations.learned(rows[:1], "all")
-    assert [dataset.gold(row) for row in rows] == [(), ("so",)]
+    assert [gold(row) for row in rows] == [(), ("so",)]
 
 
 def test_weights_are_no_error_where_no_turn_goes_before(tmp_path: Path) -> None:

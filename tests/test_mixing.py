@@ -13,6 +13,7 @@ import pytest
 from pipeline.config.resolve import resolve
 from pipeline.data import dataset, mixing, pairs
 from pipeline.data.places import files_of, id_names
+from pipeline.data.prompts import unique_prompts
 from pipeline.data.rows import Rows
 from pipeline.data.splits import split_files
 from pipeline.data.stored import copy_of
@@ -163,8 +164,8 @@ def test_copies_count_where_rows_of_a_prompt_are_taken_together() -> None:
     given = [Example("f/1", "p", "good", reward=1.0), Example("f/2", "p", "bad", reward=0.0)]
     twice = mixing.repeated(Rows.of(given), np.array([2, 2]))
     assert ids(pairs.of_scored(twice)) == ["f/1", "f/1/copy-2"]
-    assert ids(dataset.unique_prompts(twice, copies=True)) == ["f/1", "f/1/copy-2"]
-    assert ids(dataset.unique_prompts(twice)) == ["f/1"]
+    assert ids(unique_prompts(twice, copies=True)) == ["f/1", "f/1/copy-2"]
+    assert ids(unique_prompts(twice)) == ["f/1"]
     side = copy_of(replace(given[1], id="f/1/rejected"), 2)
     assert (side.id, mixing.copy_number(side), mixing.copy_number(given[0])) == ("f/1/copy-2/rejected", 2, 1)
 

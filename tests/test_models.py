@@ -22,7 +22,7 @@ from transformers import (
 from pipeline.config.sections import ModelSettings
 from pipeline.data.batching import Packing, collate
 from pipeline.errors import UserError
-from pipeline.models import build, checks, loading
+from pipeline.models import build, checks, loading, writing
 from pipeline.models.loading import hugging_face
 from pipeline.models.policy import Policy, RewardModel
 from pipeline.models.start_check import check_head
@@ -47,7 +47,7 @@ def batch_of(policy: Policy | RewardModel, items: list[Item], *indices: int) -> 
 def saved(tmp_path: Path, shape: str) -> ModelSettings:
     """Settings that load a saved random model."""
     model = tiny.language_model(shape)
-    loading.save(tmp_path / shape, model, model.state_dict(), tiny.tokenizer())
+    writing.save(tmp_path / shape, model, model.state_dict(), tiny.tokenizer())
     return tiny.settings("sft").model.model_copy(update={"path": str(tmp_path / shape)})
 
 
@@ -63,7 +63,7 @@ def take_step(module: torch.nn.Module, output: torch.Tensor) -> None:
 
 
 def save_own(directory: Path, module: Policy | RewardModel) -> str:
-    loading.save(directory, module.model, module.model.state_dict(), tiny.tokenizer())
+    writing.save(directory, module.model, module.model.state_dict(), tiny.tokenizer())
     return str(directory)
 
 
@@ -142,7 +142,7 @@ def test_adapters_need_a_model(tmp_path: Path) -> None:
 def test_weights_are_saved_in_the_type_asked_for(tmp_path: Path, shape: str) -> None:
     model = tiny.language_model(shape)
     weights = model.state_dict()
-    loading.save(tmp_path / "half", model, weights, tiny.tokenizer(), dtype=torch.float16)
+    writing.save(tmp_path / "half", model, weights, tiny.tokenizer(), dtype=torch.float16)
     config = json.loads((tmp_path / "half" / "config.json").read_text())
     auto = AutoModelForSeq2SeqLM if model.config.is_encoder_decoder else AutoModelForCausalLM
     theirs = auto.from_pretrained(tmp_path / "half")
@@ -155,7 +155,7 @@ def test_weights_are_saved_in_the_type_asked_for(tmp_path: Path, shape: str) -> 
 def test_what_is_saved_in_another_type_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A bfloat16 checkpoint trained in float32: saved so, unless asked otherwise; adapters are saved as trained."""
     start = tiny.language_model("llama").bfloat16()
-    loading.save(tmp_path / "start", start, start.state_dict(), tiny.tokenizer())
+    writing.save(tmp_path / "start", start, start.state_dict(), tiny.tokenizer())
     settings = tiny.settings("sft", "data.max_prompt_length=32", "data.max_response_length=32")
     own = settings.model.model_copy(update={"path": str(tmp_path / "start")})
     lora = with_lora(own)
@@ -188,7 +188,7 @@ def scorer_of(tmp_path: Path, shape: str) -> tuple[RewardModel, str]:
     tiny.spread(head, scale=1.0)
     directory = tmp_path / "scorer"
     encoder = tiny.encoder(READ.max_prompt_length, READ.max_response_length, prompt="Q {prompt} A")
-    loading.save(directory, model, model.state_dict(), tiny.tokenizer(), partial(save_input, encoder=encoder))
+    writing.save(directory, model, model.state_dict(), tiny.tokenizer(), partial(save_input, encoder=encoder))
     return RewardModel(model).eval(), str(directory)
 
 
@@ -323,7 +323,7 @@ def test_model_mistakes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no config\.json"):
         loading.load_policy(settings.model_copy(update={"path": str(tmp_path)}), tiny.tokenizer(), 0)
     small = tiny.language_model("llama", vocab_size=64)
-    loading.save(tmp_path / "small", small, small.state_dict(), tiny.tokenizer())
+    writing.save(tmp_path / "small", small, small.state_dict(), tiny.tokenizer())
     with pytest.raises(UserError, match=r"has 64 embeddings but its tokenizer has \d+ tokens"):
         loading.load_policy(settings.model_copy(update={"path": str(tmp_path / "small")}), tiny.tokenizer(), 0)
 

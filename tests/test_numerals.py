@@ -5,7 +5,7 @@ from datetime import date, datetime
 
 import pytest
 
-from pipeline.data.dataset import gold
+from pipeline.data.prompts import gold
 from pipeline.errors import UserError
 from pipeline.tasks import numeral_words as words
 from pipeline.tasks.numerals import KINDS, MOST, SPLIT_SHARES, SPLITS, examples, roman

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.algorithms import functional, online
+from pipeline.algorithms.logits import smoothed_logps, token_logps
 from pipeline.algorithms.online import GroupStats
 from pipeline.algorithms.stats import reduce
 from pipeline.models.policy import token_temperatures
@@ -257,9 +258,9 @@ def test_t05_tempered_log_probabilities_row_by_row() -> None:
     hidden, ids = torch.tensor([[2.0, 1.0, 0.0]]).expand(4, 3), torch.zeros(4, dtype=torch.int64)
     temperatures = torch.tensor([1.0, 0.5, 0.5, 1.0])
     for chunks in (1, 3):
-        found = functional.token_logps(hidden, lambda x: x, ids, chunks, temperatures)
+        found = token_logps(hidden, lambda x: x, ids, chunks, temperatures)
         assert found.tolist() == pytest.approx([-0.4076, -0.1429, -0.1429, -0.4076], abs=5e-5)
-        logps, means = functional.smoothed_logps(hidden, lambda x: x, ids, chunks, temperatures)
+        logps, means = smoothed_logps(hidden, lambda x: x, ids, chunks, temperatures)
         tiny.close(logps, found)
         assert means[:2].tolist() == pytest.approx([-1.4076, -2.1429], abs=5e-5)  # (2+1+0)/3 - 2.4076; (4+2+0)/3 - ...
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
-from pipeline.models import loading
+from pipeline.models import writing
 from pipeline.models.policy import Policy
 from pipeline.records import Stat
 from pipeline.trainer import partitions
@@ -64,7 +64,7 @@ def test_the_open_interval_of_the_log_is_shared_out() -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("other_ranks")
     below = tiny.language_model("llama")
-    loading.save(folder / "below", below, below.state_dict(), tiny.tokenizer())
+    writing.save(folder / "below", below, below.state_dict(), tiny.tokenizer())
     return folder
 
 

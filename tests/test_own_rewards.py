@@ -12,7 +12,7 @@ import torch
 
 from pipeline.config.resolve import resolve
 from pipeline.config.reward_spec import labels, possible_labels
-from pipeline.config.sections import Scale
+from pipeline.config.rewards import Scale
 from pipeline.data.batching import Packing
 from pipeline.errors import UserError
 from pipeline.launch import run_dir

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipeline.algorithms import offline, regression
-from pipeline.data import cache, dataset, encoded
+from pipeline.data import cache, encoded, encoding
 from pipeline.data.batching import Extent, Packing, collate
 from pipeline.errors import UserError
 from pipeline.models import loading, value_head
@@ -58,7 +58,7 @@ def test_rows_in_a_table_get_the_same_as_rows_in_a_list(tmp_path: Path, monkeypa
         reference_of(tmp_path),
         [Example(f"{i}", "the cat " * i, chosen="a mat", rejected="dog") for i in range(8)],
     )
-    table = encoded.encode(pairs, ref.model.encoder, dataset.pair_rows)
+    table = encoding.encode(pairs, ref.model.encoder, encoding.pair_rows)
     found, listed = reference.with_ref_logps(ref, table), reference.with_ref_logps(ref, [*table])
     for one, other in zip(found, listed, strict=True):
         assert [len(logp) for logp in one.ref_logp] == [len(row.response_ids) for row in one.rows]
@@ -285,7 +285,7 @@ def test_samples_are_judged_once_for_any_temperature(tmp_path: Path, caplog: pyt
     words = ("algo=a_star_po", "reference_samples.per_prompt=3", "generation.max_new_tokens=4")
     ref = reference_of(tmp_path, "llama", *words)
     rows = [Example(f"{i}", ("the cat", "a mat")[i // 2], completion="dog", reward=float(i)) for i in range(3)]
-    items = encoded.encode(rows, ref.model.encoder, dataset.completion_rows)
+    items = encoding.encode(rows, ref.model.encoder, encoding.completion_rows)
     data = ValueData([], items, Rewards([WeightedReward("length", 1.0, length.reward)]), "key")
     seen = []
 

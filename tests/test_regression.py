@@ -213,10 +213,10 @@ def test_numbers_go_to_the_rows_of_their_prompts():
     def numbers_of(rewards, beside):
         return regression.sample_numbers(rewards, beside, QRPO)
 
-    own = samples.with_numbers(items, None, numbers_of)
+    own = samples.by_prompts(items, None, numbers_of)
     assert [item.numbers["quantile"] for item in own] == [0.5, 1.0, 1.0, 0.5]
     drawn = torch.tensor([[0.0, 2.0], [9.0, 4.5], [0.0, 2.0], [9.0, 4.5]], dtype=F64).numpy()  # of each row's prompt
-    sampled = samples.with_numbers(items, drawn, numbers_of)
+    sampled = samples.by_prompts(items, drawn, numbers_of)
     assert [item.numbers["quantile"] for item in sampled] == [0.5, 0.5, 1.0, 0.0]
 
 

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AddedToken, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
 from pipeline.data.tokenization import Encoder
-from pipeline.models import loading
+from pipeline.models import loading, writing
 from pipeline.records import Example, Message
 from pipeline.rewards.candidates import gathered
 from pipeline.rollout.generate import generate
@@ -131,13 +131,13 @@ def test_responses_end_at_every_end_of_the_checkpoint(sampled: bool) -> None:
 @pytest.mark.parametrize("lora", [0, 4])
 def test_an_export_stops_where_training_ended_responses(tmp_path: Path, lora: int) -> None:
     model, tokenizer = tiny.language_model("llama"), tiny.tokenizer()
-    loading.save(tmp_path / "start", model, model.state_dict(), tokenizer)
+    writing.save(tmp_path / "start", model, model.state_dict(), tokenizer)
     # as some are published: what belongs to sampling, without sampling
     own = GenerationConfig(eos_token_id=tiny.EOS_ID, pad_token_id=0, do_sample=False, temperature=0.6)
     own.to_json_file(tmp_path / "start" / "generation_config.json")
     settings = tiny.settings("sft", f"model={tmp_path / 'start'}", f"lora_r={lora}").model
     policy = loading.load_policy(settings, tokenizer, seed=0)
-    loading.save(tmp_path / "out", policy, policy.state_dict(), tokenizer, ends={tiny.EOS_ID, 300})
+    writing.save(tmp_path / "out", policy, policy.state_dict(), tokenizer, ends={tiny.EOS_ID, 300})
     written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert written["eos_token_id"] == [tiny.EOS_ID, 300] and written["temperature"] == 0.6
     if not lora:

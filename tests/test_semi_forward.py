@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 from pipeline.algorithms import semi_offline, supervised
-from pipeline.algorithms.functional import Drawn
+from pipeline.algorithms.logits import Drawn
 from pipeline.data.batching import Packing, collate
 from pipeline.models import attention
 from pipeline.models.loading import hugging_face

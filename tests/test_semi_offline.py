@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from pipeline.algorithms import semi_offline
-from pipeline.algorithms.functional import Drawn, draw_tokens, group_advantages, smoothed_logps
+from pipeline.algorithms.functional import group_advantages
+from pipeline.algorithms.logits import Drawn, draw_tokens, smoothed_logps
 from pipeline.algorithms.stats import reduce as reduced
 from pipeline.records import Batch, StaticBatch
 from tests import tiny

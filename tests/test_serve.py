@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pytest
 
 from pipeline.config.reward_spec import TOKEN
-from pipeline.config.sections import HttpSettings
+from pipeline.config.rewards import HttpSettings
 from pipeline.errors import UserError
 from pipeline.plugins import available
 from pipeline.rewards.http import connect

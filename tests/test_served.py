@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from pipeline.config.sections import GenerationSettings
+from pipeline.config.generation import GenerationSettings
 from pipeline.errors import UserError
 from pipeline.rollout import same_words
 from pipeline.rollout.generate import generate

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pipeline.data import remarks
-from pipeline.data.dataset import completion_rows
-from pipeline.data.encoded import counts, encode
+from pipeline.data.encoded import counts
+from pipeline.data.encoding import completion_rows, encode
 from pipeline.records import Example, Message
 from tests import chats
 from tests.chats import byte_pairs, sentence_pieces

@@ -9,9 +9,8 @@ import pytest
 import sentencepiece
 from transformers import MarianTokenizer, PreTrainedTokenizerBase
 
-from pipeline.data import conversations, encoded, transcripts
-from pipeline.data.dataset import completion_rows
-from pipeline.data.encoded import encode
+from pipeline.data import conversations, encoding, transcripts
+from pipeline.data.encoding import completion_rows, encode
 from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
 from pipeline.records import Example, Message
@@ -101,7 +100,7 @@ def test_turns_are_joined_whatever_ends_them(name: str) -> None:
     tokenizer = byte_pairs(getattr(chats, name))
     encoder, talk = make(tokenizer), turns("hello", "hi there", "two plus two ?", "It is four .")
     rows = conversations.learned([Example("a", talk[:-1], talk[-1].content)], "all")
-    (item,) = encoded.joined(encode(rows, encoder, completion_rows))
+    (item,) = encoding.joined(encode(rows, encoder, completion_rows))
     row, whole, line_end = item.rows[0], own_ids(tokenizer, talk), tokenizer("\n").input_ids
     assert row.prompt_ids + row.response_ids == whole[: len(row)] and set(whole[len(row) :]) <= {*line_end}
     learned = [token for token, is_learned in zip(row.response_ids, row.learned, strict=True) if is_learned]

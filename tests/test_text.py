@@ -13,7 +13,7 @@ from transformers import GPT2Tokenizer, PreTrainedTokenizerFast, T5Tokenizer
 from pipeline.config.sections import ModelSettings
 from pipeline.data.tokenization import Encoder, coloured, pad
 from pipeline.errors import UserError
-from pipeline.models import loading, scratch
+from pipeline.models import scratch, tokenizers
 from pipeline.records import Message
 from tests import tiny
 
@@ -91,8 +91,8 @@ def test_responses_are_cut_on_the_right_and_lose_eos() -> None:
 
 
 def test_cuts_are_counted() -> None:
-    from pipeline.data.dataset import completion_rows
-    from pipeline.data.encoded import counts, encode
+    from pipeline.data.encoded import counts
+    from pipeline.data.encoding import completion_rows, encode
     from pipeline.records import Example
 
     rows = [Example("a", "the cat sat on a mat", "ran"), Example("b", "the", "cat sat on a mat and ran")]
@@ -120,7 +120,7 @@ def test_a_gpt2_like_tokenizer_gets_a_pad_token_it_already_has() -> None:
     gpt2_like = PreTrainedTokenizerFast(tokenizer_object=made._tokenizer, eos_token="</s>")
     assert gpt2_like.pad_token is None
     size = len(gpt2_like)
-    assert loading.with_pad(gpt2_like).pad_token == "<pad>" and len(gpt2_like) == size
+    assert tokenizers.with_pad(gpt2_like).pad_token == "<pad>" and len(gpt2_like) == size
 
 
 def test_multi_turn_text() -> None:
@@ -212,7 +212,7 @@ def test_scratch_vocabularies(tmp_path: Path) -> None:
     assert len(tokenizer(" cat", add_special_tokens=False)["input_ids"]) == 1  # a word of the texts, with its blank
     assert tokenizer.unk_token_id not in tokenizer("Ω 漢 \x00", add_special_tokens=False)["input_ids"]
     tokenizer.save_pretrained(tmp_path)
-    loaded = loading.load_tokenizer(model_settings(path=str(tmp_path)), [])
+    loaded = tokenizers.load_tokenizer(model_settings(path=str(tmp_path)), [])
     for text in AWKWARD:
         assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
 
@@ -264,7 +264,7 @@ def test_the_coloured_example_shows_all(monkeypatch, terminal: bool, no_color: s
 def real(folder: str, load, seq2seq: bool = False) -> Encoder:
     if not (DATA / folder).is_dir():
         pytest.skip(f"{folder} of the shared data folder is not here")
-    return make(loading.with_pad(load(DATA / folder)), seq2seq=seq2seq)
+    return make(tokenizers.with_pad(load(DATA / folder)), seq2seq=seq2seq)
 
 
 @pytest.mark.parametrize("text", ["plain words", "zwölf €, 😀", "two  blanks", "line\nbreak"])

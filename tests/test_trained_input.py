@@ -18,7 +18,7 @@ from transformers.utils import chat_template_utils
 from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
 from pipeline.launch import run_dir
-from pipeline.models import build, loading, scratch
+from pipeline.models import build, scratch, writing
 from pipeline.models.trained_input import INPUT_FILE, save_input
 from pipeline.records import Message
 from reward_models import learned
@@ -113,7 +113,7 @@ def chat_tokenizer(template: str) -> Any:
 
 def policy_at(place: Path, tokenizer: Any) -> str:
     model = tiny.language_model("llama")
-    loading.save(place, model, model.state_dict(), tokenizer)
+    writing.save(place, model, model.state_dict(), tokenizer)
     return str(place)
 
 

@@ -11,10 +11,9 @@ import torch
 
 from pipeline.algorithms import supervised
 from pipeline.config.resolve import resolve
-from pipeline.data import conversations, dataset, encoded
+from pipeline.data import conversations, dataset, encoding
 from pipeline.data.batching import Packing, collate
-from pipeline.data.dataset import completion_rows
-from pipeline.data.encoded import encode
+from pipeline.data.encoding import completion_rows, encode
 from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
 from pipeline.models.policy import Policy
@@ -74,7 +73,7 @@ def test_text_prompts_and_first_words_of_an_assistant_are_left_alone():
 
 def test_rows_are_joined_where_one_begins_the_next():
     apart = items(encoder(), LONG, SHORT)
-    whole = encoded.joined(apart)
+    whole = encoding.joined(apart)
     assert [item.example.id for item in whole] == ["a", "b"]
     row, last = whole[0].rows[0], apart[2].rows[0]
     assert row.prompt_ids + row.response_ids == last.prompt_ids + last.response_ids  # what generation would read
@@ -87,14 +86,14 @@ def test_rows_are_joined_where_one_begins_the_next():
 @pytest.mark.parametrize("made", [encoder("text"), encoder(prompt_limit=5)], ids=["no EOS in the history", "cut"])
 def test_rows_that_do_not_begin_one_another_stay_apart(made: Encoder):
     apart = items(made, LONG)
-    assert len(apart) == 3 and encoded.joined(apart)[-1] == apart[-1]
+    assert len(apart) == 3 and encoding.joined(apart)[-1] == apart[-1]
 
 
 def test_a_cut_response_is_learned_as_far_as_it_goes():
     """ "and ran far" without its end and EOS: what follows in the history is read and not learned."""
     apart = items(encoder(response_limit=2), LONG)
     assert apart[1].rows[0].cut_response
-    (whole,) = encoded.joined(apart)
+    (whole,) = encoding.joined(apart)
     assert sum(whole.rows[0].learned) == sum(len(item.rows[0].response_ids) for item in apart) == 6
 
 
@@ -113,7 +112,7 @@ def one_pass(shape: str, rows: list, size: int) -> tuple[float, list[torch.Tenso
 @pytest.mark.parametrize("size", [1, 2])
 def test_joined_rows_have_the_loss_and_gradient_of_rows_apart(shape: str, size: int):
     apart = items(encoder(), LONG, SHORT)
-    wanted, found = one_pass(shape, apart, 1), one_pass(shape, encoded.joined(apart), size)
+    wanted, found = one_pass(shape, apart, 1), one_pass(shape, encoding.joined(apart), size)
     assert found[0] == pytest.approx(wanted[0], rel=1e-5)
     tiny.close(found[1], wanted[1])
 
@@ -135,7 +134,7 @@ def test_joined_rows_are_kept_in_the_cache_and_the_same(tmp_path: Path) -> None:
     for folder in (None, tmp_path / "cache", tmp_path / "cache"):
         train, _ = dataset.splits(data, 3, folder=folder)
         apart = encode(conversations.learned(train, "all"), encoder(), completion_rows)
-        found.append(encoded.joined(apart))
+        found.append(encoding.joined(apart))
         written.append({place.name: place.stat().st_mtime_ns for place in tmp_path.glob("cache/tokens-*")})
         assert len(found[-1]) == len(train) < len(apart)
     assert [[*some] for some in found[1:]] == [[*found[0]]] * 2 and written[1] == written[2] and len(written[2]) == 2

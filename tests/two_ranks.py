@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.config.sections import Scale
+from pipeline.config.rewards import Scale
 from pipeline.data.batching import Packing
 from pipeline.errors import UserError
-from pipeline.models import loading
+from pipeline.models import loading, writing
 from pipeline.models.policy import Policy
 from pipeline.records import Example
 from pipeline.rewards import scoring
@@ -123,9 +123,9 @@ def start_a_reward_model(ranks: group.Ranks, folder: Path) -> None:
     settings = settings.model_copy(update={"path": str(path), "lora": settings.lora.model_copy(update={"r": 2})})
     if ranks.main:
         start = tiny.language_model("llama")
-        loading.save(path, start, start.state_dict(), tokenizer)
+        writing.save(path, start, start.state_dict(), tokenizer)
         adapted = loading.load_policy(settings, tokenizer, 0)
-        loading.save(folder / "adapters", adapted, adapted.state_dict(), tokenizer)
+        writing.save(folder / "adapters", adapted, adapted.state_dict(), tokenizer)
     ranks.barrier()
     settings = settings.model_copy(update={"path": str(folder / "adapters")})
     scorer = loading.hugging_face(loading.load_scalar(settings, tokenizer, 0, new_head=True))

@@ -17,7 +17,7 @@ import torch
 
 from pipeline.config.resolve import resolve
 from pipeline.config.sections import ModelSettings
-from pipeline.models import loading
+from pipeline.models import loading, writing
 from pipeline.models.policy import Policy
 from pipeline.trainer.engine import Engine
 from stages import rl
@@ -89,7 +89,7 @@ def main(folder: Path) -> None:
         tiny.cut_whole(folder)
         for shape in SHAPES:
             start = tiny.language_model(shape)
-            loading.save(folder / shape, start, start.state_dict(), tiny.tokenizer())
+            writing.save(folder / shape, start, start.state_dict(), tiny.tokenizer())
         rows = [
             {"prompt": f"{tiny.WORDS[i % 7]} {i}", "completion": tiny.WORDS[i % 11], "reward": i % 5} for i in range(60)
         ]

@@ -15,12 +15,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.algorithms.functional import log_ratios, masked_sum, sequence_logp
-from pipeline.algorithms.stats import mean_stat
+from pipeline.algorithms.functional import check_aligned, masked_sum, sequence_log_ratios, whole_groups
+from pipeline.algorithms.stats import mean_stat, right, side_stats
 from pipeline.records import Batch, Needs, Stat
 
 MEAN_OVER = "pairs"
@@ -52,39 +51,16 @@ def loss(logp: Tensor, batch: Batch, settings: Settings) -> tuple[Tensor, dict[s
     logp (B, T): all chosen responses, then all rejected ones in the same order, B = 2 * pairs with fillers. What lies
     under the mask and in fillers has no influence. Raises UserError where ref_logp is missing or has another shape.
     """
-    present, mask = batch.sequence_mask, batch.response_mask  # (B,), (B, T)
-    assert logp.shape == mask.shape, f"logp: shape is {tuple(logp.shape)}, but response_mask has {tuple(mask.shape)}"
-    assert len(logp) % 2 == 0, f"logp: {len(logp)} rows, wanted an even number, chosen then rejected"
-    pairs = len(logp) // 2
-    assert torch.equal(present[:pairs], present[pairs:]), "response_mask: a pair has only one response"
-    chosen, rejected = (settings.beta * log_ratios(logp, batch)).split(pairs)  # (P,) each
-    m, e, counted = chosen - rejected, settings.label_smoothing, present[:pairs]
+    check_aligned(logp, batch)
+    counted = whole_groups(batch, 2)  # (P,)
+    implicit = settings.beta * sequence_log_ratios(logp, batch)  # (B,)
+    chosen, rejected = implicit.split(len(counted))  # (P,) each
+    m, e = chosen - rejected, settings.label_smoothing
     per_pair = -(1 - e) * F.logsigmoid(m) - e * F.logsigmoid(-m)  # (P,)
-    stats = _statistics(chosen, rejected, counted, per_pair) | _likelihoods(logp, batch, counted)
-    return masked_sum(per_pair, counted), stats
-
-
-@torch.no_grad()
-def _statistics(chosen: Tensor, rejected: Tensor, counted: Tensor, per_pair: Tensor) -> dict[str, Stat]:
-    """Of the implicit rewards beta * ln(pi / pi_ref). A tie, as at the start, counts as half right in the accuracy."""
-    right = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
-    return {
+    stats = {
         "loss": mean_stat(per_pair, counted),
-        "rewards/chosen": mean_stat(chosen, counted),
-        "rewards/rejected": mean_stat(rejected, counted),
-        "rewards/margins": mean_stat(chosen - rejected, counted),
-        "rewards/accuracies": mean_stat(right, counted),
+        **side_stats(implicit, logp, batch, lambda of_rows: of_rows.split(len(counted)), (counted, counted)),
+        "rewards/margins": mean_stat(m, counted),
+        "rewards/accuracies": mean_stat(right(chosen, rejected), counted),
     }
-
-
-@torch.no_grad()
-def _likelihoods(logp: Tensor, batch: Batch, counted: Tensor) -> dict[str, Stat]:
-    """Nats per response. Where logps/chosen falls too, the policy moves away from both, to what nobody has seen."""
-    chosen, rejected = sequence_logp(logp, batch.response_mask).split(len(counted))
-    ref = sequence_logp(batch.ref_logp, batch.response_mask).split(len(counted))
-    return {
-        "logps/chosen": mean_stat(chosen, counted),
-        "logps/rejected": mean_stat(rejected, counted),
-        "logps/ref_chosen": mean_stat(ref[0], counted),
-        "logps/ref_rejected": mean_stat(ref[1], counted),
-    }
+    return masked_sum(per_pair, counted), stats

@@ -33,8 +33,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.algorithms.functional import item_numbers, log_ratios, masked_sum, sequence_logp
-from pipeline.algorithms.stats import mean_stat
+from pipeline.algorithms.functional import check_aligned, item_numbers, masked_sum, sequence_log_ratios, whole_groups
+from pipeline.algorithms.stats import mean_stat, right, side_stats
 from pipeline.records import Batch, Needs, Stat
 
 MEAN_OVER = "items"
@@ -79,16 +79,13 @@ def loss(logp: Tensor, batch: Batch, settings: Settings) -> tuple[Tensor, dict[s
     What lies under the mask and in fillers has no influence. Raises UserError where a reward or ref_logp is missing or
     has another shape.
     """
-    present, mask, k = batch.sequence_mask, batch.response_mask, settings.group_size
-    assert logp.shape == mask.shape, f"logp: shape is {tuple(logp.shape)}, but response_mask has {tuple(mask.shape)}"
-    assert len(logp) % k == 0, f"logp: {len(logp)} rows, wanted a multiple of {k}, the rows of a group"
-    counted = present.view(k, -1).all(0)  # (G,)
-    assert torch.equal(counted, present.view(k, -1).any(0)), "response_mask: a group lacks a response"
-    implicit = settings.beta * of_groups(log_ratios(logp, batch), k)  # (G, K)
+    check_aligned(logp, batch)
+    k, counted = settings.group_size, whole_groups(batch, settings.group_size)  # (G,)
+    implicit = settings.beta * sequence_log_ratios(logp, batch)  # (B,)
     rewards = torch.stack([item_numbers(batch, reward_name(i), like=logp[: len(counted)]) for i in range(k)], 1)
-    per_group = LOSSES[settings.objective](implicit, rewards, settings)  # (G,)
-    stats = {"loss": mean_stat(per_group, counted)} | _statistics(implicit, rewards, counted)
-    return masked_sum(per_group, counted), stats | _likelihoods(logp, batch, rewards, counted)
+    per_group = LOSSES[settings.objective](of_groups(implicit, k), rewards, settings)  # (G,)
+    stats = {"loss": mean_stat(per_group, counted)} | _statistics(logp, batch, implicit, rewards, counted)
+    return masked_sum(per_group, counted), stats
 
 
 def of_groups(values: Tensor, k: int) -> Tensor:
@@ -106,35 +103,25 @@ def _nca(implicit: Tensor, rewards: Tensor, settings: Settings) -> Tensor:
 
 
 @torch.no_grad()
-def _statistics(implicit: Tensor, rewards: Tensor, counted: Tensor) -> dict[str, Stat]:
-    """Of the implicit rewards beta * lr: chosen and rejected are the best and the worst row of a group whose rewards
-    differ. A tie in a pair of rows of different reward counts as half right."""
-    differ = counted & (rewards.amax(1) > rewards.amin(1))
-    chosen, rejected = best_and_worst(implicit, rewards)
+def _statistics(logp: Tensor, batch: Batch, implicit: Tensor, rewards: Tensor, counted: Tensor) -> dict[str, Stat]:
+    """Of implicit rewards (B,) by rewards (G, K). Chosen and rejected are the best and the worst row of a group whose
+    rewards differ; rewards/accuracies are of all pairs of rows of different reward."""
+    k, differ = rewards.shape[1], counted & (rewards.amax(1) > rewards.amin(1))
+    rows = of_groups(implicit, k)  # (G, K)
+
+    def sides(of_rows: Tensor) -> tuple[Tensor, Tensor]:
+        return best_and_worst(of_groups(of_rows, k), rewards)
+
+    chosen, rejected = sides(implicit)
     better = rewards[:, :, None] > rewards[:, None, :]  # (G, K, K)
-    gaps = implicit[:, :, None] - implicit[:, None, :]
-    right = (gaps > 0).double() + 0.5 * (gaps == 0).double()
+    ordered = right(rows[:, :, None], rows[:, None, :])
     return {
-        "rewards/chosen": mean_stat(chosen, differ),
-        "rewards/rejected": mean_stat(rejected, differ),
+        **side_stats(implicit, logp, batch, sides, (differ, differ)),
         "rewards/margins": mean_stat(chosen - rejected, differ),
-        "rewards/accuracies": mean_stat(right, counted[:, None, None] & better),
+        "rewards/accuracies": mean_stat(ordered, counted[:, None, None] & better),
         "groups/equal_rewards": mean_stat((~differ).double(), counted),
         "logged/reward": mean_stat(rewards, counted[:, None]),
     }
-
-
-@torch.no_grad()
-def _likelihoods(logp: Tensor, batch: Batch, rewards: Tensor, counted: Tensor) -> dict[str, Stat]:
-    """Nats per response. Where logps/chosen falls too, the policy moves away from both, to what nobody has seen."""
-    differ = counted & (rewards.amax(1) > rewards.amin(1))
-    stats = {}
-    for prefix, values in (("", logp), ("ref_", batch.ref_logp)):
-        of_rows = of_groups(sequence_logp(values, batch.response_mask), rewards.shape[1])
-        chosen, rejected = best_and_worst(of_rows, rewards)
-        stats[f"logps/{prefix}chosen"] = mean_stat(chosen, differ)
-        stats[f"logps/{prefix}rejected"] = mean_stat(rejected, differ)
-    return stats
 
 
 def best_and_worst(values: Tensor, rewards: Tensor) -> tuple[Tensor, Tensor]:

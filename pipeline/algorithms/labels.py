@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.algorithms.functional import item_numbers, log_ratios, masked_sum, sequence_logp
-from pipeline.algorithms.stats import mean_stat
+from pipeline.algorithms.functional import check_aligned, item_numbers, masked_sum, sequence_log_ratios
+from pipeline.algorithms.stats import mean_stat, right, side_stats
 from pipeline.records import Batch, Needs, Stat
 
 MEAN_OVER = "sequences"
@@ -69,32 +69,19 @@ def loss(logp: Tensor, batch: Batch, settings: Settings) -> tuple[Tensor, dict[s
     What lies under the mask and in fillers has no influence. Raises UserError where one of them, or ref_logp, is
     missing or has another shape.
     """
-    mask = batch.response_mask
-    assert logp.shape == mask.shape, f"logp: shape is {tuple(logp.shape)}, but response_mask has {tuple(mask.shape)}"
+    check_aligned(logp, batch)
     desirable = item_numbers(batch, "desirable", like=logp) == 1  # (B,)
-    implicit = settings.beta * log_ratios(logp, batch)  # (B,)
+    implicit = settings.beta * sequence_log_ratios(logp, batch)  # (B,)
     gap = implicit - item_numbers(batch, "reference_point", like=logp)
     m = torch.where(desirable, gap, -gap)
     per_row = item_numbers(batch, "weight", like=logp) * LOSSES[settings.objective](m)
-    return masked_sum(per_row, batch.sequence_mask), _statistics(logp, batch, implicit, m, per_row, desirable)
-
-
-@torch.no_grad()
-def _statistics(
-    logp: Tensor, batch: Batch, implicit: Tensor, m: Tensor, per_row: Tensor, desirable: Tensor
-) -> dict[str, Stat]:
-    """Of the implicit rewards beta * ln(pi / pi_ref), by class. At the reference point a row counts as half right."""
     rows = batch.sequence_mask
     stats = {
         "loss": mean_stat(per_row, rows),
-        "rewards/accuracies": mean_stat((m > 0).double() + 0.5 * (m == 0).double(), rows),
+        "rewards/accuracies": mean_stat(right(m, 0.0), rows),  # a row at the reference point is half right
+        **side_stats(implicit, logp, batch, lambda of_rows: (of_rows, of_rows), (rows & desirable, rows & ~desirable)),
     }
-    logps, refs = (sequence_logp(values, batch.response_mask) for values in (logp, batch.ref_logp))
-    for name, of_class in (("chosen", rows & desirable), ("rejected", rows & ~desirable)):
-        stats[f"rewards/{name}"] = mean_stat(implicit, of_class)
-        stats[f"logps/{name}"] = mean_stat(logps, of_class)
-        stats[f"logps/ref_{name}"] = mean_stat(refs, of_class)
-    return stats
+    return masked_sum(per_row, rows), stats
 
 
 LOSSES = {"kto": lambda m: torch.sigmoid(-m), "bco": lambda m: -F.logsigmoid(m)}  # 1 - sigmoid(m) = sigmoid(-m)

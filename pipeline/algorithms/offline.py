@@ -21,9 +21,9 @@
 | grpo_offline   | signed      | group    | sequence    | clip 0.2, kl_form k3            |
 
 Row weight: 1; the reward R; or of the advantage A = R - baseline:
-- advantage: its positive part;
-- exponential: min(exp(Z / weight_temperature), weight_limit), Z = A less its mean,
-  in standard deviations, over the rows learned from;
+- advantage: its positive part, A+;
+- exponential: min(exp(Z / weight_temperature), weight_limit), Z = A less its mean, in standard deviations, both of the
+  rows learned from;
 - signed: A + shift, which may be negative: such a row is pushed DOWN, see below.
 Baseline, computed once before the first step: V(prompt); the mean reward of the prompt's rows; `group`: the same, and A
 is divided by their (population) standard deviation; or the mean reward of all rows learned from.
@@ -81,7 +81,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pipeline.algorithms.functional import clip_ratio, item_numbers, k3, token_log_ratio
+from pipeline.algorithms.functional import (
+    check_aligned,
+    clip_ratio,
+    item_numbers,
+    k3,
+    sequence_log_ratios,
+    token_log_ratios,
+)
 from pipeline.algorithms.stats import ess_stat, logged_stats, lowered_stats, mean_stat
 from pipeline.records import Batch, Needs, Stat
 
@@ -156,11 +163,11 @@ def row_weights(numbers: Tensor, settings: Settings) -> Tensor:
 def loss(logp: Tensor, batch: Batch, settings: Settings) -> tuple[Tensor, dict[str, Stat]]:
     """The sum of the sequences' losses, and its statistics; logp (B, T) is the policy's, aligned to response_ids.
 
-    What lies under the mask and in filler sequences has no influence. Raises UserError naming the reward, advantage or
-    ref_logp that is missing or has a wrong shape.
+    What lies under the mask and in fillers has no influence. Raises UserError naming the number of `WEIGHED_BY`, or the
+    ref_logp, that is missing or has a wrong shape.
     """
+    check_aligned(logp, batch)
     mask = batch.response_mask
-    assert logp.shape == mask.shape, f"logp: shape is {tuple(logp.shape)}, but response_mask has {tuple(mask.shape)}"
     nll = torch.where(mask, -logp, 0.0)  # (B, T) >= 0
     per_sequence = (weights(logp, batch, settings) * nll).sum(1)  # (B,)
     per_sequence = per_sequence + settings.kl_beta * KL_TERMS[settings.kl_form](logp, batch)
@@ -177,15 +184,15 @@ def weights(logp: Tensor, batch: Batch, settings: Settings) -> Tensor:
 
 
 def _row_weight(logp: Tensor, batch: Batch, settings: Settings) -> Tensor:
-    """(B,) of rows; what fillers have means nothing."""
+    """(B,) the rows' weights; what fillers have means nothing."""
     number = WEIGHED_BY[settings.weight]
     known = logp.new_zeros(len(logp)) if number is None else item_numbers(batch, number, like=logp)
     return row_weights(known, settings)
 
 
-def log_ratio(logp: Tensor, batch: Batch, settings: Settings) -> Tensor:
+def _log_rho(logp: Tensor, batch: Batch, settings: Settings) -> Tensor:
     """ln(pi / pi_ref): (B, T) of each token for ratio `token`, else (B, 1), of the whole response or their mean."""
-    tokens = token_log_ratio(logp, batch)
+    tokens = token_log_ratios(logp, batch)
     if settings.ratio == "token":
         return tokens
     whole = tokens.sum(1, keepdim=True)
@@ -202,7 +209,7 @@ def _statistics(logp: Tensor, batch: Batch, settings: Settings, per_sequence: Te
 
 def _ratio_statistics(logp: Tensor, batch: Batch, settings: Settings) -> dict[str, Stat]:
     """Of the ratio as it enters the weights, after the clip: over tokens for `token`, else over responses."""
-    log_rho = log_ratio(logp, batch, settings)  # (B, 1) or (B, T)
+    log_rho = _log_rho(logp, batch, settings)  # (B, 1) or (B, T)
     counted = batch.response_mask if settings.ratio == "token" else batch.sequence_mask[:, None]
     rho = clip_ratio(log_rho, settings.clip)
     stats = {"ratio/mean": mean_stat(rho, counted), "ratio/ess": ess_stat(rho, counted)}
@@ -227,13 +234,13 @@ def _probability_statistics(logp: Tensor, batch: Batch, settings: Settings) -> d
 
 
 def _clipped_ratio(logp: Tensor, batch: Batch, settings: Settings) -> Tensor:
-    return clip_ratio(log_ratio(logp, batch, settings), settings.clip)
+    return clip_ratio(_log_rho(logp, batch, settings), settings.clip)
 
 
 def _tapered(logp: Tensor, batch: Batch, settings: Settings) -> Tensor:
     """(B, 1) the ratio of the response, 1 at most, where the row weight is negative; else 1."""
     lowered = (_row_weight(logp, batch, settings) < 0)[:, None]
-    return torch.where(lowered, log_ratio(logp, batch, settings).clamp(max=0.0).exp(), 1.0)
+    return torch.where(lowered, _log_rho(logp, batch, settings).clamp(max=0.0).exp(), 1.0)
 
 
 WEIGHED_BY = {  # the number of an item that its weight is made of
@@ -262,8 +269,8 @@ TOKEN_FACTORS = {
 }  # -> (B, 1) or (B, T)
 KL_TERMS = {
     "none": lambda logp, batch: logp.new_zeros(len(logp)),
-    "released": lambda logp, batch: token_log_ratio(logp, batch).sum(1),  # N_ref - N
-    "k3": lambda logp, batch: k3(token_log_ratio(logp, batch)).sum(1),
+    "released": sequence_log_ratios,
+    "k3": lambda logp, batch: k3(token_log_ratios(logp, batch)).sum(1),
 }  # -> (B,)
 RATIO_STATISTICS = {
     "none": lambda logp, batch, settings: {},

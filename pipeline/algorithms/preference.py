@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline.algorithms.functional import item_numbers, masked_sum
-from pipeline.algorithms.stats import mean_stat, std_stat
+from pipeline.algorithms.functional import item_numbers, masked_sum, whole_groups
+from pipeline.algorithms.stats import mean_stat, right, std_stat
 from pipeline.records import Batch, Needs, Stat
 
 MEAN_OVER = "items"
@@ -77,11 +77,8 @@ def loss(scores: Tensor, batch: Batch, settings: Settings) -> tuple[Tensor, dict
     scores = torch.where(present, scores, 0.0)
     if not pairs_only(settings) and "reward" in batch.numbers and "chosen_reward" not in batch.numbers:
         return _alone(scores, batch)
-    assert len(scores) % 2 == 0, f"scores: {len(scores)} of them, wanted an even number, chosen then rejected"
-    pairs = len(scores) // 2
-    assert torch.equal(present[:pairs], present[pairs:]), "response_mask: a pair has only one response"
-    chosen, rejected = scores.split(pairs)  # (P,) each
-    counted = present[:pairs]
+    counted = whole_groups(batch, 2)  # (P,)
+    chosen, rejected = scores.split(len(counted))  # (P,) each
     per_pair = OBJECTIVES[settings.objective](chosen, rejected, batch, settings)  # (P,)
     stats = _statistics(chosen, rejected, counted, per_pair)
     if settings.objective != "bradley_terry":
@@ -126,10 +123,9 @@ def _correct(batch: Batch, like: Tensor) -> Tensor:
 
 
 def _statistics(chosen: Tensor, rejected: Tensor, counted: Tensor, per_pair: Tensor) -> dict[str, Stat]:
-    right = (chosen > rejected).double() + 0.5 * (chosen == rejected).double()
     return {
         "loss": mean_stat(per_pair, counted),
-        "accuracy": mean_stat(right, counted),
+        "accuracy": mean_stat(right(chosen, rejected), counted),
         "margin": mean_stat(chosen - rejected, counted),
         "scores/chosen/mean": mean_stat(chosen, counted),
         "scores/chosen/std": std_stat(chosen, counted),

@@ -17,7 +17,8 @@ for every response, whoever wrote it: V*(x) = beta ln E_ref[exp(r / beta)].
 - quantile: q - beta ln Z, q in [0, 1] the share of the reference's n responses to x whose reward is at most r. q is
   uniform under the reference, whatever the reward's scale, so that Z = beta (exp(1 / beta) - 1) is known exactly, where
   rewards never tie and samples are many. Ties and few samples raise q, and all targets with it: at beta = 0.1 by 0.04
-  (0.4 nats of the log-ratio) for 8 samples, by 0.10 where the row is one of 4, by 0.12 for rewards of 0 and 1 alone.
+  (0.4 nats of the log-ratio) for 8 samples, by 0.10 where the row is one of 4, by 0.16 for rewards of 0 and 1 alone,
+  half of each.
 
 The square bounds the method: no row is pushed beyond its target, target / beta nats from the reference. Under Adam
 `scale` and the factor beta of the gradient, -2 scale beta (target - beta lr), decide little but where it is clipped.
@@ -42,7 +43,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pipeline.algorithms.functional import item_numbers, token_log_ratio
+from pipeline.algorithms.functional import check_aligned, item_numbers, sequence_log_ratios
 from pipeline.algorithms.stats import logged_stats, lowered_stats, mean_stat
 from pipeline.records import Batch, Needs, Stat
 
@@ -58,10 +59,10 @@ NUMBERS = {  # the number of an item that the target is made of
 
 @dataclass(frozen=True)
 class Settings:
-    """Which member of the family."""
+    """Which member of the family, and how far the policy may go."""
 
     target: Literal["advantage", "optimal_advantage", "quantile"]
-    beta: float  # of the KL from the reference
+    beta: float  # > 0, of the KL from the reference; the smaller, the further from it
     value_beta: float | None  # of V* in `optimal_advantage`; null: beta
     scale: float
 
@@ -112,22 +113,21 @@ def log_partition(beta: float) -> float:
 def loss(logp: Tensor, batch: Batch, settings: Settings) -> tuple[Tensor, dict[str, Stat]]:
     """The sum of the sequences' losses, and its statistics; logp (B, T) is the policy's, aligned to response_ids.
 
-    What lies under the mask and in filler sequences has no influence. Raises UserError naming the advantage, quantile
+    What lies under the mask and in fillers has no influence. Raises UserError naming the advantage, quantile
     or ref_logp that is missing or has a wrong shape.
     """
-    mask = batch.response_mask
-    assert logp.shape == mask.shape, f"logp: shape is {tuple(logp.shape)}, but response_mask has {tuple(mask.shape)}"
+    check_aligned(logp, batch)
     rows = batch.sequence_mask
     target = item_numbers(batch, NUMBERS[settings.target], like=logp)  # (B,)
     if settings.target == "quantile":
         target = target - settings.beta * log_partition(settings.beta)
-    found = settings.beta * token_log_ratio(logp, batch).sum(1)
-    gap = torch.where(rows, target - found, 0.0)
+    implicit = settings.beta * sequence_log_ratios(logp, batch)  # (B,)
+    gap = torch.where(rows, target - implicit, 0.0)
     per_sequence = settings.scale * gap.square()
     stats = logged_stats(logp, batch, per_sequence) | lowered_stats(logp, batch, target < 0)
     stats |= {
         "regression/target": mean_stat(target, rows),
-        "regression/prediction": mean_stat(found, rows),
+        "regression/prediction": mean_stat(implicit, rows),
         "regression/error": mean_stat(gap.square(), rows),
     }
     return per_sequence.sum(), stats

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from pipeline.algorithms import functional
+from pipeline.algorithms.logits import Drawn
 from pipeline.algorithms.stats import mean_stat, std_stat
 from pipeline.records import Batch, Needs, Stat, StaticBatch
 
@@ -69,10 +70,10 @@ def needs(settings: Settings) -> Needs:
 def loss(output: tuple[Tensor, ...], batch: Batch, settings: Settings) -> tuple[Tensor, dict[str, Stat]]:
     """(2,): the sums of rl_weight * L_RL over sequences and of L_MLE over tokens; and their statistics.
 
-    output: logp (B, T), the mean log-probability over the vocabulary (B, T), then the four of `functional.Drawn`.
+    output: logp (B, T), the mean log-probability over the vocabulary (B, T), then the four of `logits.Drawn`.
     `batch.static.rewards` (B, n) are those of the compositions.
     """
-    logp, means, drawn = output[0], output[1], functional.Drawn(*output[2:])
+    logp, means, drawn = output[0], output[1], Drawn(*output[2:])
     static, mask = batch.static, batch.response_mask
     assert static.rewards.shape == (len(mask), settings.samples), f"rewards: {tuple(static.rewards.shape)}"
     weights = functional.group_advantages(static.rewards, settings.baseline)  # (B, n)
@@ -97,7 +98,7 @@ def masked_logp(logp: Tensor, masked: Tensor, length_penalty: float) -> Tensor:
 
 
 @torch.no_grad()
-def _statistics(drawn: functional.Drawn, static: StaticBatch, weights: Tensor, present: Tensor) -> dict[str, Stat]:
+def _statistics(drawn: Drawn, static: StaticBatch, weights: Tensor, present: Tensor) -> dict[str, Stat]:
     """Of masked tokens, compositions and groups."""
     counts = static.masked.sum(1).double()  # (B,)
     deviations = static.rewards.std(1, unbiased=False)

@@ -6,11 +6,12 @@ Nothing here carries a gradient.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from pipeline.algorithms.functional import item_numbers, k3, sequence_logp, token_log_ratio
+from pipeline.algorithms.functional import item_numbers, k3, sequence_logp, token_log_ratios
 from pipeline.records import Batch, Stat
 
 LOGGED_NUMBERS = {  # tags of mean and standard deviation; `reward` is what TRL calls that of the policy's own responses
@@ -36,7 +37,7 @@ def logged_stats(logp: Tensor, batch: Batch, per_sequence: Tensor) -> dict[str, 
             values = item_numbers(batch, name, like=logp)
             stats |= {mean: mean_stat(values, rows), std: std_stat(values, rows)}
     if batch.ref_logp is not None:
-        stats["logged/kl"] = mean_stat(k3(token_log_ratio(logp, batch)).sum(1), rows)
+        stats["logged/kl"] = mean_stat(k3(token_log_ratios(logp, batch)).sum(1), rows)
         stats["logps/ref"] = mean_stat(sequence_logp(batch.ref_logp, batch.response_mask), rows)
     return stats
 
@@ -50,6 +51,37 @@ def lowered_stats(logp: Tensor, batch: Batch, lowered: Tensor) -> dict[str, Stat
     if batch.ref_logp is not None:
         stats["logps/ref_lowered"] = mean_stat(sequence_logp(batch.ref_logp, batch.response_mask), counted)
     return stats
+
+
+@torch.no_grad()
+def side_stats(
+    implicit: Tensor,
+    logp: Tensor,
+    batch: Batch,
+    sides: Callable[[Tensor], tuple[Tensor, Tensor]],
+    counted: tuple[Tensor, Tensor],
+) -> dict[str, Stat]:
+    """Of chosen and of rejected responses: rewards/*, the implicit rewards beta * ln(pi / pi_ref), implicit (B,); and
+    logps/*, nats per response, beside the reference's.
+
+    `sides` makes of numbers of the rows (B,) those of the chosen and those of the rejected ones; `counted` says which
+    of either count. Where logps/chosen falls too, the policy moves away from both, to what nobody has seen.
+    """
+    of_rows = {
+        "rewards/": implicit,
+        "logps/": sequence_logp(logp, batch.response_mask),
+        "logps/ref_": sequence_logp(batch.ref_logp, batch.response_mask),
+    }
+    return {
+        f"{prefix}{side}": mean_stat(numbers, rows)
+        for prefix, values in of_rows.items()
+        for side, numbers, rows in zip(("chosen", "rejected"), sides(values), counted, strict=True)
+    }
+
+
+def right(better: Tensor, worse: Tensor | float) -> Tensor:
+    """float64: 1 where `better` is the larger of the two, else 0; a tie, as at the start, is half right."""
+    return (better > worse).double() + 0.5 * (better == worse).double()
 
 
 def mean_stat(values: Tensor, mask: Tensor | None = None) -> Stat:

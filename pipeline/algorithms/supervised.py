@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.algorithms.functional import sequence_logp, smoothed_nll
+from pipeline.algorithms.functional import check_aligned, sequence_logp, smoothed_nll
 from pipeline.algorithms.stats import mean_stat
 from pipeline.records import Batch, Needs, Stat
 
@@ -48,8 +48,8 @@ def loss(output: Tensor | tuple[Tensor, Tensor], batch: Batch, settings: Setting
     output: logp (B, T) aligned to response_ids; with label smoothing also the mean over the vocabulary (B, T).
     """
     logp, means = (output, None) if isinstance(output, Tensor) else output
+    check_aligned(logp, batch)
     mask = batch.response_mask
-    assert logp.shape == mask.shape, f"logp: shape is {tuple(logp.shape)}, but response_mask has {tuple(mask.shape)}"
     nll = torch.where(mask, -logp, 0.0)  # (B, T) >= 0
     stats = {
         "loss": mean_stat(nll, mask),

@@ -17,7 +17,8 @@ from pipeline.bench.measure import Goal, Result, Timing, alternate, compared, ti
 from pipeline.bench.setup import Setup, changed
 from pipeline.config.resolve import resolve
 from pipeline.data.batching import Windows, packing_of
-from pipeline.data.encoded import PART, SCHEMA, Items
+from pipeline.data.encoded import SCHEMA, Items
+from pipeline.data.encoding import PART
 from pipeline.data.rows import Rows
 from pipeline.rl.rows import population
 

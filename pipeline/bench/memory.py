@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from pipeline.algorithms.functional import token_logps
+from pipeline.algorithms.logits import token_logps
 from pipeline.bench.measure import Goal, Result, alternate, compared, times_less
 from pipeline.bench.setup import Setup
 from pipeline.models.policy import CHUNK_ELEMENTS

@@ -20,10 +20,10 @@ import torch
 from pipeline.bench import setup as prepared
 from pipeline.bench.measure import Goal, Result, Timing, compared, in_turns, speed, timed
 from pipeline.bench.setup import Setup, alol_trainer, dpo_trainer, even, new_policy, sft_trainer, singles
-from pipeline.data import dataset, encoded
+from pipeline.data import encoding
 from pipeline.data import pairs as pairing
 from pipeline.errors import UserError
-from pipeline.models import build, loading
+from pipeline.models import build, writing
 from pipeline.records import Item
 from pipeline.trainer.loop import Trainer
 
@@ -121,7 +121,7 @@ def matches(setup: Setup, shape: str) -> Iterator[Match]:
     """The four comparisons on rows that are `ragged`, or all `even`."""
     size = setup.settings.train.batch_size
     items, rows = singles(setup), pairing.paired(setup.rows)
-    pairs = encoded.encode(rows, setup.encoder, dataset.pair_rows)
+    pairs = encoding.encode(rows, setup.encoder, encoding.pair_rows)
     if shape == "even":
         items, pairs = even(items, LENGTH, LENGTH), even(pairs, LENGTH, LENGTH)
     pair_rows = [pair_row(item) for item in pairs]
@@ -160,7 +160,7 @@ def peer_job(setup: Setup, match: Match, options: dict[str, Any]) -> dict[str, A
     rows.write_text("".join(json.dumps(row) + "\n" for row in match.rows), encoding="utf-8")
     if not (folder / "model").is_dir():
         policy = new_policy(setup)
-        loading.save(folder / "model", policy.model, policy.model.state_dict(), setup.encoder.tokenizer)
+        writing.save(folder / "model", policy.model, policy.model.state_dict(), setup.encoder.tokenizer)
     options = {
         **options,
         "per_device_train_batch_size": per_call,

@@ -14,7 +14,7 @@ from pipeline.bench.measure import Timing
 from pipeline.config.resolve import resolve
 from pipeline.config.schema import BenchStage
 from pipeline.config.yaml_layers import ROOT
-from pipeline.data import convert, dataset, encoded
+from pipeline.data import convert, dataset, encoded, encoding
 from pipeline.data.batching import Packing, Windows
 from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
@@ -95,7 +95,7 @@ def environment() -> dict[str, str]:
 
 def singles(setup: Setup) -> Sequence[Item]:
     """The rows with one response each."""
-    return encoded.encode(convert.to_supervised(setup.rows), setup.encoder, dataset.completion_rows)
+    return encoding.encode(convert.to_supervised(setup.rows), setup.encoder, encoding.completion_rows)
 
 
 def new_policy(setup: Setup) -> Policy:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from pipeline.config import sections
+from pipeline.config.generation import GenerationSettings
 from pipeline.config.sections import Count, Fraction, Positive, Section, Whole
 
 
@@ -77,7 +78,7 @@ class SamplerSettings(Section):
     def check_with(
         self,
         algorithm: Mapping[str, Any],
-        generation: sections.GenerationSettings,
+        generation: GenerationSettings,
         train: sections.TrainSettings,
         data: sections.DataSettings,
     ) -> None:

@@ -10,7 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from pipeline.config import sections
+from pipeline.config.generation import GenerationSettings
 from pipeline.config.reward_spec import sound_addresses
+from pipeline.config.rewards import RewardSettings
 from pipeline.config.sampler import SamplerSettings
 from pipeline.config.sections import Count, FolderName, Fraction, Positive, ResultName, Section, Seed, Split, Whole
 
@@ -58,7 +60,7 @@ class Masking(Section):
 class SftStage(Training):
     train_on: Literal["auto", "last", "all"]
     masking: Masking
-    generation: sections.GenerationSettings
+    generation: GenerationSettings
 
     @model_validator(mode="after")
     def speaks_itself(self) -> SftStage:
@@ -93,8 +95,8 @@ class RlStage(Training):
     start_from: Literal["sft", "model"]
     scored: str | None
     reward: RewardSpec
-    rewards: sections.RewardSettings
-    generation: sections.GenerationSettings
+    rewards: RewardSettings
+    generation: GenerationSettings
 
     @model_validator(mode="after")
     def one_policy(self) -> RlStage:
@@ -221,7 +223,7 @@ class ScoreStage(WithModel):
     of: Literal["data", "generate"]
     splits: Annotated[list[Split], Field(min_length=1)]
     reward: RewardSpec
-    rewards: sections.RewardSettings
+    rewards: RewardSettings
 
 
 class AuditStage(Common):
@@ -235,8 +237,8 @@ class GenerateStage(WithModel):
     max_rows: Count | None
     train: sections.TrainSettings
     reward: RewardSpec
-    rewards: sections.RewardSettings
-    generation: sections.GenerationSettings
+    rewards: RewardSettings
+    generation: GenerationSettings
 
     @model_validator(mode="after")
     def one_policy(self) -> GenerateStage:
@@ -281,8 +283,8 @@ class EvaluateStage(WithModel):
     train: sections.TrainSettings
     reward: RewardSpec
     monitors: Annotated[list[str] | dict[str, str], BeforeValidator(sound_addresses)]
-    rewards: sections.RewardSettings
-    generation: sections.GenerationSettings
+    rewards: RewardSettings
+    generation: GenerationSettings
 
 
 class CompareStage(Common):

@@ -1,17 +1,15 @@
-"""The parts that stages' settings are made of, each key with its type and range."""
+"""The parts that stages' settings are made of, each key with its type and range.
+
+`generation`, `rewards` and `sampler` have files of their own.
+"""
 
 from __future__ import annotations
 
 import datetime
-import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
-from pipeline.config.reward_spec import web_address
-from pipeline.errors import did_you_mean
-
-READ = ("auto", "conversation", "pair", "completion")  # by a classifier
 # in a stage directory
 STAGE_FILES = ("model", "best", "last", "checkpoints", "tensorboard", "samples", "held_out", "non_finite", "handed")
 
@@ -39,40 +37,6 @@ def day(value: str) -> str:
     return value
 
 
-def engine_name(value: str) -> str:
-    """`value`, which must name what generates: one of ours, or the address of a server. Raises ValueError."""
-    if "://" in value:
-        web_address(value, "the variable that generation.server.key_variable names")
-    elif value != "generate":
-        raise ValueError(f"{value!r}, wanted generate or the address of a server, http://HOST:PORT/v1")
-    return value.rstrip("/")
-
-
-def what_is_read(value: str | list[str]) -> str | list[str]:
-    """`value`, what a classifier reads: a word of READ, a text with {completion}, or two of which one has it.
-
-    Raises ValueError.
-    """
-    texts, wanted = ([value], 1) if isinstance(value, str) else (value, 2)
-    if value in READ or (len(texts) == wanted and any("{completion}" in text for text in texts)):
-        return value
-    words = f"wanted {', '.join(READ)}, a text with {{completion}} in it, or two texts of which one has it"
-    raise ValueError(f"{value!r}, {words}{did_you_mean(value, READ) if isinstance(value, str) else ''}")
-
-
-def verdict_pattern(value: str) -> str:
-    """`value`, which must be json:KEY or a regular expression with one group. Raises ValueError."""
-    if value.startswith("json:") and value != "json:":
-        return value
-    try:
-        groups = re.compile(value).groups
-    except re.error as error:
-        raise ValueError(f"{value!r} is no regular expression ({error}), wanted one with one group") from None
-    if groups != 1:
-        raise ValueError(f"{value!r} has {groups} groups, wanted one, around the verdict: make others (?:...)")
-    return value
-
-
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Dropped = Annotated[float, Field(ge=0, lt=1)]  # a share of which something must remain
 Positive = Annotated[float, Field(gt=0)]
@@ -83,7 +47,6 @@ Seed = Annotated[int, Field(ge=0, le=10**9)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 FolderName = Annotated[str, AfterValidator(folder_name)]
 ResultName = Annotated[str, AfterValidator(result_name)]
-Reads = Annotated[str | list[str], AfterValidator(what_is_read)]
 Split = Literal["train", "validation", "test"]
 
 
@@ -260,155 +223,6 @@ class EvalSettings(Section):
     generate: bool
     max_rows: Count
     num_samples: Whole
-
-
-class ServerSettings(Section):
-    """How a server that writes responses is asked: one request for each response."""
-
-    key_variable: str | None
-    concurrency: Annotated[int, Field(ge=1, le=256)]
-    timeout: Positive
-    retries: Whole
-    backoff: NotNegative
-    max_answer_mb: Positive
-
-
-class GenerationSettings(Section):
-    engine: Annotated[str, AfterValidator(engine_name)]
-    served_model: str | dict[str, str] | None
-    server: ServerSettings
-    gather: Literal["auto", "whole", "layers"]
-    max_new_tokens: Count
-    min_new_tokens: Whole
-    do_sample: bool
-    temperature: Positive
-    temperatures: Annotated[list[Positive], Field(min_length=1)] | None
-    top_p: Fraction
-    top_k: Whole
-    num_beams: Count
-    length_penalty: float
-    early_stopping: bool
-    no_repeat_ngram_size: Whole
-    repetition_penalty: Positive
-    num_return_sequences: Count
-    batch_size: Count
-
-    @model_validator(mode="after")
-    def one_way_of_decoding(self) -> GenerationSettings:
-        if self.min_new_tokens > self.max_new_tokens:
-            raise ValueError(
-                f"min_new_tokens is {self.min_new_tokens}, wanted at most max_new_tokens, {self.max_new_tokens}"
-            )
-        if self.temperatures is not None and (not self.do_sample or self.num_beams > 1):
-            raise ValueError(
-                "temperatures are given, wanted plain sampling to use them: set do_sample=true and num_beams=1, "
-                "or generation.temperatures=null"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def one_engine(self) -> GenerationSettings:
-        plain = {"num_beams": 1, "min_new_tokens": 0, "no_repeat_ngram_size": 0, "repetition_penalty": 1.0}
-        other = [f"{name} is {getattr(self, name)}" for name, value in plain.items() if getattr(self, name) != value]
-        if self.by_server and other:
-            raise ValueError(
-                f"{other[0]} with engine {self.engine}, wanted plain sampling or greedy decoding: set "
-                "generation.engine=generate"
-            )
-        return self
-
-    @property
-    def by_server(self) -> bool:
-        """Whether a server writes the responses."""
-        return "://" in self.engine
-
-    def one_model(self) -> None:
-        """Raises ValueError where servers of several policies are named."""
-        if isinstance(self.served_model, dict):
-            raise ValueError(
-                f"generation.served_model: {self.served_model}, wanted the name of one model, for there is one policy"
-            )
-
-
-class HttpSettings(Section):
-    """How requests are sent to the servers whose addresses `reward` names."""
-
-    batch_size: Count
-    concurrency: Annotated[int, Field(ge=1, le=256)]
-    timeout: Positive
-    retries: Whole
-    backoff: NotNegative
-    max_request_mb: Positive
-    max_answer_mb: Positive
-
-
-class Turn(Section):
-    """A message of a judge's prompt."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str
-
-
-class BudgetSettings(Section):
-    """The most that a stage may spend on a judge, over all ranks; None: no limit."""
-
-    requests: Count | None
-    tokens: Count | None
-
-
-class JudgeSettings(Section):
-    """How a language model behind an OpenAI-compatible address is asked for a verdict, and how that is read."""
-
-    model: str | None
-    prompt: str | Annotated[list[Turn], Field(min_length=1)]
-    parse: Annotated[str, AfterValidator(verdict_pattern)]
-    scale: Annotated[list[float], Field(min_length=2, max_length=2)] | Annotated[dict[str, float], Field(min_length=1)]
-    temperature: NotNegative | None
-    max_tokens: Count
-    max_tokens_name: Literal["max_tokens", "max_completion_tokens"]
-    attempts: Count
-    on_failure: Literal["error", "skip"]
-    key_variable: str | None
-    budget: BudgetSettings
-
-    @model_validator(mode="after")
-    def sound(self) -> Self:
-        texts = [self.prompt] if isinstance(self.prompt, str) else [turn.content for turn in self.prompt]
-        if not any("{completion}" in text for text in texts):
-            raise ValueError("prompt: no {completion} in it, wanted the text that is judged: put {completion} in it")
-        if isinstance(self.scale, list) and self.scale[0] == self.scale[1]:
-            raise ValueError(f"scale: {self.scale}, wanted two different numbers, the worst verdict and the best")
-        return self
-
-
-class Scale(Section):
-    """What a reward's values are standardised by: (x - mean) / std."""
-
-    mean: float
-    std: Positive
-
-
-Normalisation = Literal["auto", "none", "sigmoid", "standardise"]
-
-
-class RewardSettings(Section):
-    """How rewards given in `reward` are read; `reward` itself is a name, a path, or a mapping to weights."""
-
-    normalise: Normalisation | dict[str, Normalisation | Scale]
-    batch_size: Count
-    max_length: Count
-    workers: Whole
-    reads: Reads | dict[str, Reads]
-    http: HttpSettings
-    judge: JudgeSettings
-
-    @field_validator("normalise", mode="before")
-    @classmethod
-    def whole_scales(cls, value: object) -> object:
-        for name, one in value.items() if isinstance(value, dict) else ():
-            if isinstance(one, dict) and {*one} != {"mean", "std"}:
-                raise ValueError(f"{name}: {one}, wanted a word or both numbers, as in {{mean: 0.31, std: 0.08}}")
-        return value
 
 
 class ValueSettings(Section):

@@ -9,6 +9,7 @@ from itertools import chain
 import numpy as np
 
 from pipeline.data import convert, dataset
+from pipeline.data.prompts import UniquePrompts
 from pipeline.data.rows import Rows
 from pipeline.errors import UserError
 from pipeline.records import Example
@@ -67,7 +68,7 @@ def _of_scored(rows: Rows) -> Iterator[Example]:
         convert.with_score(scored[int(place)])  # which raises
     yield from rows.take(given)
     # the largest contrast of each prompt; what lies between would say less, more often
-    rewards, prompts = scored.column("reward"), dataset.UniquePrompts.of(scored, copies=True)
+    rewards, prompts = scored.column("reward"), UniquePrompts.of(scored, copies=True)
     made, alone, tied, between = 0, 0, 0, 0
     for places in map(prompts.group, range(len(prompts))):
         best, worst = (int(places[found(rewards[places])]) for found in (np.argmax, np.argmin))  # the first of equals

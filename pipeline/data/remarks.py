@@ -67,7 +67,7 @@ def of_splits(train: Rows, validation: Rows) -> Iterator[str]:
 
 
 def of_counts(counts: Mapping[str, int]) -> Iterator[str]:
-    """Lines about what `dataset.counts` says of a split and few splits have."""
+    """Lines about what `encoded.counts` says of a split and few splits have."""
     if spelled := counts["spelled_special_tokens"]:
         yield (
             f"{spelled:,} of {counts['responses']:,} spell special tokens, which are plain text to the model: "

@@ -14,7 +14,7 @@ from pipeline.config.sections import ModelSettings, TrainSettings
 from pipeline.data.batching import Packing, collate
 from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
-from pipeline.models import checks, loading
+from pipeline.models import checks, loading, tokenizers
 from pipeline.models.late import Late
 from pipeline.models.policy import Policy, RewardModel
 from pipeline.models.start_check import check_config, check_end_to_end, check_policy
@@ -38,7 +38,7 @@ def encoder_of(
     `mask`: with a mask token, one that the vocabulary has to spare, or a new one; `scalar`: with a pad token that ends
     no text.
     """
-    tokenizer = loading.load_tokenizer(model, texts() if model.path is None else [], mask, scalar)
+    tokenizer = tokenizers.load_tokenizer(model, texts() if model.path is None else [], mask, scalar)
     data, encoder_decoder = settings.data, loading.load_config(model, tokenizer).is_encoder_decoder
     lengths = data.max_prompt_length, data.max_response_length
     return Encoder(tokenizer, template_for(settings, model, tokenizer), *lengths, data.keep_of_prompt, encoder_decoder)

@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.files import CARD, write_json, write_text
 from pipeline.models import card, lora, merging, writing
 from pipeline.models.checks import reading
-from pipeline.models.place import read_object
+from pipeline.models.place import read_object, reading_options
 from pipeline.models.shards import write_shards
 from pipeline.models.trained_input import INPUT_FILE
 
@@ -113,8 +113,7 @@ def _rest(model: ModelSettings, places: list[Path], part: Path) -> None:
     `places`: of the model, of the adapters below it, of the model below all; hub names among them are no directories.
     """
     with reading(model.path, "tokenizer"):
-        options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-        transformers.AutoTokenizer.from_pretrained(model.path, **options).save_pretrained(part)
+        transformers.AutoTokenizer.from_pretrained(model.path, **reading_options(model)).save_pretrained(part)
     for name in (INPUT_FILE,) if merging.scores(model) else (INPUT_FILE, GENERATION_CONFIG_NAME):
         if found := next((place / name for place in places if (place / name).is_file()), None):
             shutil.copyfile(found, part / name)

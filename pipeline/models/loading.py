@@ -1,13 +1,11 @@
-"""Load or initialise policies (causal, encoder-decoder), scalar-head models and tokenizers; save them."""
+"""Load or initialise policies (causal, encoder-decoder) and scalar-head models."""
 
 from __future__ import annotations
 
 import copy
 import importlib.util
 import logging
-from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,15 +15,14 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.config import together
-from pipeline.config.sections import GenerationSettings, ModelSettings
+from pipeline.config.sections import ModelSettings
 from pipeline.errors import UserError
-from pipeline.models import checks, lora, mask_token, writing
+from pipeline.models import checks, lora, mask_token, tokenizers
 from pipeline.models.checks import NO_REWARD_MODEL, reading
 from pipeline.models.late import Late, make_again, type_of_files
 from pipeline.models.lora import Base, with_lora
-from pipeline.models.place import check_files
-from pipeline.models.scratch import small_config, train_tokenizer
-from pipeline.models.trained_input import with_own_chat_template
+from pipeline.models.place import reading_options
+from pipeline.models.scratch import small_config
 
 logger = logging.getLogger("tiffin")
 
@@ -36,62 +33,6 @@ KINDS = {  # by the tasks of adapters
     "SEQ_CLS": transformers.AutoModelForSequenceClassification,
     "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
 }
-PAD_NAMES = ("<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>")
-
-
-def load_tokenizer(
-    settings: ModelSettings, texts: Sequence[str], mask: bool = False, scalar: bool = False
-) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer, with a pad token chosen if it has none; made from `texts` without a checkpoint.
-
-    `mask`: the tokenizer shall have a mask token; `scalar`: it is a reward model's, see `with_pad_apart`.
-    """
-    if settings.path is None:
-        tokenizer = train_tokenizer(texts, settings.scratch.vocab_size)
-    else:
-        tokenizer = with_pad(_read_tokenizer(settings))
-    if scalar:
-        with_pad_apart(tokenizer)
-    return mask_token.with_mask(tokenizer) if mask else tokenizer
-
-
-def _read_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer as it is."""
-    check_files(settings.path)
-    with reading(settings.path, "tokenizer"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(settings.path, **_version(settings))
-    return with_own_chat_template(tokenizer, settings)
-
-
-def _version(settings: ModelSettings) -> dict[str, Any]:
-    """Which files of a checkpoint are read, and whether code among them is run."""
-    return {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
-
-
-def with_pad(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer with a pad token that is in its vocabulary already, EOS only if nothing else is."""
-    if tokenizer.pad_token_id is None:
-        vocabulary = tokenizer.get_vocab()
-        spare = (name for name in PAD_NAMES if name in vocabulary and name != tokenizer.eos_token)
-        tokenizer.pad_token = next(spare, tokenizer.eos_token)
-    return tokenizer
-
-
-def with_pad_apart(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer with a pad token that ends no text: one that its vocabulary has to spare, else a new last one.
-
-    The classifiers of transformers take the last token that is no pad token for the end of a text. They know no
-    positions but those from the left, so that it pads on the right.
-    """
-    tokenizer.padding_side = "right"
-    if (old := tokenizer.pad_token) == tokenizer.eos_token:
-        vocabulary = tokenizer.get_vocab()
-        taken = {tokenizer.eos_token, tokenizer.bos_token, tokenizer.mask_token}
-        spare = (name for name in (*PAD_NAMES, *mask_token.RESERVED) if name in vocabulary and name not in taken)
-        tokenizer.add_special_tokens({"pad_token": next(spare, PAD_NAMES[0])})
-        problem = f"{old} ends texts and pads them, so that other tools would score texts without their end"
-        logger.info(f"tokenizer: {problem}: {tokenizer.pad_token} pads")
-    return tokenizer
 
 
 def load_config(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
@@ -101,7 +42,7 @@ def load_config(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> 
         config = small_config(settings.scratch, tokenizer)
     else:
         with reading(settings.path, "model"):
-            config = transformers.AutoConfig.from_pretrained(settings.path, **_version(settings))
+            config = transformers.AutoConfig.from_pretrained(settings.path, **reading_options(settings))
     config.pad_token_id = tokenizer.pad_token_id
     return config
 
@@ -129,7 +70,7 @@ def load_policy(
     mask = mask or mask_token.lacks_row(model, tokenizer)
     if mask and settings.path is not None:
         read_embeddings(model, late)
-        known = _read_tokenizer(settings).mask_token_id == tokenizer.mask_token_id
+        known = tokenizers.read_tokenizer(settings).mask_token_id == tokenizer.mask_token_id
         mask_token.give_row(model, tokenizer, known)
     checks.check_vocabulary(settings.path, model, tokenizer)
     if model.get_input_embeddings().weight.shape[0] != rows:
@@ -156,7 +97,7 @@ def load_scalar(
     """
     config, pad_id = load_config(settings, tokenizer), tokenizer.pad_token_id
     config.num_labels = outputs
-    if lacking := new_head and pad_id == config.get_text_config().vocab_size:  # see `with_pad_apart`
+    if lacking := new_head and pad_id == config.get_text_config().vocab_size:  # see `tokenizers.with_pad_apart`
         config.pad_token_id = None
     torch.manual_seed(seed)
     auto = transformers.AutoModelForSequenceClassification
@@ -307,7 +248,7 @@ def _from_checkpoint(
     weights: dict[str, Tensor] | None = None,
 ) -> PreTrainedModel:
     """What `settings.path` holds, or `weights`, as a model of the class `auto`."""
-    options = {**options, **_version(settings), "state_dict": weights, "output_loading_info": True}
+    options = {**options, **reading_options(settings), "state_dict": weights, "output_loading_info": True}
     if settings.load_in_4bit and weights is None:
         options["quantization_config"] = four_bits(options["dtype"])
     random = torch.get_rng_state()
@@ -361,38 +302,3 @@ def body(lm: PreTrainedModel) -> nn.Module:
     if (part := dict(lm.named_children()).get("model")) is None:  # Llama 4 has one under another name than it says
         raise UserError(f"model.path: {type(lm).__name__} has no body apart from its head: name another model")
     return part
-
-
-def save(
-    directory: Path,
-    model: PreTrainedModel | PeftModel,
-    weights: writing.Weights,
-    tokenizer: PreTrainedTokenizerBase,
-    then: Callable[[Path], None] | None = None,
-    ends: Collection[int] = (),
-    dtype: torch.dtype | None = None,
-    generation: GenerationSettings | None = None,
-) -> None:
-    """Write a directory that transformers (or peft) loads, then reopen it: complete or absent.
-
-    Where no directory holds the model below adapters, it is written beside them. Neither of the two is in `dtype`, only
-    all weights of a model without adapters are; None: as they are.
-    `weights` gives those of `model`, which need not be in memory all at once: for each of `writing.passes` in turn;
-    `then` writes what else belongs into the directory. `ends` are ids that end responses: the `generate` of
-    transformers, and vLLM, stop at them too. `generation` is how they are to generate; None: as the checkpoint says.
-    Raises RuntimeError where what was written has an empty tensor or another shape than the model.
-    """
-    *below, own = (writing.those(weights, wanted) for wanted in writing.passes(model))
-    if below:
-        with writing.whole(directory.with_name(lora.BASE).absolute()) as part:
-            writing.write_base(part, model, below[0], tokenizer, ends, generation)
-        lora.name_base(model, directory)
-    with writing.whole(directory) as part:
-        if isinstance(model, PeftModel):
-            handed = writing.write_adapters(part, model, dict(own))
-        else:
-            handed = writing.write_weights(part, model, own, dtype)
-        writing.write_rest(part, hugging_face(model), tokenizer, ends, generation)
-        if then is not None:
-            then(part)
-        checks.verify(part, model, handed)

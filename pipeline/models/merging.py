@@ -23,7 +23,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from pipeline.config.sections import ModelSettings
 from pipeline.errors import UserError
-from pipeline.models import loading, lora, mask_token
+from pipeline.models import loading, lora, mask_token, tokenizers
 from pipeline.models.checks import HEADS, NO_LANGUAGE_MODEL, reading
 from pipeline.models.shards import written_once
 
@@ -46,7 +46,7 @@ def opened(settings: ModelSettings) -> Parts:
     settings = settings.model_copy(update={"lora": settings.lora.model_copy(update={"r": 0})})
     layers, below = lora.layers_of(settings)
     scalar = scores(settings)
-    tokenizer = loading.load_tokenizer(settings, [], scalar=scalar)
+    tokenizer = tokenizers.load_tokenizer(settings, [], scalar=scalar)
     config = loading.load_config(settings, tokenizer)
     if "quantization_config" in config.to_dict():
         raise UserError(

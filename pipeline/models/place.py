@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.sections import ModelSettings
 from pipeline.errors import UserError
 
 JSON_FILES = ("config.json", "adapter_config.json", "tokenizer_config.json", "tokenizer.json")
@@ -47,3 +48,8 @@ def read_object(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{file}: JSON of type {type(content).__name__}, {cure}")
     return content
+
+
+def reading_options(settings: ModelSettings) -> dict[str, Any]:
+    """Which files of a checkpoint are read, and whether code among them is run."""
+    return {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}

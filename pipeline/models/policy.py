@@ -1,6 +1,6 @@
 """What a model computes of a batch: log-probabilities of responses, states of prompts, scores of the whole.
 
-Logits are never made for prompts, and never for all response tokens at once: see `functional.token_logps`.
+Logits are never made for prompts, and never for all response tokens at once: see `logits.token_logps`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 from pipeline.algorithms import functional
+from pipeline.algorithms.logits import draw_tokens, smoothed_logps, token_entropies, token_logps, token_stats
 from pipeline.errors import UserError
 from pipeline.models import attention, router
 from pipeline.models.checks import HEADS
@@ -83,9 +84,9 @@ class Policy(nn.Module):
         logp: (B, T) float32, log-probability of each response token, 0 where response_mask is False; of the
             tempered policy where the batch has the number `temperature`, among the ids that it does not suppress.
         smoothed: logp, and (B, T) float32, the mean log-probability over the vocabulary at each response token.
-        drawn: both of smoothed, and the four of `functional.Drawn` at the masked tokens of the static responses.
+        drawn: both of smoothed, and the four of `logits.Drawn` at the masked tokens of the static responses.
         entropy: (B, T) float32, entropy in nats of the distribution each response token was drawn from.
-        draws: three (B, T) float32, those of `functional.token_stats`, without gradient.
+        draws: three (B, T) float32, those of `logits.token_stats`, without gradient.
         logp_states: logp, and the states of `states`, of one pass.
         states: (B, P, H), last hidden states at prompt positions, P = L: mask them by prompt_lengths.
         heads: (B, T, H), the states that predict the response tokens; with static responses (B, S, H) beside them.
@@ -110,9 +111,7 @@ class Policy(nn.Module):
         if output == "drawn":
             states, static = self.both_states(batch)
             given = batch.static
-            drawn = functional.draw_tokens(
-                static[given.masked], self.head, given.uniforms, given.suppressed, self.chunks
-            )
+            drawn = draw_tokens(static[given.masked], self.head, given.uniforms, given.suppressed, self.chunks)
             return *self._smoothed(states[mask], batch), *drawn
         return self._of_tokens(self.response_states(batch)[mask], batch, output)
 
@@ -121,12 +120,12 @@ class Policy(nn.Module):
         if output == "smoothed":
             return self._smoothed(hidden, batch)
         if output == "draws":
-            found = functional.token_stats(hidden, self.head, *self._drawn_from(batch))
+            found = token_stats(hidden, self.head, *self._drawn_from(batch))
             return tuple(spread(one, batch.response_mask) for one in found)
         if output == "entropy":
-            found = functional.token_entropies(hidden, self.head, self.chunks, batch.suppressed)
+            found = token_entropies(hidden, self.head, self.chunks, batch.suppressed)
         else:
-            found = functional.token_logps(hidden, self.head, *self._drawn_from(batch))
+            found = token_logps(hidden, self.head, *self._drawn_from(batch))
         return spread(found, batch.response_mask)
 
     def begun(self, rows: int) -> dict[str, Tensor]:
@@ -136,11 +135,11 @@ class Policy(nn.Module):
         return {"decoder_input_ids": torch.tensor([self.start_ids] * rows, device=self.model.device)}
 
     def _smoothed(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        logps, means = functional.smoothed_logps(hidden, self.head, *self._drawn_from(batch))
+        logps, means = smoothed_logps(hidden, self.head, *self._drawn_from(batch))
         return spread(logps, batch.response_mask), spread(means, batch.response_mask)
 
     def _drawn_from(self, batch: Batch) -> tuple[Tensor, int, Tensor | None, Tensor | None]:
-        """What `functional.token_logps` asks for beside states and head."""
+        """What `logits.token_logps` asks for beside states and head."""
         return batch.response_ids[batch.response_mask], self.chunks, token_temperatures(batch), batch.suppressed
 
     def input_states(self, batch: Batch) -> Tensor:

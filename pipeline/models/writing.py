@@ -19,11 +19,12 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
-from pipeline.config.sections import GenerationSettings
+from pipeline.config.generation import GenerationSettings
 from pipeline.errors import ROOM, UserError
 from pipeline.files import CARD
 from pipeline.models import checks, lora, mask_token
 from pipeline.models.checks import Shapes
+from pipeline.models.loading import hugging_face
 from pipeline.models.shards import write_shards
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -62,6 +63,41 @@ def set_aside(directory: Path) -> Path:
 
 
 Weights = Mapping[str, Tensor] | Callable[[Callable[[str], bool]], Iterator[tuple[str, Tensor]]]
+
+
+def save(
+    directory: Path,
+    model: PreTrainedModel | PeftModel,
+    weights: Weights,
+    tokenizer: PreTrainedTokenizerBase,
+    then: Callable[[Path], None] | None = None,
+    ends: Collection[int] = (),
+    dtype: torch.dtype | None = None,
+    generation: GenerationSettings | None = None,
+) -> None:
+    """Write a directory that transformers (or peft) loads, then reopen it: complete or absent.
+
+    Where no directory holds the model below adapters, it is written beside them. Neither of the two is in `dtype`, only
+    all weights of a model without adapters are; None: as they are.
+    `weights` gives those of `model`, which need not be in memory all at once: for each of `passes` in turn;
+    `then` writes what else belongs into the directory. `ends` are ids that end responses: the `generate` of
+    transformers, and vLLM, stop at them too. `generation` is how they are to generate; None: as the checkpoint says.
+    Raises RuntimeError where what was written has an empty tensor or another shape than the model.
+    """
+    *below, own = (those(weights, wanted) for wanted in passes(model))
+    if below:
+        with whole(directory.with_name(lora.BASE).absolute()) as part:
+            write_base(part, model, below[0], tokenizer, ends, generation)
+        lora.name_base(model, directory)
+    with whole(directory) as part:
+        if isinstance(model, PeftModel):
+            handed = write_adapters(part, model, dict(own))
+        else:
+            handed = write_weights(part, model, own, dtype)
+        write_rest(part, hugging_face(model), tokenizer, ends, generation)
+        if then is not None:
+            then(part)
+        checks.verify(part, model, handed)
 
 
 def passes(model: PreTrainedModel | PeftModel) -> list[Callable[[str], bool]]:

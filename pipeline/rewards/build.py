@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from pipeline.config.reward_spec import ROWS, check_normalise, is_address, is_judge, labels, parse, refuse_standardise
+from pipeline.config.rewards import Reads, RewardSettings, Scale
 from pipeline.config.schema import WithModel
-from pipeline.config.sections import Reads, RewardSettings, Scale
 from pipeline.launch import run_dir
 from pipeline.records import RewardFunction
 from pipeline.rewards import http, llm_judge
@@ -42,40 +43,50 @@ def build_rewards(
     if named:
         check_normalise(read.normalise, [*short, *(monitors or {})])
         say_labels(short)
-
-    dated = {"date": settings.template.date or run_dir.first_day(settings)}
-    template = settings.template.model_copy(update=dated)
-
     _named.check_reads(read.reads, [name for _, name, _ in named], trained)
-
-    def load_learned(name: str) -> RewardFunction:
-        how = reads(read, name)
-        return learned.load(name, settings.model, template, read.max_length, read.batch_size, device, how)
-
-    def served(address: str) -> RewardFunction:
-        cache = run_dir.run_dir(settings) / "cache" / "judge"
-        return (
-            llm_judge.connect(address, read.judge, read.http, cache)
-            if is_judge(address)
-            else http.connect(address, read.http)
-        )
-
-    def build(label: str, name: str, weight: float) -> WeightedReward:
-        model = is_learned(name, trained)
-        score = model and (name in trained or _named.label_of(name) is None)  # a label's is a probability
-        way = normalisation(read, (label, name), weight, score)
-        if logged and is_own(name, trained):
-            return WeightedReward(label, weight, None, way, reads_columns=False, own=name.removeprefix(ROWS))
-        function = resolve(name, load_learned, served, trained)
-        columns = not model or bool(columns_of(reads(read, name)))
-        return WeightedReward(label, weight, function, way, reads_columns=columns, given=name)
-
     if named and not logged:
         refuse_standardise(read.normalise)
-    built = [build(*one) for one in named]
+    builder = Builder(settings, read, device, trained, logged)
+    built = [builder.built(*one) for one in named]
     apart = {one.name: name for one, (_, name, _) in zip(built, named, strict=True) if in_workers(one, name, trained)}
     workers = RewardWorkers(apart, read.workers) if apart and read.workers else None
     return Rewards(built, workers, trained) if built else None
+
+
+@dataclass(frozen=True)
+class Builder:
+    """Makes a reward of a label, a name and a weight."""
+
+    settings: WithModel
+    read: RewardSettings
+    device: torch.device
+    trained: Mapping[str, str]  # the run's own reward models, by name
+    logged: bool  # as of `build_rewards`
+
+    def built(self, label: str, name: str, weight: float) -> WeightedReward:
+        """The reward, ready to score. Raises UserError for a name that is not there."""
+        model = is_learned(name, self.trained)
+        score = model and (name in self.trained or _named.label_of(name) is None)  # a label's is a probability
+        way = normalisation(self.read, (label, name), weight, score)
+        if self.logged and is_own(name, self.trained):
+            return WeightedReward(label, weight, None, way, reads_columns=False, own=name.removeprefix(ROWS))
+        function = resolve(name, self._learned, self._served, self.trained)
+        columns = not model or bool(columns_of(reads(self.read, name)))
+        return WeightedReward(label, weight, function, way, reads_columns=columns, given=name)
+
+    def _learned(self, name: str) -> RewardFunction:
+        """A reward model, or another classifier."""
+        dated = {"date": self.settings.template.date or run_dir.first_day(self.settings)}
+        template, read = self.settings.template.model_copy(update=dated), self.read
+        how = reads(read, name)
+        return learned.load(name, self.settings.model, template, read.max_length, read.batch_size, self.device, how)
+
+    def _served(self, address: str) -> RewardFunction:
+        """A server's reward, or a judge's."""
+        if is_judge(address):
+            cache = run_dir.run_dir(self.settings) / "cache" / "judge"
+            return llm_judge.connect(address, self.read.judge, self.read.http, cache)
+        return http.connect(address, self.read.http)
 
 
 def reads(read: RewardSettings, name: str) -> Reads:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from pipeline.data.columns import ranked
 from pipeline.data.convert import scores_of
-from pipeline.data.dataset import gold
+from pipeline.data.prompts import gold
 from pipeline.records import Example, Response, Scores, text_of
 from pipeline.rewards import scoring
 from pipeline.rewards.rewards import Rewards

@@ -21,8 +21,9 @@ from urllib.parse import urljoin, urlsplit
 import urllib3
 from urllib3.exceptions import HTTPError
 
+from pipeline.config.generation import ServerSettings
 from pipeline.config.reward_spec import TOKEN, token, web_address
-from pipeline.config.sections import HttpSettings, ServerSettings
+from pipeline.config.rewards import HttpSettings
 from pipeline.errors import UserError
 from pipeline.records import RewardFunction
 from reward_models._values import shortened

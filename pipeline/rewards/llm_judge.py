@@ -19,7 +19,7 @@ from threading import Event, Lock
 from typing import Any, NamedTuple
 
 from pipeline.config.reward_spec import judge_address, key_in
-from pipeline.config.sections import HttpSettings, JudgeSettings
+from pipeline.config.rewards import HttpSettings, JudgeSettings
 from pipeline.errors import UserError
 from pipeline.records import RewardFunction
 from pipeline.rewards import http, verdicts

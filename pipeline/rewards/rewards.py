@@ -27,7 +27,7 @@ from typing import Literal
 
 from pipeline import plugins
 from pipeline.config.reward_spec import ROWS, is_address, token
-from pipeline.config.sections import Scale
+from pipeline.config.rewards import Scale
 from pipeline.errors import UserError, did_you_mean
 from pipeline.records import RewardFunction, Scores
 from pipeline.rewards import own_rewards

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from pipeline.config.reward_spec import ROWS
-from pipeline.config.sections import Scale
+from pipeline.config.rewards import Scale
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.records import Answer, Chat, Example, Message, Response, Scores, text_of

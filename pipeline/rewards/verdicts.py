@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.config.sections import JudgeSettings
+from pipeline.config.rewards import JudgeSettings
 from reward_models._filled import filled
 from reward_models._values import shortened
 

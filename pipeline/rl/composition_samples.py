@@ -14,8 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.algorithms.functional import Drawn
-from pipeline.data import dataset, vocabulary
+from pipeline.algorithms.logits import Drawn
+from pipeline.data import vocabulary
+from pipeline.data.prompts import reference_text
 from pipeline.data.template import Prompt
 from pipeline.data.tokenization import Encoder
 from pipeline.records import Batch, text_of
@@ -41,7 +42,7 @@ def samples_of(
             {
                 "id": example.id,
                 "prompt": scoring.plain_prompt(example),
-                "reference": text_of(dataset.reference_text(example)),
+                "reference": text_of(reference_text(example)),
                 "static": {
                     "text": encoder.decode(ids.tolist(), example.prompt),
                     "parts": parts(encoder, ids, masked, example.prompt),

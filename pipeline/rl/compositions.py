@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.algorithms.functional import Drawn
+from pipeline.algorithms.logits import Drawn
 from pipeline.algorithms.stats import mean_stat, std_stat
 from pipeline.data.sampling import generator
 from pipeline.data.tokenization import Encoder

@@ -14,6 +14,7 @@ from pipeline.config.reward_spec import no_judge_of_new_texts
 from pipeline.config.schema import RlStage
 from pipeline.config.sections import DataSettings, ModelSettings
 from pipeline.data import dataset
+from pipeline.data.prompts import unique_prompts
 from pipeline.data.rows import Rows
 from pipeline.launch import run_dir
 from pipeline.records import Example
@@ -69,7 +70,7 @@ def splits(context: Context) -> tuple[Rows, Rows]:
     if rewards is not None and rewards.own:
         say_what_is_judged(rewards)
     if rewards is not None:
-        (row,) = dataset.unique_prompts(train[:1])
+        (row,) = unique_prompts(train[:1])
         scoring.try_rewards(context.ranks, rewards, row, written=True)
     return train, held_out
 

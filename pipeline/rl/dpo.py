@@ -8,14 +8,14 @@ from functools import partial
 
 import torch
 
-from pipeline.data import dataset, pairs, sampling
+from pipeline.data import encoding, pairs, sampling
 from pipeline.data.batching import Windows
+from pipeline.data.prompts import unique_prompts
 from pipeline.data.rows import Rows
-from pipeline.files import fingerprint
 from pipeline.records import Example
 from pipeline.rl.context import Context, splits
 from pipeline.rl.offline import WatchedRows, check_start, evaluate
-from pipeline.rl.reference import ReferencePolicy, annotate
+from pipeline.rl.reference import annotate, reference_of
 from pipeline.trainer.loop import HELD_OUT_LOSS, REWARD, Trainer
 from pipeline.trainer.model import build_policy, encode
 from pipeline.trainer.schedule import epochs_of, steps_for
@@ -27,12 +27,12 @@ def trainer(context: Context) -> Trainer:
     train, held_out = (pairs.paired(rows) for rows in splits(context))
     if settings.shuffle_rewards:
         train = with_shuffled_sides(train, settings.seed)
-    prompts = dataset.unique_prompts(held_out)[: settings.eval.max_rows]
+    prompts = unique_prompts(held_out)[: settings.eval.max_rows]
     policy = build_policy(settings, ranks, context.start)
-    items, tested = encode(policy, context.directory, train, held_out[: settings.eval.max_rows], dataset.pair_rows)
+    items, tested = encode(policy, context.directory, train, held_out[: settings.eval.max_rows], encoding.pair_rows)
 
     # what the reference says, before the first step changes it
-    reference = ReferencePolicy(policy, settings, fingerprint(context.start.path))
+    reference = reference_of(context, policy)
     (items, tested), _ = annotate(reference, (items, tested), context.module.needs(context.algorithm))
     draw = epochs_of(items, policy.packing, settings)
     return Trainer(

@@ -13,17 +13,16 @@ import numpy as np
 import torch
 
 from pipeline.algorithms.groups import reward_name
-from pipeline.data import dataset, sampling
+from pipeline.data import encoding, sampling
 from pipeline.data.batching import Windows
-from pipeline.data.dataset import UniquePrompts
 from pipeline.data.encoded import Items
+from pipeline.data.prompts import UniquePrompts
 from pipeline.data.rows import Rows
 from pipeline.errors import UserError
-from pipeline.files import fingerprint
 from pipeline.records import Item
 from pipeline.rl.context import Context, fresh_responses
 from pipeline.rl.offline import WatchedRows, best_metric, check_start, estimated, gained, number_histograms
-from pipeline.rl.reference import ReferencePolicy, with_ref_logps
+from pipeline.rl.reference import reference_of, with_ref_logps
 from pipeline.rl.scored import scored_rows
 from pipeline.trainer import evaluation
 from pipeline.trainer.loop import Evaluation, Trainer
@@ -41,10 +40,10 @@ def trainer(context: Context) -> Trainer:
         groups_of(rows, size, settings.seed, what) for rows, what in ((train, "train"), (tested, "validation"))
     )
     policy = build_policy(settings, ranks, context.start)
-    parts = encode(policy, context.directory, train, tested, dataset.completion_rows)
+    parts = encode(policy, context.directory, train, tested, encoding.completion_rows)
 
     # what the reference says of each row, before the first step changes it; the same file as of other methods
-    reference = ReferencePolicy(policy, settings, fingerprint(context.start.path))
+    reference = reference_of(context, policy)
     rows, held_out = (with_ref_logps(reference, part) for part in parts)
     groups, tested_groups = GroupedItems(rows, learned_groups), GroupedItems(held_out, held_out_groups)
     draw = epochs_of(groups, policy.packing, settings)

@@ -10,14 +10,13 @@ from functools import partial
 import numpy as np
 
 from pipeline.algorithms.labels import Settings
-from pipeline.data import dataset, encoded
+from pipeline.data import encoded, encoding
 from pipeline.data.batching import Windows
 from pipeline.data.encoded import Items
 from pipeline.errors import UserError
-from pipeline.files import fingerprint
 from pipeline.rl.context import Context
 from pipeline.rl.offline import WatchedRows, best_metric, check_start, evaluate
-from pipeline.rl.reference import ReferencePolicy, with_ref_logps
+from pipeline.rl.reference import reference_of, with_ref_logps
 from pipeline.rl.reference_points import (
     POINT,
     LabelledWindows,
@@ -40,11 +39,11 @@ def trainer(context: Context) -> Trainer:
     settings, ranks, algorithm = context.settings, context.ranks, context.algorithm
     train, tested, prompts = scored_rows(context, sides=True)
     policy = build_policy(settings, ranks, context.start)
-    items, held_out = encode(policy, context.directory, train, tested, dataset.completion_rows)
+    items, held_out = encode(policy, context.directory, train, tested, encoding.completion_rows)
     items, held_out, facts = with_labels(items, held_out, algorithm)
 
     # what the reference says, before the first step changes it
-    reference = ReferencePolicy(policy, settings, fingerprint(context.start.path))
+    reference = reference_of(context, policy)
     items, held_out = (with_ref_logps(reference, part) for part in (items, held_out))
     if algorithm.objective == "kto":
         others = mismatched_items(context, policy, train, tested)

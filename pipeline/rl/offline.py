@@ -12,14 +12,13 @@ from typing import Any, Literal
 import torch
 
 from pipeline.algorithms import estimates
-from pipeline.data import convert, dataset, encoded
+from pipeline.data import convert, encoded, encoding
 from pipeline.data.batching import Draw, Packing, Windows
-from pipeline.data.dataset import UniquePrompts
-from pipeline.files import fingerprint
+from pipeline.data.prompts import UniquePrompts, unique_prompts
 from pipeline.records import Example, Item, Needs, text_of
 from pipeline.rl import baselines, rows, samples, values
 from pipeline.rl.context import Context, fresh_responses, splits
-from pipeline.rl.reference import ReferencePolicy, annotate, check_ratio, with_ref_logps
+from pipeline.rl.reference import ReferencePolicy, annotate, check_ratio, reference_of, with_ref_logps
 from pipeline.rl.values import ValueData
 from pipeline.trainer import evaluation
 from pipeline.trainer.loop import GAIN, HELD_OUT_LOSS, REWARD, BestMetric, Evaluation, Trainer
@@ -33,7 +32,8 @@ logger = logging.getLogger("tiffin")
 
 
 def trainer(context: Context) -> Trainer:
-    """The offline family: every row's response, reward, reference log-probability and value are known beforehand."""
+    """The offline family, and regression: every row's reward is known beforehand, and all that the method compares it
+    with."""
     settings, ranks, needs = context.settings, context.ranks, context.module.needs(context.algorithm)
     train, tested, prompts = rewarded_rows(context, needs)
     source = None
@@ -42,13 +42,13 @@ def trainer(context: Context) -> Trainer:
     if source == "data":
         train, tested = samples.compared(train, "training"), samples.compared(tested, "held-out")
     policy = build_policy(settings, ranks, context.start)
-    items, held_out = encode(policy, context.directory, train, tested, dataset.completion_rows)
+    items, held_out = encode(policy, context.directory, train, tested, encoding.completion_rows)
 
     # what the reference says, before the first step changes it
-    reference = ReferencePolicy(policy, settings, fingerprint(context.start.path))
+    reference = reference_of(context, policy)
     value_data = ValueData(prompts, items, context.judge, context.rewards_key, context.hand_over)
     (items, held_out), facts = annotate(reference, (items, held_out), needs, value_data)
-    items, held_out = with_numbers(context, reference, (items, held_out), value_data, source)
+    items, held_out = with_own_numbers(context, reference, (items, held_out), value_data, source)
     if "reward" in held_out[0].numbers and not needs.ref_logp:
         held_out = with_ref_logps(reference, held_out)  # what was gained is told by ratios to it
 
@@ -73,7 +73,8 @@ def trainer(context: Context) -> Trainer:
 
 
 def drawn(context: Context, items: Sequence[Item], packing: Packing) -> tuple[Draw, dict[str, float]]:
-    """How rows are drawn; which share of them can be, and, where it is not those above 0, which share is above 0."""
+    """How rows are drawn; and which share of them can be. Of a method that has advantages, but learns from other rows
+    than those above 0, also which share these are."""
     settings, needs, by = context.settings, context.module.needs(context.algorithm), None
     if needs.weighed_by is not None:
         by = context.module.row_weights(torch.from_numpy(encoded.column(items, needs.weighed_by)), context.algorithm)
@@ -85,14 +86,15 @@ def drawn(context: Context, items: Sequence[Item], packing: Packing) -> tuple[Dr
     return draw, shares
 
 
-def with_numbers(
+def with_own_numbers(
     context: Context,
     reference: ReferencePolicy,
     parts: Sequence[Sequence[Item]],
     data: ValueData,
     source: Literal["policy", "data"] | None,
 ) -> Sequence[Sequence[Item]]:
-    """The items of each part with what the algorithm weighs by, or aims at, beside values; `source`: of samples."""
+    """The items of each part with what the algorithm weighs rows by, or aims at, where that is not their reward over V:
+    another baseline, or what rewards of the reference's responses say, which come from `source`."""
     needs = context.module.needs(context.algorithm)
     if needs.baseline not in ("", "value"):
         parts = baselines.with_advantages(parts, needs.baseline)
@@ -117,7 +119,7 @@ def rewarded_rows(context: Context, needs: Needs) -> tuple[Sequence[Example], Se
     all held-out prompts, each once."""
     settings, data = context.settings, context.data
     train, held_out = (convert.to_scored(examples, data.responses) for examples in splits(context))
-    prompts = dataset.unique_prompts(held_out)
+    prompts = unique_prompts(held_out)
     held_out = held_out[: settings.eval.max_rows]
     wanted = needs.rewards or settings.rows != "all" or settings.shuffle_rewards
     if wanted or (context.rewards is not None and (context.rewards.own or context.rewards.unsettled)):

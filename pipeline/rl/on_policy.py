@@ -21,10 +21,10 @@ from torch import Tensor
 
 from pipeline.algorithms import capability
 from pipeline.algorithms.stats import mean_stat
+from pipeline.config.generation import GenerationSettings
 from pipeline.config.schema import RlPolicy
-from pipeline.config.sections import GenerationSettings
-from pipeline.data import dataset
 from pipeline.data.batching import Draw, Packing, collate, window
+from pipeline.data.prompts import reference_text, unique_prompts
 from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
 from pipeline.records import Batch, Example, Item, Request, Response, Row, Stat
@@ -66,7 +66,7 @@ def trainer(context: Context) -> Trainer:
     """On-policy RL. train.batch_size counts prompts, each of which has several responses in the step."""
     settings, ranks, algorithm = context.settings, context.ranks, context.algorithm
     rewards = required_rewards(context)
-    prompts, held_out = (dataset.unique_prompts(rows, copies=True) for rows in splits(context))
+    prompts, held_out = (unique_prompts(rows, copies=True) for rows in splits(context))
     longest = max(settings.generation.max_new_tokens, settings.data.max_response_length)
     policy = build_policy(settings, ranks, context.start, longest=longest)
     # a KL term compares with the start as it was: a second model, which is only read
@@ -249,7 +249,7 @@ class Rollouts:
         """The reference texts of the prompts, where their likelihood is learned too."""
         if self.algorithm.sft_weight == 0:
             return []
-        rows = [self.encoder.encode(example.prompt, dataset.reference_text(example)) for example in examples]
+        rows = [self.encoder.encode(example.prompt, reference_text(example)) for example in examples]
         for example, row in zip(examples, rows, strict=True):
             if self.packing.suppressed is not None and self.packing.suppressed[list(row.response_ids)].any():
                 raise UserError(f"{example.id}: its reference holds a mask token, which is never said: remove it")

@@ -26,10 +26,12 @@ from pipeline.data.batching import AT_ONCE, Packing, collate, once, window
 from pipeline.data.cache import digest
 from pipeline.data.encoded import Items
 from pipeline.errors import UserError
+from pipeline.files import fingerprint
 from pipeline.launch import going_on, run_dir
 from pipeline.models.value_head import ValueHead
 from pipeline.records import Example, Item, Needs
 from pipeline.rl import values
+from pipeline.rl.context import Context
 from pipeline.rl.values import ValueData
 from pipeline.trainer.engine import Engine
 from pipeline.trainer.group import Ranks
@@ -67,6 +69,11 @@ class ReferencePolicy:
         }
         key = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:24]
         return run_dir.cache(settings) / f"{name}-{key}{ending}"
+
+
+def reference_of(context: Context, policy: Model) -> ReferencePolicy:
+    """What `policy` is before its first step."""
+    return ReferencePolicy(policy, context.settings, fingerprint(context.start.path))
 
 
 def annotate(

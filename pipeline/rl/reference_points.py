@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from pipeline.algorithms.stats import mean_stat
-from pipeline.data import dataset, encoded, sampling
+from pipeline.data import encoding, sampling
 from pipeline.data.batching import Packing, Windows, collate, window
-from pipeline.data.dataset import UniquePrompts
 from pipeline.data.encoded import Items
+from pipeline.data.prompts import UniquePrompts
 from pipeline.data.rows import Rows
 from pipeline.errors import UserError
 from pipeline.records import Batch, Example, Item, Stat
@@ -193,7 +193,7 @@ def mismatched_items(context: Context, policy: Model, train: Rows, held_out: Row
         name = f"mismatched {context.settings.seed} {'' if train.cache is None else train.key}"
         made = some.made(name, partial(_with_responses, of=train, places=places))
         user = f"{context.directory}/mismatched {split}"
-        found.append(encoded.encode(made, policy.encoder, dataset.completion_rows, user))
+        found.append(encoding.encode(made, policy.encoder, encoding.completion_rows, user))
     return found[0], found[1]
 
 

@@ -13,7 +13,7 @@ from pipeline.config.schema import RlOffline, RlStage
 from pipeline.config.sections import BestRows
 from pipeline.data import convert, encoded, sampling
 from pipeline.data.batching import Draw, Packing, lengths
-from pipeline.data.dataset import UniquePrompts
+from pipeline.data.prompts import UniquePrompts
 from pipeline.data.rows import Rows
 from pipeline.data.stored import CHOSEN, REJECTED
 from pipeline.errors import UserError
@@ -114,10 +114,8 @@ def best_rows(rows: Rows, best: BestRows) -> Rows:
         raise UserError(f"best.at_least: {problem}, wanted a limit that some reach")
     prompts = UniquePrompts.of(rows, copies=True)
     counts = np.diff(prompts.ends)
-    groups = np.empty(len(rows), np.int64)
-    groups[prompts.places] = np.repeat(np.arange(len(counts)), counts)
     if best.of_prompt is not None:
-        order = np.lexsort((-rewards, groups))  # prompt by prompt, the best first
+        order = np.lexsort((-rewards, prompts.of_rows))  # prompt by prompt, the best first
         places = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
         kept[order[places >= best.of_prompt]] = False
     logger.info(f"rows=best: {int(kept.sum()):,} of {len(rows):,} rows, of {len(counts):,} prompts ({best.spoken()})")

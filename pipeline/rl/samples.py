@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data import dataset, encoded
-from pipeline.data.dataset import UniquePrompts
+from pipeline.data import encoded
+from pipeline.data.prompts import UniquePrompts, unique_prompts
 from pipeline.data.rows import Rows
 from pipeline.errors import UserError
 from pipeline.records import Example, Item
@@ -30,15 +30,13 @@ logger = logging.getLogger("tiffin")
 
 
 def compared(rows: Sequence[Example], which: str) -> Rows:
-    """The rows whose prompt has two or more, where logged rewards are what is compared with; how many others is said.
+    """The rows whose prompt has another row too, where logged rewards are what rows are compared with.
 
-    Raises UserError where there is none.
+    How many are left out is said. Raises UserError where none is kept.
     """
     rows = Rows.of(rows)
     prompts = UniquePrompts.of(rows, copies=True)  # a copy of a row is no other row
-    counts = np.diff(prompts.ends)
-    kept = np.empty(len(rows), bool)
-    kept[prompts.places] = np.repeat(counts > 1, counts)
+    kept = (np.diff(prompts.ends) > 1)[prompts.of_rows]
     if not kept.any():
         problem = f"data, but each of {len(rows):,} {which} rows is the only one of its prompt"
         cure = "wanted two or more, or reference_samples.targets=policy and a reward="
@@ -60,18 +58,15 @@ def with_samples(
     responses to their prompt, or of the prompt's own rows in that part. Of `data` what judges is read.
     """
     if source == "data":
-        return [with_numbers(items, None, numbers_of) for items in parts]
+        return [by_prompts(items, None, numbers_of) for items in parts]
     whole = Rows.of(encoded.examples_of(parts[0]))
     for items in parts[1:]:
         whole = whole + encoded.examples_of(items)
-    prompts = dataset.unique_prompts(whole)
-    samples = rewards_of_samples(policy, prompts, data)
-    each = np.empty(len(whole), np.int64)  # the prompt of each row
-    for i in range(len(prompts)):
-        each[prompts.group(i)] = i
+    prompts = unique_prompts(whole)
+    samples = rewards_of_samples(policy, prompts, data)[prompts.of_rows]  # (rows, n)
     ends = np.cumsum([0, *map(len, parts)])
     return [
-        with_numbers(items, samples[each[start : start + len(items)]], numbers_of)
+        by_prompts(items, samples[start : start + len(items)], numbers_of)
         for items, start in zip(parts, ends, strict=False)
     ]
 
@@ -93,9 +88,11 @@ def rewards_of_samples(policy: ReferencePolicy, prompts: Sequence[Example], data
     return np.load(cached(policy.cache("samples", ".npy", **key), model.engine, compute))
 
 
-def with_numbers(items: Sequence[Item], samples: np.ndarray | None, numbers_of: NumbersOf) -> Sequence[Item]:
-    """The items with the numbers of `numbers_of`, prompt by prompt: samples (items, n), each row's prompt's; None: the
-    rewards of the prompt's own rows."""
+def by_prompts(items: Sequence[Item], samples: np.ndarray | None, numbers_of: NumbersOf) -> Sequence[Item]:
+    """The items with the numbers of `numbers_of`, which is called once for each prompt with the rewards of its rows.
+
+    samples (items, n): rewards of the reference's responses to each item's prompt; None: the rewards of its own rows.
+    """
     rewards = torch.from_numpy(encoded.column(items, "reward"))
     _, groups = np.unique(encoded.prompt_keys(items, range(len(items))), return_inverse=True)
     order = np.argsort(groups, kind="stable")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 
-from pipeline.data import convert, dataset
-from pipeline.data.dataset import UniquePrompts
+from pipeline.data import convert
+from pipeline.data.prompts import UniquePrompts, unique_prompts
 from pipeline.data.rows import Rows
 from pipeline.rl import rows
 from pipeline.rl.context import Context, splits
@@ -23,7 +23,7 @@ def scored_rows(context: Context, sides: bool) -> tuple[Rows, Rows, UniquePrompt
     settings = context.settings
     read = splits(context)
     train, held_out = (convert.to_scored(some if sides else convert.parted(some), "both") for some in read)
-    prompts = dataset.unique_prompts(held_out)
+    prompts = unique_prompts(held_out)
     held_out = held_out[: settings.eval.max_rows]
     if sides and settings.reward is None:
         train, held_out = by_sides(train, held_out)

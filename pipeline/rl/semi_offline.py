@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 from pipeline.algorithms import functional, supervised
-from pipeline.algorithms.functional import Drawn
-from pipeline.data import dataset, encoded
+from pipeline.algorithms.logits import Drawn
+from pipeline.data import encoded, encoding
 from pipeline.data.batching import Extent, Packing, Windows, collate
 from pipeline.data.encoded import Items
+from pipeline.data.prompts import reference_text, unique_prompts, with_gold
 from pipeline.data.rows import Rows
 from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
@@ -40,8 +41,8 @@ def trainer(context: Context) -> Trainer:
     settings, ranks, algorithm = context.settings, context.ranks, context.algorithm
     rewards = required_rewards(context)
     # what is composed is compared with what new responses are
-    train, held_out = map(dataset.with_gold, splits(context))
-    prompts = dataset.unique_prompts(held_out)[: settings.eval.max_rows]
+    train, held_out = map(with_gold, splits(context))
+    prompts = unique_prompts(held_out)[: settings.eval.max_rows]
     policy = build_policy(settings, ranks, context.start, mask=True)
     items, tested = encode(policy, context.directory, train, held_out[: settings.eval.max_rows], reference_rows)
     items = with_static_rows(items, policy.encoder, settings.static, f"{context.directory}/static")
@@ -76,7 +77,7 @@ def composed_objective(context: Context, policy: Model, composer: Composer) -> O
 
 def reference_rows(example: Example, encoder: Encoder) -> tuple[Row, ...]:
     """The reference text as the response. Raises UserError where there is none."""
-    return (encoder.encode(example.prompt, dataset.reference_text(example)),)
+    return (encoder.encode(example.prompt, reference_text(example)),)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,11 +100,11 @@ class StaticItems(Sequence[Item]):
 def with_static_rows(items: Items, encoder: Encoder, which: str, user: str = "") -> StaticItems:
     """The items with the static responses that `which` chooses, after a word about them.
 
-    A response without a single word stays. One cut at the limit has no EOS. `user` as of `encoded.encode`. Raises
+    A response without a single word stays. One cut at the limit has no EOS. `user` as of `encoding.encode`. Raises
     UserError where a row has none.
     """
     rows = encoded.examples_of(items).made(f"static {which}", partial(_static_examples, which=which))
-    static = encoded.encode(rows, encoder, dataset.completion_rows, user)
+    static = encoding.encode(rows, encoder, encoding.completion_rows, user)
     numbers = rows.column("id")
     ends = np.concatenate([[0], np.flatnonzero(numbers[1:] != numbers[:-1]) + 1, [len(rows)]])
     short = wordless((item.rows[0] for item in static), encoder)
@@ -208,7 +209,7 @@ def static_texts(example: Example, which: str) -> Sequence[Answer]:
     Candidates are taken to stand best first. Raises UserError where the example has none, or no reference text.
     """
     if which == "reference":
-        return (dataset.reference_text(example),)
+        return (reference_text(example),)
     if not example.candidates:
         raise UserError(
             f"{example.id}: no candidates, wanted some for static={which} to start from: make them with bash run.sh "

@@ -14,8 +14,9 @@ from torch import Tensor
 from pipeline.config.reward_spec import no_targets_of_policy
 from pipeline.config.schema import RlStage
 from pipeline.config.sections import ValueSettings
-from pipeline.data import dataset, encoded, sampling
+from pipeline.data import dataset, encoded, encoding, sampling
 from pipeline.data.batching import Packing, once
+from pipeline.data.prompts import unique_prompts
 from pipeline.models import value_head
 from pipeline.records import Batch, Example, Item
 from pipeline.rewards import rewards as reward_functions
@@ -88,19 +89,17 @@ def value_targets(model: Model, rl: RlStage, data: ValueData, source: Literal["p
     settings = rl.value
     most = settings.most_prompts(source)
     if source == "policy":
-        prompts = dataset.unique_prompts(data.prompts)[:most]
+        prompts = unique_prompts(data.prompts)[:most]
         logger.info(settings.spoken_cost(len(prompts), rl.generation.max_new_tokens))
         found = sampled_rewards(model, rl, prompts, settings.samples_per_prompt, data, "V")
         expected = [statistics.fmean(one) for one in found.tolist()]
     else:
-        unique, rewards = (
-            dataset.unique_prompts(encoded.examples_of(data.logged)),
-            encoded.column(data.logged, "reward"),
-        )
+        unique = unique_prompts(encoded.examples_of(data.logged))
+        rewards = encoded.column(data.logged, "reward")
         prompts = unique[:most]
         expected = [statistics.fmean(rewards[unique.group(i)].tolist()) for i in range(len(prompts))]
     # a share of the prompts chooses the best epoch and is never fitted
-    items = encoded.encode(prompts, model.encoder, dataset.prompt_rows)
+    items = encoding.encode(prompts, model.encoder, encoding.prompt_rows)
     low, high = value_range(data.rewards, expected)
     order = sampling.epoch_rows(len(prompts), len(prompts), 0, rl.seed)
     mask = torch.zeros(len(prompts), dtype=torch.bool)

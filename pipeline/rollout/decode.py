@@ -25,7 +25,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutput
 
-from pipeline.config.sections import GenerationSettings
+from pipeline.config.generation import GenerationSettings
 from pipeline.data.tokenization import pad
 from pipeline.models.loading import hugging_face
 from pipeline.models.policy import Policy

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
 from pipeline.algorithms import capability
-from pipeline.config.sections import GenerationSettings
+from pipeline.config.generation import GenerationSettings
 from pipeline.data.sampling import generator
 from pipeline.records import Request, SampleStats
 

@@ -45,7 +45,7 @@ def with_stats(
     ]
     lengths = [len(one.response_ids) for one in responses]
     ends = np.cumsum([0, *lengths])
-    found = torch.zeros(3, int(ends[-1]))  # of all tokens, what `functional.token_stats` says
+    found = torch.zeros(3, int(ends[-1]))  # of all tokens, what `logits.token_stats` says
     for batch in once(items, packing, engine.ranks.rank, engine.ranks.world):
         said = torch.stack(engine(batch, output="draws")).float().cpu()  # (3, B, T)
         for row, index in enumerate(batch.items):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from pipeline.config.sections import GenerationSettings
+from pipeline.config.generation import GenerationSettings
 from pipeline.data.tokenization import Encoder
 from pipeline.records import Example
 from pipeline.rollout.generate import generate, plain_sampling

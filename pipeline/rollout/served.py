@@ -23,8 +23,8 @@ from typing import Any, Literal, NamedTuple
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from pipeline.config.generation import GenerationSettings, ServerSettings
 from pipeline.config.reward_spec import key_in
-from pipeline.config.sections import GenerationSettings, ServerSettings
 from pipeline.data.sampling import generator
 from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError

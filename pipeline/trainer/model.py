@@ -14,9 +14,10 @@ from torch import Tensor
 
 from pipeline.config import together
 from pipeline.config.deepspeed import read_ds_config
+from pipeline.config.generation import GenerationSettings
 from pipeline.config.schema import EvaluateStage, GenerateStage, Masking, RewardStage, RlStage, SftStage, Training
-from pipeline.config.sections import GenerationSettings, ModelSettings, OptimizerSettings, TrainSettings
-from pipeline.data import dataset, encoded, remarks
+from pipeline.config.sections import ModelSettings, OptimizerSettings, TrainSettings
+from pipeline.data import dataset, encoded, encoding, remarks
 from pipeline.data.batching import Packing, packing_of
 from pipeline.data.encoded import Items
 from pipeline.data.masking import Masker
@@ -58,7 +59,7 @@ class Model:
         if self.ranks.main:
             scalar = isinstance(self.engine.module, RewardModel)
             then = partial(save_input, encoder=encoder, asked=asked, scalar=scalar)
-            loading.save(directory, lm, self._weights, encoder.tokenizer, then, encoder.stop_ids, kind, self.generation)
+            writing.save(directory, lm, self._weights, encoder.tokenizer, then, encoder.stop_ids, kind, self.generation)
         else:
             for wanted in writing.passes(lm):
                 deque(self._weights(wanted), maxlen=0)
@@ -203,7 +204,7 @@ def encode(
     """Both as items. Says what they come to, shows the first with its tokens, and leaves data.json in `directory`."""
     parts = {"train": train, "validation": held_out}
     learned, tested = (
-        encoded.encode(rows, model.encoder, rows_of, f"{directory}/{split}") for split, rows in parts.items()
+        encoding.encode(rows, model.encoder, rows_of, f"{directory}/{split}") for split, rows in parts.items()
     )
     if len({repr(one) for one in model.ranks.gather([encoded.content(learned), encoded.content(tested)])}) > 1:
         raise UserError(
