@@ -20,7 +20,7 @@ from pipeline.data.prompts import unique_prompts
 from pipeline.files import flatten, write_json, write_jsonl
 from pipeline.launch import run_dir
 from pipeline.launch.entry import run
-from pipeline.records import Example, Response
+from pipeline.records import Example, Response, Scores
 from pipeline.report import gains as report_gains
 from pipeline.rewards import build, scoring
 from pipeline.rewards.rewards import Rewards
@@ -112,13 +112,7 @@ def answered(
     for name in [*names[1:], names[0]]:
         policy = build_inference(settings, ranks, models[name], logged=bool(logged))
         answers, sampled[name] = spoken(settings, policy, name, prompts)
-        scores = None if rewards is None else scoring.score_responses(ranks, rewards, answers)
-        texts = [answer.text for answer in answers]
-        results[name] = {} if scores is None else evaluation.reward_statistics(scores, texts)
-        if settings.judge_samples and rewards is not None and not same:
-            scored = scoring.score_responses(ranks, rewards, drawn)
-            judged = evaluation.reward_statistics(scored, [answer.text for answer in drawn])
-            results[name] |= {f"{SAMPLED}{tag}": value for tag, value in judged.items()}
+        scores, results[name] = judged(settings, ranks, rewards, answers, sampled[name].responses)
         results[name] |= evaluation.completion_statistics(answers)
         rows[name] = evaluation.sample_rows(answers, scores, len(answers), policy=name)
         if logged:
@@ -146,6 +140,28 @@ def spoken(
     drawn = answers if free == generation else generate(policy.engine, policy.encoder, prompts, free, settings.seed)
     logps = evaluation.response_logps(policy.engine, drawn, spoken_packing(policy))
     return answers, PlainSamples(drawn, logps, policy.encoder.tokenizer)
+
+
+def judged(
+    settings: EvaluateStage,
+    ranks: Ranks,
+    rewards: Rewards | None,
+    answers: Sequence[Response],
+    samples: Sequence[Response],
+) -> tuple[Scores | None, dict[str, float]]:
+    """The rewards of the answers, and their statistics; those of the samples too, where these are others and asked for.
+
+    Nothing of both where nothing judges.
+    """
+    if rewards is None:
+        return None, {}
+    scores = scoring.score_responses(ranks, rewards, answers)
+    statistics = evaluation.reward_statistics(scores, [answer.text for answer in answers])
+    if settings.judge_samples and samples is not answers:
+        others = scoring.score_responses(ranks, rewards, samples)
+        of_samples = evaluation.reward_statistics(others, [sample.text for sample in samples])
+        statistics |= {f"{SAMPLED}{tag}": value for tag, value in of_samples.items()}
+    return scores, statistics
 
 
 def gained(
