@@ -254,11 +254,17 @@ def warn_of_cuts(cut: int, total: int, limit: str, what: str) -> None:
 
 
 def completion_rows(example: Example, encoder: Encoder) -> tuple[Row, ...]:
-    return (encoder.encode(example.prompt, example.completion),)
+    return (row_of(example, example.completion, encoder),)
 
 
 def pair_rows(example: Example, encoder: Encoder) -> tuple[Row, ...]:
-    return (encoder.encode(example.prompt, example.chosen), encoder.encode(example.prompt, example.rejected))
+    return (row_of(example, example.chosen, encoder), row_of(example, example.rejected, encoder))
+
+
+def row_of(example: Example, answer: Answer | None, encoder: Encoder) -> Row:
+    """The prompt with one of the example's responses, without an end where that was cut off when it was written."""
+    unfinished = bool(example.unfinished) and answer is not None and text_of(answer) in example.unfinished
+    return encoder.encode(example.prompt, answer, unfinished)
 
 
 def prompt_rows(example: Example, encoder: Encoder) -> tuple[Row, ...]:

@@ -249,7 +249,7 @@ class Rollouts:
         """The reference texts of the prompts, where their likelihood is learned too."""
         if self.algorithm.sft_weight == 0:
             return []
-        rows = [self.encoder.encode(example.prompt, dataset.reference_text(example)) for example in examples]
+        rows = [dataset.row_of(one, dataset.reference_text(one), self.encoder) for one in examples]
         for example, row in zip(examples, rows, strict=True):
             if self.packing.suppressed is not None and self.packing.suppressed[list(row.response_ids)].any():
                 raise UserError(f"{example.id}: its reference holds a mask token, which is never said: remove it")
