@@ -191,8 +191,11 @@ def test_which_rows_are_held_out(tmp_path: Path) -> None:
     assert of("data.train=x", "data.validation_fraction=0.5")[1][1].startswith("policy rl learned from rows of x")
 
 
-def test_an_evaluation_without_a_judge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two models of other weights, 40 scored rows: samples, KL, and an estimate by each reward of the rows."""
+def test_an_evaluation_without_a_judge(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Two models of other weights, 40 scored rows: samples, KL, and an estimate by each reward of the rows.
+
+    The limit holds the longest response without its end: no text is lost, and no warning said.
+    """
     for name, seed in (("sft", 0), ("rl", 1)):
         place = tmp_path / "models" / name
         tiny.language_model("llama", seed).save_pretrained(place)
@@ -210,7 +213,8 @@ def test_an_evaluation_without_a_judge(tmp_path: Path, capsys: pytest.CaptureFix
     write_jsonl(tmp_path / "test.jsonl", rows)
     policies = f"policies={{sft: {tmp_path}/models/sft, rl: {tmp_path}/models/rl}}"
     given = [policies, f"data.test={tmp_path}/test.jsonl", "max_rows=4", "num_samples=2", "generation.max_new_tokens=5"]
-    given += ["data.max_prompt_length=40", "data.max_response_length=40"]
+    whole = len(tiny.encoder().encode("the dog", texts[1]).response_ids)
+    given += ["data.max_prompt_length=40", f"data.max_response_length={whole - 1}"]
     step = resolve(["stage=evaluate", f"runs_dir={tmp_path}", *given])
     evaluate.main(step.settings, list(step.words))
     left = tmp_path / "default" / "evaluate"
@@ -222,4 +226,8 @@ def test_an_evaluation_without_a_judge(tmp_path: Path, capsys: pytest.CaptureFix
         assert (f"{head}estimate" in results["rl"]) == bool(results["rl"][f"{head}known"])
     samples = [json.loads(line) for line in (left / "samples" / "policies.jsonl").read_text().splitlines()]
     assert [row["policy"] for row in samples] == ["sft", "sft", "rl", "rl"] and "reward" not in samples[0]
-    assert "gain in brief" in capsys.readouterr().out
+    said = capfd.readouterr()
+    assert "gain in brief" in said.out and "lose text" not in said.err
+    cut = gains.Read([Response(Example("a", "p", "x"), "", "x", (3,), (4,), finished=False)], [], tiny.tokenizer())
+    gains.say_of_rows(cut.responses, {"rl": cut}, {})
+    assert "policy rl: 1 of 1 logged responses lose text to data.max_response_length" in capfd.readouterr().err
