@@ -100,11 +100,12 @@ class Example:
     turn_weight: float | None = None  # of the completion's message, as `Message.weight`
     columns: Mapping[str, Any] = field(default_factory=dict)  # the row's further columns, which rewards are given
     candidate_scores: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)  # by name, one per candidate
+    unfinished: tuple[str, ...] = ()  # texts among its responses that were cut off before they ended
 
 
 @dataclass(frozen=True)
 class Row:
-    """One sequence ready for the model: ids only, already truncated; `response_ids` ends with EOS unless cut."""
+    """One sequence ready for the model: ids only, already truncated; `response_ids` ends with EOS unless cut off."""
 
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
@@ -113,6 +114,8 @@ class Row:
     learned: tuple[bool, ...] = ()  # for each of `response_ids` whether it is learned; (): all are
     spelled: bool = False  # a special token is spelled in its texts, and is plain text to the model
     own_end: bool = False  # the response brought the token that ends it along as text
+    unfinished: bool = False  # the response was cut off when it was written
+    cut_text: bool = False  # cut_response, and not of the token that ends it alone
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)

@@ -52,6 +52,9 @@ def main(settings: GenerateStage, words: Sequence[str]) -> None:
         answers = responses(policy, chosen, settings, split)
         gathered = candidates.gathered(answers, settings.generation.num_return_sequences)
         statistics = evaluation.completion_statistics(answers)
+        cut = sum(not answer.finished for answer in answers)
+        limit = f"generation.max_new_tokens={settings.generation.max_new_tokens}"
+        dataset.warn_of_cuts(cut, len(answers), limit, "(their rows' `unfinished`), which then teach no end")
         if rewards is not None and gathered.rows:
             judged = candidates.judged(ranks, rewards, gathered.rows)
             gathered = gathered._replace(rows=judged.rows)

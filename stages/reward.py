@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from pipeline.config.schema import RewardStage
-from pipeline.data import dataset, encoding, pairs
+from pipeline.data import dataset, pairs
 from pipeline.data.batching import Windows, once
 from pipeline.data.rows import Rows
+from pipeline.data.tokenization import Encoder
 from pipeline.launch import run_dir
 from pipeline.launch.entry import run
-from pipeline.records import Item
+from pipeline.records import Example, Item, Row
 from pipeline.trainer import evaluation, group
 from pipeline.trainer.loop import HELD_OUT_LOSS, Evaluation, Trainer, fit
 from pipeline.trainer.model import Model, build_reward_model, encode
@@ -33,8 +34,7 @@ def main(settings: RewardStage, words: Sequence[str]) -> None:
         return
     module, algorithm, objective = objective_of(settings.algorithm)
     train, held_out = rows_of(settings, module, algorithm)
-    # pairs, or responses with a score each
-    made = encoding.pair_rows if pairs.all_pairs(train) else encoding.completion_rows
+    made = judged_pairs if pairs.all_pairs(train) else judged_rows  # else responses with a score each
 
     scorer = build_reward_model(settings, ranks, start, partial(dataset.texts, train, settings.template))
     items, tested = encode(scorer, directory, train, held_out, made)
@@ -51,6 +51,16 @@ def main(settings: RewardStage, words: Sequence[str]) -> None:
             best_metric=HELD_OUT_LOSS,
         )
     )
+
+
+def judged_pairs(example: Example, encoder: Encoder) -> tuple[Row, ...]:
+    """Both responses as texts are judged: with an end, also where one was cut off when it was written."""
+    return tuple(encoder.encode(example.prompt, answer) for answer in (example.chosen, example.rejected))
+
+
+def judged_rows(example: Example, encoder: Encoder) -> tuple[Row, ...]:
+    """The same of a single response."""
+    return (encoder.encode(example.prompt, example.completion),)
 
 
 def rows_of(settings: RewardStage, module: RewardModule, algorithm: Any) -> tuple[Rows, Rows]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.resolve import resolve
-from pipeline.data import dataset, encoding, readers, splits
+from pipeline.data import convert, dataset, encoding, pairs, readers, splits
 from pipeline.data.prompts import gold, unique_prompts
 from pipeline.data.tokenization import Encoder
 from pipeline.data.write import write_rows
@@ -36,6 +36,49 @@ def test_candidates_are_each_text_once_and_the_row_keeps_its_reference() -> None
     found = candidates.gathered([*answers(ROW, "x", "", "y", "x"), *answers(other, "", "", "", "")], 4)
     assert found.rows == [replace(ROW, candidates=("x", "y"))]  # four empty ones leave no row
     assert (found.empty, found.repeated) == (5, 1)
+
+
+def test_what_was_cut_off_is_known_and_taught_without_an_end(tmp_path: Path) -> None:
+    """From a policy's answers through files, scores and pairs to tokens."""
+    said = [replace(one, finished=one.text != "y") for one in answers(ROW, "x", "y", "z")]
+    (row,) = candidates.gathered(said, 3).rows
+    assert row.unfinished == ("y",)
+
+    def y_is_best(prompts: list, completions: list[str], **columns: list) -> list[float]:
+        return [float(text == "y") for text in completions]
+
+    judge = Rewards([WeightedReward("y", 1.0, y_is_best)])
+    write_rows(tmp_path / "train.jsonl", candidates.judged(tiny.ranks(), judge, [row]).rows)
+    (read,) = readers.read(str(tmp_path / "train.jsonl")).examples
+    ends = {one.completion: encoding.completion_rows(one, tiny.encoder())[0] for one in convert.each_candidate(read)}
+    assert {text: row.response_ids[-1] == tiny.EOS_ID for text, row in ends.items()} == {
+        "y": False,
+        "x": True,
+        "z": True,
+    }
+    (pair,) = pairs.of_scored([read])
+    assert [row.unfinished for row in encoding.pair_rows(pair, tiny.encoder())] == [True, False]
+    (one,) = candidates.gathered(said[1:2], 1).rows
+    assert one == replace(ROW, completion="y", unfinished=("y",))
+
+
+@pytest.mark.parametrize(
+    ("columns", "cut"),
+    [
+        ({"completion": "a", "unfinished": True}, ("a",)),
+        ({"completion": "a", "unfinished": False}, ()),
+        ({"completion": "a", "unfinished": None}, ()),
+        ({"completion": "a", "unfinished": ["b"]}, "unfinished: 'b' is text, and no response of the row"),
+        ({"candidates": ["a"], "unfinished": True}, "unfinished: true, in a row without a completion"),
+    ],
+)
+def test_rows_of_others_may_say_what_was_cut_off(tmp_path: Path, columns: dict, cut: tuple | str) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "p", **columns}) + "\n")
+    if isinstance(cut, str):
+        with pytest.raises(UserError, match=cut):
+            readers.read(str(tmp_path / "a.jsonl"))
+    else:
+        assert readers.read(str(tmp_path / "a.jsonl")).examples[0].unfinished == cut
 
 
 def test_one_response_is_the_completion() -> None:

@@ -216,8 +216,11 @@ def test_a_greedy_evaluation_judges_its_plain_samples_too(tmp_path: Path) -> Non
     assert sampled == {f"sampled/{tag}": drawn[tag] for tag in drawn if tag.startswith("reward")}
 
 
-def test_an_evaluation_without_a_judge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two models of other weights, 40 scored rows: samples, KL, and an estimate by each reward of the rows."""
+def test_an_evaluation_without_a_judge(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Two models of other weights, 40 scored rows: samples, KL, and an estimate by each reward of the rows.
+
+    The limit holds the longest response without its end: no text is lost, and no warning said.
+    """
     policies = two_models(tmp_path)
     texts = ("the cat", "a dog and a cat", "the")
     rows = [
@@ -231,7 +234,8 @@ def test_an_evaluation_without_a_judge(tmp_path: Path, capsys: pytest.CaptureFix
     ]
     write_jsonl(tmp_path / "test.jsonl", rows)
     given = [policies, f"data.test={tmp_path}/test.jsonl", "max_rows=4", "num_samples=2", "generation.max_new_tokens=5"]
-    given += ["data.max_prompt_length=40", "data.max_response_length=40"]
+    whole = len(tiny.encoder().encode("the dog", texts[1]).response_ids)
+    given += ["data.max_prompt_length=40", f"data.max_response_length={whole - 1}"]
     step = resolve(["stage=evaluate", f"runs_dir={tmp_path}", *given])
     evaluate.main(step.settings, list(step.words))
     left = tmp_path / "default" / "evaluate"
@@ -243,4 +247,8 @@ def test_an_evaluation_without_a_judge(tmp_path: Path, capsys: pytest.CaptureFix
         assert (f"{head}estimate" in results["rl"]) == bool(results["rl"][f"{head}known"])
     samples = [json.loads(line) for line in (left / "samples" / "policies.jsonl").read_text().splitlines()]
     assert [row["policy"] for row in samples] == ["sft", "sft", "rl", "rl"] and "reward" not in samples[0]
-    assert "gain in brief" in capsys.readouterr().out
+    said = capfd.readouterr()
+    assert "gain in brief" in said.out and "lose text" not in said.err
+    cut = gains.Read([Response(Example("a", "p", "x"), "", "x", (3,), (4,), finished=False)], [], tiny.tokenizer())
+    gains.say_of_rows(cut.responses, {"rl": cut}, {})
+    assert "policy rl: 1 of 1 logged responses lose text to data.max_response_length" in capfd.readouterr().err

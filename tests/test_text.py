@@ -90,6 +90,14 @@ def test_responses_are_cut_on_the_right_and_lose_eos() -> None:
     assert not tiny.encoder(response_limit=n).encode("the", "cat sat on").cut_response
 
 
+def test_an_unfinished_response_has_no_end_and_loses_none() -> None:
+    whole = tiny.encoder().encode("the", "cat sat on").response_ids
+    for limit, kept, cut, cut_text in ((len(whole), -1, False, False), (len(whole) - 2, -2, True, True)):
+        row = tiny.encoder(response_limit=limit).encode("the", "cat sat on", unfinished=True)
+        assert (row.response_ids, row.cut_response, row.cut_text) == (whole[:kept], cut, cut_text)
+    assert not tiny.encoder(response_limit=len(whole) - 1).encode("the", "cat sat on").cut_text  # the end alone
+
+
 def test_cuts_are_counted() -> None:
     from pipeline.data.encoded import counts
     from pipeline.data.encoding import completion_rows, encode

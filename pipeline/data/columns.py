@@ -11,7 +11,7 @@ from pipeline.data.fields import Columns, RowError
 from pipeline.data.rows import Rows
 from pipeline.data.transcripts import marked_turns, turns_of
 from pipeline.errors import UserError
-from pipeline.records import REWARD_ARGUMENTS, Example, Message
+from pipeline.records import REWARD_ARGUMENTS, Example, Message, text_of
 
 COMPLETION = ("completion", "response")
 CHOSEN_REWARD = ("chosen_reward", "chosen_score", "score_chosen", "chosen_gpt_score", "chosen-rating")
@@ -73,7 +73,7 @@ def example_of(row: Columns, given: Fields, id: str, carried: Columns | None = N
         whole |= candidate_list(row)
     kept = {sys.intern(name): value for name, value in (carried or {}).items()}  # every row has the same few names
     named = {"id": whole["id"] or id, "source": whole["source"] or "", "references": whole["references"] or ()}
-    return Example(**_of_chat(row, _in_turns(whole | named)), columns=kept)
+    return Example(**_with_unfinished(_of_chat(row, _in_turns(whole | named))), columns=kept)
 
 
 def _of_chat(row: Columns, whole: Fields) -> Fields:
@@ -100,8 +100,22 @@ def _in_turns(whole: Fields) -> Fields:
         return whole
     texts = [name for name in ("completion", "chosen", "rejected") if isinstance(whole[name], str)]
     answers = {name: whole[name].removeprefix(" ") for name in texts}
-    several = {name: tuple(one.removeprefix(" ") for one in whole[name]) for name in ("references", "candidates")}
+    lists = [name for name in ("references", "candidates", "unfinished") if isinstance(whole[name], tuple)]
+    several = {name: tuple(one.removeprefix(" ") for one in whole[name]) for name in lists}
     return {**whole, "prompt": turns, **answers, **several}
+
+
+def _with_unfinished(whole: Fields) -> Fields:
+    """The fields of a row, those of its responses that were cut off as texts; true is the completion."""
+    answers = [whole[name] for name in ("completion", "chosen", "rejected") if whole[name] is not None]
+    texts, cut = {*map(text_of, answers), *whole["candidates"]}, whole["unfinished"] or ()
+    if cut is True:
+        if whole["completion"] is None:
+            raise RowError("unfinished: true, in a row without a completion, wanted the texts that were cut off")
+        cut = (text_of(whole["completion"]),)
+    if unknown := [text for text in cut if text not in texts]:
+        raise RowError(f"unfinished: {fields.described(unknown[0])}, and no response of the row, wanted one")
+    return whole | {"unfinished": cut}
 
 
 def further(row: Columns, used: Collection[str]) -> dict[str, object]:
@@ -219,6 +233,10 @@ def _number_or_truth(row: Columns, *names: str) -> float | None:
     return float(value) if isinstance(value, bool) else fields.optional_number(row, *names)
 
 
+def _truth_or_texts(row: Columns, name: str) -> bool | tuple[str, ...] | None:
+    return row[name] if isinstance(row.get(name), bool) else fields.texts(row, name)
+
+
 def _is_list(row: Columns, name: str) -> bool:
     return isinstance(row.get(name), list | tuple)
 
@@ -237,6 +255,7 @@ CARRIERS: Mapping[str, tuple] = {
     "correctness": (_number_or_truth, "correctness", "gpt_correctness"),
     "reward": (fields.optional_number, "reward"),
     "rewards": (fields.named_numbers, "rewards"),
+    "unfinished": (_truth_or_texts, "unfinished"),
 }
 OTHER = "other_columns"  # holds, in files of ours, the further columns that have the name of a format's column
 CARRIED = {

@@ -27,7 +27,7 @@ IDS = pyarrow.list_(pyarrow.int32())
 SCHEMA = pyarrow.schema(
     [("prompt", IDS), ("response", IDS), ("learned", pyarrow.list_(pyarrow.bool_())), ("flags", pyarrow.uint8())]
 )
-FLAGS = ("cut_prompt", "cut_response", "spelled", "own_end")  # fields of a Row, by bit
+FLAGS = ("cut_prompt", "cut_response", "spelled", "own_end", "unfinished", "cut_text")  # fields of a Row, by bit
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,6 +200,7 @@ def counts(items: Items) -> dict[str, int]:
         "cut_responses": items.flagged("cut_response"),
         "spelled_special_tokens": items.flagged("spelled"),
         "own_ends": items.flagged("own_end"),
+        "unfinished_responses": items.flagged("unfinished"),
     }
 
 

@@ -28,7 +28,7 @@ from pipeline.data.encoded import FLAGS, SCHEMA, Items, examples_of, numbers_of,
 from pipeline.data.rows import Rows
 from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
-from pipeline.records import Example, Row
+from pipeline.records import Answer, Example, Row, text_of
 
 PART = 2048  # rows that are tokenised at a time
 MANY = 200_000  # rows of which it is said that they will be tokenised
@@ -38,11 +38,17 @@ RowsOf = Callable[[Example, Encoder], tuple[Row, ...]]
 
 
 def completion_rows(example: Example, encoder: Encoder) -> tuple[Row, ...]:
-    return (encoder.encode(example.prompt, example.completion),)
+    return (row_of(example, example.completion, encoder),)
 
 
 def pair_rows(example: Example, encoder: Encoder) -> tuple[Row, ...]:
-    return (encoder.encode(example.prompt, example.chosen), encoder.encode(example.prompt, example.rejected))
+    return (row_of(example, example.chosen, encoder), row_of(example, example.rejected, encoder))
+
+
+def row_of(example: Example, answer: Answer | None, encoder: Encoder) -> Row:
+    """The prompt with one of the example's responses, without an end where that was cut off when it was written."""
+    unfinished = bool(example.unfinished) and answer is not None and text_of(answer) in example.unfinished
+    return encoder.encode(example.prompt, answer, unfinished)
 
 
 def prompt_rows(example: Example, encoder: Encoder) -> tuple[Row, ...]:

@@ -110,6 +110,7 @@ def _pair(best: Example, worst: Example) -> Example:
         margin=best.reward - worst.reward,
         source=best.source,
         columns=best.columns,
+        unfinished=tuple(dict.fromkeys((*best.unfinished, *worst.unfinished))),
     )
 
 

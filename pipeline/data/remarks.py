@@ -73,6 +73,9 @@ def of_counts(counts: Mapping[str, int]) -> Iterator[str]:
             f"{spelled:,} of {counts['responses']:,} spell special tokens, which are plain text to the model: "
             "template.special_tokens=token makes them tokens"
         )
+    if unfinished := counts["unfinished_responses"]:
+        whole = counts["responses"]
+        yield f"{unfinished:,} of {whole:,} responses were cut off when they were written: they teach no end"
     if ends := counts["own_ends"]:
         yield f"{ends:,} of {counts['responses']:,} responses spell the token that ends them, which they get but once"
 

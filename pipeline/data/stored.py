@@ -27,9 +27,9 @@ CHOSEN, REJECTED = "/chosen", "/rejected"  # what the ids of the two rows of a p
 COPY = "/copy-"
 SIDE = re.compile(f"({CHOSEN}|{REJECTED})?$")  # ids of the sides of pairs still end with the side
 TURNS = ("completion", "chosen", "rejected")
-LACKED = ("references", "candidates", "candidate_rewards", "rewards", "source", "columns", "candidate_scores")
+LISTS = ("references", "candidates", "candidate_rewards", "unfinished")
+LACKED = (*LISTS, "rewards", "source", "columns", "candidate_scores")
 AS_JSON = json.JSONEncoder(ensure_ascii=False).encode
-LISTS = ("references", "candidates", "candidate_rewards")
 
 
 def hash_of(key: object) -> int:

@@ -136,9 +136,10 @@ class Encoder:
         ids = self._prompt_ids(prompt)
         return (tuple(ids), False) if len(ids) <= limit else (tuple(self._cut(prompt, limit)), True)
 
-    def encode(self, prompt: Prompt, completion: Answer | None) -> Row:
+    def encode(self, prompt: Prompt, completion: Answer | None, unfinished: bool = False) -> Row:
         """A prompt with its response and the token that ends it, cut on the right; no response at all where None.
 
+        An unfinished response, which was cut off before it ended, has no such token.
         A response that is a message, as a call of tools, is what the chat template writes of it. Raises UserError where
         the template cannot write what the row holds.
         """
@@ -151,8 +152,9 @@ class Encoder:
             return Row(prompt_ids, (), cut_prompt, spelled=spelled)
         (answer,) = self._without_ends((_message_of(completion),))
         text = answer if answer.more and self.template.kind == "chat" else answer.content
-        ids = self._response_ids(text, prompt)
-        limit = self.max_response_length
+        ids, limit = self._response_ids(text, prompt), self.max_response_length
+        words = len(ids) - 1  # without the end
+        ids = ids[:words] if unfinished else ids
         return Row(
             prompt_ids,
             tuple(ids[:limit]),
@@ -160,6 +162,8 @@ class Encoder:
             cut_response=len(ids) > limit,
             spelled=spelled or self._spells((answer,)),
             own_end=(answer, asked) != (_message_of(completion), prompt),
+            unfinished=unfinished,
+            cut_text=words > limit,
         )
 
     def encode_conversation(self, prompt: Prompt, completion: Answer) -> tuple[int, ...]:

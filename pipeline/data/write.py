@@ -10,7 +10,7 @@ from pipeline.data import messages
 from pipeline.data.columns import OTHER
 from pipeline.data.formats import READ_SOMEWHERE
 from pipeline.files import write_text
-from pipeline.records import Answer, Chat, Example, Message
+from pipeline.records import Answer, Chat, Example, Message, text_of
 
 
 def write_rows(path: Path, examples: Iterable[Example]) -> None:
@@ -51,6 +51,7 @@ def row_of(example: Example) -> dict[str, object]:
         "candidates": list(example.candidates) or None,
         "candidate_rewards": list(example.candidate_rewards) or None,
         "candidate_scores": {name: list(values) for name, values in example.candidate_scores.items()} or None,
+        "unfinished": [text for text in example.unfinished if text in _texts(example)] or None,
         OTHER: hidden or None,
     }
     return {name: value for name, value in columns.items() if value is not None} | further
@@ -58,6 +59,12 @@ def row_of(example: Example) -> dict[str, object]:
 
 def _written(answer: Answer | None) -> str | list[dict[str, object]] | None:
     return [messages.as_row(answer)] if isinstance(answer, Message) else answer
+
+
+def _texts(example: Example) -> set[str]:
+    """Those of the responses that the example still holds."""
+    answers = (example.completion, example.chosen, example.rejected)
+    return {*example.candidates, *(text_of(answer) for answer in answers if answer is not None)}
 
 
 def _sides(example: Example) -> dict[str, object]:

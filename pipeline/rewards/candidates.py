@@ -42,12 +42,15 @@ def gathered(answers: Sequence[Response], n: int) -> Gathered:
     """
     rows, empty, repeated = [], 0, 0
     for start in range(0, len(answers), n):
-        written = [answer.text for answer in answers[start : start + n] if answer.text.strip()]
+        some = [answer for answer in answers[start : start + n] if answer.text.strip()]
+        written = [answer.text for answer in some]
+        ended = {answer.text for answer in some if answer.finished}
         texts = tuple(dict.fromkeys(written))
         empty += n - len(written)
         repeated += len(written) - len(texts)
         if texts:
-            rows.append(_row(answers[start].example, texts, n))
+            row = _row(answers[start].example, texts, n)
+            rows.append(replace(row, unfinished=tuple(text for text in texts if text not in ended)))
     return Gathered(rows, empty, repeated)
 
 

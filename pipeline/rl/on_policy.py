@@ -24,6 +24,7 @@ from pipeline.algorithms.stats import mean_stat
 from pipeline.config.generation import GenerationSettings
 from pipeline.config.schema import RlPolicy
 from pipeline.data.batching import Draw, Packing, collate, window
+from pipeline.data.encoding import row_of
 from pipeline.data.prompts import reference_text, unique_prompts
 from pipeline.data.tokenization import Encoder
 from pipeline.errors import UserError
@@ -249,7 +250,7 @@ class Rollouts:
         """The reference texts of the prompts, where their likelihood is learned too."""
         if self.algorithm.sft_weight == 0:
             return []
-        rows = [self.encoder.encode(example.prompt, reference_text(example)) for example in examples]
+        rows = [row_of(one, reference_text(one), self.encoder) for one in examples]
         for example, row in zip(examples, rows, strict=True):
             if self.packing.suppressed is not None and self.packing.suppressed[list(row.response_ids)].any():
                 raise UserError(f"{example.id}: its reference holds a mask token, which is never said: remove it")

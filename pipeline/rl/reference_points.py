@@ -208,7 +208,8 @@ def of_any_prompt(train: Rows, held_out: Rows, order: torch.Generator) -> np.nda
 
 def _with_responses(rows: Rows, of: Rows, places: np.ndarray) -> Iterator[Example]:
     for row, place in zip(rows, places.tolist(), strict=True):
-        yield replace(row, completion=of[place].completion)
+        other = of[place]
+        yield replace(row, completion=other.completion, unfinished=other.unfinished)
 
 
 def of_other_prompts(rows: Rows, order: torch.Generator) -> np.ndarray:

@@ -77,7 +77,7 @@ def composed_objective(context: Context, policy: Model, composer: Composer) -> O
 
 def reference_rows(example: Example, encoder: Encoder) -> tuple[Row, ...]:
     """The reference text as the response. Raises UserError where there is none."""
-    return (encoder.encode(example.prompt, reference_text(example)),)
+    return (encoding.row_of(example, reference_text(example), encoder),)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +116,7 @@ def _static_examples(rows: Rows, which: str) -> Iterator[Example]:
     """Each static response as a row, of which the id is the number of the example's."""
     for number, row in enumerate(rows):
         for text in static_texts(row, which):
-            yield Example(str(number), row.prompt, completion=text)
+            yield Example(str(number), row.prompt, completion=text, unfinished=row.unfinished)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.algorithms import estimates
-from pipeline.data import convert
+from pipeline.data import convert, encoding
 from pipeline.models import text_regression
 from pipeline.records import Example, Response, text_of
 from pipeline.trainer import evaluation
@@ -27,7 +27,7 @@ logger = logging.getLogger("tiffin")
 
 
 class Read(NamedTuple):
-    """Logged responses as a policy reads them."""
+    """Logged responses as a policy reads them, `finished` where all of the text is."""
 
     responses: list[Response]
     logps: list[Tensor]  # (T,) float32 each
@@ -52,9 +52,9 @@ def logged(rows: Sequence[Example]) -> list[Example]:
 
 def read(policy: Model, rows: Sequence[Example]) -> Read:
     """What a policy finds of logged responses; prompts and responses are written as its own template does."""
-    encoded = [policy.encoder.encode(row.prompt, row.completion) for row in rows]
+    encoded = [encoding.row_of(row, row.completion, policy.encoder) for row in rows]
     responses = [
-        Response(example, "", text_of(example.completion), row.prompt_ids, row.response_ids, not row.cut_response)
+        Response(example, "", text_of(example.completion), row.prompt_ids, row.response_ids, not row.cut_text)
         for example, row in zip(rows, encoded, strict=True)
     ]
     logps = evaluation.response_logps(policy.engine, responses, spoken_packing(policy))
@@ -136,6 +136,6 @@ def say_of_rows(rows: Sequence[Example], found: Mapping[str, Read], known: Mappi
         cut = sum(not response.finished for response in one.responses)
         if cut:
             logger.warning(
-                f"policy {name}: {cut:,} of {len(rows):,} logged responses are cut at data.max_response_length: their "
-                "rewards are of the whole, the estimates of what is left: raise it"
+                f"policy {name}: {cut:,} of {len(rows):,} logged responses lose text to data.max_response_length: "
+                "their rewards are of the whole, the estimates of what is left: raise it"
             )
