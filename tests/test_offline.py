@@ -29,6 +29,7 @@ NLL = Settings(
     weight="one",
     ratio="none",
     clip=None,
+    clip_form="bound",
     probability_floor=0.0,
     kl_beta=0.0,
     kl_form="none",
@@ -50,7 +51,9 @@ IW_SFT = dataclasses.replace(NLL, ratio="mean")
 AWR = dataclasses.replace(NLL, weight="exponential")
 ASYMRE = dataclasses.replace(NLL, weight="signed", shift=0.1)
 TOPR = dataclasses.replace(NLL, weight="signed", baseline="rows", ratio="tapered")
-GROUPED = dataclasses.replace(TOPR, baseline="group", ratio="sequence", clip=0.2, kl_beta=0.04, kl_form="k3")
+GROUPED = dataclasses.replace(TOPR, baseline="group", ratio="token", clip=0.2, clip_form="stop")
+GROUPED = dataclasses.replace(GROUPED, kl_beta=0.04, kl_form="k3")
+BOUND = dataclasses.replace(GROUPED, clip_form="bound")
 ALL = {
     "nll": NLL,
     "wbc": WBC,
@@ -159,14 +162,19 @@ def loop_loss(settings, batch, logp):
             "signed": gain + settings.shift,
         }[settings.weight]
         bounds = (0.0, math.inf) if settings.clip is None else (1 - settings.clip, 1 + settings.clip)
+
+        def clipped(ratio, bounds=bounds, row_weight=row_weight):
+            gone = ratio < bounds[0] if row_weight < 0 else ratio > bounds[1]
+            return 0.0 if gone and settings.clip_form == "stop" else min(max(ratio, bounds[0]), bounds[1])
+
         of_sequence = math.exp(sum(row[t] - ref[t] for t in tokens))
         for t in tokens:
             of_token = math.exp(row[t] - ref[t])
             factor = {
                 "none": 1.0,
-                "sequence": min(max(of_sequence, bounds[0]), bounds[1]),
-                "token": min(max(of_token, bounds[0]), bounds[1]),
-                "mean": min(max(of_sequence ** (1 / len(tokens)), bounds[0]), bounds[1]),
+                "sequence": clipped(of_sequence),
+                "token": clipped(of_token),
+                "mean": clipped(of_sequence ** (1 / len(tokens))),
                 "tapered": min(of_sequence, 1.0) if row_weight < 0 else 1.0,
                 "probability": max(math.exp(row[t]), settings.probability_floor),
             }[settings.ratio]
@@ -177,6 +185,10 @@ def loop_loss(settings, batch, logp):
     return total, gradient
 
 
+def unclipped(settings):
+    return dataclasses.replace(settings, clip=None, clip_form="bound")
+
+
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("clip", [None, 0.0, 0.2, 0.9])
 def test_equals_the_loop_over_numbers(name, clip):
@@ -184,7 +196,7 @@ def test_equals_the_loop_over_numbers(name, clip):
     logp, ref = (-3 * torch.rand(5, 4, dtype=F64)).tolist(), (-3 * torch.rand(5, 4, dtype=F64)).tolist()
     mask = [[True] * (1 + b % 4) + [False] * (3 - b % 4) for b in range(5)]
     batch = make_batch(mask, ref, [0.9, 0.1, 0.5, 0.7, 0.2], [0.5, 0.5, 0.1, 0.0, 0.9])
-    settings = dataclasses.replace(ALL[name], clip=clip)
+    settings = unclipped(ALL[name]) if clip is None else dataclasses.replace(ALL[name], clip=clip)
     total, gradient = value_and_gradient(settings, batch, logp)
     wanted_total, wanted_gradient = loop_loss(settings, batch, logp)
     same(total, wanted_total)
@@ -226,7 +238,7 @@ def test_p2_clip_limits_the_weight_and_keeps_the_gradient():
 
 @pytest.mark.parametrize("name", ["r_gold", "r_lol", "a_lol", "a_lol_seq"])
 def test_p3_the_gradient_holds_the_weights_fixed(name):
-    settings, step = dataclasses.replace(ALL[name], clip=None), 1e-6
+    settings, step = unclipped(ALL[name]), 1e-6
     batch, logp = make_batch(), make_logp().detach()
     total, gradient = value_and_gradient(settings, batch)
     fixed = offline.weights(logp, batch, settings)
@@ -513,6 +525,9 @@ def test_statistics_follow_the_settings():
     assert found(SEQ)["ratio/clip_fraction_high"] == 1 / 8  # 6.69 among 8 tokens
     assert found(dataclasses.replace(SEQ, clip=0.2))["ratio/clip_fraction_low"] == 2 / 8  # .3679, .1353
     assert "ratio/clip_fraction_low" not in found(dataclasses.replace(SEQ, clip=None))
+    # A = .3, .2, -.3: .2 of the first and of the second row are raised beyond .18, none of the last lowered
+    stopped = found(dataclasses.replace(SEQ, weight="signed", clip=0.2, clip_form="stop"))
+    assert stopped["ratio/stopped_fraction"] == 2 / 8
     assert found(R_GOLD)["probability/floor_fraction"] == 1 / 8  # e^-3
     assert "ratio/mean" not in found(REF_FREE)
     assert "logged/kl" not in found(REF_FREE, ref=None)
@@ -539,6 +554,9 @@ def test_needs():
         ({"clip": 1.0}, "clip: 1.0, wanted"),
         ({"clip": -0.1}, "clip: -0.1, wanted"),
         ({"clip": NAN}, "clip: nan, wanted"),
+        ({"clip_form": "ppo"}, "clip_form: 'ppo', wanted bound, stop"),
+        ({"clip_form": "stop", "clip": None}, "clip_form: stop, wanted a clip and ratio sequence, token, mean"),
+        ({"clip_form": "stop", "ratio": "none"}, "clip_form: stop, wanted a clip and ratio"),
         ({"probability_floor": 1.1}, r"probability_floor: 1.1, wanted a number in \[0, 1\]"),
         ({"kl_beta": -1.0}, "kl_beta: -1.0, wanted a number >= 0"),
         ({"kl_beta": 0.2}, "kl_beta: 0.2, wanted 0 where kl_form is none"),
@@ -589,12 +607,13 @@ BY_HAND = {
     "iw_sft": (IW_SFT, [0.765928 * 3.5, 0.406570 * 3.2, 2.459603 * 0.8]),  # e^(-.8/3), e^(-1.8/2), e^(2.7/3)
     # p * nll of each token: .367879 + .303265 + .270671; .163746 + .149361; .090484 + .268128 + .222245
     "dft": (DFT, [0.941815, 0.313107, 0.580857]),
-    # .8 and 1.2 bound rho; k3 as in the golden statistics: .389282, 1.156738, 7.029416 - 3
+    # ln rho of the tokens .2, 0, -1; .2, -2; 1.9, .2, .6, between ln .8 = -.22 and ln 1.2 = .18: raised beyond it, .2
+    # stops. k3 as in the golden statistics: .389282, 1.156738, 7.029416 - 3
     "grpo_offline": (
         GROUPED,
         [
-            0.3 * 0.8 * 3.5 + 0.04 * 0.389282,
-            0.2 * 0.8 * 3.2 + 0.04 * 1.156738,
+            0.3 * (0 * 1 + 1 * 0.5 + 0.8 * 2) + 0.04 * 0.389282,
+            0.2 * (0 * 0.2 + 0.8 * 3) + 0.04 * 1.156738,
             -0.3 * 1.2 * 0.8 + 0.04 * 4.029416,
         ],
     ),
@@ -642,8 +661,9 @@ def test_reductions_to_known_methods():
     ("settings", "push"),
     [
         (TOPR, 0.3 * math.exp(-50)),  # fades with the response
-        (GROUPED, 0.3 * 0.8 - 0.04),  # the clip keeps .8 of it, of which k3 takes .04
-        (dataclasses.replace(GROUPED, kl_beta=0.24), 0.0),  # kl_beta = |weight| * factor holds the row
+        (GROUPED, -0.04),  # the push has stopped, and k3 pulls the row back
+        (BOUND, 0.3 * 0.8 - 0.04),  # the clip keeps .8 of it, of which k3 takes .04
+        (dataclasses.replace(BOUND, kl_beta=0.24), 0.0),  # kl_beta = |weight| * factor holds the row
         (ASYMRE, 0.2),
     ],
 )

@@ -18,7 +18,7 @@
 | awr            | exponential | value    | none        | weight_temperature 1            |
 | asymre         | signed      | value    | none        | shift 0.1                       |
 | topr           | signed      | rows     | tapered     |                                 |
-| grpo_offline   | signed      | group    | sequence    | clip 0.2, kl_form k3            |
+| grpo_offline   | signed      | group    | token       | clip 0.2, stop, kl_form k3      |
 
 Row weight: 1; the reward R; or of the advantage A = R - baseline:
 - advantage: its positive part, A+;
@@ -29,12 +29,14 @@ Baseline, computed once before the first step: V(prompt); the mean reward of the
 is divided by their (population) standard deviation; or the mean reward of all rows learned from.
 Token factor: 1; pi / pi_ref of the whole response, or of the token, clipped; `mean`, the whole response's to the power
 1 / its length, clipped; `tapered`, the whole response's within [0, 1] where the row weight is negative, else 1; or the
-token's own probability, floored. The factor carries no gradient, so the clip is not PPO's: a clipped row still learns,
-with the bound as its weight.
+token's own probability, floored. The factor carries no gradient, so that a clip alone is not PPO's: a clipped row still
+learns, with the bound as its weight. With clip_form `stop` it is: what the row's weight has pushed beyond the bound has
+the factor 0 and teaches nothing more (what drifted beyond the other one keeps that bound, where PPO has the ratio).
 
 What bounds a row of negative weight? -w ln pi falls without end as pi -> 0, so the loss alone does not. Its factor does
 where that goes to 0 with pi: ratio tapered always, sequence, token and mean with clip null (but those grow without
-end on rows of positive weight). A clip below 1 keeps 1 - clip of the push however unlikely the row is. The k3 term
+end on rows of positive weight). A clip below 1 keeps 1 - clip of the push however unlikely the row is, unless it
+stops, which ends each token, or row, by itself: what others teach may carry it on. The k3 term
 pulls an unlikely token back with kl_beta at most, so it holds a row only where kl_beta >= |weight| * factor, and delays
 it elsewhere. A positive shift leaves more weight on raised rows than on lowered ones, so that likelihood has somewhere
 to go. The rest is early stopping, by the held-out gain; `logps/lowered` shows what happens.
@@ -67,9 +69,10 @@ Sources, and where ours differs:
   at or above it the policy collapses. Ours takes off V(prompt) - shift.
 - topr: Le Roux et al. (arXiv 2503.14286): positive rewards weigh as they are, negative ones times the ratio of the
   whole response limited to [0, 1]. Its baseline decides how much negative rows count; ours is the mean of all rows.
-- grpo_offline: the group's advantages of GRPO (DeepSeekMath, arXiv 2402.03300) on logged rows. GRPO clips as PPO does,
-  token by token, takes the mean over tokens and new samples each step; TRL divides by the sample standard deviation,
-  which for a prompt of k rows is sqrt(k / (k - 1)) of ours. kl_beta 0.04 and k3 are the paper's.
+- grpo_offline: the group's advantages of GRPO (DeepSeekMath, arXiv 2402.03300) on logged rows, its clip of each token,
+  its kl_beta and k3. GRPO takes the mean over tokens and new samples each step; TRL divides by the sample standard
+  deviation, which for a prompt of k rows is sqrt(k / (k - 1)) of ours. With clip_form bound it runs away: hundreds of
+  nats in 100 steps (stages/recipes/RESULTS.md).
 """
 
 from __future__ import annotations
@@ -95,7 +98,8 @@ from pipeline.records import Batch, Needs, Stat
 MEAN_OVER = "sequences"
 RESPONSES = "data"
 
-COMPARING = ("sequence", "token", "mean", "tapered")  # ratios to the reference
+CLIPPED = ("sequence", "token", "mean")
+COMPARING = (*CLIPPED, "tapered")  # ratios to the reference
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,7 @@ class Settings:
     weight: Literal["one", "reward", "advantage", "exponential", "signed"]
     ratio: Literal["none", "sequence", "token", "mean", "tapered", "probability"]
     clip: float | None  # half-width of the ratio's interval around 1; null: no clip; 0: the ratio is 1
+    clip_form: Literal["bound", "stop"]  # what is pushed beyond: keeps the bound as its ratio | teaches nothing more
     probability_floor: float  # lower bound of the token's probability as a factor
     kl_beta: float
     kl_form: Literal["none", "released", "k3"]
@@ -119,11 +124,14 @@ class Settings:
             ("ratio", TOKEN_FACTORS),
             ("kl_form", KL_TERMS),
             ("baseline", ("value", "prompt", "group", "rows")),
+            ("clip_form", ("bound", "stop")),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: {getattr(self, name)!r}, wanted {', '.join(choices)}")
         if self.clip is not None and not 0 <= self.clip < 1:
             raise ValueError(f"clip: {self.clip}, wanted null or a number in [0, 1)")
+        if self.clip_form == "stop" and (self.clip is None or self.ratio not in CLIPPED):
+            raise ValueError(f"clip_form: stop, wanted a clip and ratio {', '.join(CLIPPED)}: nothing else is clipped")
         if not 0 <= self.probability_floor <= 1:
             raise ValueError(f"probability_floor: {self.probability_floor}, wanted a number in [0, 1]")
         if not self.kl_beta >= 0:
@@ -216,6 +224,8 @@ def _ratio_statistics(logp: Tensor, batch: Batch, settings: Settings) -> dict[st
     if settings.clip is not None:
         stats["ratio/clip_fraction_low"] = mean_stat(log_rho < math.log1p(-settings.clip), counted)
         stats["ratio/clip_fraction_high"] = mean_stat(log_rho > math.log1p(settings.clip), counted)
+    if settings.clip_form == "stop":
+        stats["ratio/stopped_fraction"] = mean_stat(_stopped(logp, batch, settings), counted)
     return stats
 
 
@@ -234,7 +244,16 @@ def _probability_statistics(logp: Tensor, batch: Batch, settings: Settings) -> d
 
 
 def _clipped_ratio(logp: Tensor, batch: Batch, settings: Settings) -> Tensor:
-    return clip_ratio(_log_rho(logp, batch, settings), settings.clip)
+    rho = clip_ratio(_log_rho(logp, batch, settings), settings.clip)
+    return rho if settings.clip_form == "bound" else rho.masked_fill(_stopped(logp, batch, settings), 0.0)
+
+
+def _stopped(logp: Tensor, batch: Batch, settings: Settings) -> Tensor:
+    """Where the row's weight has pushed the ratio beyond the clip; shaped as the ratio."""
+    assert settings.clip is not None
+    log_rho, weight = _log_rho(logp, batch, settings), _row_weight(logp, batch, settings)[:, None]
+    beyond = (log_rho < math.log1p(-settings.clip), log_rho > math.log1p(settings.clip))
+    return torch.where(weight < 0, *beyond)
 
 
 def _tapered(logp: Tensor, batch: Batch, settings: Settings) -> Tensor:
