@@ -101,7 +101,8 @@ def test_rows_that_follow_the_reference_give_the_true_gain():
     assert sum(gain.value for gain in gains) / 200 == pytest.approx(truth, abs=0.005)
     covered = sum(gain.low <= truth <= gain.high for gain in gains)
     assert 168 <= covered <= 192  # 180 at 90 %, give or take 3 x 4.2
-    assert all(gain.known and gain.power == 1 for gain in gains)
+    assert all(gain.known and gain.power == 1 and not gain.doubt for gain in gains)
+    assert sum(gain.mass for gain in gains) / 200 == pytest.approx(1.0, abs=0.02)
 
 
 def test_what_rests_on_few_rows_is_not_known():

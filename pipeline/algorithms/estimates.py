@@ -20,6 +20,9 @@ of whole responses soon rests on a handful of rows; rho^g is the ratio of a poli
 way, and logged rows never follow the reference quite: so the interval reaches from the least to the greatest of what a
 bootstrap over prompts gives for the shares of SPAN, the whole ratio among them. Which of several policies gained more:
 `dr`, of which the level is too high and the order the best.
+
+What none of them sees is what a policy says that was never logged. `mass`, the mean of rho, is 1 where it says the
+logged responses and no others; a policy that ran away has next to none left, and shares of that say nothing of it.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ FLOOR = 16.0  # rows: an estimate that rests on fewer is not known
 FEWEST_PROMPTS = 8  # a bootstrap over fewer draws intervals that are far too narrow
 LENGTH = 0.7  # a correlation of rewards with words above which ratios of whole responses, sums over tokens, mislead
 CLIP = 3.0  # nats
+MASS = 0.05  # less is said: with 0.28 and more estimates were right, with 0.03 and 0.002 wrong (RESULTS.md)
 LEVEL = 0.9  # of the intervals
 DRAWS = 500  # of the bootstrap
 HALVINGS = 40  # of the interval in which g lies
@@ -60,6 +64,9 @@ class Gain(NamedTuple):
     high: float
     dr: float  # with the whole ratio: it says too much, and tells better which of several policies gained more
     ess: float  # effective sample size, in rows, that it rests on
+    mass: (
+        float  # mean of the whole ratio: how likely the rows are to the policy, in how likely they are to the reference
+    )
     power: float  # in [0, 1], how far on the way from the reference to the policy it looks
     rows: int
     prompts: int
@@ -69,6 +76,16 @@ class Gain(NamedTuple):
     def known(self) -> bool:
         """Whether it is to be believed."""
         return not self.unknown
+
+    @property
+    def doubt(self) -> str:
+        """What is to be said of a number that is known all the same; "" where nothing is."""
+        if not self.known or self.mass >= MASS:
+            return ""
+        return (
+            f"logged responses are {self.mass:.2g} times as likely as they were: it says other things, and what these "
+            "earn no estimate sees: let something judge new responses (reward=NAME)"
+        )
 
     @property
     def never(self) -> bool:
@@ -150,6 +167,7 @@ def gain(rows: HeldOut, seed: int = 0) -> Gain:
         high=float(reached[:, 1].max()),
         dr=float(dr(rows, once)),
         ess=ess(_ratios(g * rows.log_ratio)),
+        mass=float((rows.log_ratio.logsumexp(0) - math.log(len(rows.reward))).exp()),
         power=g,
         rows=len(rows.reward),
         prompts=int(rows.prompt.max()) + 1,

@@ -199,12 +199,15 @@ def gained(rows: estimates.HeldOut, step: int) -> dict[str, float]:
     gain = estimates.gain(rows)
     carried = {"eval/gain/ess": gain.ess, "eval/gain/rows": float(gain.rows), "eval/gain/prompts": float(gain.prompts)}
     carried |= {"eval/gain/length_correlation": gain.length_correlation, "eval/gain/power": gain.power}
+    carried["eval/gain/mass"] = gain.mass
     if not gain.known:
         if not gain.never or step == 0:  # that no step's is known is said once
             when = "any step" if gain.never else f"step {step}"
             more = "" if abs(gain.length_correlation) > estimates.LENGTH else f" ({MORE})"
             logger.warning(f"eval/gain: not known at {when}: {gain.unknown}{more}")
         return carried
+    if gain.doubt:
+        logger.warning(f"eval/gain at step {step}: {gain.doubt}")
     found = {"eval/gain/estimate": gain.value, "eval/gain/low": gain.low, "eval/gain/high": gain.high}
     return found | {"eval/gain/dr": gain.dr} | carried
 
