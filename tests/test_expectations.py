@@ -187,7 +187,7 @@ def test_what_is_refused_has_no_pull() -> None:
 @pytest.mark.parametrize("form, sign", [("k3", 1.0), ("released", -1.0)])
 def test_kl_on_logged_responses(form: str, sign: float) -> None:
     """Of the reference itself: k3 pulls the policy to it along its prefixes; the released form pushes it away."""
-    chosen = offline.Settings("one", "none", None, 0.0, 0.5, form, "value", 0.0, 1.0, 20.0)
+    chosen = offline.Settings("one", "none", None, 0.0, 0.5, form, "value", 0.0, 1.0, 20.0, "bound")
     ref_shares = REF_LOGPS.sum(1).exp()
 
     def loss(logits: Tensor) -> Tensor:

@@ -477,7 +477,7 @@ def test_checkpoints_that_cannot_be_used(tmp_path: Path) -> None:
         checkpoints.load(trained)
 
 
-BY_REWARD = offline.Settings("reward", "none", 0.9, 0.1, 0.0, "none", "value", 0.0, 1.0, 20.0)
+BY_REWARD = offline.Settings("reward", "none", 0.9, 0.1, 0.0, "none", "value", 0.0, 1.0, 20.0, "bound")
 REWARDED = Objective(lambda logp, batch: offline.loss(logp, batch, BY_REWARD), "sequences")
 
 

@@ -83,7 +83,7 @@ def test_the_loss_with_the_cache_is_the_live_loss(tmp_path: Path) -> None:
     items = reference.with_ref_logps(ref, rewarded(9))
     tiny.two_steps(ref.model.engine, items)
     batch = collate(items, range(9), WHOLE)
-    settings = offline.Settings("advantage", "sequence", 0.9, 0.1, 0.0, "none", "value", 0.0, 1.0, 20.0)
+    settings = offline.Settings("advantage", "sequence", 0.9, 0.1, 0.0, "none", "value", 0.0, 1.0, 20.0, "bound")
     logp = ref.model.engine(batch)
     cached, _ = offline.loss(logp, batch, settings)
     with torch.no_grad():

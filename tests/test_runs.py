@@ -238,10 +238,10 @@ def test_what_a_checkpoint_says_of_itself_counts(tmp_path: Path, capsys) -> None
 
 
 def test_offline_rl_of_fewer_weights_goes_on(tmp_path: Path) -> None:
-    """As versions noted it that had V(x) alone to compare with, and no choice of the best rows."""
+    """As versions noted it that had V(x) alone to compare with, a clip that only bounds, and no choice of rows."""
     noted = tiny.settings("rl", "algo=alol").model_dump()
     own = noted["algorithm"]["settings"]
-    missing = ("baseline", "shift", "weight_temperature", "weight_limit")
+    missing = ("baseline", "shift", "weight_temperature", "weight_limit", "clip_form")
     noted["algorithm"] = {**noted["algorithm"], "settings": {k: own[k] for k in own if k not in missing}}
     del noted["best"]
     (tmp_path / "config.yaml").write_text(dump_yaml(noted))

@@ -33,7 +33,7 @@ def test_value_gradient_and_statistics_by_hand():
 def test_equals_the_offline_nll_in_sum_but_not_in_mean():
     logp = -torch.rand(2, 3, dtype=torch.float64)
     batch = make_batch([[1, 1, 1], [1, 0, 0]])
-    nll = offline.Settings("one", "none", None, 0.0, 0.0, "none", "value", 0.0, 1.0, 20.0)
+    nll = offline.Settings("one", "none", None, 0.0, 0.0, "none", "value", 0.0, 1.0, 20.0, "bound")
     assert supervised.loss(logp, batch, SETTINGS)[0] == offline.loss(logp, batch, nll)[0]
     assert (supervised.MEAN_OVER, offline.MEAN_OVER) == ("tokens", "sequences")
 

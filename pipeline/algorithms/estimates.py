@@ -64,9 +64,7 @@ class Gain(NamedTuple):
     high: float
     dr: float  # with the whole ratio: it says too much, and tells better which of several policies gained more
     ess: float  # effective sample size, in rows, that it rests on
-    mass: (
-        float  # mean of the whole ratio: how likely the rows are to the policy, in how likely they are to the reference
-    )
+    mass: float  # mean of rho: how likely the policy holds the rows, in how likely the reference does
     power: float  # in [0, 1], how far on the way from the reference to the policy it looks
     rows: int
     prompts: int

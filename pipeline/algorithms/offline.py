@@ -109,7 +109,6 @@ class Settings:
     weight: Literal["one", "reward", "advantage", "exponential", "signed"]
     ratio: Literal["none", "sequence", "token", "mean", "tapered", "probability"]
     clip: float | None  # half-width of the ratio's interval around 1; null: no clip; 0: the ratio is 1
-    clip_form: Literal["bound", "stop"]  # what is pushed beyond: keeps the bound as its ratio | teaches nothing more
     probability_floor: float  # lower bound of the token's probability as a factor
     kl_beta: float
     kl_form: Literal["none", "released", "k3"]
@@ -117,6 +116,7 @@ class Settings:
     shift: float  # added to the advantage of weight `signed`
     weight_temperature: float  # of weight `exponential`, in standard deviations of the advantage
     weight_limit: float  # upper bound of weight `exponential`
+    clip_form: Literal["bound", "stop"]  # of what is pushed beyond the clip: keeps that ratio | teaches nothing more
 
     def __post_init__(self) -> None:
         for name, choices in (

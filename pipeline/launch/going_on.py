@@ -39,6 +39,7 @@ CUT = ("train.zero", "train.micro_batch_size", "train.max_tokens", "train.gradie
 OLDER = {"train.group_by_length": False, "train.padding_free": False}  # what versions did that had no such setting
 OLDER |= {"best.of_prompt": 1, "algorithm.settings.baseline": "value", "algorithm.settings.shift": 0.0}
 OLDER |= {"algorithm.settings.weight_temperature": 1.0, "algorithm.settings.weight_limit": 20.0}
+OLDER |= {"algorithm.settings.clip_form": "bound"}
 ZERO, HELD = "train.zero", "train.zero holds"  # the name of a file, and what it held: a user's own may be edited
 LENGTHS = ("train.max_steps", "train.num_train_epochs")  # these may be raised, to train longer
 CONFIG, INPUTS, RESULTS = "config.yaml", "inputs.json", "results.json"
