@@ -107,8 +107,10 @@ def _in_turns(whole: Fields) -> Fields:
 
 def _with_unfinished(whole: Fields) -> Fields:
     """The fields of a row, those of its responses that were cut off as texts; true is the completion."""
+    if not whole["unfinished"]:
+        return whole | {"unfinished": ()}
     answers = [whole[name] for name in ("completion", "chosen", "rejected") if whole[name] is not None]
-    texts, cut = {*map(text_of, answers), *whole["candidates"]}, whole["unfinished"] or ()
+    texts, cut = {*map(text_of, answers), *whole["candidates"]}, whole["unfinished"]
     if cut is True:
         if whole["completion"] is None:
             raise RowError("unfinished: true, in a row without a completion, wanted the texts that were cut off")
