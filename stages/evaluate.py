@@ -175,7 +175,7 @@ def gained(
             "some for impossible: no gain over it is estimated"
         )
         return {}
-    return gains.gained(other, ratios, known)
+    return gains.gained(ratios, known)
 
 
 def _rewards_of(row: dict) -> dict:

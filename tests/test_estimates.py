@@ -101,7 +101,7 @@ def test_rows_that_follow_the_reference_give_the_true_gain():
     assert sum(gain.value for gain in gains) / 200 == pytest.approx(truth, abs=0.005)
     covered = sum(gain.low <= truth <= gain.high for gain in gains)
     assert 168 <= covered <= 192  # 180 at 90 %, give or take 3 x 4.2
-    assert all(gain.known and gain.power == 1 and not gain.doubt for gain in gains)
+    assert all(gain.known and gain.power == 1 for gain in gains)
     assert sum(gain.mass for gain in gains) / 200 == pytest.approx(1.0, abs=0.02)
 
 
@@ -117,7 +117,12 @@ def test_what_rests_on_few_rows_is_not_known():
     assert not few.known and few.unknown == "7 held-out prompts, wanted 8 or more"
     long = estimates.gain(of._replace(words=(of.reward * 100).long()))
     assert not long.known and "rewards follow the length (correlation 1.00)" in long.unknown
-    assert gains.COUNTS_WORDS == estimates.LENGTH  # the report, which needs no torch, says the same
+    assert few.few and gain.few and not long.few
+    gone = estimates.gain(of._replace(log_ratio=of.log_ratio - 10))
+    assert not gone.known and not gone.never and not gone.few
+    assert gone.unknown.startswith(f"held-out rows are {gone.mass:.2g} times as likely as they were")
+    # the report, which needs no torch, says the same
+    assert (gains.COUNTS_WORDS, gains.SAYS_OTHERS) == (estimates.LENGTH, estimates.MASS)
 
 
 def test_ratios_beyond_the_range_of_a_float_have_an_interval_and_those_that_are_no_numbers_none():

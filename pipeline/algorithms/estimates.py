@@ -22,7 +22,8 @@ bootstrap over prompts gives for the shares of SPAN, the whole ratio among them.
 `dr`, of which the level is too high and the order the best.
 
 What none of them sees is what a policy says that was never logged. `mass`, the mean of rho, is 1 where it says the
-logged responses and no others; a policy that ran away has next to none left, and shares of that say nothing of it.
+logged responses and no others; a policy that ran away has next to none left, and shares of that say nothing of it: then
+nothing is known.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ FLOOR = 16.0  # rows: an estimate that rests on fewer is not known
 FEWEST_PROMPTS = 8  # a bootstrap over fewer draws intervals that are far too narrow
 LENGTH = 0.7  # a correlation of rewards with words above which ratios of whole responses, sums over tokens, mislead
 CLIP = 3.0  # nats
-MASS = 0.05  # less is said: of 20 policies 18 had 0.28 or more, and the two of 0.03 and 0.002 a wrong sign
+MASS = (
+    0.05  # with less nothing is known: of 20 policies 18 had 0.28 or more, and the two of 0.03 and 0.002 a wrong sign
+)
 LEVEL = 0.9  # of the intervals
 DRAWS = 500  # of the bootstrap
 HALVINGS = 40  # of the interval in which g lies
@@ -76,34 +79,33 @@ class Gain(NamedTuple):
         return not self.unknown
 
     @property
-    def doubt(self) -> str:
-        """What is to be said of a number that is known all the same; "" where nothing is."""
-        if not self.known or self.mass >= MASS:
-            return ""
-        return (
-            f"logged responses are {self.mass:.2g} times as likely as they were: it says other things, and what these "
-            "earn no estimate sees: let something judge new responses (reward=NAME)"
-        )
-
-    @property
     def never(self) -> bool:
         """Whether no policy's gain would be known by these rows."""
         return abs(self.length_correlation) > LENGTH or self.prompts < FEWEST_PROMPTS or self.rows < FLOOR
 
     @property
+    def few(self) -> bool:
+        """Whether more rows might make it known."""
+        return abs(self.length_correlation) <= LENGTH and (self.prompts < FEWEST_PROMPTS or self.ess < FLOOR)
+
+    @property
     def unknown(self) -> str:
         """Why it is not known, in words; "" where it is."""
-        if abs(self.length_correlation) > LENGTH:
-            return f"rewards follow the length (correlation {self.length_correlation:.2f}), and so do ratios"
-        if self.prompts < FEWEST_PROMPTS:
-            return f"{self.prompts} held-out prompts, wanted {FEWEST_PROMPTS} or more"
-        if self.rows < FLOOR:
-            return f"{self.rows} held-out rows, wanted {FLOOR:.0f} or more"
-        if not all(map(math.isfinite, (self.value, self.low, self.high, self.dr, self.ess))):
-            return "ratios or rewards of held-out rows are not finite, or too large to count with"
-        if self.ess < FLOOR:
-            return f"{self.ess:.0f} of {self.rows:,} held-out rows carry the weight, wanted {FLOOR:.0f} or more"
-        return ""
+        finite = all(map(math.isfinite, (self.value, self.low, self.high, self.dr, self.ess)))
+        faults = {
+            f"rewards follow the length (correlation {self.length_correlation:.2f}), and so do ratios": (
+                abs(self.length_correlation) > LENGTH
+            ),
+            f"{self.prompts} held-out prompts, wanted {FEWEST_PROMPTS} or more": self.prompts < FEWEST_PROMPTS,
+            f"{self.rows} held-out rows, wanted {FLOOR:.0f} or more": self.rows < FLOOR,
+            "ratios or rewards of held-out rows are not finite, or too large to count with": not finite,
+            f"{self.ess:.0f} of {self.rows:,} held-out rows carry the weight, wanted {FLOOR:.0f} or more": (
+                self.ess < FLOOR
+            ),
+            f"held-out rows are {self.mass:.2g} times as likely as they were: the policy says other things now, and "
+            "what these earn only fresh responses tell (reward=NAME)": self.mass < MASS,
+        }
+        return next((fault for fault, found in faults.items() if found), "")
 
 
 def ess(weights: Tensor) -> float:

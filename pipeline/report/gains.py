@@ -10,6 +10,7 @@ from pipeline.report.numbers import number, signed
 KNOWN = "gain/known"  # 1 or 0
 PATTERNS = (KNOWN, "gain/*/known")  # by the rows' reward; by one of their named rewards
 JUDGED = {1: "better", 0: "the same within noise", -1: "worse"}
+SAYS_OTHERS = 0.05  # under such a mass none is made: the policy hardly says the logged responses any more
 COUNTS_WORDS = 0.7  # beyond such a correlation with their number no estimate is made: ratios hardly tell of length
 Values = Mapping[str, float | None]
 
@@ -45,6 +46,9 @@ def said(values: Values, tag: str = KNOWN) -> str:
     ess = "" if size is None else f"ESS {size:,.0f}"
     if not values.get(tag) and abs(values.get(f"{head}length_correlation") or 0.0) > COUNTS_WORDS:
         return f"not known (it follows length, correlation {number(values[f'{head}length_correlation'])})"
+    mass = values.get(f"{head}mass")
+    if not values.get(tag) and mass is not None and mass < SAYS_OTHERS:
+        return f"not known (logged responses are {number(mass)} times as likely: it says other things)"
     if not values.get(tag):
         of = f"{ess} of {rows:,.0f}" if rows is not None else ess
         of += f", {prompts:,.0f} prompt{'s' * (prompts != 1)}" if prompts is not None and prompts != rows else ""

@@ -203,11 +203,9 @@ def gained(rows: estimates.HeldOut, step: int) -> dict[str, float]:
     if not gain.known:
         if not gain.never or step == 0:  # that no step's is known is said once
             when = "any step" if gain.never else f"step {step}"
-            more = "" if abs(gain.length_correlation) > estimates.LENGTH else f" ({MORE})"
+            more = f" ({MORE})" if gain.few else ""
             logger.warning(f"eval/gain: not known at {when}: {gain.unknown}{more}")
         return carried
-    if gain.doubt:
-        logger.warning(f"eval/gain at step {step}: {gain.doubt}")
     found = {"eval/gain/estimate": gain.value, "eval/gain/low": gain.low, "eval/gain/high": gain.high}
     return found | {"eval/gain/dr": gain.dr} | carried
 

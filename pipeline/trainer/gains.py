@@ -107,13 +107,9 @@ def _text(prompt: object) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(turn.content for turn in prompt)
 
 
-def gained(policy: str, log_ratio: Tensor, rewards: Mapping[str, Rewarded]) -> dict[str, float]:
-    """gain/... of a policy by every reward; an estimate that is not to be believed has no number, and gain/known is 0.
-
-    One line of a policy that says other things than the rows.
-    """
+def gained(log_ratio: Tensor, rewards: Mapping[str, Rewarded]) -> dict[str, float]:
+    """gain/... of a policy by every reward; what is not to be believed has no number, and gain/known is 0."""
     found: dict[str, float] = {}
-    doubts: list[str] = []
     for name, rows in rewards.items():
         head = f"gain/{name}/" if name else "gain/"
         held_out = estimates.HeldOut(log_ratio[rows.places], rows.reward, rows.value, rows.prompt, rows.words)
@@ -123,9 +119,6 @@ def gained(policy: str, log_ratio: Tensor, rewards: Mapping[str, Rewarded]) -> d
         found[f"{head}mass"] = gain.mass
         if gain.known:
             found |= {f"{head}estimate": gain.value, f"{head}low": gain.low, f"{head}high": gain.high}
-        doubts.append(gain.doubt)
-    if doubt := next(filter(None, doubts), ""):
-        logger.warning(f"policy {policy}: {doubt}")
     return found
 
 
