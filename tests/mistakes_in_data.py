@@ -144,7 +144,7 @@ DATA = [
         "no candidates to start from",
         "rl",
         f"{FROM} algo=semi_offline reward=rouge",
-        ("rows/1: no candidates", "wanted some for static=worst", "stage=generate .*stage=score of=generate"),
+        ("rows/1: no candidates", "wanted some for static=best", "stage=generate .*stage=score of=generate"),
         rows(lines(answers())),
     ),
     Mistake(

@@ -320,7 +320,7 @@ def test_impossible_ways_of_decoding(words: list[str], found: str) -> None:
 
 def test_the_static_choice_is_a_setting_of_rl() -> None:
     words = ["stage=rl", "algo=semi_offline"]
-    assert resolve(words).settings.static == "worst"
+    assert resolve(words).settings.static == "best"
     assert resolve([*words, "data.static=reference"]).settings.static == "reference"
     with pytest.raises(
         UserError, match="static: 'wurst', wanted worst, best, random or reference; did you mean 'worst'"
