@@ -61,7 +61,7 @@ def test_each_study_with_a_table_of_gains_has_a_figure(module: ModuleType) -> No
 def test_a_table_is_drawn_by_the_oracle_over_the_kl(module: ModuleType) -> None:
     drawn = module.figures(TWO)["figures/a.svg"]
     assert marks(drawn) == {"alol, twice: -0.2 (-0.3 .. +0.1)", "nll: +0.05 (+0.05 .. +0.05)"}  # the start is none
-    assert ">gain, oracle (bars: least to greatest seed); no distance is known of other<" in drawn
+    assert ">gain, oracle (bars: brackets of the table); no distance is known of other<" in drawn
     assert ">KL from the start, nats per response<" in drawn
 
 

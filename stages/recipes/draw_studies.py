@@ -110,7 +110,7 @@ def drawn(table: Published, of_section: Sequence[Published]) -> str:
     axis, far = distances_of(table, of_section, gains)
     missing = [name for name in gains if name not in far]
     found = [Gained(i, name, far[name], gain) for i, (name, gain) in enumerate(gains.items()) if name in far]
-    bars = "bars: least to greatest seed" if any(gain.low < gain.high for gain in gains.values()) else "no intervals"
+    bars = "bars: brackets of the table" if any(gain.low < gain.high for gain in gains.values()) else "no intervals"
     left_out = f"; no distance is known of {', '.join(missing)}" if missing else ""
     return picture(found, f"gain, {plain(table.head[column])} ({bars}){left_out}", axis)
 
