@@ -41,9 +41,7 @@ FLOOR = 16.0  # rows: an estimate that rests on fewer is not known
 FEWEST_PROMPTS = 8  # a bootstrap over fewer draws intervals that are far too narrow
 LENGTH = 0.7  # a correlation of rewards with words above which ratios of whole responses, sums over tokens, mislead
 CLIP = 3.0  # nats
-MASS = (
-    0.05  # with less nothing is known: of 20 policies 18 had 0.28 or more, and the two of 0.03 and 0.002 a wrong sign
-)
+MASS = 0.05  # with less none is known: of 20 policies 18 had 0.28 or more, those of 0.03 and 0.002 a wrong sign
 LEVEL = 0.9  # of the intervals
 DRAWS = 500  # of the bootstrap
 HALVINGS = 40  # of the interval in which g lies
