@@ -81,6 +81,8 @@ KINDS = {"dpo": (ReadyDPO, DPOConfig, pair_rows), "kto": (ReadyKTO, KTOConfig, l
 def train(stage: Path, out: Path) -> None:
     words = shlex.split((stage / "command.txt").read_text(encoding="utf-8").removeprefix(COMMAND))
     settings = resolve(words).settings
+    if not isinstance(settings, RlStage) or settings.algo not in KINDS or settings.model.lora is None:
+        sys.exit(f"{stage}: wanted a stage=rl of algo=dpo or algo=kto with adapters (lora_r=16)")
     trainer, configuration, rows_of = KINDS[settings.algo]
     model, lora = inputs.rl_model(settings), settings.model.lora
     encoder = build.encoder_of(settings, model, list)
@@ -116,4 +118,6 @@ def train(stage: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3 or not (Path(sys.argv[1]) / "command.txt").is_file():
+        sys.exit("wanted: the directory of a stage=rl that has run, with its command.txt, and one to write to")
     train(Path(sys.argv[1]), Path(sys.argv[2]))
