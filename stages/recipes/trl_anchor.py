@@ -28,6 +28,8 @@ from pipeline.config.schema import RlStage
 from pipeline.data import convert, dataset, encoding, pairs
 from pipeline.data.tokenization import Encoder
 from pipeline.models import build
+from pipeline.rl.labels import with_labels
+from pipeline.trainer.objective import objective_of
 from stages import inputs
 
 COMMAND = "bash run.sh "
@@ -62,16 +64,14 @@ def pair_rows(settings: RlStage, encoder: Encoder) -> list[dict[str, list[int]]]
 
 
 def label_rows(settings: RlStage, encoder: Encoder) -> list[dict[str, Any]]:
-    """A row is desirable whose reward is the mean of all at least, as in `algo=kto` without a threshold."""
     train, _ = dataset.splits(inputs.rl_data(settings), settings.seed)
-    scored = convert.to_scored(train, "both")
-    items = encoding.encode(scored, encoder, encoding.completion_rows)
-    rewards = torch.tensor([row.reward for row in scored], dtype=torch.float64)
-    wanted = (rewards >= rewards.mean()).tolist()
+    items = encoding.encode(convert.to_scored(train, "both"), encoder, encoding.completion_rows)
+    _, algorithm, _ = objective_of(settings.algorithm)
+    labelled, _, _ = with_labels(items, items, algorithm)
     rows = [item.rows[0] for item in items]
     return [
-        {"prompt_ids": list(row.prompt_ids), "completion_ids": list(row.response_ids), "label": label}
-        for row, label in zip(rows, wanted, strict=True)
+        {"prompt_ids": list(row.prompt_ids), "completion_ids": list(row.response_ids), "label": bool(label)}
+        for row, label in zip(rows, labelled.numbers["desirable"], strict=True)
     ]
 
 
