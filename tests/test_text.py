@@ -11,10 +11,11 @@ from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Tokenizer, PreTrainedTokenizerFast, T5Tokenizer
 
 from pipeline.config.sections import ModelSettings
-from pipeline.data.tokenization import Encoder, coloured, pad
+from pipeline.data.tokenization import Encoder, pad
 from pipeline.errors import UserError
 from pipeline.models import scratch, tokenizers
 from pipeline.records import Message
+from pipeline.trainer.model import coloured
 from tests import tiny
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "tokenizers"

@@ -48,7 +48,13 @@ def like(prompt: Sequence[Message] | Chat, turns: Iterable[Message]) -> tuple[Me
 
 def arguments_of(prompt: Prompt) -> dict[str, object]:
     """The template's variables that a prompt brings."""
-    return json.loads(prompt.arguments) if isinstance(prompt, Chat) and prompt.arguments else {}
+    text = arguments_text(prompt)
+    return json.loads(text) if text else {}
+
+
+def arguments_text(prompt: Prompt) -> str:
+    """The same as JSON text, "" where there are none."""
+    return prompt.arguments if isinstance(prompt, Chat) else ""
 
 
 def goes_on(prompt: Prompt) -> bool:

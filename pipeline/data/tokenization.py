@@ -10,9 +10,7 @@ from __future__ import annotations
 import bisect
 import copy
 import hashlib
-import os
 import re
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,13 +26,12 @@ from pipeline.data import chat
 from pipeline.data import template as plain
 from pipeline.data.chat import ASKED, MARK, ChatFrame
 from pipeline.data.cuts import fewer_turns, with_mark
+from pipeline.data.detokenization import Detokenizer
 from pipeline.data.template import SYSTEM, Prompt, goes_on, like
 from pipeline.data.text_ids import TextIds
 from pipeline.data.unread import Unread, check_arguments
 from pipeline.errors import UserError
 from pipeline.records import Answer, Chat, Message, Row
-
-PROBE = "a"  # a response of which nobody makes anything else
 
 
 class Encoder:
@@ -63,7 +60,6 @@ class Encoder:
         self.unread = Unread(tokenizer, template)
         self.said: set[str] = set()  # lines about rows that were tokenised
         self._frames: dict[str, ChatFrame] = {}  # by the arguments of the template
-        self._around_answers: dict[str, tuple[str, str]] = {}  # the same
         self.frame = self._frame_of(ASKED)
         own = tokenizer.eos_token_id
         self.eos_id: int = own if self.frame.end is None else tokenizer.convert_tokens_to_ids(self.frame.end)
@@ -75,6 +71,9 @@ class Encoder:
         chat_writes_all = template.kind == "chat"  # else ids before and after a prompt, as BOS and EOS:
         self.around = ([], []) if chat_writes_all else (self._ids.before, self._ids.after if encoder_decoder else [])
         spelled = "|".join(map(re.escape, tokenizer.convert_ids_to_tokens(list(self.stop_ids))))
+        self._back = Detokenizer(
+            tokenizer, self._ids, self.stop_ids, not encoder_decoder, self.response_text, self._response_ids
+        )
         self._own_end = re.compile(rf"(?:(?:{spelled})\s*)+\Z")
 
     def anew(self) -> Encoder:
@@ -181,65 +180,17 @@ class Encoder:
         return self.decode_all([ids], [prompt])[0]
 
     def decode_all(self, rows: Sequence[Sequence[int]], prompts: Sequence[Prompt]) -> list[str]:
-        """The texts of responses to `prompts`: all that they say, blanks and added tokens such as <think> included.
-
-        Left off is what spells nothing (what ends, begins, pads or masks a text, and the sign for unknown pieces) and
-        what the template puts around a response.
-        """
-        return [
-            self._unframed(text, prompt) if prompt and not goes_on(prompt) else text
-            for text, prompt in zip(self._texts(rows, prompts), prompts, strict=True)
-        ]
-
-    def _unframed(self, text: str, prompt: Prompt) -> str:
-        """`text` without what the template puts before and after a response."""
-        before, after = self._frame_text(prompt)
-        return text.removeprefix(before).removesuffix(after)
-
-    def _texts(self, rows: Sequence[Sequence[int]], prompts: Sequence[Prompt]) -> list[str]:
-        """What stands in each row, blanks at its beginning too: decoders drop these unless something goes before."""
-        lead, width = self._lead
-        spoken = [[i for i in row if i not in self._unspoken] for row in rows]
-        whole = [[*lead, *row] if prompt else row for row, prompt in zip(spoken, prompts, strict=True)]
-        texts = self.tokenizer.batch_decode(whole, clean_up_tokenization_spaces=False) if whole else []
-        return [text[width:] if prompt else text for text, prompt in zip(texts, prompts, strict=True)]
-
-    @cached_property
-    def _lead(self) -> tuple[list[int], int]:
-        """Ids to put before a response that goes on after a prompt, and how many characters they are."""
-        if self.encoder_decoder or not self._ids.guards:
-            return [], 0
-        ids = self._ids.whole(self._ids.guards[0])
-        return ids, len(self.tokenizer.decode(ids))
-
-    @cached_property
-    def _unspoken(self) -> frozenset[int]:
-        known = self.tokenizer
-        named = (known.bos_token_id, known.unk_token_id, known.sep_token_id, known.cls_token_id, known.mask_token_id)
-        return frozenset({*named, self.pad_id, *self.stop_ids})
+        """The texts of responses to `prompts`: see `Detokenizer`."""
+        return self._back.texts(rows, prompts)
 
     def _frame_of(self, prompt: Prompt) -> ChatFrame:
         """What stands around the answer to `prompt`, which hangs on the arguments of the chat template."""
         if self.template.kind != "chat":
             return ChatFrame()
-        arguments = _arguments(plain.turns_of(prompt, self.template))
+        arguments = plain.arguments_text(plain.turns_of(prompt, self.template))
         if arguments not in self._frames:
             self._frames[arguments] = chat.frame_of(self.tokenizer, arguments)
         return self._frames[arguments]
-
-    def _frame_text(self, prompt: Prompt) -> tuple[str, str]:
-        """What the template puts before and after a response, as it comes out of the tokenizer again.
-
-        A decoder may drop the blank at the beginning of a text, and then it is not there to take off.
-        """
-        own = _arguments(prompt)
-        if own not in self._around_answers:
-            asked = Chat((Message("user", ASKED),), arguments=own) if own else ASKED
-            before, _, after = self.response_text(MARK, asked).partition(MARK)
-            written = self._texts([self._response_ids(PROBE, asked)], [asked])[0]
-            whole = written.endswith(PROBE + after)
-            self._around_answers[own] = written.removesuffix(PROBE + after) if whole else before, after
-        return self._around_answers[own]
 
     def _without_ends(self, prompt: Prompt) -> Prompt:
         """`prompt` without ends of the assistant's turns that its texts bring along."""
@@ -354,10 +305,6 @@ def _message_of(answer: Answer) -> Message:
     return Message("assistant", answer) if isinstance(answer, str) else answer
 
 
-def _arguments(prompt: Prompt) -> str:
-    return prompt.arguments if isinstance(prompt, Chat) else ""
-
-
 def resolved(template: TemplateSettings, tokenizer: PreTrainedTokenizerBase) -> TemplateSettings:
     """`template` with its kind: auto is chat where the tokenizer has a chat template, else text.
 
@@ -383,16 +330,3 @@ def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> tuple
         ids[i, place] = torch.tensor(row, dtype=torch.int64)
         mask[i, place] = True
     return ids, mask
-
-
-def coloured(encoder: Encoder, row: Row) -> str:
-    """One row to read: the prompt, the response's tokens with their boundaries, EOS visible.
-
-    On a terminal the prompt is dim and the response green, unless NO_COLOR is set (https://no-color.org).
-    """
-    colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    dim, green, plain = ("\033[2m", "\033[32m", "\033[0m") if colours else ("", "", "")
-    pieces = encoder.tokenizer.convert_ids_to_tokens(list(row.response_ids))
-    prompt = encoder.tokenizer.decode(list(row.prompt_ids))
-    counts = f"{len(row.prompt_ids)} prompt tokens (not learned) + {len(row.response_ids)} response tokens (learned)"
-    return f"{dim}{prompt}{plain}{green}{'|'.join(pieces)}{plain}\n{counts}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +23,7 @@ from pipeline.data import dataset, encoded, encoding, remarks
 from pipeline.data.batching import Packing, packing_of
 from pipeline.data.encoded import Items
 from pipeline.data.masking import Masker
-from pipeline.data.tokenization import Encoder, coloured
+from pipeline.data.tokenization import Encoder
 from pipeline.data.vocabulary import token_tables
 from pipeline.errors import UserError
 from pipeline.files import write_json
@@ -224,3 +226,16 @@ def encode(
     logger.info("\n".join(coloured(model.encoder, row) for row in learned[0].rows))
     model.ranks.on_main(lambda: write_json(directory / "data.json", counted))
     return learned, tested
+
+
+def coloured(encoder: Encoder, row: Row) -> str:
+    """One row to read: the prompt, the response's tokens with their boundaries, EOS visible.
+
+    On a terminal the prompt is dim and the response green, unless NO_COLOR is set (https://no-color.org).
+    """
+    colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    dim, green, plain = ("\033[2m", "\033[32m", "\033[0m") if colours else ("", "", "")
+    pieces = encoder.tokenizer.convert_ids_to_tokens(list(row.response_ids))
+    prompt = encoder.tokenizer.decode(list(row.prompt_ids))
+    counts = f"{len(row.prompt_ids)} prompt tokens (not learned) + {len(row.response_ids)} response tokens (learned)"
+    return f"{dim}{prompt}{plain}{green}{'|'.join(pieces)}{plain}\n{counts}"
