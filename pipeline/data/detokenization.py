@@ -35,11 +35,8 @@ class Detokenizer:
         text_of: Callable[[str, Prompt], str],
         ids_of: Callable[[str, Prompt], list[int]],
     ):
-        self.tokenizer, self._ids, self._follows = tokenizer, ids, follows
+        self.tokenizer, self._ids, self._ends, self._follows = tokenizer, ids, ends, follows
         self._text_of, self._ids_of = text_of, ids_of
-        known = tokenizer
-        named = (known.bos_token_id, known.unk_token_id, known.sep_token_id, known.cls_token_id, known.mask_token_id)
-        self._unspoken = frozenset({*named, known.pad_token_id, *ends})
         self._around: dict[str, tuple[str, str]] = {}  # by the arguments of the chat template
 
     def texts(self, rows: Sequence[Sequence[int]], prompts: Sequence[Prompt]) -> list[str]:
@@ -61,6 +58,12 @@ class Detokenizer:
         whole = [[*lead, *row] if prompt else row for row, prompt in zip(spoken, prompts, strict=True)]
         texts = self.tokenizer.batch_decode(whole, clean_up_tokenization_spaces=False) if whole else []
         return [text[width:] if prompt else text for text, prompt in zip(texts, prompts, strict=True)]
+
+    @cached_property
+    def _unspoken(self) -> frozenset[int]:
+        known = self.tokenizer
+        named = (known.bos_token_id, known.unk_token_id, known.sep_token_id, known.cls_token_id, known.mask_token_id)
+        return frozenset({*named, known.pad_token_id, *self._ends})
 
     @cached_property
     def _lead(self) -> tuple[list[int], int]:
