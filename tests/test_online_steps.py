@@ -139,3 +139,12 @@ def test_a_prompt_that_comes_twice_in_a_step_has_other_responses(tmp_path: Path)
         said.setdefault(group.key, []).append([response.response_ids for response in group.responses])
     assert [len(turns) for turns in said.values()] == [2, 2]
     assert all(first != second for first, second in said.values())
+
+
+@pytest.mark.parametrize(("name", "told"), [("reinforce", True), ("drop", False), ("empty, all equal", False)])
+def test_many_cut_samples_are_told_once(tmp_path: Path, capfd: pytest.CaptureFixture, name: str, told: bool) -> None:
+    """A random model does not end within six tokens; `drop` samples past the end; who says nothing ends at once."""
+    rolling.steps_of(CASES[name], "zero0", tmp_path)
+    said = capfd.readouterr().err
+    assert said.count("generation.max_new_tokens=6 cuts") == told
+    assert ("of 12 responses sampled for step 0, which are judged without their end: raise it" in said) == told

@@ -245,7 +245,12 @@ def texts(examples: Sequence[Example], template: TemplateSettings) -> list[str]:
     return shown
 
 
-def warn_of_cuts(cut: int, total: int, limit: str, what: str) -> None:
-    """Say so where more than a tenth of `total` responses lose their end to `limit`, a setting with its value."""
-    if cut > CUTS_TOLD * total:
+def warn_of_cuts(cut: int, total: int, limit: str, what: str) -> bool:
+    """Say so where more than a tenth of `total` responses lose their end to `limit`, a setting with its value.
+
+    Whether it was said.
+    """
+    many = cut > CUTS_TOLD * total
+    if many:
         logger.warning(f"{limit} cuts {cut:,} of {total:,} responses {what}: raise it")
+    return many

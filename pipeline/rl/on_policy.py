@@ -23,6 +23,7 @@ from pipeline.algorithms import capability
 from pipeline.algorithms.stats import mean_stat
 from pipeline.config.generation import GenerationSettings
 from pipeline.config.schema import RlPolicy
+from pipeline.data import dataset
 from pipeline.data.batching import Draw, Packing, collate, window
 from pipeline.data.encoding import row_of
 from pipeline.data.prompts import reference_text, unique_prompts
@@ -147,6 +148,7 @@ class Rollouts:
     handing_seconds: float = 0.0  # of this step
     surprises: list[float] = field(default_factory=list)  # of this step
     last: int | None = None  # the step that `groups` are of, while the sampler does not know them yet
+    cuts_said: bool = False
 
     def at(self, step: int) -> list[Batch]:
         """This rank's micro-batches of the responses to the prompts of `step`."""
@@ -154,6 +156,7 @@ class Rollouts:
         self._learn()
         examples = [self.prompts[i] for i in self.draw(step)]
         groups = self._sampled(examples, step)
+        self._say_of_cuts(groups, step)
         generated = sum(len(response.response_ids) for group in groups for response in group.responses)
         judged = self._judged(self._kept(groups))
         ref_logps = self._ref_logps(judged)
@@ -185,6 +188,16 @@ class Rollouts:
             for group, probe in zip(self._filled(groups, step), probed, strict=True)
         ]
         return self._filled(groups, step) if any(probed) else groups
+
+    def _say_of_cuts(self, groups: Sequence[Group], step: int) -> None:
+        """One line, once, where many responses are cut; those of a mode that samples past the end are meant to be."""
+        if self.cuts_said or self.settings.sampler.mode == "drop":
+            return
+        responses = [response for group in groups for response in group.responses]
+        cut = sum(not response.finished for response in responses)
+        limit = f"generation.max_new_tokens={self.settings.generation.max_new_tokens}"
+        what = f"sampled for step {step}, which are judged without their end"
+        self.cuts_said = dataset.warn_of_cuts(cut, len(responses), limit, what)
 
     def _filled(self, groups: Sequence[Group], step: int) -> list[Group]:
         """The groups with as many responses as each is allocated; those that are there stay."""
