@@ -95,3 +95,43 @@ def test_what_cannot_be_drawn_is_said(module: ModuleType) -> None:
         module.figures(TWO.replace("| 9 |", "|"))
     with pytest.raises(UserError, match=r"RESULTS.md:\d+: figures/a.svg is shown above too"):
         module.figures(TWO + TWO)
+
+
+def anchored(module: ModuleType) -> dict[str, list]:
+    """{anchor of a heading: the tables below it}"""
+    return {
+        section[0].lstrip("# ").lower().replace(" ", "-").translate({ord(c): None for c in ",:?*"}): module.tables_of(
+            section, start
+        )
+        for start, section in module.sections(RESULTS)
+    }
+
+
+def over_the_control(module: ModuleType, tables: list, name: str, word: str) -> str:
+    """What the overview says of a method: its gain less that of shuffled rewards, and the KL, of the first table."""
+    (control,) = {row[column_of(table, word)] for table in tables for n, row in table.lines.items() if "shuffled" in n}
+    for table in tables:
+        rows = [row for of, row in table.lines.items() if re.split(r"[, ]", of)[0] == name and "shuffled" not in of]
+        if rows:
+            gain, far = rows[0][column_of(table, word)], rows[0][column_of(table, "KL")]
+            over = module.reach(gain).mean - module.reach(control).mean
+            return f"{over:.3f} at {module.reach(far).mean:.2f}".replace("-0.000", "0.000")
+    return ""
+
+
+def column_of(table, word: str) -> int:
+    return next(i for i, title in enumerate(table.head) if word in title)
+
+
+def test_the_overview_is_what_the_tables_say(module: ModuleType) -> None:
+    """Each cell is of the sections that its column links to, and of their column with the last word of its title."""
+    tables = anchored(module)
+    (overview,) = tables["what-each-method-gains"]
+    section = RESULTS[RESULTS.index("## What each method gains") :]
+    titles = module.cells(section[section.index("| `algo=` |") :].splitlines()[0])[1:]
+    assert len(overview.lines) >= 19 and len(titles) == 4
+    for i, title in enumerate(titles):
+        of = [table for anchor in re.findall(r"\(#([\w-]+)\)", title) for table in tables[anchor][:1]]
+        word = title.split(" ")[-1]
+        for name, row in overview.lines.items():
+            assert row[i] == over_the_control(module, of, name, word), (name, title)

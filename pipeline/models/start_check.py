@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -25,6 +25,7 @@ from pipeline.records import Batch
 logger = logging.getLogger("tiffin")
 
 LONG = 4096  # tokens of the longest row that is tried at the start
+HALF = 0.02  # of a log-probability: what half precision may make of it in a model that is sure (bfloat16 has 8 bits)
 OTHER = "wanted a model that writes text from left to right: name another model"
 
 
@@ -41,10 +42,11 @@ def check_policy(policy: Policy, batch: Batch, pad_id: int) -> None:
         rows = own_logps(policy, batch)
         check_head(policy, batch, rows)
         exact = lm.dtype == torch.float32
-        together = gaps(generated_logps(policy, batch, range(len(rows)), pad_id), rows)
+        together = gaps(generated_logps(policy, batch, range(len(rows)), pad_id), rows, exact)
         policy.reads_padding = close(together, exact) and not pools_places(lm)
         if not policy.reads_padding:
-            alone = [gaps(generated_logps(policy, batch, [i], pad_id), rows[i : i + 1])[0] for i in range(len(rows))]
+            said = [generated_logps(policy, batch, [i], pad_id) for i in range(len(rows))]
+            alone = [gaps(one, [row], exact)[0] for one, row in zip(said, rows, strict=True)]
     if policy.reads_padding:
         return
     if not close(alone, exact):
@@ -166,20 +168,26 @@ def check_head(policy: Policy, batch: Batch, rows: Sequence[Tensor] | None = Non
     exact = hugging_face(policy.model).dtype == torch.float32
     expected = own_logps(policy, batch) if rows is None else rows
     found = [said[mask] for said, mask in zip(policy(batch), batch.response_mask, strict=True)]
-    apart = [(ours - row).abs() for ours, row in zip(found, expected, strict=True)]
+    both = list(zip(found, expected, strict=True))
     # rounding to half precision grows over many layers, and one token among others takes most of it
-    difference = max(float(one.max() if exact else one.median()) for one in apart)
-    if any(one.isnan().any() for one in apart):
+    differences = [float(apart(*one, exact).max()) for one in both] if exact else gaps(found, expected, exact)
+    if any((ours - row).isnan().any() for ours, row in both):
         raise UserError("model.path: the model gives NaN on two words: its weights are damaged, wanted finite numbers")
-    if not close([difference], exact):
+    if not close(differences, exact):
+        difference = max(float((ours - row).abs().max()) for ours, row in both)
         lm = hugging_face(policy.model)
         problem = f"in a way that is not known here (log-probabilities differ by {difference:.3g} nats), {OTHER}"
         raise UserError(f"model.path: {type(lm).__name__} changes its logits, or reads a padded batch, {problem}")
 
 
-def gaps(generated: Tensor, rows: Sequence[Tensor]) -> list[float]:
+def gaps(found: Iterable[Tensor], rows: Sequence[Tensor], exact: bool) -> list[float]:
     """The median difference in each row: what rounding tips over, such as the choice of an expert, is a token's."""
-    return [float((ours[: len(row)] - row).abs().median()) for ours, row in zip(generated, rows, strict=True)]
+    return [float(apart(ours[: len(row)], row, exact).median()) for ours, row in zip(found, rows, strict=True)]
+
+
+def apart(ours: Tensor, row: Tensor, exact: bool) -> Tensor:
+    """(T,) by how much log-probabilities differ, in half precision beyond what it makes of numbers of their size."""
+    return (ours - row).abs() - (0.0 if exact else HALF * row.abs())
 
 
 def close(differences: Sequence[float], exact: bool) -> bool:
