@@ -25,7 +25,7 @@ from pipeline.records import Batch
 logger = logging.getLogger("tiffin")
 
 LONG = 4096  # tokens of the longest row that is tried at the start
-HALF = 0.02  # of a log-probability: what half precision may make of it in a model that is sure (bfloat16 has 8 bits)
+SURE = 15.0  # nats: half precision rounds log-probabilities beyond it by more, in proportion (bfloat16 has 8 bits)
 OTHER = "wanted a model that writes text from left to right: name another model"
 
 
@@ -186,8 +186,8 @@ def gaps(found: Iterable[Tensor], rows: Sequence[Tensor], exact: bool) -> list[f
 
 
 def apart(ours: Tensor, row: Tensor, exact: bool) -> Tensor:
-    """(T,) by how much log-probabilities differ, in half precision beyond what it makes of numbers of their size."""
-    return (ours - row).abs() - (0.0 if exact else HALF * row.abs())
+    """(T,) by how much log-probabilities differ, in half precision as if none were beyond `SURE`."""
+    return (ours - row).abs() / (1.0 if exact else (row.abs() / SURE).clamp(min=1.0))
 
 
 def close(differences: Sequence[float], exact: bool) -> bool:
