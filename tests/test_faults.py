@@ -21,6 +21,8 @@ from stages import faults, inputs
 from stages.__main__ import main
 from tests.mistakes import answers, lines, pairs, scored
 
+JUDGED_AS_SCORED = "stage=compare recipe=smollm2 run=own algos=alol seeds=1,2 share_before=true model=MODEL".split()
+JUDGED_AS_SCORED += ["data.path=null", "data.train=prompts.jsonl", "reward=length"]
 SECONDS = 2.0  # of processor time that a mistake may cost; 0.6 to 0.9 on two idle cores
 
 
@@ -96,6 +98,7 @@ def test_a_mistake_costs_little_processor_time(here: Path, words: list[str], mes
         ["stage=generate", "policy=MODEL", "data.test=prompts.jsonl", "splits=[test]"],
         ["stage=evaluate", "policies={a: MODEL}", "data.test=prompts.jsonl", "reward=length"],
         ["stage=compare", "recipe=demo", "algos=alol,nll", "seeds=1,2"],
+        [*JUDGED_AS_SCORED, "evaluate.data.test=runs/own-seed1/score/train.jsonl"],
     ],
     ids=" ".join,
 )
@@ -145,6 +148,7 @@ def test_what_is_right_has_no_fault(words: list[str]) -> None:
         ),
         (["stage=sft", "data.train=answers.jsonl", "model=./nowhere"], "./nowhere does not exist"),
         (["stage=compare", "recipe=demo", "algos=alol", "seeds=1", "rl={reward: lenght}"], "did you mean 'length'?"),
+        ([*JUDGED_AS_SCORED, "evaluate.data.test=runs/own-seed2/score/train.jsonl"], "own-seed2/score"),
         (["stage=sft", "data.train=answers.jsonl", "attn_implementation=flash_attention_2"], "set sdpa"),
         (
             ["stage=generate", "policy=MODEL", "data.test=prompts.jsonl", "max_tokens=99"],
