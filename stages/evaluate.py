@@ -7,10 +7,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import NamedTuple
-
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.reward_spec import labelled
 from pipeline.config.schema import EvaluateStage
@@ -28,6 +24,7 @@ from pipeline.rollout import same_words
 from pipeline.rollout.generate import generate, plain_sampling
 from pipeline.trainer import evaluation, gains, group, markdown
 from pipeline.trainer.board import Board
+from pipeline.trainer.evaluated import Found, Kept, Read
 from pipeline.trainer.group import Ranks
 from pipeline.trainer.model import Model, build_inference, spoken_packing
 from pipeline.trainer.opening import open_stage
@@ -46,21 +43,15 @@ SHOWN = {
 }
 
 
-class PlainSamples(NamedTuple):
-    """What a policy drew by plain sampling, how likely it finds each token of that, and what it writes it with."""
-
-    responses: list[Response]
-    logps: list[Tensor]
-    tokenizer: PreTrainedTokenizerBase
-
-
 def main(settings: EvaluateStage, words: Sequence[str]) -> None:
     ranks = group.start(settings.launch.ddp_timeout)
     directory = run_dir.stage_dir(settings, "evaluate")
     places = inputs.policies(settings)
     models = {name: run_dir.policy_model(settings, place) for name, place in places.items()}
-    if not open_stage(ranks, directory, settings, words, inputs.of_evaluate(settings)):
+    started_from = inputs.of_evaluate(settings)
+    if not open_stage(ranks, directory, settings, words, started_from):
         return
+    kept = Kept(ranks, directory, settings, started_from)
     if settings.policies is None and "start" in places:
         logger.info(
             f"policies: this run has no sft, so rl is compared with start, from which it began: {places['start']}"
@@ -77,7 +68,7 @@ def main(settings: EvaluateStage, words: Sequence[str]) -> None:
         scoring.try_rewards(ranks, rewards, prompts[0], written=True)
     logged = gains.logged(rows)[: settings.max_logged]
 
-    results, answers = answered(settings, models, prompts, rewards, ranks, logged)
+    results, answers = answered(settings, models, prompts, rewards, ranks, logged, kept)
     if ranks.main:
         samples = [row for rows in answers.values() for row in rows[: settings.num_samples]]
         every = [row for rows in answers.values() for row in rows] if rewards is not None else []
@@ -87,7 +78,7 @@ def main(settings: EvaluateStage, words: Sequence[str]) -> None:
         show(Board(directory / "tensorboard"), results, samples, earned)
         write_json(directory / "results.json", results)
         print(table(results))
-    ranks.barrier()
+    kept.clear()
 
 
 def answered(
@@ -97,49 +88,65 @@ def answered(
     rewards: Rewards | None,
     ranks: Ranks,
     logged: list[Example],
+    kept: Kept,
 ) -> tuple[dict[str, dict[str, float]], dict[str, list[dict]]]:
     """What is known of each policy and, against the first one, its distance and gain; and its responses as rows.
 
     In the policies' order. The first policy, the reference, is opened last, so that one model is in memory at a time.
     """
-    names = list(models)
-    sampled: dict[str, PlainSamples] = {}
-    known = gains.rewarded(logged)
-    found: dict[str, gains.Read] = {}
-    results: dict[str, dict[str, float]] = {}
-    rows: dict[str, list[dict]] = {}
+    first, *others = models
+    found: dict[str, Found] = {}
     # the first policy comes last: by then it can say how likely it finds the others' responses
-    for name in [*names[1:], names[0]]:
+    for name in others:
+        if before := kept.take(name, models[name], prompts, logged):
+            logger.info(f"policy {name}: evaluated by an earlier start, which was stopped")
+            found[name] = before
+            continue
         policy = build_inference(settings, ranks, models[name], logged=bool(logged))
-        answers, sampled[name] = spoken(settings, policy, name, prompts)
-        scores, results[name] = judged(settings, ranks, rewards, answers, sampled[name].responses)
-        results[name] |= evaluation.completion_statistics(answers)
-        rows[name] = evaluation.sample_rows(answers, scores, len(answers), policy=name)
-        if logged:
-            found[name] = gains.read(policy, logged)
-            results[name]["logged/nll"] = gains.nll(found[name])
-        if name == names[0]:
-            for other, theirs in sampled.items():
-                results[other] |= distance(policy, name, other, theirs)
+        found[name] = alone(settings, policy, name, prompts, rewards, logged)
+        kept.put(name, found[name])
         del policy
         gc.collect()
-    gains.say_of_rows(logged, found, known)
-    for other in names[1:] if known else []:
-        results[other] |= gained(found, names[0], other, known)
-    return {name: results[name] for name in names}, {name: rows[name] for name in names}
+    reference = build_inference(settings, ranks, models[first], logged=bool(logged))
+    found[first] = alone(settings, reference, first, prompts, rewards, logged)
+    for other in others:
+        found[other].results.update(distance(reference, first, other, found[other].sampled))
+    known, read = gains.rewarded(logged), {name: one.logged for name, one in found.items() if one.logged}
+    gains.say_of_rows(logged, read, known)
+    for other in others if known else []:
+        found[other].results.update(gained(read, first, other, known))
+    return {name: found[name].results for name in models}, {name: found[name].rows for name in models}
 
 
-def spoken(
-    settings: EvaluateStage, policy: Model, name: str, prompts: list[Example]
-) -> tuple[list[Response], PlainSamples]:
-    """The policy's responses to the prompts; and responses by plain sampling, the same ones where it is asked for."""
+def alone(
+    settings: EvaluateStage,
+    policy: Model,
+    name: str,
+    prompts: list[Example],
+    rewards: Rewards | None,
+    logged: list[Example],
+) -> Found:
+    """What is known of a policy by itself."""
+    answers, sampled = spoken(settings, policy, name, prompts)
+    scores, results = judged(settings, policy.ranks, rewards, answers, sampled.responses)
+    results |= evaluation.completion_statistics(answers)
+    rows = evaluation.sample_rows(answers, scores, len(answers), policy=name)
+    read = gains.read(policy, logged) if logged else None
+    if read:
+        results["logged/nll"] = gains.nll(read)
+    return Found(results, rows, sampled, read)
+
+
+def spoken(settings: EvaluateStage, policy: Model, name: str, prompts: list[Example]) -> tuple[list[Response], Read]:
+    """The policy's responses to the prompts; and plain samples with how likely it finds them, which are these responses
+    where plain sampling is asked for."""
     generation = inputs.spoken(settings, name)
     same_words.compare(policy.engine, policy.encoder, prompts[0], generation)
     answers = generate(policy.engine, policy.encoder, prompts, generation, settings.seed)
     free = plain_sampling(generation)
     drawn = answers if free == generation else generate(policy.engine, policy.encoder, prompts, free, settings.seed)
     logps = evaluation.response_logps(policy.engine, drawn, spoken_packing(policy))
-    return answers, PlainSamples(drawn, logps, policy.encoder.tokenizer)
+    return answers, Read(drawn, logps, policy.encoder.tokenizer)
 
 
 def judged(
@@ -164,9 +171,7 @@ def judged(
     return scores, statistics
 
 
-def gained(
-    found: Mapping[str, gains.Read], first: str, other: str, known: Mapping[str, gains.Rewarded]
-) -> dict[str, float]:
+def gained(found: Mapping[str, Read], first: str, other: str, known: Mapping[str, gains.Rewarded]) -> dict[str, float]:
     """gain/... of policy `other` over `first`; nothing, and a word, where there is no ratio of the two."""
     ratios = gains.log_ratios(found[other], found[first])
     if ratios is None:
@@ -194,7 +199,7 @@ def show(
     board.close()
 
 
-def distance(reference: Model, name: str, other: str, sampled: PlainSamples) -> dict[str, float]:
+def distance(reference: Model, name: str, other: str, sampled: Read) -> dict[str, float]:
     """The KL of policy `other`, which gave the responses of `sampled`, from the reference called `name`.
 
     Each reads a prompt as its own template writes it. Nothing where their tokens differ: the ids of one are other texts

@@ -22,9 +22,10 @@ from pipeline.rewards import scoring
 from pipeline.rewards.rewards import Rewards, WeightedReward
 from pipeline.trainer import evaluation
 from pipeline.trainer.board import Board
+from pipeline.trainer.evaluated import Read
 from pipeline.trainer.model import Model
 from pipeline.trainer.objective import Objective
-from stages.evaluate import PlainSamples, distance, show, table
+from stages.evaluate import distance, show, table
 from tests import tiny
 
 
@@ -222,11 +223,11 @@ def policy(prompt: str = "{prompt}", tokens: PreTrainedTokenizerBase | None = No
     return Model(tiny.trainer(Policy(tiny.language_model("llama"), 64)), encoder, Packing(1, None, False, tiny.PAD_ID))
 
 
-def sampled(of: Model) -> PlainSamples:
+def sampled(of: Model) -> Read:
     """Two responses of tokens that all vocabularies share, and their log-probabilities."""
     prompt = of.encoder.encode_prompt("the cat")[0]
     drawn = [Response(Example(str(ids), "the cat"), "", "", prompt, ids, True) for ids in ((5, 7, 2), (9, 2))]
-    return PlainSamples(drawn, evaluation.response_logps(of.engine, drawn, of.packing), of.encoder.tokenizer)
+    return Read(drawn, evaluation.response_logps(of.engine, drawn, of.packing), of.encoder.tokenizer)
 
 
 def with_more_tokens() -> PreTrainedTokenizerBase:

@@ -19,6 +19,7 @@ from pipeline.report.spec import FINE, LOOK, TROUBLE
 from pipeline.report.stages import stages_of, verdicts
 from pipeline.report.tables import policies_table
 from pipeline.trainer import gains
+from pipeline.trainer.evaluated import Read
 from stages import evaluate, inputs
 from tests import tiny
 
@@ -47,9 +48,9 @@ def test_every_response_that_a_row_holds_is_one_logged_row() -> None:
     ]
 
 
-def read(logps: list[list[float]], ids: list[tuple[int, ...]]) -> gains.Read:
+def read(logps: list[list[float]], ids: list[tuple[int, ...]]) -> Read:
     responses = [Response(Example(str(i), "p"), "", "", (5,), own, True) for i, own in enumerate(ids)]
-    return gains.Read(responses, [torch.tensor(row) for row in logps], tiny.tokenizer())
+    return Read(responses, [torch.tensor(row) for row in logps], tiny.tokenizer())
 
 
 def test_log_ratios_by_hand() -> None:
@@ -257,6 +258,6 @@ def test_an_evaluation_without_a_judge(tmp_path: Path, capfd: pytest.CaptureFixt
     assert [row["policy"] for row in samples] == ["sft", "sft", "rl", "rl"] and "reward" not in samples[0]
     said = capfd.readouterr()
     assert "gain in brief" in said.out and "lose text" not in said.err
-    cut = gains.Read([Response(Example("a", "p", "x"), "", "x", (3,), (4,), finished=False)], [], tiny.tokenizer())
+    cut = Read([Response(Example("a", "p", "x"), "", "x", (3,), (4,), finished=False)], [], tiny.tokenizer())
     gains.say_of_rows(cut.responses, {"rl": cut}, {})
     assert "policy rl: 1 of 1 logged responses lose text to data.max_response_length" in capfd.readouterr().err

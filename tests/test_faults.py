@@ -21,8 +21,8 @@ from stages import faults, inputs
 from stages.__main__ import main
 from tests.mistakes import answers, lines, pairs, scored
 
-JUDGED_AS_SCORED = "stage=compare recipe=smollm2 run=own algos=alol seeds=1,2 share_before=true model=MODEL".split()
-JUDGED_AS_SCORED += ["data.path=null", "data.train=prompts.jsonl", "reward=length"]
+JUDGED_AS_SCORED = ["stage=compare", "recipe=smollm2", "run=own", "algos=alol", "seeds=1,2", "share_before=true"]
+JUDGED_AS_SCORED += ["model=MODEL", "data.path=null", "data.train=prompts.jsonl", "reward=length"]
 SECONDS = 2.0  # of processor time that a mistake may cost; 0.6 to 0.9 on two idle cores
 
 

@@ -44,6 +44,7 @@ ZERO, HELD = "train.zero", "train.zero holds"  # the name of a file, and what it
 LENGTHS = ("train.max_steps", "train.num_train_epochs")  # these may be raised, to train longer
 CONFIG, INPUTS, RESULTS = "config.yaml", "inputs.json", "results.json"
 CHECKPOINTS, STATE = "checkpoints", "state.json"  # the folder of a stage's checkpoints; the last file of each
+EVALUATED = "evaluated"  # the folder of what an evaluation that has not ended found, a file for each policy
 PIECES = "pieces-{}.json"  # of each, what a rank held of the weights
 # model/ is no draft
 UNSAVED = ("best", "last", "handed", "non_finite", "samples", "held_out", "tensorboard", "checkpoints", "data.json")

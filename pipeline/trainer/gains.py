@@ -13,25 +13,17 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from pipeline.algorithms import estimates
 from pipeline.data import convert, encoding
 from pipeline.models import text_regression
 from pipeline.records import Example, Response, text_of
 from pipeline.trainer import evaluation
+from pipeline.trainer.evaluated import Read
 from pipeline.trainer.model import Model, spoken_packing
 from pipeline.words import between_blanks
 
 logger = logging.getLogger("tiffin")
-
-
-class Read(NamedTuple):
-    """Logged responses as a policy reads them, `finished` where all of the text is."""
-
-    responses: list[Response]
-    logps: list[Tensor]  # (T,) float32 each
-    tokenizer: PreTrainedTokenizerBase
 
 
 class Rewarded(NamedTuple):
