@@ -107,9 +107,13 @@ def anchored(module: ModuleType) -> dict[str, list]:
 
 
 def over_the_control(module: ModuleType, tables: list, name: str, word: str) -> str:
-    """What the overview says of a method: its gain less that of shuffled rewards, and the KL, of the first table."""
-    (control,) = {row[column_of(table, word)] for table in tables for n, row in table.lines.items() if "shuffled" in n}
+    """What the overview says of a method: its gain less that of shuffled rewards, and the KL, of the first table.
+
+    The control is the table's own, else that of the table before.
+    """
+    control = None
     for table in tables:
+        control = next((row[column_of(table, word)] for n, row in table.lines.items() if "shuffled" in n), control)
         rows = [row for of, row in table.lines.items() if re.split(r"[, ]", of)[0] == name and "shuffled" not in of]
         if rows:
             gain, far = rows[0][column_of(table, word)], rows[0][column_of(table, "KL")]
