@@ -91,6 +91,8 @@ def test_what_cannot_be_drawn_is_said(module: ModuleType) -> None:
         module.figures(TWO.replace("KL", "x").replace("generated", "y"))
     with pytest.raises(UserError, match=r"RESULTS.md:5: two lines"):
         module.figures(TWO.replace("other", "nll"))
+    with pytest.raises(UserError, match=r"RESULTS.md:5: the gain of other has no sign"):
+        module.figures(TWO.replace("| other | +0.10 | +0.05 |", "| other | +0.10 | 0.000 (-0.01 .. +0.02) |"))
     with pytest.raises(UserError, match=r"RESULTS.md:5: other has not as many cells"):
         module.figures(TWO.replace("| 9 |", "|"))
     with pytest.raises(UserError, match=r"RESULTS.md:\d+: figures/a.svg is shown above too"):

@@ -107,6 +107,8 @@ def drawn(table: Published, of_section: Sequence[Published]) -> str:
     assert column is not None
     policies = {name: row for name, row in table.lines.items() if not is_start(row, table.head)}
     gains = {name: reach(row[column]) for name, row in policies.items() if is_gain(row[column])}
+    if unsigned := [name for name, row in policies.items() if name not in gains and ".." in row[column]]:
+        raise UserError(f"RESULTS.md:{table.line}: the gain of {unsigned[0]} has no sign, wanted + or -")
     axis, far = distances_of(table, of_section, gains)
     missing = [name for name in gains if name not in far]
     found = [Gained(i, name, far[name], gain) for i, (name, gain) in enumerate(gains.items()) if name in far]
