@@ -24,7 +24,7 @@ from pipeline.rollout import same_words
 from pipeline.rollout.generate import generate, plain_sampling
 from pipeline.trainer import evaluation, gains, group, markdown
 from pipeline.trainer.board import Board
-from pipeline.trainer.evaluated import Found, Kept, Read
+from pipeline.trainer.evaluated import Alone, Kept, Read
 from pipeline.trainer.group import Ranks
 from pipeline.trainer.model import Model, build_inference, spoken_packing
 from pipeline.trainer.opening import open_stage
@@ -95,7 +95,7 @@ def answered(
     In the policies' order. The first policy, the reference, is opened last, so that one model is in memory at a time.
     """
     first, *others = models
-    found: dict[str, Found] = {}
+    found: dict[str, Alone] = {}
     # the first policy comes last: by then it can say how likely it finds the others' responses
     for name in others:
         if before := kept.take(name, models[name], prompts, logged):
@@ -109,8 +109,8 @@ def answered(
         gc.collect()
     reference = build_inference(settings, ranks, models[first], logged=bool(logged))
     found[first] = alone(settings, reference, first, prompts, rewards, logged)
-    for other in others:
-        found[other].results.update(distance(reference, first, other, found[other].sampled))
+    for name, one in found.items():
+        one.results.update(distance(reference, first, name, one.sampled))
     known, read = gains.rewarded(logged), {name: one.logged for name, one in found.items() if one.logged}
     gains.say_of_rows(logged, read, known)
     for other in others if known else []:
@@ -125,7 +125,7 @@ def alone(
     prompts: list[Example],
     rewards: Rewards | None,
     logged: list[Example],
-) -> Found:
+) -> Alone:
     """What is known of a policy by itself."""
     answers, sampled = spoken(settings, policy, name, prompts)
     scores, results = judged(settings, policy.ranks, rewards, answers, sampled.responses)
@@ -134,7 +134,7 @@ def alone(
     read = gains.read(policy, logged) if logged else None
     if read:
         results["logged/nll"] = gains.nll(read)
-    return Found(results, rows, sampled, read)
+    return Alone(results, rows, sampled, read)
 
 
 def spoken(settings: EvaluateStage, policy: Model, name: str, prompts: list[Example]) -> tuple[list[Response], Read]:

@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 from pipeline.files import write_jsonl
 from pipeline.launch import stopping
 from pipeline.records import Example, Response
-from pipeline.trainer.evaluated import Found, Kept, Read
+from pipeline.trainer.evaluated import Alone, Kept, Read
 from stages import evaluate
 from tests import tiny
 
@@ -122,7 +122,7 @@ def test_what_is_kept_is_what_was_found(place: Path) -> None:
     rows = [Example("0", "the cat", "a dog", reward=1.0), Example("1", "the dog")]
     drawn = [Response(row, "the", f"text {i}", (3, i), (4, 5, 2)[i:], bool(i)) for i, row in enumerate(rows)]
     logps = [torch.tensor([-0.5, -math.inf, -1e-9]), torch.tensor([-2.0, -3.0])]
-    found = Found({"reward": 0.1}, [{"id": "0", "rewards": {"x": None}}], Read(drawn, logps, tiny.tokenizer()), None)
+    found = Alone({"reward": 0.1}, [{"id": "0", "rewards": {"x": None}}], Read(drawn, logps, tiny.tokenizer()), None)
     settings = resolve(words(place)).settings
     kept = Kept(tiny.ranks(), place, settings, {"data": "x"})
     model = ModelSettings.model_validate(settings.model.model_dump() | {"path": f"{place}/models/0"})

@@ -38,7 +38,7 @@ class Read(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
 
 
-class Found(NamedTuple):
+class Alone(NamedTuple):
     """What is known of a policy before it is compared with another."""
 
     results: dict[str, float]
@@ -58,20 +58,20 @@ class Kept:
         counts = {key: v for key, v in flatten(settings.model_dump(), ".").items() if not key.startswith(FREE)}
         ranks.on_main(lambda: self._open({"settings": counts, "inputs": dict(inputs)}))
 
-    def put(self, name: str, found: Found) -> None:
+    def put(self, name: str, found: Alone) -> None:
         """Keep what was found of policy `name`, complete or not at all."""
         self.ranks.on_main(lambda: self._write(self._file(name), found))
 
     def take(
         self, name: str, model: ModelSettings, prompts: Sequence[Example], logged: Sequence[Example]
-    ) -> Found | None:
+    ) -> Alone | None:
         """What an earlier start found of policy `name`, which is `model`; None where there is nothing."""
         kept = self.ranks.on_main(lambda: self._read(self._file(name)))
         if kept is None:
             return None
         tokenizer = build.encoder_of(self.settings, model, list).tokenizer
         read = kept["logged"] and _whole(*kept["logged"], logged, tokenizer)
-        return Found(kept["results"], kept["rows"], _whole(*kept["sampled"], prompts, tokenizer), read)
+        return Alone(kept["results"], kept["rows"], _whole(*kept["sampled"], prompts, tokenizer), read)
 
     def clear(self) -> None:
         """Remove all: the evaluation has ended."""
@@ -86,7 +86,7 @@ class Kept:
     def _file(self, name: str) -> Path:
         return self.folder / f"{quote(name, safe='')}.pt"
 
-    def _write(self, file: Path, found: Found) -> None:
+    def _write(self, file: Path, found: Alone) -> None:
         kept = {"results": found.results, "rows": found.rows, "sampled": _plain(found.sampled)}
         torch.save(kept | {"logged": found.logged and _plain(found.logged)}, held := io.BytesIO())
         part = file.with_suffix(".part")
