@@ -87,11 +87,16 @@ def flatten(nested: Mapping[str, object], separator: str = "/", prefix: str = ""
 
 def write_text(path: Path, text: str) -> None:
     """`text` in UTF-8 at `path`, complete or absent; its folders are made."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """`content` at `path`, complete or absent; its folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".tmp")
     try:
-        with open(draft, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(draft, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)

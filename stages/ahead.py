@@ -28,7 +28,8 @@ class Ahead:
 
     def holds(self, place: str | None) -> bool:
         """Whether a path lies in what an earlier step makes."""
-        return place is not None and any(Path(place).is_relative_to(directory) for directory in self.made)
+        where = None if place is None else Path(place).absolute()
+        return where is not None and any(where.is_relative_to(directory.absolute()) for directory in self.made)
 
     def reward_models(self, settings: WithModel) -> list[str]:
         """Those of the run by name, and those that it will have."""

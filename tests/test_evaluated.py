@@ -13,7 +13,7 @@ from pipeline.config.resolve import resolve
 from pipeline.config.sections import ModelSettings
 from pipeline.errors import UserError
 from pipeline.files import write_jsonl
-from pipeline.launch import stopping
+from pipeline.launch import going_on, stopping
 from pipeline.records import Example, Response
 from pipeline.trainer.evaluated import Alone, Kept, Read
 from stages import evaluate
@@ -42,13 +42,8 @@ def words(tmp_path: Path, *more: str) -> list[str]:
     names = {"a": 0, "b/1": 1, "c": 2}
     places = [f"{name}: {tmp_path}/models/{seed}" for name, seed in names.items()]
     given = [f"runs_dir={tmp_path}", f"policies={{{', '.join(places)}}}", f"data.test={tmp_path}/test.jsonl"]
-    given += [
-        "data.max_prompt_length=40",
-        "data.max_response_length=20",
-        "generation.max_new_tokens=5",
-        f"reward={tmp_path}/judge.py",
-    ]
-    return ["stage=evaluate", *given, *more]
+    given += ["data.max_prompt_length=40", "data.max_response_length=20", "generation.max_new_tokens=5"]
+    return ["stage=evaluate", *given, f"reward={tmp_path}/judge.py", *more]
 
 
 @pytest.fixture
@@ -89,6 +84,10 @@ def stopped(place: Path, policies: int) -> list[str]:
     assert not (left / "results.json").exists() and heard(place) == tried + policies * PROMPTS
     said = stopping.line(left, resolve(words(place)).settings).removeprefix("stopped by Ctrl-C: ")
     assert said == SAVED[policies]
+    kept = said.split(",")[0]
+    ahead = f"goes on: {kept}" if policies else "starts from nothing"
+    assert going_on.standing(left, resolve(words(place)).settings) == ahead
+    assert going_on.standing(left, resolve(words(place, "max_rows=2")).settings) == "starts from nothing"
     return sorted(file.name for file in left.glob("evaluated/*.pt"))
 
 

@@ -83,7 +83,8 @@ def done(directory: Path, settings: Common, inputs: Callable[[], Mapping[str, st
 def standing(directory: Path, settings: Common) -> str:
     """What a start would find, in words. Raises UserError where it would be refused for its settings."""
     if not begun(directory):
-        return "starts from nothing"
+        kept = evaluated(directory, settings)
+        return f"goes on: {kept}" if kept else "starts from nothing"
     refuse_other(directory, settings)
     if ended(directory, settings):
         return "is done"
@@ -97,6 +98,14 @@ def begun(directory: Path) -> bool:
     """Whether there is something to go on from, a checkpoint or the end; a start that left neither binds no other."""
     noted = (directory / CONFIG).is_file() and (directory / INPUTS).is_file()
     return noted and (finished(directory) or checkpoint(directory) is not None)
+
+
+def evaluated(directory: Path, settings: Common) -> str:
+    """How many policies an evaluation of these settings has ended, in words; "" where there are none."""
+    count = len([*(directory / EVALUATED).glob("*.pt")])
+    if not count or not (directory / CONFIG).is_file() or differences(directory, settings):
+        return ""
+    return "1 policy is evaluated" if count == 1 else f"{count:,} policies are evaluated"
 
 
 def remove_unsaved(directory: Path) -> None:

@@ -41,9 +41,8 @@ def line(directory: Path, settings: Common, when: str = "") -> str:
     if isinstance(settings, Training):
         every = "null" if settings.train.save_steps is None else settings.train.save_steps
         return f"{stopped}nothing is saved yet (save_steps={every}): the same command starts again"
-    if count := len([*(directory / going_on.EVALUATED).glob("*.pt")]):
-        policies = "1 policy is" if count == 1 else f"{count:,} policies are"
-        return f"{stopped}{policies} evaluated, which is saved; the same command goes on from there"
+    if kept := going_on.evaluated(directory, settings):
+        return f"{stopped}{kept}, which is saved; the same command goes on from there"
     return f"{stopped}nothing is saved: the same command starts again"
 
 

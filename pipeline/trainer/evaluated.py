@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.schema import EvaluateStage
 from pipeline.config.sections import ModelSettings
-from pipeline.files import flatten, write_text
+from pipeline.files import flatten, write_bytes, write_text
 from pipeline.launch.going_on import EVALUATED, FREE
 from pipeline.models import build
 from pipeline.records import Example, Response
@@ -78,7 +77,7 @@ class Kept:
         self.ranks.on_main(lambda: shutil.rmtree(self.folder, ignore_errors=True))
 
     def _open(self, made_of: Mapping[str, Any]) -> None:
-        mark, text = self.folder / "made_of.json", json.dumps(made_of, sort_keys=True, default=str)
+        mark, text = self.folder / "made_of.json", json.dumps(made_of, sort_keys=True)
         if not mark.is_file() or mark.read_text(encoding="utf-8") != text:
             shutil.rmtree(self.folder, ignore_errors=True)
             write_text(mark, text)
@@ -89,9 +88,7 @@ class Kept:
     def _write(self, file: Path, found: Alone) -> None:
         kept = {"results": found.results, "rows": found.rows, "sampled": _plain(found.sampled)}
         torch.save(kept | {"logged": found.logged and _plain(found.logged)}, held := io.BytesIO())
-        part = file.with_suffix(".part")
-        part.write_bytes(held.getbuffer())
-        os.replace(part, file)
+        write_bytes(file, held.getvalue())
 
     def _read(self, file: Path) -> dict[str, Any] | None:
         return torch.load(file, weights_only=True) if file.is_file() else None

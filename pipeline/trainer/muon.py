@@ -33,7 +33,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
         hidden, rest = (self._of(by_muon) for by_muon in (True, False))
         options = {"momentum": momentum, "adjust_lr_fn": "match_rms_adamw"}
         self._muon = torch.optim.Muon(hidden, lr=adam["lr"], **options) if hidden else None
-        self._adam = torch.optim.AdamW(rest, **adam) if rest else None
+        self._adam = torch.optim.AdamW(rest, fused=True, **adam) if rest else None
 
     def _of(self, by_muon: bool) -> list[dict[str, Any]]:
         return [group for group in self.param_groups if group[BY_MUON] == by_muon]
