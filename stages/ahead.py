@@ -31,6 +31,10 @@ class Ahead:
         where = None if place is None else Path(place).absolute()
         return where is not None and any(where.is_relative_to(directory.absolute()) for directory in self.made)
 
+    def will_hold(self, place: str | None) -> bool:
+        """Whether a path is not there yet, and an earlier step makes it."""
+        return self.holds(place) and not Path(str(place)).exists()
+
     def reward_models(self, settings: WithModel) -> list[str]:
         """Those of the run by name, and those that it will have."""
         folder = run_dir.run_dir(settings) / "reward"

@@ -56,9 +56,11 @@ def of_rows(settings: WithModel, ahead: Ahead, use: Callable[[list[Example]], ob
     for number, file in enumerate(files):
         path = Path(file)
         whole = path.name.removesuffix(".gz").endswith(READ_WHOLE)
-        if ahead.holds(file) and not path.exists():  # an earlier step makes it
-            continue
-        if hub.is_hub_name(file) or (whole and path.is_file() and path.stat().st_size > WHOLE_MB * 1e6):
+        if (
+            ahead.will_hold(file)
+            or hub.is_hub_name(file)
+            or (whole and path.is_file() and path.stat().st_size > WHOLE_MB * 1e6)
+        ):
             continue
         try:
             if number < MOST_HEADS:
@@ -71,9 +73,10 @@ def of_rows(settings: WithModel, ahead: Ahead, use: Callable[[list[Example]], ob
 
 def rows_of(settings: WithModel, ahead: Ahead) -> Rows | None:
     """The rows that a stage reads; None where an earlier step makes them. Raises UserError."""
+    made = isinstance(settings, ScoreStage) and settings.of == "generate" and ahead.makes(settings, "generate")
+    if made or ahead.will_hold(settings.data.path):
+        return None
     if isinstance(settings, ScoreStage):
-        if settings.of == "generate" and ahead.makes(settings, "generate"):
-            return None
         data = inputs.score_data(settings)
         hub_set = data.path is not None and hub.is_hub_name(data.path)
         return data, [] if hub_set else inputs.score_splits(settings, data)

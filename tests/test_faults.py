@@ -99,6 +99,7 @@ def test_a_mistake_costs_little_processor_time(here: Path, words: list[str], mes
         ["stage=evaluate", "policies={a: MODEL}", "data.test=prompts.jsonl", "reward=length"],
         ["stage=compare", "recipe=demo", "algos=alol,nll", "seeds=1,2"],
         [*JUDGED_AS_SCORED, "evaluate.data.test=runs/own-seed1/score/train.jsonl"],
+        [*JUDGED_AS_SCORED, "evaluate.data.path=runs/own-seed1/score", "evaluate.data.train=null"],
     ],
     ids=" ".join,
 )
